@@ -1,0 +1,1 @@
+//! Diffusion transformers with Denoising Task Routing.
