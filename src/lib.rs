@@ -1,1 +1,6 @@
-//! Diffusion transformers with Denoising Task Routing.
+//! Diffusion transformers (DiT) with Denoising Task Routing (DTR; Park et al., ICLR 2024, arXiv 2310.07138).
+
+pub mod error;
+pub mod rng;
+
+pub use error::{Error, Result};

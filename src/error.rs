@@ -1,0 +1,45 @@
+//! One error type for the library: every message is one sentence that names what was wrong with what, and what to do.
+
+use std::path::PathBuf;
+
+/// What can go wrong, by what the caller can do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The request contradicts itself or is out of range (a flag, a configuration key, a model size).
+    #[error("{0}")]
+    Usage(String),
+    /// An operation was given tensors whose shapes do not fit together.
+    #[error("{operation}: {what}")]
+    Shape {
+        /// The operation that refused.
+        operation: &'static str,
+        /// The shape found, the shape expected.
+        what: String,
+    },
+    /// A file is missing, cannot be read or written, or does not hold what it should.
+    #[error("{}: {what}", path.display())]
+    File {
+        /// The file or directory.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        what: String,
+    },
+    /// A run had to stop (for example after too many non-finite steps in a row).
+    #[error("{0}")]
+    Stopped(String),
+}
+
+/// Result of the library's fallible functions.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// A [`Error::Usage`] from anything printable.
+    pub fn usage(what: impl Into<String>) -> Self {
+        Error::Usage(what.into())
+    }
+
+    /// A [`Error::File`] for `path`.
+    pub fn file(path: impl Into<PathBuf>, what: impl std::fmt::Display) -> Self {
+        Error::File { path: path.into(), what: what.to_string() }
+    }
+}
