@@ -1,5 +1,6 @@
 //! Diffusion transformers (DiT) with Denoising Task Routing (DTR; Park et al., ICLR 2024, arXiv 2310.07138).
 
+pub mod diffusion;
 pub mod error;
 pub mod rng;
 
