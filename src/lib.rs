@@ -1,9 +1,16 @@
 //! Diffusion transformers (DiT) with Denoising Task Routing (DTR; Park et al., ICLR 2024, arXiv 2310.07138).
 
+pub mod autograd;
+pub mod backend;
 pub mod diffusion;
 pub mod element;
 pub mod error;
+pub mod model;
+pub mod ops;
+pub mod params;
 pub mod rng;
+pub mod routing;
 pub mod safetensors_file;
+pub mod tensor;
 
 pub use error::{Error, Result};

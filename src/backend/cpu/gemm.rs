@@ -177,7 +177,12 @@ mod tests {
                     let start = numbers(m * stride_c);
                     let (mut one, mut many) = (start.clone(), start.clone());
                     matmul(MatMut::new(&mut one, m, n, stride_c), Mat::new(&a, m, k, stride_a), view_b, write);
-                    matmul_parallel(MatMut::new(&mut many, m, n, stride_c), Mat::new(&a, m, k, stride_a), view_b, write);
+                    matmul_parallel(
+                        MatMut::new(&mut many, m, n, stride_c),
+                        Mat::new(&a, m, k, stride_a),
+                        view_b,
+                        write,
+                    );
                     for (i, j) in (0..m).flat_map(|i| (0..stride_c).map(move |j| (i, j))) {
                         let old = start[i * stride_c + j];
                         let expected = if j < n {
