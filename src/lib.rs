@@ -2,5 +2,7 @@
 
 pub mod error;
 pub mod rng;
+pub mod routing;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -171,7 +171,9 @@ mod tests {
 
     #[test]
     fn bad_routing_is_refused() {
-        for (alpha, beta) in [(4.0, 0.0), (4.0, 1.5), (4.0, -0.1), (4.0, f64::NAN), (0.0, 0.8), (f64::NAN, 0.8), (4.0, 0.01)] {
+        for (alpha, beta) in
+            [(4.0, 0.0), (4.0, 1.5), (4.0, -0.1), (4.0, f64::NAN), (0.0, 0.8), (f64::NAN, 0.8), (4.0, 0.01)]
+        {
             assert!(windows(1000, 64, alpha, beta).is_err(), "alpha {alpha} beta {beta}");
         }
         assert!(windows(0, 64, 4.0, 0.8).is_err());
