@@ -1,8 +1,10 @@
 //! Diffusion transformers (DiT) with Denoising Task Routing (DTR; Park et al., ICLR 2024, arXiv 2310.07138).
 
+pub mod element;
 pub mod error;
 pub mod rng;
 pub mod routing;
+pub mod safetensors_file;
 pub mod train;
 
 pub use error::{Error, Result};
