@@ -2,12 +2,15 @@
 
 pub mod autograd;
 pub mod backend;
+pub mod element;
 pub mod error;
 pub mod model;
 pub mod ops;
 pub mod params;
 pub mod rng;
 pub mod routing;
+pub mod safetensors_file;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};
