@@ -12,5 +12,6 @@ pub mod rng;
 pub mod routing;
 pub mod safetensors_file;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -1,0 +1,5 @@
+//! Training: configuration, checkpoints, metrics, and the loop that ties them together.
+
+pub mod config;
+
+pub use config::TrainConfig;
