@@ -1,6 +1,6 @@
 //! What a configuration must satisfy, and what it becomes when the data are known.
 
-use super::{LossWeight, TrainConfig};
+use super::TrainConfig;
 use crate::error::{Error, Result};
 use crate::routing::{Routing, window_width};
 
@@ -107,16 +107,8 @@ impl TrainConfig {
             return Err(Error::usage("data is empty: give digits, a folder of images, or an array file"));
         }
         share("label_dropout", self.label_dropout)?;
-        positive("p2_k", self.p2_k)?;
-        not_negative("p2_gamma", self.p2_gamma)?;
         not_negative("uw_lr", self.uw_lr)?;
-        if self.loss_weight == LossWeight::Uw && !(self.batch_size / self.grad_accumulation.max(1)).is_multiple_of(8) {
-            return Err(Error::usage(format!(
-                "batch_size / grad_accumulation is {} / {}, but loss_weight uw needs a multiple of 8: one part for each group of timesteps",
-                self.batch_size, self.grad_accumulation
-            )));
-        }
-        Ok(())
+        self.loss_weight.check_batch(self.batch_size)
     }
 
     fn check_training(&self) -> Result<()> {
@@ -261,8 +253,8 @@ mod tests {
             ("sample_steps", "1001"),
             ("samples_per_class", "0"),
             ("sample_cfg", "NaN"),
-            ("p2_k", "0"),
-            ("p2_gamma", "-1"),
+            ("loss_weight", "p2-1-0"),
+            ("loss_weight", "min-snr-0"),
             ("uw_lr", "NaN"),
             ("max_nonfinite_steps", "0"),
             ("data", ""),

@@ -8,9 +8,12 @@ mod source;
 mod value;
 
 pub use source::{Assignment, Layer};
-pub use value::{Decay, Init, LossWeight, Precision, SamplerKind, ScheduleKind};
+pub use value::{Decay, Precision, SamplerKind};
 
+use crate::diffusion::{LossWeight, ScheduleKind};
 use crate::error::Result;
+use crate::model::config::ModelConfig;
+use crate::model::dit::Init;
 use crate::routing::Routing;
 use value::Value;
 
@@ -86,7 +89,7 @@ knobs! {
         patch_size: usize = fixed;
         /// Width of the MLP, in hidden sizes
         mlp_ratio: f64 = fixed;
-        /// Initial weights: published (DiT's), or digits (timestep MLP Xavier, label table std 0.5: learns labels within few hundred steps)
+        /// Initial weights: published (DiT's), or small (timestep MLP Xavier, label table std 0.5: learns labels within few hundred steps)
         init: Init = fixed;
     }
     "Routing" {
@@ -114,12 +117,8 @@ knobs! {
     "Diffusion" {
         /// Noise schedule over 1000 timesteps: linear or cosine
         schedule: ScheduleKind = fixed;
-        /// Weight of the loss by timestep: constant, min-snr-5, p2 (see p2_gamma, p2_k) or uw (learned, over 8 groups of timesteps)
+        /// Weight of the loss by timestep: constant, min-snr-5 (any number), p2 (or p2-GAMMA-K) or uw (learned, over 8 groups of timesteps)
         loss_weight: LossWeight = fixed;
-        /// Exponent of p2: weight = 1 / (p2_k + SNR)^p2_gamma
-        p2_gamma: f64;
-        /// Offset of p2
-        p2_k: f64;
         /// Learning rate of the log-variances of uw
         uw_lr: f64;
     }
@@ -196,17 +195,7 @@ fn shape_of(model: &str) -> Option<[usize; 4]> {
     if model == "digits" || model == "custom" {
         return Some([128, 4, 4, 2]);
     }
-    let (size, patch) = model.strip_prefix("DiT-")?.split_once('/')?;
-    // Peebles & Xie, ICCV 2023, table 1.
-    let [hidden_size, depth, num_heads] = match size {
-        "S" => [384, 12, 6],
-        "B" => [768, 12, 12],
-        "L" => [1024, 24, 16],
-        "XL" => [1152, 28, 16],
-        _ => return None,
-    };
-    let patch_size = ["2", "4", "8"].contains(&patch).then(|| patch.parse().ok()).flatten()?;
-    Some([hidden_size, depth, num_heads, patch_size])
+    ModelConfig::published(model)
 }
 
 /// The names that `model` may have.
@@ -225,7 +214,7 @@ impl Default for TrainConfig {
             num_heads: 4,
             patch_size: 2,
             mlp_ratio: 4.0,
-            init: Init::Digits,
+            init: Init::Small,
             routing: Routing::Paper,
             beta: 0.8,
             alpha: 4.0,
@@ -237,8 +226,6 @@ impl Default for TrainConfig {
             label_dropout: 0.1,
             schedule: ScheduleKind::Cosine,
             loss_weight: LossWeight::Constant,
-            p2_gamma: 1.0,
-            p2_k: 1.0,
             uw_lr: 0.025,
             steps: 600,
             batch_size: 128,
@@ -347,6 +334,26 @@ impl TrainConfig {
                 let wave = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
                 self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * wave)
             }
+        }
+    }
+
+    /// The model, once the data have filled in what they decide ([`TrainConfig::fit_to_data`]).
+    pub fn model_config(&self) -> ModelConfig {
+        ModelConfig {
+            hidden_size: self.hidden_size,
+            depth: self.depth,
+            num_heads: self.num_heads,
+            patch_size: self.patch_size,
+            input_size: self.image_size,
+            in_channels: self.in_channels,
+            num_classes: self.num_classes,
+            null_class: true,
+            mlp_ratio: self.mlp_ratio,
+            learn_sigma: true,
+            routing: self.routing,
+            beta: self.beta,
+            alpha: self.alpha,
+            routing_seed: self.seed,
         }
     }
 }
