@@ -2,6 +2,7 @@
 
 pub mod autograd;
 pub mod backend;
+pub mod cli;
 pub mod diffusion;
 pub mod element;
 pub mod error;
@@ -9,6 +10,7 @@ pub mod generate;
 pub mod model;
 pub mod ops;
 pub mod params;
+pub mod parity;
 pub mod rng;
 pub mod routing;
 pub mod safetensors_file;
