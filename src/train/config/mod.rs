@@ -8,9 +8,11 @@ mod source;
 mod value;
 
 pub use source::{Assignment, Layer};
-pub use value::{Decay, Init, LossWeight, Precision, SamplerKind, ScheduleKind};
+pub use value::{Decay, Init, Precision, SamplerKind};
 
+use crate::diffusion::{LossWeight, ScheduleKind};
 use crate::error::Result;
+use crate::model::config::ModelConfig;
 use crate::routing::Routing;
 use value::Value;
 
@@ -114,12 +116,8 @@ knobs! {
     "Diffusion" {
         /// Noise schedule over 1000 timesteps: linear or cosine
         schedule: ScheduleKind = fixed;
-        /// Weight of the loss by timestep: constant, min-snr-5, p2 (see p2_gamma, p2_k) or uw (learned, over 8 groups of timesteps)
+        /// Weight of the loss by timestep: constant, min-snr-5, p2, p2-GAMMA-K, or uw (learned, over 8 groups of timesteps)
         loss_weight: LossWeight = fixed;
-        /// Exponent of p2: weight = 1 / (p2_k + SNR)^p2_gamma
-        p2_gamma: f64;
-        /// Offset of p2
-        p2_k: f64;
         /// Learning rate of the log-variances of uw
         uw_lr: f64;
     }
@@ -196,16 +194,7 @@ fn shape_of(model: &str) -> Option<[usize; 4]> {
     if model == "digits" || model == "custom" {
         return Some([128, 4, 4, 2]);
     }
-    let (size, patch) = model.strip_prefix("DiT-")?.split_once('/')?;
-    // Peebles & Xie, ICCV 2023, table 1.
-    let [hidden_size, depth, num_heads] = match size {
-        "S" => [384, 12, 6],
-        "B" => [768, 12, 12],
-        "L" => [1024, 24, 16],
-        "XL" => [1152, 28, 16],
-        _ => return None,
-    };
-    let patch_size = ["2", "4", "8"].contains(&patch).then(|| patch.parse().ok()).flatten()?;
+    let (hidden_size, depth, num_heads, patch_size) = ModelConfig::published(model)?;
     Some([hidden_size, depth, num_heads, patch_size])
 }
 
@@ -237,8 +226,6 @@ impl Default for TrainConfig {
             label_dropout: 0.1,
             schedule: ScheduleKind::Cosine,
             loss_weight: LossWeight::Constant,
-            p2_gamma: 1.0,
-            p2_k: 1.0,
             uw_lr: 0.025,
             steps: 600,
             batch_size: 128,

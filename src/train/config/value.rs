@@ -1,5 +1,6 @@
 //! The types that a knob may have, and how their values are read and written.
 
+use crate::diffusion::{LossWeight, ScheduleKind};
 use crate::routing::Routing;
 
 /// A type of knob: text to value and back. The text is that of a flag or of a TOML value without quotes.
@@ -112,27 +113,18 @@ choice!(
     Dense = "dense"
 );
 
-own_choice! {
-    /// Noise schedule.
-    ScheduleKind, "linear|cosine" {
-        /// Variances grow linearly (Ho et al., 2020).
-        Linear = "linear",
-        /// The signal falls as a squared cosine (Nichol & Dhariwal, 2021).
-        Cosine = "cosine",
-    }
-}
+choice!(ScheduleKind, "linear|cosine", Linear = "linear", Cosine = "cosine");
 
-own_choice! {
-    /// Weight of the loss by timestep.
-    LossWeight, "constant|min-snr-5|p2|uw" {
-        /// 1 for every timestep.
-        Constant = "constant",
-        /// min(SNR, 5) / SNR (Hang et al., 2023).
-        MinSnr5 = "min-snr-5",
-        /// 1 / (k + SNR)^gamma (Choi et al., 2022).
-        P2 = "p2",
-        /// Learned log-variances over 8 groups of timesteps (Kendall et al., 2018).
-        Uw = "uw",
+impl Value for LossWeight {
+    const NAME: &'static str = "constant|min-snr-5|p2|uw";
+    fn parse(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+    fn to_toml(&self) -> String {
+        format!("\"{self}\"")
+    }
+    fn expected() -> String {
+        "one of constant, min-snr-5, p2, p2-GAMMA-K, uw".into()
     }
 }
 
