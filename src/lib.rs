@@ -5,6 +5,7 @@ pub mod backend;
 pub mod diffusion;
 pub mod element;
 pub mod error;
+pub mod generate;
 pub mod model;
 pub mod ops;
 pub mod params;

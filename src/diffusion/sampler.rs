@@ -75,6 +75,11 @@ impl Sampler {
         self.schedule.len()
     }
 
+    /// Whether a batch is two halves, conditional and unconditional.
+    pub fn guided(&self) -> bool {
+        self.guidance.is_some()
+    }
+
     /// Turns the noise in `x` `[R, channels, pixels]` into samples.
     ///
     /// - `model(x, t, out)`: the model's answer `[R, 2 * channels or channels, pixels]` for `x` at timestep `t` of the full

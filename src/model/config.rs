@@ -40,23 +40,19 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Hidden size, depth and heads of the published `DiT-S`, `-B`, `-L` and `-XL`, and the patch size: `DiT-XL/2`.
-    pub fn published(name: &str) -> Option<(usize, usize, usize, usize)> {
+    /// Hidden size, depth, heads and patch size of a published model, `DiT-S/2` to `DiT-XL/8` (Peebles and Xie, ICCV 2023,
+    /// table 1).
+    pub fn published(name: &str) -> Option<[usize; 4]> {
         let (size, patch) = name.strip_prefix("DiT-")?.split_once('/')?;
-        let patch = match patch {
-            "2" => 2,
-            "4" => 4,
-            "8" => 8,
+        let [hidden_size, depth, num_heads] = match size {
+            "S" => [384, 12, 6],
+            "B" => [768, 12, 12],
+            "L" => [1024, 24, 16],
+            "XL" => [1152, 28, 16],
             _ => return None,
         };
-        let (hidden, depth, heads) = match size {
-            "S" => (384, 12, 6),
-            "B" => (768, 12, 12),
-            "L" => (1024, 24, 16),
-            "XL" => (1152, 28, 16),
-            _ => return None,
-        };
-        Some((hidden, depth, heads, patch))
+        let patch_size = ["2", "4", "8"].contains(&patch).then(|| patch.parse().ok()).flatten()?;
+        Some([hidden_size, depth, num_heads, patch_size])
     }
 
     /// T

@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 mod events;
 pub mod metrics;
+pub mod optimizer;
 pub mod plot;
 pub mod progress;
 pub mod run_dir;

@@ -2,7 +2,7 @@
 
 use super::TrainConfig;
 use crate::error::{Error, Result};
-use crate::model::config::{ModelConfig, TASKS};
+use crate::model::config::TASKS;
 
 /// Side that a folder of images is scaled to when the configuration says nothing.
 const FOLDER_IMAGE_SIZE: usize = 32;
@@ -55,28 +55,6 @@ impl TrainConfig {
         if self.image_size == 0 { FOLDER_IMAGE_SIZE } else { self.image_size }
     }
 
-    /// The sizes of the model, for data that were fitted ([`fit_to_data`](Self::fit_to_data)).
-    ///
-    /// The label table has a null class when labels are dropped. Variances are learned, as in the paper.
-    pub fn model_config(&self) -> ModelConfig {
-        ModelConfig {
-            hidden_size: self.hidden_size,
-            depth: self.depth,
-            num_heads: self.num_heads,
-            patch_size: self.patch_size,
-            input_size: self.image_size,
-            in_channels: self.in_channels,
-            num_classes: self.num_classes,
-            null_class: self.label_dropout > 0.0,
-            mlp_ratio: self.mlp_ratio,
-            learn_sigma: true,
-            routing: self.routing,
-            beta: self.beta,
-            alpha: self.alpha,
-            routing_seed: self.seed,
-        }
-    }
-
     fn check_model(&self) -> Result<()> {
         let mut model = self.model_config();
         // What the data decide is checked when they are known.
@@ -84,6 +62,8 @@ impl TrainConfig {
         model.in_channels = self.in_channels.max(1);
         model.num_classes = self.num_classes.max(1);
         model.check()?;
+        // Dense routing has no use for beta, but one out of range is a mistake all the same.
+        require("beta", self.beta, self.beta > 0.0 && self.beta <= 1.0, "above 0 and at most 1")?;
         // Sizes within their own limits can still ask for more memory than any machine has.
         let channels = model.hidden_size as f64;
         let block = channels * channels * (10.0 + 2.0 * model.mlp_ratio);
@@ -264,9 +244,7 @@ mod tests {
             let message = with(&[(key, text)]).expect_err(key).to_string();
             assert!(message.contains(key) && !message.contains('\n'), "{key}={text}: {message}");
         }
-        assert!(
-            with(&[("loss_weight", "uw"), ("batch_size", "12")]).unwrap_err().to_string().contains("a multiple of 8")
-        );
+        assert!(with(&[("batch_size", "12")]).unwrap_err().to_string().contains("a multiple of 8"));
         assert!(with(&[("routing", "dense"), ("beta", "1.5")]).is_err());
         assert!(with(&[("image_size", "9")]).unwrap_err().to_string().contains("patch_size 2 does not divide"));
     }

@@ -8,11 +8,12 @@ mod source;
 mod value;
 
 pub use source::{Assignment, Layer};
-pub use value::{Decay, Init, Precision, SamplerKind};
+pub use value::{Decay, Precision, SamplerKind};
 
 use crate::diffusion::{LossWeight, ScheduleKind};
 use crate::error::Result;
 use crate::model::config::ModelConfig;
+use crate::model::dit::Init;
 use crate::routing::Routing;
 use value::Value;
 
@@ -88,7 +89,7 @@ knobs! {
         patch_size: usize = fixed;
         /// Width of the MLP, in hidden sizes
         mlp_ratio: f64 = fixed;
-        /// Initial weights: published (DiT's), or digits (timestep MLP Xavier, label table std 0.5: learns labels within few hundred steps)
+        /// Initial weights: published (DiT's), or small (timestep MLP Xavier, label table std 0.5: learns labels within few hundred steps)
         init: Init = fixed;
     }
     "Routing" {
@@ -116,7 +117,7 @@ knobs! {
     "Diffusion" {
         /// Noise schedule over 1000 timesteps: linear or cosine
         schedule: ScheduleKind = fixed;
-        /// Weight of the loss by timestep: constant, min-snr-5, p2, p2-GAMMA-K, or uw (learned, over 8 groups of timesteps)
+        /// Weight of the loss by timestep: constant, min-snr-5 (any number), p2 (or p2-GAMMA-K) or uw (learned, over 8 groups of timesteps)
         loss_weight: LossWeight = fixed;
         /// Learning rate of the log-variances of uw
         uw_lr: f64;
@@ -194,8 +195,7 @@ fn shape_of(model: &str) -> Option<[usize; 4]> {
     if model == "digits" || model == "custom" {
         return Some([128, 4, 4, 2]);
     }
-    let (hidden_size, depth, num_heads, patch_size) = ModelConfig::published(model)?;
-    Some([hidden_size, depth, num_heads, patch_size])
+    ModelConfig::published(model)
 }
 
 /// The names that `model` may have.
@@ -214,7 +214,7 @@ impl Default for TrainConfig {
             num_heads: 4,
             patch_size: 2,
             mlp_ratio: 4.0,
-            init: Init::Digits,
+            init: Init::Small,
             routing: Routing::Paper,
             beta: 0.8,
             alpha: 4.0,
@@ -334,6 +334,26 @@ impl TrainConfig {
                 let wave = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
                 self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * wave)
             }
+        }
+    }
+
+    /// The model, once the data have filled in what they decide ([`TrainConfig::fit_to_data`]).
+    pub fn model_config(&self) -> ModelConfig {
+        ModelConfig {
+            hidden_size: self.hidden_size,
+            depth: self.depth,
+            num_heads: self.num_heads,
+            patch_size: self.patch_size,
+            input_size: self.image_size,
+            in_channels: self.in_channels,
+            num_classes: self.num_classes,
+            null_class: true,
+            mlp_ratio: self.mlp_ratio,
+            learn_sigma: true,
+            routing: self.routing,
+            beta: self.beta,
+            alpha: self.alpha,
+            routing_seed: self.seed,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The types that a knob may have, and how their values are read and written.
 
 use crate::diffusion::{LossWeight, ScheduleKind};
+use crate::model::dit::Init;
 use crate::routing::Routing;
 
 /// A type of knob: text to value and back. The text is that of a flag or of a TOML value without quotes.
@@ -113,20 +114,27 @@ choice!(
     Dense = "dense"
 );
 
-choice!(ScheduleKind, "linear|cosine", Linear = "linear", Cosine = "cosine");
-
-impl Value for LossWeight {
-    const NAME: &'static str = "constant|min-snr-5|p2|uw";
-    fn parse(text: &str) -> Option<Self> {
-        text.parse().ok()
-    }
-    fn to_toml(&self) -> String {
-        format!("\"{self}\"")
-    }
-    fn expected() -> String {
-        "one of constant, min-snr-5, p2, p2-GAMMA-K, uw".into()
-    }
+/// Makes a type that has names of its own (`FromStr` and `Display`) a knob's type.
+macro_rules! named {
+    ($type:ident, $names:literal, $expected:literal) => {
+        impl Value for $type {
+            const NAME: &'static str = $names;
+            fn parse(text: &str) -> Option<Self> {
+                text.parse().ok()
+            }
+            fn to_toml(&self) -> String {
+                format!("\"{self}\"")
+            }
+            fn expected() -> String {
+                $expected.into()
+            }
+        }
+    };
 }
+
+named!(ScheduleKind, "linear|cosine", "one of linear, cosine");
+named!(LossWeight, "constant|min-snr-5|p2|uw", "one of constant, min-snr-GAMMA, p2, p2-GAMMA-K, uw");
+choice!(Init, "published|small", Published = "published", Small = "small");
 
 own_choice! {
     /// Learning rate after the warm-up.
@@ -155,16 +163,6 @@ own_choice! {
         Ddim = "ddim",
         /// Ancestral sampling (Ho et al., 2020).
         Ddpm = "ddpm",
-    }
-}
-
-own_choice! {
-    /// Initial weights.
-    Init, "published|digits" {
-        /// As DiT: timestep MLP and label table normal with std 0.02.
-        Published = "published",
-        /// Timestep MLP Xavier, label table std 0.5: for runs of a few hundred steps.
-        Digits = "digits",
     }
 }
 
