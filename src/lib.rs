@@ -2,6 +2,7 @@
 
 pub mod autograd;
 pub mod backend;
+pub mod cli;
 pub mod diffusion;
 pub mod element;
 pub mod error;
