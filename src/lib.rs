@@ -3,6 +3,7 @@
 pub mod atomic_file;
 pub mod autograd;
 pub mod backend;
+pub mod cli;
 pub mod data;
 pub mod diffusion;
 pub mod element;

@@ -244,7 +244,9 @@ mod tests {
             let message = with(&[(key, text)]).expect_err(key).to_string();
             assert!(message.contains(key) && !message.contains('\n'), "{key}={text}: {message}");
         }
-        assert!(with(&[("batch_size", "12")]).unwrap_err().to_string().contains("a multiple of 8"));
+        assert!(
+            with(&[("loss_weight", "uw"), ("batch_size", "12")]).unwrap_err().to_string().contains("a multiple of 8")
+        );
         assert!(with(&[("routing", "dense"), ("beta", "1.5")]).is_err());
         assert!(with(&[("image_size", "9")]).unwrap_err().to_string().contains("patch_size 2 does not divide"));
     }
