@@ -8,8 +8,21 @@ use crate::train::config::{Assignment, KNOBS, Knob, Layer};
 
 /// Shown by `-h`; `--help` shows all.
 const MAIN: &[&str] = &[
-    "model", "data", "image_size", "routing", "beta", "alpha", "loss_weight", "schedule", "steps", "batch_size", "lr", "device",
-    "precision", "seed", "out",
+    "model",
+    "data",
+    "image_size",
+    "routing",
+    "beta",
+    "alpha",
+    "loss_weight",
+    "schedule",
+    "steps",
+    "batch_size",
+    "lr",
+    "device",
+    "precision",
+    "seed",
+    "out",
 ];
 
 /// The flags that were given.

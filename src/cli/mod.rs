@@ -1,8 +1,10 @@
 //! The command line: one file per command.
 
+mod bench;
 mod completions;
 mod info;
 mod knobs;
+mod sample;
 mod train;
 
 use std::panic::{self, PanicHookInfo};
@@ -31,12 +33,15 @@ const EXAMPLES: &str = "\
 Examples:
   dtr-fused train                              train a small model on handwritten digits (two minutes on two cores)
   dtr-fused train --data photos --image-size 64 --model DiT-S/4
+  dtr-fused sample --checkpoint runs/digits-paper-0001
   dtr-fused info runs/digits-paper-0001        what a run holds
 ";
 
 #[derive(Debug, Subcommand)]
 enum Command {
     Train(train::TrainArgs),
+    Sample(sample::SampleArgs),
+    Bench(bench::BenchArgs),
     Info(info::InfoArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -60,6 +65,8 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Train(args) => train::run(args),
+        Command::Sample(args) => sample::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Info(args) => info::run(args),
         Command::Completions(args) => completions::run(args),
     }
@@ -70,13 +77,19 @@ fn report_panic(info: &PanicHookInfo) {
     let message = info.payload_as_str().unwrap_or("no message").replace('\n', " ");
     if let Some(what) = message.strip_prefix("failed printing to std") {
         if !what.contains("Broken pipe") {
-            eprintln!("error: the output cannot be written: {}", what.split_once(": ").map_or(what, |(_, error)| error));
+            eprintln!(
+                "error: the output cannot be written: {}",
+                what.split_once(": ").map_or(what, |(_, error)| error)
+            );
             std::process::exit(i32::from(FAILURE));
         }
         std::process::exit(BROKEN_PIPE);
     }
     let place = info.location().map_or(String::new(), |at| format!(" at {}:{}", at.file(), at.line()));
-    eprintln!("error: this is a bug in dtr-fused {}{place}: {message}; please report this line", env!("CARGO_PKG_VERSION"));
+    eprintln!(
+        "error: this is a bug in dtr-fused {}{place}: {message}; please report this line",
+        env!("CARGO_PKG_VERSION")
+    );
 }
 
 #[cfg(test)]
