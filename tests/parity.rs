@@ -270,3 +270,35 @@ fn the_table_has_a_line_for_every_tensor_and_a_summary() {
     assert!(text.lines().last().unwrap().starts_with("ok: "), "{text}");
     assert!(text.lines().skip(1).take(report.rows.len()).all(|line| line.ends_with("  ok")), "{text}");
 }
+
+/// Runs the program: exit code, standard output, standard error.
+fn command(args: &[&Path]) -> (Option<i32>, String, String) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_dtr-fused")).arg("parity").args(args).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn the_command_says_what_it_compared_and_its_exit_code_what_came_of_it() {
+    let masks = golden().join("masks");
+    let (code, out, err) = command(&[&masks, &golden().join("nll")]);
+    assert_eq!(code, Some(0), "{out}{err}");
+    assert!(out.lines().last().unwrap().starts_with("ok: ") && out.contains("in 2 cases"), "{out}");
+
+    let copy = Copy::of("masks", &["masks.safetensors"]);
+    copy.put("masks.safetensors", "C96_beta0.5_alpha4.start", &1i32.to_le_bytes());
+    let (code, out, err) = command(&[Path::new("--quiet"), &masks, copy.path()]);
+    assert_eq!(code, Some(1), "{out}{err}");
+    assert_eq!(out.lines().filter(|line| line.starts_with('!')).count(), 1, "{out}");
+    assert!(err.contains("1 of 2 cases do not agree"), "{err}");
+
+    let (code, _, err) = command(&[Copy::of("c", &[]).path()]);
+    assert_eq!(code, Some(1), "{err}");
+    let (code, _, err) = command(&[Path::new("no/such/directory")]);
+    assert_eq!((code, err.lines().count()), (Some(1), 1), "{err}");
+    for bad in [&["--precision", "f8"][..], &["--device", "cuda:9"]] {
+        let args: Vec<&Path> = bad.iter().map(Path::new).chain([masks.as_path()]).collect();
+        assert_eq!(command(&args).0, Some(2));
+    }
+    assert_eq!(command(&[]).0, Some(2));
+}

@@ -279,6 +279,8 @@ mod tests {
             ("flip", "maybe"),
             ("routing", "papr"),
             ("schedule", "sigmoid"),
+            ("loss_weight", "p2-1-0"),
+            ("loss_weight", "min-snr-0"),
             ("seed", "18446744073709551615"),
             ("precision", "f16"),
             ("model", "DiT-M/2"),
