@@ -75,11 +75,37 @@ fn show_config(config: &TrainConfig) {
     row("model", shape);
     let text = |key: &str| config.toml_of(key).trim_matches('"').to_string();
     row("routing", format!("{}, beta {}, alpha {}", text("routing"), config.beta, config.alpha));
-    row("data", format!("{}, {} x {} x {}, {} classes", config.data, config.in_channels, config.image_size, config.image_size, config.num_classes));
-    row("training", format!("{} steps of {} images, lr {}, seed {}", config.steps, config.batch_size, config.lr, config.seed));
+    row(
+        "data",
+        format!(
+            "{}, {} x {} x {}, {} classes",
+            config.data, config.in_channels, config.image_size, config.image_size, config.num_classes
+        ),
+    );
+    row(
+        "training",
+        format!("{} steps of {} images, lr {}, seed {}", config.steps, config.batch_size, config.lr, config.seed),
+    );
     let preset = TrainConfig::preset(&config.model, &config.data).unwrap_or_default();
-    let shown = ["model", "data", "routing", "beta", "alpha", "image_size", "in_channels", "num_classes", "steps", "batch_size", "lr", "seed", "out"];
-    let changed = KNOBS.iter().map(|knob| knob.name).filter(|name| !shown.contains(name) && config.toml_of(name) != preset.toml_of(name));
+    let shown = [
+        "model",
+        "data",
+        "routing",
+        "beta",
+        "alpha",
+        "image_size",
+        "in_channels",
+        "num_classes",
+        "steps",
+        "batch_size",
+        "lr",
+        "seed",
+        "out",
+    ];
+    let changed = KNOBS
+        .iter()
+        .map(|knob| knob.name)
+        .filter(|name| !shown.contains(name) && config.toml_of(name) != preset.toml_of(name));
     let changed: Vec<String> = changed.map(|name| format!("{name} = {}", config.toml_of(name))).collect();
     if !changed.is_empty() {
         row("changed", changed.join(", "));
@@ -94,7 +120,10 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
         show_config(&TrainConfig::from_file(&config)?);
     }
     let model = SafetensorsFile::open(path.join(checkpoint::MODEL))?;
-    if let Some(step) = model.metadata().get("step") {
+    let state = path.join(checkpoint::OPTIMIZER);
+    if state.exists()
+        && let Some(step) = SafetensorsFile::open(state)?.metadata().get("step")
+    {
         row("step", step);
     }
     let (names, parameters) = (model.names().count(), count(&model));
@@ -142,7 +171,8 @@ fn bytes(n: u64) -> String {
 /// `1,234,567`
 fn grouped(n: u64) -> String {
     let digits = n.to_string();
-    let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
     groups.join(",")
 }
 

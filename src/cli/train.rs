@@ -99,7 +99,10 @@ fn stop_on_signals() {
 fn report(outcome: &trainer::Outcome) -> Result<()> {
     let run = quoted(&outcome.run);
     if !outcome.finished {
-        println!("Stopped after step {} with a checkpoint; to go on, type: dtr-fused train --resume {run}", outcome.step);
+        println!(
+            "Stopped after step {} with a checkpoint; to go on, type: dtr-fused train --resume {run}",
+            outcome.step
+        );
         return Ok(());
     }
     let samples = outcome.samples.as_deref().map_or(run.clone(), quoted);
