@@ -122,6 +122,11 @@ pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f6
     Sampler::new(schedule, method, pixels, (cfg != 1.0).then_some(cfg))
 }
 
+/// How much a picture of images of this side is enlarged, so that small ones can be seen.
+pub fn scale_of(side: usize) -> usize {
+    (64 / side).max(1)
+}
+
 /// One batch as it is drawn, and the order in which it is computed.
 #[derive(Default)]
 struct Drawn {
@@ -288,7 +293,8 @@ impl Trainer {
         let Learner { dit, ema, memory, .. } = &mut self.learner;
         let pixels = generate(dit, ema, memory, &sampler, &labels, config.seed, config.batch_size.min(64), |_| Ok(()))?;
         let path = run.samples(self.step)?;
-        grid_png(&path, &pixels, [config.in_channels, config.image_size, config.image_size], columns)?;
+        let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
+        grid_png(&path, &pixels, shape, columns, scale_of(config.image_size))?;
         Ok(path)
     }
 
