@@ -1,8 +1,10 @@
 //! The command line: one file per command.
 
+mod bench;
 mod completions;
 mod info;
 mod knobs;
+mod sample;
 mod train;
 
 use std::panic::{self, PanicHookInfo};
@@ -32,12 +34,15 @@ const EXAMPLES: &str = "\
 Examples:
   dtr-fused train                              train a small model on handwritten digits (two minutes on two cores)
   dtr-fused train --data photos --image-size 64 --model DiT-S/4
+  dtr-fused sample --checkpoint runs/digits-paper-0001
   dtr-fused info runs/digits-paper-0001        what a run holds
 ";
 
 #[derive(Debug, Subcommand)]
 enum Command {
     Train(train::TrainArgs),
+    Sample(sample::SampleArgs),
+    Bench(bench::BenchArgs),
     Info(info::InfoArgs),
     Completions(completions::CompletionsArgs),
 }
@@ -69,6 +74,8 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Train(args) => train::run(args),
+        Command::Sample(args) => sample::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Info(args) => info::run(args),
         Command::Completions(args) => completions::run(args),
     }

@@ -88,8 +88,12 @@ impl Learner {
             m: zeros(),
             v: zeros(),
             grads: zeros(),
-            uncertainty: (loss_weight == LossWeight::Uncertainty)
-                .then_some(Uncertainty { log_variances: none, m: none, v: none, gradient: none }),
+            uncertainty: (loss_weight == LossWeight::Uncertainty).then_some(Uncertainty {
+                log_variances: none,
+                m: none,
+                v: none,
+                gradient: none,
+            }),
             updates: 0,
             memory: Memory::new(),
             x_t: Vec::new(),
@@ -135,12 +139,8 @@ impl Learner {
         let mut tape = Tape::new(&self.weights, &mut self.grads, add, &mut self.memory);
         let x_t = tape.input(&self.x_t, [b, channels, side, side], false)?;
         let out = self.dit.forward(&mut tape, x_t, batch.t, batch.labels)?;
-        let terms = LossTerms {
-            mse: &mut found.mse,
-            vb: &mut found.vb,
-            loss: &mut found.loss,
-            d_model_out: &mut self.d_out,
-        };
+        let terms =
+            LossTerms { mse: &mut found.mse, vb: &mut found.vb, loss: &mut found.loss, d_model_out: &mut self.d_out };
         losses(
             terms,
             tape.value(out),

@@ -3,8 +3,8 @@
 pub mod checkpoint;
 pub mod config;
 mod events;
-pub mod metrics;
 pub mod learner;
+pub mod metrics;
 pub mod optimizer;
 pub mod plot;
 pub mod progress;

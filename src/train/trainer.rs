@@ -5,9 +5,9 @@ use super::config::{Precision, SamplerKind, TrainConfig};
 use super::learner::{Batch, Learner, Losses, Uncertainty};
 use super::metrics::{self, Meter, MetricsLog};
 use super::optimizer::Update;
+use super::plot;
 use super::progress::Progress;
 use super::run_dir::RunDir;
-use super::plot;
 use crate::data::loader::{Loader, LoaderOptions};
 use crate::data::{self, Dataset};
 use crate::diffusion::weighting::CLUSTERS;
@@ -191,10 +191,18 @@ impl Trainer {
             self.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
             if due(self.step, config.log_every) {
                 let images = (self.step - since.1) * config.batch_size as u64;
-                let line = self.meter.line(self.step, config.lr_at(self.step - 1), images as f64 / since.0.elapsed().as_secs_f64());
+                let line = self.meter.line(
+                    self.step,
+                    config.lr_at(self.step - 1),
+                    images as f64 / since.0.elapsed().as_secs_f64(),
+                );
                 log.append(&line)?;
                 since = (Instant::now(), self.step);
-                figures = format!("loss {:.4}  {:.0} images/s", line.loss.unwrap_or(f64::NAN), line.images_per_s.unwrap_or(0.0));
+                figures = format!(
+                    "loss {:.4}  {:.0} images/s",
+                    line.loss.unwrap_or(f64::NAN),
+                    line.images_per_s.unwrap_or(0.0)
+                );
                 if self.loader.bad_samples() > 0 {
                     figures += &format!("  {} damaged images skipped", self.loader.bad_samples());
                 }
@@ -351,7 +359,8 @@ impl Trainer {
             }
         }
         let text = |key: &str| {
-            let missing = || Error::file(&path, format!("says nothing usable of '{key}': it was not written by dtr-fused"));
+            let missing =
+                || Error::file(&path, format!("says nothing usable of '{key}': it was not written by dtr-fused"));
             file.metadata().get(key).ok_or_else(missing)
         };
         let number = |key: &str| {
@@ -380,7 +389,15 @@ pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
 impl Part {
     /// Collects `samples` of a batch: images and labels from the data, timesteps as drawn, noise and label dropout from
     /// their number in the batch alone.
-    fn gather(&mut self, samples: &[u32], drawn: &Drawn, pixels: &[f32], labels: &[u32], config: &TrainConfig, step: u64) {
+    fn gather(
+        &mut self,
+        samples: &[u32],
+        drawn: &Drawn,
+        pixels: &[f32],
+        labels: &[u32],
+        config: &TrainConfig,
+        step: u64,
+    ) {
         let row = pixels.len() / labels.len();
         let noise = Philox::new(config.seed, Stream::Noise);
         let dropout = Philox::new(config.seed, Stream::LabelDropout);
