@@ -120,7 +120,10 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
         show_config(&TrainConfig::from_file(&config)?);
     }
     let model = SafetensorsFile::open(path.join(checkpoint::MODEL))?;
-    if let Some(step) = model.metadata().get("step") {
+    let state = path.join(checkpoint::OPTIMIZER);
+    if state.exists()
+        && let Some(step) = SafetensorsFile::open(state)?.metadata().get("step")
+    {
         row("step", step);
     }
     let (names, parameters) = (model.names().count(), count(&model));
