@@ -2,13 +2,16 @@
 
 use super::TrainConfig;
 use crate::error::{Error, Result};
-use crate::routing::{Routing, window_width};
+use crate::model::config::TASKS;
 
 /// Side that a folder of images is scaled to when the configuration says nothing.
 const FOLDER_IMAGE_SIZE: usize = 32;
 
-/// Diffusion timesteps.
-const TIMESTEPS: usize = 1000;
+/// More than any machine holds with gradients and moments.
+const MOST_PARAMETERS: f64 = 1e11;
+
+/// Tokens per image: attention compares each with each.
+const MOST_TOKENS: usize = 1 << 16;
 
 impl TrainConfig {
     /// Checks every value and how they fit together.
@@ -17,7 +20,6 @@ impl TrainConfig {
     /// [`Error::Usage`]: one sentence for the first value that is wrong.
     pub fn validate(&self) -> Result<()> {
         self.check_model()?;
-        self.check_routing()?;
         self.check_data()?;
         self.check_training()?;
         self.check_output()
@@ -54,52 +56,33 @@ impl TrainConfig {
     }
 
     fn check_model(&self) -> Result<()> {
-        let Self { hidden_size, num_heads, patch_size, image_size, .. } = *self;
-        at_least_one("hidden_size", hidden_size)?;
-        at_least_one("depth", self.depth)?;
-        at_least_one("num_heads", num_heads)?;
-        at_least_one("patch_size", patch_size)?;
-        // Bounds that no network reaches keep every product of sizes far from overflow.
-        at_most("hidden_size", hidden_size, 1 << 16)?;
-        at_most("depth", self.depth, 1 << 12)?;
-        at_most("image_size", image_size, 1 << 14)?;
-        at_most("in_channels", self.in_channels, 1 << 12)?;
-        at_most("num_classes", self.num_classes, 1 << 24)?;
-        if !hidden_size.is_multiple_of(4) {
+        let mut model = self.model_config();
+        // What the data decide is checked when they are known.
+        model.input_size = if self.image_size == 0 { self.patch_size } else { self.image_size };
+        model.in_channels = self.in_channels.max(1);
+        model.num_classes = self.num_classes.max(1);
+        model.check()?;
+        // Dense routing has no use for beta, but one out of range is a mistake all the same.
+        require("beta", self.beta, self.beta > 0.0 && self.beta <= 1.0, "above 0 and at most 1")?;
+        // Sizes within their own limits can still ask for more memory than any machine has.
+        let channels = model.hidden_size as f64;
+        let block = channels * channels * (10.0 + 2.0 * model.mlp_ratio);
+        let parameters = model.depth as f64 * block + channels * model.num_classes as f64;
+        if parameters > MOST_PARAMETERS {
             return Err(Error::usage(format!(
-                "hidden_size is {hidden_size}, but the position table needs a multiple of 4: give {}",
-                hidden_size.next_multiple_of(4)
+                "hidden_size {} and depth {} make a model of {parameters:.1e} parameters, but at most {MOST_PARAMETERS:.0e} are possible",
+                model.hidden_size, model.depth
             )));
         }
-        if !hidden_size.is_multiple_of(num_heads) {
+        if model.tokens() > MOST_TOKENS {
             return Err(Error::usage(format!(
-                "num_heads is {num_heads}, but it must divide hidden_size {hidden_size}: change one of the two"
-            )));
-        }
-        if !image_size.is_multiple_of(patch_size) {
-            return Err(Error::usage(format!(
-                "image_size is {image_size}, but it must be a multiple of patch_size {patch_size}: change one of the two"
-            )));
-        }
-        if !(self.mlp_ratio > 0.0 && self.mlp_ratio <= 64.0 && hidden_size as f64 * self.mlp_ratio >= 1.0) {
-            return Err(Error::usage(format!(
-                "mlp_ratio is {}, but it must be above 0 and at most 64 (DiT has 4)",
-                self.mlp_ratio
+                "image_size {} and patch_size {} make {} tokens per image, but at most {MOST_TOKENS} are possible",
+                model.input_size,
+                model.patch_size,
+                model.tokens()
             )));
         }
         Ok(())
-    }
-
-    fn check_routing(&self) -> Result<()> {
-        let width = window_width(self.hidden_size, self.beta);
-        if !(self.alpha > 0.0 && self.alpha.is_finite()) {
-            return Err(Error::usage(format!(
-                "alpha is {}, but it must be a positive number (the paper uses 4)",
-                self.alpha
-            )));
-        }
-        // Dense routing has no windows, but a beta outside its range is a mistake all the same.
-        if self.routing == Routing::Dense && self.beta > 0.0 && self.beta <= 1.0 { Ok(()) } else { width.map(drop) }
     }
 
     fn check_data(&self) -> Result<()> {
@@ -147,7 +130,7 @@ impl TrainConfig {
         at_most("samples_per_class", self.samples_per_class, 1000)?;
         at_most("sample_classes", self.sample_classes, 1000)?;
         at_least_one("sample_steps", self.sample_steps)?;
-        at_most("sample_steps", self.sample_steps, TIMESTEPS)?;
+        at_most("sample_steps", self.sample_steps, TASKS)?;
         not_negative("sample_cfg", self.sample_cfg)
     }
 }
@@ -224,8 +207,9 @@ mod tests {
             ("hidden_size", "126"),
             ("hidden_size", "0"),
             ("hidden_size", "4000000000000"),
+            ("hidden_size", "1000000"),
+            ("image_size", "100000"),
             ("patch_size", "0"),
-            ("image_size", "9"),
             ("depth", "0"),
             ("mlp_ratio", "0"),
             ("mlp_ratio", "NaN"),
@@ -253,8 +237,6 @@ mod tests {
             ("sample_steps", "1001"),
             ("samples_per_class", "0"),
             ("sample_cfg", "NaN"),
-            ("loss_weight", "p2-1-0"),
-            ("loss_weight", "min-snr-0"),
             ("uw_lr", "NaN"),
             ("max_nonfinite_steps", "0"),
             ("data", ""),
@@ -262,10 +244,9 @@ mod tests {
             let message = with(&[(key, text)]).expect_err(key).to_string();
             assert!(message.contains(key) && !message.contains('\n'), "{key}={text}: {message}");
         }
-        assert!(
-            with(&[("loss_weight", "uw"), ("batch_size", "12")]).unwrap_err().to_string().contains("multiple of 8")
-        );
+        assert!(with(&[("batch_size", "12")]).unwrap_err().to_string().contains("a multiple of 8"));
         assert!(with(&[("routing", "dense"), ("beta", "1.5")]).is_err());
+        assert!(with(&[("image_size", "9")]).unwrap_err().to_string().contains("patch_size 2 does not divide"));
     }
 
     #[test]
@@ -276,7 +257,7 @@ mod tests {
             &[("device", "cuda:1")],
             &[("device", "cuda")],
             &[("loss_weight", "uw")],
-            &[("routing", "dense"), ("beta", "0.001")],
+            &[("routing", "dense"), ("beta", "0.1")],
             &[("min_lr_ratio", "0")],
             &[("sample_every", "0")],
             &[("grad_accumulation", "4")],
@@ -298,7 +279,7 @@ mod tests {
         config.fit_to_data(8, 1, 10).unwrap();
         assert_eq!(config.num_classes, 50);
         let mut config = TrainConfig { patch_size: 3, ..TrainConfig::default() };
-        assert!(config.fit_to_data(8, 1, 10).unwrap_err().to_string().contains("multiple of patch_size 3"));
+        assert!(config.fit_to_data(8, 1, 10).unwrap_err().to_string().contains("patch_size 3 does not divide"));
     }
 
     #[test]
