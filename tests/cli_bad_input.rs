@@ -1,11 +1,11 @@
 //! Bad input: one clear sentence, exit code 2 for a request that makes no sense and 1 for one that fails, never a panic.
 
-mod common;
+mod program;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{fails, run, succeeds, train};
+use program::{fails, run, succeeds, train};
 
 #[test]
 fn values_out_of_range_are_usage_errors() {
@@ -96,7 +96,7 @@ fn a_read_only_directory_is_named() {
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o555)).unwrap();
     // Root writes everywhere, so it takes another user to see a closed door.
     let root = fs::write(closed.join("probe"), "").is_ok();
-    let tiny = common::TINY.join(" ");
+    let tiny = program::TINY.join(" ");
     let program = env!("CARGO_BIN_EXE_dtr-fused");
     let output = if root {
         let _ = fs::remove_file(closed.join("probe"));
@@ -194,12 +194,9 @@ fn a_full_disk_costs_no_checkpoint() {
 #[test]
 fn a_closed_pipe_is_quiet() {
     let place = tempfile::tempdir().unwrap();
-    let mut child = common::program(place.path(), &["train", "--print-config"])
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
-    assert_eq!((output.status.code(), common::stderr(&output).as_str()), (Some(141), ""));
+    // Closed before the program starts, so that there is no race.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = program::command(place.path(), &["train", "--print-config"]).stdout(writer).output().unwrap();
+    assert_eq!((output.status.code(), program::stderr(&output).as_str()), (Some(141), ""));
 }

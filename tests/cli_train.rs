@@ -1,6 +1,6 @@
 //! `dtr-fused train` as a user runs it: killed, interrupted, resumed, twice at once.
 
-mod common;
+mod program;
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use common::{fails, program, run, succeeds, train};
+use program::{command, fails, run, succeeds, train};
 
 const STEPS: &[&str] = &["--steps", "24", "--checkpoint-every", "3", "--log-every", "2", "--sample-every", "12"];
 
@@ -54,9 +54,9 @@ fn a_run_killed_again_and_again_ends_in_the_bytes_of_an_uninterrupted_one() {
     let (mut kills, mut round) = (0, 1);
     loop {
         let begun = place.join("killed/config.toml").exists();
-        let start = [&["train"], common::TINY, STEPS, &["--out", "killed"]].concat();
+        let start = [&["train"], program::TINY, STEPS, &["--out", "killed"]].concat();
         let args = if begun { &["train", "--resume", "killed"][..] } else { &start };
-        let mut child = program(place, args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = command(place, args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         sleep(slice * round);
         round += 1;
         match child.try_wait().unwrap() {
@@ -89,8 +89,8 @@ fn an_interrupted_run_saves_and_goes_on() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
     succeeds(train(place, &[STEPS, &["--out", "whole"]].concat()));
-    let long = [&["train"], common::TINY, STEPS, &["--out", "cut", "--steps", "1000000"]].concat();
-    let child = program(place, &long).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let long = [&["train"], program::TINY, STEPS, &["--out", "cut", "--steps", "1000000"]].concat();
+    let child = command(place, &long).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     // It trains once its first checkpoint is there.
     let waiting = Instant::now();
     while !place.join("cut/checkpoints/0000003").exists() {

@@ -4,6 +4,7 @@ mod bench;
 mod completions;
 mod info;
 mod knobs;
+mod parity;
 mod sample;
 mod train;
 
@@ -44,6 +45,7 @@ enum Command {
     Sample(sample::SampleArgs),
     Bench(bench::BenchArgs),
     Info(info::InfoArgs),
+    Parity(parity::ParityArgs),
     Completions(completions::CompletionsArgs),
 }
 
@@ -77,6 +79,7 @@ fn run(command: Command) -> Result<()> {
         Command::Sample(args) => sample::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Info(args) => info::run(args),
+        Command::Parity(args) => parity::run(args),
         Command::Completions(args) => completions::run(args),
     }
 }
