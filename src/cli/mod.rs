@@ -94,7 +94,9 @@ fn one_sentence(message: &str) -> String {
 
 /// Turns a panic into one sentence. A closed or full standard output is no bug: `println!` panics on both.
 fn report_panic(info: &PanicHookInfo) {
-    let message = info.payload_as_str().unwrap_or("no message").replace('\n', " ");
+    let payload = info.payload();
+    let message = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
+    let message = message.unwrap_or("no message").replace('\n', " ");
     if let Some(what) = message.strip_prefix("failed printing to std") {
         if !what.contains("Broken pipe") {
             eprintln!(
