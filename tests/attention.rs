@@ -119,6 +119,7 @@ fn misfits_are_refused() {
         });
     };
     refused("got [2, 12], expected [batch, tokens, 3 x channels]", |tape| (zeros(tape, [2, 12]), 2));
+    refused("where no size may be 0", |tape| (zeros(tape, [0, 3, 12]), 2));
     refused("12 is not 3 x channels of 5 equal heads", |tape| (zeros(tape, [2, 3, 12]), 5));
     refused("14 is not 3 x channels of 2 equal heads", |tape| (zeros(tape, [2, 3, 14]), 2));
     refused("12 is not 3 x channels of 0 equal heads", |tape| (zeros(tape, [2, 3, 12]), 0));

@@ -15,7 +15,7 @@ fn expected() -> Expected {
 
 #[test]
 fn a_small_error_passes() {
-    assert_eq!(expected().check("x", 2.0, &[1.0, -2.000_001_9, 0.0, 0.499_999]), Ok(()));
+    assert_eq!(expected().check("x", 2.0, &[1.0, -2.000_002, 0.0, 0.499_999]), Ok(()));
 }
 
 #[test]

@@ -168,6 +168,14 @@ fn misfits_are_refused() {
         };
     let all = || vec![Window::all(6); 2];
     refused("got [2, 6], expected [batch, tokens, channels]", &[2, 6], 12, all(), [0, 6], 6);
+    refused(
+        "got [2, 0, 6], expected [batch, tokens, channels], where no size may be 0",
+        &[2, 0, 6],
+        12,
+        all(),
+        [0, 6],
+        6,
+    );
     refused("x has 6 channels, but the weight is [5, 7]", &[2, 3, 6], 12, all(), [0, 6], 7);
     refused("expected [2, at least 13]", &[2, 3, 6], 12, all(), [0, 7], 6);
     refused("expected [2, at least 14]", &[2, 3, 6], 12, all(), [8, 0], 6);
