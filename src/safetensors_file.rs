@@ -5,6 +5,7 @@
 //! and byte range; then the bytes, without gaps (<https://huggingface.co/docs/safetensors>).
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
@@ -263,11 +264,14 @@ impl<'de> Deserialize<'de> for RawHeader {
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "__metadata__" {
                         header.metadata = map.next_value()?;
-                    } else if header.tensors.contains_key(&name) {
-                        return Err(de::Error::custom(format!("tensor '{name:.80}' is there twice")));
-                    } else {
-                        header.tensors.insert(name, map.next_value()?);
+                        continue;
                     }
+                    match header.tensors.entry(name) {
+                        Entry::Vacant(place) => place.insert(map.next_value()?),
+                        Entry::Occupied(twice) => {
+                            return Err(de::Error::custom(format!("tensor '{:.80}' is there twice", twice.key())));
+                        }
+                    };
                 }
                 Ok(header)
             }

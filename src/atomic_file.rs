@@ -1,0 +1,79 @@
+//! Files that are there whole or not at all: written under a temporary name beside the final one, synced, then renamed.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// A file being written. Until [`commit`](Self::commit) the path holds what it held before; dropped without it, nothing is
+/// left behind. Many threads or processes may write the same path: the last to commit wins.
+#[derive(Debug)]
+pub struct AtomicFile {
+    file: BufWriter<File>,
+    path: PathBuf,
+    temporary: PathBuf,
+}
+
+impl AtomicFile {
+    /// Begins to write `path`, whose directory must exist.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the path names no file or its directory cannot be written.
+    pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
+        static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let path = path.into();
+        let Some(name) = path.file_name() else {
+            return Err(Error::file(path, "is not the name of a file"));
+        };
+        let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let mut hidden = std::ffi::OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".{}.{count}.tmp", std::process::id()));
+        let temporary = path.with_file_name(hidden);
+        let file = File::create(&temporary).map_err(|e| Error::file(&path, format!("cannot be written: {e}")))?;
+        Ok(AtomicFile { file: BufWriter::new(file), path, temporary })
+    }
+
+    /// The path it will have.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes everything to the disk and gives the file its name.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the disk is full or the file cannot be renamed; the path then still holds what it held before.
+    pub fn commit(mut self) -> Result<()> {
+        let result = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
+        result.and_then(|()| std::fs::rename(&self.temporary, &self.path)).map_err(|e| self.error(&e))
+    }
+
+    /// What to say when writing failed with `e`.
+    pub fn error(&self, e: &dyn std::fmt::Display) -> Error {
+        Error::file(&self.path, format!("cannot be written: {e}"))
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        // Fails after a commit, when the name is gone already.
+        let _ = std::fs::remove_file(&self.temporary);
+    }
+}
+
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Seek for AtomicFile {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}

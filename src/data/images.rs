@@ -1,0 +1,223 @@
+//! A folder with one subfolder of PNG, JPEG or WebP images per class.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::DirEntry;
+use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
+
+use super::resize::center_crop;
+use super::{Dataset, MAX_CLASSES};
+use crate::error::{Error, Result};
+
+/// Longest image file that is read.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+
+/// Most pixels that an image may claim to have.
+const MAX_PIXELS: u64 = 100_000_000;
+
+/// Most bytes that a decoder may allocate: [`MAX_PIXELS`] of 8 bytes, and room to work.
+const MAX_DECODER_BYTES: u64 = 1 << 30;
+
+/// Largest side of the squares that images are brought to.
+const MAX_SIZE: usize = 4096;
+
+/// Images `DIR/CLASS/IMAGE` as `[3, size, size]` in [-1, 1].
+///
+/// Labels are the places of the class folders in alphabetical order (of code points, as in torchvision's `ImageFolder`).
+/// Images are cropped and scaled exactly as ADM and DiT do with Pillow ([`center_crop`]); PNG and WebP images therefore
+/// agree with theirs to the bit, JPEGs as far as two decoders agree (they round differently, by a level or two).
+/// Transparency is dropped and orientation tags are ignored, as there.
+pub struct ImageFolder {
+    size: usize,
+    names: Vec<String>,
+    folders: Vec<PathBuf>,         // [classes]
+    files: Vec<(u32, Box<OsStr>)>, // [images]: class, file name; ordered by both
+    note: Option<String>,
+}
+
+impl ImageFolder {
+    /// Lists the images of `root`; none is opened yet. `size` is the side in pixels that they will have.
+    ///
+    /// Links are followed only to places inside `root`; others are left out and mentioned in the [`note`](Dataset::note).
+    /// Hidden entries and files that are not named `.png`, `.jpg`, `.jpeg` or `.webp` are ignored.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a size of 0 or above 4096; [`Error::File`] when a folder cannot be read, there are no class
+    /// folders or more than [`MAX_CLASSES`], or one of them has no images.
+    pub fn open(root: impl AsRef<Path>, size: usize) -> Result<Self> {
+        let root = root.as_ref();
+        if size == 0 || size > MAX_SIZE {
+            return Err(Error::usage(format!("image_size is {size}; it can be 1 to {MAX_SIZE}")));
+        }
+        let mut scan = Scan { root: root.canonicalize().map_err(|e| unreadable(root, &e))?, links: 0 };
+        let classes = scan.entries(root, |path, _| path.is_dir())?;
+        if classes.is_empty() {
+            let what =
+                if scan.links > 0 { "has only class folders that are links out of it" } else { "has no class folders" };
+            return Err(Error::file(
+                root,
+                format!("{what}; images are expected as {}/CLASS/IMAGE.png", root.display()),
+            ));
+        }
+        if classes.len() > MAX_CLASSES {
+            return Err(Error::file(
+                root,
+                format!("has {} class folders; at most {MAX_CLASSES} can be used", classes.len()),
+            ));
+        }
+        let mut folder = ImageFolder { size, names: Vec::new(), folders: Vec::new(), files: Vec::new(), note: None };
+        for (class, name) in (0..).zip(classes) {
+            let path = root.join(&name);
+            let images = scan.entries(&path, |path, name| is_image(name) && path.is_file())?;
+            if images.is_empty() {
+                return Err(Error::file(path, "is a class folder without PNG, JPEG or WebP images; fill or remove it"));
+            }
+            folder.files.extend(images.into_iter().map(|image| (class, image.into_boxed_os_str())));
+            folder.names.push(name.to_string_lossy().into_owned());
+            folder.folders.push(path);
+        }
+        if scan.links > 0 {
+            folder.note = Some(format!("{}: {} links that lead out of it were left out", root.display(), scan.links));
+        }
+        Ok(folder)
+    }
+
+    /// Where image `index` lies.
+    pub fn path(&self, index: usize) -> PathBuf {
+        let (class, name) = &self.files[index];
+        self.folders[*class as usize].join(&**name)
+    }
+}
+
+impl Dataset for ImageFolder {
+    fn shape(&self) -> [usize; 3] {
+        [3, self.size, self.size]
+    }
+
+    fn class_names(&self) -> &[String] {
+        &self.names
+    }
+
+    fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
+        let path = self.path(index);
+        let image = decode(&path).map_err(|what| Error::file(&path, what))?;
+        let image = center_crop(image, self.size as u32);
+        let plane = self.size * self.size;
+        assert_eq!(out.len(), 3 * plane, "numbers of a sample");
+        for (x, y, pixel) in image.enumerate_pixels() {
+            let x = if flip { self.size - 1 - x as usize } else { x as usize };
+            for (c, &value) in pixel.0.iter().enumerate() {
+                out[c * plane + y as usize * self.size + x] = f32::from(value) / 127.5 - 1.0;
+            }
+        }
+        Ok(self.files[index].0)
+    }
+
+    fn may_flip(&self) -> bool {
+        true
+    }
+
+    fn note(&self) -> Option<&str> {
+        self.note.as_deref()
+    }
+}
+
+struct Scan {
+    root: PathBuf, // canonical
+    links: usize,  // that led out of it
+}
+
+impl Scan {
+    /// Names of the entries of `folder` that are not hidden and that `wanted` wants, sorted.
+    fn entries(&mut self, folder: &Path, wanted: impl Fn(&Path, &OsStr) -> bool) -> Result<Vec<OsString>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(folder).map_err(|e| unreadable(folder, &e))? {
+            let entry = entry.map_err(|e| unreadable(folder, &e))?;
+            let name = entry.file_name();
+            if name.as_encoded_bytes().starts_with(b".") || !wanted(&entry.path(), &name) {
+                continue;
+            }
+            if self.leads_out(&entry) {
+                self.links += 1;
+            } else {
+                names.push(name);
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn leads_out(&self, entry: &DirEntry) -> bool {
+        let is_link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+        is_link && !entry.path().canonicalize().is_ok_and(|target| target.starts_with(&self.root))
+    }
+}
+
+fn unreadable(path: &Path, e: &std::io::Error) -> Error {
+    Error::file(path, format!("cannot be read: {e}"))
+}
+
+fn is_image(name: &OsStr) -> bool {
+    let extension = Path::new(name).extension().and_then(OsStr::to_str).unwrap_or_default();
+    ["png", "jpg", "jpeg", "webp"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+}
+
+/// The pixels of an image file; otherwise what is wrong with it.
+fn decode(path: &Path) -> std::result::Result<RgbImage, String> {
+    let damaged = |e: &dyn std::fmt::Display| format!("is damaged or no image: {e}");
+    let file = std::fs::metadata(path).map_err(|e| format!("cannot be read: {e}"))?;
+    if !file.is_file() || file.len() > MAX_FILE_BYTES {
+        return Err(format!("is not a file of at most {MAX_FILE_BYTES} bytes"));
+    }
+    let bytes = std::fs::read(path).map_err(|e| format!("cannot be read: {e}"))?;
+    let decoded = catch_unwind(AssertUnwindSafe(|| {
+        let mut reader = ImageReader::new(Cursor::new(&bytes)).with_guessed_format().map_err(|e| damaged(&e))?;
+        // The decoder would paint what is missing grey.
+        if reader.format() == Some(ImageFormat::Jpeg) && !reaches_the_end_of_a_jpeg(&bytes) {
+            return Err("is a JPEG that was cut short".into());
+        }
+        let mut limits = Limits::default();
+        limits.max_alloc = Some(MAX_DECODER_BYTES);
+        reader.limits(limits);
+        let decoder = reader.into_decoder().map_err(|e| damaged(&e))?;
+        let (width, height) = decoder.dimensions();
+        if width == 0 || height == 0 || u64::from(width) * u64::from(height) > MAX_PIXELS {
+            return Err(format!("claims to be {width}x{height} pixels large; at most {MAX_PIXELS} pixels are read"));
+        }
+        Ok(DynamicImage::from_decoder(decoder).map_err(|e| damaged(&e))?.into_rgb8())
+    }));
+    // Decoders are large and the files can be made to break them; what they leave behind is local to the call.
+    decoded.unwrap_or_else(|_| Err("makes its decoder fail".into()))
+}
+
+/// Whether the segments of a JPEG lead to its end-of-image marker (ITU-T T.81, annex B).
+fn reaches_the_end_of_a_jpeg(bytes: &[u8]) -> bool {
+    // Restarts and the start of the image.
+    const WITHOUT_LENGTH: std::ops::RangeInclusive<u8> = 0xD0..=0xD8;
+    let mut at = 0;
+    loop {
+        // Coded data and fill bytes stand between segments; in coded data a zero follows every 0xFF.
+        let Some(skip) = bytes[at..].windows(2).position(|pair| pair[0] == 0xFF && !matches!(pair[1], 0 | 0xFF)) else {
+            return false;
+        };
+        at += skip + 2;
+        match bytes[at - 1] {
+            0xD9 => return true,
+            marker if WITHOUT_LENGTH.contains(&marker) => {}
+            _ => match bytes[at..] {
+                [high, low, ..] => at += usize::from(u16::from_be_bytes([high, low])),
+                _ => return false,
+            },
+        }
+        if at > bytes.len() {
+            return false;
+        }
+    }
+}

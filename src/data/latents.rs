@@ -1,0 +1,192 @@
+//! Arrays of images or latents with labels, from one `.safetensors` file or a pair of `.npy` files.
+
+use std::path::{Path, PathBuf};
+
+use super::npy::NpyFile;
+use super::{Dataset, MAX_CLASSES};
+use crate::element::Element;
+use crate::error::{Error, Result};
+use crate::safetensors_file::{SafetensorsFile, TensorView};
+
+/// Most numbers that one sample may have.
+const MAX_SAMPLE: usize = 1 << 26;
+
+/// Samples of an array file; they stay in the file and are read one by one from a memory map.
+///
+/// - `FILE.safetensors`: tensor `images` or `latents` `[N,C,H,W]` of f64, f32, f16, bf16 or (images only) u8, and `labels` `[N]` of
+///   integers.
+/// - `FILE.npy`: the same array, or images as u8 `[N,H,W,C]` with 1 or 3 channels; the labels are in `FILE.labels.npy` or
+///   `labels.npy` beside it.
+///
+/// u8 values 0..255 become -1..1, others stay as they are. Samples with values that are not finite are damaged samples.
+pub struct ArrayFile {
+    path: PathBuf,
+    file: File,
+    layout: Layout,
+    shape: [usize; 3],
+    pictures: bool,
+    labels: Vec<u32>, // [N]
+    names: Vec<String>,
+}
+
+enum File {
+    Safetensors(SafetensorsFile, &'static str), // and the tensor's name
+    Npy(NpyFile),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    ChannelsFirst,
+    ChannelsLast,
+}
+
+impl ArrayFile {
+    /// Opens `path` and reads its labels. There are `num_classes` classes, or as many as the largest label asks for.
+    ///
+    /// # Errors
+    /// [`Error::File`] when a file is missing or damaged, an array has the wrong shape or type, or a label is outside its
+    /// range; [`Error::Usage`] when `num_classes` is 0 or above [`MAX_CLASSES`].
+    pub fn open(path: impl AsRef<Path>, num_classes: Option<usize>) -> Result<Self> {
+        let path = path.as_ref();
+        if let Some(n) = num_classes.filter(|n| !(1..=MAX_CLASSES).contains(n)) {
+            return Err(Error::usage(format!("num_classes is {n}; it can be 1 to {MAX_CLASSES}")));
+        }
+        let fail = |what: String| Error::file(path, what);
+        let (file, pictures, labels) = if path.extension().is_some_and(|e| e == "npy") {
+            let labels_path = labels_beside(path)?;
+            let labels = NpyFile::open(&labels_path)?;
+            let labels = read_labels(labels.view(), num_classes).map_err(|what| Error::file(&labels_path, what))?;
+            (File::Npy(NpyFile::open(path)?), None, labels)
+        } else {
+            let file = SafetensorsFile::open(path)?;
+            let name = match (file.get("images"), file.get("latents")) {
+                (Some(_), None) => "images",
+                (None, Some(_)) => "latents",
+                (Some(_), Some(_)) => {
+                    return Err(fail("has both 'images' and 'latents'; keep the one to train on".into()));
+                }
+                (None, None) => return Err(fail("has no tensor 'images' or 'latents' of shape [N, C, H, W]".into())),
+            };
+            let labels = read_labels(file.tensor("labels")?, num_classes).map_err(fail)?;
+            (File::Safetensors(file, name), Some(name == "images"), labels)
+        };
+        let array = file.array();
+        let (layout, shape) = samples_of(array).map_err(fail)?;
+        if array.shape[0] != labels.len() {
+            return Err(fail(format!("has {} samples but {} labels", array.shape[0], labels.len())));
+        }
+        let pictures = pictures.unwrap_or(array.element == Element::U8 || matches!(shape[0], 1 | 3));
+        if !pictures && array.element == Element::U8 {
+            return Err(fail("has latents of type u8; latents are floating-point numbers".into()));
+        }
+        let classes = num_classes.or_else(|| labels.iter().max().map(|&label| label as usize + 1)).unwrap_or(1);
+        let names = (0..classes).map(|class| class.to_string()).collect();
+        Ok(ArrayFile { path: path.to_path_buf(), layout, shape, pictures, labels, names, file })
+    }
+}
+
+impl File {
+    fn array(&self) -> TensorView<'_> {
+        match self {
+            File::Safetensors(file, name) => file.get(name).expect("looked up when the file was opened"),
+            File::Npy(file) => file.view(),
+        }
+    }
+}
+
+/// The labels of `FILE.npy`.
+fn labels_beside(path: &Path) -> Result<PathBuf> {
+    let candidates = [path.with_extension("labels.npy"), path.with_file_name("labels.npy")];
+    let missing = || {
+        let [own, common] = &candidates;
+        Error::file(path, format!("has no labels beside it: neither {} nor {} exists", own.display(), common.display()))
+    };
+    candidates.iter().find(|candidate| candidate.exists()).cloned().ok_or_else(missing)
+}
+
+/// Labels `[N]`, each below `num_classes` (or [`MAX_CLASSES`]).
+fn read_labels(array: TensorView, num_classes: Option<usize>) -> std::result::Result<Vec<u32>, String> {
+    if array.shape.len() != 1 || !array.element.is_integer() {
+        return Err(format!("has labels {:?} of {:?}; integers [N] are expected", array.shape, array.element));
+    }
+    let limit = num_classes.unwrap_or(MAX_CLASSES);
+    let label = |(i, bytes)| {
+        let label = array.element.to_integer(bytes).unwrap_or(-1);
+        let inside = usize::try_from(label).ok().filter(|&label| label < limit);
+        inside
+            .map(|label| label as u32)
+            .ok_or_else(|| format!("has label {label} for sample {i}; labels are 0 to {}", limit - 1))
+    };
+    array.bytes.chunks_exact(array.element.size()).enumerate().map(label).collect()
+}
+
+/// Layout and `[C,H,W]` of the samples of `array`.
+fn samples_of(array: TensorView) -> std::result::Result<(Layout, [usize; 3]), String> {
+    let (element, shape) = (array.element, array.shape);
+    let &[n, a, b, c] = shape else {
+        return Err(format!("has shape {shape:?}; [N, C, H, W] is expected"));
+    };
+    if !element.is_float() && element != Element::U8 {
+        return Err(format!("has elements of type {element:?}; f64, f32, f16, bf16 or u8 are expected"));
+    }
+    let few = |channels| matches!(channels, 1 | 3);
+    let (layout, sample) = if element == Element::U8 && few(c) && !few(a) {
+        (Layout::ChannelsLast, [c, a, b])
+    } else {
+        (Layout::ChannelsFirst, [a, b, c])
+    };
+    if n == 0 || sample.contains(&0) {
+        return Err(format!("has shape {shape:?}: there is nothing in it"));
+    }
+    if n > u32::MAX as usize || sample.iter().product::<usize>() > MAX_SAMPLE {
+        return Err(format!("has shape {shape:?}; at most {} samples of {MAX_SAMPLE} numbers are read", u32::MAX));
+    }
+    Ok((layout, sample))
+}
+
+impl Dataset for ArrayFile {
+    fn shape(&self) -> [usize; 3] {
+        self.shape
+    }
+
+    fn class_names(&self) -> &[String] {
+        &self.names
+    }
+
+    fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
+        let label = self.labels[index];
+        let array = self.file.array();
+        let [channels, _, width] = self.shape;
+        let size = out.len() * array.element.size();
+        assert_eq!(out.len(), self.shape.iter().product::<usize>(), "numbers of a sample");
+        let bytes = &array.bytes[index * size..(index + 1) * size];
+        match self.layout {
+            Layout::ChannelsFirst => array.element.to_f32(bytes, out),
+            Layout::ChannelsLast => {
+                let plane = out.len() / channels;
+                for (place, pixel) in bytes.chunks_exact(channels).enumerate() {
+                    for (c, &value) in pixel.iter().enumerate() {
+                        out[c * plane + place] = f32::from(value);
+                    }
+                }
+            }
+        }
+        if array.element == Element::U8 {
+            out.iter_mut().for_each(|x| *x = *x / 127.5 - 1.0);
+        } else if let Some(place) = out.iter().position(|x| !x.is_finite()) {
+            return Err(Error::file(&self.path, format!("has {} at place {place} of sample {index}", out[place])));
+        }
+        if flip {
+            out.chunks_mut(width).for_each(<[f32]>::reverse);
+        }
+        Ok(label)
+    }
+
+    fn is_pictures(&self) -> bool {
+        self.pictures
+    }
+}

@@ -1,0 +1,314 @@
+//! Batches in a fixed order, made ready in background threads while the model computes.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use rayon::ThreadPool;
+use rayon::prelude::*;
+
+use super::Dataset;
+use crate::error::{Error, Result};
+use crate::rng::{Philox, Stream};
+
+/// Batches that are made ahead of the one in use.
+const AHEAD: usize = 2;
+
+/// Warnings about damaged samples that are kept until somebody takes them; further ones are only counted.
+const WARNINGS: usize = 16;
+
+/// How a [`Loader`] makes batches.
+#[derive(Clone, Copy, Debug)]
+pub struct LoaderOptions {
+    /// Samples per batch.
+    pub batch: usize,
+    /// Seed of the order and of the flips.
+    pub seed: u64,
+    /// Mirror each sample with probability 1/2.
+    pub flip: bool,
+    /// Threads that read and decode; 0 is one per processor, at most 8.
+    pub threads: usize,
+}
+
+/// Gives the batch of any step, the next ones already waiting.
+///
+/// Sample `i` of step `s` is number `n = s * batch + i` of the run: number `n % len` of epoch `n / len`. Each epoch has its
+/// own order, drawn by counter like the flips; so a batch depends on the seed and the step alone, and a resumed run sees
+/// what an uninterrupted one sees.
+///
+/// A sample that cannot be read is counted, named once ([`take_warnings`](Self::take_warnings)) and replaced by the next
+/// good one of the data set. When more than half of the samples are bad, that is an error.
+pub struct Loader {
+    source: Arc<Source>,
+    batch: usize,
+    jobs: Option<SyncSender<Job>>, // None only while the loader is dropped
+    done: Receiver<Result<Job>>,
+    requested: VecDeque<u64>, // steps of the jobs under way, in order
+    home: SyncSender<Buffers>,
+    free: Receiver<Buffers>,
+    buffers: usize, // how many were made
+    worker: Option<JoinHandle<()>>,
+}
+
+/// One batch. When it is dropped, its memory goes back to the loader.
+#[derive(Debug)]
+pub struct Batch {
+    /// `[B, C, H, W]`: images in [-1, 1], latents as they are.
+    pub pixels: Vec<f32>,
+    /// `[B]`: classes, below the data set's number of classes.
+    pub labels: Vec<u32>,
+    home: SyncSender<Buffers>,
+}
+
+#[derive(Default)]
+struct Buffers {
+    pixels: Vec<f32>,
+    labels: Vec<u32>,
+}
+
+struct Job {
+    step: u64,
+    buffers: Buffers,
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        let buffers = Buffers { pixels: std::mem::take(&mut self.pixels), labels: std::mem::take(&mut self.labels) };
+        // Fails when the loader is gone or has enough: then the memory is simply freed.
+        let _ = self.home.try_send(buffers);
+    }
+}
+
+impl Loader {
+    /// Starts the threads; the first batch is made when it is asked for.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the batch is empty or too large for memory to be addressed, the data set is empty or has more
+    /// than `u32::MAX` samples; [`Error::Stopped`] when the system refuses to start threads.
+    pub fn new(dataset: Arc<dyn Dataset>, options: LoaderOptions) -> Result<Self> {
+        let LoaderOptions { batch, seed, flip, threads } = options;
+        if batch == 0 {
+            return Err(Error::usage("batch_size is 0; a batch needs at least 1 sample"));
+        }
+        if dataset.is_empty() || u32::try_from(dataset.len()).is_err() {
+            return Err(Error::usage(format!("a data set of {} samples cannot be used", dataset.len())));
+        }
+        let sample = dataset.shape().iter().product::<usize>();
+        if sample == 0 || sample.checked_mul(batch).is_none_or(|n| n > isize::MAX as usize / size_of::<f32>()) {
+            return Err(Error::usage(format!("{batch} samples of {:?} cannot be one batch", dataset.shape())));
+        }
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if threads == 0 { processors.min(8) } else { threads };
+        let refused = |e: &dyn std::fmt::Display| {
+            Error::Stopped(format!("the threads that read the data cannot be started: {e}"))
+        };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("data-{i}")).build();
+        let pool = pool.map_err(|e| refused(&e))?;
+
+        let source = Arc::new(Source { dataset, bad: Mutex::default(), stop: AtomicBool::new(false) });
+        let (jobs, todo) = sync_channel(AHEAD);
+        let (finished, done) = sync_channel(AHEAD);
+        let (home, free) = sync_channel(AHEAD + 1);
+        let mut maker = Maker::new(source.clone(), pool, seed, batch, flip);
+        let worker = std::thread::Builder::new().name("data".into()).spawn(move || {
+            while let Ok(job) = todo.recv() {
+                if finished.send(maker.make(job)).is_err() {
+                    break;
+                }
+            }
+        });
+        let worker = Some(worker.map_err(|e| refused(&e))?);
+        let requested = VecDeque::with_capacity(AHEAD);
+        Ok(Loader { source, batch, jobs: Some(jobs), done, requested, home, free, buffers: 0, worker })
+    }
+
+    /// The batch of `step`. Fast when the steps are asked for in order; any other step starts over from there.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] when more than half of the samples cannot be read, or the loading thread has died.
+    pub fn next(&mut self, step: u64) -> Result<Batch> {
+        while self.requested.front().is_some_and(|&first| first != step) {
+            if let Ok(job) = self.receive()? {
+                let _ = self.home.try_send(job.buffers);
+            }
+        }
+        let mut ahead = self.requested.back().map_or(step, |last| last.wrapping_add(1));
+        while self.requested.len() < AHEAD {
+            let buffers = match self.free.try_recv() {
+                Ok(buffers) => buffers,
+                // With nothing under way there must be a new one, however many batches the caller keeps.
+                Err(_) if self.buffers <= AHEAD || self.requested.is_empty() => {
+                    self.buffers += 1;
+                    Buffers::default()
+                }
+                Err(_) => break,
+            };
+            let jobs = self.jobs.as_ref().ok_or_else(died)?;
+            jobs.send(Job { step: ahead, buffers }).map_err(|_| died())?;
+            self.requested.push_back(ahead);
+            ahead = ahead.wrapping_add(1);
+        }
+        let Job { buffers, .. } = self.receive()??;
+        Ok(Batch { pixels: buffers.pixels, labels: buffers.labels, home: self.home.clone() })
+    }
+
+    /// The data set.
+    pub fn dataset(&self) -> &Arc<dyn Dataset> {
+        &self.source.dataset
+    }
+
+    /// Samples per batch.
+    pub fn batch_size(&self) -> usize {
+        self.batch
+    }
+
+    /// How many damaged samples were met so far, counting the batches that were made ahead: for display only, it depends on
+    /// how far ahead the threads are.
+    pub fn bad_samples(&self) -> usize {
+        self.source.bad().indices.len()
+    }
+
+    /// One sentence for each damaged sample met since the last call (the first few of many).
+    pub fn take_warnings(&self) -> Vec<String> {
+        std::mem::take(&mut self.source.bad().warnings)
+    }
+
+    /// Waits for the oldest job. The outer error is a dead thread, the inner one that of the job.
+    fn receive(&mut self) -> Result<Result<Job>> {
+        self.requested.pop_front();
+        self.done.recv().map_err(|_| died())
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.source.stop.store(true, Ordering::Relaxed);
+        self.jobs = None;
+        if let Some(worker) = self.worker.take() {
+            // A worker that panicked has said so itself.
+            let _ = worker.join();
+        }
+    }
+}
+
+fn died() -> Error {
+    Error::Stopped("the thread that reads the data has died; this is a bug, please report it".into())
+}
+
+/// The order of the samples: one permutation per epoch (Fisher and Yates), made anew when the epoch changes.
+struct Order {
+    rng: Philox,
+    epoch: Option<u64>,
+    permutation: Vec<u32>, // [len]
+}
+
+impl Order {
+    /// Index of sample number `n` of the run.
+    fn index(&mut self, n: u64) -> usize {
+        let len = self.permutation.len() as u64;
+        let epoch = n / len;
+        if self.epoch != Some(epoch) {
+            self.epoch = Some(epoch);
+            self.permutation.iter_mut().zip(0..).for_each(|(place, i)| *place = i);
+            for i in (1..self.permutation.len()).rev() {
+                let other = self.rng.below(i as u64 + 1, epoch, 0, i as u32) as usize;
+                self.permutation.swap(i, other);
+            }
+        }
+        self.permutation[(n % len) as usize] as usize
+    }
+}
+
+/// Makes whole batches; lives in the worker thread.
+struct Maker {
+    source: Arc<Source>,
+    pool: ThreadPool,
+    batch: usize,
+    order: Order,
+    flips: Option<Philox>,
+    plan: Vec<(usize, bool)>, // [B]: index of the sample, flip it
+}
+
+impl Maker {
+    fn new(source: Arc<Source>, pool: ThreadPool, seed: u64, batch: usize, flip: bool) -> Self {
+        let permutation = vec![0; source.dataset.len()];
+        let order = Order { rng: Philox::new(seed, Stream::Shuffle), epoch: None, permutation };
+        let flips = flip.then(|| Philox::new(seed, Stream::Flip));
+        Maker { source, pool, batch, order, flips, plan: Vec::with_capacity(batch) }
+    }
+
+    fn make(&mut self, mut job: Job) -> Result<Job> {
+        let first = job.step.wrapping_mul(self.batch as u64);
+        self.plan.clear();
+        for i in 0..self.batch as u64 {
+            let n = first.wrapping_add(i);
+            let flip = self.flips.is_some_and(|rng| rng.block(0, n >> 32, n as u32)[0] & 1 == 1);
+            self.plan.push((self.order.index(n), flip));
+        }
+        let sample = self.source.dataset.shape().iter().product::<usize>();
+        let Buffers { pixels, labels } = &mut job.buffers;
+        pixels.resize(self.batch * sample, 0.0);
+        labels.resize(self.batch, 0);
+        let (source, plan) = (&self.source, &self.plan);
+        self.pool.install(|| {
+            let places = pixels.par_chunks_mut(sample).zip(labels.par_iter_mut());
+            places.zip(plan.par_iter()).try_for_each(|((pixels, label), &(index, flip))| {
+                *label = source.read(index, flip, pixels)?;
+                Ok(())
+            })
+        })?;
+        Ok(job)
+    }
+}
+
+/// The data set and what is known to be wrong with it.
+struct Source {
+    dataset: Arc<dyn Dataset>,
+    bad: Mutex<Bad>,
+    stop: AtomicBool,
+}
+
+#[derive(Default)]
+struct Bad {
+    indices: HashSet<usize>,
+    warnings: Vec<String>,
+}
+
+impl Source {
+    fn bad(&self) -> MutexGuard<'_, Bad> {
+        self.bad.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads the first good sample at or after `first`: which one depends on the data alone.
+    fn read(&self, first: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
+        let len = self.dataset.len();
+        for index in (first..len).chain(0..first) {
+            if self.stop.load(Ordering::Relaxed) {
+                break;
+            }
+            if self.bad().indices.contains(&index) {
+                continue;
+            }
+            match self.dataset.read(index, flip, out) {
+                Ok(label) => return Ok(label),
+                Err(e) => self.leave_out(index, &e)?,
+            }
+        }
+        Err(Error::Stopped("no sample of the data set can be read".into()))
+    }
+
+    fn leave_out(&self, index: usize, why: &Error) -> Result<()> {
+        let mut bad = self.bad();
+        // Two threads may have met the same one.
+        if bad.indices.insert(index) && bad.warnings.len() < WARNINGS {
+            bad.warnings.push(why.to_string());
+        }
+        let (count, len) = (bad.indices.len(), self.dataset.len());
+        if count > len / 2 {
+            return Err(Error::Stopped(format!("{count} of {len} samples cannot be read, the last: {why}")));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,95 @@
+//! What a model is trained on: labelled images or latents, read one by one ([`Dataset`]) and put together to batches in
+//! background threads ([`Loader`]).
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+
+pub mod digits;
+pub mod images;
+pub mod latents;
+pub mod loader;
+pub mod npy;
+pub mod npz;
+pub mod resize;
+
+pub use loader::{Batch, Loader, LoaderOptions};
+
+/// Most classes that a data set may have. A class costs a row of the label table; the largest sets in use have 21,841.
+pub const MAX_CLASSES: usize = 65_536;
+
+/// Labelled samples of one shape that can be read in any order, from any thread.
+pub trait Dataset: Send + Sync {
+    /// Channels, height and width of every sample.
+    fn shape(&self) -> [usize; 3];
+
+    /// Name of every class; a label is a place in this list.
+    fn class_names(&self) -> &[String];
+
+    /// Number of classes: labels are smaller.
+    fn num_classes(&self) -> usize {
+        self.class_names().len()
+    }
+
+    /// Number of samples: at least 1, at most `u32::MAX`.
+    fn len(&self) -> usize;
+
+    /// Always false: a data set without samples is an error when it is opened.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Writes sample `index` to `out` `[C,H,W]` and returns its label. Images are in [-1, 1], latents as they are;
+    /// with `flip` left and right are exchanged.
+    ///
+    /// # Errors
+    /// When the sample is damaged: the message names it. Reading it again gives the same result.
+    ///
+    /// # Panics
+    /// When `index` is not below [`len`](Self::len) or `out` has not the size of a sample.
+    fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32>;
+
+    /// Whether the samples are pictures in [-1, 1] (and not latents).
+    fn is_pictures(&self) -> bool {
+        true
+    }
+
+    /// Whether a mirrored sample is as good as the sample itself (a mirrored digit is not a digit).
+    fn may_flip(&self) -> bool {
+        false
+    }
+
+    /// A sentence that the user should see once, for example that some files were left out.
+    fn note(&self) -> Option<&str> {
+        None
+    }
+}
+
+/// Opens the data set that `what` names: `digits`, a folder of class subfolders ([`images::ImageFolder`]), or a
+/// `.safetensors` or `.npy` file ([`latents::ArrayFile`]).
+///
+/// `image_size` is the side of the square that images of a folder are brought to, in pixels; `num_classes` widens the range
+/// of labels of an array file beyond the largest label found. The other kinds ignore them.
+///
+/// # Errors
+/// [`Error::Usage`] when `what` is none of these or the image size is missing, and those of the kind of data set.
+pub fn open(what: &str, image_size: Option<usize>, num_classes: Option<usize>) -> Result<Arc<dyn Dataset>> {
+    if what == "digits" {
+        return Ok(Arc::new(digits::Digits::new()?));
+    }
+    let path = Path::new(what);
+    if path.is_dir() {
+        let size =
+            image_size.ok_or_else(|| Error::usage(format!("the images of {what} need a size: set image_size")))?;
+        return Ok(Arc::new(images::ImageFolder::open(path, size)?));
+    }
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("safetensors" | "npy") => Ok(Arc::new(latents::ArrayFile::open(path, num_classes)?)),
+        _ if path.exists() => Err(Error::file(path, "is neither a folder of images nor a .safetensors or .npy file")),
+        _ => Err(Error::file(
+            path,
+            "does not exist; data is 'digits', a folder of class folders, a .safetensors or a .npy file",
+        )),
+    }
+}

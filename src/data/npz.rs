@@ -1,0 +1,213 @@
+//! Writing `.npz` archives (a zip of stored `.npy` files) as a stream: arrays larger than memory, and than 4 GiB, are fine.
+//!
+//! The format is that of PKWARE's APPNOTE 6.3: local headers (4.3.7) with the ZIP64 extra field (4.5.3) where a file needs
+//! it, the central directory (4.3.12) and its end (4.3.14 to 4.3.16).
+
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::PathBuf;
+
+use super::npy::NpyHeader;
+use crate::atomic_file::AtomicFile;
+use crate::element::{Element, byte_len};
+use crate::error::{Error, Result};
+
+/// From this value on a 32-bit field of the archive moves to the ZIP64 extra field.
+const ZIP64: u64 = u32::MAX as u64;
+
+/// An archive being written. Nothing has the final name before [`finish`](Self::finish).
+///
+/// ```no_run
+/// # use dtr_fused::{data::npz::NpzWriter, element::Element};
+/// let mut npz = NpzWriter::create("samples.npz")?;
+/// npz.begin("arr_0", Element::U8, &[2, 8, 8, 3])?; // N, H, W, C, as the ADM evaluation suite reads them
+/// npz.write(&[0; 2 * 8 * 8 * 3])?;
+/// npz.begin("arr_1", Element::I64, &[2])?;
+/// npz.write(&[0; 2 * 8])?;
+/// npz.finish()?;
+/// # Ok::<(), dtr_fused::Error>(())
+/// ```
+pub struct NpzWriter {
+    file: AtomicFile,
+    position: u64,
+    members: Vec<Member>,
+    missing: u64, // bytes that the last member still needs
+    crc: crc32fast::Hasher,
+}
+
+/// One file of the archive.
+struct Member {
+    name: String, // with .npy
+    offset: u64,  // of its local header
+    size: u64,
+    crc: u32,
+}
+
+impl NpzWriter {
+    /// Begins the archive that will be `path`.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the directory cannot be written.
+    pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
+        let file = AtomicFile::create(path)?;
+        Ok(NpzWriter { file, position: 0, members: Vec::new(), missing: 0, crc: crc32fast::Hasher::new() })
+    }
+
+    /// Begins the array `name` of `shape`; its elements follow by [`write`](Self::write).
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the array before it is not complete, the name is longer than 1000 bytes or NumPy has no such
+    /// elements; [`Error::File`] when writing fails.
+    pub fn begin(&mut self, name: &str, element: Element, shape: &[usize]) -> Result<()> {
+        self.end_member()?;
+        let header = NpyHeader::bytes(element, shape).filter(|_| name.len() <= 1000);
+        let (Some(header), Some(data)) = (header, byte_len(element, shape)) else {
+            return Err(Error::usage(format!(
+                "'{name:.80}' of {shape:?} {element:?} cannot be an array of an .npz file"
+            )));
+        };
+        let size = header.len() as u64 + data as u64;
+        self.members.push(Member { name: format!("{name}.npy"), offset: self.position, size, crc: 0 });
+        let local = self.members[self.members.len() - 1].local_header();
+        self.put(&local)?;
+        self.missing = size;
+        self.write(&header)
+    }
+
+    /// Appends elements (little-endian, row-major) to the array begun last, in pieces of any length.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when that is more than its shape asks for; [`Error::File`] when writing fails.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let left = self.missing.checked_sub(bytes.len() as u64);
+        self.missing = left.ok_or_else(|| Error::usage("more was written to an array than its shape asks for"))?;
+        self.crc.update(bytes);
+        self.put(bytes)
+    }
+
+    /// Writes the directory of the archive and gives the file its name.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the last array is not complete; [`Error::File`] when writing fails.
+    pub fn finish(mut self) -> Result<()> {
+        self.end_member()?;
+        let start = self.position;
+        for i in 0..self.members.len() {
+            let entry = self.members[i].central_header();
+            self.put(&entry)?;
+        }
+        let end = end_of_directory(self.members.len() as u64, start, self.position - start);
+        self.put(&end)?;
+        self.file.commit()
+    }
+
+    /// Completes the array begun last, if there is one: its checksum is known only now.
+    fn end_member(&mut self) -> Result<()> {
+        if self.missing > 0 {
+            return Err(Error::usage(format!("{} bytes of an array were not written", self.missing)));
+        }
+        let crc = std::mem::take(&mut self.crc).finalize();
+        if let Some(member) = self.members.last_mut() {
+            member.crc = crc;
+            let place = member.offset + Member::CRC_PLACE;
+            let end = self.position;
+            let patch = |file: &mut AtomicFile| -> io::Result<()> {
+                file.seek(SeekFrom::Start(place))?;
+                file.write_all(&crc.to_le_bytes())?;
+                file.seek(SeekFrom::Start(end))?;
+                Ok(())
+            };
+            patch(&mut self.file).map_err(|e| self.file.error(&e))?;
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.position += bytes.len() as u64;
+        self.file.write_all(bytes).map_err(|e| self.file.error(&e))
+    }
+}
+
+impl Member {
+    /// Where the checksum stands in the local header.
+    const CRC_PLACE: u64 = 14;
+
+    fn local_header(&self) -> Vec<u8> {
+        let mut extra = Vec::new();
+        let size = if self.size >= ZIP64 {
+            extra.extend(1u16.to_le_bytes());
+            extra.extend(16u16.to_le_bytes());
+            extra.extend(self.size.to_le_bytes()); // as it is
+            extra.extend(self.size.to_le_bytes()); // compressed
+            u32::MAX
+        } else {
+            self.size as u32
+        };
+        let mut header = b"PK\x03\x04".to_vec();
+        self.common_fields(&mut header, size, extra.len());
+        header.extend(self.name.as_bytes());
+        header.extend(extra);
+        header
+    }
+
+    fn central_header(&self) -> Vec<u8> {
+        // The extra field holds what did not fit, in this order.
+        let large = if self.size >= ZIP64 { vec![self.size, self.size] } else { vec![] };
+        let far = (self.offset >= ZIP64).then_some(self.offset);
+        let wide: Vec<u8> = large.into_iter().chain(far).flat_map(u64::to_le_bytes).collect();
+        let mut extra = Vec::new();
+        if !wide.is_empty() {
+            extra.extend(1u16.to_le_bytes());
+            extra.extend((wide.len() as u16).to_le_bytes());
+            extra.extend(wide);
+        }
+        let mut header = b"PK\x01\x02".to_vec();
+        header.extend(45u16.to_le_bytes()); // made by version 4.5
+        self.common_fields(&mut header, self.size.min(ZIP64) as u32, extra.len());
+        header.extend([0; 10]); // comment, disk, attributes
+        header.extend((self.offset.min(ZIP64) as u32).to_le_bytes());
+        header.extend(self.name.as_bytes());
+        header.extend(extra);
+        header
+    }
+
+    /// The fields that local and central headers share, from the version needed to the length of the extra field.
+    fn common_fields(&self, header: &mut Vec<u8>, size: u32, extra: usize) {
+        header.extend(45u16.to_le_bytes()); // needs version 4.5
+        header.extend([0, 0, 0, 0]); // no flags, stored
+        header.extend([0, 0, 0x21, 0]); // midnight of 1980-01-01: equal samples make equal files
+        header.extend(self.crc.to_le_bytes());
+        header.extend(size.to_le_bytes());
+        header.extend(size.to_le_bytes());
+        header.extend((self.name.len() as u16).to_le_bytes());
+        header.extend((extra as u16).to_le_bytes());
+    }
+}
+
+/// The end of the archive: the ZIP64 records where `members`, the `start` or the `length` of the directory need them, then
+/// the plain one.
+fn end_of_directory(members: u64, start: u64, length: u64) -> Vec<u8> {
+    let mut end = Vec::new();
+    if members >= u64::from(u16::MAX) || start >= ZIP64 || length >= ZIP64 {
+        end.extend(b"PK\x06\x06");
+        end.extend(44u64.to_le_bytes()); // bytes of this record that follow
+        end.extend(45u16.to_le_bytes());
+        end.extend(45u16.to_le_bytes());
+        end.extend([0; 8]); // disks
+        for number in [members, members, length, start] {
+            end.extend(number.to_le_bytes());
+        }
+        end.extend(b"PK\x06\x07");
+        end.extend([0; 4]);
+        end.extend((start + length).to_le_bytes()); // where the record above stands
+        end.extend(1u32.to_le_bytes());
+    }
+    let few = members.min(u64::from(u16::MAX)) as u16;
+    end.extend(b"PK\x05\x06");
+    end.extend([0; 4]); // disks
+    end.extend(few.to_le_bytes());
+    end.extend(few.to_le_bytes());
+    end.extend((length.min(ZIP64) as u32).to_le_bytes());
+    end.extend((start.min(ZIP64) as u32).to_le_bytes());
+    end.extend([0; 2]); // no comment
+    end
+}
