@@ -28,7 +28,7 @@ const MAX_SIZE: usize = 4096;
 ///
 /// Labels are the places of the class folders in alphabetical order (of code points, as in torchvision's `ImageFolder`).
 /// Images are cropped and scaled exactly as ADM and DiT do with Pillow ([`center_crop`]); PNG and WebP images therefore
-/// agree with theirs to the bit, JPEGs as far as two decoders agree (they round differently, by a level or two).
+/// agree with theirs to the bit, JPEGs as far as two decoders agree (on test pictures by a level, by two with subsampled colour).
 /// Transparency is dropped and orientation tags are ignored, as there.
 pub struct ImageFolder {
     size: usize,
