@@ -63,6 +63,16 @@ impl Philox {
         open_unit(self.block(step, sample, index)[0])
     }
 
+    /// Fills `out` with independent numbers uniform in (-bound, bound): element `i` comes from block `i / 4`, word `i % 4`.
+    pub fn symmetric(&self, out: &mut [f32], bound: f32, step: u64, sample: u64) {
+        for (index, four) in out.chunks_mut(4).enumerate() {
+            let words = self.block(step, sample, index as u32);
+            for (x, word) in four.iter_mut().zip(words) {
+                *x = bound * (2.0 * open_unit(word) - 1.0);
+            }
+        }
+    }
+
     /// Fills `out` with independent standard normal numbers: element `i` comes from block `i / 4`, word `i % 4`.
     pub fn normal(&self, out: &mut [f32], step: u64, sample: u64) {
         for (index, four) in out.chunks_mut(4).enumerate() {

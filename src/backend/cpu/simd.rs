@@ -1,0 +1,230 @@
+//! Loops compiled for AVX-512, AVX2 with FMA, and the baseline, chosen at run time; and the functions they share.
+//!
+//! A body is written once, as plain Rust over slices that the compiler vectorises. Its const parameter says whether fused
+//! multiply-add is an instruction (then [`fma`] is one) or not (then it is two operations, not a library call).
+
+/// Defines a function once for every instruction set.
+macro_rules! simd_fn {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident<$fma:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body<const $fma: bool>($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
+                #[target_feature(enable = "avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx2($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
+                match $crate::backend::cpu::simd::level() {
+                    // SAFETY: `level` found every feature the function needs on this processor.
+                    $crate::backend::cpu::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::backend::cpu::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::backend::cpu::simd::Level::Baseline => {}
+                }
+            }
+            body::<{ cfg!(target_arch = "aarch64") }>($($arg),*)
+        }
+    };
+}
+pub(crate) use simd_fn;
+
+/// Instruction sets that bodies are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// 512-bit vectors.
+    Avx512,
+    /// 256-bit vectors and fused multiply-add.
+    Avx2,
+    /// Whatever the target guarantees.
+    Baseline,
+}
+
+/// The best instruction set of this processor.
+#[inline]
+pub fn level() -> Level {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        if has!("avx512f") && has!("avx512vl") && has!("avx512bw") && has!("avx512dq") && has!("avx2") && has!("fma") {
+            return Level::Avx512;
+        }
+        if has!("avx2") && has!("fma") {
+            return Level::Avx2;
+        }
+    }
+    Level::Baseline
+}
+
+/// `a * b + c`, in one rounding where that is one instruction.
+#[inline(always)]
+pub fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// `e^x` to about 2e-7 relative; 0 below -87.3, at most e^88.7; NaN stays NaN.
+#[inline(always)]
+pub fn exp<const FMA: bool>(x: f32) -> f32 {
+    // Clamped by comparisons that keep NaN.
+    let x = if x > 88.7 { 88.7 } else { x };
+    let underflow = x < -87.3;
+    let x = if underflow { -87.3 } else { x };
+    // x = n ln 2 + r: adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+    const ROUND: f32 = 12_582_912.0;
+    let shifted = fma::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = fma::<FMA>(n, -0.693_145_75, x);
+    let r = fma::<FMA>(n, -1.428_606_8e-6, r);
+    let mut p = 1.0 / 720.0;
+    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = fma::<FMA>(p, r, c);
+    }
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3F80_0000));
+    if underflow { 0.0 } else { p * power }
+}
+
+/// The logistic function `1 / (1 + e^-x)`.
+#[inline(always)]
+pub fn sigmoid<const FMA: bool>(x: f32) -> f32 {
+    1.0 / (1.0 + exp::<FMA>(-x))
+}
+
+/// `2 sqrt(2 / pi)`: the tanh form of GELU is `x * sigmoid(GELU_SLOPE * (x + GELU_CUBIC x^3))`.
+pub const GELU_SLOPE: f32 = 1.595_769;
+/// The cubic coefficient of the tanh form of GELU.
+pub const GELU_CUBIC: f32 = 0.044_715;
+
+/// GELU, tanh form (Hendrycks and Gimpel, 2016).
+#[inline(always)]
+pub fn gelu<const FMA: bool>(x: f32) -> f32 {
+    x * sigmoid::<FMA>(GELU_SLOPE * x * fma::<FMA>(GELU_CUBIC * x, x, 1.0))
+}
+
+/// Derivative of [`gelu`].
+#[inline(always)]
+pub fn gelu_derivative<const FMA: bool>(x: f32) -> f32 {
+    let s = sigmoid::<FMA>(GELU_SLOPE * x * fma::<FMA>(GELU_CUBIC * x, x, 1.0));
+    let inner = GELU_SLOPE * fma::<FMA>(3.0 * GELU_CUBIC * x, x, 1.0);
+    fma::<FMA>(x * s * (1.0 - s), inner, s)
+}
+
+/// Partial sums of a vectorised reduction.
+pub const LANES: usize = 16;
+
+/// `sum f(i)` over `0..n` in [`LANES`] interleaved partial sums: a fixed order that vectorises.
+#[inline(always)]
+pub fn sum_by(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let whole = n / LANES * LANES;
+    let mut i = 0;
+    while i < whole {
+        for (l, lane) in lanes.iter_mut().enumerate() {
+            *lane += f(i + l);
+        }
+        i += LANES;
+    }
+    for (l, lane) in lanes.iter_mut().enumerate().take(n - whole) {
+        *lane += f(whole + l);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] += lanes[l + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+simd_fn! {
+    /// `y += x`.
+    pub fn add_assign<F>(y: &mut [f32], x: &[f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y += x;
+        }
+    }
+}
+
+simd_fn! {
+    /// `y += row` for every row of `y` (`[rows, n]`, n the length of `row`).
+    pub fn add_row<F>(y: &mut [f32], row: &[f32]) {
+        for line in y.chunks_exact_mut(row.len()) {
+            for (y, &b) in line.iter_mut().zip(row) {
+                *y += b;
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// `sums[j] (+)= sum over rows of x[row, j]`, rows in order.
+    pub fn column_sums<F>(sums: &mut [f32], x: &[f32], add: bool) {
+        if !add {
+            sums.fill(0.0);
+        }
+        for line in x.chunks_exact(sums.len()) {
+            for (s, &x) in sums.iter_mut().zip(line) {
+                *s += x;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn both(f: fn(f32) -> f32, g: fn(f32) -> f32, truth: fn(f64) -> f64, range: f32, tolerance: f64) {
+        for k in -20_000..=20_000 {
+            let x = k as f32 / 20_000.0 * range;
+            let expected = truth(f64::from(x));
+            for got in [f(x), g(x)] {
+                let err = (f64::from(got) - expected).abs();
+                assert!(err <= tolerance * expected.abs().max(1e-6), "at {x}: {got} for {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn exponential_agrees_with_f64() {
+        both(exp::<true>, exp::<false>, f64::exp, 87.0, 3e-7);
+        assert_eq!(exp::<false>(-1000.0), 0.0);
+        assert_eq!(exp::<false>(f32::NEG_INFINITY), 0.0);
+        assert!(exp::<false>(1000.0) > 1e38 && exp::<false>(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn gelu_and_its_derivative_agree_with_f64() {
+        fn truth(x: f64) -> f64 {
+            0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044_715 * x * x * x)).tanh())
+        }
+        fn slope(x: f64) -> f64 {
+            (truth(x + 1e-5) - truth(x - 1e-5)) / 2e-5
+        }
+        for k in -2000..=2000 {
+            let x = k as f32 / 200.0;
+            let (y, d) = (gelu::<true>(x), gelu_derivative::<true>(x));
+            assert!((f64::from(y) - truth(f64::from(x))).abs() <= 1e-6, "gelu({x}) = {y}");
+            assert!((f64::from(d) - slope(f64::from(x))).abs() <= 2e-6, "gelu'({x}) = {d}");
+        }
+    }
+
+    #[test]
+    fn sums_add_every_element_once() {
+        for n in [0, 1, 15, 16, 17, 100] {
+            assert_eq!(sum_by(n, |i| (i + 1) as f32), (n * (n + 1) / 2) as f32);
+        }
+        let mut sums = vec![1.0; 5];
+        let x: Vec<f32> = (0..15).map(|v| v as f32).collect();
+        column_sums(&mut sums, &x, true);
+        assert_eq!(sums, [16.0, 19.0, 22.0, 25.0, 28.0]);
+        column_sums(&mut sums, &x, false);
+        assert_eq!(sums, [15.0, 18.0, 21.0, 24.0, 27.0]);
+    }
+}

@@ -1,0 +1,192 @@
+//! `dtr-fused bench`.
+
+use std::time::Instant;
+
+use clap::Args;
+
+use super::knobs::KnobFlags;
+use crate::autograd::{Memory, Tape};
+use crate::error::{Error, Result};
+use crate::model::config::TASKS;
+use crate::model::flops::forward_flops;
+use crate::rng::{Philox, Stream};
+use crate::train::learner::{Batch, Learner, Losses};
+use crate::train::optimizer::Update;
+use crate::train::{TrainConfig, trainer};
+
+const EXAMPLES: &str = "\
+Examples:
+  dtr-fused bench                                       the digits model
+  dtr-fused bench --model DiT-S/2 --batch-size 8 --routing sublayer --beta 0.5
+  dtr-fused bench --model DiT-S/2 --batch-size 8 --threads 1 --json
+DiT models are timed on 32 x 32 x 4 latents of 1000 classes unless --image-size, --in-channels, --num-classes say otherwise.
+";
+
+/// Time a training step and a forward pass of a model on random data
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct BenchArgs {
+    /// Training steps and forward passes that are timed, after two of each that are not
+    #[arg(long, default_value_t = 7)]
+    runs: usize,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    knobs: KnobFlags,
+}
+
+/// What was measured.
+#[derive(Debug, serde::Serialize)]
+struct Report {
+    model: String,
+    routing: String,
+    beta: f64,
+    batch_size: usize,
+    threads: usize,
+    parameters: usize,
+    step_seconds: f64,
+    forward_seconds: f64,
+    images_per_s: f64,
+    /// Products computed in a step (forward and backward), in 1e9 operations a second.
+    step_gflop_per_s: f64,
+    /// The same of a forward pass.
+    forward_gflop_per_s: f64,
+    /// Products of a step, in 1e9 operations.
+    step_gflop: f64,
+    /// Those that the dense model would take on top.
+    step_gflop_saved: f64,
+    /// Highest memory use of the process, when the system tells.
+    peak_memory_mb: Option<f64>,
+}
+
+pub(super) fn run(args: BenchArgs) -> Result<()> {
+    if args.runs == 0 {
+        return Err(Error::usage("--runs is 0, but at least one run must be timed"));
+    }
+    let mut config = TrainConfig::from_layers(std::slice::from_ref(&args.knobs.layer))?;
+    let latents = config.model.starts_with("DiT-");
+    let (size, channels, classes) = if latents { (32, 4, 1000) } else { (8, 1, 10) };
+    let given = |value: usize, default| if value == 0 { default } else { value };
+    config.image_size = given(config.image_size, size);
+    config.in_channels = given(config.in_channels, channels);
+    config.num_classes = given(config.num_classes, classes);
+    config.validate()?;
+    let report = trainer::in_pool(&config, || measure(&config, args.runs))?;
+    if args.json {
+        println!("{}", serde_json::to_string(&report).map_err(|e| Error::Stopped(e.to_string()))?);
+        return Ok(());
+    }
+    let row = |name: &str, value: String| println!("{name:<16}{value}");
+    row("model", format!("{}, {:.1} M parameters", report.model, report.parameters as f64 / 1e6));
+    row("routing", format!("{}, beta {}", report.routing, report.beta));
+    row("batch", format!("{} images, {} threads", report.batch_size, report.threads));
+    let (step, forward) = (report.step_seconds * 1e3, report.forward_seconds * 1e3);
+    row(
+        "training step",
+        format!("{step:.1} ms, {:.1} images/s, {:.0} GFLOP/s", report.images_per_s, report.step_gflop_per_s),
+    );
+    row("forward pass", format!("{forward:.1} ms, {:.0} GFLOP/s", report.forward_gflop_per_s));
+    let saved = 100.0 * report.step_gflop_saved / (report.step_gflop + report.step_gflop_saved);
+    row(
+        "products",
+        format!("{:.1} GFLOP a step, {saved:.1} % of the dense model's saved by skipping", report.step_gflop),
+    );
+    if let Some(peak) = report.peak_memory_mb {
+        row("peak memory", format!("{peak:.0} MB"));
+    }
+    Ok(())
+}
+
+fn measure(config: &TrainConfig, runs: usize) -> Result<Report> {
+    let mut learner = trainer::learner(config)?;
+    let (b, n) = (config.batch_size, config.in_channels * config.image_size * config.image_size);
+    let rng = Philox::new(config.seed, Stream::Noise);
+    let (mut x_start, mut noise) = (vec![0.0; b * n], vec![0.0; b * n]);
+    rng.normal(&mut x_start, 0, 0);
+    rng.normal(&mut noise, 0, 1);
+    // adaLN-Zero starts with gates of zero, which no kernel must profit from.
+    rng.normal(&mut learner.weights, 0, 2);
+    learner.weights.iter_mut().for_each(|w| *w *= 0.02);
+    let t: Vec<u32> = (0..b).map(|i| ((2 * i + 1) * TASKS / (2 * b)) as u32).collect();
+    let labels: Vec<u32> = (0..b).map(|i| (i % config.num_classes) as u32).collect();
+    let mut coefficients = vec![0.0; b];
+    learner.coefficients(&mut coefficients);
+    let batch = Batch { x_start: &x_start, noise: &noise, t: &t, labels: &labels, coefficients: &coefficients };
+    let update = Update {
+        lr: config.lr,
+        beta1: config.adam_beta1,
+        beta2: config.adam_beta2,
+        eps: config.adam_eps,
+        weight_decay: config.weight_decay,
+        ema_decay: config.ema_decay,
+        number: 0,
+        grad_scale: 1.0,
+    };
+    let mut losses = Losses::default();
+    let step_seconds = median(runs, || {
+        learner.gradients(batch, false, &mut losses)?;
+        learner.objective(&losses.loss);
+        learner.gradient_norm();
+        learner.update(update, config.uw_lr);
+        Ok(())
+    })?;
+    let Learner { dit, weights, memory, .. } = &mut learner;
+    let forward_seconds = median(runs, || forward(dit, weights, memory, &x_start, &t, &labels))?;
+
+    let windows: Vec<_> = t.iter().map(|&t| dit.windows()[t as usize]).collect();
+    let flops = forward_flops(&dit.config, &windows);
+    Ok(Report {
+        model: config.model.clone(),
+        routing: config.toml_of("routing").trim_matches('"').into(),
+        beta: config.beta,
+        batch_size: b,
+        threads: rayon::current_num_threads(),
+        parameters: dit.layout.len(),
+        step_seconds,
+        forward_seconds,
+        images_per_s: b as f64 / step_seconds,
+        step_gflop_per_s: 3.0 * flops.done / step_seconds / 1e9,
+        forward_gflop_per_s: flops.done / forward_seconds / 1e9,
+        step_gflop: 3.0 * flops.done / 1e9,
+        step_gflop_saved: 3.0 * (flops.dense - flops.done) / 1e9,
+        peak_memory_mb: peak_memory_mb(),
+    })
+}
+
+fn forward(
+    dit: &crate::model::dit::Dit,
+    weights: &[f32],
+    memory: &mut Memory,
+    x: &[f32],
+    t: &[u32],
+    labels: &[u32],
+) -> Result<()> {
+    let (channels, side) = (dit.config.in_channels, dit.config.input_size);
+    let mut tape = Tape::inference(weights, memory);
+    let x = tape.input(x, [t.len(), channels, side, side], false)?;
+    let out = dit.forward(&mut tape, x, t, labels)?;
+    std::hint::black_box(tape.value(out));
+    Ok(())
+}
+
+/// Median seconds of `work` over `runs`, after two that are not timed.
+fn median(runs: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut seconds = Vec::with_capacity(runs);
+    for run in 0..runs + 2 {
+        let start = Instant::now();
+        work()?;
+        if run >= 2 {
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+    }
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds[runs / 2])
+}
+
+/// Highest resident memory of this process so far; Linux tells.
+fn peak_memory_mb() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<f64>().ok()? / 1e3)
+}

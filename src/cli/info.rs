@@ -1,0 +1,185 @@
+//! `dtr-fused info`: what a run's directory or a checkpoint holds.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use crate::error::{Error, Result};
+use crate::safetensors_file::SafetensorsFile;
+use crate::train::config::KNOBS;
+use crate::train::{TrainConfig, checkpoint, metrics};
+
+const EXAMPLES: &str = "\
+Examples:
+  dtr-fused info runs/digits-paper-0001                         the run and its checkpoints
+  dtr-fused info runs/digits-paper-0001/checkpoints/0000600     one checkpoint
+  dtr-fused info --tensors runs/digits-paper-0001               also every tensor of the weights
+";
+
+/// Show what a run's directory or a checkpoint holds: configuration, steps, sizes, last loss
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct InfoArgs {
+    /// A run's directory, or one of its checkpoints
+    dir: PathBuf,
+    /// List name and shape of every tensor of the weights
+    #[arg(long)]
+    tensors: bool,
+}
+
+pub(super) fn run(args: InfoArgs) -> Result<()> {
+    let place = checkpoint::resolve(&args.dir)?;
+    if let Some(run) = &place.run {
+        show_run(run)?;
+    }
+    match &place.checkpoint {
+        Some(checkpoint) => show_checkpoint(checkpoint, place.run.is_none(), args.tensors),
+        None => {
+            println!("\nIt has no checkpoint yet.");
+            Ok(())
+        }
+    }
+}
+
+/// Prints a name and what it is.
+fn row(name: &str, what: impl std::fmt::Display) {
+    println!("{name:<14}{what}");
+}
+
+fn show_run(run: &Path) -> Result<()> {
+    row("run", run.display());
+    let config = TrainConfig::from_file(&run.join(checkpoint::CONFIG))?;
+    show_config(&config);
+    let lines = metrics::read(run)?;
+    if let Some(last) = lines.last() {
+        let loss = last.loss.map_or("not measured".into(), |loss| format!("{loss:.4}"));
+        row("last loss", format!("{loss} at step {} of {}", last.step, config.steps));
+        if last.skipped > 0 {
+            row("skipped", format!("{} steps that were not finite", last.skipped));
+        }
+    }
+    let all = checkpoint::list(run)?;
+    for (index, (step, path)) in all.iter().enumerate() {
+        let name = if index == 0 { "checkpoints" } else { "" };
+        row(name, format!("step {step:<9}{:>9}  {}", bytes(size_of_directory(path)?), path.display()));
+    }
+    Ok(())
+}
+
+fn show_config(config: &TrainConfig) {
+    let shape = format!(
+        "{} ({} wide, {} blocks, {} heads, patch {})",
+        config.model, config.hidden_size, config.depth, config.num_heads, config.patch_size
+    );
+    row("model", shape);
+    let text = |key: &str| config.toml_of(key).trim_matches('"').to_string();
+    row("routing", format!("{}, beta {}, alpha {}", text("routing"), config.beta, config.alpha));
+    row(
+        "data",
+        format!(
+            "{}, {} x {} x {}, {} classes",
+            config.data, config.in_channels, config.image_size, config.image_size, config.num_classes
+        ),
+    );
+    row(
+        "training",
+        format!("{} steps of {} images, lr {}, seed {}", config.steps, config.batch_size, config.lr, config.seed),
+    );
+    let preset = TrainConfig::preset(&config.model, &config.data).unwrap_or_default();
+    let shown = [
+        "model",
+        "data",
+        "routing",
+        "beta",
+        "alpha",
+        "image_size",
+        "in_channels",
+        "num_classes",
+        "steps",
+        "batch_size",
+        "lr",
+        "seed",
+        "out",
+    ];
+    let changed = KNOBS
+        .iter()
+        .map(|knob| knob.name)
+        .filter(|name| !shown.contains(name) && config.toml_of(name) != preset.toml_of(name));
+    let changed: Vec<String> = changed.map(|name| format!("{name} = {}", config.toml_of(name))).collect();
+    if !changed.is_empty() {
+        row("changed", changed.join(", "));
+    }
+}
+
+fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> {
+    println!();
+    row("checkpoint", path.display());
+    let config = path.join(checkpoint::CONFIG);
+    if with_config && config.exists() {
+        show_config(&TrainConfig::from_file(&config)?);
+    }
+    let model = SafetensorsFile::open(path.join(checkpoint::MODEL))?;
+    if let Some(step) = model.metadata().get("step") {
+        row("step", step);
+    }
+    let (names, parameters) = (model.names().count(), count(&model));
+    row("parameters", format!("{} in {names} tensors", grouped(parameters)));
+    for name in [checkpoint::MODEL, checkpoint::EMA, checkpoint::OPTIMIZER] {
+        let file = path.join(name);
+        match fs::metadata(&file) {
+            Ok(metadata) => row(name.trim_end_matches(".safetensors"), bytes(metadata.len())),
+            Err(error) => row(name.trim_end_matches(".safetensors"), format!("missing ({error})")),
+        }
+    }
+    if tensors {
+        println!();
+        for name in model.names() {
+            let tensor = model.tensor(name)?;
+            println!("{name:<44} {:?} {:?}", tensor.element, tensor.shape);
+        }
+    }
+    Ok(())
+}
+
+fn count(file: &SafetensorsFile) -> u64 {
+    file.names().filter_map(|name| file.get(name)).map(|tensor| tensor.elements() as u64).sum()
+}
+
+fn size_of_directory(path: &Path) -> Result<u64> {
+    let fail = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
+    let mut total = 0;
+    for entry in fs::read_dir(path).map_err(fail)? {
+        total += entry.and_then(|entry| entry.metadata()).map_err(fail)?.len();
+    }
+    Ok(total)
+}
+
+/// `12.3 MB`
+fn bytes(n: u64) -> String {
+    match n {
+        0..1_000 => format!("{n} B"),
+        ..1_000_000 => format!("{:.1} kB", n as f64 / 1e3),
+        ..1_000_000_000 => format!("{:.1} MB", n as f64 / 1e6),
+        _ => format!("{:.2} GB", n as f64 / 1e9),
+    }
+}
+
+/// `1,234,567`
+fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_readable() {
+        assert_eq!([0, 7, 1234, 1_000_000].map(grouped), ["0", "7", "1,234", "1,000,000"]);
+        assert_eq!([0, 999, 1500, 2_700_000_000].map(bytes), ["0 B", "999 B", "1.5 kB", "2.70 GB"]);
+    }
+}

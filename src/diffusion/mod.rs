@@ -1,0 +1,22 @@
+//! The diffusion process: noise schedules, the training loss and its gradient, loss weights, samplers.
+//!
+//! ```text
+//! schedule    betas and everything derived from them, for all timesteps or a subset (respacing)
+//! weighting   how much each timestep counts, and which timesteps a batch draws
+//! loss        x_start, noise, t, model output -> mse, vb, loss and the gradient with respect to the model output
+//! sampler     noise -> image, DDPM or DDIM, with classifier-free guidance
+//! reference   the formulas as plain loops: the specification
+//! ```
+//!
+//! All per-element mathematics is f64 and is rounded to f32 once, at the end.
+
+pub mod loss;
+pub mod reference;
+pub mod sampler;
+pub mod schedule;
+pub mod weighting;
+
+pub use loss::{ImageDims, LossTerms, losses, q_sample};
+pub use sampler::{Method, Sampler};
+pub use schedule::{Schedule, ScheduleKind, space_timesteps};
+pub use weighting::LossWeight;

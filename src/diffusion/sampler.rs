@@ -1,0 +1,210 @@
+//! From noise to images: DDPM (Ho et al. 2020, algorithm 2) and DDIM (Song et al. 2021, equation 12), with
+//! classifier-free guidance (Ho and Salimans 2022) on all channels of epsilon.
+//!
+//! ```text
+//! x_0   = sqrt(1/bar) x_t - sqrt(1/bar - 1) epsilon            (bar = alphas_cumprod; optionally clipped to -1..1)
+//! DDPM  x_{t-1} = coef1 x_0 + coef2 x_t + sigma noise          (sigma: learned, or the fixed larger one)
+//! DDIM  x_{t-1} = sqrt(bar') x_0 + sqrt(1 - bar' - sigma^2) epsilon' + sigma noise
+//! ```
+//!
+//! with `bar'` one step earlier, `epsilon'` the noise that the clipped `x_0` implies, and for DDIM
+//! `sigma = eta sqrt((1 - bar') / (1 - bar)) sqrt(1 - bar / bar')`. The last step adds no noise.
+
+use crate::diffusion::loss::ImageDims;
+use crate::diffusion::schedule::Schedule;
+use crate::error::{Error, Result};
+
+/// Which sampler.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Method {
+    /// A draw from the model's own distribution at each step.
+    Ddpm,
+    /// Fewer steps with less noise.
+    Ddim {
+        /// Share of the DDPM noise, 0 to 1; 0 is deterministic.
+        eta: f64,
+    },
+}
+
+/// A sampler: a (respaced) schedule and how to walk it.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    schedule: Schedule,
+    method: Method,
+    clip: bool,
+    guidance: Option<f64>,
+}
+
+/// The factors that all elements share at one step.
+struct Step {
+    sqrt_recip: f64,
+    sqrt_recipm1: f64,
+    coef1: f64,         // of x_0
+    coef2: f64,         // DDPM: of x_t; DDIM: of epsilon'
+    sigma: Option<f64>, // the noise factor; none: learned
+    min_log: f64,       // bounds of the learned log-variance
+    range: f64,
+    last: bool,
+}
+
+impl Sampler {
+    /// A sampler over all steps of `schedule` (see [`Schedule::respaced`]), from the last to the first.
+    ///
+    /// `clip` cuts the estimate of `x_0` to -1..1 at every step: right for pixels, wrong for latents. With `guidance`, a batch is
+    /// two equal halves, conditional and unconditional, and epsilon is
+    /// `unconditional + guidance (conditional - unconditional)`.
+    ///
+    /// # Errors
+    /// When eta is outside 0..=1 or the guidance is not a finite number.
+    pub fn new(schedule: Schedule, method: Method, clip: bool, guidance: Option<f64>) -> Result<Self> {
+        if let Method::Ddim { eta } = method
+            && !(0.0..=1.0).contains(&eta)
+        {
+            return Err(Error::usage(format!("eta is {eta}, but it is a share of the DDPM noise: give 0 to 1")));
+        }
+        if let Some(scale) = guidance
+            && !scale.is_finite()
+        {
+            return Err(Error::usage(format!("the guidance scale is {scale}: give a finite number such as 1.5")));
+        }
+        Ok(Sampler { schedule, method, clip, guidance })
+    }
+
+    /// Number of steps, which is also the number of model evaluations.
+    pub fn steps(&self) -> usize {
+        self.schedule.len()
+    }
+
+    /// Whether a batch is two halves, conditional and unconditional.
+    pub fn guided(&self) -> bool {
+        self.guidance.is_some()
+    }
+
+    /// Turns the noise in `x` `[R, channels, pixels]` into samples.
+    ///
+    /// - `model(x, t, out)`: the model's answer `[R, 2 * channels or channels, pixels]` for `x` at timestep `t` of the full
+    ///   schedule, the same for all rows. With guidance, rows `R/2..` are its answer without a condition; there `x` repeats
+    ///   its first half.
+    /// - `noise(k, out)`: standard normal numbers `[R, channels, pixels]` for the k-th step, counted from 0. It is not called
+    ///   for steps that need none.
+    /// - `after_step(k, x)`: the state after the k-th step; an error stops the sampler.
+    ///
+    /// With guidance only the first half of `x` is a sample; the second half follows the same epsilon with its own variance.
+    ///
+    /// # Errors
+    /// When `x` does not hold whole rows (an even number of them with guidance), when a number is not finite, and whatever
+    /// `model` and `after_step` return.
+    pub fn sample(
+        &self,
+        x: &mut [f32],
+        mut model: impl FnMut(&[f32], u32, &mut [f32]) -> Result<()>,
+        mut noise: impl FnMut(usize, &mut [f32]),
+        mut after_step: impl FnMut(usize, &[f32]) -> Result<()>,
+        dims: ImageDims,
+    ) -> Result<()> {
+        let row = dims.elements();
+        let halves = if self.guidance.is_some() { 2 } else { 1 };
+        if row == 0 || !x.len().is_multiple_of(row * halves) {
+            let what =
+                format!("x has {} elements, expected a multiple of {} ({halves} x {row})", x.len(), halves * row);
+            return Err(Error::Shape { operation: "sample", what });
+        }
+        let mut input = vec![0.0; x.len()];
+        let mut step_noise = vec![0.0; x.len()];
+        let mut out = vec![0.0; x.len() / row * dims.out_elements()];
+        for (k, t) in (0..self.steps()).rev().enumerate() {
+            let step = self.step(t, dims.learn_sigma);
+            let half = x.len() / halves;
+            input.chunks_exact_mut(half.max(1)).for_each(|part| part.copy_from_slice(&x[..half]));
+            model(&input, self.schedule.timestep_map[t], &mut out)?;
+            if let Some(scale) = self.guidance {
+                guide(&mut out, scale, dims);
+            }
+            if step.sigma != Some(0.0) && !step.last {
+                noise(k, &mut step_noise);
+            }
+            let rows = x.chunks_exact_mut(row).zip(out.chunks_exact(dims.out_elements()));
+            for ((x, out), noise) in rows.zip(step_noise.chunks_exact(row)) {
+                self.advance(x, out, noise, &step);
+            }
+            if !x.iter().all(|v| v.is_finite()) {
+                return Err(Error::Stopped(format!(
+                    "sampling step {k} (timestep {}) gave a number that is not finite: the weights are damaged or diverged",
+                    self.schedule.timestep_map[t]
+                )));
+            }
+            after_step(k, x)?;
+        }
+        Ok(())
+    }
+
+    fn step(&self, t: usize, learn_sigma: bool) -> Step {
+        let s = &self.schedule;
+        let min_log = s.posterior_log_variance_clipped[t];
+        let (bar, prev) = (s.alphas_cumprod[t], s.alphas_cumprod_prev[t]);
+        let (coef1, coef2, sigma) = match self.method {
+            Method::Ddpm => {
+                let fixed = if t == 0 { min_log } else { s.log_betas[t] };
+                let sigma = (!learn_sigma).then(|| (0.5 * fixed).exp());
+                (s.posterior_mean_coef1[t], s.posterior_mean_coef2[t], sigma)
+            }
+            Method::Ddim { eta } => {
+                let sigma = eta * ((1.0 - prev) / (1.0 - bar)).sqrt() * (1.0 - bar / prev).sqrt();
+                // The difference may round to just below 0 where eta is 1.
+                (prev.sqrt(), (1.0 - prev - sigma * sigma).max(0.0).sqrt(), Some(sigma))
+            }
+        };
+        Step {
+            sqrt_recip: s.sqrt_recip_alphas_cumprod[t],
+            sqrt_recipm1: s.sqrt_recipm1_alphas_cumprod[t],
+            coef1,
+            coef2,
+            sigma,
+            min_log,
+            range: s.log_betas[t] - min_log,
+            last: t == 0,
+        }
+    }
+
+    /// One step of one row: `x` and `noise` `[channels, pixels]`, `out` the model output with or without its second half.
+    fn advance(&self, x: &mut [f32], out: &[f32], noise: &[f32], step: &Step) {
+        let (epsilon, v) = out.split_at(x.len());
+        for i in 0..x.len() {
+            let x_t = f64::from(x[i]);
+            let mut x_0 = step.sqrt_recip * x_t - step.sqrt_recipm1 * f64::from(epsilon[i]);
+            if self.clip {
+                x_0 = x_0.clamp(-1.0, 1.0);
+            }
+            let other = match self.method {
+                Method::Ddpm => x_t,
+                Method::Ddim { .. } => (step.sqrt_recip * x_t - x_0) / step.sqrt_recipm1,
+            };
+            let mut next = step.coef1 * x_0 + step.coef2 * other;
+            if !step.last {
+                let sigma = step.sigma.unwrap_or_else(|| {
+                    let log_variance = step.min_log + 0.5 * (f64::from(v[i]) + 1.0) * step.range;
+                    (0.5 * log_variance).exp()
+                });
+                next += sigma * f64::from(noise[i]);
+            }
+            x[i] = next as f32;
+        }
+    }
+}
+
+/// Classifier-free guidance: both halves' epsilon in `out` becomes `unconditional + scale (conditional - unconditional)`; the
+/// variance channels stay. Rows `..R/2` of `out` are conditional, the rest unconditional.
+///
+/// `out` is `[R, 2 * channels or channels, pixels]` with an even R.
+pub fn guide(out: &mut [f32], scale: f64, dims: ImageDims) {
+    let half = out.len() / 2;
+    let (conditional, unconditional) = out.split_at_mut(half);
+    let rows = conditional.chunks_exact_mut(dims.out_elements());
+    for (c, u) in rows.zip(unconditional.chunks_exact_mut(dims.out_elements())) {
+        for (c, u) in c.iter_mut().zip(u).take(dims.elements()) {
+            let guided = f64::from(*u) + scale * (f64::from(*c) - f64::from(*u));
+            *c = guided as f32;
+            *u = guided as f32;
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Noise schedules: how much noise each timestep adds, and everything that follows from it.
+//!
+//! Ho et al., "Denoising diffusion probabilistic models" (2020), sections 2 and 3; the cosine schedule, the learned variance
+//! and respacing are from Nichol and Dhariwal, "Improved denoising diffusion probabilistic models" (2021).
+
+use crate::error::{Error, Result};
+use std::fmt;
+
+/// Which betas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScheduleKind {
+    /// From 1e-4 to 2e-2 in equal steps, scaled by `1000 / steps` (Ho et al., section 4).
+    Linear,
+    /// `alphas_cumprod` follows a squared cosine, betas at most 0.999 (Nichol and Dhariwal, equation 17).
+    Cosine,
+}
+
+impl ScheduleKind {
+    fn betas(self, steps: usize) -> Vec<f64> {
+        match self {
+            ScheduleKind::Linear => {
+                let scale = 1000.0 / steps as f64;
+                let (first, last) = (scale * 1e-4, scale * 2e-2);
+                let difference = (last - first) / (steps - 1).max(1) as f64;
+                let mut betas: Vec<f64> = (0..steps).map(|i| i as f64 * difference + first).collect();
+                if steps > 1 {
+                    betas[steps - 1] = last;
+                }
+                betas
+            }
+            ScheduleKind::Cosine => {
+                let alpha_bar = |i: usize| {
+                    let t = i as f64 / steps as f64;
+                    ((t + 0.008) / 1.008 * std::f64::consts::PI / 2.0).cos().powi(2)
+                };
+                (0..steps).map(|i| (1.0 - alpha_bar(i + 1) / alpha_bar(i)).min(0.999)).collect()
+            }
+        }
+    }
+}
+
+impl fmt::Display for ScheduleKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ScheduleKind::Linear => "linear",
+            ScheduleKind::Cosine => "cosine",
+        })
+    }
+}
+
+impl std::str::FromStr for ScheduleKind {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "linear" => Ok(ScheduleKind::Linear),
+            "cosine" => Ok(ScheduleKind::Cosine),
+            _ => Err(Error::usage(format!("there is no noise schedule '{name}': give linear or cosine"))),
+        }
+    }
+}
+
+/// A noise schedule. Every array has one entry per step; index 0 is the least noise.
+///
+/// `alpha = 1 - beta`; a name with `prev` is the array one step earlier, with 1 (no noise) before the first step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schedule {
+    /// The timestep of the full schedule that each step stands for; `0, 1, 2, ..` unless respaced. The model is given these.
+    pub timestep_map: Vec<u32>,
+    /// Variance added by the step.
+    pub betas: Vec<f64>,
+    /// Logarithm of `betas`: the upper end of the learned range of log-variances.
+    pub log_betas: Vec<f64>,
+    /// Product of all alphas up to and including the step: the share of `x_start` in the variance of `x_t`.
+    pub alphas_cumprod: Vec<f64>,
+    /// `alphas_cumprod` of the step before.
+    pub alphas_cumprod_prev: Vec<f64>,
+    /// Square root of `alphas_cumprod`.
+    pub sqrt_alphas_cumprod: Vec<f64>,
+    /// Square root of `1 - alphas_cumprod`.
+    pub sqrt_one_minus_alphas_cumprod: Vec<f64>,
+    /// Square root of `1 / alphas_cumprod`.
+    pub sqrt_recip_alphas_cumprod: Vec<f64>,
+    /// Square root of `1 / alphas_cumprod - 1`.
+    pub sqrt_recipm1_alphas_cumprod: Vec<f64>,
+    /// Variance of `q(x_{t-1} | x_t, x_0)` (Ho et al., equation 7); 0 at the first step.
+    pub posterior_variance: Vec<f64>,
+    /// Its logarithm, with the second step's value at the first step: the lower end of the learned range.
+    pub posterior_log_variance_clipped: Vec<f64>,
+    /// Factor of `x_0` in the mean of `q(x_{t-1} | x_t, x_0)`.
+    pub posterior_mean_coef1: Vec<f64>,
+    /// Factor of `x_t` in that mean.
+    pub posterior_mean_coef2: Vec<f64>,
+}
+
+impl Schedule {
+    /// The full schedule of `steps` timesteps (the published models have 1000).
+    ///
+    /// # Errors
+    /// When `steps` is 0, or so small that the linear schedule would add more variance than there is.
+    pub fn new(kind: ScheduleKind, steps: usize) -> Result<Self> {
+        let betas = kind.betas(steps);
+        if steps == 0 || steps > u32::MAX as usize || !betas.iter().all(|&b| b > 0.0 && b < 1.0) {
+            return Err(Error::usage(format!(
+                "the {kind} noise schedule cannot have {steps} steps: give at least 21 (the published models have 1000)"
+            )));
+        }
+        Ok(Self::from_betas(betas, (0..steps as u32).collect()))
+    }
+
+    /// The schedule of only the timesteps `kept` (increasing), with the same noise at each of them. `kept` are indices
+    /// into `self`.
+    ///
+    /// # Errors
+    /// When `kept` is empty, not strictly increasing, or outside the schedule.
+    pub fn respaced(&self, kept: &[u32]) -> Result<Self> {
+        let increasing = kept.windows(2).all(|pair| pair[0] < pair[1]);
+        let last = match kept.last() {
+            Some(&last) if increasing => last as usize,
+            _ => {
+                return Err(Error::usage("the timesteps of a sampler must be one or more numbers in increasing order"));
+            }
+        };
+        if last >= self.len() {
+            return Err(Error::usage(format!(
+                "timestep {last} is outside the noise schedule of {} steps: give timesteps below {}",
+                self.len(),
+                self.len()
+            )));
+        }
+        if kept.len() == self.len() {
+            return Ok(self.clone());
+        }
+        let mut previous = 1.0;
+        let mut betas = Vec::with_capacity(kept.len());
+        for &t in kept {
+            let alpha_cumprod = self.alphas_cumprod[t as usize];
+            betas.push(1.0 - alpha_cumprod / previous);
+            previous = alpha_cumprod;
+        }
+        Ok(Self::from_betas(betas, kept.iter().map(|&t| self.timestep_map[t as usize]).collect()))
+    }
+
+    /// Number of steps.
+    #[expect(clippy::len_without_is_empty, reason = "a schedule is never empty")]
+    pub fn len(&self) -> usize {
+        self.betas.len()
+    }
+
+    /// Signal to noise ratio of `x_t`: `alphas_cumprod / (1 - alphas_cumprod)`.
+    pub fn snr(&self, t: usize) -> f64 {
+        self.alphas_cumprod[t] / (1.0 - self.alphas_cumprod[t])
+    }
+
+    fn from_betas(betas: Vec<f64>, timestep_map: Vec<u32>) -> Self {
+        let n = betas.len();
+        let map = |f: &dyn Fn(usize) -> f64| -> Vec<f64> { (0..n).map(f).collect() };
+        let mut product = 1.0;
+        let alphas_cumprod = betas.iter().map(|b| {
+            product *= 1.0 - b;
+            product
+        });
+        let acp: Vec<f64> = alphas_cumprod.collect();
+        let prev = map(&|t| if t == 0 { 1.0 } else { acp[t - 1] });
+        let posterior_variance = map(&|t| betas[t] * (1.0 - prev[t]) / (1.0 - acp[t]));
+        // The variance of the first step is 0. A schedule of one step has no second: any finite value serves, because
+        // the first step draws no noise.
+        let posterior_log_variance_clipped = map(&|t| match t {
+            0 if n > 1 => posterior_variance[1].ln(),
+            0 => betas[0].ln(),
+            _ => posterior_variance[t].ln(),
+        });
+        Schedule {
+            log_betas: map(&|t| betas[t].ln()),
+            sqrt_alphas_cumprod: map(&|t| acp[t].sqrt()),
+            sqrt_one_minus_alphas_cumprod: map(&|t| (1.0 - acp[t]).sqrt()),
+            sqrt_recip_alphas_cumprod: map(&|t| (1.0 / acp[t]).sqrt()),
+            sqrt_recipm1_alphas_cumprod: map(&|t| (1.0 / acp[t] - 1.0).sqrt()),
+            posterior_mean_coef1: map(&|t| betas[t] * prev[t].sqrt() / (1.0 - acp[t])),
+            posterior_mean_coef2: map(&|t| (1.0 - prev[t]) * (1.0 - betas[t]).sqrt() / (1.0 - acp[t])),
+            timestep_map,
+            betas,
+            alphas_cumprod: acp,
+            alphas_cumprod_prev: prev,
+            posterior_variance,
+            posterior_log_variance_clipped,
+        }
+    }
+}
+
+/// The timesteps that a respacing keeps of `0..steps`, in increasing order.
+///
+/// `"250"` spreads 250 over all; `"10,15,20"` takes 10 from the first third, 15 from the second, 20 from the last, spread in
+/// each; `"ddim50"` takes every k-th from 0, where a whole k gives exactly 50.
+///
+/// # Errors
+/// When the text is none of these, or asks for more timesteps than there are.
+pub fn space_timesteps(steps: usize, respacing: &str) -> Result<Vec<u32>> {
+    let bad = |why: String| Error::usage(format!("timestep respacing '{respacing}': {why}"));
+    let number = |text: &str| match text.trim().parse::<usize>() {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err(bad(format!("'{text}' is not a number of steps: give something like 250, ddim50 or 10,15,20"))),
+    };
+    if steps == 0 || steps > u32::MAX as usize {
+        return Err(bad(format!("there are {steps} timesteps to choose from: give at least 1")));
+    }
+    if let Some(count) = respacing.strip_prefix("ddim") {
+        let count = number(count)?;
+        let stride = (1..steps).find(|&stride| steps.div_ceil(stride) == count);
+        let stride =
+            stride.ok_or_else(|| bad(format!("no whole stride takes exactly {count} of {steps} timesteps")))?;
+        return Ok((0..steps as u32).step_by(stride).collect());
+    }
+    let sections = respacing.split(',').count();
+    let mut kept = Vec::new();
+    let mut start = 0;
+    for (i, count) in respacing.split(',').enumerate() {
+        let size = steps / sections + usize::from(i < steps % sections);
+        let count = number(count)?;
+        if count > size {
+            return Err(bad(format!("a section of {size} timesteps cannot give {count}")));
+        }
+        let stride = if count == 1 { 1.0 } else { (size - 1) as f64 / (count - 1) as f64 };
+        // Summed, not multiplied: the last bits decide the rounding, and published samplers sum.
+        let mut position = 0.0_f64;
+        for _ in 0..count {
+            kept.push((start as f64 + position.round_ties_even()) as u32);
+            position += stride;
+        }
+        start += size;
+    }
+    Ok(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_respaced_schedule_keeps_the_noise_of_its_timesteps() {
+        for kind in [ScheduleKind::Linear, ScheduleKind::Cosine] {
+            let full = Schedule::new(kind, 1000).unwrap();
+            let kept = space_timesteps(1000, "7").unwrap();
+            assert_eq!((kept[0], kept[6]), (0, 999));
+            let few = full.respaced(&kept).unwrap();
+            assert_eq!(few.timestep_map, kept);
+            for (i, &t) in kept.iter().enumerate() {
+                let expected = full.alphas_cumprod[t as usize];
+                let err = (few.alphas_cumprod[i] - expected).abs();
+                assert!(err <= 1e-12, "{kind} step {i}: off by {err}");
+            }
+            // Respacing twice speaks of the original timesteps.
+            assert_eq!(few.respaced(&[1, 4]).unwrap().timestep_map, [kept[1], kept[4]]);
+        }
+    }
+
+    #[test]
+    fn a_single_step_has_finite_log_variances() {
+        let one = Schedule::new(ScheduleKind::Linear, 1000).unwrap().respaced(&[999]).unwrap();
+        assert!(one.posterior_log_variance_clipped[0].is_finite() && one.log_betas[0].is_finite());
+    }
+
+    #[test]
+    fn bad_requests_are_refused() {
+        for text in ["", "0", "ddim", "ddim0", "ddim999", "1001", "500,501", "-3", "1e3", "10,,10", "ddim50,2", "x"] {
+            let err = space_timesteps(1000, text).unwrap_err().to_string();
+            assert!(err.contains(text), "{err}");
+        }
+        assert!(space_timesteps(0, "1").is_err());
+        assert!(Schedule::new(ScheduleKind::Linear, 0).is_err());
+        assert!(Schedule::new(ScheduleKind::Linear, 20).is_err());
+        let full = Schedule::new(ScheduleKind::Cosine, 100).unwrap();
+        for kept in [&[][..], &[3, 3], &[5, 4], &[100]] {
+            assert!(full.respaced(kept).is_err(), "{kept:?}");
+        }
+    }
+}

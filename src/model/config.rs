@@ -1,0 +1,125 @@
+//! The sizes of a model.
+
+use crate::error::{Error, Result};
+use crate::routing::{Routing, window_width};
+
+/// Number of diffusion timesteps, each a task of DTR.
+pub const TASKS: usize = 1000;
+
+/// Everything that fixes a model's shapes and routing.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// C, a multiple of 4 and of `num_heads`.
+    pub hidden_size: usize,
+    /// Number of blocks.
+    pub depth: usize,
+    /// NH
+    pub num_heads: usize,
+    /// Side of a patch, in pixels.
+    pub patch_size: usize,
+    /// Side of the square images or latents, in pixels.
+    pub input_size: usize,
+    /// Channels of the images or latents.
+    pub in_channels: usize,
+    /// Number of classes, without the null class.
+    pub num_classes: usize,
+    /// Whether the label table has a null class (needed for classifier-free guidance).
+    pub null_class: bool,
+    /// Width of the MLP as a multiple of C.
+    pub mlp_ratio: f64,
+    /// Whether the model predicts variances too (`2 in_channels` outputs).
+    pub learn_sigma: bool,
+    /// How blocks use the windows.
+    pub routing: Routing,
+    /// Share of active channels.
+    pub beta: f64,
+    /// How the windows slide.
+    pub alpha: f64,
+    /// Seed of the masks of random routing.
+    pub routing_seed: u64,
+}
+
+impl ModelConfig {
+    /// Hidden size, depth, heads and patch size of a published model, `DiT-S/2` to `DiT-XL/8` (Peebles and Xie, ICCV 2023,
+    /// table 1).
+    pub fn published(name: &str) -> Option<[usize; 4]> {
+        let (size, patch) = name.strip_prefix("DiT-")?.split_once('/')?;
+        let [hidden_size, depth, num_heads] = match size {
+            "S" => [384, 12, 6],
+            "B" => [768, 12, 12],
+            "L" => [1024, 24, 16],
+            "XL" => [1152, 28, 16],
+            _ => return None,
+        };
+        let patch_size = ["2", "4", "8"].contains(&patch).then(|| patch.parse().ok()).flatten()?;
+        Some([hidden_size, depth, num_heads, patch_size])
+    }
+
+    /// T
+    pub fn tokens(&self) -> usize {
+        (self.input_size / self.patch_size).pow(2)
+    }
+
+    /// Width of the MLP.
+    pub fn mlp_size(&self) -> usize {
+        (self.hidden_size as f64 * self.mlp_ratio) as usize
+    }
+
+    /// Channels of the output.
+    pub fn out_channels(&self) -> usize {
+        if self.learn_sigma { 2 * self.in_channels } else { self.in_channels }
+    }
+
+    /// Rows of the label table.
+    pub fn label_rows(&self) -> usize {
+        self.num_classes + usize::from(self.null_class)
+    }
+
+    /// Refuses sizes that no model can have.
+    ///
+    /// # Errors
+    /// One sentence that names the first such size and what it must be.
+    pub fn check(&self) -> Result<()> {
+        let positive = [
+            ("hidden_size", self.hidden_size),
+            ("depth", self.depth),
+            ("num_heads", self.num_heads),
+            ("patch_size", self.patch_size),
+            ("input_size", self.input_size),
+            ("in_channels", self.in_channels),
+            ("num_classes", self.num_classes),
+        ];
+        const LIMIT: usize = 1 << 20;
+        if let Some((name, value)) = positive.into_iter().find(|(_, v)| *v == 0 || *v > LIMIT) {
+            return Err(Error::usage(format!("{name} is {value}, but it must be between 1 and {LIMIT}")));
+        }
+        let (c, heads) = (self.hidden_size, self.num_heads);
+        if !c.is_multiple_of(heads) {
+            return Err(Error::usage(format!(
+                "num_heads {heads} does not divide hidden_size {c}: choose one that does"
+            )));
+        }
+        if !c.is_multiple_of(4) {
+            return Err(Error::usage(format!(
+                "hidden_size is {c}, but the position embedding needs a multiple of 4: try {}",
+                c.next_multiple_of(4)
+            )));
+        }
+        if !self.input_size.is_multiple_of(self.patch_size) {
+            return Err(Error::usage(format!(
+                "patch_size {} does not divide the image size {}: choose one that does",
+                self.patch_size, self.input_size
+            )));
+        }
+        if !(self.mlp_ratio > 0.0 && self.mlp_ratio <= 64.0) || self.mlp_size() == 0 {
+            return Err(Error::usage(format!(
+                "mlp_ratio is {}, but it must be above 0 and at most 64",
+                self.mlp_ratio
+            )));
+        }
+        if !(self.alpha > 0.0 && self.alpha.is_finite()) {
+            return Err(Error::usage(format!("alpha is {}, but it must be a positive number", self.alpha)));
+        }
+        window_width(c, self.beta).map(|_| ())
+    }
+}

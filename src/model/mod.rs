@@ -1,0 +1,7 @@
+//! The diffusion transformer: sizes (`config`), fixed positions (`embed`), arithmetic (`flops`), one block (`block`), the whole (`dit`).
+
+pub mod block;
+pub mod config;
+pub mod dit;
+pub mod embed;
+pub mod flops;

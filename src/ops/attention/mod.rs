@@ -1,0 +1,61 @@
+//! Multi-head self-attention over packed queries, keys and values.
+//!
+//! ```text
+//! qkv [B, T, 3C] = q | k | v, each [NH, HS] a token
+//! S = q k^T / sqrt(HS)    P = softmax(S)    out = P v    [B, T, C]
+//! ```
+//!
+//! Only the log-sum-exp of each row of S is saved; backward computes P again, with `D_t = dout_t . out_t`:
+//! `dv = P^T dout`, `dS = P (dout v^T - D) / sqrt(HS)`, `dq = dS k`, `dk = dS^T q`.
+
+pub(crate) mod cpu;
+pub mod reference;
+
+use crate::autograd::{Tape, Var};
+use crate::error::Result;
+use crate::ops::{Node, check, dims3};
+
+/// What backward needs.
+#[derive(Clone, Copy)]
+pub(crate) struct Saved {
+    qkv: Var, // [B, T, 3C]
+    out: Var, // [B, T, C]
+    lse: Var, // [B, T, NH]
+    heads: usize,
+}
+
+/// `out`, `[B, T, C]`, of `qkv` `[B, T, 3C]`.
+///
+/// # Errors
+/// When the last dimension of `qkv` is not three times a multiple of `heads`.
+pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
+    const OP: &str = "attention";
+    let [b, t, c3] = dims3(tape, qkv, OP, "[batch, tokens, 3 x channels]")?;
+    check(heads > 0 && c3 % (3 * heads) == 0, OP, || format!("{c3} is not 3 x channels of {heads} equal heads"))?;
+    let c = c3 / 3;
+    let mut out = tape.take(b * t * c);
+    let mut lse = tape.take(b * t * heads);
+    cpu::forward(&mut out, &mut lse, tape.value(qkv), cpu::Dims { b, t, c, heads });
+    let out = tape.push([b, t, c], out, true);
+    let lse = tape.push([b, t, heads], lse, false);
+    tape.record(out, Node::Attention(Saved { qkv, out, lse, heads }));
+    Ok(out)
+}
+
+impl Saved {
+    pub(crate) fn backward(self, tape: &mut Tape, dout: Vec<f32>) {
+        let &[b, t, c] = tape.shape(self.out) else { unreachable!("made by the forward pass") };
+        let (mut dqkv, fresh) = tape.take_grad(self.qkv);
+        debug_assert!(fresh, "attention is the only user of qkv");
+        cpu::backward(
+            &mut dqkv,
+            &dout,
+            tape.value(self.qkv),
+            tape.value(self.out),
+            tape.value(self.lse),
+            cpu::Dims { b, t, c, heads: self.heads },
+        );
+        tape.put_grad(self.qkv, dqkv);
+        tape.give(dout);
+    }
+}

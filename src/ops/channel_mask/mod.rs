@@ -1,0 +1,96 @@
+//! Keeps some channels of the residual stream: what random routing needs around a dense block.
+//!
+//! ```text
+//! x [B, T, C], mask [B, C] of 0 and 1 -> y = base + mask x          (Keep::Active)
+//!                                        y = base + (1 - mask) x    (Keep::Inactive)
+//! ```
+
+pub mod reference;
+
+use crate::autograd::{Tape, Var};
+use crate::error::Result;
+use crate::ops::{Node, check, dims3};
+
+/// Which channels are let through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Those where the mask is 1.
+    Active,
+    /// Those where the mask is 0.
+    Inactive,
+}
+
+impl Keep {
+    /// The factor of a channel.
+    fn factor(self, mask: f32) -> f32 {
+        match self {
+            Keep::Active => mask,
+            Keep::Inactive => 1.0 - mask,
+        }
+    }
+}
+
+/// What backward needs.
+#[derive(Clone, Copy)]
+pub(crate) struct Saved {
+    base: Option<Var>, // [B, T, C]
+    x: Var,            // [B, T, C]
+    mask: Var,         // [B, C]
+    keep: Keep,
+}
+
+/// `y`, `[B, T, C]`; without a `base` it is 0.
+///
+/// # Errors
+/// When shapes do not fit together.
+pub fn channel_mask(tape: &mut Tape, base: Option<Var>, x: Var, mask: Var, keep: Keep) -> Result<Var> {
+    const OP: &str = "channel_mask";
+    let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
+    let base_shape = base.map(|base| tape.shape(base).to_vec());
+    check(tape.shape(mask) == [b, c] && base_shape.as_deref().is_none_or(|s| s == [b, t, c]), OP, || {
+        format!("x is {:?}, mask {:?}, base {base_shape:?}", [b, t, c], tape.shape(mask))
+    })?;
+    let mut y = tape.take(b * t * c);
+    match base {
+        Some(base) => y.copy_from_slice(tape.value(base)),
+        None => y.fill(0.0),
+    }
+    add_kept(&mut y, tape.value(x), tape.value(mask), [t, c], keep);
+    let y = tape.push([b, t, c], y, true);
+    tape.record(y, Node::ChannelMask(Saved { base, x, mask, keep }));
+    Ok(y)
+}
+
+impl Saved {
+    pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
+        let &[_, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
+        let (mut dx, fresh) = tape.take_grad(self.x);
+        if fresh {
+            dx.fill(0.0);
+        }
+        add_kept(&mut dx, &dy, tape.value(self.mask), [t, c], self.keep);
+        tape.put_grad(self.x, dx);
+        let Some(base) = self.base else {
+            tape.give(dy);
+            return;
+        };
+        let (mut dbase, fresh) = tape.take_grad(base);
+        if fresh {
+            tape.give(dbase);
+            tape.put_grad(base, dy);
+        } else {
+            crate::backend::cpu::simd::add_assign(&mut dbase, &dy);
+            tape.put_grad(base, dbase);
+            tape.give(dy);
+        }
+    }
+}
+
+/// `y += kept channels of x`.
+fn add_kept(y: &mut [f32], x: &[f32], mask: &[f32], [t, c]: [usize; 2], keep: Keep) {
+    for (row, (y, x)) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)).enumerate() {
+        for ((y, &x), &mask) in y.iter_mut().zip(x).zip(&mask[row / t * c..][..c]) {
+            *y += keep.factor(mask) * x;
+        }
+    }
+}

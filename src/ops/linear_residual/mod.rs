@@ -1,0 +1,157 @@
+//! Linear layer, gate, residual and bypass in one operation that computes the written channels only.
+//!
+//! ```text
+//! a [B, T, K] -> W [C, K], b [C] -> z -> out [B, T, C]
+//! out_c = (base_c if c in the base window) + (gate_c z_c if c in the write window) + (bypass_c if c outside its window)
+//! ```
+//!
+//! The four uses (m is the window, x the block's input):
+//!
+//! ```text
+//! paper     x1  = m x + gate z                      base window m, write all
+//!           out = x1 + gate z + (1 - m) x           base window all, write all, bypass x outside m
+//! sublayer  x1  = m (x + gate z)                    base window m, write m
+//!           out = m (x1 + gate z) + (1 - m) x       base window m, write m, bypass x outside m
+//! ```
+//!
+//! Backward: `dz = gate dout` on the written channels and 0 elsewhere; `da = dz W`, `dW = dz^T a`, `db = sum dz`,
+//! `dgate = sum_t dout z`; base and bypass get `dout` where they were let through.
+
+pub(crate) mod cpu;
+pub mod reference;
+
+use crate::autograd::{Tape, Var, Windows};
+use crate::error::Result;
+use crate::ops::{Node, PerSample, check, check_per_sample, dims3};
+use crate::params::Linear;
+
+/// The residual stream around the linear layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Residual {
+    /// `[B, T, C]`, added inside `base_window`.
+    pub base: Var,
+    /// One window a sample.
+    pub base_window: Windows,
+    /// `[B, T, C]`, passed through outside its windows; None for nothing.
+    pub bypass: Option<(Var, Windows)>,
+}
+
+/// What backward needs.
+#[derive(Clone, Copy)]
+pub(crate) struct Saved {
+    a: Var,             // [B, T, K]
+    linear: Linear,     // [C, K], [C]
+    gate: PerSample,    // [B, C]
+    residual: Residual, // [B, T, C]
+    write: Windows,     // B
+    z: Var,             // [B, T, C], defined on the write windows
+}
+
+/// `out`, `[B, T, C]`.
+///
+/// `a` is `[B, T, K]`; `write` gives one window a sample: only these channels of the linear layer are computed.
+///
+/// # Errors
+/// When shapes do not fit together.
+pub fn linear_residual(
+    tape: &mut Tape,
+    a: Var,
+    linear: Linear,
+    gate: PerSample,
+    mut residual: Residual,
+    write: Windows,
+) -> Result<Var> {
+    const OP: &str = "linear_residual";
+    let [b, t, k] = dims3(tape, a, OP, "[batch, tokens, inputs]")?;
+    let c = linear.outputs;
+    check(linear.inputs == k, OP, || format!("a has {k} inputs, but the weight is [{c}, {}]", linear.inputs))?;
+    check_per_sample(tape, gate, b, c, OP)?;
+    for var in [Some(residual.base), residual.bypass.map(|(x, _)| x)].into_iter().flatten() {
+        check(tape.shape(var) == [b, t, c], OP, || {
+            format!("the residual stream is {:?}, expected {:?}", tape.shape(var), [b, t, c])
+        })?;
+    }
+    for windows in [Some(write), Some(residual.base_window), residual.bypass.map(|(_, w)| w)].into_iter().flatten() {
+        let windows = tape.get_windows(windows);
+        check(windows.len() == b && windows.iter().all(|w| w.width > 0 && w.end() <= c), OP, || {
+            format!("needs {b} windows inside 0..{c}, got {windows:?}")
+        })?;
+    }
+
+    // Nothing lies outside full windows.
+    residual.bypass = residual.bypass.filter(|&(_, windows)| tape.get_windows(windows).iter().any(|w| w.width < c));
+    let mut z = tape.take(b * t * c);
+    let mut out = tape.take(b * t * c);
+    let modulation = tape.value(gate.var);
+    cpu::forward(
+        &mut out,
+        &mut z,
+        tape.value(a),
+        &tape.weights[linear.weight.range()],
+        &tape.weights[linear.bias.range()],
+        cpu::Gate { data: modulation, stride: modulation.len() / b.max(1), offset: gate.offset },
+        (tape.value(residual.base), tape.get_windows(residual.base_window)),
+        residual.bypass.map(|(x, w)| (tape.value(x), tape.get_windows(w))),
+        tape.get_windows(write),
+        cpu::Dims { b, t, c, k },
+    );
+    let out = tape.push([b, t, c], out, true);
+    if tape.records() {
+        let z = tape.push([b, t, c], z, false);
+        tape.record(out, Node::LinearResidual(Saved { a, linear, gate, residual, write, z }));
+    } else {
+        tape.give(z);
+    }
+    Ok(out)
+}
+
+impl Saved {
+    pub(crate) fn backward(self, tape: &mut Tape, dout: Vec<f32>) {
+        let &[b, t, k] = tape.shape(self.a) else { unreachable!("checked by the forward pass") };
+        let c = self.linear.outputs;
+        let (mut da, fresh_da) = tape.take_grad(self.a);
+        let (mut dmodulation, fresh) = tape.take_grad(self.gate.var);
+        if fresh {
+            dmodulation.fill(0.0);
+        }
+        let mut dz = tape.take(b * t * c);
+        let mut dbias_parts = tape.take(b * c);
+        let (values, grads) = tape.split();
+        let add = grads.add;
+        let (dweight, dbias) = grads.of_linear(self.linear);
+        let modulation = values.value(self.gate.var);
+        cpu::backward(
+            cpu::Gradients { da: &mut da, fresh_da, dmodulation: &mut dmodulation, dweight, dbias, add },
+            cpu::Scratch { dz: &mut dz, dbias_parts: &mut dbias_parts },
+            &dout,
+            values.value(self.a),
+            values.weight(self.linear.weight),
+            cpu::Gate { data: modulation, stride: modulation.len() / b.max(1), offset: self.gate.offset },
+            values.value(self.z),
+            values.windows(self.write),
+            cpu::Dims { b, t, c, k },
+        );
+        tape.put_grad(self.a, da);
+        tape.put_grad(self.gate.var, dmodulation);
+        tape.give(dz);
+        tape.give(dbias_parts);
+
+        if let Some((x, windows)) = self.residual.bypass {
+            let (mut dx, fresh) = tape.take_grad(x);
+            cpu::bypass_backward(&mut dx, fresh, &dout, tape.get_windows(windows), t, c);
+            tape.put_grad(x, dx);
+        }
+        let windows = tape.get_windows(self.residual.base_window);
+        let all = windows.iter().all(|w| w.width == c);
+        let (mut dbase, fresh) = tape.take_grad(self.residual.base);
+        if all && fresh {
+            // The gradient passes on unchanged, so its buffer does.
+            tape.give(dbase);
+            tape.put_grad(self.residual.base, dout);
+        } else {
+            cpu::base_backward(&mut dbase, fresh, &dout, tape.get_windows(self.residual.base_window), t, c);
+            tape.put_grad(self.residual.base, dbase);
+            tape.give(dout);
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! The operations of a diffusion transformer: one folder each, forward and backward.
+//!
+//! ```text
+//! x/mod.rs        formula, shapes, what is saved, and the entry on the tape
+//! x/reference.rs  plain loops, generic over f32 and f64: the specification
+//! x/cpu.rs        the fast version, proven against it in tests/x.rs
+//! ```
+//!
+//! Letters for sizes: `B` samples, `T` tokens a sample, `C` channels, `NH` heads, `HS = C / NH` head size, `N` outputs.
+
+pub mod attention;
+pub mod channel_mask;
+pub mod label_embed;
+pub mod linear_residual;
+pub mod ln_linear;
+pub mod modulation;
+pub mod patch_embed;
+pub mod real;
+pub mod timestep_embed;
+pub mod unpatchify;
+
+use crate::autograd::{Tape, Var};
+use crate::error::{Error, Result};
+use crate::routing::{Group, Window, groups};
+use std::ops::Range;
+
+/// One vector a sample: columns `offset..offset + C` of an activation `[B, M]`, such as the shift of one LayerNorm in the
+/// output of [`modulation`].
+#[derive(Clone, Copy, Debug)]
+pub struct PerSample {
+    /// The activation `[B, M]`.
+    pub var: Var,
+    /// First column.
+    pub offset: usize,
+}
+
+/// What an operation saved for its backward pass.
+#[derive(Clone, Copy)]
+pub(crate) enum Node {
+    Attention(attention::Saved),
+    ChannelMask(channel_mask::Saved),
+    LabelEmbed(label_embed::Saved),
+    LinearResidual(linear_residual::Saved),
+    LnLinear(ln_linear::Saved),
+    Modulation(modulation::Saved),
+    PatchEmbed(patch_embed::Saved),
+    TimestepEmbed(timestep_embed::Saved),
+    Unpatchify(unpatchify::Saved),
+}
+
+impl Node {
+    /// Adds the gradients of the operation's inputs, given that of its output.
+    pub(crate) fn backward(self, tape: &mut Tape, grad: Vec<f32>) {
+        match self {
+            Node::Attention(saved) => saved.backward(tape, grad),
+            Node::ChannelMask(saved) => saved.backward(tape, grad),
+            Node::LabelEmbed(saved) => saved.backward(tape, grad),
+            Node::LinearResidual(saved) => saved.backward(tape, grad),
+            Node::LnLinear(saved) => saved.backward(tape, grad),
+            Node::Modulation(saved) => saved.backward(tape, grad),
+            Node::PatchEmbed(saved) => saved.backward(tape, grad),
+            Node::TimestepEmbed(saved) => saved.backward(tape, grad),
+            Node::Unpatchify(saved) => saved.backward(tape, grad),
+        }
+    }
+}
+
+/// Refuses operands that do not fit.
+pub(crate) fn check(fits: bool, operation: &'static str, what: impl FnOnce() -> String) -> Result<()> {
+    if fits { Ok(()) } else { Err(Error::Shape { operation, what: what() }) }
+}
+
+/// The sizes of an activation that must have three dimensions.
+pub(crate) fn dims3(tape: &Tape, var: Var, operation: &'static str, expected: &str) -> Result<[usize; 3]> {
+    let shape = tape.shape(var);
+    shape.try_into().map_err(|_| Error::Shape { operation, what: format!("got {shape:?}, expected {expected}") })
+}
+
+/// Refuses vectors that are not columns of a `[B, M]` activation.
+pub(crate) fn check_per_sample(
+    tape: &Tape,
+    vector: PerSample,
+    batch: usize,
+    channels: usize,
+    operation: &'static str,
+) -> Result<()> {
+    let shape = tape.shape(vector.var);
+    check(shape.len() == 2 && shape[0] == batch && vector.offset + channels <= shape[1], operation, || {
+        let end = vector.offset + channels;
+        format!("modulation has the shape {shape:?}, expected [{batch}, at least {end}]")
+    })
+}
+
+/// Rows of one block of work: about 256, fewer when there are few rows, whole samples where they fit. It depends on the
+/// shapes alone, never on the number of threads, so that sums come out the same.
+pub(crate) fn rows_per_block(rows: usize, tokens: usize) -> usize {
+    let target = if rows >= 1024 { 256 } else { (rows / 4).clamp(32, 256) };
+    if tokens <= target { target / tokens * tokens } else { tokens.div_ceil(tokens.div_ceil(target)) }
+}
+
+/// Samples of one block of work that sums over the tokens of each.
+pub(crate) fn samples_per_block(batch: usize, tokens: usize) -> usize {
+    (rows_per_block(batch * tokens, tokens) / tokens).max(1)
+}
+
+/// The groups of the samples that touch `rows`, with the rows of each, relative to `rows.start`.
+pub(crate) fn row_groups<'w>(
+    windows: &'w [Window],
+    tokens: usize,
+    rows: Range<usize>,
+) -> impl Iterator<Item = (Range<usize>, Window)> + 'w {
+    let first = rows.start / tokens;
+    let last = (rows.end - 1) / tokens;
+    groups(&windows[first..=last], tokens).map(move |Group { samples, union }| {
+        let start = ((first + samples.start) * tokens).max(rows.start);
+        let end = ((first + samples.end) * tokens).min(rows.end);
+        (start - rows.start..end - rows.start, union)
+    })
+}

@@ -1,0 +1,61 @@
+//! The CPU version: patches are gathered, the rest is products.
+
+use super::Dims;
+use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul_parallel};
+use crate::backend::cpu::simd::{add_assign, column_sums};
+
+/// See [`super::patch_embed`].
+pub fn forward(
+    y: &mut [f32],       // [B, T, C]
+    patches: &mut [f32], // [B, T, IC p p]
+    x: &[f32],           // [B, IC, H, W]
+    weight: &[f32],      // [C, IC p p]
+    bias: &[f32],        // [C]
+    positions: &[f32],   // [T, C]
+    d: Dims,
+) {
+    let (rows, k, c) = (d.batch * d.tokens(), d.patch_len(), bias.len());
+    each_line(d, |line, pixels| patches[line].copy_from_slice(&x[pixels]));
+    for (t, y) in y.chunks_exact_mut(c).enumerate() {
+        y.copy_from_slice(bias);
+        add_assign(y, &positions[t % d.tokens() * c..][..c]);
+    }
+    let (a, w) = (Mat::new(patches, rows, k, k), Mat::new(weight, c, k, k));
+    matmul_parallel(MatMut::new(y, rows, c, c), a, w.t(), Write::Add);
+}
+
+/// Gradients of weight and bias; `add` adds to them.
+pub fn backward(dweight: &mut [f32], dbias: &mut [f32], add: bool, dy: &[f32], patches: &[f32]) {
+    let c = dbias.len();
+    let (rows, k) = (dy.len() / c, dweight.len() / c);
+    let write = if add { Write::Add } else { Write::Set };
+    let (dy_view, patches) = (Mat::new(dy, rows, c, c), Mat::new(patches, rows, k, k));
+    matmul_parallel(MatMut::new(dweight, c, k, k), dy_view.t(), patches, write);
+    column_sums(dbias, dy, add);
+}
+
+/// Gradient of the images.
+pub fn image_gradient(dx: &mut [f32], dpatches: &mut [f32], dy: &[f32], weight: &[f32], d: Dims) {
+    let (rows, k) = (d.batch * d.tokens(), d.patch_len());
+    let c = weight.len() / k;
+    let dst = MatMut::new(dpatches, rows, k, k);
+    matmul_parallel(dst, Mat::new(dy, rows, c, c), Mat::new(weight, c, k, k), Write::Set);
+    each_line(d, |line, pixels| dx[pixels].copy_from_slice(&dpatches[line]));
+}
+
+/// Calls `copy` with every line of every patch: its place in the patches, and in the images.
+fn each_line(d: Dims, mut copy: impl FnMut(std::ops::Range<usize>, std::ops::Range<usize>)) {
+    let (p, across) = (d.patch, d.width / d.patch);
+    for b in 0..d.batch {
+        for t in 0..d.tokens() {
+            for channel in 0..d.image_channels {
+                for i in 0..p {
+                    let line = ((b * d.tokens() + t) * d.image_channels + channel) * p * p + i * p;
+                    let row = (b * d.image_channels + channel) * d.height + t / across * p + i;
+                    let pixel = row * d.width + t % across * p;
+                    copy(line..line + p, pixel..pixel + p);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! The CPU version, and the plain linear layer and SiLU that the modulation shares.
+
+use super::FREQUENCIES;
+use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul_parallel};
+use crate::backend::cpu::simd::{column_sums, fma, sigmoid, simd_fn};
+
+/// Cosines, then sines, `[B, 256]`: computed in f64, so that only the last rounding is left of the error that
+/// `t * frequency` in f32 makes.
+pub fn waves(out: &mut [f32], t: &[u32]) {
+    const HALF: usize = FREQUENCIES / 2;
+    for (row, &t) in out.chunks_exact_mut(FREQUENCIES).zip(t) {
+        for i in 0..HALF {
+            let angle = f64::from(t) * (-(10_000f64.ln()) * i as f64 / HALF as f64).exp();
+            row[i] = angle.cos() as f32;
+            row[HALF + i] = angle.sin() as f32;
+        }
+    }
+}
+
+/// `y = x W^T + b`.
+pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
+    let n = bias.len();
+    let (rows, k) = (y.len() / n, weight.len() / n);
+    for y in y.chunks_exact_mut(n) {
+        y.copy_from_slice(bias);
+    }
+    let (x, w) = (Mat::new(x, rows, k, k), Mat::new(weight, n, k, k));
+    matmul_parallel(MatMut::new(y, rows, n, n), x, w.t(), Write::Add);
+}
+
+/// `dx` (unless it is empty), and weight and bias, which `add` adds to.
+pub fn linear_backward(
+    dx: &mut [f32],
+    dweight: &mut [f32],
+    dbias: &mut [f32],
+    add: bool,
+    dy: &[f32],
+    x: &[f32],
+    weight: &[f32],
+) {
+    let n = dbias.len();
+    let (rows, k) = (dy.len() / n, weight.len() / n);
+    let dy_view = Mat::new(dy, rows, n, n);
+    if !dx.is_empty() {
+        matmul_parallel(MatMut::new(dx, rows, k, k), dy_view, Mat::new(weight, n, k, k), Write::Set);
+    }
+    let write = if add { Write::Add } else { Write::Set };
+    matmul_parallel(MatMut::new(dweight, n, k, k), dy_view.t(), Mat::new(x, rows, k, k), write);
+    column_sums(dbias, dy, add);
+}
+
+simd_fn! {
+    /// `y = x / (1 + e^-x)`.
+    pub fn silu_to<F>(y: &mut [f32], x: &[f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = x * sigmoid::<F>(x);
+        }
+    }
+}
+
+simd_fn! {
+    /// `d *= silu'(x)`.
+    pub fn silu_backward<F>(d: &mut [f32], x: &[f32]) {
+        for (d, &x) in d.iter_mut().zip(x) {
+            let s = sigmoid::<F>(x);
+            *d *= s * fma::<F>(x, 1.0 - s, 1.0);
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! Puts the patches of the final layer back together.
+//!
+//! ```text
+//! x [B, T, p p OC] (row, column, channel inside a patch) -> y [B, OC, H, W]
+//! ```
+//!
+//! Backward is the same walk the other way.
+
+pub mod reference;
+
+use crate::autograd::{Tape, Var};
+use crate::error::Result;
+use crate::ops::{Node, check, dims3};
+
+/// What backward needs.
+#[derive(Clone, Copy)]
+pub(crate) struct Saved {
+    x: Var, // [B, T, p p OC]
+    channels: usize,
+    size: [usize; 2], // height, width
+    patch: usize,
+}
+
+/// `y`, `[B, channels, height, width]`.
+///
+/// # Errors
+/// When the patches are not those of an image of this size.
+pub fn unpatchify(tape: &mut Tape, x: Var, channels: usize, height: usize, width: usize, patch: usize) -> Result<Var> {
+    const OP: &str = "unpatchify";
+    let [b, t, k] = dims3(tape, x, OP, "[batch, tokens, patch x patch x channels]")?;
+    let expected = (patch > 0).then(|| (height / patch) * (width / patch));
+    check(expected == Some(t) && k == patch * patch * channels, OP, || {
+        format!("{t} patches of {k} do not make {channels} x {height} x {width} images of patch {patch}")
+    })?;
+    let mut y = tape.take(b * t * k);
+    let from = tape.value(x);
+    each_pair(b, channels, [height, width], patch, |token, pixel| y[pixel] = from[token]);
+    let y = tape.push([b, channels, height, width], y, true);
+    tape.record(y, Node::Unpatchify(Saved { x, channels, size: [height, width], patch }));
+    Ok(y)
+}
+
+impl Saved {
+    pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
+        let b = tape.shape(self.x)[0];
+        let (mut dx, _) = tape.take_grad(self.x);
+        each_pair(b, self.channels, self.size, self.patch, |token, pixel| dx[token] = dy[pixel]);
+        tape.put_grad(self.x, dx);
+        tape.give(dy);
+    }
+}
+
+/// Calls `pair` with every place in the patches and its place in the images.
+fn each_pair(b: usize, channels: usize, size: [usize; 2], p: usize, mut pair: impl FnMut(usize, usize)) {
+    let [height, width] = size;
+    let mut token = 0;
+    for b in 0..b {
+        for row in (0..height).step_by(p) {
+            for column in (0..width).step_by(p) {
+                for i in 0..p {
+                    for j in 0..p {
+                        for channel in 0..channels {
+                            pair(token, ((b * channels + channel) * height + row + i) * width + column + j);
+                            token += 1;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

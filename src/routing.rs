@@ -1,0 +1,212 @@
+//! Denoising Task Routing: which channels are active at which timestep. The whole idea of DTR on one page.
+//!
+//! Every denoising task (one diffusion timestep `t` of `tasks`) owns a contiguous window of channels
+//! `start(t)..start(t) + width`, the same in every block (Park et al., ICLR 2024, section 4.1):
+//!
+//! ```text
+//! width    = floor(C * beta)
+//! start(t) = round((t / (tasks - 1))^alpha * (C - width))
+//! ```
+//!
+//! Neighbouring timesteps share almost all channels; early and late ones share few. A large `alpha` lets the windows of
+//! the noisy timesteps slide faster. Rounding is half to even, as the authors' code does it; the formula printed in the
+//! paper may differ from it by one shift.
+
+use crate::error::{Error, Result};
+use crate::rng::{Philox, Stream};
+
+/// How a block uses the windows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Routing {
+    /// No routing: every channel is active at every timestep (plain DiT).
+    Dense,
+    /// The published block: the window masks the block's input, and the rest bypasses the block.
+    Paper,
+    /// Our variant: the window masks the output of each sublayer too, so that all four products shrink.
+    Sublayer,
+    /// The R-TR baseline: a random subset of channels per task and block. It computes densely.
+    Random,
+}
+
+/// The active channels of one sample: `start..start + width`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// First active channel.
+    pub start: usize,
+    /// Number of active channels, at least 1.
+    pub width: usize,
+}
+
+impl Window {
+    /// The window of all `channels`.
+    pub fn all(channels: usize) -> Self {
+        Window { start: 0, width: channels }
+    }
+
+    /// One past the last active channel.
+    #[inline]
+    pub fn end(self) -> usize {
+        self.start + self.width
+    }
+
+    /// The active channels as a range.
+    #[inline]
+    pub fn range(self) -> std::ops::Range<usize> {
+        self.start..self.end()
+    }
+
+    /// The smallest window that holds both.
+    #[inline]
+    pub fn union(self, other: Window) -> Window {
+        let start = self.start.min(other.start);
+        Window { start, width: self.end().max(other.end()) - start }
+    }
+}
+
+/// Number of active channels, `floor(channels * beta)`.
+///
+/// # Errors
+/// When `beta` is outside (0, 1] or leaves no channel active.
+pub fn window_width(channels: usize, beta: f64) -> Result<usize> {
+    if !(beta > 0.0 && beta <= 1.0) {
+        return Err(Error::usage(format!(
+            "beta is {beta}, but it is the share of active channels: give a number above 0 and at most 1"
+        )));
+    }
+    match (channels as f64 * beta).floor() as usize {
+        0 => Err(Error::usage(format!(
+            "beta {beta} leaves none of {channels} channels active: give at least {:.4}",
+            1.0 / channels as f64
+        ))),
+        width => Ok(width),
+    }
+}
+
+/// The windows of all tasks, indexed by timestep.
+///
+/// # Errors
+/// When `beta` is outside (0, 1], leaves no channel active, `alpha` is not positive, or `tasks` is 0.
+pub fn windows(tasks: usize, channels: usize, alpha: f64, beta: f64) -> Result<Vec<Window>> {
+    let width = window_width(channels, beta)?;
+    if !(alpha > 0.0 && alpha.is_finite()) {
+        return Err(Error::usage(format!("alpha is {alpha}, but it must be a positive number (the paper uses 4)")));
+    }
+    if tasks == 0 {
+        return Err(Error::usage("the number of tasks is 0, but it is the number of diffusion timesteps: give 1000"));
+    }
+    let last = (tasks - 1).max(1) as f64;
+    let start = |t| ((t as f64 / last).powf(alpha) * (channels - width) as f64).round_ties_even() as usize;
+    Ok((0..tasks).map(|t| Window { start: start(t), width }).collect())
+}
+
+/// The masks of random routing for one block: `[tasks, channels]` of 0 and 1 with `floor(channels * beta)` ones a row.
+///
+/// # Errors
+/// When `beta` is outside (0, 1] or leaves no channel active.
+pub fn random_masks(tasks: usize, channels: usize, beta: f64, seed: u64, block: usize) -> Result<Vec<f32>> {
+    let width = window_width(channels, beta)?;
+    let rng = Philox::new(seed, Stream::Routing);
+    let mut masks = vec![0.0; tasks * channels];
+    let mut order: Vec<usize> = Vec::with_capacity(channels);
+    for (task, mask) in masks.chunks_mut(channels).enumerate() {
+        order.clear();
+        order.extend(0..channels);
+        // The first `width` entries of a Fisher-Yates shuffle.
+        for i in 0..width {
+            let j = i + rng.below((channels - i) as u64, task as u64, block as u64, i as u32) as usize;
+            order.swap(i, j);
+            mask[order[i]] = 1.0;
+        }
+    }
+    Ok(masks)
+}
+
+/// A run of consecutive samples computed as one product over the union of their windows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// The samples.
+    pub samples: std::ops::Range<usize>,
+    /// Holds the window of each of them; their inactive channels in it are zero-filled.
+    pub union: Window,
+}
+
+/// Splits a batch (windows in batch order, `tokens` rows each) into groups, so that products stay large and little is
+/// computed in vain: a sample joins when that costs less than a product of its own, whose start-up is worth about
+/// `START_UP_ROWS` rows. Batches sorted by timestep need the fewest groups.
+pub fn groups(windows: &[Window], tokens: usize) -> impl Iterator<Item = Group> {
+    const START_UP_ROWS: usize = 32;
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let first = next;
+        let mut union = *windows.get(first)?;
+        next += 1;
+        while let Some(&window) = windows.get(next) {
+            let joined = union.union(window);
+            let rows = (next - first) * tokens;
+            let together = (rows + tokens) * joined.width;
+            let apart = rows * union.width + (tokens + START_UP_ROWS) * window.width;
+            if together > apart {
+                break;
+            }
+            union = joined;
+            next += 1;
+        }
+        Some(Group { samples: first..next, union })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_start_at_the_left_edge_and_end_at_the_right() {
+        for (channels, beta, alpha) in [(384, 0.8, 4.0), (1023, 0.3, 1.0), (5, 0.2, 2.0), (64, 1.0, 4.0)] {
+            let all = windows(1000, channels, alpha, beta).unwrap();
+            assert_eq!((all[0].start, all[999].end()), (0, channels));
+            assert!(all.windows(2).all(|pair| pair[0].start <= pair[1].start));
+        }
+    }
+
+    #[test]
+    fn bad_routing_is_refused() {
+        for (alpha, beta) in
+            [(4.0, 0.0), (4.0, 1.5), (4.0, -0.1), (4.0, f64::NAN), (0.0, 0.8), (f64::NAN, 0.8), (4.0, 0.01)]
+        {
+            assert!(windows(1000, 64, alpha, beta).is_err(), "alpha {alpha} beta {beta}");
+        }
+        assert!(windows(0, 64, 4.0, 0.8).is_err());
+    }
+
+    #[test]
+    fn random_masks_have_their_share_and_differ_between_tasks_and_blocks() {
+        let a = random_masks(50, 40, 0.8, 1, 0).unwrap();
+        assert!(a.chunks(40).all(|m| m.iter().sum::<f32>() == 32.0));
+        assert_ne!(a[..40], a[40..80]);
+        assert_ne!(a, random_masks(50, 40, 0.8, 1, 1).unwrap());
+        assert_eq!(a, random_masks(50, 40, 0.8, 1, 0).unwrap());
+        // Every channel is left out about equally often: 50 tasks x 8 of 40 channels = 10 times each.
+        let counts: Vec<f32> = (0..40).map(|c| a.iter().skip(c).step_by(40).sum()).collect();
+        assert!(counts.iter().all(|&n| (28.0..=49.0).contains(&n)), "{counts:?}");
+    }
+
+    #[test]
+    fn groups_cover_the_batch_and_waste_little() {
+        let all = windows(1000, 384, 4.0, 0.5).unwrap();
+        for tokens in [1, 16, 64, 256] {
+            let batch: Vec<Window> = (0..32).map(|i| all[i * 999 / 31]).collect();
+            let found: Vec<Group> = groups(&batch, tokens).collect();
+            assert_eq!(found.first().unwrap().samples.start, 0);
+            assert_eq!(found.last().unwrap().samples.end, 32);
+            assert!(found.windows(2).all(|pair| pair[0].samples.end == pair[1].samples.start));
+            let computed: usize = found.iter().map(|g| g.samples.len() * g.union.width).sum();
+            let needed: usize = batch.iter().map(|w| w.width).sum();
+            let allowed = if tokens >= 64 { 1.1 } else { 1.5 };
+            assert!(computed as f64 <= allowed * needed as f64, "{tokens} tokens: {computed} for {needed}");
+            for g in &found {
+                assert!(batch[g.samples.clone()].iter().all(|w| g.union.union(*w) == g.union));
+            }
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! Checkpoints: a directory `checkpoints/STEP/` of a run with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors`
+//! and the run's `config.toml`.
+//!
+//! A checkpoint is written under a temporary name in `checkpoints/`, every file and the directory are synced, and only then
+//! is it renamed: whatever has a step for its name is whole. Names that begin with a dot are the leftovers of a run that was
+//! killed while it wrote or deleted; they are cleared by the next write.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::params::Layout;
+use crate::safetensors_file::SafetensorsFile;
+
+/// The weights.
+pub const MODEL: &str = "model.safetensors";
+/// Their moving average.
+pub const EMA: &str = "ema.safetensors";
+/// The moments of AdamW (`m.NAME`, `v.NAME`) and the state of the trainer.
+pub const OPTIMIZER: &str = "optimizer.safetensors";
+/// The configuration of the run.
+pub const CONFIG: &str = "config.toml";
+
+/// Free text of a file: what the trainer must remember beside tensors.
+pub type Metadata = BTreeMap<String, String>;
+
+const DIRECTORY: &str = "checkpoints";
+/// A checkpoint being written or deleted.
+const TEMPORARY: &str = ".tmp-";
+/// A checkpoint being replaced by another of the same step.
+const REPLACED: &str = ".old-";
+
+// The tensors are written as they lie in memory, and the format is little-endian.
+const _: () = assert!(cfg!(target_endian = "little"));
+
+/// A tensor to write.
+#[derive(Clone, Debug)]
+pub struct TensorOut<'a> {
+    /// Its name in the file.
+    pub name: String,
+    /// Sizes, outermost first.
+    pub shape: &'a [usize],
+    /// The numbers, row-major: as many as `shape` says.
+    pub data: &'a [f32],
+}
+
+/// A `.safetensors` file to write.
+#[derive(Clone, Debug)]
+pub struct FileOut<'a> {
+    /// Name in the checkpoint's directory.
+    pub name: &'a str,
+    /// Its tensors.
+    pub tensors: Vec<TensorOut<'a>>,
+    /// Its free text.
+    pub metadata: Metadata,
+}
+
+impl<'a> TensorOut<'a> {
+    /// Every parameter of `layout` with the numbers in `buffer`, its name after `prefix` (`""`, `m.`, `v.`).
+    pub fn of_layout(layout: &'a Layout, buffer: &'a [f32], prefix: &str) -> Vec<TensorOut<'a>> {
+        let entries = layout.entries().iter();
+        let tensor = |entry: &'a crate::params::Entry| TensorOut {
+            name: format!("{prefix}{}", entry.name),
+            shape: &entry.shape,
+            data: &buffer[entry.param.range()],
+        };
+        entries.map(tensor).collect()
+    }
+}
+
+/// Writes the checkpoint of `step` and returns its directory. A checkpoint of the same step is replaced.
+///
+/// # Errors
+/// [`Error::File`] when a directory or file cannot be written (no permission, disk full). All earlier checkpoints are intact,
+/// and what was written of this one is removed.
+pub fn write(run: &Path, step: u64, files: &[FileOut], config: &str) -> Result<PathBuf> {
+    let directory = run.join(DIRECTORY);
+    let target = directory.join(name_of(step));
+    let temporary = directory.join(format!("{TEMPORARY}{}", name_of(step)));
+    let result = clear_leftovers(&directory)
+        .and_then(|()| fs::create_dir_all(&temporary))
+        .and_then(|()| write_files(&temporary, files, config))
+        .and_then(|()| put_in_place(&directory, &temporary, &target));
+    result.map_err(|e| {
+        let _ = fs::remove_dir_all(&temporary);
+        Error::file(
+            &target,
+            format!(
+                "the checkpoint cannot be written: {e}; earlier checkpoints are intact, so mend this and use --resume"
+            ),
+        )
+    })?;
+    Ok(target)
+}
+
+fn write_files(directory: &Path, files: &[FileOut], config: &str) -> io::Result<()> {
+    for file in files {
+        write_synced(&directory.join(file.name), |out| write_safetensors(out, &file.tensors, &file.metadata))?;
+    }
+    write_synced(&directory.join(CONFIG), |out| out.write_all(config.as_bytes()))?;
+    sync_directory(directory)
+}
+
+fn put_in_place(directory: &Path, temporary: &Path, target: &Path) -> io::Result<()> {
+    if target.exists() {
+        let name = target.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let old = directory.join(format!("{REPLACED}{name}"));
+        fs::rename(target, &old)?;
+        fs::rename(temporary, target)?;
+        sync_directory(directory)?;
+        return fs::remove_dir_all(&old);
+    }
+    fs::rename(temporary, target)?;
+    sync_directory(directory)
+}
+
+/// Removes what killed runs left behind; a checkpoint that was being replaced is put back if its successor never came.
+fn clear_leftovers(directory: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(directory) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if let Some(step) = name.strip_prefix(REPLACED)
+            && !directory.join(step).exists()
+        {
+            fs::rename(entry.path(), directory.join(step))?;
+        } else if name.starts_with(TEMPORARY) || name.starts_with(REPLACED) {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Creates `path`, lets `content` write it and waits until it is on the disk.
+pub(super) fn write_synced(path: &Path, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    content(&mut out)?;
+    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
+}
+
+/// Waits until the names in `directory` are on the disk.
+pub(super) fn sync_directory(directory: &Path) -> io::Result<()> {
+    // Elsewhere a directory cannot be opened as a file; renames are in order there.
+    if cfg!(unix) { File::open(directory)?.sync_all() } else { Ok(()) }
+}
+
+/// Writes a `.safetensors` file: the header's length, the header, the tensors one after the other.
+fn write_safetensors(out: &mut dyn Write, tensors: &[TensorOut], metadata: &Metadata) -> io::Result<()> {
+    let mut header = serde_json::Map::new();
+    let mut text: Metadata = metadata.clone();
+    // Readers in Python look here for the framework that wrote the file.
+    text.insert("format".into(), "pt".into());
+    header.insert("__metadata__".into(), serde_json::to_value(text)?);
+    let mut end = 0;
+    for tensor in tensors {
+        assert_eq!(tensor.data.len(), tensor.shape.iter().product::<usize>(), "{} has {:?}", tensor.name, tensor.shape);
+        let begin = end;
+        end += size_of_val(tensor.data);
+        let info = serde_json::json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]});
+        let before = header.insert(tensor.name.clone(), info);
+        assert!(before.is_none(), "two tensors are called {}", tensor.name);
+    }
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    tensors.iter().try_for_each(|tensor| out.write_all(bytemuck::cast_slice(tensor.data)))
+}
+
+/// Deletes checkpoints of `run` except the latest `keep_last` and those whose step is a multiple of `keep_every` (0: none).
+///
+/// # Errors
+/// [`Error::File`] when one cannot be deleted.
+pub fn prune(run: &Path, keep_last: usize, keep_every: u64) -> Result<()> {
+    let all = list(run)?;
+    for (step, path) in &all[..all.len().saturating_sub(keep_last.max(1))] {
+        if keep_every > 0 && step.is_multiple_of(keep_every) {
+            continue;
+        }
+        // Renamed first, so that a kill while its files go does not leave half a checkpoint under a step's name.
+        let temporary = path.with_file_name(format!("{TEMPORARY}{}", name_of(*step)));
+        fs::rename(path, &temporary)
+            .and_then(|()| fs::remove_dir_all(&temporary))
+            .map_err(|e| Error::file(path, format!("the old checkpoint cannot be deleted: {e}")))?;
+    }
+    Ok(())
+}
+
+/// Steps and directories of all checkpoints of `run`, by step.
+///
+/// # Errors
+/// [`Error::File`] when `checkpoints/` is there but cannot be read.
+pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let directory = run.join(DIRECTORY);
+    let fail = |e: io::Error| Error::file(&directory, format!("cannot be read: {e}"));
+    let entries = match fs::read_dir(&directory) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(fail)?,
+    };
+    let mut found = BTreeMap::new();
+    for entry in entries {
+        let entry = entry.map_err(fail)?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if let Some(step) = step_of(name) {
+            found.insert(step, entry.path());
+        } else if let Some(step) = name.strip_prefix(REPLACED).and_then(step_of) {
+            // Counts only if the one that was to replace it never came.
+            found.entry(step).or_insert(entry.path());
+        }
+    }
+    Ok(found.into_iter().collect())
+}
+
+/// Step and directory of the latest checkpoint of `run`, if it has one.
+///
+/// # Errors
+/// As [`list`].
+pub fn latest(run: &Path) -> Result<Option<(u64, PathBuf)>> {
+    Ok(list(run)?.pop())
+}
+
+/// What a path given to `--checkpoint` or `--resume` means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Location {
+    /// The run's directory; `None` for a checkpoint that was copied out of its run.
+    pub run: Option<PathBuf>,
+    /// The checkpoint's directory; `None` for a run without one.
+    pub checkpoint: Option<PathBuf>,
+}
+
+/// Finds the run and the checkpoint that `path` names: a run's directory (then the latest checkpoint) or a checkpoint's.
+///
+/// # Errors
+/// [`Error::File`] when `path` is neither.
+pub fn resolve(path: &Path) -> Result<Location> {
+    let kind = fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
+    if !kind.is_dir() {
+        return Err(Error::file(path, "is not a directory: give a run's directory or one of its checkpoints/STEP"));
+    }
+    if path.join(MODEL).exists() {
+        // The path may be relative or end in dots, so its parents are only known of the absolute one.
+        let absolute = fs::canonicalize(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
+        let parent = absolute.parent().filter(|parent| parent.file_name().is_some_and(|name| name == DIRECTORY));
+        let run = parent.and_then(Path::parent).filter(|run| run.join(CONFIG).exists());
+        return Ok(Location { run: run.map(Path::to_path_buf), checkpoint: Some(path.to_path_buf()) });
+    }
+    let checkpoint = latest(path)?.map(|(_, checkpoint)| checkpoint);
+    if checkpoint.is_none() && !path.join(CONFIG).exists() {
+        return Err(Error::file(
+            path,
+            "holds neither a run nor a checkpoint: there is no config.toml and no model.safetensors",
+        ));
+    }
+    Ok(Location { run: Some(path.to_path_buf()), checkpoint })
+}
+
+/// The name of a step's directory: sorts as text up to ten million steps.
+fn name_of(step: u64) -> String {
+    format!("{step:07}")
+}
+
+fn step_of(name: &str) -> Option<u64> {
+    let step: u64 = name.parse().ok()?;
+    (name_of(step) == name).then_some(step)
+}
+
+/// Fills `buffer` with every parameter of `layout` from `file`, where its name follows `prefix`.
+///
+/// `F64`, `F16` and `BF16` are converted.
+///
+/// # Errors
+/// [`Error::File`] when a tensor is missing, has another shape or no floating-point numbers, or holds a NaN or an infinity;
+/// the message names it.
+pub fn read_layout(file: &SafetensorsFile, layout: &Layout, prefix: &str, buffer: &mut [f32]) -> Result<()> {
+    for entry in layout.entries() {
+        read_tensor(file, &format!("{prefix}{}", entry.name), &entry.shape, &mut buffer[entry.param.range()])?;
+    }
+    Ok(())
+}
+
+/// Reads the tensor `name` of `shape` from `file` into `out`.
+///
+/// # Errors
+/// As [`read_layout`].
+pub fn read_tensor(file: &SafetensorsFile, name: &str, shape: &[usize], out: &mut [f32]) -> Result<()> {
+    let tensor = file.tensor(name)?;
+    if tensor.shape != shape {
+        let what = format!("tensor '{name}' has shape {:?}, but this model needs {shape:?}", tensor.shape);
+        return Err(Error::file(file.path(), what + ": was it made with another --model or data?"));
+    }
+    if !tensor.element.is_float() {
+        return Err(Error::file(
+            file.path(),
+            format!("tensor '{name}' holds {:?}, but must hold floats", tensor.element),
+        ));
+    }
+    tensor.to_f32(out);
+    match out.iter().position(|x| !x.is_finite()) {
+        Some(at) => Err(Error::file(
+            file.path(),
+            format!("tensor '{name}' holds {} at element {at}: the file is damaged or its training diverged", out[at]),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Checks that `file` holds nothing beyond `layout` (each name after one of `prefixes`) and the names in `also`.
+///
+/// # Errors
+/// [`Error::File`] that names the first tensor too many: most likely the file belongs to another model.
+pub fn check_names(file: &SafetensorsFile, layout: &Layout, prefixes: &[&str], also: &[&str]) -> Result<()> {
+    let names: std::collections::HashSet<&str> = layout.entries().iter().map(|entry| entry.name.as_str()).collect();
+    let known = |name: &str| {
+        also.contains(&name) || prefixes.iter().any(|p| name.strip_prefix(p).is_some_and(|rest| names.contains(rest)))
+    };
+    match file.names().find(|name| !known(name)) {
+        Some(name) => Err(Error::file(
+            file.path(),
+            format!("holds tensor '{name}', which this model does not have: it is another model's"),
+        )),
+        None => Ok(()),
+    }
+}

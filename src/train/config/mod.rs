@@ -1,0 +1,359 @@
+//! The configuration of a training run: one flat struct, one line of documentation per knob.
+//!
+//! The list below is the only place that names the knobs: the struct, the keys of the TOML file, the flags of
+//! `dtr-fused train` (a key with `-` for `_`), their help texts and the comments of `--print-config` all come from it.
+
+mod check;
+mod source;
+mod value;
+
+pub use source::{Assignment, Layer};
+pub use value::{Decay, Precision, SamplerKind};
+
+use crate::diffusion::{LossWeight, ScheduleKind};
+use crate::error::Result;
+use crate::model::config::ModelConfig;
+use crate::model::dit::Init;
+use crate::routing::Routing;
+use value::Value;
+
+/// One key of the configuration, as help texts and files show it.
+#[derive(Clone, Copy, Debug)]
+pub struct Knob {
+    /// The key; the flag is the same with `-` for `_`.
+    pub name: &'static str,
+    /// What it does, with unit and range.
+    pub help: &'static str,
+    /// The group it is shown in.
+    pub section: &'static str,
+    /// Whether a run keeps it for life: resuming with another value would not be the same run.
+    pub fixed: bool,
+    /// What a value looks like, for help texts.
+    pub value_name: &'static str,
+}
+
+macro_rules! knobs {
+    (@is fixed) => { true };
+    (@is) => { false };
+    ($($section:literal { $(#[doc = $help:literal] $name:ident : $type:ty $(= $fixed:ident)?;)+ })+) => {
+        /// Every knob of a training run. Build one with [`TrainConfig::preset`] or [`TrainConfig::from_layers`].
+        #[derive(Clone, Debug, PartialEq)]
+        pub struct TrainConfig {
+            $($(#[doc = $help] pub $name: $type,)+)+
+        }
+
+        /// Every key, in the order in which files and help texts show them.
+        pub const KNOBS: &[Knob] = &[$($(Knob {
+            name: stringify!($name),
+            help: $help.trim_ascii(),
+            section: $section,
+            fixed: knobs!(@is $($fixed)?),
+            value_name: <$type as Value>::NAME,
+        },)+)+];
+
+        impl TrainConfig {
+            /// Sets `name` from its text; `Ok(false)` when there is no such key, the expected form when the text has another.
+            fn assign(&mut self, name: &str, text: &str) -> std::result::Result<bool, String> {
+                match name {
+                    $($(stringify!($name) => self.$name = Value::parse(text).ok_or_else(<$type as Value>::expected)?,)+)+
+                    _ => return Ok(false),
+                }
+                Ok(true)
+            }
+
+            /// The value of `name` as TOML writes it.
+            ///
+            /// # Panics
+            /// When no knob has this name.
+            pub fn toml_of(&self, name: &str) -> String {
+                match name {
+                    $($(stringify!($name) => self.$name.to_toml(),)+)+
+                    _ => panic!("{name} is no knob"),
+                }
+            }
+        }
+    };
+}
+
+knobs! {
+    "Model" {
+        /// Size of the network: digits (small), DiT-S/2 and its kin (sizes S, B, L, XL; patches 2, 4, 8), or custom (give the next four)
+        model: String = fixed;
+        /// Channels C of the residual stream, a multiple of 4
+        hidden_size: usize = fixed;
+        /// Number of transformer blocks
+        depth: usize = fixed;
+        /// Attention heads; they divide hidden_size
+        num_heads: usize = fixed;
+        /// Side of the square of pixels that becomes one token; it divides image_size
+        patch_size: usize = fixed;
+        /// Width of the MLP, in hidden sizes
+        mlp_ratio: f64 = fixed;
+        /// Initial weights: published (DiT's), or small (timestep MLP Xavier, label table std 0.5: learns labels within few hundred steps)
+        init: Init = fixed;
+    }
+    "Routing" {
+        /// Which channels a block computes: paper (as published), sublayer (skips in every product), random (baseline), dense (no routing)
+        routing: Routing = fixed;
+        /// Share of active channels, above 0 and at most 1
+        beta: f64 = fixed;
+        /// How fast the windows slide with the timestep: (t/999)^alpha
+        alpha: f64 = fixed;
+    }
+    "Data" {
+        /// Training images: digits (built in), a folder with one subfolder of images per class, or an array file (.npy, .safetensors)
+        data: String = fixed;
+        /// Side of the images in pixels; 0 = that of the data (folders of images are scaled to 32)
+        image_size: usize = fixed;
+        /// Channels of the images or latents; 0 = those of the data
+        in_channels: usize = fixed;
+        /// Number of classes; 0 = those of the data
+        num_classes: usize = fixed;
+        /// Mirror half of the training images left to right
+        flip: bool;
+        /// Share of labels replaced by "no class", which classifier-free guidance needs; 0 to 1
+        label_dropout: f64;
+    }
+    "Diffusion" {
+        /// Noise schedule over 1000 timesteps: linear or cosine
+        schedule: ScheduleKind = fixed;
+        /// Weight of the loss by timestep: constant, min-snr-5 (any number), p2 (or p2-GAMMA-K) or uw (learned, over 8 groups of timesteps)
+        loss_weight: LossWeight = fixed;
+        /// Learning rate of the log-variances of uw
+        uw_lr: f64;
+    }
+    "Training" {
+        /// Number of training steps (weight updates)
+        steps: u64;
+        /// Images per step
+        batch_size: usize = fixed;
+        /// Parts that a batch is computed in, one after the other, to need less memory; it divides batch_size
+        grad_accumulation: usize = fixed;
+        /// Learning rate of AdamW after the warm-up
+        lr: f64;
+        /// Steps over which the learning rate grows from 0 to lr
+        warmup_steps: u64;
+        /// Learning rate after the warm-up: constant, or cosine (falls to lr times min_lr_ratio at the last step)
+        lr_decay: Decay;
+        /// Where cosine decay ends, as a share of lr; 0 to 1
+        min_lr_ratio: f64;
+        /// Decoupled weight decay of AdamW, per step and lr
+        weight_decay: f64;
+        /// Decay of AdamW's mean of gradients, per step
+        adam_beta1: f64;
+        /// Decay of AdamW's mean of squared gradients, per step
+        adam_beta2: f64;
+        /// Added to the root in AdamW's denominator
+        adam_eps: f64;
+        /// Longest gradient (L2 norm over all parameters); longer ones are scaled down to it; 0 = off
+        grad_clip: f64;
+        /// Decay of the moving average of the weights, per step
+        ema_decay: f64;
+        /// Let the moving average forget faster at first: decay = min(ema_decay, (1+n)/(10+n)) at step n
+        ema_warmup: bool;
+        /// Steps in a row with a non-finite loss or gradient (each is skipped) after which training stops
+        max_nonfinite_steps: u64;
+        /// Seed of everything random: weights, order, timesteps, noise, dropout
+        seed: u64 = fixed;
+    }
+    "Machine" {
+        /// Where to compute: auto, cpu, cuda or cuda:N
+        device: String;
+        /// Number format of products and activations: f32 or bf16
+        precision: Precision = fixed;
+        /// Threads on the CPU; 0 = one per core (the result is the same)
+        threads: usize;
+    }
+    "Output" {
+        /// Directory of the run, new or empty; "" = runs/MODEL-ROUTING-NUMBER
+        out: String = fixed;
+        /// Steps from one line of metrics.jsonl to the next
+        log_every: u64;
+        /// Steps from one checkpoint to the next (and one at the end); 0 = only at the end
+        checkpoint_every: u64;
+        /// Latest checkpoints that are kept
+        keep_checkpoints: usize;
+        /// Checkpoints whose step is a multiple of this are kept for ever; 0 = none
+        keep_every: u64;
+        /// Steps from one grid of samples to the next (and one at the end); 0 = only at the end
+        sample_every: u64;
+        /// Images per class in a grid of samples
+        samples_per_class: usize;
+        /// Classes in a grid of samples, from the first on
+        sample_classes: usize;
+        /// Sampler of the grids: ddim or ddpm
+        sample_sampler: SamplerKind;
+        /// Denoising steps of the grids, 1 to 1000
+        sample_steps: usize;
+        /// Strength of classifier-free guidance in the grids; 1 = none
+        sample_cfg: f64;
+    }
+}
+
+/// Shape of a network: hidden size, depth, heads, patch size.
+fn shape_of(model: &str) -> Option<[usize; 4]> {
+    if model == "digits" || model == "custom" {
+        return Some([128, 4, 4, 2]);
+    }
+    ModelConfig::published(model)
+}
+
+/// The names that `model` may have.
+fn model_names() -> Vec<String> {
+    let published = ["S", "B", "L", "XL"].into_iter().flat_map(|s| [2, 4, 8].map(|p| format!("DiT-{s}/{p}")));
+    published.chain(["digits".into(), "custom".into()]).collect()
+}
+
+impl Default for TrainConfig {
+    /// The `digits` model on the built-in digits.
+    fn default() -> Self {
+        TrainConfig {
+            model: "digits".into(),
+            hidden_size: 128,
+            depth: 4,
+            num_heads: 4,
+            patch_size: 2,
+            mlp_ratio: 4.0,
+            init: Init::Small,
+            routing: Routing::Paper,
+            beta: 0.8,
+            alpha: 4.0,
+            data: "digits".into(),
+            image_size: 0,
+            in_channels: 0,
+            num_classes: 0,
+            flip: false,
+            label_dropout: 0.1,
+            schedule: ScheduleKind::Cosine,
+            loss_weight: LossWeight::Constant,
+            uw_lr: 0.025,
+            steps: 600,
+            batch_size: 128,
+            grad_accumulation: 1,
+            lr: 3e-3,
+            warmup_steps: 50,
+            lr_decay: Decay::Cosine,
+            min_lr_ratio: 0.1,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_eps: 1e-8,
+            grad_clip: 0.0,
+            ema_decay: 0.999,
+            ema_warmup: true,
+            max_nonfinite_steps: 10,
+            seed: 0,
+            device: "auto".into(),
+            precision: Precision::F32,
+            threads: 0,
+            out: String::new(),
+            log_every: 10,
+            checkpoint_every: 100,
+            keep_checkpoints: 2,
+            keep_every: 0,
+            sample_every: 200,
+            samples_per_class: 10,
+            sample_classes: 10,
+            sample_sampler: SamplerKind::Ddim,
+            sample_steps: 50,
+            sample_cfg: 1.5,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// The defaults for a model and its data.
+    ///
+    /// `digits` and `custom` are made for small images and few steps. The `DiT` models train as the DTR paper does: AdamW at a
+    /// constant 1e-4, no weight decay, batches of 256, 400,000 steps, cosine schedule, moving average 0.9999, mirrored images
+    /// (Park et al., ICLR 2024, section 5.1 and the authors' configuration files).
+    ///
+    /// # Errors
+    /// When there is no such model.
+    pub fn preset(model: &str, data: &str) -> Result<Self> {
+        let mut config = TrainConfig::default();
+        config.set_model(model)?;
+        if model.starts_with("DiT-") {
+            config = TrainConfig {
+                init: Init::Published,
+                steps: 400_000,
+                batch_size: 256,
+                lr: 1e-4,
+                warmup_steps: 0,
+                lr_decay: Decay::Constant,
+                ema_decay: 0.9999,
+                ema_warmup: false,
+                log_every: 100,
+                checkpoint_every: 5_000,
+                keep_every: 50_000,
+                sample_every: 5_000,
+                samples_per_class: 4,
+                ..config
+            };
+        }
+        // Digits and latents have no mirror images; photographs do.
+        let array = [".npy", ".safetensors"].iter().any(|end| data.ends_with(end));
+        config.flip = data != "digits" && !array;
+        config.data = data.into();
+        Ok(config)
+    }
+
+    /// Names the model and takes its shape.
+    fn set_model(&mut self, model: &str) -> Result<()> {
+        let Some(shape) = shape_of(model) else {
+            let names = model_names();
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            let near = value::did_you_mean(model, names.iter().copied());
+            return Err(crate::Error::usage(format!(
+                "there is no model '{model}'{near}: give one of {}",
+                names.join(", ")
+            )));
+        };
+        [self.hidden_size, self.depth, self.num_heads, self.patch_size] = shape;
+        self.mlp_ratio = 4.0;
+        self.model = model.into();
+        Ok(())
+    }
+
+    /// The decay of the moving average at update `n` (the first update is 0).
+    pub fn ema_decay_at(&self, n: u64) -> f64 {
+        let warm = (1.0 + n as f64) / (10.0 + n as f64);
+        if self.ema_warmup { self.ema_decay.min(warm) } else { self.ema_decay }
+    }
+
+    /// The learning rate of step `step` (the first step is 0).
+    pub fn lr_at(&self, step: u64) -> f64 {
+        if step < self.warmup_steps {
+            return self.lr * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        match self.lr_decay {
+            Decay::Constant => self.lr,
+            Decay::Cosine => {
+                let last = (self.steps.saturating_sub(1)).saturating_sub(self.warmup_steps).max(1) as f64;
+                let progress = ((step - self.warmup_steps) as f64 / last).min(1.0);
+                let wave = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
+                self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * wave)
+            }
+        }
+    }
+
+    /// The model, once the data have filled in what they decide ([`TrainConfig::fit_to_data`]).
+    pub fn model_config(&self) -> ModelConfig {
+        ModelConfig {
+            hidden_size: self.hidden_size,
+            depth: self.depth,
+            num_heads: self.num_heads,
+            patch_size: self.patch_size,
+            input_size: self.image_size,
+            in_channels: self.in_channels,
+            num_classes: self.num_classes,
+            null_class: true,
+            mlp_ratio: self.mlp_ratio,
+            learn_sigma: true,
+            routing: self.routing,
+            beta: self.beta,
+            alpha: self.alpha,
+            routing_seed: self.seed,
+        }
+    }
+}

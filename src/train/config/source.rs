@@ -1,0 +1,313 @@
+//! Where a configuration comes from (defaults, a file, `--set`, flags) and how it is written back.
+
+use std::fmt::Write as _;
+use std::io::Read as _;
+use std::path::Path;
+
+use super::value::{Value, did_you_mean};
+use super::{KNOBS, TrainConfig, shape_of};
+use crate::error::{Error, Result};
+
+/// Longest configuration file that is read: a hundred times the full one.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// One `key = value` with the value as text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Assignment {
+    /// The key.
+    pub key: String,
+    /// The value, unquoted.
+    pub text: String,
+}
+
+impl Assignment {
+    /// Reads `KEY=VALUE`, as `--set` takes it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when there is no `=` or no key.
+    pub fn from_argument(argument: &str) -> Result<Self> {
+        let (key, text) = argument
+            .split_once('=')
+            .map(|(key, text)| (key.trim(), text.trim()))
+            .filter(|(key, _)| !key.is_empty())
+            .ok_or_else(|| Error::usage(format!("--set takes KEY=VALUE (such as --set lr=1e-4), not '{argument}'")))?;
+        let unquoted = text.strip_prefix('"').and_then(|t| t.strip_suffix('"')).unwrap_or(text);
+        Ok(Assignment { key: key.replace('-', "_"), text: unquoted.into() })
+    }
+}
+
+/// The assignments of one source.
+#[derive(Clone, Debug, Default)]
+pub struct Layer {
+    /// What to call the source in messages: a file's path, `--set`, `the command line`.
+    pub origin: String,
+    /// Its assignments, in order; of two for one key the later one holds.
+    pub assignments: Vec<Assignment>,
+}
+
+impl Layer {
+    /// Reads the TOML file `path`.
+    ///
+    /// # Errors
+    /// [`Error::File`] when it cannot be read, is longer than 1 MiB, is no TOML, or has a value that is a table or a list.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let fail = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
+        let mut text = String::new();
+        // Asked before opening: opening a pipe would wait for its writer.
+        if !std::fs::metadata(path).map_err(fail)?.is_file() {
+            return Err(Error::file(path, "is not a file: give a TOML file, as --print-config writes it"));
+        }
+        std::fs::File::open(path).map_err(fail)?.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(fail)?;
+        if text.len() as u64 > MAX_FILE_BYTES {
+            return Err(Error::file(path, format!("is longer than {MAX_FILE_BYTES} bytes: it is no configuration")));
+        }
+        Self::from_toml(&text, &path.display().to_string()).map_err(|what| Error::file(path, what))
+    }
+
+    /// Reads TOML text that came from `origin`; the error is a sentence without it.
+    fn from_toml(text: &str, origin: &str) -> std::result::Result<Self, String> {
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
+            let line = e.span().map_or(String::new(), |span| {
+                let before = &text.as_bytes()[..span.start.min(text.len())];
+                format!(" in line {}", 1 + before.iter().filter(|&&b| b == b'\n').count())
+            });
+            format!("is not valid TOML{line}: {}", e.message().replace('\n', " "))
+        })?;
+        let mut assignments = Vec::with_capacity(table.len());
+        for (key, value) in table {
+            let text = match value {
+                toml::Value::String(text) => text,
+                toml::Value::Integer(n) => n.to_string(),
+                toml::Value::Float(x) => x.to_toml(),
+                toml::Value::Boolean(b) => b.to_string(),
+                other => {
+                    let kind = other.type_str();
+                    return Err(format!(
+                        "gives '{key}' a value of type {kind}, but the configuration is a flat list of keys"
+                    ));
+                }
+            };
+            assignments.push(Assignment { key, text });
+        }
+        Ok(Layer { origin: origin.into(), assignments })
+    }
+
+    /// The last text given to `key`.
+    fn last(&self, key: &str) -> Option<&str> {
+        self.assignments.iter().rev().find(|a| a.key == key).map(|a| a.text.as_str())
+    }
+}
+
+impl TrainConfig {
+    /// The configuration that `layers` give, the later ones over the earlier ones and all over the defaults of their model.
+    ///
+    /// A layer that names another model than the layers before it also takes that model's shape (hidden size, depth, heads,
+    /// patch size); shapes given in the same or a later layer then change it. A model whose shape was changed is `custom`.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for an unknown key (with the nearest known one), a value of the wrong kind, and everything that
+    /// [`validate`](Self::validate) refuses.
+    pub fn from_layers(layers: &[Layer]) -> Result<Self> {
+        let last = |key| layers.iter().rev().find_map(|layer| layer.last(key));
+        let mut config = TrainConfig::preset(last("model").unwrap_or("digits"), last("data").unwrap_or("digits"))?;
+        for layer in layers {
+            config.apply(layer)?;
+        }
+        config.rename_if_reshaped();
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The configuration in the file `path` alone (a run's `config.toml`).
+    ///
+    /// # Errors
+    /// As [`Layer::from_file`] and [`TrainConfig::from_layers`].
+    pub fn from_file(path: &Path) -> Result<Self> {
+        Self::from_layers(&[Layer::from_file(path)?]).map_err(|e| match e {
+            Error::Usage(what) => Error::file(path, what),
+            other => other,
+        })
+    }
+
+    /// The configuration of a run that goes on with `layers` over its own.
+    ///
+    /// # Errors
+    /// As [`TrainConfig::from_layers`], and when a layer changes what a run keeps for life ([`Knob::fixed`](super::Knob)).
+    pub fn resumed_with(&self, layers: &[Layer]) -> Result<Self> {
+        let mut config = self.clone();
+        for layer in layers {
+            config.apply(layer)?;
+        }
+        config.rename_if_reshaped();
+        for knob in KNOBS.iter().filter(|knob| knob.fixed) {
+            let (was, is) = (self.toml_of(knob.name), config.toml_of(knob.name));
+            if was != is {
+                return Err(Error::usage(format!(
+                    "{} cannot change from {was} to {is} when a run is resumed: leave it out, or start a new run",
+                    knob.name
+                )));
+            }
+        }
+        config.validate()?;
+        Ok(config)
+    }
+
+    fn apply(&mut self, layer: &Layer) -> Result<()> {
+        if let Some(model) = layer.last("model").filter(|&model| model != self.model) {
+            self.set_model(model)?;
+        }
+        for Assignment { key, text } in &layer.assignments {
+            match self.assign(key, text) {
+                Ok(true) => {}
+                Ok(false) => {
+                    let near = did_you_mean(key, KNOBS.iter().map(|knob| knob.name));
+                    return Err(Error::usage(format!(
+                        "there is no key '{key}'{near} ({}): --print-config lists all keys",
+                        layer.origin
+                    )));
+                }
+                Err(expected) => {
+                    return Err(Error::usage(format!(
+                        "{key} is '{text}' ({}), but it must be {expected}",
+                        layer.origin
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn rename_if_reshaped(&mut self) {
+        let shape = [self.hidden_size, self.depth, self.num_heads, self.patch_size];
+        if shape_of(&self.model) != Some(shape) || self.mlp_ratio != 4.0 {
+            self.model = "custom".into();
+        }
+    }
+
+    /// The whole configuration as TOML, with a comment for every key: what it is, and its default for this model and data.
+    pub fn to_toml(&self) -> String {
+        let defaults = TrainConfig::preset(&self.model, &self.data).unwrap_or_default();
+        let mut out = String::from("# Configuration of dtr-fused train. A key left out has its default.\n");
+        let mut section = "";
+        for knob in KNOBS {
+            if knob.section != section {
+                section = knob.section;
+                let _ = write!(out, "\n# ---- {section} ----\n");
+            }
+            let (value, default) = (self.toml_of(knob.name), defaults.toml_of(knob.name));
+            let default = if matches!(knob.name, "model" | "data") { "\"digits\"".into() } else { default };
+            let _ = write!(out, "# {} (default {default})\n{} = {value}\n", knob.help, knob.name);
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(origin: &str, pairs: &[(&str, &str)]) -> Layer {
+        let assignments = pairs.iter().map(|&(key, text)| Assignment { key: key.into(), text: text.into() }).collect();
+        Layer { origin: origin.into(), assignments }
+    }
+
+    fn message(layers: &[Layer]) -> String {
+        TrainConfig::from_layers(layers).expect_err("a bad configuration").to_string()
+    }
+
+    #[test]
+    fn the_printed_file_reads_back_as_itself() {
+        let mut odd = TrainConfig::preset("DiT-XL/4", "pictures \"of\" cats\\").unwrap();
+        (odd.lr, odd.adam_eps, odd.seed, odd.out) = (1.0 / 3.0, 1e-12, i64::MAX as u64, "a\nb".into());
+        for config in [TrainConfig::default(), TrainConfig::preset("DiT-S/2", "digits").unwrap(), odd] {
+            let text = config.to_toml();
+            let read = TrainConfig::from_layers(&[Layer::from_toml(&text, "text").unwrap()]).unwrap();
+            assert_eq!(read, config, "{text}");
+            assert_eq!(read.to_toml(), text);
+        }
+    }
+
+    #[test]
+    fn every_key_has_a_comment_with_its_default() {
+        let text = TrainConfig::default().to_toml();
+        for knob in KNOBS {
+            let line = text.lines().position(|l| l.starts_with(&format!("{} = ", knob.name))).expect(knob.name);
+            let comment = text.lines().nth(line - 1).unwrap();
+            assert!(comment.starts_with("# ") && comment.contains("(default "), "{}: {comment}", knob.name);
+            assert!(knob.help.len() > 10, "{}", knob.name);
+        }
+    }
+
+    #[test]
+    fn later_layers_win() {
+        let file = Layer::from_toml("steps = 10\nlr = 1\nseed = 3", "f.toml").unwrap();
+        let set = layer("--set", &[("lr", "0.5"), ("beta", "0.7"), ("beta", "0.6")]);
+        let flags = layer("flags", &[("seed", "9")]);
+        let config = TrainConfig::from_layers(&[file, set, flags]).unwrap();
+        assert_eq!((config.steps, config.lr, config.beta, config.seed), (10, 0.5, 0.6, 9));
+    }
+
+    #[test]
+    fn a_model_in_a_later_layer_brings_its_shape_and_keeps_the_rest() {
+        let file = Layer::from_toml(&TrainConfig::default().to_toml(), "f.toml").unwrap();
+        let config = TrainConfig::from_layers(&[file, layer("flags", &[("model", "DiT-B/4")])]).unwrap();
+        assert_eq!((config.model.as_str(), config.hidden_size, config.patch_size), ("DiT-B/4", 768, 4));
+        assert_eq!(config.lr, 3e-3);
+        let config = TrainConfig::from_layers(&[layer("flags", &[("depth", "2"), ("model", "DiT-S/8")])]).unwrap();
+        assert_eq!((config.model.as_str(), config.hidden_size, config.depth, config.lr), ("custom", 384, 2, 1e-4));
+    }
+
+    #[test]
+    fn unknown_keys_name_the_near_one() {
+        let near = |key: &str| message(&[layer("f.toml", &[(key, "1")])]);
+        assert!(near("batchsize").contains("did you mean 'batch_size'?"), "{}", near("batchsize"));
+        assert!(near("learning_rate").contains("there is no key 'learning_rate'"));
+        assert!(near("stepz").contains("did you mean 'steps'?"));
+        assert!(near("warmup").contains("did you mean 'warmup_steps'?"));
+        assert!(near("checkpoint_evry").contains("'checkpoint_every'"));
+        assert!(!near("qqqqqq").contains("did you mean"), "{}", near("qqqqqq"));
+        assert!(message(&[layer("x", &[("model", "dit-s/2")])]).contains("did you mean 'DiT-S/2'?"));
+    }
+
+    #[test]
+    fn values_of_the_wrong_kind_are_refused() {
+        for (key, text) in [
+            ("steps", "many"),
+            ("steps", "-1"),
+            ("steps", "1.5"),
+            ("lr", "fast"),
+            ("flip", "maybe"),
+            ("routing", "papr"),
+            ("schedule", "sigmoid"),
+            ("loss_weight", "p2-1-0"),
+            ("loss_weight", "min-snr-0"),
+            ("seed", "18446744073709551615"),
+            ("precision", "f16"),
+            ("model", "DiT-M/2"),
+            ("model", "DiT-S/3"),
+        ] {
+            let message = message(&[layer("--set", &[(key, text)])]);
+            assert!(message.contains(text) && !message.contains('\n'), "{key}={text}: {message}");
+        }
+        assert!(Layer::from_toml("[optim]\nlr = 1", "f").unwrap_err().contains("flat"));
+        assert!(Layer::from_toml("lr = \n", "f").unwrap_err().contains("line 1"));
+        assert!(Layer::from_toml("a = 1\nlr = 1\nlr = 2", "f").unwrap_err().contains("line 3"));
+        for argument in ["lr", "=3", ""] {
+            assert!(Assignment::from_argument(argument).is_err(), "{argument}");
+        }
+        let quoted = Assignment::from_argument("out-dir = \"a=b\"").unwrap();
+        assert_eq!((quoted.key.as_str(), quoted.text.as_str()), ("out_dir", "a=b"));
+    }
+
+    #[test]
+    fn a_resumed_run_keeps_what_makes_it_the_same_run() {
+        let config = TrainConfig::default();
+        let longer = config.resumed_with(&[layer("flags", &[("steps", "900"), ("beta", "0.8")])]).unwrap();
+        assert_eq!(longer.steps, 900);
+        for (key, text) in [("beta", "0.7"), ("seed", "1"), ("model", "DiT-S/2"), ("depth", "5"), ("batch_size", "64")]
+        {
+            let e = config.resumed_with(&[layer("flags", &[(key, text)])]).unwrap_err().to_string();
+            assert!(e.contains("resumed"), "{key}: {e}");
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! The types that a knob may have, and how their values are read and written.
+
+use crate::diffusion::{LossWeight, ScheduleKind};
+use crate::model::dit::Init;
+use crate::routing::Routing;
+
+/// A type of knob: text to value and back. The text is that of a flag or of a TOML value without quotes.
+pub(super) trait Value: Sized {
+    /// Placeholder in help texts.
+    const NAME: &'static str;
+    /// The value that `text` stands for.
+    fn parse(text: &str) -> Option<Self>;
+    /// The value in TOML.
+    fn to_toml(&self) -> String;
+    /// What a text must be, after "it must be".
+    fn expected() -> String;
+}
+
+macro_rules! number {
+    ($type:ty, $name:literal, $expected:literal) => {
+        impl Value for $type {
+            const NAME: &'static str = $name;
+            fn parse(text: &str) -> Option<Self> {
+                text.parse().ok()
+            }
+            // Debug writes the shortest digits that give the same number back, in a form that TOML reads.
+            fn to_toml(&self) -> String {
+                format!("{self:?}")
+            }
+            fn expected() -> String {
+                $expected.into()
+            }
+        }
+    };
+}
+
+number!(usize, "N", "a whole number, 0 or more");
+number!(f64, "X", "a number such as 0.5 or 1e-4");
+number!(bool, "true|false", "true or false");
+
+impl Value for u64 {
+    const NAME: &'static str = "N";
+    // TOML's integers are signed, so the upper half of u64 could not be written back.
+    fn parse(text: &str) -> Option<Self> {
+        text.parse().ok().filter(|&n| i64::try_from(n).is_ok())
+    }
+    fn to_toml(&self) -> String {
+        self.to_string()
+    }
+    fn expected() -> String {
+        "a whole number, 0 or more".into()
+    }
+}
+
+impl Value for String {
+    const NAME: &'static str = "TEXT";
+    fn parse(text: &str) -> Option<Self> {
+        Some(text.into())
+    }
+    fn to_toml(&self) -> String {
+        toml::Value::String(self.clone()).to_string()
+    }
+    fn expected() -> String {
+        "a text".into()
+    }
+}
+
+/// Makes an enum a knob's type: the list of its names.
+macro_rules! choice {
+    ($type:ident, $names:literal, $($variant:ident = $text:literal),+) => {
+        impl Value for $type {
+            const NAME: &'static str = $names;
+            fn parse(text: &str) -> Option<Self> {
+                match text {
+                    $($text => Some($type::$variant),)+
+                    _ => None,
+                }
+            }
+            fn to_toml(&self) -> String {
+                format!("\"{}\"", match self { $($type::$variant => $text,)+ })
+            }
+            fn expected() -> String {
+                format!("one of {}", [$($text),+].join(", "))
+            }
+        }
+    };
+}
+
+/// A choice whose type lives here: the enum, and how it is printed.
+macro_rules! own_choice {
+    ($(#[$doc:meta])* $type:ident, $names:literal { $($(#[$vdoc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $type {
+            $($(#[$vdoc])* $variant,)+
+        }
+
+        choice!($type, $names, $($variant = $text),+);
+
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str(match self { $($type::$variant => $text,)+ })
+            }
+        }
+    };
+}
+
+choice!(
+    Routing,
+    "paper|sublayer|random|dense",
+    Paper = "paper",
+    Sublayer = "sublayer",
+    Random = "random",
+    Dense = "dense"
+);
+
+/// Makes a type that has names of its own (`FromStr` and `Display`) a knob's type.
+macro_rules! named {
+    ($type:ident, $names:literal, $expected:literal) => {
+        impl Value for $type {
+            const NAME: &'static str = $names;
+            fn parse(text: &str) -> Option<Self> {
+                text.parse().ok()
+            }
+            fn to_toml(&self) -> String {
+                format!("\"{self}\"")
+            }
+            fn expected() -> String {
+                $expected.into()
+            }
+        }
+    };
+}
+
+named!(ScheduleKind, "linear|cosine", "one of linear, cosine");
+named!(LossWeight, "constant|min-snr-5|p2|uw", "one of constant, min-snr-GAMMA, p2, p2-GAMMA-K, uw");
+choice!(Init, "published|small", Published = "published", Small = "small");
+
+own_choice! {
+    /// Learning rate after the warm-up.
+    Decay, "constant|cosine" {
+        /// It stays.
+        Constant = "constant",
+        /// It falls as a half cosine.
+        Cosine = "cosine",
+    }
+}
+
+own_choice! {
+    /// Number format of products and activations.
+    Precision, "f32|bf16" {
+        /// IEEE 754 single precision.
+        F32 = "f32",
+        /// The upper 16 bits of it; statistics and updates stay in single precision.
+        Bf16 = "bf16",
+    }
+}
+
+own_choice! {
+    /// Sampling algorithm.
+    SamplerKind, "ddim|ddpm" {
+        /// Deterministic, few steps (Song et al., 2021).
+        Ddim = "ddim",
+        /// Ancestral sampling (Ho et al., 2020).
+        Ddpm = "ddpm",
+    }
+}
+
+/// `; did you mean 'x'?` for the name nearest to `word`, or nothing when none is near.
+pub(super) fn did_you_mean<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> String {
+    let clean = word.to_lowercase().replace('-', "_");
+    let score = |name: &str| {
+        let name = name.to_lowercase().replace('-', "_");
+        // A word that is part of a name (or the other way round) is near, however long the rest.
+        let part = clean.len() >= 3 && (name.contains(&clean) || clean.contains(&name));
+        strsim::jaro_winkler(&clean, &name) + if part { 0.2 } else { 0.0 }
+    };
+    names
+        .map(|name| (score(name), name))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .filter(|&(score, _)| score > 0.8)
+        .map_or(String::new(), |(_, name)| format!(" (did you mean '{name}'?)"))
+}

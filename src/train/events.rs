@@ -1,0 +1,233 @@
+//! TensorBoard event files: records of scalars that `tensorboard --logdir runs` shows.
+//!
+//! A file is a list of records: length as u64, masked CRC-32C of these 8 bytes, data, masked CRC-32C of the data, all
+//! little-endian. The data are protocol buffers of the message `Event` (tensorflow/core/util/event.proto), of which this
+//! writes three fields: wall time, step, and a summary of named scalars.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::run_dir::RunDir;
+use crate::error::{Error, Result};
+
+const PREFIX: &str = "events.out.tfevents.";
+/// Largest file that a resumed run trims; a line of metrics takes about 500 bytes.
+const MAX_FILE_BYTES: u64 = 1 << 30;
+
+/// An event file that is appended to.
+#[derive(Debug)]
+pub(super) struct EventFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl EventFile {
+    /// Opens the event file of `run`, or a new one. Records of steps after `step` are dropped, as is a record cut short.
+    pub(super) fn open(run: &RunDir, step: u64) -> Result<Self> {
+        let seconds = now() as u64;
+        let name = existing(run)?.unwrap_or_else(|| format!("{PREFIX}{seconds:010}.dtr-fused"));
+        let path = run.path().join(&name);
+        let old = match fs::metadata(&path) {
+            Ok(file) if file.len() > MAX_FILE_BYTES => {
+                return Err(Error::file(&path, "is over 1 GiB: move it away; only TensorBoard's curves are lost"));
+            }
+            Ok(_) => fs::read(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?,
+            Err(_) => Vec::new(),
+        };
+        let mut kept: Vec<u8> = Vec::new();
+        for (record, data) in records(&old) {
+            if step_of(data).is_some_and(|s| s <= step) {
+                kept.extend(record);
+            }
+        }
+        if kept.is_empty() {
+            kept = record(&[field_double(1, now()), field_bytes(3, b"brain.Event:2")].concat());
+        }
+        if kept != old {
+            run.replace(&name, |out| out.write_all(&kept))?;
+        }
+        let file = OpenOptions::new().append(true).open(&path);
+        let file = file.map_err(|e| Error::file(&path, format!("cannot be written: {e}")))?;
+        Ok(EventFile { path, file })
+    }
+
+    /// Appends one record with `scalars` at `step`.
+    pub(super) fn append(&mut self, step: u64, scalars: &[(String, f64)]) -> Result<()> {
+        let value = |(name, value): &(String, f64)| {
+            field_bytes(1, &[field_bytes(1, name.as_bytes()), field_float(2, *value as f32)].concat())
+        };
+        let summary: Vec<u8> = scalars.iter().flat_map(value).collect();
+        let event = [field_double(1, now()), field_varint(2, step), field_bytes(5, &summary)].concat();
+        let written = self.file.write_all(&record(&event));
+        written.map_err(|e| Error::file(&self.path, format!("cannot be written: {e}")))
+    }
+}
+
+/// The name of the latest event file in `run`.
+fn existing(run: &RunDir) -> Result<Option<String>> {
+    let entries = fs::read_dir(run.path()).map_err(|e| Error::file(run.path(), format!("cannot be read: {e}")))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    Ok(names.filter(|name| name.starts_with(PREFIX)).max())
+}
+
+/// Seconds since 1970.
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+/// `data` as a record.
+fn record(data: &[u8]) -> Vec<u8> {
+    let length = (data.len() as u64).to_le_bytes();
+    [&length[..], &masked_crc(&length).to_le_bytes(), data, &masked_crc(data).to_le_bytes()].concat()
+}
+
+/// The whole records at the beginning of `file`, each with its data: up to the first that is cut short or damaged.
+fn records(file: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    let mut rest = file;
+    std::iter::from_fn(move || {
+        let (length, _) = rest.split_first_chunk::<8>()?;
+        let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+        let (whole, after) = rest.split_at_checked(length.checked_add(16)?)?;
+        let data = &whole[12..12 + length];
+        let good = record(data) == whole;
+        rest = after;
+        good.then_some((whole, data))
+    })
+}
+
+/// The step of an event: its field 2, or 0 when it has none. `None` when the data are no event.
+fn step_of(mut event: &[u8]) -> Option<u64> {
+    let mut step = 0;
+    while !event.is_empty() {
+        let key = take_varint(&mut event)?;
+        let skip = match key & 7 {
+            0 => {
+                let value = take_varint(&mut event)?;
+                if key >> 3 == 2 {
+                    step = value;
+                }
+                0
+            }
+            1 => 8,
+            2 => usize::try_from(take_varint(&mut event)?).ok()?,
+            5 => 4,
+            _ => return None,
+        };
+        event = event.get(skip..)?;
+    }
+    Some(step)
+}
+
+fn take_varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (&byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        value |= u64::from(byte & 0x7F) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+fn varint(mut value: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while value >= 0x80 {
+        bytes.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    bytes.push(value as u8);
+    bytes
+}
+
+// A field is its number and wire type (0 varint, 1 eight bytes, 2 length and bytes, 5 four bytes), then its value.
+
+fn field_varint(number: u64, value: u64) -> Vec<u8> {
+    [varint(number << 3), varint(value)].concat()
+}
+
+fn field_double(number: u64, value: f64) -> Vec<u8> {
+    [varint(number << 3 | 1), value.to_le_bytes().to_vec()].concat()
+}
+
+fn field_float(number: u64, value: f32) -> Vec<u8> {
+    [varint(number << 3 | 5), value.to_le_bytes().to_vec()].concat()
+}
+
+fn field_bytes(number: u64, bytes: &[u8]) -> Vec<u8> {
+    [varint(number << 3 | 2), varint(bytes.len() as u64), bytes.to_vec()].concat()
+}
+
+/// CRC-32C with the mask of the record format, so that a CRC of data that hold CRCs stays a good check.
+fn masked_crc(bytes: &[u8]) -> u32 {
+    crc32c(bytes).rotate_right(15).wrapping_add(0xA282_EAD8)
+}
+
+/// CRC-32C (Castagnoli), reflected.
+fn crc32c(bytes: &[u8]) -> u32 {
+    const TABLE: [u32; 256] = {
+        let mut table = [0; 256];
+        let mut i = 0;
+        while i < 256 {
+            let (mut crc, mut bit) = (i as u32, 0);
+            while bit < 8 {
+                crc = if crc & 1 == 1 { crc >> 1 ^ 0x82F6_3B78 } else { crc >> 1 };
+                bit += 1;
+            }
+            table[i] = crc;
+            i += 1;
+        }
+        table
+    };
+    !bytes.iter().fold(!0, |crc, &byte| crc >> 8 ^ TABLE[((crc ^ u32::from(byte)) & 0xFF) as usize])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::TrainConfig;
+    use super::*;
+
+    #[test]
+    fn crc_known_answers() {
+        // RFC 3720, appendix B.4.
+        assert_eq!(crc32c(&[0; 32]), 0x8A91_36AA);
+        assert_eq!(crc32c(&[0xFF; 32]), 0x62A8_AB43);
+        assert_eq!(crc32c(b"123456789"), 0xE306_9283);
+    }
+
+    #[test]
+    fn an_event_is_written_as_its_bytes() {
+        // wall_time = 1.0, step = 300, summary { value { tag: "a", simple_value: 2.0 } }
+        let summary = field_bytes(1, &[field_bytes(1, b"a"), field_float(2, 2.0)].concat());
+        let event = [field_double(1, 1.0), field_varint(2, 300), field_bytes(5, &summary)].concat();
+        let expected = [9, 0, 0, 0, 0, 0, 0, 0xF0, 0x3F, 16, 0xAC, 2, 42, 10, 10, 8, 10, 1, b'a', 21, 0, 0, 0, 0x40];
+        assert_eq!(event, expected);
+        assert_eq!(step_of(&event), Some(300));
+        assert_eq!(step_of(&event[..11]), None);
+    }
+
+    #[test]
+    fn a_resumed_run_drops_later_and_damaged_records() {
+        let place = tempfile::tempdir().unwrap();
+        let config = TrainConfig { out: place.path().join("run").display().to_string(), ..TrainConfig::default() };
+        let run = RunDir::create(&config).unwrap();
+        let mut events = EventFile::open(&run, 0).unwrap();
+        for step in 1..=5 {
+            events.append(step, &[("loss".into(), 1.0 / step as f64)]).unwrap();
+        }
+        let whole = fs::read(&events.path).unwrap();
+        let steps = |bytes: &[u8]| records(bytes).filter_map(|(_, data)| step_of(data)).collect::<Vec<_>>();
+        assert_eq!(steps(&whole), [0, 1, 2, 3, 4, 5]);
+        fs::write(&events.path, &whole[..whole.len() - 3]).unwrap();
+        let events = EventFile::open(&run, 3).unwrap();
+        assert_eq!(steps(&fs::read(&events.path).unwrap()), [0, 1, 2, 3]);
+        let mut damaged = whole.clone();
+        damaged[70] ^= 1;
+        assert!(steps(&damaged).len() < 6);
+        let huge = u64::MAX.to_le_bytes();
+        assert!(steps(&[huge; 3].concat()).is_empty());
+    }
+}

@@ -1,0 +1,185 @@
+//! A model that learns: weights, their gradients and moments, and one training step over given batches.
+//!
+//! Everything random is drawn by the caller, so that a step can be compared with another implementation's.
+
+use super::optimizer::{self, Update};
+use crate::autograd::{Memory, Tape};
+use crate::diffusion::weighting::{CLUSTERS, uncertainty_coefficients, uncertainty_loss};
+use crate::diffusion::{ImageDims, LossTerms, LossWeight, Schedule, losses, q_sample};
+use crate::error::Result;
+use crate::model::dit::Dit;
+
+/// Samples to learn from.
+#[derive(Clone, Copy)]
+pub struct Batch<'a> {
+    /// `[B, IC, H, W]`
+    pub x_start: &'a [f32],
+    /// `[B, IC, H, W]`
+    pub noise: &'a [f32],
+    /// `[B]`
+    pub t: &'a [u32],
+    /// `[B]`, the null class where the label was dropped.
+    pub labels: &'a [u32],
+    /// `[B]`: derivative of the objective with respect to the loss of each sample, 1 / B for their mean.
+    pub coefficients: &'a [f64],
+}
+
+/// Loss of each sample, `[B]`.
+#[derive(Clone, Debug, Default)]
+pub struct Losses {
+    /// Weighted squared error.
+    pub mse: Vec<f32>,
+    /// Variational bound in bits.
+    pub vb: Vec<f32>,
+    /// Their sum.
+    pub loss: Vec<f32>,
+}
+
+/// The learned log-variances of uncertainty weighting, with their own AdamW.
+#[derive(Clone, Debug)]
+pub struct Uncertainty {
+    /// s, one a cluster of timesteps.
+    pub log_variances: [f32; CLUSTERS],
+    /// First moments.
+    pub m: [f32; CLUSTERS],
+    /// Second moments.
+    pub v: [f32; CLUSTERS],
+    gradient: [f32; CLUSTERS],
+}
+
+/// Weights and everything that changes them.
+pub struct Learner {
+    /// The model.
+    pub dit: Dit,
+    /// Noise schedule over all timesteps.
+    pub schedule: Schedule,
+    /// Weight of the loss by timestep.
+    pub loss_weight: LossWeight,
+    /// `[P]`, in the model's layout, as are the next four.
+    pub weights: Vec<f32>,
+    /// Moving average of the weights.
+    pub ema: Vec<f32>,
+    /// First moments of AdamW.
+    pub m: Vec<f32>,
+    /// Second moments of AdamW.
+    pub v: Vec<f32>,
+    /// Gradients of the last batch.
+    pub grads: Vec<f32>,
+    /// Uncertainty weighting, when `loss_weight` asks for it.
+    pub uncertainty: Option<Uncertainty>,
+    /// Updates made so far.
+    pub updates: u64,
+    /// Buffers of the model's passes.
+    pub memory: Memory,
+    x_t: Vec<f32>,
+    d_out: Vec<f32>,
+    sample_weights: Vec<f64>,
+    norm_parts: Vec<f64>,
+}
+
+impl Learner {
+    /// A learner that starts from `weights` (in the layout of `dit`).
+    pub fn new(dit: Dit, schedule: Schedule, loss_weight: LossWeight, weights: Vec<f32>) -> Self {
+        assert_eq!(weights.len(), dit.layout.len(), "weights have the layout of the model");
+        let zeros = || vec![0.0; weights.len()];
+        let none = [0.0; CLUSTERS];
+        Learner {
+            ema: weights.clone(),
+            m: zeros(),
+            v: zeros(),
+            grads: zeros(),
+            uncertainty: (loss_weight == LossWeight::Uncertainty).then_some(Uncertainty {
+                log_variances: none,
+                m: none,
+                v: none,
+                gradient: none,
+            }),
+            updates: 0,
+            memory: Memory::new(),
+            x_t: Vec::new(),
+            d_out: Vec::new(),
+            sample_weights: Vec::new(),
+            norm_parts: Vec::new(),
+            dit,
+            schedule,
+            loss_weight,
+            weights,
+        }
+    }
+
+    /// Coefficients of a whole batch of `coefficients.len()` samples in the order they were drawn: 1 / B, or those of
+    /// uncertainty weighting.
+    pub fn coefficients(&self, coefficients: &mut [f64]) {
+        match &self.uncertainty {
+            Some(uncertainty) => uncertainty_coefficients(coefficients, &uncertainty.log_variances),
+            None => {
+                let batch = coefficients.len();
+                coefficients.fill(1.0 / batch as f64);
+            }
+        }
+    }
+
+    /// Loss and gradients of `batch`. `add` adds to the gradients of the parts of a batch before it.
+    ///
+    /// # Errors
+    /// When sizes do not fit, or a timestep or label is out of range.
+    pub fn gradients(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
+        let config = &self.dit.config;
+        let (b, side, channels) = (batch.t.len(), config.input_size, config.in_channels);
+        let dims = ImageDims { channels, pixels: side * side, learn_sigma: config.learn_sigma };
+        self.x_t.resize(b * dims.elements(), 0.0);
+        self.d_out.resize(b * dims.out_elements(), 0.0);
+        for losses in [&mut found.mse, &mut found.vb, &mut found.loss] {
+            losses.resize(b, 0.0);
+        }
+        self.sample_weights.clear();
+        self.sample_weights.extend(batch.t.iter().map(|&t| self.loss_weight.weight(&self.schedule, t as usize)));
+        q_sample(&mut self.x_t, batch.x_start, batch.noise, batch.t, &self.schedule)?;
+
+        let mut tape = Tape::new(&self.weights, &mut self.grads, add, &mut self.memory);
+        let x_t = tape.input(&self.x_t, [b, channels, side, side], false)?;
+        let out = self.dit.forward(&mut tape, x_t, batch.t, batch.labels)?;
+        let terms =
+            LossTerms { mse: &mut found.mse, vb: &mut found.vb, loss: &mut found.loss, d_model_out: &mut self.d_out };
+        losses(
+            terms,
+            tape.value(out),
+            batch.x_start,
+            batch.noise,
+            batch.t,
+            &self.sample_weights,
+            batch.coefficients,
+            &self.schedule,
+            dims,
+        )?;
+        tape.backward(out, &self.d_out)
+    }
+
+    /// The objective of a whole batch from the losses of its samples, in the order they were drawn: their mean, or that of
+    /// uncertainty weighting (whose own gradient is kept for the update).
+    pub fn objective(&mut self, losses: &[f32]) -> f64 {
+        match &mut self.uncertainty {
+            Some(uncertainty) => uncertainty_loss(&mut uncertainty.gradient, losses, &uncertainty.log_variances),
+            None => losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / losses.len() as f64,
+        }
+    }
+
+    /// L2 norm of the gradients: not finite when any of them is not.
+    pub fn gradient_norm(&mut self) -> f64 {
+        optimizer::norm(&self.grads, &mut self.norm_parts)
+    }
+
+    /// One update of the weights and their moving average. `update.number` is set here; `uncertainty_lr` is the learning
+    /// rate of the log-variances.
+    pub fn update(&mut self, update: Update, uncertainty_lr: f64) {
+        self.updates += 1;
+        let update = Update { number: self.updates, ..update };
+        let Learner { weights, ema, m, v, grads, .. } = self;
+        optimizer::adamw(weights, ema, m, v, grads, update);
+        if let Some(Uncertainty { log_variances, m, v, gradient }) = &mut self.uncertainty {
+            let update = Update { lr: uncertainty_lr, weight_decay: 0.0, grad_scale: 1.0, ..update };
+            // Nobody asks for their moving average.
+            optimizer::adamw(log_variances, &mut [0.0; CLUSTERS], m, v, gradient, update);
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! What a run measures: averages over the steps between two lines of `metrics.jsonl`, and the files that keep them.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::events::EventFile;
+use super::run_dir::RunDir;
+use crate::error::{Error, Result};
+
+/// Name of the file with one JSON object per line.
+pub const METRICS: &str = "metrics.jsonl";
+
+/// Groups of 125 timesteps over which the loss is also averaged.
+pub const OCTILES: usize = 8;
+
+/// Longest line that is read back; ours have a few hundred bytes.
+const MAX_LINE_BYTES: u64 = 1 << 16;
+
+/// One line of `metrics.jsonl`: averages over the steps since the line before it. `null` where there was nothing to average.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Line {
+    /// Steps done so far.
+    pub step: u64,
+    /// Mean loss per sample.
+    pub loss: Option<f64>,
+    /// Mean squared error, its part of the loss.
+    pub mse: Option<f64>,
+    /// Variational bound in bits, its part of the loss.
+    pub vb: Option<f64>,
+    /// L2 norm of the gradient over all parameters, before clipping.
+    pub grad_norm: Option<f64>,
+    /// Mean loss of the samples with timesteps 0..125, 125..250, ..., 875..1000.
+    pub loss_by_timestep: [Option<f64>; OCTILES],
+    /// Learning rate of the last step.
+    pub lr: f64,
+    /// Steps skipped since the start of the run because a loss or gradient was not finite.
+    pub skipped: u64,
+    /// Images per second since the line before.
+    pub images_per_s: Option<f64>,
+}
+
+/// Sums since the last line. Its text goes into the checkpoint, so that a resumed run averages over the same steps.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Meter {
+    steps: u64,
+    skipped: u64,
+    samples: u64,
+    loss: f64,
+    mse: f64,
+    vb: f64,
+    grad_norm: f64,
+    octiles: [(f64, u64); OCTILES],
+}
+
+impl Meter {
+    /// Counts one sample: its timestep (0..1000), loss, squared error and variational bound.
+    pub fn add_sample(&mut self, t: usize, loss: f64, mse: f64, vb: f64) {
+        self.samples += 1;
+        self.loss += loss;
+        self.mse += mse;
+        self.vb += vb;
+        let octile = &mut self.octiles[(t * OCTILES / 1000).min(OCTILES - 1)];
+        octile.0 += loss;
+        octile.1 += 1;
+    }
+
+    /// Counts one step with the norm of its gradient; its samples were added before.
+    pub fn add_step(&mut self, grad_norm: f64) {
+        self.steps += 1;
+        self.grad_norm += grad_norm;
+    }
+
+    /// Counts a step that was skipped; nothing of it is averaged.
+    pub fn add_skipped(&mut self) {
+        self.skipped += 1;
+    }
+
+    /// Steps skipped since the start of the run.
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// The line at `step`; the sums start again.
+    pub fn line(&mut self, step: u64, lr: f64, images_per_s: f64) -> Line {
+        // JSON has no NaN; a mean over nothing is none.
+        let mean = |sum: f64, n: u64| Some(sum / n as f64).filter(|x| x.is_finite());
+        let line = Line {
+            step,
+            loss: mean(self.loss, self.samples),
+            mse: mean(self.mse, self.samples),
+            vb: mean(self.vb, self.samples),
+            grad_norm: mean(self.grad_norm, self.steps),
+            loss_by_timestep: self.octiles.map(|(sum, n)| mean(sum, n)),
+            lr,
+            skipped: self.skipped,
+            images_per_s: Some(images_per_s).filter(|x| x.is_finite()),
+        };
+        *self = Meter { skipped: self.skipped, ..Meter::default() };
+        line
+    }
+
+    /// The exact sums as text, for a checkpoint's metadata.
+    pub fn to_text(&self) -> String {
+        let sums = [self.loss, self.mse, self.vb, self.grad_norm].map(f64::to_bits);
+        let octiles = self.octiles.iter().flat_map(|&(sum, n)| [sum.to_bits(), n]);
+        let words = [self.steps, self.skipped, self.samples].into_iter().chain(sums).chain(octiles);
+        words.map(|word| format!("{word:x}")).collect::<Vec<_>>().join(" ")
+    }
+
+    /// The sums that [`to_text`](Self::to_text) wrote; `None` when `text` is something else.
+    pub fn from_text(text: &str) -> Option<Self> {
+        let words: Option<Vec<u64>> = text.split(' ').map(|word| u64::from_str_radix(word, 16).ok()).collect();
+        let words: [u64; 7 + 2 * OCTILES] = words?.try_into().ok()?;
+        let [steps, skipped, samples, loss, mse, vb, grad_norm, octiles @ ..] = words;
+        let [loss, mse, vb, grad_norm] = [loss, mse, vb, grad_norm].map(f64::from_bits);
+        let octiles = std::array::from_fn(|k| (f64::from_bits(octiles[2 * k]), octiles[2 * k + 1]));
+        Some(Meter { steps, skipped, samples, loss, mse, vb, grad_norm, octiles })
+    }
+}
+
+/// The open metric files of a run: `metrics.jsonl` and TensorBoard's events.
+#[derive(Debug)]
+pub struct MetricsLog {
+    path: PathBuf,
+    file: File,
+    events: EventFile,
+}
+
+impl MetricsLog {
+    /// Opens the files of `run`, which goes on after `step` (0 for a new run): what they hold of later steps is dropped, and
+    /// so is a line that a kill cut short.
+    ///
+    /// # Errors
+    /// [`Error::File`] when a file cannot be read or written.
+    pub fn open(run: &RunDir, step: u64) -> Result<Self> {
+        let path = run.path().join(METRICS);
+        let old = match fs::read(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            old => old.map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?,
+        };
+        let kept: Vec<u8> = old
+            .split_inclusive(|&b| b == b'\n')
+            .filter(|line| line.ends_with(b"\n"))
+            .filter(|line| serde_json::from_slice(line).is_ok_and(|line: Line| line.step <= step))
+            .flatten()
+            .copied()
+            .collect();
+        if kept != old {
+            run.replace(METRICS, |out| out.write_all(&kept))?;
+        }
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let file = file.map_err(|e| Error::file(&path, format!("cannot be written: {e}")))?;
+        Ok(MetricsLog { path, file, events: EventFile::open(run, step)? })
+    }
+
+    /// Appends a line to both files.
+    ///
+    /// # Errors
+    /// [`Error::File`] when a file cannot be written.
+    pub fn append(&mut self, line: &Line) -> Result<()> {
+        let mut text = serde_json::to_vec(line).expect("numbers and names");
+        text.push(b'\n');
+        self.file.write_all(&text).map_err(|e| Error::file(&self.path, format!("cannot be written: {e}")))?;
+        let mut scalars =
+            vec![("learning_rate".to_string(), line.lr), ("skipped_steps".to_string(), line.skipped as f64)];
+        let named = [
+            ("loss/total", line.loss),
+            ("loss/mse", line.mse),
+            ("loss/vb", line.vb),
+            ("gradient_norm", line.grad_norm),
+            ("images_per_second", line.images_per_s),
+        ];
+        scalars.extend(named.iter().filter_map(|&(name, value)| Some((name.to_string(), value?))));
+        for (k, loss) in line.loss_by_timestep.iter().enumerate() {
+            scalars.extend(loss.map(|loss| (format!("loss_by_timestep/{:03}-{:03}", k * 125, k * 125 + 124), loss)));
+        }
+        self.events.append(line.step, &scalars)
+    }
+}
+
+/// All lines of the run in `run`, in order; none when it has no metrics yet. Lines that are no metrics are left out.
+///
+/// # Errors
+/// [`Error::File`] when the file is there but cannot be read.
+pub fn read(run: &Path) -> Result<Vec<Line>> {
+    let path = run.join(METRICS);
+    let fail = |e: std::io::Error| Error::file(&path, format!("cannot be read: {e}"));
+    let mut reader = match File::open(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        file => BufReader::new(file.map_err(fail)?),
+    };
+    let (mut lines, mut text) = (Vec::new(), Vec::new());
+    loop {
+        text.clear();
+        if reader.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut text).map_err(fail)? == 0 {
+            return Ok(lines);
+        }
+        lines.extend(serde_json::from_slice::<Line>(&text).ok());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::TrainConfig;
+    use super::*;
+
+    fn run(place: &Path) -> RunDir {
+        RunDir::create(&TrainConfig { out: place.join("run").display().to_string(), ..TrainConfig::default() }).unwrap()
+    }
+
+    /// A meter that saw a few uneven samples.
+    fn meter(seed: u64) -> Meter {
+        let mut meter = Meter::default();
+        for i in 0..5 {
+            let x = 1.0 / (seed + i + 3) as f64;
+            meter.add_sample((seed as usize * 131 + i as usize * 251) % 1000, x, x * x, x / 7.0);
+        }
+        meter.add_step(0.1 + seed as f64);
+        meter
+    }
+
+    #[test]
+    fn a_line_holds_the_means() {
+        let mut meter = Meter::default();
+        meter.add_sample(0, 1.0, 0.5, 0.25);
+        meter.add_sample(124, 3.0, 1.5, 0.75);
+        meter.add_sample(999, 5.0, 1.0, 4.0);
+        meter.add_step(2.0);
+        meter.add_step(4.0);
+        meter.add_skipped();
+        let line = meter.line(2, 1e-3, 100.0);
+        assert_eq!((line.loss, line.mse, line.vb), (Some(3.0), Some(1.0), Some(5.0 / 3.0)));
+        assert_eq!((line.grad_norm, line.skipped, line.step), (Some(3.0), 1, 2));
+        assert_eq!(
+            (line.loss_by_timestep[0], line.loss_by_timestep[1], line.loss_by_timestep[7]),
+            (Some(2.0), None, Some(5.0))
+        );
+        let empty = meter.line(3, 1e-3, f64::INFINITY);
+        assert_eq!((empty.loss, empty.images_per_s, empty.skipped), (None, None, 1));
+        let text = serde_json::to_string(&empty).unwrap();
+        assert_eq!(serde_json::from_str::<Line>(&text).unwrap(), empty, "{text}");
+    }
+
+    #[test]
+    fn the_meter_survives_a_checkpoint_bit_for_bit() {
+        let meter = meter(4);
+        assert_eq!(Meter::from_text(&meter.to_text()).unwrap(), meter);
+        for bad in ["", "1 2 3", "x", &format!("{} 0", meter.to_text())] {
+            assert_eq!(Meter::from_text(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_resumed_run_leaves_the_file_of_an_uninterrupted_one() {
+        let place = tempfile::tempdir().unwrap();
+        let run = run(place.path());
+        let write = |log: &mut MetricsLog, steps: std::ops::Range<u64>| {
+            for step in steps {
+                log.append(&meter(step).line(step, 0.1, 10.0)).unwrap();
+            }
+        };
+        write(&mut MetricsLog::open(&run, 0).unwrap(), 1..8);
+        let path = run.path().join(METRICS);
+        let whole = fs::read(&path).unwrap();
+        // Killed in the middle of a line after step 5's checkpoint.
+        fs::write(&path, &whole[..whole.len() - 9]).unwrap();
+        let mut log = MetricsLog::open(&run, 5).unwrap();
+        assert_eq!(read(run.path()).unwrap().len(), 5);
+        write(&mut log, 6..8);
+        assert_eq!(fs::read(&path).unwrap(), whole);
+        let last = &read(run.path()).unwrap()[6];
+        assert_eq!((last.step, last.lr, last.loss_by_timestep[0]), (7, 0.1, None));
+        assert!((last.loss.unwrap() - meter(7).line(7, 0.1, 10.0).loss.unwrap()).abs() < 1e-12);
+    }
+}

@@ -1,0 +1,15 @@
+//! Training: configuration, checkpoints, metrics, and the loop that ties them together.
+
+pub mod checkpoint;
+pub mod config;
+mod events;
+pub mod learner;
+pub mod metrics;
+pub mod optimizer;
+pub mod plot;
+pub mod progress;
+pub mod run_dir;
+pub mod trainer;
+
+pub use config::TrainConfig;
+pub use run_dir::RunDir;

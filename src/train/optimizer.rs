@@ -1,0 +1,173 @@
+//! AdamW, the moving average of the weights and gradient clipping in one pass over all parameters.
+
+use crate::backend::cpu::simd::{fma, simd_fn};
+use rayon::prelude::*;
+
+/// Elements of one block of work: the five buffers of a block fit in a core's cache.
+const BLOCK: usize = 1 << 15;
+
+/// What one update needs to know.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root in the denominator.
+    pub eps: f64,
+    /// Decoupled weight decay (Loshchilov and Hutter, ICLR 2019).
+    pub weight_decay: f64,
+    /// Decay of the moving average.
+    pub ema_decay: f64,
+    /// Number of this update, from 1 on: corrects the bias of the moments.
+    pub number: u64,
+    /// Factor of the gradient (clipping); 1 for none.
+    pub grad_scale: f64,
+}
+
+/// [`Update`] as the factors that the loop multiplies by.
+#[derive(Clone, Copy)]
+struct Factors {
+    beta1: f32,
+    beta2: f32,
+    one_minus_beta1: f32,
+    one_minus_beta2: f32,
+    decay: f32,           // 1 - lr * weight_decay
+    step: f32,            // lr / (1 - beta1^number)
+    root_correction: f32, // 1 / sqrt(1 - beta2^number)
+    eps: f32,
+    ema: f32,
+    one_minus_ema: f32,
+    grad_scale: f32,
+}
+
+/// One step of AdamW on `weights`, and then of their moving average, all `[P]` with the layout of the model.
+pub fn adamw(
+    weights: &mut [f32],
+    ema: &mut [f32],
+    first_moment: &mut [f32],
+    second_moment: &mut [f32],
+    grads: &[f32],
+    u: Update,
+) {
+    let exponent = u.number.min(i32::MAX as u64) as i32;
+    let factors = Factors {
+        beta1: u.beta1 as f32,
+        beta2: u.beta2 as f32,
+        one_minus_beta1: (1.0 - u.beta1) as f32,
+        one_minus_beta2: (1.0 - u.beta2) as f32,
+        decay: (1.0 - u.lr * u.weight_decay) as f32,
+        step: (u.lr / (1.0 - u.beta1.powi(exponent))) as f32,
+        root_correction: (1.0 / (1.0 - u.beta2.powi(exponent)).sqrt()) as f32,
+        eps: u.eps as f32,
+        ema: u.ema_decay as f32,
+        one_minus_ema: (1.0 - u.ema_decay) as f32,
+        grad_scale: u.grad_scale as f32,
+    };
+    weights
+        .par_chunks_mut(BLOCK)
+        .zip(ema.par_chunks_mut(BLOCK))
+        .zip(first_moment.par_chunks_mut(BLOCK))
+        .zip(second_moment.par_chunks_mut(BLOCK))
+        .zip(grads.par_chunks(BLOCK))
+        .for_each(|((((w, e), m), v), g)| adamw_block(w, e, m, v, g, factors));
+}
+
+simd_fn! {
+    fn adamw_block<F>(w: &mut [f32], e: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], f: Factors) {
+        let n = w.len();
+        let (e, m, v, g) = (&mut e[..n], &mut m[..n], &mut v[..n], &g[..n]);
+        for i in 0..n {
+            let g = g[i] * f.grad_scale;
+            m[i] = fma::<F>(f.beta1, m[i], f.one_minus_beta1 * g);
+            v[i] = fma::<F>(f.beta2, v[i], f.one_minus_beta2 * g * g);
+            let denominator = fma::<F>(v[i].sqrt(), f.root_correction, f.eps);
+            w[i] = w[i] * f.decay - f.step * m[i] / denominator;
+            e[i] = fma::<F>(f.ema, e[i], f.one_minus_ema * w[i]);
+        }
+    }
+}
+
+/// L2 norm of `grads`: NaN or infinite when any element is. `partial` is scratch, kept by the caller.
+pub fn norm(grads: &[f32], partial: &mut Vec<f64>) -> f64 {
+    partial.resize(grads.len().div_ceil(BLOCK), 0.0);
+    grads.par_chunks(BLOCK).zip(partial.par_iter_mut()).for_each(|(g, sum)| *sum = sum_of_squares(g));
+    partial.iter().sum::<f64>().sqrt()
+}
+
+simd_fn! {
+    fn sum_of_squares<F>(x: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; 16];
+        let mut chunks = x.chunks_exact(16);
+        for chunk in &mut chunks {
+            for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                *lane += f64::from(x) * f64::from(x);
+            }
+        }
+        for (lane, &x) in lanes.iter_mut().zip(chunks.remainder()) {
+            *lane += f64::from(x) * f64::from(x);
+        }
+        lanes.iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The loop of the AdamW paper (algorithm 2) in f64.
+    fn reference(w: &mut f64, e: &mut f64, m: &mut f64, v: &mut f64, g: f64, u: Update) {
+        let g = g * u.grad_scale;
+        *m = u.beta1 * *m + (1.0 - u.beta1) * g;
+        *v = u.beta2 * *v + (1.0 - u.beta2) * g * g;
+        let m_hat = *m / (1.0 - u.beta1.powi(u.number as i32));
+        let v_hat = *v / (1.0 - u.beta2.powi(u.number as i32));
+        *w -= u.lr * u.weight_decay * *w + u.lr * m_hat / (v_hat.sqrt() + u.eps);
+        *e = u.ema_decay * *e + (1.0 - u.ema_decay) * *w;
+    }
+
+    #[test]
+    fn updates_agree_with_the_loop_in_f64() {
+        let n = BLOCK + 37;
+        let start: Vec<f32> = (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect();
+        let mut fast = [start.clone(), start.clone(), vec![0.0; n], vec![0.0; n]];
+        let mut truth: Vec<[f64; 4]> = start.iter().map(|&w| [f64::from(w), f64::from(w), 0.0, 0.0]).collect();
+        for number in 1..=5 {
+            let grads: Vec<f32> = (0..n).map(|i| ((i as u64 * 97 + number * 13) % 89) as f32 / 40.0 - 1.1).collect();
+            let u = Update {
+                lr: 1e-2,
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                ema_decay: 0.95,
+                number,
+                grad_scale: 0.7,
+            };
+            let [w, e, m, v] = &mut fast;
+            adamw(w, e, m, v, &grads, u);
+            for ([w, e, m, v], &g) in truth.iter_mut().zip(&grads) {
+                reference(w, e, m, v, f64::from(g), u);
+            }
+        }
+        for i in 0..n {
+            for k in 0..4 {
+                let err = (f64::from(fast[k][i]) - truth[i][k]).abs();
+                assert!(err <= 1e-6 * truth[i][k].abs().max(1.0), "buffer {k} element {i} is off by {err}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_norm_shows_what_is_not_finite() {
+        let mut partial = Vec::new();
+        let mut g = vec![1.0; 2 * BLOCK];
+        assert!((norm(&g, &mut partial) - (2.0 * BLOCK as f64).sqrt()).abs() < 1e-9);
+        g[BLOCK + 5] = f32::NAN;
+        assert!(norm(&g, &mut partial).is_nan());
+        g[BLOCK + 5] = f32::INFINITY;
+        assert!(norm(&g, &mut partial).is_infinite());
+    }
+}

@@ -1,0 +1,420 @@
+//! The training loop, top to bottom.
+
+use super::checkpoint::{self, FileOut, Metadata, TensorOut};
+use super::config::{Precision, SamplerKind, TrainConfig};
+use super::learner::{Batch, Learner, Losses, Uncertainty};
+use super::metrics::{self, Meter, MetricsLog};
+use super::optimizer::Update;
+use super::plot;
+use super::progress::Progress;
+use super::run_dir::RunDir;
+use crate::data::loader::{Loader, LoaderOptions};
+use crate::data::{self, Dataset};
+use crate::diffusion::weighting::CLUSTERS;
+use crate::diffusion::{Method, Sampler, Schedule, space_timesteps};
+use crate::error::{Error, Result};
+use crate::generate::generate;
+use crate::model::config::TASKS;
+use crate::model::dit::Dit;
+use crate::picture::grid_png;
+use crate::rng::{Philox, Stream};
+use crate::safetensors_file::SafetensorsFile;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The run's directory.
+    pub run: PathBuf,
+    /// Steps done.
+    pub step: u64,
+    /// Whether all steps of the configuration are done (else it was interrupted).
+    pub finished: bool,
+    /// The last grid of samples.
+    pub samples: Option<PathBuf>,
+}
+
+/// Trains a new run. `stop` may be set at any time: the step in progress is finished and a checkpoint is written.
+///
+/// # Errors
+/// When the configuration, the data or the run's directory are not usable, or too many steps in a row are not finite.
+pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
+    config.validate()?;
+    let dataset = open_data(&mut config)?;
+    in_pool(&config, || {
+        let learner = learner(&config)?;
+        let run = RunDir::create(&config)?;
+        let trainer = Trainer::new(&config, dataset, learner)?;
+        trainer.run(&config, &run, stop)
+    })
+}
+
+/// Goes on with a run from `checkpoint` (from the start without one), exactly as if it had never stopped.
+///
+/// # Errors
+/// As [`start`], and when the checkpoint is damaged or another model's.
+pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
+    config.validate()?;
+    let dataset = open_data(&mut config)?;
+    in_pool(&config, || {
+        let learner = learner(&config)?;
+        let run = RunDir::open(run)?;
+        let mut trainer = Trainer::new(&config, dataset, learner)?;
+        if let Some(checkpoint) = checkpoint {
+            trainer.load(checkpoint)?;
+        }
+        trainer.run(&config, &run, stop)
+    })
+}
+
+/// Opens the data set and completes the configuration with what only the data know.
+fn open_data(config: &mut TrainConfig) -> Result<Arc<dyn Dataset>> {
+    let classes = (config.num_classes > 0).then_some(config.num_classes);
+    let dataset = data::open(&config.data, Some(config.folder_image_size()), classes)?;
+    let [channels, height, width] = dataset.shape();
+    if height != width {
+        return Err(Error::usage(format!(
+            "the data '{}' are {height} x {width}, but the model needs squares: crop them first",
+            config.data
+        )));
+    }
+    config.fit_to_data(height, channels, dataset.num_classes())?;
+    Ok(dataset)
+}
+
+/// Runs `work` inside a pool of the configured number of threads: entering it once is cheaper than at every product.
+pub fn in_pool<R: Send>(config: &TrainConfig, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+    if config.device.starts_with("cuda") {
+        return Err(Error::usage(format!("this build cannot compute on {}: give --device cpu", config.device)));
+    }
+    if config.precision == Precision::Bf16 {
+        return Err(Error::usage("the CPU computes in f32 only: leave --precision out, or give f32"));
+    }
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(config.threads)
+        .build()
+        .map_err(|e| Error::usage(format!("cannot start {} threads: {e}", config.threads)))?;
+    pool.install(work)
+}
+
+/// The model with its initial weights.
+pub fn learner(config: &TrainConfig) -> Result<Learner> {
+    let dit = Dit::new(config.model_config())?;
+    let weights = dit.init(config.seed, config.init);
+    let schedule = Schedule::new(config.schedule, TASKS)?;
+    Ok(Learner::new(dit, schedule, config.loss_weight, weights))
+}
+
+/// The sampler of a model: `steps` is a respacing such as `50`; pixels are clipped, latents are not.
+///
+/// # Errors
+/// When the respacing or the guidance is not usable.
+pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f64, cfg: f64) -> Result<Sampler> {
+    let schedule = Schedule::new(config.schedule, TASKS)?.respaced(&space_timesteps(TASKS, respacing)?)?;
+    let method = match kind {
+        SamplerKind::Ddim => Method::Ddim { eta },
+        SamplerKind::Ddpm => Method::Ddpm,
+    };
+    let pixels = matches!(config.in_channels, 1 | 3);
+    Sampler::new(schedule, method, pixels, (cfg != 1.0).then_some(cfg))
+}
+
+/// How much a picture of images of this side is enlarged, so that small ones can be seen.
+pub fn scale_of(side: usize) -> usize {
+    (64 / side).max(1)
+}
+
+/// One batch as it is drawn, and the order in which it is computed.
+#[derive(Default)]
+struct Drawn {
+    t: Vec<u32>,            // [B], as drawn
+    order: Vec<u32>,        // [B], sorted by t: neighbours share their windows
+    coefficients: Vec<f64>, // [B], as drawn
+    losses: Vec<f32>,       // [B], as drawn
+}
+
+/// A part of a batch, in the order in which it is computed.
+#[derive(Default)]
+struct Part {
+    x_start: Vec<f32>,
+    noise: Vec<f32>,
+    t: Vec<u32>,
+    labels: Vec<u32>,
+    coefficients: Vec<f64>,
+    losses: Losses,
+}
+
+struct Trainer {
+    learner: Learner,
+    loader: Loader,
+    step: u64,
+    meter: Meter,
+    nonfinite_in_a_row: u64,
+    drawn: Drawn,
+    part: Part,
+}
+
+impl Trainer {
+    fn new(config: &TrainConfig, dataset: Arc<dyn Dataset>, learner: Learner) -> Result<Self> {
+        let options = LoaderOptions { batch: config.batch_size, seed: config.seed, flip: config.flip, threads: 0 };
+        Ok(Trainer {
+            learner,
+            loader: Loader::new(dataset, options)?,
+            step: 0,
+            meter: Meter::default(),
+            nonfinite_in_a_row: 0,
+            drawn: Drawn::default(),
+            part: Part::default(),
+        })
+    }
+
+    fn run(mut self, config: &TrainConfig, run: &RunDir, stop: &AtomicBool) -> Result<Outcome> {
+        let mut log = MetricsLog::open(run, self.step)?;
+        let mut progress = Progress::new("training", self.step, config.steps);
+        progress.say(&format!(
+            "{} with {} routing, {:.1} M parameters, {} images of '{}' -> {}",
+            config.model,
+            config.toml_of("routing").trim_matches('"'),
+            self.learner.weights.len() as f64 / 1e6,
+            self.loader.dataset().len(),
+            config.data,
+            run.path().display()
+        ));
+        let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
+        let (mut samples, mut figures) = (None, String::new());
+        let mut since = (Instant::now(), self.step);
+        while self.step < config.steps && !stop.load(Ordering::Relaxed) {
+            self.train_step(config)?;
+            self.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
+            if due(self.step, config.log_every) {
+                let images = (self.step - since.1) * config.batch_size as u64;
+                let line = self.meter.line(
+                    self.step,
+                    config.lr_at(self.step - 1),
+                    images as f64 / since.0.elapsed().as_secs_f64(),
+                );
+                log.append(&line)?;
+                since = (Instant::now(), self.step);
+                figures = format!(
+                    "loss {:.4}  {:.0} images/s",
+                    line.loss.unwrap_or(f64::NAN),
+                    line.images_per_s.unwrap_or(0.0)
+                );
+                if self.loader.bad_samples() > 0 {
+                    figures += &format!("  {} damaged images skipped", self.loader.bad_samples());
+                }
+            }
+            progress.set(self.step, &figures);
+            if self.nonfinite_in_a_row >= config.max_nonfinite_steps {
+                self.save(config, run)?;
+                return Err(Error::Stopped(format!(
+                    "training stopped at step {}: loss or gradient was not finite {} steps in a row; no such step changed the \
+                     weights, and {} holds them: try a smaller --lr or --grad-clip 1",
+                    self.step,
+                    self.nonfinite_in_a_row,
+                    run.path().display()
+                )));
+            }
+            if due(self.step, config.sample_every) {
+                samples = Some(self.sample_grid(config, run)?);
+            }
+            if due(self.step, config.checkpoint_every) {
+                self.save(config, run)?;
+            }
+        }
+        let finished = self.step >= config.steps;
+        if !finished {
+            self.save(config, run)?;
+        }
+        progress.finish();
+        Ok(Outcome { run: run.path().to_path_buf(), step: self.step, finished, samples })
+    }
+
+    /// One step: draw, gradients part by part, and the update, unless something is not finite.
+    fn train_step(&mut self, config: &TrainConfig) -> Result<()> {
+        let images = self.loader.next(self.step)?;
+        self.draw(config);
+        let Trainer { learner, drawn, part, .. } = self;
+        let parts = drawn.order.chunks(config.batch_size / config.grad_accumulation);
+        for (index, samples) in parts.enumerate() {
+            part.gather(samples, drawn, &images.pixels, &images.labels, config, self.step);
+            let Part { x_start, noise, t, labels, coefficients, losses } = part;
+            learner.gradients(Batch { x_start, noise, t, labels, coefficients }, index > 0, losses)?;
+            for (i, &sample) in samples.iter().enumerate() {
+                drawn.losses[sample as usize] = losses.loss[i];
+                if losses.loss[i].is_finite() {
+                    let [mse, vb, loss] = [losses.mse[i], losses.vb[i], losses.loss[i]].map(f64::from);
+                    self.meter.add_sample(t[i] as usize, loss, mse, vb);
+                }
+            }
+        }
+        let objective = learner.objective(&drawn.losses);
+        let norm = learner.gradient_norm();
+        if objective.is_finite() && norm.is_finite() {
+            let clip = config.grad_clip;
+            let update = Update {
+                lr: config.lr_at(self.step),
+                beta1: config.adam_beta1,
+                beta2: config.adam_beta2,
+                eps: config.adam_eps,
+                weight_decay: config.weight_decay,
+                ema_decay: config.ema_decay_at(learner.updates),
+                number: 0,
+                grad_scale: if clip > 0.0 && norm > clip { clip / norm } else { 1.0 },
+            };
+            learner.update(update, config.uw_lr);
+            self.meter.add_step(norm);
+            self.nonfinite_in_a_row = 0;
+        } else {
+            self.meter.add_skipped();
+            self.nonfinite_in_a_row += 1;
+        }
+        self.step += 1;
+        Ok(())
+    }
+
+    /// Draws the timesteps of a batch and sorts it by them.
+    fn draw(&mut self, config: &TrainConfig) {
+        let (batch, step) = (config.batch_size, self.step);
+        let Drawn { t, order, coefficients, losses } = &mut self.drawn;
+        let rng = Philox::new(config.seed, Stream::Timestep);
+        t.clear();
+        t.extend((0..batch).map(|i| config.loss_weight.draw_timestep(&rng, step, i, batch, TASKS)));
+        order.clear();
+        order.extend(0..batch as u32);
+        order.sort_unstable_by_key(|&i| (t[i as usize], i));
+        coefficients.resize(batch, 0.0);
+        self.learner.coefficients(coefficients);
+        losses.resize(batch, 0.0);
+    }
+
+    /// Samples of the moving average in a grid, one row a class.
+    fn sample_grid(&mut self, config: &TrainConfig, run: &RunDir) -> Result<PathBuf> {
+        let steps = config.sample_steps.to_string();
+        let sampler = sampler(config, config.sample_sampler, &steps, 0.0, config.sample_cfg)?;
+        let columns = config.samples_per_class;
+        let classes = config.sample_classes.min(config.num_classes);
+        let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
+        let Learner { dit, ema, memory, .. } = &mut self.learner;
+        let pixels = generate(dit, ema, memory, &sampler, &labels, config.seed, config.batch_size.min(64), |_| Ok(()))?;
+        let path = run.samples(self.step)?;
+        let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
+        grid_png(&path, &pixels, shape, columns, scale_of(config.image_size))?;
+        Ok(path)
+    }
+
+    /// Writes a checkpoint and the loss curve, and deletes checkpoints that are no longer kept.
+    fn save(&mut self, config: &TrainConfig, run: &RunDir) -> Result<()> {
+        let Learner { dit, weights, ema, m, v, uncertainty, updates, .. } = &self.learner;
+        let tokens = [1, dit.config.tokens(), dit.config.hidden_size];
+        let weights_file = |name, data| {
+            let mut tensors = TensorOut::of_layout(&dit.layout, data, "");
+            tensors.push(TensorOut { name: "pos_embed".into(), shape: &tokens, data: dit.positions() });
+            FileOut { name, tensors, metadata: Metadata::new() }
+        };
+        let mut moments = TensorOut::of_layout(&dit.layout, m, "m.");
+        moments.extend(TensorOut::of_layout(&dit.layout, v, "v."));
+        if let Some(Uncertainty { log_variances, m, v, .. }) = uncertainty {
+            for (name, data) in [("loss_scale", log_variances), ("m.loss_scale", m), ("v.loss_scale", v)] {
+                moments.push(TensorOut { name: name.into(), shape: &[CLUSTERS], data });
+            }
+        }
+        let state = [
+            ("step", self.step.to_string()),
+            ("updates", updates.to_string()),
+            ("nonfinite_in_a_row", self.nonfinite_in_a_row.to_string()),
+            ("meter", self.meter.to_text()),
+        ];
+        let metadata: Metadata = state.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
+        let files = [
+            weights_file(checkpoint::MODEL, weights),
+            weights_file(checkpoint::EMA, ema),
+            FileOut { name: checkpoint::OPTIMIZER, tensors: moments, metadata },
+        ];
+        checkpoint::write(run.path(), self.step, &files, &config.to_toml())?;
+        checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every)?;
+        plot::write_loss(run, &metrics::read(run.path())?, &config.model)
+    }
+
+    /// Takes everything from a checkpoint.
+    fn load(&mut self, directory: &Path) -> Result<()> {
+        let learner = &mut self.learner;
+        let layout = &learner.dit.layout;
+        for (name, buffer) in [(checkpoint::MODEL, &mut learner.weights), (checkpoint::EMA, &mut learner.ema)] {
+            read_weights(&directory.join(name), &learner.dit, buffer)?;
+        }
+        let path = directory.join(checkpoint::OPTIMIZER);
+        let file = SafetensorsFile::open(&path)?;
+        let extra = ["loss_scale", "m.loss_scale", "v.loss_scale"];
+        let extra = if learner.uncertainty.is_some() { &extra[..] } else { &[] };
+        checkpoint::check_names(&file, layout, &["m.", "v."], extra)?;
+        checkpoint::read_layout(&file, layout, "m.", &mut learner.m)?;
+        checkpoint::read_layout(&file, layout, "v.", &mut learner.v)?;
+        if let Some(Uncertainty { log_variances, m, v, .. }) = &mut learner.uncertainty {
+            for (name, out) in extra.iter().zip([log_variances, m, v]) {
+                checkpoint::read_tensor(&file, name, &[CLUSTERS], out)?;
+            }
+        }
+        let text = |key: &str| {
+            let missing =
+                || Error::file(&path, format!("says nothing usable of '{key}': it was not written by dtr-fused"));
+            file.metadata().get(key).ok_or_else(missing)
+        };
+        let number = |key: &str| {
+            let bad = |_| Error::file(&path, format!("'{key}' is no number: the file is damaged"));
+            text(key)?.parse::<u64>().map_err(bad)
+        };
+        self.step = number("step")?;
+        learner.updates = number("updates")?;
+        self.nonfinite_in_a_row = number("nonfinite_in_a_row")?;
+        self.meter = Meter::from_text(text("meter")?)
+            .ok_or_else(|| Error::file(&path, "the running sums are unreadable: the file is damaged"))?;
+        Ok(())
+    }
+}
+
+/// Reads `model.safetensors` or `ema.safetensors` of a checkpoint into `buffer`.
+///
+/// # Errors
+/// When the file is missing, damaged or another model's.
+pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
+    let file = SafetensorsFile::open(path)?;
+    checkpoint::check_names(&file, &dit.layout, &[""], &["pos_embed"])?;
+    checkpoint::read_layout(&file, &dit.layout, "", buffer)
+}
+
+impl Part {
+    /// Collects `samples` of a batch: images and labels from the data, timesteps as drawn, noise and label dropout from
+    /// their number in the batch alone.
+    fn gather(
+        &mut self,
+        samples: &[u32],
+        drawn: &Drawn,
+        pixels: &[f32],
+        labels: &[u32],
+        config: &TrainConfig,
+        step: u64,
+    ) {
+        let row = pixels.len() / labels.len();
+        let noise = Philox::new(config.seed, Stream::Noise);
+        let dropout = Philox::new(config.seed, Stream::LabelDropout);
+        self.x_start.resize(samples.len() * row, 0.0);
+        self.noise.resize(samples.len() * row, 0.0);
+        self.t.clear();
+        self.labels.clear();
+        self.coefficients.clear();
+        let rows = self.x_start.chunks_exact_mut(row).zip(self.noise.chunks_exact_mut(row));
+        for ((x_start, noise_row), &sample) in rows.zip(samples) {
+            let i = sample as usize;
+            x_start.copy_from_slice(&pixels[i * row..][..row]);
+            noise.normal(noise_row, step, u64::from(sample));
+            self.t.push(drawn.t[i]);
+            let dropped = f64::from(dropout.uniform(step, u64::from(sample), 0)) < config.label_dropout;
+            self.labels.push(if dropped { config.num_classes as u32 } else { labels[i] });
+            self.coefficients.push(drawn.coefficients[i]);
+        }
+    }
+}
