@@ -12,6 +12,7 @@ pub mod generate;
 pub mod model;
 pub mod ops;
 pub mod params;
+pub mod parity;
 pub mod picture;
 pub mod rng;
 pub mod routing;

@@ -4,61 +4,14 @@
 
 use crate::diffusion::loss::ImageDims;
 use crate::diffusion::schedule::Schedule;
-use std::ops::{Add, Div, Mul, Neg, Sub};
-
-/// A float that the reference can run in.
-pub trait Real:
-    Copy
-    + PartialOrd
-    + Add<Output = Self>
-    + Sub<Output = Self>
-    + Mul<Output = Self>
-    + Div<Output = Self>
-    + Neg<Output = Self>
-    + Into<f64>
-{
-    /// The nearest value.
-    fn of(x: f64) -> Self;
-    /// e to the power of self.
-    fn exp(self) -> Self;
-    /// Natural logarithm.
-    fn ln(self) -> Self;
-    /// Hyperbolic tangent.
-    fn tanh(self) -> Self;
-    /// Square root.
-    fn sqrt(self) -> Self;
-}
-
-macro_rules! real {
-    ($float:ty) => {
-        impl Real for $float {
-            fn of(x: f64) -> Self {
-                x as $float
-            }
-            fn exp(self) -> Self {
-                self.exp()
-            }
-            fn ln(self) -> Self {
-                self.ln()
-            }
-            fn tanh(self) -> Self {
-                self.tanh()
-            }
-            fn sqrt(self) -> Self {
-                self.sqrt()
-            }
-        }
-    };
-}
-real!(f32);
-real!(f64);
+use crate::ops::real::Real;
 
 /// `x_t = sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise`, all `[B, channels, pixels]`, `t` `[B]`.
 pub fn q_sample<R: Real>(x_t: &mut [R], x_start: &[R], noise: &[R], t: &[u32], schedule: &Schedule) {
     let per_sample = x_t.len() / t.len();
     for (b, &t) in t.iter().enumerate() {
-        let signal = R::of(schedule.sqrt_alphas_cumprod[t as usize]);
-        let spread = R::of(schedule.sqrt_one_minus_alphas_cumprod[t as usize]);
+        let signal = R::from_f64(schedule.sqrt_alphas_cumprod[t as usize]);
+        let spread = R::from_f64(schedule.sqrt_one_minus_alphas_cumprod[t as usize]);
         for i in b * per_sample..(b + 1) * per_sample {
             x_t[i] = signal * x_start[i] + spread * noise[i];
         }
@@ -71,28 +24,29 @@ pub fn q_sample<R: Real>(x_t: &mut [R], x_start: &[R], noise: &[R], t: &[u32], s
 pub fn p_mean_variance<R: Real>(x_t: R, epsilon: R, v: Option<R>, t: usize, s: &Schedule, clip: bool) -> (R, R, R) {
     let log_variance = match v {
         Some(v) => {
-            let share = (v + R::of(1.0)) / R::of(2.0);
-            share * R::of(s.log_betas[t]) + (R::of(1.0) - share) * R::of(s.posterior_log_variance_clipped[t])
+            let share = (v + R::one()) / R::from_f64(2.0);
+            share * R::from_f64(s.log_betas[t]) + (R::one() - share) * R::from_f64(s.posterior_log_variance_clipped[t])
         }
-        None if t == 0 => R::of(s.posterior_log_variance_clipped[0]),
-        None => R::of(s.log_betas[t]),
+        None if t == 0 => R::from_f64(s.posterior_log_variance_clipped[0]),
+        None => R::from_f64(s.log_betas[t]),
     };
-    let mut x_0 = R::of(s.sqrt_recip_alphas_cumprod[t]) * x_t - R::of(s.sqrt_recipm1_alphas_cumprod[t]) * epsilon;
-    if clip && x_0 > R::of(1.0) {
-        x_0 = R::of(1.0);
+    let mut x_0 =
+        R::from_f64(s.sqrt_recip_alphas_cumprod[t]) * x_t - R::from_f64(s.sqrt_recipm1_alphas_cumprod[t]) * epsilon;
+    if clip && x_0 > R::one() {
+        x_0 = R::one();
     }
-    if clip && x_0 < R::of(-1.0) {
-        x_0 = R::of(-1.0);
+    if clip && x_0 < R::from_f64(-1.0) {
+        x_0 = R::from_f64(-1.0);
     }
-    let mean = R::of(s.posterior_mean_coef1[t]) * x_0 + R::of(s.posterior_mean_coef2[t]) * x_t;
+    let mean = R::from_f64(s.posterior_mean_coef1[t]) * x_0 + R::from_f64(s.posterior_mean_coef2[t]) * x_t;
     (mean, log_variance, x_0)
 }
 
 /// KL divergence in nats between two normal distributions, given by mean and log-variance.
 pub fn normal_kl<R: Real>(mean1: R, log_variance1: R, mean2: R, log_variance2: R) -> R {
     let difference = mean1 - mean2;
-    R::of(0.5)
-        * (R::of(-1.0) + log_variance2 - log_variance1
+    R::from_f64(0.5)
+        * (R::from_f64(-1.0) + log_variance2 - log_variance1
             + (log_variance1 - log_variance2).exp()
             + difference * difference * (-log_variance2).exp())
 }
@@ -103,29 +57,29 @@ pub fn normal_kl<R: Real>(mean1: R, log_variance1: R, mean2: R, log_variance2: R
 /// The lowest and the highest level own their whole tail. The cumulative distribution is the tanh approximation of Page
 /// (1977); probabilities are at least 1e-12, and where that bound holds the derivatives are 0.
 pub fn discretized_log_likelihood<R: Real>(x: R, mean: R, log_scale: R) -> (R, R, R) {
-    let one = R::of(1.0);
-    let zero = R::of(0.0);
-    let c = R::of((2.0 / std::f64::consts::PI).sqrt());
+    let one = R::one();
+    let zero = R::zero();
+    let c = R::from_f64((2.0 / std::f64::consts::PI).sqrt());
     // Cumulative distribution at z, and its derivative.
     let cdf = |z: R| {
-        let tanh = (c * (z + R::of(0.044715) * z * z * z)).tanh();
-        let slope = R::of(0.5) * (one - tanh * tanh) * c * (one + R::of(3.0 * 0.044715) * z * z);
-        (R::of(0.5) * (one + tanh), slope)
+        let tanh = (c * (z + R::from_f64(0.044715) * z * z * z)).tanh();
+        let slope = R::from_f64(0.5) * (one - tanh * tanh) * c * (one + R::from_f64(3.0 * 0.044715) * z * z);
+        (R::from_f64(0.5) * (one + tanh), slope)
     };
     let inverse_scale = (-log_scale).exp();
-    let upper = inverse_scale * (x - mean + R::of(1.0 / 255.0));
-    let lower = inverse_scale * (x - mean - R::of(1.0 / 255.0));
+    let upper = inverse_scale * (x - mean + R::from_f64(1.0 / 255.0));
+    let lower = inverse_scale * (x - mean - R::from_f64(1.0 / 255.0));
     let (cdf_upper, slope_upper) = cdf(upper);
     let (cdf_lower, slope_lower) = cdf(lower);
     // The probability, and its derivatives with respect to `upper` and `lower`.
-    let (probability, d_upper, d_lower) = if x < R::of(-0.999) {
+    let (probability, d_upper, d_lower) = if x < R::from_f64(-0.999) {
         (cdf_upper, slope_upper, zero)
-    } else if x > R::of(0.999) {
+    } else if x > R::from_f64(0.999) {
         (one - cdf_lower, zero, -slope_lower)
     } else {
         (cdf_upper - cdf_lower, slope_upper, -slope_lower)
     };
-    let least = R::of(1e-12);
+    let least = R::from_f64(1e-12);
     if probability < least {
         return (least.ln(), zero, zero);
     }
@@ -153,43 +107,43 @@ pub fn losses<R: Real>(
     dims: ImageDims,
 ) {
     let n = dims.elements();
-    let count = R::of(n as f64);
-    let nats_per_bit = R::of(std::f64::consts::LN_2);
+    let count = R::from_f64(n as f64);
+    let nats_per_bit = R::from_f64(std::f64::consts::LN_2);
     let out_elements = dims.out_elements();
     for (b, &t) in t.iter().enumerate() {
         let t = t as usize;
-        let (weight, coefficient) = (R::of(weights[b]), R::of(coefficients[b]));
-        mse[b] = R::of(0.0);
-        vb[b] = R::of(0.0);
+        let (weight, coefficient) = (R::from_f64(weights[b]), R::from_f64(coefficients[b]));
+        mse[b] = R::zero();
+        vb[b] = R::zero();
         for i in 0..n {
             let (x_0, x_t, noise) = (x_start[b * n + i], x_t[b * n + i], noise[b * n + i]);
             let epsilon = model_out[b * out_elements + i];
             let error = epsilon - noise;
-            mse[b] = mse[b] + weight * error * error / count;
-            d_model_out[b * out_elements + i] = coefficient * weight * R::of(2.0) * error / count;
+            mse[b] += weight * error * error / count;
+            d_model_out[b * out_elements + i] = coefficient * weight * R::from_f64(2.0) * error / count;
             if !dims.learn_sigma {
                 continue;
             }
             let v = model_out[b * out_elements + n + i];
             let (mean, log_variance, _) = p_mean_variance(x_t, epsilon, Some(v), t, schedule, false);
             let (nats, d_log_variance) = if t == 0 {
-                let (ll, _, d_log_scale) = discretized_log_likelihood(x_0, mean, R::of(0.5) * log_variance);
-                (-ll, R::of(-0.5) * d_log_scale)
+                let (ll, _, d_log_scale) = discretized_log_likelihood(x_0, mean, R::from_f64(0.5) * log_variance);
+                (-ll, R::from_f64(-0.5) * d_log_scale)
             } else {
-                let true_mean =
-                    R::of(schedule.posterior_mean_coef1[t]) * x_0 + R::of(schedule.posterior_mean_coef2[t]) * x_t;
-                let true_log_variance = R::of(schedule.posterior_log_variance_clipped[t]);
+                let true_mean = R::from_f64(schedule.posterior_mean_coef1[t]) * x_0
+                    + R::from_f64(schedule.posterior_mean_coef2[t]) * x_t;
+                let true_log_variance = R::from_f64(schedule.posterior_log_variance_clipped[t]);
                 let difference = true_mean - mean;
-                let slope = R::of(0.5)
-                    * (R::of(1.0)
+                let slope = R::from_f64(0.5)
+                    * (R::one()
                         - (true_log_variance - log_variance).exp()
                         - difference * difference * (-log_variance).exp());
                 (normal_kl(true_mean, true_log_variance, mean, log_variance), slope)
             };
-            let range = R::of(schedule.log_betas[t]) - R::of(schedule.posterior_log_variance_clipped[t]);
-            vb[b] = vb[b] + nats / (count * nats_per_bit);
+            let range = R::from_f64(schedule.log_betas[t]) - R::from_f64(schedule.posterior_log_variance_clipped[t]);
+            vb[b] += nats / (count * nats_per_bit);
             d_model_out[b * out_elements + n + i] =
-                coefficient * d_log_variance * range / (R::of(2.0) * count * nats_per_bit);
+                coefficient * d_log_variance * range / (R::from_f64(2.0) * count * nats_per_bit);
         }
     }
 }
@@ -197,17 +151,18 @@ pub fn losses<R: Real>(
 /// One element of a DDPM step: a draw from `p(x_{t-1} | x_t)` (Ho et al. 2020, algorithm 2), the mean alone at step 0.
 pub fn ddpm_step<R: Real>(x_t: R, epsilon: R, v: Option<R>, noise: R, t: usize, s: &Schedule, clip: bool) -> R {
     let (mean, log_variance, _) = p_mean_variance(x_t, epsilon, v, t, s, clip);
-    if t == 0 { mean } else { mean + (R::of(0.5) * log_variance).exp() * noise }
+    if t == 0 { mean } else { mean + (R::from_f64(0.5) * log_variance).exp() * noise }
 }
 
 /// One element of a DDIM step (Song et al. 2021, equation 12) with the noise share `eta`.
 pub fn ddim_step<R: Real>(x_t: R, epsilon: R, noise: R, eta: f64, t: usize, s: &Schedule, clip: bool) -> R {
     let (_, _, x_0) = p_mean_variance(x_t, epsilon, None, t, s, clip);
     // The noise that the (clipped) estimate implies.
-    let epsilon = (R::of(s.sqrt_recip_alphas_cumprod[t]) * x_t - x_0) / R::of(s.sqrt_recipm1_alphas_cumprod[t]);
-    let (bar, bar_prev) = (R::of(s.alphas_cumprod[t]), R::of(s.alphas_cumprod_prev[t]));
-    let one = R::of(1.0);
-    let sigma = R::of(eta) * ((one - bar_prev) / (one - bar)).sqrt() * (one - bar / bar_prev).sqrt();
+    let epsilon =
+        (R::from_f64(s.sqrt_recip_alphas_cumprod[t]) * x_t - x_0) / R::from_f64(s.sqrt_recipm1_alphas_cumprod[t]);
+    let (bar, bar_prev) = (R::from_f64(s.alphas_cumprod[t]), R::from_f64(s.alphas_cumprod_prev[t]));
+    let one = R::one();
+    let sigma = R::from_f64(eta) * ((one - bar_prev) / (one - bar)).sqrt() * (one - bar / bar_prev).sqrt();
     let mean = x_0 * bar_prev.sqrt() + (one - bar_prev - sigma * sigma).sqrt() * epsilon;
     if t == 0 { mean } else { mean + sigma * noise }
 }

@@ -22,7 +22,7 @@ impl ScheduleKind {
             ScheduleKind::Linear => {
                 let scale = 1000.0 / steps as f64;
                 let (first, last) = (scale * 1e-4, scale * 2e-2);
-                let difference = (last - first) / (steps - 1).max(1) as f64;
+                let difference = (last - first) / steps.saturating_sub(1).max(1) as f64;
                 let mut betas: Vec<f64> = (0..steps).map(|i| i as f64 * difference + first).collect();
                 if steps > 1 {
                     betas[steps - 1] = last;
@@ -100,8 +100,8 @@ impl Schedule {
     /// # Errors
     /// When `steps` is 0, or so small that the linear schedule would add more variance than there is.
     pub fn new(kind: ScheduleKind, steps: usize) -> Result<Self> {
-        let betas = kind.betas(steps);
-        if steps == 0 || steps > u32::MAX as usize || !betas.iter().all(|&b| b > 0.0 && b < 1.0) {
+        let betas = if steps <= u32::MAX as usize { kind.betas(steps) } else { Vec::new() };
+        if betas.is_empty() || !betas.iter().all(|&b| b > 0.0 && b < 1.0) {
             return Err(Error::usage(format!(
                 "the {kind} noise schedule cannot have {steps} steps: give at least 21 (the published models have 1000)"
             )));

@@ -1,0 +1,63 @@
+//! `dtr-fused parity`: does this implementation agree with tensors that another one made?
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::error::{Error, Result};
+use crate::parity::check_dir;
+use crate::parity::report::Failures;
+
+const EXAMPLES: &str = "\
+Examples:
+  dtr-fused parity tests/golden/a             one case
+  dtr-fused parity --quiet tests/golden       every case in it, and of each only what fails
+Exit code 1 when a tensor is off, a file is not understood, or nothing was compared. The format of a case: docs/parity-format.md.
+";
+
+/// Compare with tensors that another implementation made: name, error, tolerance, ok or FAIL for each
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct ParityArgs {
+    /// Case directories, or directories that hold case directories
+    #[arg(required = true, value_name = "CASE_DIR")]
+    dirs: Vec<PathBuf>,
+    /// Where to compute: auto or cpu
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Precision of the products: f32
+    #[arg(long, default_value = "f32")]
+    precision: String,
+    /// Print only what fails, and a summary
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+pub(super) fn run(args: ParityArgs) -> Result<()> {
+    if !["auto", "cpu"].contains(&args.device.as_str()) {
+        return Err(Error::usage(format!("this build cannot compare on '{}': give --device cpu", args.device)));
+    }
+    if args.precision != "f32" {
+        return Err(Error::usage(format!("there are no tolerances for precision '{}': give f32", args.precision)));
+    }
+    let (mut cases, mut compared, mut failed) = (0, 0, Vec::new());
+    for dir in &args.dirs {
+        for (case, report) in check_dir(dir)? {
+            println!("{}", case.display());
+            match args.quiet {
+                true => println!("{}\n", Failures(&report)),
+                false => println!("{report}\n"),
+            }
+            cases += 1;
+            compared += report.compared();
+            if !report.passed() {
+                failed.push(case.display().to_string());
+            }
+        }
+    }
+    if cases == 0 || !failed.is_empty() {
+        return Err(Error::Stopped(format!("{} of {cases} cases do not agree: {}", failed.len(), failed.join(", "))));
+    }
+    println!("ok: {compared} tensors in {cases} cases agree");
+    Ok(())
+}

@@ -1,0 +1,139 @@
+//! The model of a case: its weights, and what a pass over it gives.
+
+use super::archive::{Archive, widen};
+use super::report::{Check, Report};
+use crate::autograd::{Memory, Tape};
+use crate::diffusion::ImageDims;
+use crate::error::Result;
+use crate::model::config::{ModelConfig, TASKS};
+use crate::model::dit::Dit;
+use crate::routing::Routing;
+
+/// A model with its weights.
+pub struct Network {
+    /// The model.
+    pub dit: Dit,
+    /// Its weights, in the layout's order.
+    pub weights: Vec<f32>,
+    /// Gradients of the last backward pass, in the same order.
+    pub grads: Vec<f32>,
+    memory: Memory,
+}
+
+/// What a forward pass gives besides its output.
+pub struct Traced {
+    /// The output.
+    pub out: Vec<f32>,
+    /// Gradient of `sum(out * upstream)` with respect to the input.
+    pub grad_x: Vec<f32>,
+    /// Activations by name.
+    pub activations: Vec<(String, Vec<f32>)>,
+}
+
+impl Network {
+    /// The model of `config` with the weights of `params` and, for random routing, the masks of `routing`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or of another shape than the model's, or random routing has no masks.
+    pub fn new(config: ModelConfig, params: &Archive, routing: Option<&Archive>) -> Result<Self> {
+        let mut dit = Dit::new(config)?;
+        let mut weights = vec![0.0; dit.layout.len()];
+        for entry in dit.layout.entries() {
+            weights[entry.param.range()].copy_from_slice(&params.f32s_of(&entry.name, &entry.shape)?);
+        }
+        if dit.config.routing == Routing::Random {
+            let Some(file) = routing else {
+                return Err(params.error("belongs to random routing, so routing.safetensors must be beside it".into()));
+            };
+            dit.set_masks(masks(&dit.config, file)?)?;
+        }
+        Ok(Network { grads: vec![0.0; weights.len()], dit, weights, memory: Memory::new() })
+    }
+
+    /// Compares what the parameter file holds besides weights.
+    pub fn check_params(&self, params: &Archive, report: &mut Report) -> Result<()> {
+        for name in params.names() {
+            let row = format!("{} {name}", params.stem);
+            if name == "pos_embed" {
+                let found = widen(self.dit.positions());
+                report.compare(row, &found, &params.f64s(&name)?, |f, r| vec![Check::max(f, r, 1e-6)]);
+            } else if self.dit.layout.get(&name).is_none() {
+                report.fail(row, "is no parameter of this model".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The size of one sample.
+    pub fn dims(&self) -> ImageDims {
+        let ModelConfig { in_channels, input_size, learn_sigma, .. } = self.dit.config;
+        ImageDims { channels: in_channels, pixels: input_size * input_size, learn_sigma }
+    }
+
+    /// `[batch, IC, H, W]`.
+    pub fn images(&self, batch: usize) -> [usize; 4] {
+        let ModelConfig { in_channels, input_size, .. } = self.dit.config;
+        [batch, in_channels, input_size, input_size]
+    }
+
+    /// The output for `x` `[t.len(), IC, H, W]`.
+    ///
+    /// # Errors
+    /// When shapes do not fit, or a timestep or label is out of range.
+    pub fn forward(&mut self, x: &[f32], t: &[u32], y: &[u32]) -> Result<Vec<f32>> {
+        let images = self.images(t.len());
+        let mut tape = Tape::inference(&self.weights, &mut self.memory);
+        let x = tape.input(x, images, false)?;
+        let out = self.dit.forward(&mut tape, x, t, y)?;
+        Ok(tape.value(out).to_vec())
+    }
+
+    /// The output, and the gradients of `sum(output * upstream(output))`: of the weights, left in [`Network::grads`], and of x.
+    ///
+    /// # Errors
+    /// As [`Network::forward`], and whatever `upstream` returns.
+    pub fn forward_backward(
+        &mut self,
+        x: &[f32],
+        t: &[u32],
+        y: &[u32],
+        upstream: impl FnOnce(&[f32]) -> Result<Vec<f32>>,
+    ) -> Result<Traced> {
+        let images = self.images(t.len());
+        let mut tape = Tape::new(&self.weights, &mut self.grads, false, &mut self.memory);
+        let input = tape.input(x, images, true)?;
+        let trace = self.dit.forward_traced(&mut tape, input, t, y)?;
+        let out = tape.value(trace.out).to_vec();
+        let value = |var| tape.value(var).to_vec();
+        let (t_emb, c) = (value(trace.t_emb), value(trace.c));
+        let y_emb = c.iter().zip(&t_emb).map(|(c, t)| c - t).collect();
+        let named = [("t_freq", value(trace.t_freq)), ("x_embed", value(trace.x_embed)), ("y_emb", y_emb)];
+        let named = named.into_iter().chain([("t_emb", t_emb), ("c", c)]).map(|(name, v)| (name.to_string(), v));
+        let blocks = trace.blocks.iter().enumerate().map(|(i, &var)| (format!("block{i}"), value(var)));
+        let activations = named.chain(blocks).collect();
+        tape.backward(trace.out, &upstream(&out)?)?;
+        let grad_x = tape.gradient(input).map(<[f32]>::to_vec).unwrap_or_default();
+        Ok(Traced { out, grad_x, activations })
+    }
+
+    /// Elements of the K third of `blocks.*.attn.qkv.bias`, whose true gradient is 0: a constant added to all keys leaves
+    /// the softmax as it is. `None` for other parameters.
+    pub fn key_bias(&self, parameter: &str) -> Option<std::ops::Range<usize>> {
+        let c = self.dit.config.hidden_size;
+        parameter.ends_with(".attn.qkv.bias").then_some(c..2 * c)
+    }
+}
+
+/// `blocks.N.mask` `[TASKS, C]` of 0 and 1, one a block.
+fn masks(config: &ModelConfig, file: &Archive) -> Result<Vec<Vec<f32>>> {
+    let shape = [TASKS, config.hidden_size];
+    let mask = |block| {
+        let name = format!("blocks.{block}.mask");
+        let mask = file.f32s_of(&name, &shape)?;
+        match mask.iter().find(|&&v| v != 0.0 && v != 1.0) {
+            Some(bad) => Err(file.error(format!("tensor '{name}' holds {bad}, but a mask is 0 or 1"))),
+            None => Ok(mask),
+        }
+    };
+    (0..config.depth).map(mask).collect()
+}
