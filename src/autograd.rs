@@ -10,6 +10,7 @@
 //! Gradients of weights go straight into one flat buffer with the layout of the weights. Gradients of activations live
 //! until the operation that made the activation has used them.
 
+use crate::backend::cpu::simd::add_assign;
 use crate::error::{Error, Result};
 use crate::ops::Node;
 use crate::params::{Linear, Param};
@@ -282,6 +283,18 @@ impl<'a> Tape<'a> {
     pub(crate) fn put_grad(&mut self, var: Var, grad: Vec<f32>) {
         debug_assert_eq!(grad.len(), self.value(var).len());
         self.memory.grads[var.0 as usize] = Some(grad);
+    }
+
+    /// Adds `grad` to the gradient of `var`, and takes the buffer.
+    pub(crate) fn add_grad(&mut self, var: Var, grad: Vec<f32>) {
+        match self.memory.grads[var.0 as usize].take() {
+            None => self.put_grad(var, grad),
+            Some(mut sum) => {
+                add_assign(&mut sum, &grad);
+                self.put_grad(var, sum);
+                self.give(grad);
+            }
+        }
     }
 
     /// Everything a backward pass reads, and the weight gradients it writes, borrowed side by side.

@@ -1,23 +1,43 @@
 //! Diffusion transformers (DiT) with Denoising Task Routing (DTR; Park et al., ICLR 2024, arXiv 2310.07138).
+//!
+//! DTR gives every diffusion timestep its own window of channels. Here the window is part of the operations: what it leaves
+//! out is not computed, forward or backward, and the result is still exactly that of masking after computing.
+//!
+//! ```text
+//! data ──> train::learner ──> model::dit ──> model::block ──> ops ──> backend::cpu
+//!            │  ▲                 │ windows of t                │
+//!            │  │ loss, gradient  └── routing                   └── autograd (tape)
+//!            │  └── diffusion
+//!            └──> train::checkpoint ──> generate ──> picture, data::npz
+//! ```
 
-pub mod atomic_file;
+// The idea: which channels are active at which timestep.
+pub mod routing;
+
+// The model and what it is made of.
 pub mod autograd;
 pub mod backend;
-pub mod cli;
-pub mod data;
-pub mod diffusion;
-pub mod element;
-pub mod error;
-pub mod generate;
 pub mod model;
 pub mod ops;
 pub mod params;
-pub mod parity;
-pub mod picture;
-pub mod rng;
-pub mod routing;
-pub mod safetensors_file;
 pub mod tensor;
+
+// Diffusion: noise schedules, losses, samplers; random numbers; whole samples from a model.
+pub mod diffusion;
+pub mod generate;
+pub mod rng;
+
+// Training: data in, a run's directory out; and comparing with other implementations.
+pub mod cli;
+pub mod data;
+pub mod parity;
 pub mod train;
+
+// Files: safetensors in, pictures out, nothing half-written.
+pub mod atomic_file;
+pub mod element;
+pub mod error;
+pub mod picture;
+pub mod safetensors_file;
 
 pub use error::{Error, Result};

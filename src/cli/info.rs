@@ -120,7 +120,10 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
         show_config(&TrainConfig::from_file(&config)?);
     }
     let model = SafetensorsFile::open(path.join(checkpoint::MODEL))?;
-    if let Some(step) = model.metadata().get("step") {
+    let state = path.join(checkpoint::OPTIMIZER);
+    if state.exists()
+        && let Some(step) = SafetensorsFile::open(state)?.metadata().get("step")
+    {
         row("step", step);
     }
     let (names, parameters) = (model.names().count(), count(&model));
@@ -158,9 +161,9 @@ fn size_of_directory(path: &Path) -> Result<u64> {
 /// `12.3 MB`
 fn bytes(n: u64) -> String {
     match n {
-        0..1_000 => format!("{n} B"),
-        ..1_000_000 => format!("{:.1} kB", n as f64 / 1e3),
-        ..1_000_000_000 => format!("{:.1} MB", n as f64 / 1e6),
+        ..1_000 => format!("{n} B"),
+        1_000..1_000_000 => format!("{:.1} kB", n as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", n as f64 / 1e6),
         _ => format!("{:.2} GB", n as f64 / 1e9),
     }
 }

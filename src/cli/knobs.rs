@@ -53,9 +53,16 @@ fn flag(knob: &Knob, digits: &TrainConfig, published: &TrainConfig) -> Arg {
         _ if small == large => format!("default: {small}"),
         _ => format!("default: {small}; {large} for DiT models"),
     };
+    let value_name = match knob.name {
+        "model" => "NAME",
+        "data" => "digits|DIR|FILE",
+        "device" => "auto|cpu|cuda[:N]",
+        "out" => "DIR",
+        _ => knob.value_name,
+    };
     let arg = Arg::new(knob.name)
         .long(knob.name.replace('_', "-"))
-        .value_name(knob.value_name)
+        .value_name(value_name)
         .help(format!("{} [{default}]", knob.help))
         .help_heading(knob.section)
         .hide_short_help(!MAIN.contains(&knob.name));

@@ -11,6 +11,7 @@ mod train;
 use std::panic::{self, PanicHookInfo};
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::error::{Error, Result};
@@ -24,7 +25,7 @@ const BROKEN_PIPE: i32 = 141;
 
 /// Diffusion transformers with Denoising Task Routing: train, sample, compare.
 #[derive(Debug, Parser)]
-#[command(name = "dtr-fused", version, arg_required_else_help = true, max_term_width = 110, after_help = EXAMPLES)]
+#[command(name = "dtr-fused", bin_name = "dtr-fused", version, arg_required_else_help = true, max_term_width = 110, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -51,9 +52,17 @@ enum Command {
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
     panic::set_hook(Box::new(report_panic));
-    // Arguments that make no sense end the process here, with exit code 2.
-    let cli = Cli::parse();
-    match panic::catch_unwind(|| run(cli.command)) {
+    let outcome = panic::catch_unwind(|| match Cli::try_parse() {
+        Ok(cli) => run(cli.command),
+        // Help and version, asked for or in place of a missing command.
+        Err(message)
+            if !message.use_stderr() || message.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
+        {
+            message.exit()
+        }
+        Err(message) => Err(Error::Usage(one_sentence(&message.to_string()))),
+    });
+    match outcome {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
             eprintln!("error: {error}");
@@ -75,9 +84,19 @@ fn run(command: Command) -> Result<()> {
     }
 }
 
+/// clap's message without its usage lines: what is wrong, and the near name if there is one.
+fn one_sentence(message: &str) -> String {
+    let lines = message.lines().take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let words: Vec<&str> = lines.map(str::trim).filter(|line| !line.is_empty()).collect();
+    let sentence = words.join(" ").replace(" tip: ", "; ");
+    format!("{} (--help lists what there is)", sentence.trim_start_matches("error: "))
+}
+
 /// Turns a panic into one sentence. A closed or full standard output is no bug: `println!` panics on both.
 fn report_panic(info: &PanicHookInfo) {
-    let message = info.payload_as_str().unwrap_or("no message").replace('\n', " ");
+    let payload = info.payload();
+    let message = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
+    let message = message.unwrap_or("no message").replace('\n', " ");
     if let Some(what) = message.strip_prefix("failed printing to std") {
         if !what.contains("Broken pipe") {
             eprintln!(
@@ -103,6 +122,24 @@ mod tests {
     #[test]
     fn the_commands_are_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_wrong_argument_is_one_sentence() {
+        let message = |args: &[&str]| one_sentence(&Cli::try_parse_from(args).unwrap_err().to_string());
+        assert_eq!(
+            message(&["dtr-fused", "train", "--batchsize", "3"]),
+            "unexpected argument '--batchsize' found; a similar argument exists: '--batch-size' (--help lists what there is)"
+        );
+        for args in [
+            &["dtr-fused", "info"][..],
+            &["dtr-fused", "trian"],
+            &["dtr-fused", "train", "--lr"],
+            &["dtr-fused", "train", "x"],
+        ] {
+            let message = message(args);
+            assert!(!message.contains('\n') && !message.contains("Usage") && message.len() > 40, "{message}");
+        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ Examples:
 
 /// Train a diffusion transformer; with no arguments, a small one on handwritten digits
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_override_self = true)]
 pub(super) struct TrainArgs {
     /// Read the configuration from this TOML file
     #[arg(long, value_name = "FILE")]

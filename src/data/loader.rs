@@ -134,7 +134,7 @@ impl Loader {
                 let _ = self.home.try_send(job.buffers);
             }
         }
-        let mut ahead = self.requested.back().map_or(step, |last| last + 1);
+        let mut ahead = self.requested.back().map_or(step, |last| last.wrapping_add(1));
         while self.requested.len() < AHEAD {
             let buffers = match self.free.try_recv() {
                 Ok(buffers) => buffers,
@@ -148,7 +148,7 @@ impl Loader {
             let jobs = self.jobs.as_ref().ok_or_else(died)?;
             jobs.send(Job { step: ahead, buffers }).map_err(|_| died())?;
             self.requested.push_back(ahead);
-            ahead += 1;
+            ahead = ahead.wrapping_add(1);
         }
         let Job { buffers, .. } = self.receive()??;
         Ok(Batch { pixels: buffers.pixels, labels: buffers.labels, home: self.home.clone() })

@@ -76,23 +76,28 @@ fn axis(from: u32, to: u32, wanted: std::ops::Range<u32>, support: f64, filter: 
 
 /// The image with one column per tap of `columns` and one row per tap of `rows`.
 fn resample(image: &RgbImage, columns: &[Tap], rows: &[Tap]) -> RgbImage {
-    let narrow = RgbImage::from_fn(columns.len() as u32, image.height(), |x, y| {
-        let tap = &columns[x as usize];
-        mean(tap, |i| image[(i, y)])
-    });
-    RgbImage::from_fn(narrow.width(), rows.len() as u32, |x, y| {
-        let tap = &rows[y as usize];
-        mean(tap, |i| narrow[(x, i)])
-    })
+    let (width, wide) = (columns.len(), image.width() as usize);
+    let pixels = image.as_raw().as_chunks::<3>().0;
+    let mut narrow = Vec::with_capacity(width * image.height() as usize);
+    for row in pixels.chunks_exact(wide) {
+        narrow.extend(columns.iter().map(|tap| mean(tap, row[tap.first as usize..].iter())));
+    }
+    let mut out = Vec::with_capacity(width * rows.len());
+    for tap in rows {
+        let top = &narrow[tap.first as usize * width..];
+        out.extend((0..width).map(|x| mean(tap, top[x..].iter().step_by(width))));
+    }
+    RgbImage::from_fn(width as u32, rows.len() as u32, |x, y| Rgb(out[y as usize * width + x as usize]))
 }
 
+/// The weighted mean of as many of `pixels` as there are weights.
 #[inline(always)]
-fn mean(tap: &Tap, pixel: impl Fn(u32) -> Rgb<u8>) -> Rgb<u8> {
+fn mean<'a>(tap: &Tap, pixels: impl Iterator<Item = &'a [u8; 3]>) -> [u8; 3] {
     let mut sum = [1i32 << (FRACTION - 1); 3];
-    for (i, &weight) in (tap.first..).zip(&tap.weights) {
-        for (sum, value) in sum.iter_mut().zip(pixel(i).0) {
+    for (&weight, pixel) in tap.weights.iter().zip(pixels) {
+        for (sum, &value) in sum.iter_mut().zip(pixel) {
             *sum += weight * i32::from(value);
         }
     }
-    Rgb(sum.map(|s| (s >> FRACTION).clamp(0, 255) as u8))
+    sum.map(|s| (s >> FRACTION).clamp(0, 255) as u8)
 }

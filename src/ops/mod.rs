@@ -70,10 +70,12 @@ pub(crate) fn check(fits: bool, operation: &'static str, what: impl FnOnce() -> 
     if fits { Ok(()) } else { Err(Error::Shape { operation, what: what() }) }
 }
 
-/// The sizes of an activation that must have three dimensions.
+/// The sizes of an activation that must have three dimensions and hold something.
 pub(crate) fn dims3(tape: &Tape, var: Var, operation: &'static str, expected: &str) -> Result<[usize; 3]> {
     let shape = tape.shape(var);
-    shape.try_into().map_err(|_| Error::Shape { operation, what: format!("got {shape:?}, expected {expected}") })
+    let fits = shape.len() == 3 && !shape.contains(&0);
+    check(fits, operation, || format!("got {shape:?}, expected {expected}, where no size may be 0"))?;
+    Ok([shape[0], shape[1], shape[2]])
 }
 
 /// Refuses vectors that are not columns of a `[B, M]` activation.

@@ -46,8 +46,8 @@ pub(crate) struct Saved {
 pub fn channel_mask(tape: &mut Tape, base: Option<Var>, x: Var, mask: Var, keep: Keep) -> Result<Var> {
     const OP: &str = "channel_mask";
     let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
-    let base_shape = base.map(|base| tape.shape(base).to_vec());
-    check(tape.shape(mask) == [b, c] && base_shape.as_deref().is_none_or(|s| s == [b, t, c]), OP, || {
+    let base_shape = base.map(|base| tape.shape(base));
+    check(tape.shape(mask) == [b, c] && base_shape.is_none_or(|s| s == [b, t, c]), OP, || {
         format!("x is {:?}, mask {:?}, base {base_shape:?}", [b, t, c], tape.shape(mask))
     })?;
     let mut y = tape.take(b * t * c);
@@ -70,18 +70,9 @@ impl Saved {
         }
         add_kept(&mut dx, &dy, tape.value(self.mask), [t, c], self.keep);
         tape.put_grad(self.x, dx);
-        let Some(base) = self.base else {
-            tape.give(dy);
-            return;
-        };
-        let (mut dbase, fresh) = tape.take_grad(base);
-        if fresh {
-            tape.give(dbase);
-            tape.put_grad(base, dy);
-        } else {
-            crate::backend::cpu::simd::add_assign(&mut dbase, &dy);
-            tape.put_grad(base, dbase);
-            tape.give(dy);
+        match self.base {
+            Some(base) => tape.add_grad(base, dy),
+            None => tape.give(dy),
         }
     }
 }

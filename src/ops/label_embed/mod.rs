@@ -65,9 +65,6 @@ impl Saved {
         for (dy, &label) in dy.chunks_exact(c).zip(labels) {
             add_assign(&mut grads.of(self.table)[label as usize * c..][..c], dy);
         }
-        let (dbase, fresh) = tape.take_grad(self.base);
-        debug_assert!(fresh, "the label embedding is the only user of the timestep embedding");
-        tape.give(dbase);
-        tape.put_grad(self.base, dy);
+        tape.add_grad(self.base, dy);
     }
 }

@@ -79,6 +79,9 @@ pub fn ln_linear(
     check_per_sample(tape, shift, b, c, OP)?;
     check_per_sample(tape, scale, b, c, OP)?;
     check(shift.var == scale.var, OP, || "shift and scale must be columns of one modulation".into())?;
+    check(shift.offset.abs_diff(scale.offset) >= c, OP, || {
+        format!("shift and scale, columns {} and {} of the modulation, overlap", shift.offset, scale.offset)
+    })?;
     let windows = tape.get_windows(read);
     check(windows.len() == b && windows.iter().all(|w| w.width > 0 && w.end() <= c), OP, || {
         format!("needs {b} read windows inside 0..{c}, got {windows:?}")

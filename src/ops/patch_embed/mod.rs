@@ -85,7 +85,7 @@ pub fn patch_embed(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], p
 impl Saved {
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
         let wants_dx = tape.wants_grad(self.x);
-        let mut dx = if wants_dx { tape.take_grad(self.x).0 } else { Vec::new() };
+        let mut dx = if wants_dx { tape.take(tape.value(self.x).len()) } else { Vec::new() };
         let mut dpatches = if wants_dx { tape.take(tape.value(self.patches).len()) } else { Vec::new() };
         let (values, grads) = tape.split();
         let add = grads.add;
@@ -93,7 +93,7 @@ impl Saved {
         cpu::backward(dweight, dbias, add, &dy, values.value(self.patches));
         if wants_dx {
             cpu::image_gradient(&mut dx, &mut dpatches, &dy, values.weight(self.linear.weight), self.dims);
-            tape.put_grad(self.x, dx);
+            tape.add_grad(self.x, dx);
             tape.give(dpatches);
         }
         tape.give(dy);

@@ -28,8 +28,8 @@ pub(crate) struct Saved {
 pub fn unpatchify(tape: &mut Tape, x: Var, channels: usize, height: usize, width: usize, patch: usize) -> Result<Var> {
     const OP: &str = "unpatchify";
     let [b, t, k] = dims3(tape, x, OP, "[batch, tokens, patch x patch x channels]")?;
-    let expected = (patch > 0).then(|| (height / patch) * (width / patch));
-    check(expected == Some(t) && k == patch * patch * channels, OP, || {
+    let divides = patch > 0 && height.is_multiple_of(patch) && width.is_multiple_of(patch);
+    check(divides && t == (height / patch) * (width / patch) && k == patch * patch * channels, OP, || {
         format!("{t} patches of {k} do not make {channels} x {height} x {width} images of patch {patch}")
     })?;
     let mut y = tape.take(b * t * k);
@@ -43,9 +43,9 @@ pub fn unpatchify(tape: &mut Tape, x: Var, channels: usize, height: usize, width
 impl Saved {
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
         let b = tape.shape(self.x)[0];
-        let (mut dx, _) = tape.take_grad(self.x);
+        let mut dx = tape.take(dy.len());
         each_pair(b, self.channels, self.size, self.patch, |token, pixel| dx[token] = dy[pixel]);
-        tape.put_grad(self.x, dx);
+        tape.add_grad(self.x, dx);
         tape.give(dy);
     }
 }

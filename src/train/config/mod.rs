@@ -89,7 +89,7 @@ knobs! {
         patch_size: usize = fixed;
         /// Width of the MLP, in hidden sizes
         mlp_ratio: f64 = fixed;
-        /// Initial weights: published (DiT's), or small (timestep MLP Xavier, label table std 0.5: learns labels within few hundred steps)
+        /// Initial weights: published (DiT's), or small (timestep MLP Xavier, label table std 0.5: learns labels within a few hundred steps)
         init: Init = fixed;
     }
     "Routing" {
@@ -305,7 +305,7 @@ impl TrainConfig {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
             let near = value::did_you_mean(model, names.iter().copied());
             return Err(crate::Error::usage(format!(
-                "there is no model '{model}'{near}: give one of {}",
+                "there is no model '{model}'{near} (give one of {})",
                 names.join(", ")
             )));
         };

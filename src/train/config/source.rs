@@ -162,7 +162,7 @@ impl TrainConfig {
                 Ok(false) => {
                     let near = did_you_mean(key, KNOBS.iter().map(|knob| knob.name));
                     return Err(Error::usage(format!(
-                        "there is no key '{key}'{near} ({}): --print-config lists all keys",
+                        "there is no key '{key}' (in {}){near} (--print-config lists all keys)",
                         layer.origin
                     )));
                 }
@@ -261,7 +261,7 @@ mod tests {
     fn unknown_keys_name_the_near_one() {
         let near = |key: &str| message(&[layer("f.toml", &[(key, "1")])]);
         assert!(near("batchsize").contains("did you mean 'batch_size'?"), "{}", near("batchsize"));
-        assert!(near("learning_rate").contains("there is no key 'learning_rate'"));
+        assert!(near("learning_rate").contains("there is no key 'learning_rate' (in f.toml)"));
         assert!(near("stepz").contains("did you mean 'steps'?"));
         assert!(near("warmup").contains("did you mean 'warmup_steps'?"));
         assert!(near("checkpoint_evry").contains("'checkpoint_every'"));

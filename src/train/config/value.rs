@@ -179,5 +179,5 @@ pub(super) fn did_you_mean<'a>(word: &str, names: impl Iterator<Item = &'a str>)
         .map(|name| (score(name), name))
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .filter(|&(score, _)| score > 0.8)
-        .map_or(String::new(), |(_, name)| format!(" (did you mean '{name}'?)"))
+        .map_or(String::new(), |(_, name)| format!("; did you mean '{name}'?"))
 }

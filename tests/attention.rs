@@ -1,0 +1,126 @@
+//! `attention` against its reference.
+
+mod common;
+
+use common::*;
+use dtr_fused::autograd::{Tape, Var};
+use dtr_fused::error::Result;
+use dtr_fused::ops::attention::{attention, reference};
+use dtr_fused::ops::channel_mask::{Keep, channel_mask};
+use dtr_fused::ops::real::Real;
+
+struct Case {
+    batch: usize,
+    tokens: usize,
+    heads: usize,
+    size: usize,
+    /// How far from uniform the attention is.
+    sharpness: f32,
+}
+
+impl Case {
+    fn dims(&self) -> reference::Dims {
+        let &Case { batch, tokens, heads, size, .. } = self;
+        reference::Dims { batch, tokens, channels: heads * size, heads }
+    }
+}
+
+impl Operation for Case {
+    fn inputs(&self) -> Vec<Input> {
+        let mut qkv = activation("qkv", [self.batch, self.tokens, 3 * self.heads * self.size]);
+        qkv.data.iter_mut().for_each(|x| *x *= self.sharpness);
+        vec![qkv]
+    }
+
+    fn on_tape(&self, tape: &mut Tape, given: &Given) -> Result<Var> {
+        attention(tape, given.var("qkv"), self.heads)
+    }
+
+    /// With one token, the gradient of queries and keys is 0 because two numbers cancel.
+    fn exact_zeros(&self) -> bool {
+        false
+    }
+
+    fn forward<R: Real>(&self, inputs: &[Vec<R>]) -> Vec<R> {
+        reference::forward(&inputs[0], self.dims())
+    }
+
+    fn backward<R: Real>(&self, inputs: &[Vec<R>], upstream: &[R]) -> Vec<Vec<R>> {
+        vec![reference::backward(&inputs[0], upstream, self.dims())]
+    }
+}
+
+fn check(batch: usize, tokens: usize, heads: usize, size: usize) {
+    for sharpness in [0.01, 1.0, 3.0] {
+        let label = format!("B {batch}, T {tokens}, NH {heads}, HS {size}, sharpness {sharpness}");
+        check_operation(&label, &Case { batch, tokens, heads, size, sharpness });
+    }
+}
+
+#[test]
+fn one_token_attends_to_itself() {
+    check(1, 1, 3, 20);
+    check(4, 1, 1, 8);
+}
+
+#[test]
+fn few_tokens() {
+    check(1, 2, 1, 1);
+    check(5, 7, 3, 20);
+    check(20, 16, 2, 24);
+    check(3, 17, 5, 5);
+}
+
+#[test]
+fn blocks_of_queries_that_do_not_divide_the_tokens() {
+    check(2, 65, 2, 8);
+    check(1, 128, 1, 16);
+    check(2, 129, 2, 8);
+    check(1, 257, 3, 8);
+    check(1, 300, 2, 12);
+}
+
+#[test]
+fn head_sizes_of_the_large_models() {
+    check(1, 33, 2, 64);
+    check(1, 31, 2, 72);
+    check(2, 9, 1, 128);
+}
+
+#[test]
+fn scores_beyond_the_range_of_the_exponential() {
+    check_operation("sharp", &Case { batch: 2, tokens: 33, heads: 2, size: 24, sharpness: 12.0 });
+}
+
+#[test]
+fn the_reference_has_the_slopes_it_says() {
+    for (tokens, heads, size) in [(1, 1, 4), (5, 3, 4), (9, 1, 5)] {
+        check_slopes("attention", &Case { batch: 2, tokens, heads, size, sharpness: 1.0 });
+    }
+}
+
+#[test]
+fn gradients_of_shared_inputs_add_up() {
+    let (b, t, c) = (2, 5, 12);
+    check_used_twice(&activation("qkv", [b, t, 3 * c]), &[], |tape, first, second| {
+        let a = attention(tape, first, 3)?;
+        let b2 = attention(tape, second, 2)?;
+        let ones = tape.input(&vec![1.0; b * c], [b, c], false)?;
+        channel_mask(tape, Some(a), b2, ones, Keep::Active)
+    });
+}
+
+#[test]
+fn misfits_are_refused() {
+    let refused = |what: &str, build: fn(&mut Tape) -> (Var, usize)| {
+        check_refused("attention", what, |tape| {
+            let (qkv, heads) = build(tape);
+            attention(tape, qkv, heads)
+        });
+    };
+    refused("got [2, 12], expected [batch, tokens, 3 x channels]", |tape| (zeros(tape, [2, 12]), 2));
+    refused("where no size may be 0", |tape| (zeros(tape, [0, 3, 12]), 2));
+    refused("12 is not 3 x channels of 5 equal heads", |tape| (zeros(tape, [2, 3, 12]), 5));
+    refused("14 is not 3 x channels of 2 equal heads", |tape| (zeros(tape, [2, 3, 14]), 2));
+    refused("12 is not 3 x channels of 0 equal heads", |tape| (zeros(tape, [2, 3, 12]), 0));
+}

@@ -1,0 +1,185 @@
+//! Arrays of images and latents: what is accepted, what comes out, and the sentences for the rest.
+
+use std::path::{Path, PathBuf};
+
+use dtr_fused::data::latents::ArrayFile;
+use dtr_fused::data::{Dataset, npy, open};
+use dtr_fused::element::Element;
+use safetensors::tensor::{Dtype, TensorView};
+
+fn f32s(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+fn i64s(values: &[i64]) -> Vec<u8> {
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+/// A `.safetensors` file of the tensors given as name, dtype, shape and bytes.
+fn save(dir: &Path, tensors: &[(&str, Dtype, &[usize], Vec<u8>)]) -> PathBuf {
+    let views = tensors
+        .iter()
+        .map(|(name, dtype, shape, data)| (*name, TensorView::new(*dtype, shape.to_vec(), data).unwrap()));
+    let path = dir.join("set.safetensors");
+    std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+    path
+}
+
+fn sample(set: &ArrayFile, index: usize, flip: bool) -> (u32, Vec<f32>) {
+    let mut out = vec![f32::NAN; set.shape().iter().product()];
+    (set.read(index, flip, &mut out).unwrap(), out)
+}
+
+fn refusal(path: &Path, num_classes: Option<usize>) -> String {
+    let error = ArrayFile::open(path, num_classes).err().expect("should be refused").to_string();
+    assert!(!error.contains('\n') && error.len() < 400, "{error}");
+    error
+}
+
+/// 2 latents of 4x1x2: 0 to 15 in tenths.
+fn latents() -> Vec<f32> {
+    (0..16).map(|i| i as f32 * 0.125).collect()
+}
+
+#[test]
+fn latents_of_every_float_type_come_out_as_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let values = latents();
+    let bytes: [(Dtype, Vec<u8>); 4] = [
+        (Dtype::F32, f32s(&values)),
+        (Dtype::F64, values.iter().flat_map(|&x| f64::from(x).to_le_bytes()).collect()),
+        (Dtype::F16, values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect()),
+        (Dtype::BF16, values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect()),
+    ];
+    for (dtype, data) in bytes {
+        let labels = ("labels", Dtype::I64, &[2][..], i64s(&[4, 0]));
+        let path = save(dir.path(), &[("latents", dtype, &[2, 4, 1, 2], data), labels]);
+        let set = ArrayFile::open(&path, None).unwrap();
+        assert_eq!((set.len(), set.shape(), set.num_classes(), set.is_pictures()), (2, [4, 1, 2], 5, false));
+        assert_eq!(set.class_names(), ["0", "1", "2", "3", "4"]);
+        assert_eq!(sample(&set, 0, false), (4, values[..8].to_vec()));
+        assert_eq!(sample(&set, 1, false), (0, values[8..].to_vec()));
+        let mirrored: Vec<f32> = values[..8].chunks(2).flat_map(|row| [row[1], row[0]]).collect();
+        assert_eq!(sample(&set, 0, true), (4, mirrored));
+        assert_eq!(ArrayFile::open(&path, Some(1000)).unwrap().num_classes(), 1000);
+        assert_eq!(open(path.to_str().unwrap(), None, None).unwrap().len(), 2);
+    }
+}
+
+#[test]
+fn bytes_become_minus_one_to_one_in_both_layouts() {
+    let dir = tempfile::tempdir().unwrap();
+    // Two RGB pixels beside each other.
+    let (first, last) = ([0u8, 51, 255, 102, 153, 204], [1u8; 6]);
+    let scaled = |values: [u8; 6]| values.map(|v| f32::from(v) / 127.5 - 1.0).to_vec();
+    let labels = || ("labels", Dtype::U8, &[2][..], vec![1, 0]);
+    let path = save(dir.path(), &[("images", Dtype::U8, &[2, 1, 2, 3], [first, last].concat()), labels()]);
+    let set = ArrayFile::open(&path, None).unwrap();
+    assert_eq!((set.shape(), set.is_pictures()), ([1, 2, 3], true), "one channel first is no channels last");
+    assert_eq!(sample(&set, 0, false), (1, scaled(first)));
+
+    npy::write(dir.path().join("p.npy"), Element::U8, &[1, 2, 1, 3], &first).unwrap();
+    npy::write(dir.path().join("labels.npy"), Element::I32, &[1], &2i32.to_le_bytes()).unwrap();
+    let set = ArrayFile::open(dir.path().join("p.npy"), None).unwrap();
+    assert_eq!((set.shape(), set.num_classes(), set.is_pictures()), ([3, 2, 1], 3, true));
+    assert_eq!(sample(&set, 0, false), (2, scaled([0, 102, 51, 153, 255, 204])));
+    // Own labels come before the common ones.
+    npy::write(dir.path().join("p.labels.npy"), Element::U16, &[1], &7u16.to_le_bytes()).unwrap();
+    assert_eq!(sample(&ArrayFile::open(dir.path().join("p.npy"), None).unwrap(), 0, false).0, 7);
+}
+
+#[test]
+fn npy_latents_and_pictures_are_told_apart_by_their_channels() {
+    let dir = tempfile::tempdir().unwrap();
+    npy::write(dir.path().join("labels.npy"), Element::I64, &[2], &i64s(&[0, 1])).unwrap();
+    for (shape, pictures) in [([2, 4, 1, 2], false), ([2, 1, 4, 2], true)] {
+        let path = dir.path().join("x.npy");
+        npy::write(&path, Element::F32, &shape, &f32s(&latents())).unwrap();
+        let set = ArrayFile::open(&path, None).unwrap();
+        assert_eq!((set.is_pictures(), &set.shape()[..]), (pictures, &shape[1..]));
+        assert_eq!(sample(&set, 1, false), (1, latents()[8..].to_vec()));
+    }
+}
+
+#[test]
+fn values_that_are_not_finite_are_named_when_they_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut values = latents();
+        values[11] = bad;
+        let labels = ("labels", Dtype::I64, &[2][..], i64s(&[0, 0]));
+        let set =
+            ArrayFile::open(save(dir.path(), &[("latents", Dtype::F32, &[2, 4, 1, 2], f32s(&values)), labels]), None)
+                .unwrap();
+        let mut out = [0.0; 8];
+        set.read(0, false, &mut out).unwrap();
+        let error = set.read(1, false, &mut out).unwrap_err().to_string();
+        assert!(error.contains(&format!("set.safetensors: has {bad} at place 3 of sample 1")), "{error}");
+    }
+}
+
+#[test]
+fn safetensors_that_are_no_data_set_are_refused_in_a_sentence() {
+    let dir = tempfile::tempdir().unwrap();
+    let labels = |values: &[i64]| ("labels", Dtype::I64, vec![values.len()], i64s(values));
+    let with = |name: &str, dtype, shape: &[usize], labels: (&str, Dtype, Vec<usize>, Vec<u8>), num_classes| {
+        let size = shape.iter().product::<usize>() * if dtype == Dtype::F32 { 4 } else { 1 };
+        let (labels_name, labels_dtype, labels_shape, labels) = labels;
+        let tensors = [(name, dtype, shape, vec![0; size]), (labels_name, labels_dtype, &labels_shape[..], labels)];
+        refusal(&save(dir.path(), &tensors), num_classes)
+    };
+    let good: &[usize] = &[2, 4, 1, 2];
+    let two = || labels(&[0, 1]);
+    assert!(with("pixels", Dtype::F32, good, two(), None).contains("has no tensor 'images' or 'latents'"));
+    assert!(
+        with("latents", Dtype::F32, &[2, 4, 2], two(), None).contains("has shape [2, 4, 2]; [N, C, H, W] is expected")
+    );
+    assert!(with("latents", Dtype::F32, &[0, 4, 2, 2], labels(&[]), None).contains("there is nothing in it"));
+    assert!(with("latents", Dtype::F32, &[2, 0, 2, 2], two(), None).contains("there is nothing in it"));
+    assert!(with("latents", Dtype::F32, good, labels(&[0, 1, 2]), None).contains("has 2 samples but 3 labels"));
+    assert!(with("latents", Dtype::U8, good, two(), None).contains("latents of type u8"));
+    assert!(with("latents", Dtype::I8, good, two(), None).contains("elements of type I8"));
+    assert!(
+        with("latents", Dtype::F32, good, labels(&[0, -1]), None)
+            .contains("has label -1 for sample 1; labels are 0 to")
+    );
+    assert!(
+        with("latents", Dtype::F32, good, labels(&[0, 1 << 60]), None).contains("has label 1152921504606846976 for")
+    );
+    assert!(with("latents", Dtype::F32, good, labels(&[0, 10]), Some(10)).contains("labels are 0 to 9"));
+    assert!(with("latents", Dtype::F32, good, two(), Some(0)).contains("num_classes is 0"));
+    assert!(with("latents", Dtype::F32, good, two(), Some(1 << 60)).contains("num_classes is 1152921504606846976"));
+    let floats = ("labels", Dtype::F32, vec![2], vec![0; 8]);
+    assert!(with("latents", Dtype::F32, good, floats, None).contains("labels [2] of F32; integers [N] are expected"));
+    let square = ("labels", Dtype::I64, vec![2, 1], vec![0; 16]);
+    assert!(with("latents", Dtype::F32, good, square, None).contains("labels [2, 1] of I64"));
+    assert!(
+        with("latents", Dtype::F32, good, ("classes", Dtype::I64, vec![2], vec![0; 16]), None)
+            .contains("no tensor 'labels'")
+    );
+    assert!(with("latents", Dtype::F32, good, ("images", Dtype::U8, vec![2], vec![0; 2]), None).contains("has both"));
+    assert!(refusal(&dir.path().join("missing.safetensors"), None).contains("cannot be read"));
+}
+
+#[test]
+fn npy_files_that_are_no_data_set_are_refused_in_a_sentence() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.npy");
+    npy::write(&path, Element::F32, &[2, 4, 1, 2], &f32s(&latents())).unwrap();
+    let error = refusal(&path, None);
+    assert!(error.contains("has no labels beside it: neither") && error.contains("x.labels.npy"), "{error}");
+    npy::write(dir.path().join("labels.npy"), Element::I64, &[1], &i64s(&[0])).unwrap();
+    assert!(refusal(&path, None).contains("has 2 samples but 1 labels"));
+    std::fs::write(dir.path().join("labels.npy"), "nonsense").unwrap();
+    assert!(refusal(&path, None).contains("labels.npy: is no .npy file"));
+}
+
+#[test]
+fn other_things_are_no_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let refusal = |what: &str| open(what, None, None).err().expect("should be refused").to_string();
+    let file = dir.path().join("set.tar");
+    std::fs::write(&file, "").unwrap();
+    assert!(refusal(file.to_str().unwrap()).contains("is neither a folder of images nor a .safetensors or .npy file"));
+    assert!(refusal("digitz").contains("digitz: does not exist; data is 'digits', a folder"));
+}

@@ -1,0 +1,184 @@
+//! The digits, and the loader: batches depend on the seed and the step alone.
+
+use std::sync::Arc;
+
+use dtr_fused::data::digits::Digits;
+use dtr_fused::data::{Dataset, Loader, LoaderOptions, open};
+use dtr_fused::{Error, Result};
+
+#[test]
+fn digits_are_those_of_scikit_learn() {
+    let digits = Digits::new().unwrap();
+    assert_eq!((digits.len(), digits.shape(), digits.num_classes()), (1797, [1, 8, 8], 10));
+    let mut counts = [0; 10];
+    digits.labels().iter().for_each(|&label| counts[label as usize] += 1);
+    assert_eq!(counts, [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]);
+    assert_eq!(digits.labels()[..10], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    let ink = |x: f32| (x + 1.0) * 8.0;
+    assert!(digits.images().iter().all(|&x| ink(x).fract() == 0.0 && (0.0..=16.0).contains(&ink(x))));
+    assert_eq!(digits.images().iter().map(|&x| f64::from(ink(x))).sum::<f64>(), 561_718.0);
+    let mut last = [f32::NAN; 64];
+    assert_eq!(digits.read(1796, false, &mut last).unwrap(), 8);
+    assert_eq!(last[..8].iter().map(|&x| ink(x)).collect::<Vec<_>>(), [0.0, 0.0, 10.0, 14.0, 8.0, 1.0, 0.0, 0.0]);
+    let mut mirrored = [f32::NAN; 64];
+    digits.read(1796, true, &mut mirrored).unwrap();
+    assert_eq!(mirrored[..8].iter().map(|&x| ink(x)).collect::<Vec<_>>(), [0.0, 0.0, 1.0, 8.0, 14.0, 10.0, 0.0, 0.0]);
+    assert_eq!(open("digits", None, None).unwrap().len(), 1797);
+}
+
+/// Samples that say who they are: `[index, mirrored]`, label `index % 3`; some cannot be read.
+struct Named {
+    len: usize,
+    bad: Vec<usize>,
+    classes: Vec<String>,
+}
+
+impl Named {
+    fn new(len: usize, bad: &[usize]) -> Arc<Self> {
+        Arc::new(Named { len, bad: bad.to_vec(), classes: vec!["a".into(), "b".into(), "c".into()] })
+    }
+}
+
+impl Dataset for Named {
+    fn shape(&self) -> [usize; 3] {
+        [1, 1, 2]
+    }
+
+    fn class_names(&self) -> &[String] {
+        &self.classes
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
+        if self.bad.contains(&index) {
+            return Err(Error::file(format!("{index}.png"), "is damaged"));
+        }
+        out.copy_from_slice(&[index as f32, f32::from(u8::from(flip))]);
+        Ok(index as u32 % 3)
+    }
+}
+
+fn loader(dataset: Arc<Named>, batch: usize, seed: u64, threads: usize) -> Loader {
+    Loader::new(dataset, LoaderOptions { batch, seed, flip: true, threads }).unwrap()
+}
+
+/// Indices and flips of a batch.
+fn samples(loader: &mut Loader, step: u64) -> Vec<(usize, bool)> {
+    let batch = loader.next(step).unwrap();
+    let samples: Vec<_> = batch.pixels.chunks(2).map(|s| (s[0] as usize, s[1] == 1.0)).collect();
+    assert!(samples.iter().zip(&batch.labels).all(|((index, _), &label)| *index as u32 % 3 == label));
+    samples
+}
+
+#[test]
+fn every_epoch_has_every_sample_once_in_an_order_of_its_own() {
+    let mut loader = loader(Named::new(10, &[]), 4, 1, 2);
+    let run: Vec<usize> = (0..10).flat_map(|step| samples(&mut loader, step)).map(|(index, _)| index).collect();
+    let epochs: Vec<&[usize]> = run.chunks(10).collect();
+    for epoch in &epochs {
+        let mut sorted = epoch.to_vec();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..10).collect::<Vec<_>>());
+    }
+    assert!(epochs.windows(2).all(|pair| pair[0] != pair[1]), "epochs repeat: {epochs:?}");
+    assert_ne!(epochs[0], (0..10).collect::<Vec<_>>());
+}
+
+#[test]
+fn the_order_is_uniform() {
+    // Each of 4 samples should be first in a quarter of 4000 epochs: standard deviation 27.
+    let mut loader = loader(Named::new(4, &[]), 4000, 5, 1);
+    let mut first = [0; 4];
+    for step in 0..4 {
+        samples(&mut loader, step).chunks(4).for_each(|epoch| first[epoch[0].0] += 1);
+    }
+    assert!(first.iter().all(|&count: &i32| (count - 1000).abs() < 150), "{first:?}");
+}
+
+#[test]
+fn a_step_gives_the_same_batch_for_any_number_of_threads_and_after_any_other() {
+    let set = || Named::new(23, &[]);
+    let mut straight = loader(set(), 7, 42, 1);
+    let run: Vec<_> = (0..30).map(|step| samples(&mut straight, step)).collect();
+    let mut threads = loader(set(), 7, 42, 4);
+    for (step, batch) in run.iter().enumerate() {
+        assert_eq!(&samples(&mut threads, step as u64), batch, "step {step} with 4 threads");
+    }
+    let mut resumed = loader(set(), 7, 42, 2);
+    for step in [17, 18, 19, 3, 3, 2, 29, 0, 1, 2, 4, 5] {
+        assert_eq!(samples(&mut resumed, step), run[step as usize], "step {step} after others");
+    }
+    assert_ne!(samples(&mut loader(set(), 7, 43, 1), 0), run[0], "another seed");
+    // However far a damaged checkpoint says the run had come.
+    assert_eq!(samples(&mut resumed, u64::MAX).len(), 7);
+}
+
+#[test]
+fn half_of_the_samples_are_mirrored_where_that_is_wanted() {
+    let mut with = loader(Named::new(10, &[]), 1000, 9, 1);
+    let flips: Vec<bool> = samples(&mut with, 0).into_iter().map(|(_, flip)| flip).collect();
+    let count = flips.iter().filter(|&&flip| flip).count();
+    assert!((420..580).contains(&count), "{count} of 1000");
+    assert_ne!(flips[..500], flips[500..], "flips repeat");
+    let options = LoaderOptions { batch: 1000, seed: 9, flip: false, threads: 1 };
+    let mut without = Loader::new(Named::new(10, &[]), options).unwrap();
+    assert!(samples(&mut without, 0).iter().all(|(_, flip)| !flip));
+}
+
+#[test]
+fn batches_may_be_kept_and_their_memory_comes_back() {
+    let mut loader = loader(Named::new(10, &[]), 4, 1, 1);
+    let kept: Vec<_> = (0..8).map(|step| loader.next(step).unwrap()).collect();
+    let first = kept[0].pixels.clone();
+    drop(kept);
+    assert_eq!(loader.next(0).unwrap().pixels, first);
+    let mut places = std::collections::HashSet::new();
+    for step in 1..50 {
+        places.insert(loader.next(step).unwrap().pixels.as_ptr());
+    }
+    assert!(places.len() <= 6, "49 batches in {} places", places.len());
+}
+
+#[test]
+fn bad_samples_are_replaced_in_the_same_way_always() {
+    // 3, 4 and 9 are bad: 5 stands in for the first two, 0 for the last.
+    let run = |threads, steps: &[u64]| -> Vec<Vec<(usize, bool)>> {
+        let mut loader = loader(Named::new(10, &[3, 4, 9]), 10, 7, threads);
+        let run = steps.iter().map(|&step| samples(&mut loader, step)).collect();
+        assert_eq!(loader.bad_samples(), 3);
+        let mut warnings = loader.take_warnings();
+        warnings.sort();
+        assert_eq!(warnings, ["3.png: is damaged", "4.png: is damaged", "9.png: is damaged"]);
+        run
+    };
+    let straight = run(1, &[0, 1, 2, 3]);
+    for batch in &straight {
+        let mut indices: Vec<usize> = batch.iter().map(|s| s.0).collect();
+        indices.sort_unstable();
+        assert_eq!(indices, [0, 0, 1, 2, 5, 5, 5, 6, 7, 8]);
+    }
+    assert_eq!(run(3, &[0, 1, 2, 3]), straight);
+    assert_eq!(run(2, &[2, 3]), straight[2..]);
+}
+
+#[test]
+fn too_many_bad_samples_are_an_error() {
+    let refusal = |len: usize, bad: &[usize]| loader(Named::new(len, bad), 50, 7, 2).next(0).unwrap_err().to_string();
+    assert!(refusal(1, &[0]).contains("1 of 1 samples cannot be read, the last: 0.png: is damaged"));
+    assert!(refusal(5, &[0, 2, 3]).contains("3 of 5 samples cannot be read"));
+    let mut half = loader(Named::new(4, &[0, 2]), 50, 7, 2);
+    assert!(half.next(0).unwrap().pixels.chunks(2).all(|s| s[0] == 1.0 || s[0] == 3.0));
+}
+
+#[test]
+fn batches_that_cannot_be_are_refused() {
+    let refusal = |batch| {
+        let options = LoaderOptions { batch, seed: 0, flip: false, threads: 1 };
+        Loader::new(Named::new(4, &[]), options).err().expect("should be refused").to_string()
+    };
+    assert!(refusal(0).contains("batch_size is 0"));
+    assert!(refusal(usize::MAX / 3).contains("cannot be one batch"));
+}

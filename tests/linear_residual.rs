@@ -1,0 +1,216 @@
+//! `linear_residual` against its reference.
+
+mod common;
+
+use common::*;
+use dtr_fused::autograd::{Tape, Var};
+use dtr_fused::error::Result;
+use dtr_fused::ops::PerSample;
+use dtr_fused::ops::linear_residual::{Residual, linear_residual, reference};
+use dtr_fused::ops::real::Real;
+use dtr_fused::routing::Window;
+
+struct Case {
+    tokens: usize,
+    inputs: usize,
+    channels: usize,
+    base: Vec<Window>,
+    write: Vec<Window>,
+    bypass: Option<Vec<Window>>,
+}
+
+impl Case {
+    fn plain<'a, R>(&'a self, inputs: &'a [Vec<R>]) -> reference::Inputs<'a, R> {
+        let [a, weight, bias, gate, base, rest @ ..] = inputs else { panic!("at least five inputs") };
+        let bypass = self.bypass.as_ref().map(|windows| (&rest[0][..], &windows[..]));
+        let &Case { tokens, base: ref base_window, ref write, .. } = self;
+        reference::Inputs { a, weight, bias, gate, base, base_window, bypass, write, tokens }
+    }
+}
+
+impl Operation for Case {
+    fn inputs(&self) -> Vec<Input> {
+        let (b, t, k, c) = (self.write.len(), self.tokens, self.inputs, self.channels);
+        let mut inputs = vec![
+            activation("a", [b, t, k]),
+            weight("weight", c * k, k),
+            weight("bias", c, 1),
+            per_sample("gate", b, c),
+            activation("base", [b, t, c]),
+        ];
+        inputs.extend(self.bypass.as_ref().map(|_| activation("bypass", [b, t, c])));
+        inputs
+    }
+
+    fn on_tape(&self, tape: &mut Tape, given: &Given) -> Result<Var> {
+        let base_window = tape.windows(self.base.iter().copied());
+        let write = tape.windows(self.write.iter().copied());
+        let bypass = self.bypass.as_ref().map(|windows| (given.var("bypass"), tape.windows(windows.iter().copied())));
+        let residual = Residual { base: given.var("base"), base_window, bypass };
+        let layer = given.linear("weight", "bias");
+        linear_residual(tape, given.var("a"), layer, given.per_sample("gate"), residual, write)
+    }
+
+    fn forward<R: Real>(&self, inputs: &[Vec<R>]) -> Vec<R> {
+        reference::forward(&self.plain(inputs))
+    }
+
+    fn backward<R: Real>(&self, inputs: &[Vec<R>], upstream: &[R]) -> Vec<Vec<R>> {
+        let g = reference::backward(&self.plain(inputs), upstream);
+        let mut grads = vec![g.da, g.dweight, g.dbias, g.dgate, g.dbase];
+        grads.extend(self.bypass.as_ref().map(|_| g.dbypass));
+        grads
+    }
+}
+
+/// The four uses of a block for every set of windows, and one that no block has: three different windows a sample.
+fn cases(b: usize, tokens: usize, inputs: usize, channels: usize) -> Vec<(String, Case)> {
+    let all = vec![Window::all(channels); b];
+    let sets = window_sets(b, channels);
+    let mut cases = Vec::new();
+    for (i, (name, windows)) in sets.iter().enumerate() {
+        let (other, another) = (&sets[(i + 5) % sets.len()].1, &sets[(i + 8) % sets.len()].1);
+        for (use_, base, write, bypass) in [
+            ("paper x1", windows, &all, None),
+            ("paper out", &all, &all, Some(windows.clone())),
+            ("sublayer x1", windows, windows, None),
+            ("sublayer out", windows, windows, Some(windows.clone())),
+            ("three windows", other, windows, Some(another.clone())),
+        ] {
+            let label = format!("B {b}, T {tokens}, K {inputs}, C {channels}, {name}, {use_}");
+            cases.push((label, Case { tokens, inputs, channels, base: base.clone(), write: write.clone(), bypass }));
+        }
+    }
+    cases
+}
+
+fn check(b: usize, tokens: usize, inputs: usize, channels: usize) {
+    for (label, case) in cases(b, tokens, inputs, channels) {
+        check_operation(&label, &case);
+    }
+}
+
+#[test]
+fn one_sample_of_one_token() {
+    check(1, 1, 37, 60);
+}
+
+#[test]
+fn few_tokens() {
+    check(5, 7, 45, 60);
+}
+
+#[test]
+fn many_small_samples_share_products() {
+    check(23, 16, 35, 60);
+}
+
+#[test]
+fn one_token_a_sample() {
+    check(65, 1, 33, 28);
+}
+
+#[test]
+fn blocks_that_end_inside_samples() {
+    check(3, 65, 31, 60);
+    check(2, 257, 9, 20);
+    check(5, 300, 9, 20);
+}
+
+#[test]
+fn channels_and_inputs_beyond_the_tiles() {
+    check(2, 7, 33, 1023);
+    check(3, 5, 300, 36);
+}
+
+#[test]
+fn the_smallest_sizes() {
+    check(2, 3, 1, 7);
+    check(2, 2, 2, 7);
+}
+
+#[test]
+fn the_reference_has_the_slopes_it_says() {
+    for (label, case) in cases(4, 3, 5, 12) {
+        check_slopes(&label, &case);
+    }
+}
+
+#[test]
+fn gradients_of_shared_inputs_add_up() {
+    let (b, t, c) = (3, 5, 12);
+    let layer = any_linear(c, c);
+    let weights = numbers(1, c * c + c);
+    let narrow = [Window { start: 2, width: 7 }, Window::all(c), Window { start: 0, width: 3 }];
+    for base_all in [true, false] {
+        // The stream as input, as base and around a second operation; then the same input of both.
+        let build = |tape: &mut Tape, first: Var, second: Var| {
+            let var = tape.input(&numbers(2, b * c), [b, c], false)?;
+            let (narrow, all) = (tape.windows(narrow), tape.windows([Window::all(c); 3]));
+            let base_window = if base_all { all } else { narrow };
+            let gate = PerSample { var, offset: 0 };
+            let stream = Residual { base: second, base_window, bypass: Some((first, narrow)) };
+            let y = linear_residual(tape, first, layer, gate, stream, narrow)?;
+            let stream = Residual { base: first, base_window, bypass: Some((second, narrow)) };
+            let z = linear_residual(tape, second, layer, gate, stream, all)?;
+            linear_residual(tape, y, layer, gate, Residual { base: z, base_window, bypass: Some((y, narrow)) }, all)
+        };
+        check_used_twice(&activation("x", [b, t, c]), &weights, build);
+    }
+    check_used_twice(&activation("gate", [b, c]), &weights, |tape, first, second| {
+        let x = tape.input(&numbers(3, b * t * c), [b, t, c], false)?;
+        let write = tape.windows(narrow);
+        let mut stream = x;
+        for var in [first, second] {
+            let residual = Residual { base: stream, base_window: write, bypass: None };
+            stream = linear_residual(tape, x, layer, PerSample { var, offset: 0 }, residual, write)?;
+        }
+        Ok(stream)
+    });
+}
+
+#[test]
+fn misfits_are_refused() {
+    struct Sizes {
+        inputs: usize,
+        gate: usize,
+        base: [usize; 3],
+        bypass: [usize; 3],
+        windows: [Vec<Window>; 3],
+    }
+    let fit = || Sizes {
+        inputs: 4,
+        gate: 6,
+        base: [2, 3, 6],
+        bypass: [2, 3, 6],
+        windows: std::array::from_fn(|_| vec![Window { start: 1, width: 5 }; 2]),
+    };
+    let build = |tape: &mut Tape, sizes: Sizes| {
+        let (a, var) = (zeros(tape, [2, 3, 4]), zeros(tape, [2, sizes.gate]));
+        let (base, x) = (zeros(tape, sizes.base), zeros(tape, sizes.bypass));
+        let [base_window, around, write] = sizes.windows.map(|windows| tape.windows(windows));
+        let residual = Residual { base, base_window, bypass: Some((x, around)) };
+        linear_residual(tape, a, any_linear(6, sizes.inputs), PerSample { var, offset: 0 }, residual, write)
+    };
+    let refused = |what: &str, change: &dyn Fn(&mut Sizes)| {
+        let mut sizes = fit();
+        change(&mut sizes);
+        check_refused("linear_residual", what, |tape| build(tape, sizes));
+    };
+    assert!(build(&mut Tape::inference(&[0.5; 64], &mut Default::default()), fit()).is_ok());
+    refused("a has 4 inputs, but the weight is [6, 5]", &|s| s.inputs = 5);
+    refused("expected [2, at least 6]", &|s| s.gate = 5);
+    refused("the residual stream is [2, 4, 6], expected [2, 3, 6]", &|s| s.base = [2, 4, 6]);
+    refused("the residual stream is [1, 3, 6], expected [2, 3, 6]", &|s| s.bypass = [1, 3, 6]);
+    for i in 0..3 {
+        refused("needs 2 windows inside 0..6", &|s| s.windows[i].truncate(1));
+        refused("needs 2 windows inside 0..6", &|s| s.windows[i][1].width = 0);
+        refused("needs 2 windows inside 0..6", &|s| s.windows[i][0].start = 2);
+    }
+    check_refused("linear_residual", "got [2, 4], expected [batch, tokens, inputs]", |tape| {
+        let (a, var, base) = (zeros(tape, [2, 4]), zeros(tape, [2, 6]), zeros(tape, [2, 3, 6]));
+        let all = tape.windows([Window::all(6); 2]);
+        let residual = Residual { base, base_window: all, bypass: None };
+        linear_residual(tape, a, any_linear(6, 4), PerSample { var, offset: 0 }, residual, all)
+    });
+}

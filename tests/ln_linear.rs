@@ -1,0 +1,193 @@
+//! `ln_linear` against its reference.
+
+mod common;
+
+use common::*;
+use dtr_fused::autograd::{Tape, Var};
+use dtr_fused::error::Result;
+use dtr_fused::ops::PerSample;
+use dtr_fused::ops::channel_mask::{Keep, channel_mask};
+use dtr_fused::ops::ln_linear::{Activation, ln_linear, reference};
+use dtr_fused::ops::real::Real;
+use dtr_fused::routing::Window;
+
+struct Case {
+    tokens: usize,
+    channels: usize,
+    outputs: usize,
+    read: Vec<Window>,
+    activation: Activation,
+    mean: f32,
+}
+
+impl Case {
+    fn plain<'a, R>(&'a self, inputs: &'a [Vec<R>]) -> reference::Inputs<'a, R> {
+        let [x, shift, scale, weight, bias] = inputs else { panic!("five inputs") };
+        let &Case { tokens, channels, activation, ref read, .. } = self;
+        reference::Inputs { x, read, shift, scale, weight, bias, activation, tokens, channels }
+    }
+}
+
+impl Operation for Case {
+    fn inputs(&self) -> Vec<Input> {
+        let (b, c, n) = (self.read.len(), self.channels, self.outputs);
+        let mut x = activation("x", [b, self.tokens, c]);
+        x.data.iter_mut().for_each(|x| *x += self.mean);
+        vec![x, per_sample("shift", b, c), per_sample("scale", b, c), weight("weight", n * c, c), weight("bias", n, 1)]
+    }
+
+    fn on_tape(&self, tape: &mut Tape, given: &Given) -> Result<Var> {
+        let read = tape.windows(self.read.iter().copied());
+        let (shift, scale) = (given.per_sample("shift"), given.per_sample("scale"));
+        ln_linear(tape, given.var("x"), read, shift, scale, given.linear("weight", "bias"), self.activation)
+    }
+
+    fn forward<R: Real>(&self, inputs: &[Vec<R>]) -> Vec<R> {
+        reference::forward(&self.plain(inputs))
+    }
+
+    fn backward<R: Real>(&self, inputs: &[Vec<R>], upstream: &[R]) -> Vec<Vec<R>> {
+        let g = reference::backward(&self.plain(inputs), upstream);
+        vec![g.dx, g.dshift, g.dscale, g.dweight, g.dbias]
+    }
+}
+
+/// Every set of windows of a shape, without activation and with GELU.
+fn every_window(b: usize, tokens: usize, channels: usize, outputs: usize, mean: f32) {
+    for (name, read) in window_sets(b, channels) {
+        for activation in [Activation::None, Activation::Gelu] {
+            let label = format!("B {b}, T {tokens}, C {channels}, N {outputs}, {name}, {activation:?}, mean {mean}");
+            check_operation(&label, &Case { tokens, channels, outputs, read: read.clone(), activation, mean });
+        }
+    }
+}
+
+#[test]
+fn one_sample_of_one_token() {
+    every_window(1, 1, 60, 37, 0.0);
+}
+
+#[test]
+fn few_tokens() {
+    every_window(5, 7, 60, 45, 0.0);
+}
+
+#[test]
+fn many_small_samples_share_products() {
+    every_window(23, 16, 60, 70, 0.0);
+}
+
+#[test]
+fn one_token_a_sample() {
+    every_window(65, 1, 28, 33, 0.0);
+}
+
+#[test]
+fn blocks_that_end_inside_samples() {
+    every_window(3, 65, 60, 31, 0.0);
+    every_window(2, 257, 20, 9, 0.0);
+    every_window(2, 300, 20, 9, 0.0);
+    every_window(5, 300, 20, 9, 0.0);
+}
+
+#[test]
+fn channels_and_outputs_beyond_the_tiles() {
+    every_window(2, 7, 1023, 33, 0.0);
+    every_window(3, 5, 36, 300, 0.0);
+}
+
+#[test]
+fn the_variance_of_numbers_far_from_zero() {
+    every_window(3, 9, 60, 45, 1000.0);
+    every_window(2, 7, 1023, 33, 1000.0);
+}
+
+#[test]
+fn the_smallest_sizes() {
+    for outputs in [1, 2, 3] {
+        let read = vec![Window::all(2), Window { start: 0, width: 1 }, Window { start: 1, width: 1 }];
+        let case = Case { tokens: 3, channels: 2, outputs, read, activation: Activation::Gelu, mean: 0.0 };
+        check_operation("C 2", &case);
+    }
+}
+
+#[test]
+fn the_reference_has_the_slopes_it_says() {
+    for (name, read) in window_sets(4, 12) {
+        for activation in [Activation::None, Activation::Gelu] {
+            let case = Case { tokens: 3, channels: 12, outputs: 7, read: read.clone(), activation, mean: 0.0 };
+            check_slopes(name, &case);
+        }
+    }
+}
+
+#[test]
+fn gradients_of_shared_inputs_add_up() {
+    let (b, t, c) = (3, 5, 12);
+    let weights = numbers(1, c * c + c);
+    let read =
+        |tape: &mut Tape| tape.windows([Window { start: 2, width: 7 }, Window::all(c), Window { start: 0, width: 3 }]);
+    let layer = any_linear(c, c);
+    let columns = |var| [PerSample { var, offset: 0 }, PerSample { var, offset: c }];
+    // The rows.
+    check_used_twice(&activation("x", [b, t, c]), &weights, |tape, first, second| {
+        let modulation = tape.input(&numbers(2, b * 2 * c), [b, 2 * c], false)?;
+        let [shift, scale] = columns(modulation);
+        let read = read(tape);
+        let y = ln_linear(tape, first, read, shift, scale, layer, Activation::Gelu)?;
+        let ones = tape.input(&vec![1.0; b * c], [b, c], false)?;
+        let z = ln_linear(tape, second, read, scale, shift, layer, Activation::None)?;
+        channel_mask(tape, Some(y), z, ones, Keep::Active)
+    });
+    // The modulation, in one operation after the other.
+    check_used_twice(&activation("modulation", [b, 2 * c]), &weights, |tape, first, second| {
+        let x = tape.input(&numbers(3, b * t * c), [b, t, c], false)?;
+        let read = read(tape);
+        let [shift, scale] = columns(first);
+        let y = ln_linear(tape, x, read, shift, scale, layer, Activation::Gelu)?;
+        let [shift, scale] = columns(second);
+        ln_linear(tape, y, read, scale, shift, layer, Activation::None)
+    });
+}
+
+#[test]
+fn misfits_are_refused() {
+    let refused =
+        |what: &str, x: &[usize], columns: usize, windows: Vec<Window>, offsets: [usize; 2], inputs: usize| {
+            check_refused("ln_linear", what, |tape| {
+                let x = match *x {
+                    [b, t, c] => zeros(tape, [b, t, c]),
+                    [b, c] => zeros(tape, [b, c]),
+                    _ => panic!("two or three dimensions"),
+                };
+                let var = zeros(tape, [2, columns]);
+                let read = tape.windows(windows);
+                let [shift, scale] = offsets.map(|offset| PerSample { var, offset });
+                ln_linear(tape, x, read, shift, scale, any_linear(5, inputs), Activation::None)
+            });
+        };
+    let all = || vec![Window::all(6); 2];
+    refused("got [2, 6], expected [batch, tokens, channels]", &[2, 6], 12, all(), [0, 6], 6);
+    refused(
+        "got [2, 0, 6], expected [batch, tokens, channels], where no size may be 0",
+        &[2, 0, 6],
+        12,
+        all(),
+        [0, 6],
+        6,
+    );
+    refused("x has 6 channels, but the weight is [5, 7]", &[2, 3, 6], 12, all(), [0, 6], 7);
+    refused("expected [2, at least 13]", &[2, 3, 6], 12, all(), [0, 7], 6);
+    refused("expected [2, at least 14]", &[2, 3, 6], 12, all(), [8, 0], 6);
+    refused("expected [3, at least 6]", &[3, 3, 6], 12, vec![Window::all(6); 3], [0, 6], 6);
+    refused("needs 2 read windows inside 0..6", &[2, 3, 6], 12, vec![Window::all(6); 3], [0, 6], 6);
+    refused("needs 2 read windows inside 0..6", &[2, 3, 6], 12, vec![Window { start: 1, width: 6 }; 2], [0, 6], 6);
+    refused("needs 2 read windows inside 0..6", &[2, 3, 6], 12, vec![Window { start: 1, width: 0 }; 2], [0, 6], 6);
+    check_refused("ln_linear", "columns of one modulation", |tape| {
+        let (x, a, b) = (zeros(tape, [2, 3, 6]), zeros(tape, [2, 6]), zeros(tape, [2, 6]));
+        let read = tape.windows(all());
+        let [shift, scale] = [a, b].map(|var| PerSample { var, offset: 0 });
+        ln_linear(tape, x, read, shift, scale, any_linear(5, 6), Activation::None)
+    });
+    refused("overlap", &[2, 3, 6], 12, all(), [0, 5], 6);
+}

@@ -1,0 +1,239 @@
+//! The whole model: gradients reach every parameter in every routing, and the result depends on nothing but the numbers.
+
+mod common;
+
+use common::{numbers, pools, same_bits};
+use dtr_fused::autograd::{Memory, Tape};
+use dtr_fused::error::Error;
+use dtr_fused::model::config::{ModelConfig, TASKS};
+use dtr_fused::model::dit::{Dit, Init};
+use dtr_fused::routing::Routing;
+
+const ROUTINGS: [Routing; 4] = [Routing::Dense, Routing::Paper, Routing::Sublayer, Routing::Random];
+/// From the first task to the last, in no order; the second sample has the null class.
+const TIMESTEPS: [u32; 6] = [0, 999, 500, 970, 3, 860];
+const LABELS: [u32; 6] = [4, 5, 0, 2, 2, 1];
+
+fn config(routing: Routing, beta: f64) -> ModelConfig {
+    ModelConfig {
+        hidden_size: 60,
+        depth: 3,
+        num_heads: 3,
+        patch_size: 2,
+        input_size: 10,
+        in_channels: 3,
+        num_classes: 5,
+        null_class: true,
+        mlp_ratio: 2.5,
+        learn_sigma: true,
+        routing,
+        beta,
+        alpha: 4.0,
+        routing_seed: 3,
+    }
+}
+
+fn model(routing: Routing, beta: f64) -> Dit {
+    Dit::new(config(routing, beta)).unwrap()
+}
+
+/// Random weights that keep numbers near 1, none of them 0: adaLN-Zero's zeros prove nothing.
+fn weights(model: &Dit) -> Vec<f32> {
+    let mut weights = numbers(1, model.layout.len());
+    for entry in model.layout.entries() {
+        let inputs: usize = entry.shape.iter().skip(1).product();
+        let factor = 0.6 / (inputs as f32).sqrt();
+        weights[entry.param.range()].iter_mut().for_each(|w| *w *= factor);
+    }
+    weights
+}
+
+/// Output and gradients of all weights.
+fn step(model: &Dit, weights: &[f32], memory: &mut Memory) -> (Vec<f32>, Vec<f32>) {
+    let config = &model.config;
+    let shape = [TIMESTEPS.len(), config.in_channels, config.input_size, config.input_size];
+    let mut grads = vec![f32::NAN; weights.len()];
+    let mut tape = Tape::new(weights, &mut grads, false, memory);
+    let x = tape.input(&numbers(2, shape.iter().product()), shape, false).unwrap();
+    let y = model.forward(&mut tape, x, &TIMESTEPS, &LABELS).unwrap();
+    let output = tape.value(y).to_vec();
+    tape.backward(y, &numbers(3, output.len())).unwrap();
+    (output, grads)
+}
+
+fn fresh_step(model: &Dit) -> (Vec<f32>, Vec<f32>) {
+    step(model, &weights(model), &mut Memory::new())
+}
+
+#[test]
+fn every_parameter_gets_a_gradient_in_every_routing() {
+    for routing in ROUTINGS {
+        for beta in [0.8, 0.5, 0.02] {
+            let model = model(routing, beta);
+            let (output, grads) = fresh_step(&model);
+            assert!(output.iter().all(|y| y.is_finite()), "{routing:?} {beta}: the output is not finite");
+            assert_eq!(model.layout.entries().len(), 4 + 5 + 3 * 10 + 4 - 2);
+            for entry in model.layout.entries() {
+                let grad = &grads[entry.param.range()];
+                assert!(grad.iter().all(|g| g.is_finite()), "{routing:?} {beta}: {} is not finite", entry.name);
+                assert!(grad.iter().any(|&g| g != 0.0), "{routing:?} {beta}: {} gets no gradient", entry.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn in_dense_routing_every_number_of_every_parameter_gets_a_gradient() {
+    let model = model(Routing::Dense, 1.0);
+    let (_, grads) = fresh_step(&model);
+    for entry in model.layout.entries() {
+        let without = grads[entry.param.range()].iter().filter(|&&g| g == 0.0).count();
+        // Class 3 is not in the batch.
+        let expected = if entry.name.starts_with("y_embedder") { 60 } else { 0 };
+        assert_eq!(without, expected, "{}", entry.name);
+    }
+}
+
+#[test]
+fn routings_agree_where_all_channels_are_active() {
+    let (output, grads) = fresh_step(&model(Routing::Dense, 1.0));
+    for routing in [Routing::Paper, Routing::Sublayer, Routing::Random] {
+        let (y, g) = fresh_step(&model(routing, 1.0));
+        assert_eq!(y, output, "{routing:?}");
+        assert_eq!(g, grads, "{routing:?}");
+    }
+}
+
+#[test]
+fn routings_differ_where_they_should() {
+    let outputs = ROUTINGS.map(|routing| fresh_step(&model(routing, 0.5)).0);
+    for i in 0..4 {
+        for j in 0..i {
+            assert_ne!(outputs[i], outputs[j], "{:?} and {:?}", ROUTINGS[i], ROUTINGS[j]);
+        }
+    }
+}
+
+/// Random routing masks and then computes everything. Given the windows of the paper's routing as masks it must agree with
+/// the kernels that skip.
+#[test]
+fn windows_are_the_masks_of_the_same_channels() {
+    for beta in [0.8, 0.35, 0.02] {
+        let skipping = model(Routing::Paper, beta);
+        let c = skipping.config.hidden_size;
+        let mut mask = vec![0.0; TASKS * c];
+        for (mask, window) in mask.chunks_exact_mut(c).zip(skipping.windows()) {
+            mask[window.range()].fill(1.0);
+        }
+        let mut masking = model(Routing::Random, beta);
+        masking.set_masks(vec![mask; 3]).unwrap();
+        let weights = weights(&skipping);
+        let (y, g) = step(&skipping, &weights, &mut Memory::new());
+        let (expected_y, expected_g) = step(&masking, &weights, &mut Memory::new());
+        close("output", &y, &expected_y);
+        for entry in skipping.layout.entries() {
+            close(&entry.name, &g[entry.param.range()], &expected_g[entry.param.range()]);
+        }
+    }
+}
+
+fn close(what: &str, a: &[f32], b: &[f32]) {
+    let largest = b.iter().fold(0.0, |m: f32, x| m.max(x.abs()));
+    let err = a.iter().zip(b).fold(0.0, |m: f32, (a, b)| if (a - b).abs() <= m { m } else { (a - b).abs() });
+    assert!(err <= 3e-5 * largest, "{what}: off by {err} of {largest}");
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    for routing in ROUTINGS {
+        let model = model(routing, 0.6);
+        let (output, grads) = fresh_step(&model);
+        for pool in pools() {
+            let (y, g) = pool.install(|| fresh_step(&model));
+            let threads = pool.current_num_threads();
+            assert!(same_bits(&y, &output) && same_bits(&g, &grads), "{routing:?} with {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn an_inference_tape_gives_the_same_bits() {
+    for routing in ROUTINGS {
+        let model = model(routing, 0.6);
+        let weights = weights(&model);
+        let (output, _) = step(&model, &weights, &mut Memory::new());
+        let mut memory = Memory::new();
+        let mut tape = Tape::inference(&weights, &mut memory);
+        let x = tape.input(&numbers(2, 6 * 300), [6, 3, 10, 10], false).unwrap();
+        let y = model.forward(&mut tape, x, &TIMESTEPS, &LABELS).unwrap();
+        assert!(same_bits(tape.value(y), &output), "{routing:?}");
+        assert!(tape.backward(y, &output).is_err());
+    }
+}
+
+#[test]
+fn a_used_memory_changes_no_bit() {
+    let mut memory = Memory::new();
+    for routing in ROUTINGS {
+        let model = model(routing, 0.6);
+        let weights = weights(&model);
+        let poison = vec![f32::NAN; weights.len()];
+        step(&model, &poison, &mut memory);
+        let (y, g) = step(&model, &weights, &mut memory);
+        let (expected_y, expected_g) = step(&model, &weights, &mut Memory::new());
+        assert!(same_bits(&y, &expected_y) && same_bits(&g, &expected_g), "{routing:?}");
+    }
+}
+
+#[test]
+fn gradients_accumulate_over_micro_batches() {
+    for routing in ROUTINGS {
+        let model = model(routing, 0.6);
+        let weights = weights(&model);
+        let (_, expected) = step(&model, &weights, &mut Memory::new());
+        let (mut grads, mut memory) = (vec![f32::NAN; weights.len()], Memory::new());
+        let (x, upstream) = (numbers(2, 6 * 300), numbers(3, 6 * 600));
+        for (part, add) in [(0..2, false), (2..5, true), (5..6, true)] {
+            let mut tape = Tape::new(&weights, &mut grads, add, &mut memory);
+            let images = &x[part.start * 300..part.end * 300];
+            let images = tape.input(images, [part.len(), 3, 10, 10], false).unwrap();
+            let y = model.forward(&mut tape, images, &TIMESTEPS[part.clone()], &LABELS[part.clone()]).unwrap();
+            tape.backward(y, &upstream[part.start * 600..part.end * 600]).unwrap();
+        }
+        for entry in model.layout.entries() {
+            close(&entry.name, &grads[entry.param.range()], &expected[entry.param.range()]);
+        }
+    }
+}
+
+#[test]
+fn the_published_start_is_the_identity_and_trains() {
+    let model = model(Routing::Paper, 0.8);
+    let weights = model.init(1, Init::Published);
+    let (output, grads) = step(&model, &weights, &mut Memory::new());
+    assert!(output.iter().all(|&y| y == 0.0), "adaLN-Zero starts with an output of 0");
+    let last = model.layout.get("final_layer.linear.weight").unwrap();
+    assert!(grads[last.param.range()].iter().all(|&g| g.is_finite() && g != 0.0));
+    assert!(grads.iter().all(|g| g.is_finite()));
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_refused() {
+    let model = model(Routing::Paper, 0.8);
+    let weights = weights(&model);
+    let refused = |what: &str, shape: [usize; 4], t: &[u32], y: &[u32]| {
+        let mut memory = Memory::new();
+        let mut tape = Tape::inference(&weights, &mut memory);
+        let x = common::zeros(&mut tape, shape);
+        match model.forward(&mut tape, x, t, y) {
+            Err(Error::Shape { what: message, .. }) => assert!(message.contains(what), "'{message}' for '{what}'"),
+            other => panic!("{other:?} where an error was due ({what})"),
+        }
+    };
+    refused("expected [2, 3, 10, 10]", [2, 3, 10, 8], &[1, 2], &[0, 1]);
+    refused("expected [2, 3, 10, 10]", [3, 3, 10, 10], &[1, 2], &[0, 1]);
+    refused("with 1 labels", [2, 3, 10, 10], &[1, 2], &[0]);
+    refused("timestep 1000 is outside 0..1000", [2, 3, 10, 10], &[1, 1000], &[0, 1]);
+    refused("label 6 is outside 0..6", [2, 3, 10, 10], &[1, 2], &[0, 6]);
+    refused("no size may be 0", [0, 3, 10, 10], &[], &[]);
+}
