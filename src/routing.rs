@@ -206,7 +206,7 @@ mod tests {
             // Never dearer than a product a sample, start-up included; with many tokens, hardly any work in vain.
             let cost = tokens * computed + START_UP_ROWS * found.iter().map(|g| g.union.width).sum::<usize>();
             assert!(cost <= (tokens + START_UP_ROWS) * needed, "{tokens} tokens: {cost}");
-            assert!(tokens < 64 || computed * 10 <= needed * 11, "{tokens} tokens: {computed} for {needed}");
+            assert!(tokens < 64 || computed * 100 <= needed * 115, "{tokens} tokens: {computed} for {needed}");
             for g in &found {
                 assert!(batch[g.samples.clone()].iter().all(|w| g.union.union(*w) == g.union));
             }
