@@ -4,7 +4,7 @@
 use super::{Activation, EPS};
 use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul};
 use crate::backend::cpu::scratch;
-use crate::backend::cpu::simd::{LANES, add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
+use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::ops::{row_groups, rows_per_block, samples_per_block};
 use crate::routing::{Group, Window, groups};
 use rayon::prelude::*;
@@ -403,29 +403,16 @@ simd_fn! {
         let (dx, h, dh, x) = (&mut dx[a.clone()], &mut h[a.clone()], &dh[a.clone()], &x[a.clone()]);
         let (dshift, dscale) = (&mut dshift[a.clone()], &mut dscale[a.clone()]);
         let (shift, scale) = (&shift[a.clone()], &scale[a]);
-        let (mut sums, mut products) = ([0.0f32; LANES], [0.0f32; LANES]);
-        let whole = w / LANES * LANES;
-        let mut each = |i: usize, lane: usize| {
+        for i in 0..w {
             let z = (x[i] - mean) * rstd;
-            let dz = dh[i] * (1.0 + scale[i]);
             h[i] = fma::<F>(z, 1.0 + scale[i], shift[i]);
             dshift[i] += dh[i];
             dscale[i] = fma::<F>(dh[i], z, dscale[i]);
-            sums[lane] += dz;
-            products[lane] = fma::<F>(dz, z, products[lane]);
-        };
-        let mut i = 0;
-        while i < whole {
-            for l in 0..LANES {
-                each(i + l, l);
-            }
-            i += LANES;
         }
-        for i in whole..w {
-            each(i, i - whole);
-        }
-        let s1 = (sums.iter().sum::<f32>() + dr) * inverse;
-        let s2 = (products.iter().sum::<f32>() - mean * rstd * dr) * inverse;
+        let sum = sum_by(w, |i| dh[i] * (1.0 + scale[i]));
+        let product = sum_by(w, |i| dh[i] * (1.0 + scale[i]) * ((x[i] - mean) * rstd));
+        let s1 = (sum + dr) * inverse;
+        let s2 = (product - mean * rstd * dr) * inverse;
         for i in 0..w {
             let z = (x[i] - mean) * rstd;
             let d = rstd * (dh[i] * (1.0 + scale[i]) - s1 - z * s2);
