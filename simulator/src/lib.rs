@@ -19,6 +19,7 @@ pub mod counters;
 pub mod device;
 pub mod error;
 mod exec;
+mod lanes;
 mod memory;
 mod numeric;
 pub mod options;

@@ -19,11 +19,21 @@ pub struct Sanitizer {
 
 impl Sanitizer {
     /// Every check.
-    pub const ON: Sanitizer =
-        Sanitizer { uninitialised: true, races_shared: true, races_global: true, async_copies: true, barriers: true };
+    pub const ON: Sanitizer = Sanitizer {
+        uninitialised: true,
+        races_shared: true,
+        races_global: true,
+        async_copies: true,
+        barriers: true,
+    };
     /// Only what keeps the simulator itself safe.
-    pub const OFF: Sanitizer =
-        Sanitizer { uninitialised: false, races_shared: false, races_global: false, async_copies: false, barriers: false };
+    pub const OFF: Sanitizer = Sanitizer {
+        uninitialised: false,
+        races_shared: false,
+        races_global: false,
+        async_copies: false,
+        barriers: false,
+    };
 }
 
 /// How a [`crate::Device`] runs kernels.
@@ -45,6 +55,13 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { sanitizer: Sanitizer::ON, seed: None, budget: 50_000_000, threads: 0, counters: false, max_reports: 16 }
+        Options {
+            sanitizer: Sanitizer::ON,
+            seed: None,
+            budget: 50_000_000,
+            threads: 0,
+            counters: false,
+            max_reports: 16,
+        }
     }
 }

@@ -81,7 +81,11 @@ pub(crate) enum Operand {
     /// `{a, b}`
     Vector(Vec<Operand>),
     /// `[base + offset]` and, for tensor copies, `[base, {coordinates}]`.
-    Address { base: Box<Operand>, offset: i64, more: Vec<Operand> },
+    Address {
+        base: Box<Operand>,
+        offset: i64,
+        more: Vec<Operand>,
+    },
     /// `a|b`
     Pair(Box<Operand>, Box<Operand>),
     /// `(a, b)`
@@ -154,9 +158,16 @@ pub(crate) enum Stmt {
     Var(Var),
     Instr(Instr),
     /// `name: .branchtargets a, b;`
-    Targets { name: String, labels: Vec<String> },
+    Targets {
+        name: String,
+        labels: Vec<String>,
+    },
     /// `name: .callprototype (ret) _ (params);`
-    Prototype { name: String, returns: Vec<Var>, params: Vec<Var> },
+    Prototype {
+        name: String,
+        returns: Vec<Var>,
+        params: Vec<Var>,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Default)]
