@@ -276,6 +276,66 @@ impl Body<'_, '_> {
         }
     }
 
+    /// Two f32 in a 64-bit register.
+    fn float_pair(&mut self, op: &str, round: Option<u32>, p: u32) -> Result<bool> {
+        let (code, n) = match op {
+            "add" => (ADD, 2),
+            "sub" => (SUB, 2),
+            "mul" => (MUL, 2),
+            "fma" => (FMA, 3),
+            _ => return Ok(false),
+        };
+        (self.class, self.flops) = (Class::Float, if n == 3 { 4 } else { 2 });
+        let (d, s) = self.sources(n, Ty::B64)?;
+        let pair = |a: u64, b: u64, c: u64, p: u32| {
+            let one = |shift: u32| {
+                let [a, b, c] = [a, b, c].map(|x| f((x >> shift) as u32));
+                let [a, b, c] = if p & FTZ != 0 { [a, b, c].map(flush) } else { [a, b, c] };
+                let r = match p & 15 {
+                    _ if p >> 4 & 7 != 0 => {
+                        return exact(numeric::F32, a.to_bits().into(), b.to_bits().into(), c.to_bits().into(), p) << shift;
+                    }
+                    ADD => a + b,
+                    SUB => a - b,
+                    MUL => a * b,
+                    _ => a.mul_add(b, c),
+                };
+                u64::from(if p & FTZ != 0 { flush(r) } else { r }.to_bits()) << shift
+            };
+            one(0) | one(32)
+        };
+        let (alu, s) = (op3p(pair), [s[0], s[1], s.get(2).copied().unwrap_or(s[0])]);
+        self.alu(alu, d, &s, code | round.unwrap_or(0) << 4 | p)?;
+        Ok(true)
+    }
+
+    /// `add.f32.bf16 d, a, c`: a half widened first.
+    fn mixed(&mut self, op: &str, half: Ty, round: Option<u32>, p: u32) -> Result<bool> {
+        (self.class, self.flops) = (Class::Float, 1);
+        let n = if op == "fma" { 3 } else { 2 };
+        self.arity(n + 1, n + 1)?;
+        let mut s = Vec::new();
+        for i in 1..n {
+            let (a, t) = (self.src(i, half)?, self.temp(1)?);
+            let widen = if half == Ty::F16 { op1(|a: u32| f16_to_f32(a as u16).to_bits()) } else { op1(|a: u32| a << 16) };
+            self.part(Inst { alu: widen, d: t, a, ..self.blank() })?;
+            s.push(t);
+        }
+        s.push(self.src(n, Ty::F32)?);
+        let d = self.dst(0, Ty::F32)?;
+        let code = match op {
+            "add" => ADD,
+            "sub" => SUB,
+            _ => FMA,
+        };
+        let alu = match n {
+            2 => op2p(|a: u32, b: u32, p| exact(numeric::F32, a.into(), b.into(), 0, p) as u32),
+            _ => op3p(|a: u32, b: u32, c: u32, p| exact(numeric::F32, a.into(), b.into(), c.into(), p) as u32),
+        };
+        self.alu(alu, d, &s, code | round.unwrap_or(0) << 4 | p)?;
+        Ok(true)
+    }
+
     fn sources(&mut self, n: usize, ty: Ty) -> Result<(u32, Vec<u32>)> {
         self.arity(n + 1, n + 1)?;
         let s = (1..=n)

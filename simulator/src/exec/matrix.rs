@@ -12,9 +12,6 @@ use crate::lanes::WIDE;
 use crate::numeric::{self, Round, bf16_to_f32, f16_to_f32, f32_to_f16};
 use crate::program::{Addr, MatTy, Mma, Place, Wgmma};
 
-/// Largest matrices of `mma.sync`: 16 x 256 bits-as-elements and 256 x 8.
-const A: usize = 16 * 256;
-
 /// Element `j` of the packed register value `v`.
 #[inline(always)]
 fn element(ty: MatTy, v: u64, j: u32) -> f32 {
@@ -415,63 +412,93 @@ pub(crate) fn swizzle(address: u64, row: u64) -> u64 {
     address ^ (address >> 7 & mask) << 4
 }
 
-fn mma_float(warp: &mut Warp, frame: u16, m: &Mma) {
+/// The fragments of a product, as plain matrices.
+struct Fragments {
+    a: [f32; 16 * 32],
+    b: [[f32; 8]; 32],
+    acc: [[f32; 8]; 16],
+}
+
+/// Spreads A and B over matrices; `f` reads element `j` of a register.
+#[inline(always)]
+fn gather(warp: &Warp, frame: u16, m: &Mma, x: &mut Fragments, e: usize, fa: impl Fn(u32, u32) -> f32, fb: impl Fn(u32, u32) -> f32) {
     let (rows, k) = (m.m as usize, m.k as usize);
-    let mut a = [0f32; A];
-    let mut b = [[0f32; 8]; 32];
-    let e = 32 / m.a_ty.bits();
     for (i, reg) in m.a.iter().enumerate() {
         let v = warp.lane_values(frame, *reg);
-        let (top, left) = if rows == 16 {
-            (8 * (i % 2), i / 2 * 4 * e as usize)
-        } else {
-            (0, i * 4 * e as usize)
-        };
-        for (lane, v) in v.iter().enumerate() {
-            let at = (lane / 4 + top) * k + left + (lane % 4) * e as usize;
-            for j in 0..e {
-                a[at + j as usize] = element(m.a_ty, (*v).into(), j);
+        let (top, left) = if rows == 16 { (8 * (i % 2), i / 2 * 4 * e) } else { (0, i * 4 * e) };
+        for j in 0..e {
+            let column: [f32; 32] = std::array::from_fn(|lane| fa(v[lane], j as u32));
+            for (lane, value) in column.iter().enumerate() {
+                x.a[(lane / 4 + top) * k + left + (lane % 4) * e + j] = *value;
             }
         }
     }
     for (i, reg) in m.b.iter().enumerate() {
         let v = warp.lane_values(frame, *reg);
-        for (lane, v) in v.iter().enumerate() {
-            let at = i * 4 * e as usize + (lane % 4) * e as usize;
-            for j in 0..e {
-                b[at + j as usize][lane / 4] = element(m.b_ty, (*v).into(), j);
+        for j in 0..e {
+            let column: [f32; 32] = std::array::from_fn(|lane| fb(v[lane], j as u32));
+            for (lane, value) in column.iter().enumerate() {
+                x.b[i * 4 * e + (lane % 4) * e + j][lane / 4] = *value;
             }
         }
     }
-    let mut acc = [[0f32; 8]; 16];
+}
+
+#[inline(always)]
+fn mma_float_body(warp: &mut Warp, frame: u16, m: &Mma) {
+    let (rows, k) = (m.m as usize, m.k as usize);
+    let mut x = Fragments { a: [0.0; 16 * 32], b: [[0.0; 8]; 32], acc: [[0.0; 8]; 16] };
+    match (m.a_ty, m.b_ty) {
+        (MatTy::Bf16, _) => gather(warp, frame, m, &mut x, 2, |v, j| bf16_to_f32((v >> (16 * j)) as u16), |v, j| bf16_to_f32((v >> (16 * j)) as u16)),
+        (MatTy::F16, _) => gather(warp, frame, m, &mut x, 2, |v, j| f16_to_f32((v >> (16 * j)) as u16), |v, j| f16_to_f32((v >> (16 * j)) as u16)),
+        (a, b) => {
+            let e = (32 / a.bits()) as usize;
+            gather(warp, frame, m, &mut x, e, |v, j| element(a, v.into(), j), |v, j| element(b, v.into(), j));
+        }
+    }
     for (i, reg) in m.c.iter().enumerate() {
         let v = warp.lane_values(frame, *reg);
         for (lane, v) in v.iter().enumerate() {
             let (row, column) = (lane / 4, 2 * (lane % 4));
             match m.c_ty {
                 MatTy::F16 => {
-                    acc[row + 8 * i][column] = f16_to_f32(*v as u16);
-                    acc[row + 8 * i][column + 1] = f16_to_f32((*v >> 16) as u16);
+                    x.acc[row + 8 * i][column] = f16_to_f32(*v as u16);
+                    x.acc[row + 8 * i][column + 1] = f16_to_f32((*v >> 16) as u16);
                 }
-                _ => acc[row + 8 * (i / 2)][column + i % 2] = f32::from_bits(*v),
+                _ => x.acc[row + 8 * (i / 2)][column + i % 2] = f32::from_bits(*v),
             }
         }
     }
-    product(rows, k, &a[..rows * k], &b[..k], &mut acc);
+    product_body(rows, k, &x.a[..rows * k], &x.b[..k], &mut x.acc);
     let live = warp.live;
     for (i, reg) in m.d.iter().enumerate() {
-        for lane in lanes(live) {
-            let (row, column) = (lane as usize / 4, 2 * (lane as usize % 4));
-            let v = match m.d_ty {
+        let v: [u32; 32] = std::array::from_fn(|lane| {
+            let (row, column) = (lane / 4, 2 * (lane % 4));
+            match m.d_ty {
                 MatTy::F16 => {
-                    let r = acc[row + 8 * i];
+                    let r = x.acc[row + 8 * i];
                     u32::from(f32_to_f16(r[column])) | u32::from(f32_to_f16(r[column + 1])) << 16
                 }
-                _ => acc[row + 8 * (i / 2)][column + i % 2].to_bits(),
-            };
-            warp.set32(frame, *reg, lane, v);
-        }
+                _ => x.acc[row + 8 * (i / 2)][column + i % 2].to_bits(),
+            }
+        });
+        warp.set_lanes(frame, *reg, &v, live);
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
+unsafe fn mma_float_wide(warp: &mut Warp, frame: u16, m: &Mma) {
+    mma_float_body(warp, frame, m);
+}
+
+fn mma_float(warp: &mut Warp, frame: u16, m: &Mma) {
+    #[cfg(target_arch = "x86_64")]
+    if *WIDE {
+        // SAFETY: the host has these features.
+        return unsafe { mma_float_wide(warp, frame, m) };
+    }
+    mma_float_body(warp, frame, m);
 }
 
 fn mma_integer(warp: &mut Warp, frame: u16, m: &Mma) {

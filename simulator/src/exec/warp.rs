@@ -190,6 +190,21 @@ impl Warp {
         self.lines[((self.frames[frame as usize].base + at) / 32) as usize].0
     }
 
+    /// Sets the lanes of `mask` of a 32-bit register.
+    #[inline(always)]
+    pub(crate) fn set_lanes(&mut self, frame: u16, at: u32, values: &[u32; 32], mask: u32) {
+        let line = &mut self.lines[((self.frames[frame as usize].base + at) / 32) as usize].0;
+        if mask == u32::MAX {
+            *line = *values;
+        } else {
+            for i in 0..32 {
+                if mask >> i & 1 != 0 {
+                    line[i] = values[i];
+                }
+            }
+        }
+    }
+
     pub(crate) fn pred(&self, frame: u16, at: u32, not: bool) -> u32 {
         let word = self.get32(frame, at, 0);
         if not { !word } else { word }
