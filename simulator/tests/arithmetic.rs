@@ -5,12 +5,34 @@ use common::map;
 use proptest::prelude::*;
 
 const SPECIAL32: [u32; 20] = [
-    0, 0x8000_0000, 1, 0x8000_0001, 0x007f_ffff, 0x0080_0000, 0x3f80_0000, 0xbf80_0000, 0x7f7f_ffff, 0xff7f_ffff, 0x7f80_0000,
-    0xff80_0000, 0x7fc0_0000, 0x3f00_0000, 0x4b00_0001, 0xcb00_0001, 0x4f00_0000, 0x3fff_ffff, 31, 32,
+    0,
+    0x8000_0000,
+    1,
+    0x8000_0001,
+    0x007f_ffff,
+    0x0080_0000,
+    0x3f80_0000,
+    0xbf80_0000,
+    0x7f7f_ffff,
+    0xff7f_ffff,
+    0x7f80_0000,
+    0xff80_0000,
+    0x7fc0_0000,
+    0x3f00_0000,
+    0x4b00_0001,
+    0xcb00_0001,
+    0x4f00_0000,
+    0x3fff_ffff,
+    31,
+    32,
 ];
 
 fn word() -> impl Strategy<Value = u32> {
-    prop_oneof![any::<u32>(), prop::sample::select(SPECIAL32.to_vec()), (0u32..64)]
+    prop_oneof![
+        any::<u32>(),
+        prop::sample::select(SPECIAL32.to_vec()),
+        (0u32..64)
+    ]
 }
 
 fn rows(n: usize) -> impl Strategy<Value = Vec<Vec<u64>>> {
@@ -18,7 +40,12 @@ fn rows(n: usize) -> impl Strategy<Value = Vec<Vec<u64>>> {
 }
 
 fn rows64(n: usize) -> impl Strategy<Value = Vec<Vec<u64>>> {
-    let v = prop_oneof![any::<u64>(), 0u64..64, any::<u64>().prop_map(|v| v | 1 << 63), any::<u32>().prop_map(u64::from)];
+    let v = prop_oneof![
+        any::<u64>(),
+        0u64..64,
+        any::<u64>().prop_map(|v| v | 1 << 63),
+        any::<u32>().prop_map(u64::from)
+    ];
     prop::collection::vec(prop::collection::vec(v, n), 1..60)
 }
 
@@ -26,7 +53,10 @@ fn rows64(n: usize) -> impl Strategy<Value = Vec<Vec<u64>>> {
 fn check(body: &str, widths: &[usize], out: usize, rows: &[Vec<u64>], f: impl Fn(&[u64]) -> u64) {
     for (row, got) in rows.iter().zip(map(body, widths, out, rows)) {
         let want = f(row);
-        assert_eq!(got, want, "{body} of {row:x?}: got {got:#x}, expected {want:#x}");
+        assert_eq!(
+            got, want,
+            "{body} of {row:x?}: got {got:#x}, expected {want:#x}"
+        );
     }
 }
 
@@ -35,8 +65,14 @@ fn check_f32(body: &str, rows: &[Vec<u64>], f: impl Fn(f32, f32, f32) -> f32) {
     let get = |r: &[u64], i: usize| f32::from_bits(r.get(i).copied().unwrap_or(0) as u32);
     let widths = vec![4; rows[0].len()];
     for (row, got) in rows.iter().zip(map(body, &widths, 4, rows)) {
-        let (got, want) = (f32::from_bits(got as u32), f(get(row, 0), get(row, 1), get(row, 2)));
-        assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{body} of {row:x?}: got {got:e}, expected {want:e}");
+        let (got, want) = (
+            f32::from_bits(got as u32),
+            f(get(row, 0), get(row, 1), get(row, 2)),
+        );
+        assert!(
+            got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
+            "{body} of {row:x?}: got {got:e}, expected {want:e}"
+        );
     }
 }
 
@@ -162,7 +198,8 @@ proptest! {
             }
             prop_assert!(f64::from(d) <= x && f64::from(u) >= x, "{x:e} not in {d:e}..{u:e}");
             prop_assert!(d == u || d.next_up() == u, "{d:e} and {u:e} are not neighbours");
-            prop_assert!(z == if x > 0.0 { d } else { u });
+            let towards_zero = if x > 0.0 { d } else { u };
+            prop_assert!(z == towards_zero);
         }
     }
 

@@ -246,9 +246,18 @@ impl Body<'_, '_> {
         if op == "testp" {
             return self.testp();
         }
+        if self.mods.take("f32x2") {
+            return self.float_pair(op, round, p);
+        }
         let Some(ty) = self.mods.ty() else {
             return Ok(false);
         };
+        if ty == Ty::F32
+            && matches!(op, "add" | "sub" | "fma")
+            && let Some(half @ (Ty::F16 | Ty::Bf16)) = self.mods.ty()
+        {
+            return self.mixed(op, half, round, p);
+        }
         self.class = match ty {
             Ty::F32 => Class::Float,
             Ty::F64 => Class::Double,
@@ -290,10 +299,20 @@ impl Body<'_, '_> {
         let pair = |a: u64, b: u64, c: u64, p: u32| {
             let one = |shift: u32| {
                 let [a, b, c] = [a, b, c].map(|x| f((x >> shift) as u32));
-                let [a, b, c] = if p & FTZ != 0 { [a, b, c].map(flush) } else { [a, b, c] };
+                let [a, b, c] = if p & FTZ != 0 {
+                    [a, b, c].map(flush)
+                } else {
+                    [a, b, c]
+                };
                 let r = match p & 15 {
                     _ if p >> 4 & 7 != 0 => {
-                        return exact(numeric::F32, a.to_bits().into(), b.to_bits().into(), c.to_bits().into(), p) << shift;
+                        return exact(
+                            numeric::F32,
+                            a.to_bits().into(),
+                            b.to_bits().into(),
+                            c.to_bits().into(),
+                            p,
+                        ) << shift;
                     }
                     ADD => a + b,
                     SUB => a - b,
@@ -317,8 +336,17 @@ impl Body<'_, '_> {
         let mut s = Vec::new();
         for i in 1..n {
             let (a, t) = (self.src(i, half)?, self.temp(1)?);
-            let widen = if half == Ty::F16 { op1(|a: u32| f16_to_f32(a as u16).to_bits()) } else { op1(|a: u32| a << 16) };
-            self.part(Inst { alu: widen, d: t, a, ..self.blank() })?;
+            let widen = if half == Ty::F16 {
+                op1(|a: u32| f16_to_f32(a as u16).to_bits())
+            } else {
+                op1(|a: u32| a << 16)
+            };
+            self.part(Inst {
+                alu: widen,
+                d: t,
+                a,
+                ..self.blank()
+            })?;
             s.push(t);
         }
         s.push(self.src(n, Ty::F32)?);
@@ -330,7 +358,9 @@ impl Body<'_, '_> {
         };
         let alu = match n {
             2 => op2p(|a: u32, b: u32, p| exact(numeric::F32, a.into(), b.into(), 0, p) as u32),
-            _ => op3p(|a: u32, b: u32, c: u32, p| exact(numeric::F32, a.into(), b.into(), c.into(), p) as u32),
+            _ => op3p(|a: u32, b: u32, c: u32, p| {
+                exact(numeric::F32, a.into(), b.into(), c.into(), p) as u32
+            }),
         };
         self.alu(alu, d, &s, code | round.unwrap_or(0) << 4 | p)?;
         Ok(true)

@@ -421,11 +421,23 @@ struct Fragments {
 
 /// Spreads A and B over matrices; `f` reads element `j` of a register.
 #[inline(always)]
-fn gather(warp: &Warp, frame: u16, m: &Mma, x: &mut Fragments, e: usize, fa: impl Fn(u32, u32) -> f32, fb: impl Fn(u32, u32) -> f32) {
+fn gather(
+    warp: &Warp,
+    frame: u16,
+    m: &Mma,
+    x: &mut Fragments,
+    e: usize,
+    fa: impl Fn(u32, u32) -> f32,
+    fb: impl Fn(u32, u32) -> f32,
+) {
     let (rows, k) = (m.m as usize, m.k as usize);
     for (i, reg) in m.a.iter().enumerate() {
         let v = warp.lane_values(frame, *reg);
-        let (top, left) = if rows == 16 { (8 * (i % 2), i / 2 * 4 * e) } else { (0, i * 4 * e) };
+        let (top, left) = if rows == 16 {
+            (8 * (i % 2), i / 2 * 4 * e)
+        } else {
+            (0, i * 4 * e)
+        };
         for j in 0..e {
             let column: [f32; 32] = std::array::from_fn(|lane| fa(v[lane], j as u32));
             for (lane, value) in column.iter().enumerate() {
@@ -447,13 +459,41 @@ fn gather(warp: &Warp, frame: u16, m: &Mma, x: &mut Fragments, e: usize, fa: imp
 #[inline(always)]
 fn mma_float_body(warp: &mut Warp, frame: u16, m: &Mma) {
     let (rows, k) = (m.m as usize, m.k as usize);
-    let mut x = Fragments { a: [0.0; 16 * 32], b: [[0.0; 8]; 32], acc: [[0.0; 8]; 16] };
+    let mut x = Fragments {
+        a: [0.0; 16 * 32],
+        b: [[0.0; 8]; 32],
+        acc: [[0.0; 8]; 16],
+    };
     match (m.a_ty, m.b_ty) {
-        (MatTy::Bf16, _) => gather(warp, frame, m, &mut x, 2, |v, j| bf16_to_f32((v >> (16 * j)) as u16), |v, j| bf16_to_f32((v >> (16 * j)) as u16)),
-        (MatTy::F16, _) => gather(warp, frame, m, &mut x, 2, |v, j| f16_to_f32((v >> (16 * j)) as u16), |v, j| f16_to_f32((v >> (16 * j)) as u16)),
+        (MatTy::Bf16, _) => gather(
+            warp,
+            frame,
+            m,
+            &mut x,
+            2,
+            |v, j| bf16_to_f32((v >> (16 * j)) as u16),
+            |v, j| bf16_to_f32((v >> (16 * j)) as u16),
+        ),
+        (MatTy::F16, _) => gather(
+            warp,
+            frame,
+            m,
+            &mut x,
+            2,
+            |v, j| f16_to_f32((v >> (16 * j)) as u16),
+            |v, j| f16_to_f32((v >> (16 * j)) as u16),
+        ),
         (a, b) => {
             let e = (32 / a.bits()) as usize;
-            gather(warp, frame, m, &mut x, e, |v, j| element(a, v.into(), j), |v, j| element(b, v.into(), j));
+            gather(
+                warp,
+                frame,
+                m,
+                &mut x,
+                e,
+                |v, j| element(a, v.into(), j),
+                |v, j| element(b, v.into(), j),
+            );
         }
     }
     for (i, reg) in m.c.iter().enumerate() {
