@@ -4,13 +4,17 @@ use cuda_sim::{Options, Sanitizer, case};
 use std::path::{Path, PathBuf};
 
 fn cases() -> Vec<PathBuf> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
+    directories("tests/cases", 18)
+}
+
+fn directories(name: &str, count: usize) -> Vec<PathBuf> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
     let mut all: Vec<PathBuf> = std::fs::read_dir(dir)
         .unwrap()
         .map(|e| e.unwrap().path())
         .collect();
     all.sort();
-    assert_eq!(all.len(), 18);
+    assert_eq!(all.len(), count);
     all
 }
 
@@ -96,5 +100,22 @@ fn reports_name_the_place() {
         "0 bytes after the end of x",
     ] {
         assert!(o.details.contains(part), "{part} is not in: {}", o.details);
+    }
+}
+
+/// Kernels by Triton for several architectures: wgmma with tensor copies, flash attention, scan, sort, atomics. The
+/// expected values are float64 numpy.
+#[test]
+fn triton_cases_pass() {
+    for dir in directories("tests/triton_cases", 11) {
+        for seed in [None, Some(5)] {
+            let options = Options {
+                seed,
+                counters: true,
+                ..Options::default()
+            };
+            let o = case::run(&dir, None, options).unwrap();
+            assert!(o.passed, "{}: {}\n{}", o.name, o.summary, o.details);
+        }
     }
 }

@@ -77,7 +77,10 @@ fn hostile_texts() {
 
 #[test]
 fn declared_registers_cost_nothing() {
-    load(&body(".reg .b32 %r<18446744073709551615>; mov.u32 %r99999999999, 1; ret;")).unwrap();
+    load(&body(
+        ".reg .b32 %r<18446744073709551615>; mov.u32 %r99999999999, 1; ret;",
+    ))
+    .unwrap();
 }
 
 #[test]

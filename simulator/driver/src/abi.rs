@@ -126,11 +126,30 @@ impl<T> Out<T> {
     pub fn address(&self) -> usize {
         self.0 as usize
     }
+
+    /// The same place for a result whose type another argument decides; `U` must be what the manual names.
+    pub fn cast<U>(&self) -> Out<U> {
+        Out(self.0.cast())
+    }
 }
 
-/// A pointer to `T`s of the caller, null or readable: made only by callers of the driver, like [`Out`].
+/// A pointer to `T`s of the caller, null or readable: made by callers of the driver, like [`Out`], or found in what
+/// they pass.
 #[repr(transparent)]
+#[derive(Clone, Copy)]
 pub struct In<T>(*const T);
+
+impl<T> In<T> {
+    /// No values.
+    pub(crate) fn null() -> In<T> {
+        In(std::ptr::null())
+    }
+
+    /// A pointer inside a structure of the caller.
+    pub(crate) fn new(start: *const T) -> In<T> {
+        In(start)
+    }
+}
 
 impl<T: Copy> In<T> {
     /// Whether there is nothing to read.
@@ -179,6 +198,11 @@ impl Text {
 pub struct Host(usize);
 
 impl Host {
+    /// An address that the caller gave as a number.
+    pub fn new(address: usize) -> Host {
+        Host(address)
+    }
+
     fn checked(self, bytes: usize) -> Outcome<usize> {
         if self.0 == 0 || bytes > isize::MAX as usize {
             return Err(failure(
@@ -192,11 +216,6 @@ impl Host {
     /// The number, for comparisons.
     pub fn address(self) -> usize {
         self.0
-    }
-
-    /// The pointer `bytes` further on.
-    pub fn offset(self, bytes: usize) -> Host {
-        Host(self.0.wrapping_add(bytes))
     }
 
     /// Reads what the caller promised to be readable.

@@ -174,6 +174,14 @@ impl State {
         self.next += 16;
         0x1000 + self.next
     }
+
+    /// Takes over the handles of an older state, so that none is given out twice.
+    pub fn after(old: &State) -> State {
+        State {
+            next: old.next,
+            ..State::default()
+        }
+    }
 }
 
 /// The error for a handle that is not in its table.

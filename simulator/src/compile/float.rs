@@ -698,6 +698,8 @@ fn function(op: &str, ftz: bool) -> AluFn {
     }
 }
 
+// Comparisons instead of `clamp`: they vectorise, and a NaN passes through.
+#[allow(clippy::manual_clamp)]
 /// 2^x by a polynomial on the fraction, in f64: error below 1e-9, and it vectorises.
 #[inline(always)]
 fn exp2(x: f32) -> f32 {

@@ -1101,7 +1101,7 @@ impl Body<'_, '_> {
         for (k, reg) in regs.iter().enumerate() {
             let last = k + 1 == regs.len();
             let from = if k == 0 { zero } else { t };
-            let shift = bits * k as u32 | bits << 8;
+            let shift = (bits * k as u32) | (bits << 8);
             let alu = match wide {
                 true => op2p(|a: u64, b: u32, e| {
                     a | (u64::from(b) & ((1 << (e >> 8)) - 1)) << (e & 0xff)
@@ -1325,6 +1325,8 @@ fn insert(a: u64, b: u64, position: u32, length: u32, bits: u32) -> u64 {
 }
 
 /// The comparison function for a relation and type.
+// Unordered relations are true of NaN: `!(a >= b)` is what `ltu` means.
+#[allow(clippy::neg_cmp_op_on_partial_ord)]
 fn comparison(relation: &str, ty: Ty, ftz: bool) -> Option<AluFn> {
     macro_rules! ints {
         ($r:expr, |$a:ident, $b:ident: $t:ty| $x:expr, $y:expr) => {

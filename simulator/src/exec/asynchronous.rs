@@ -55,8 +55,8 @@ impl Block<'_> {
                 }
                 let (index, offset) = self.global_span(warp, lane, from[i], take.into(), false)?;
                 let alloc = &self.l.allocations[index];
-                for k in 0..take as usize {
-                    data[k] = alloc.data.load(offset + k, 1) as u8;
+                for (k, byte) in data.iter_mut().enumerate().take(take as usize) {
+                    *byte = alloc.data.load(offset + k, 1) as u8;
                     if alloc
                         .valid
                         .as_ref()
@@ -414,7 +414,7 @@ impl Block<'_> {
                 self.tensor_pieces(warp, frame, lane, b, s, global[i])?
             } else {
                 let n = warp.get32(frame, b.size, lane);
-                if n % 16 != 0 || !s.is_multiple_of(16) || !global[i].is_multiple_of(16) {
+                if !n.is_multiple_of(16) || !s.is_multiple_of(16) || !global[i].is_multiple_of(16) {
                     let a = if s.is_multiple_of(16) {
                         global[i]
                     } else {

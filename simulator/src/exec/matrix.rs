@@ -134,10 +134,10 @@ impl Block<'_> {
         self.clocks.advance(warp.id);
         for (i, reg) in regs.iter().enumerate() {
             let mut m = [[0u16; 8]; 8];
-            for r in 0..8 {
+            for (r, row) in m.iter_mut().enumerate() {
                 let lane = 8 * i + r;
                 self.shared_read(warp.id, lane as u32, at[lane], 16, false);
-                for (c, x) in m[r].iter_mut().enumerate() {
+                for (c, x) in row.iter_mut().enumerate() {
                     let b = at[lane] + 2 * c;
                     *x = u16::from_le_bytes([self.shared[b], self.shared[b + 1]]);
                 }
