@@ -182,7 +182,7 @@ driver_calls! {
     }
 
     fn cuCtxGetDevice(device: Out<c_int>) {
-        driver()?.in_context()?;
+        drop(driver()?.in_context()?);
         device.set(0)
     }
 
@@ -222,7 +222,7 @@ driver_calls! {
     }
 
     fn cuCtxGetLimit(value: Out<usize>, limit: c_uint) {
-        driver()?.in_context()?;
+        drop(driver()?.in_context()?);
         value.set(match limit {
             0 => 1024,      // stack of a thread
             1 => 1 << 20,   // printf's buffer
@@ -235,7 +235,7 @@ driver_calls! {
     }
 
     fn cuCtxSetLimit(limit: c_uint, _value: usize) {
-        driver()?.in_context()?;
+        drop(driver()?.in_context()?);
         if limit > 6 {
             return Err(failure(UNSUPPORTED_LIMIT, format!("limit {limit} is not known to the simulator")));
         }
@@ -243,7 +243,7 @@ driver_calls! {
     }
 
     fn cuCtxGetCacheConfig(config: Out<c_uint>) {
-        driver()?.in_context()?;
+        drop(driver()?.in_context()?);
         config.set(0)
     }
 
@@ -252,7 +252,7 @@ driver_calls! {
     }
 
     fn cuCtxGetStreamPriorityRange(least: Out<c_int>, greatest: Out<c_int>) {
-        driver()?.in_context()?;
+        drop(driver()?.in_context()?);
         least.set_if_asked(0);
         greatest.set_if_asked(-5);
         Ok(())

@@ -187,7 +187,7 @@ driver_calls! {
 
     fn cuMemGetInfo_v2(free: Out<usize>, total: Out<usize>) {
         let d = driver()?;
-        d.in_context()?;
+        drop(d.in_context()?);
         let (f, t) = d.device.mem_info();
         free.set(f as usize)?;
         total.set(t as usize)
@@ -195,7 +195,7 @@ driver_calls! {
 
     fn cuMemGetAddressRange_v2(base: Out<u64>, bytes: Out<usize>, address: u64) {
         let d = driver()?;
-        d.ready()?;
+        drop(d.ready()?);
         let (b, n) = d.device.address_range(address)
             .ok_or_else(|| failure(NOT_FOUND, format!("{address:#x} is not in live device memory")))?;
         base.set_if_asked(b);

@@ -10,7 +10,7 @@ const BINARIES: [(&[u8], &str); 3] =
 
 fn load(out: Out<Handle>, image: &[u8]) -> Outcome {
     let d = driver()?;
-    d.ready()?;
+    drop(d.ready()?);
     if let Some((_, what)) = BINARIES.iter().find(|(magic, _)| image.starts_with(magic)) {
         let text = format!("{what} holds machine code, and the simulator runs PTX only: load the PTX instead");
         return Err(failure(NO_BINARY_FOR_GPU, text));
