@@ -37,7 +37,7 @@ impl Record {
     }
 
     pub(crate) fn unpack(x: u64) -> Option<Record> {
-        (x >> 63 != 0).then(|| Record {
+        (x >> 63 != 0).then_some(Record {
             warp: (x >> 58 & 31) as u32,
             lane: (x >> 52 & 63) as u32,
             clock: (x >> 25 & 0x7ff_ffff) as u32,
@@ -139,6 +139,9 @@ impl Clocks {
     }
 }
 
+/// Time of a release, and the clocks of the block's warps that it covers.
+type Release = (u64, Box<[u32]>);
+
 /// Releases of all blocks. Times order them: who acquires one knows every earlier one, which is more than the memory
 /// model promises, so correct code is never accused.
 #[derive(Default)]
@@ -147,7 +150,7 @@ pub(crate) struct SyncTable {
     /// Time of the last release at an address.
     places: HashMap<u64, u64>,
     /// Per block: what was known at which time.
-    log: HashMap<u32, Vec<(u64, Box<[u32]>)>>,
+    log: HashMap<u32, Vec<Release>>,
 }
 
 impl SyncTable {
