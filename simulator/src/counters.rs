@@ -183,7 +183,7 @@ impl LaunchReport {
         let from = if self.registers_from_assembler {
             "assembler"
         } else {
-            "estimate"
+            "nominal"
         };
         row("registers", format!("{} ({from})", self.registers));
         row("shared bytes", self.shared_bytes.to_string());

@@ -373,7 +373,8 @@ impl Function {
     pub fn const_bytes(&self) -> u32 {
         self.0.const_bytes
     }
-    /// Registers of a thread: an estimate from live ranges, not the assembler's number.
+    /// Registers of a thread: `.maxnreg` or a nominal 32. Only the assembler knows the real number, which a launch can be
+    /// told in [`LaunchConfig::registers`].
     pub fn registers(&self) -> u32 {
         self.0.registers
     }

@@ -1,7 +1,7 @@
 //! A simulated CUDA driver: runs PTX on the CPU, checks it like a sanitizer and counts its work like a profiler.
 //!
-//! Data flow: PTX text -> [`ptx`] (a tree) -> [`compile`] (a compact program, everything unknown refused)
-//! -> [`exec`] (blocks over host threads, warps 32 lanes at a time) -> [`LaunchReport`] or [`Fault`].
+//! Data flow: PTX text -> `ptx` (a tree) -> `compile` (a compact program, everything unknown refused)
+//! -> `exec` (blocks over host threads, warps 32 lanes at a time) -> [`LaunchReport`] or [`Fault`].
 //!
 //! - [`arch`]: limits and data sheets of the GPUs that can be simulated.
 //! - [`device`]: memory, modules, launches: what a driver needs.

@@ -535,7 +535,7 @@ impl Program {
 
     pub(crate) fn disassemble(&self) -> String {
         let mut out = format!(
-            "{}: {} instructions, {} registers (estimate)\n",
+            "{}: {} instructions, {} registers (nominal)\n",
             self.name,
             self.code.len(),
             self.registers

@@ -86,13 +86,13 @@ proptest! {
         check("add.s32 %d, %a, %b;", &[4, 4, 4], 4, &rows, |r| u(r[0]).wrapping_add(u(r[1])).into());
         check("add.sat.s32 %d, %a, %b;", &[4, 4, 4], 4, &rows, |r| u64::from(s(r[0]).saturating_add(s(r[1])) as u32));
         check("sub.u32 %d, %a, %b;", &[4, 4, 4], 4, &rows, |r| u(r[0]).wrapping_sub(u(r[1])).into());
-        check("mul.hi.u32 %d, %a, %b;", &[4, 4, 4], 4, &rows, |r| (u128::from(u(r[0])) * u128::from(u(r[1])) >> 32) as u64);
-        check("mul.hi.s32 %d, %a, %b;", &[4, 4, 4], 4, &rows, |r| u64::from((i128::from(s(r[0])) * i128::from(s(r[1])) >> 32) as u32));
+        check("mul.hi.u32 %d, %a, %b;", &[4, 4, 4], 4, &rows, |r| ((u128::from(u(r[0])) * u128::from(u(r[1]))) >> 32) as u64);
+        check("mul.hi.s32 %d, %a, %b;", &[4, 4, 4], 4, &rows, |r| u64::from(((i128::from(s(r[0])) * i128::from(s(r[1]))) >> 32) as u32));
         check("mad.lo.s32 %d, %a, %b, %c;", &[4, 4, 4], 4, &rows, |r| u64::from((i128::from(s(r[0])) * i128::from(s(r[1])) + i128::from(s(r[2]))) as u32));
         check("mul.wide.s32 %d, %a, %b;", &[4, 4, 4], 8, &rows, |r| (i128::from(s(r[0])) * i128::from(s(r[1]))) as u64);
         check("mul.wide.u32 %d, %a, %b;", &[4, 4, 4], 8, &rows, |r| u64::from(u(r[0])) * u64::from(u(r[1])));
         check("min.s32 %d, %a, %b;", &[4, 4, 4], 4, &rows, |r| u64::from(if s(r[0]) < s(r[1]) { u(r[0]) } else { u(r[1]) }));
-        check("abs.s32 %d, %a;", &[4, 4, 4], 4, &rows, |r| u64::from(i64::from(s(r[0])).abs() as u32));
+        check("abs.s32 %d, %a;", &[4, 4, 4], 4, &rows, |r| u64::from(i64::from(s(r[0])).unsigned_abs() as u32));
         check("sad.s32 %d, %a, %b, %c;", &[4, 4, 4], 4, &rows, |r| u64::from((i64::from(s(r[0])) - i64::from(s(r[1]))).unsigned_abs() as u32).wrapping_add(u(r[2]).into()) & 0xffff_ffff);
         let nonzero: Vec<Vec<u64>> = rows.iter().filter(|r| u(r[1]) != 0).cloned().collect();
         if !nonzero.is_empty() {
@@ -104,7 +104,7 @@ proptest! {
 
     #[test]
     fn integers_64_and_carries(rows in rows64(3)) {
-        check("mul.hi.u64 %d, %a, %b;", &[8, 8, 8], 8, &rows, |r| (u128::from(r[0]) * u128::from(r[1]) >> 64) as u64);
+        check("mul.hi.u64 %d, %a, %b;", &[8, 8, 8], 8, &rows, |r| ((u128::from(r[0]) * u128::from(r[1])) >> 64) as u64);
         check("mad.lo.u64 %d, %a, %b, %c;", &[8, 8, 8], 8, &rows, |r| r[0].wrapping_mul(r[1]).wrapping_add(r[2]));
         check("max.s64 %d, %a, %b;", &[8, 8, 8], 8, &rows, |r| (r[0] as i64).max(r[1] as i64) as u64);
         check("bfe.s64 %d, %a, 7, 20;", &[8, 8, 8], 8, &rows, |r| ((r[0] >> 7) as i64) .wrapping_shl(44).wrapping_shr(44) as u64);

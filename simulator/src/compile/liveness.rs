@@ -1,4 +1,0 @@
-use crate::program::{FuncInfo, Inst};
-pub(super) fn registers(_: &[Inst], _: &[FuncInfo]) -> u32 {
-    32
-}
