@@ -69,40 +69,22 @@ struct Setup {
 
 impl Setup {
     fn new(text: &str, sanitizer: Sanitizer) -> Setup {
-        let device = Device::new(
-            Arch::SM_80,
-            Options {
-                sanitizer,
-                ..Options::default()
-            },
-        );
+        let device = Device::new(Arch::SM_80, Options { sanitizer, ..Options::default() });
         let module = device.load_module(text).expect("the kernel loads");
         let function = module.function("k").expect("the kernel exists");
-        let out = device
-            .alloc(u64::from(BLOCKS * THREADS) * 4)
-            .expect("memory");
-        Setup {
-            device,
-            _module: module,
-            function,
-            out,
-        }
+        let out = device.alloc(u64::from(BLOCKS * THREADS) * 4).expect("memory");
+        Setup { device, _module: module, function, out }
     }
 
     fn run(&self) -> u64 {
         let config = LaunchConfig::new([BLOCKS, 1, 1], [THREADS, 1, 1]);
-        let report = self
-            .device
-            .launch(&self.function, &config, &self.out.to_le_bytes())
-            .expect("the kernel runs");
+        let report = self.device.launch(&self.function, &config, &self.out.to_le_bytes()).expect("the kernel runs");
         report.counters.lane_instructions
     }
 
     fn validate(&self, expected: f32) {
         let mut bytes = vec![0; (BLOCKS * THREADS * 4) as usize];
-        self.device
-            .read(self.out, &mut bytes)
-            .expect("the output is there");
+        self.device.read(self.out, &mut bytes).expect("the output is there");
         for b in bytes.chunks_exact(4) {
             assert_eq!(f32::from_le_bytes([b[0], b[1], b[2], b[3]]), expected);
         }
@@ -110,17 +92,12 @@ impl Setup {
 }
 
 fn throughput(c: &mut Criterion) {
-    for (name, sanitizer) in [
-        ("sanitizer on", Sanitizer::ON),
-        ("sanitizer off", Sanitizer::OFF),
-    ] {
+    for (name, sanitizer) in [("sanitizer on", Sanitizer::ON), ("sanitizer off", Sanitizer::OFF)] {
         let s = Setup::new(&fma_text(), sanitizer);
         let lanes = s.run();
         s.validate(16.0);
         let mut group = c.benchmark_group("fma lane instructions");
-        group
-            .sample_size(10)
-            .throughput(Throughput::Elements(lanes));
+        group.sample_size(10).throughput(Throughput::Elements(lanes));
         group.bench_function(name, |b| b.iter(|| s.run()));
         group.finish();
 
@@ -129,9 +106,7 @@ fn throughput(c: &mut Criterion) {
         s.validate(16.0 * ROUNDS as f32);
         let flops = u64::from(BLOCKS * THREADS / 32 * ROUNDS) * 4 * 4096;
         let mut group = c.benchmark_group("mma.sync m16n8k16 bf16 FLOPs");
-        group
-            .sample_size(10)
-            .throughput(Throughput::Elements(flops));
+        group.sample_size(10).throughput(Throughput::Elements(flops));
         group.bench_function(name, |b| b.iter(|| s.run()));
         group.finish();
     }

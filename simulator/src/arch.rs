@@ -190,20 +190,11 @@ impl Arch {
         source: "NVIDIA RTX Blackwell GPU Architecture whitepaper (2025), table of the RTX 5090",
     };
     /// Every architecture that can be simulated.
-    pub const ALL: [Arch; 5] = [
-        Arch::SM_80,
-        Arch::SM_86,
-        Arch::SM_89,
-        Arch::SM_90,
-        Arch::SM_120,
-    ];
+    pub const ALL: [Arch; 5] = [Arch::SM_80, Arch::SM_86, Arch::SM_89, Arch::SM_90, Arch::SM_120];
 
     /// The architecture called `name`: `sm_80`, and also `sm_90a` or `compute_80`.
     pub fn by_name(name: &str) -> Option<Arch> {
-        let digits = name
-            .strip_prefix("sm_")
-            .or_else(|| name.strip_prefix("compute_"))
-            .unwrap_or(name);
+        let digits = name.strip_prefix("sm_").or_else(|| name.strip_prefix("compute_")).unwrap_or(name);
         let digits = digits.trim_end_matches(['a', 'f']);
         Arch::ALL.into_iter().find(|a| &a.name[3..] == digits)
     }
@@ -223,10 +214,7 @@ impl Arch {
             (self.blocks_per_sm, "blocks"),
             (self.threads_per_sm / (warps * WARP), "threads"),
             (self.registers_per_sm / (per_warp * warps), "registers"),
-            (
-                (u64::from(self.shared_per_sm) / shared) as u32,
-                "shared memory",
-            ),
+            ((u64::from(self.shared_per_sm) / shared) as u32, "shared memory"),
         ]
         .into_iter()
         .min_by_key(|(blocks, _)| *blocks)

@@ -91,15 +91,12 @@ fn read(dir: &Path, name: &str) -> Result<Vec<u8>, String> {
 /// be run at all.
 pub fn run(dir: &Path, arch: Option<Arch>, options: Options) -> Result<Outcome, String> {
     let text = read(dir, "manifest.json")?;
-    let m: Manifest = serde_json::from_slice(&text)
-        .map_err(|e| format!("{}/manifest.json: {e}", dir.display()))?;
+    let m: Manifest = serde_json::from_slice(&text).map_err(|e| format!("{}/manifest.json: {e}", dir.display()))?;
     let arch = match arch {
         Some(a) => a,
-        None => Arch::by_name(&m.target)
-            .ok_or_else(|| format!("{}: target {} is not simulated", m.name, m.target))?,
+        None => Arch::by_name(&m.target).ok_or_else(|| format!("{}: target {} is not simulated", m.name, m.target))?,
     };
-    let ptx = String::from_utf8(read(dir, "kernel.ptx")?)
-        .map_err(|_| format!("{}: kernel.ptx is not text", m.name))?;
+    let ptx = String::from_utf8(read(dir, "kernel.ptx")?).map_err(|_| format!("{}: kernel.ptx is not text", m.name))?;
     let device = Device::new(arch, options);
     let failed = |summary: String, details: String| Outcome {
         name: m.name.clone(),
@@ -116,22 +113,15 @@ pub fn run(dir: &Path, arch: Option<Arch>, options: Options) -> Result<Outcome, 
         return Err(format!("{}: there is no kernel {}", m.name, m.entry));
     };
     let inputs = read(dir, "inputs.safetensors")?;
-    let inputs = SafeTensors::deserialize(&inputs)
-        .map_err(|e| format!("{}: inputs.safetensors: {e}", m.name))?;
+    let inputs = SafeTensors::deserialize(&inputs).map_err(|e| format!("{}: inputs.safetensors: {e}", m.name))?;
     let mut addresses = BTreeMap::new();
     for (name, b) in &m.buffers {
-        let address = device
-            .alloc_named(b.bytes, name)
-            .map_err(|e| format!("{}: buffer {name}: {e}", m.name))?;
+        let address = device.alloc_named(b.bytes, name).map_err(|e| format!("{}: buffer {name}: {e}", m.name))?;
         if b.init == "fill_0xFF" {
-            device
-                .memset(address, &[0xff], b.bytes)
-                .map_err(|e| e.to_string())?;
+            device.memset(address, &[0xff], b.bytes).map_err(|e| e.to_string())?;
             device.poison(address, b.bytes).map_err(|e| e.to_string())?;
         } else {
-            let t = inputs
-                .tensor(name)
-                .map_err(|e| format!("{}: input {name}: {e}", m.name))?;
+            let t = inputs.tensor(name).map_err(|e| format!("{}: input {name}: {e}", m.name))?;
             if t.data().len() as u64 != b.bytes {
                 return Err(format!(
                     "{}: input {name} has {} bytes, the manifest says {}",
@@ -147,11 +137,7 @@ pub fn run(dir: &Path, arch: Option<Arch>, options: Options) -> Result<Outcome, 
     let params = parameters(&m, &device, &addresses, &function)?;
     let mut config = LaunchConfig::new(m.grid, m.block).with_shared(m.shared_dynamic_bytes);
     config.cluster = m.cluster;
-    config.registers = m
-        .ptxas
-        .as_ref()
-        .and_then(|p| p.registers)
-        .filter(|r| *r > 0);
+    config.registers = m.ptxas.as_ref().and_then(|p| p.registers).filter(|r| *r > 0);
     let launched = device.launch(&function, &config, &params);
     let outcome = |passed, summary: String, details: String, report| Outcome {
         name: m.name.clone(),
@@ -163,25 +149,14 @@ pub fn run(dir: &Path, arch: Option<Arch>, options: Options) -> Result<Outcome, 
     match (&m.negative, launched) {
         (Some(class), Err(fault)) => {
             let exactly = fault.reports.iter().all(|r| r.class.name() == class);
-            let summary = if exactly {
-                format!("reports {class}")
-            } else {
-                format!("reports {}, not {class}", fault.class)
-            };
+            let summary =
+                if exactly { format!("reports {class}") } else { format!("reports {}, not {class}", fault.class) };
             Ok(outcome(exactly, summary, fault.text, None))
         }
-        (Some(class), Ok(report)) => Ok(outcome(
-            false,
-            format!("reports nothing, not {class}"),
-            String::new(),
-            Some(report),
-        )),
-        (None, Err(fault)) => Ok(outcome(
-            false,
-            format!("reports {}", fault.class),
-            fault.text,
-            None,
-        )),
+        (Some(class), Ok(report)) => {
+            Ok(outcome(false, format!("reports nothing, not {class}"), String::new(), Some(report)))
+        }
+        (None, Err(fault)) => Ok(outcome(false, format!("reports {}", fault.class), fault.text, None)),
         (None, Ok(report)) => {
             let problems = compare(dir, &m, &device, &addresses)?;
             let summary = if problems.is_empty() {
@@ -189,12 +164,7 @@ pub fn run(dir: &Path, arch: Option<Arch>, options: Options) -> Result<Outcome, 
             } else {
                 "outputs differ".into()
             };
-            Ok(outcome(
-                problems.is_empty(),
-                summary,
-                problems.join("\n"),
-                Some(report),
-            ))
+            Ok(outcome(problems.is_empty(), summary, problems.join("\n"), Some(report)))
         }
     }
 }
@@ -207,37 +177,22 @@ fn parameters(
 ) -> Result<Vec<u8>, String> {
     let mut out = vec![0u8; function.param_bytes() as usize];
     if m.params.len() != function.params().len() {
-        return Err(format!(
-            "{}: {} parameters, the kernel takes {}",
-            m.name,
-            m.params.len(),
-            function.params().len()
-        ));
+        return Err(format!("{}: {} parameters, the kernel takes {}", m.name, m.params.len(), function.params().len()));
     }
     for (p, slot) in m.params.iter().zip(function.params()) {
         let fail = |what: &str| format!("{}: parameter {}: {what}", m.name, p.name);
         let bytes: Vec<u8> = match p.kind.as_str() {
             "buffer" => {
                 let name = p.tensor.as_deref().unwrap_or(&p.name);
-                addresses
-                    .get(name)
-                    .ok_or_else(|| fail("its buffer does not exist"))?
-                    .to_le_bytes()
-                    .to_vec()
+                addresses.get(name).ok_or_else(|| fail("its buffer does not exist"))?.to_le_bytes().to_vec()
             }
             "null" => vec![0; 8],
             "scratch" => {
                 let blocks: u64 = m.grid.iter().map(|g| u64::from(*g)).product();
                 let n = p.bytes_per_block.unwrap_or(0).saturating_mul(blocks);
-                device
-                    .alloc_named(n, &p.name)
-                    .map_err(|e| fail(&e.to_string()))?
-                    .to_le_bytes()
-                    .to_vec()
+                device.alloc_named(n, &p.name).map_err(|e| fail(&e.to_string()))?.to_le_bytes().to_vec()
             }
-            "bytes" => {
-                hex(p.hex.as_deref().unwrap_or("")).ok_or_else(|| fail("its hex text is wrong"))?
-            }
+            "bytes" => hex(p.hex.as_deref().unwrap_or("")).ok_or_else(|| fail("its hex text is wrong"))?,
             "scalar" => {
                 let value = p.value.as_ref().ok_or_else(|| fail("it has no value"))?;
                 scalar(p.dtype.as_deref().unwrap_or("i32"), value)
@@ -247,11 +202,7 @@ fn parameters(
         };
         let at = slot.offset as usize;
         if bytes.len() != slot.bytes as usize || bytes.len() as u64 != p.bytes {
-            return Err(fail(&format!(
-                "{} bytes, the kernel takes {}",
-                bytes.len(),
-                slot.bytes
-            )));
+            return Err(fail(&format!("{} bytes, the kernel takes {}", bytes.len(), slot.bytes)));
         }
         out[at..at + bytes.len()].copy_from_slice(&bytes);
     }
@@ -275,32 +226,18 @@ fn hex(text: &str) -> Option<Vec<u8>> {
     if !text.is_ascii() || !text.len().is_multiple_of(2) {
         return None;
     }
-    (0..text.len() / 2)
-        .map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).ok())
-        .collect()
+    (0..text.len() / 2).map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).ok()).collect()
 }
 
-fn compare(
-    dir: &Path,
-    m: &Manifest,
-    device: &Device,
-    addresses: &BTreeMap<&str, u64>,
-) -> Result<Vec<String>, String> {
+fn compare(dir: &Path, m: &Manifest, device: &Device, addresses: &BTreeMap<&str, u64>) -> Result<Vec<String>, String> {
     let expected = read(dir, "expected.safetensors")?;
-    let expected = SafeTensors::deserialize(&expected)
-        .map_err(|e| format!("{}: expected.safetensors: {e}", m.name))?;
+    let expected = SafeTensors::deserialize(&expected).map_err(|e| format!("{}: expected.safetensors: {e}", m.name))?;
     let mut problems = Vec::new();
     for (name, tolerance) in &m.outputs {
-        let t = expected
-            .tensor(name)
-            .map_err(|e| format!("{}: expected {name}: {e}", m.name))?;
+        let t = expected.tensor(name).map_err(|e| format!("{}: expected {name}: {e}", m.name))?;
         let mut got = vec![0u8; t.data().len()];
-        let address = addresses
-            .get(name.as_str())
-            .ok_or_else(|| format!("{}: output {name} is no buffer", m.name))?;
-        device
-            .read(*address, &mut got)
-            .map_err(|e| format!("{}: output {name}: {e}", m.name))?;
+        let address = addresses.get(name.as_str()).ok_or_else(|| format!("{}: output {name} is no buffer", m.name))?;
+        device.read(*address, &mut got).map_err(|e| format!("{}: output {name}: {e}", m.name))?;
         if let Some(problem) = differ(t.dtype(), &got, t.data(), tolerance) {
             problems.push(format!("{name}: {problem}"));
         }
@@ -315,11 +252,7 @@ fn differ(dtype: Dtype, got: &[u8], expected: &[u8], t: &Tolerance) -> Option<St
         return Some(format!("elements of {dtype:?} cannot be compared"));
     }
     let (mut wrong, mut first, mut worst) = (0u64, None, 0f64);
-    for (i, (g, e)) in got
-        .chunks_exact(size)
-        .zip(expected.chunks_exact(size))
-        .enumerate()
-    {
+    for (i, (g, e)) in got.chunks_exact(size).zip(expected.chunks_exact(size)).enumerate() {
         let exact = t.atol == 0.0 && t.rtol == 0.0;
         if exact && g == e && !number(dtype, g).is_nan() {
             continue;

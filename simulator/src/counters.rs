@@ -100,10 +100,7 @@ pub struct LaunchReport {
 impl Counters {
     /// Share of matrix instructions among all warp instructions, 0..=1.
     pub fn matrix_share(&self) -> f64 {
-        ratio(
-            self.by_class.get("matrix").copied().unwrap_or(0),
-            self.warp_instructions,
-        )
+        ratio(self.by_class.get("matrix").copied().unwrap_or(0), self.warp_instructions)
     }
 
     /// Mean active lanes of a warp instruction.
@@ -128,40 +125,22 @@ impl Counters {
             })
             .sum();
         limits.insert("matrix rate".to_owned(), matrix);
-        limits.insert(
-            "FMA rate".to_owned(),
-            self.float_flops as f64 / (arch.fma_tflops * 1e6),
-        );
+        limits.insert("FMA rate".to_owned(), self.float_flops as f64 / (arch.fma_tflops * 1e6));
         // Four schedulers in each multiprocessor issue one warp instruction a clock.
         let issue = f64::from(arch.multiprocessors) * 4.0 * f64::from(arch.clock_khz) / 1e3;
-        limits.insert(
-            "instruction issue".to_owned(),
-            self.warp_instructions as f64 / issue,
-        );
+        limits.insert("instruction issue".to_owned(), self.warp_instructions as f64 / issue);
         let wavefronts = f64::from(arch.multiprocessors) * f64::from(arch.clock_khz) / 1e3;
-        limits.insert(
-            "shared memory".to_owned(),
-            self.shared_wavefronts as f64 / wavefronts,
-        );
+        limits.insert("shared memory".to_owned(), self.shared_wavefronts as f64 / wavefronts);
         let dram = (self.dram_bytes_read + self.dram_bytes_written) as f64;
         limits.insert("DRAM bandwidth".to_owned(), dram / (arch.dram_gbs * 1e3));
         if let Some(l2) = arch.l2_gbs {
-            limits.insert(
-                "L2 bandwidth".to_owned(),
-                self.global_sectors as f64 * 32.0 / (l2 * 1e3),
-            );
+            limits.insert("L2 bandwidth".to_owned(), self.global_sectors as f64 * 32.0 / (l2 * 1e3));
         }
         let (limited_by, microseconds) = limits
             .iter()
             .max_by(|a, b| a.1.total_cmp(b.1))
             .map_or((String::new(), 0.0), |(name, time)| (name.clone(), *time));
-        Estimate {
-            card: arch.card.into(),
-            microseconds,
-            limited_by,
-            limits,
-            source: arch.source.into(),
-        }
+        Estimate { card: arch.card.into(), microseconds, limited_by, limits, source: arch.source.into() }
     }
 }
 
@@ -173,18 +152,8 @@ impl LaunchReport {
             // Writing to a string cannot fail.
             let _ = writeln!(out, "  {name:<28} {value}");
         };
-        row(
-            "kernel",
-            format!(
-                "{} grid {:?} block {:?}",
-                self.kernel, self.grid, self.block
-            ),
-        );
-        let from = if self.registers_from_assembler {
-            "assembler"
-        } else {
-            "nominal"
-        };
+        row("kernel", format!("{} grid {:?} block {:?}", self.kernel, self.grid, self.block));
+        let from = if self.registers_from_assembler { "assembler" } else { "nominal" };
         row("registers", format!("{} ({from})", self.registers));
         row("shared bytes", self.shared_bytes.to_string());
         let occupancy = format!(
@@ -195,51 +164,27 @@ impl LaunchReport {
         );
         row("occupancy", occupancy);
         row("warp instructions", c.warp_instructions.to_string());
-        row(
-            "lanes per instruction",
-            format!("{:.2}", c.lanes_per_instruction()),
-        );
+        row("lanes per instruction", format!("{:.2}", c.lanes_per_instruction()));
         for (class, n) in &c.by_class {
-            row(
-                &format!("  {class}"),
-                format!("{n} ({:.1} %)", 100.0 * ratio(*n, c.warp_instructions)),
-            );
+            row(&format!("  {class}"), format!("{n} ({:.1} %)", 100.0 * ratio(*n, c.warp_instructions)));
         }
         for (kind, flops) in &c.matrix_flops {
             row(&format!("matrix FLOPs {kind}"), flops.to_string());
         }
         row("float FLOPs", c.float_flops.to_string());
         row("global requests", c.global_requests.to_string());
-        row(
-            "global sectors",
-            format!("{} ({} needed)", c.global_sectors, c.global_sectors_needed),
-        );
+        row("global sectors", format!("{} ({} needed)", c.global_sectors, c.global_sectors_needed));
         row("distinct bytes read", c.dram_bytes_read.to_string());
         row("distinct bytes written", c.dram_bytes_written.to_string());
-        row(
-            "shared wavefronts",
-            format!(
-                "{} ({} least)",
-                c.shared_wavefronts, c.shared_wavefronts_least
-            ),
-        );
+        row("shared wavefronts", format!("{} ({} least)", c.shared_wavefronts, c.shared_wavefronts_least));
         for line in c.conflicts.iter().take(5) {
-            row(
-                &format!("  line {}", line.line),
-                format!("{} ({} least) {}", line.wavefronts, line.least, line.text),
-            );
+            row(&format!("  line {}", line.line), format!("{} ({} least) {}", line.wavefronts, line.least, line.text));
         }
         row("local bytes", c.local_bytes.to_string());
         row("barriers", c.barriers.to_string());
         row("atomics", c.atomics.to_string());
         let e = &self.estimate;
-        row(
-            "estimate (lower bound)",
-            format!(
-                "{:.3} us on {}, limited by {}",
-                e.microseconds, e.card, e.limited_by
-            ),
-        );
+        row("estimate (lower bound)", format!("{:.3} us on {}, limited by {}", e.microseconds, e.card, e.limited_by));
         out
     }
 

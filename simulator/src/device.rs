@@ -64,14 +64,7 @@ pub struct LaunchConfig {
 impl LaunchConfig {
     /// A launch without dynamic shared memory.
     pub fn new(grid: [u32; 3], block: [u32; 3]) -> LaunchConfig {
-        LaunchConfig {
-            grid,
-            block,
-            cluster: [1; 3],
-            dynamic_shared: 0,
-            max_dynamic_shared: None,
-            registers: None,
-        }
+        LaunchConfig { grid, block, cluster: [1; 3], dynamic_shared: 0, max_dynamic_shared: None, registers: None }
     }
 
     /// The same with `bytes` of dynamic shared memory, opted in to.
@@ -86,11 +79,7 @@ impl Device {
     /// A device of architecture `arch` with empty memory.
     pub fn new(arch: Arch, options: Options) -> Device {
         let memory = Memory::new(arch.memory_bytes, options.sanitizer.uninitialised);
-        Device {
-            arch,
-            options,
-            memory: Arc::new(RwLock::new(memory)),
-        }
+        Device { arch, options, memory: Arc::new(RwLock::new(memory)) }
     }
 
     /// Limits of this device.
@@ -165,15 +154,8 @@ impl Device {
     /// Allocations that are still live. Module variables are not among them.
     pub fn leaks(&self) -> Vec<Leak> {
         let all = read(&self.memory).all();
-        let user = all
-            .iter()
-            .filter(|a| !a.label.starts_with(compile::VARIABLE));
-        user.map(|a| Leak {
-            address: a.base,
-            bytes: a.bytes,
-            label: a.label.clone(),
-        })
-        .collect()
+        let user = all.iter().filter(|a| !a.label.starts_with(compile::VARIABLE));
+        user.map(|a| Leak { address: a.base, bytes: a.bytes, label: a.label.clone() }).collect()
     }
 
     /// Reads and compiles PTX. Whatever the simulator does not know is refused here, with its text and line.
@@ -181,17 +163,10 @@ impl Device {
         let tree = crate::ptx::parse(ptx)?;
         let mut globals = BTreeMap::new();
         let built = compile::module(&tree, &self.arch, &mut self.memory(), &mut globals);
-        let module = |functions| Module {
-            functions,
-            globals,
-            memory: self.memory.clone(),
-        };
+        let module = |functions| Module { functions, globals, memory: self.memory.clone() };
         match built {
             Ok(programs) => {
-                let functions = programs
-                    .into_iter()
-                    .map(|p| (p.name.clone(), Function(Arc::new(p))))
-                    .collect();
+                let functions = programs.into_iter().map(|p| (p.name.clone(), Function(Arc::new(p)))).collect();
                 Ok(module(functions))
             }
             // Dropping the module frees the variables made before the error.
@@ -205,22 +180,14 @@ impl Device {
     /// Runs a kernel to its end. `params` is the parameter buffer, laid out as [`Function::params`] says.
     ///
     /// Errors: a refusal with the driver's error code, or what the sanitizer found.
-    pub fn launch(
-        &self,
-        function: &Function,
-        config: &LaunchConfig,
-        params: &[u8],
-    ) -> Result<LaunchReport, Fault> {
+    pub fn launch(&self, function: &Function, config: &LaunchConfig, params: &[u8]) -> Result<LaunchReport, Fault> {
         self.check_launch(function, config)?;
         let program = &function.0;
         if params.len() != program.param_bytes as usize {
             let (want, got) = (program.param_bytes, params.len());
             return Err(Fault::refused(
                 1,
-                format!(
-                    "kernel {} takes {want} bytes of parameters, got {got}",
-                    program.name
-                ),
+                format!("kernel {} takes {want} bytes of parameters, got {got}", program.name),
             ));
         }
         let memory = self.memory();
@@ -230,58 +197,30 @@ impl Device {
     /// Whether this GPU would accept such a launch.
     pub fn check_launch(&self, function: &Function, config: &LaunchConfig) -> Result<(), Fault> {
         let (p, name) = (&function.0, &function.0.name);
-        let refuse =
-            |code: u32, text: String| Err(Fault::refused(code, format!("kernel {name}: {text}")));
+        let refuse = |code: u32, text: String| Err(Fault::refused(code, format!("kernel {name}: {text}")));
         if config.cluster != [1; 3] || p.attributes.cluster.is_some_and(|c| c != [1; 3]) {
-            return refuse(
-                801,
-                "clusters larger than one block are not simulated".into(),
-            );
+            return refuse(801, "clusters larger than one block are not simulated".into());
         }
         let limits = [i32::MAX as u32, 65_535, 65_535];
         for (dim, (&n, limit)) in config.grid.iter().zip(limits).enumerate() {
             if n == 0 || n > limit {
-                return refuse(
-                    1,
-                    format!("grid dimension {dim} is {n}, must be in 1..={limit}"),
-                );
+                return refuse(1, format!("grid dimension {dim} is {n}, must be in 1..={limit}"));
             }
         }
         for (dim, (&n, limit)) in config.block.iter().zip([1024u32, 1024, 64]).enumerate() {
             if n == 0 || n > limit {
-                return refuse(
-                    1,
-                    format!("block dimension {dim} is {n}, must be in 1..={limit}"),
-                );
+                return refuse(1, format!("block dimension {dim} is {n}, must be in 1..={limit}"));
             }
         }
         let threads: u32 = config.block.iter().product();
         if threads > arch::MAX_THREADS_PER_BLOCK {
-            return refuse(
-                1,
-                format!(
-                    "{threads} threads in a block, at most {}",
-                    arch::MAX_THREADS_PER_BLOCK
-                ),
-            );
+            return refuse(1, format!("{threads} threads in a block, at most {}", arch::MAX_THREADS_PER_BLOCK));
         }
         if p.attributes.reqntid.is_some_and(|r| r != config.block) {
-            return refuse(
-                1,
-                format!(
-                    "block {:?} differs from .reqntid {:?}",
-                    config.block, p.attributes.reqntid
-                ),
-            );
+            return refuse(1, format!("block {:?} differs from .reqntid {:?}", config.block, p.attributes.reqntid));
         }
         if threads > function.max_threads() {
-            return refuse(
-                1,
-                format!(
-                    "{threads} threads in a block, but .maxntid allows {}",
-                    function.max_threads()
-                ),
-            );
+            return refuse(1, format!("{threads} threads in a block, but .maxntid allows {}", function.max_threads()));
         }
         // Only the assembler's number may refuse a launch: the own one is an estimate.
         let registers = config.registers.unwrap_or(32);
@@ -295,26 +234,18 @@ impl Device {
                 ),
             );
         }
-        let allowed = config
-            .max_dynamic_shared
-            .unwrap_or(arch::SHARED_DEFAULT.saturating_sub(p.static_shared));
+        let allowed = config.max_dynamic_shared.unwrap_or(arch::SHARED_DEFAULT.saturating_sub(p.static_shared));
         let total = u64::from(p.static_shared) + u64::from(config.dynamic_shared);
         if config.dynamic_shared > allowed && config.dynamic_shared > 0 {
             return refuse(
                 1,
-                format!(
-                    "{} bytes of dynamic shared memory, the function allows {allowed}",
-                    config.dynamic_shared
-                ),
+                format!("{} bytes of dynamic shared memory, the function allows {allowed}", config.dynamic_shared),
             );
         }
         if total > u64::from(self.arch.shared_per_block_optin) {
             return refuse(
                 1,
-                format!(
-                    "{total} bytes of shared memory, a block has at most {}",
-                    self.arch.shared_per_block_optin
-                ),
+                format!("{total} bytes of shared memory, a block has at most {}", self.arch.shared_per_block_optin),
             );
         }
         Ok(())
@@ -381,15 +312,8 @@ impl Function {
     /// Most threads of a block, from `.maxntid` and `.reqntid`.
     pub fn max_threads(&self) -> u32 {
         let product = |d: [u32; 3]| d.iter().fold(1u32, |a, &b| a.saturating_mul(b));
-        let declared = self
-            .0
-            .attributes
-            .reqntid
-            .or(self.0.attributes.maxntid)
-            .map(product);
-        declared
-            .unwrap_or(arch::MAX_THREADS_PER_BLOCK)
-            .min(arch::MAX_THREADS_PER_BLOCK)
+        let declared = self.0.attributes.reqntid.or(self.0.attributes.maxntid).map(product);
+        declared.unwrap_or(arch::MAX_THREADS_PER_BLOCK).min(arch::MAX_THREADS_PER_BLOCK)
     }
     /// The block shape that `.reqntid` demands.
     pub fn required_block(&self) -> Option<[u32; 3]> {

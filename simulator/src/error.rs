@@ -18,18 +18,11 @@ impl LoadError {
     pub(crate) fn new(line: u32, text: impl Into<String>, message: impl Into<String>) -> Self {
         let mut text: String = text.into();
         if text.len() > 400 {
-            let cut = (0..=400)
-                .rev()
-                .find(|&i| text.is_char_boundary(i))
-                .unwrap_or(0);
+            let cut = (0..=400).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
             text.truncate(cut);
             text.push_str(" ...");
         }
-        LoadError {
-            line,
-            text,
-            message: message.into(),
-        }
+        LoadError { line, text, message: message.into() }
     }
 }
 
@@ -168,17 +161,7 @@ impl Fault {
     pub(crate) fn refused(cuda_error: u32, text: impl Into<String>) -> Fault {
         let text = text.into();
         let class = FaultClass::LaunchRefused;
-        Fault {
-            class,
-            cuda_error,
-            text: text.clone(),
-            reports: vec![Report {
-                class,
-                text,
-                line: 0,
-                times: 1,
-            }],
-        }
+        Fault { class, cuda_error, text: text.clone(), reports: vec![Report { class, text, line: 0, times: 1 }] }
     }
 
     /// True for launches that a GPU refuses at once: these leave the context usable, all others poison it.

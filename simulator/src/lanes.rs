@@ -244,11 +244,7 @@ choose<A>(A, A, bool) -> A, |r, i, mask, f| {
 pub(crate) unsafe fn combine(r: *mut u32, i: &Inst, word: u32, mask: u32) {
     // SAFETY: the caller keeps the promise of `AluFn`.
     unsafe {
-        let other = if i.e & 7 != 0 {
-            pred(r, i.e >> 4, i.e & 8 != 0)
-        } else {
-            0
-        };
+        let other = if i.e & 7 != 0 { pred(r, i.e >> 4, i.e & 8 != 0) } else { 0 };
         let join = |w: u32| match i.e & 7 {
             1 => w & other,
             2 => w | other,

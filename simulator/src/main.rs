@@ -56,11 +56,8 @@ enum Command {
 }
 
 fn arch(name: &str) -> Result<Arch, String> {
-    Arch::by_name(name).ok_or_else(|| {
-        format!(
-            "the architecture {name} is not simulated: use sm_80, sm_86, sm_89, sm_90 or sm_120"
-        )
-    })
+    Arch::by_name(name)
+        .ok_or_else(|| format!("the architecture {name} is not simulated: use sm_80, sm_86, sm_89, sm_90 or sm_120"))
 }
 
 fn main() -> ExitCode {
@@ -77,23 +74,12 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<bool, String> {
     match cli.command {
         Command::Disasm { file, arch: name } => {
-            let text =
-                std::fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+            let text = std::fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?;
             // Code for one exact architecture needs that one.
-            let target = text
-                .lines()
-                .find_map(|l| l.trim().strip_prefix(".target"))
-                .unwrap_or("")
-                .trim();
-            let exact = if target.ends_with('a') {
-                Arch::by_name(target)
-            } else {
-                None
-            };
+            let target = text.lines().find_map(|l| l.trim().strip_prefix(".target")).unwrap_or("").trim();
+            let exact = if target.ends_with('a') { Arch::by_name(target) } else { None };
             let device = Device::new(exact.map_or_else(|| arch(&name), Ok)?, Options::default());
-            let module = device
-                .load_module(&text)
-                .map_err(|e| format!("{}: {e}", file.display()))?;
+            let module = device.load_module(&text).map_err(|e| format!("{}: {e}", file.display()))?;
             for name in module.functions() {
                 if let Some(f) = module.function(name) {
                     println!("{}", f.disassemble());
@@ -101,25 +87,11 @@ fn run(cli: Cli) -> Result<bool, String> {
             }
             Ok(true)
         }
-        Command::Run {
-            dirs,
-            arch: name,
-            counters,
-            json,
-            no_sanitizer,
-            seed,
-            budget,
-            threads,
-            verbose,
-        } => {
+        Command::Run { dirs, arch: name, counters, json, no_sanitizer, seed, budget, threads, verbose } => {
             let gpu = name.as_deref().map(arch).transpose()?;
             let default = Options::default();
             let options = Options {
-                sanitizer: if no_sanitizer {
-                    Sanitizer::OFF
-                } else {
-                    Sanitizer::ON
-                },
+                sanitizer: if no_sanitizer { Sanitizer::OFF } else { Sanitizer::ON },
                 seed,
                 budget: budget.unwrap_or(default.budget),
                 threads,
@@ -132,12 +104,7 @@ fn run(cli: Cli) -> Result<bool, String> {
                     Ok(o) => {
                         ran += 1;
                         failures += usize::from(!o.passed);
-                        println!(
-                            "{}  {:<40} {}",
-                            if o.passed { "PASS" } else { "FAIL" },
-                            o.name,
-                            o.summary
-                        );
+                        println!("{}  {:<40} {}", if o.passed { "PASS" } else { "FAIL" }, o.name, o.summary);
                         if (!o.passed || verbose) && !o.details.is_empty() {
                             println!("{}", o.details);
                         }

@@ -37,10 +37,7 @@ impl HostBytes {
 
     #[inline(always)]
     fn at(&self, offset: usize, bytes: usize) -> *mut u8 {
-        assert!(
-            offset.checked_add(bytes).is_some_and(|end| end <= self.len)
-                && offset.is_multiple_of(bytes)
-        );
+        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.len) && offset.is_multiple_of(bytes));
         // SAFETY: the assertion keeps the pointer inside the allocation.
         unsafe { self.start.as_ptr().add(offset) }
     }
@@ -161,27 +158,11 @@ pub(crate) struct Memory {
 
 impl Memory {
     pub(crate) fn new(limit: u64, track: bool) -> Memory {
-        Memory {
-            allocations: BTreeMap::new(),
-            freed: BTreeMap::new(),
-            next: FIRST,
-            used: 0,
-            limit,
-            serial: 0,
-            track,
-        }
+        Memory { allocations: BTreeMap::new(), freed: BTreeMap::new(), next: FIRST, used: 0, limit, serial: 0, track }
     }
 
-    pub(crate) fn alloc(
-        &mut self,
-        bytes: u64,
-        label: Option<&str>,
-        constant: bool,
-    ) -> Result<u64, MemoryError> {
-        let full = MemoryError::OutOfMemory {
-            asked: bytes,
-            free: self.limit - self.used,
-        };
+    pub(crate) fn alloc(&mut self, bytes: u64, label: Option<&str>, constant: bool) -> Result<u64, MemoryError> {
+        let full = MemoryError::OutOfMemory { asked: bytes, free: self.limit - self.used };
         if bytes > self.limit - self.used {
             return Err(full);
         }
@@ -196,14 +177,7 @@ impl Memory {
         self.used += bytes;
         self.serial += 1;
         let label = label.map_or_else(|| format!("allocation {}", self.serial), str::to_owned);
-        let allocation = Allocation {
-            base,
-            bytes,
-            label,
-            data,
-            valid,
-            constant,
-        };
+        let allocation = Allocation { base, bytes, label, data, valid, constant };
         self.allocations.insert(base, Arc::new(allocation));
         Ok(base)
     }
@@ -219,12 +193,7 @@ impl Memory {
                 }
                 Ok(())
             }
-            None => Err(MemoryError::Invalid {
-                what: "free",
-                address,
-                bytes: 0,
-                nearest: self.nearest(address, 0),
-            }),
+            None => Err(MemoryError::Invalid { what: "free", address, bytes: 0, nearest: self.nearest(address, 0) }),
         }
     }
 
@@ -236,27 +205,13 @@ impl Memory {
         self.allocations.values().cloned().collect()
     }
 
-    fn find(
-        &self,
-        what: &'static str,
-        address: u64,
-        bytes: u64,
-    ) -> Result<(&Allocation, usize), MemoryError> {
-        let found = self
-            .allocations
-            .range(..=address)
-            .next_back()
-            .map(|(_, a)| a.as_ref());
+    fn find(&self, what: &'static str, address: u64, bytes: u64) -> Result<(&Allocation, usize), MemoryError> {
+        let found = self.allocations.range(..=address).next_back().map(|(_, a)| a.as_ref());
         match found {
             Some(a) if address - a.base <= a.bytes && bytes <= a.bytes - (address - a.base) => {
                 Ok((a, (address - a.base) as usize))
             }
-            _ => Err(MemoryError::Invalid {
-                what,
-                address,
-                bytes,
-                nearest: self.nearest(address, bytes),
-            }),
+            _ => Err(MemoryError::Invalid { what, address, bytes, nearest: self.nearest(address, bytes) }),
         }
     }
 
@@ -272,21 +227,14 @@ impl Memory {
         Ok(())
     }
 
-    pub(crate) fn unwritten(
-        &mut self,
-        address: u64,
-        bytes: u64,
-    ) -> Result<Option<u64>, MemoryError> {
+    pub(crate) fn unwritten(&mut self, address: u64, bytes: u64) -> Result<Option<u64>, MemoryError> {
         let (a, at) = self.find("read", address, bytes)?;
         let Some(valid) = &a.valid else {
             return Ok(None);
         };
         // SAFETY: as in `read`.
         let valid = unsafe { valid.bulk() };
-        Ok(valid[at..at + bytes as usize]
-            .iter()
-            .position(|&v| v == 0)
-            .map(|i| address + i as u64))
+        Ok(valid[at..at + bytes as usize].iter().position(|&v| v == 0).map(|i| address + i as u64))
     }
 
     pub(crate) fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), MemoryError> {
@@ -298,12 +246,7 @@ impl Memory {
     }
 
     /// Sets the written map of a range: `true` is initialised.
-    pub(crate) fn mark(
-        &mut self,
-        address: u64,
-        bytes: u64,
-        written: bool,
-    ) -> Result<(), MemoryError> {
+    pub(crate) fn mark(&mut self, address: u64, bytes: u64, written: bool) -> Result<(), MemoryError> {
         let (a, at) = self.find("write", address, bytes)?;
         if let Some(valid) = &a.valid {
             // SAFETY: as in `read`.
@@ -313,21 +256,14 @@ impl Memory {
         Ok(())
     }
 
-    pub(crate) fn fill(
-        &mut self,
-        address: u64,
-        pattern: &[u8],
-        count: u64,
-    ) -> Result<(), MemoryError> {
+    pub(crate) fn fill(&mut self, address: u64, pattern: &[u8], count: u64) -> Result<(), MemoryError> {
         let bytes = (pattern.len() as u64).saturating_mul(count);
         let (a, at) = self.find("memset", address, bytes)?;
         // SAFETY: as in `read`.
         let to = &mut unsafe { a.data.bulk() }[at..at + bytes as usize];
         match pattern {
             [byte] => to.fill(*byte),
-            _ => to
-                .chunks_exact_mut(pattern.len().max(1))
-                .for_each(|c| c.copy_from_slice(pattern)),
+            _ => to.chunks_exact_mut(pattern.len().max(1)).for_each(|c| c.copy_from_slice(pattern)),
         }
         self.mark(address, bytes, true)
     }
@@ -339,10 +275,7 @@ impl Memory {
         // SAFETY: as in `read`; both are copied out before the target is borrowed.
         let data = unsafe { source.data.bulk() }[range.clone()].to_vec();
         // SAFETY: as above.
-        let valid = source
-            .valid
-            .as_ref()
-            .map(|v| unsafe { v.bulk() }[range].to_vec());
+        let valid = source.valid.as_ref().map(|v| unsafe { v.bulk() }[range].to_vec());
         self.write(to, &data)?;
         let (target, at) = self.find("copy to", to, bytes)?;
         if let (Some(map), Some(valid)) = (&target.valid, valid) {
@@ -355,24 +288,13 @@ impl Memory {
 
     /// Says in words where `address` lies relative to the nearest allocation.
     pub(crate) fn nearest(&self, address: u64, bytes: u64) -> String {
-        let live: Vec<_> = self
-            .allocations
-            .values()
-            .map(|a| (a.base, a.bytes, a.label.as_str()))
-            .collect();
-        let freed: Vec<_> = self
-            .freed
-            .iter()
-            .map(|(base, (bytes, label))| (*base, *bytes, label.as_str()))
-            .collect();
+        let live: Vec<_> = self.allocations.values().map(|a| (a.base, a.bytes, a.label.as_str())).collect();
+        let freed: Vec<_> = self.freed.iter().map(|(base, (bytes, label))| (*base, *bytes, label.as_str())).collect();
         describe_nearest(&live, &freed, address, bytes)
     }
 
     pub(crate) fn freed(&self) -> Vec<(u64, u64, String)> {
-        self.freed
-            .iter()
-            .map(|(base, (bytes, label))| (*base, *bytes, label.clone()))
-            .collect()
+        self.freed.iter().map(|(base, (bytes, label))| (*base, *bytes, label.clone())).collect()
     }
 }
 
@@ -386,14 +308,8 @@ pub(crate) fn describe_nearest(
     if address < 4096 {
         return "a null pointer".into();
     }
-    if let Some((base, size, label)) = freed
-        .iter()
-        .find(|(base, size, _)| address >= *base && address < base + size)
-    {
-        return format!(
-            "{} bytes into {label} ({size} bytes at {base:#x}), which was freed",
-            address - base
-        );
+    if let Some((base, size, label)) = freed.iter().find(|(base, size, _)| address >= *base && address < base + size) {
+        return format!("{} bytes into {label} ({size} bytes at {base:#x}), which was freed", address - base);
     }
     let distance = |&&(base, size, _): &&(u64, u64, &str)| match address {
         _ if address < base => base - address,
@@ -403,16 +319,10 @@ pub(crate) fn describe_nearest(
     match live.iter().min_by_key(distance) {
         None => "there is no allocation".into(),
         Some(&(base, size, label)) if address < base => {
-            format!(
-                "{} bytes before {label} ({size} bytes at {base:#x})",
-                base - address
-            )
+            format!("{} bytes before {label} ({size} bytes at {base:#x})", base - address)
         }
         Some(&(base, size, label)) if address >= base + size => {
-            format!(
-                "{} bytes after the end of {label} ({size} bytes at {base:#x})",
-                address - base - size
-            )
+            format!("{} bytes after the end of {label} ({size} bytes at {base:#x})", address - base - size)
         }
         Some(&(base, size, label)) => {
             let over = (address + bytes).saturating_sub(base + size);

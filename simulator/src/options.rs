@@ -19,13 +19,8 @@ pub struct Sanitizer {
 
 impl Sanitizer {
     /// Every check.
-    pub const ON: Sanitizer = Sanitizer {
-        uninitialised: true,
-        races_shared: true,
-        races_global: true,
-        async_copies: true,
-        barriers: true,
-    };
+    pub const ON: Sanitizer =
+        Sanitizer { uninitialised: true, races_shared: true, races_global: true, async_copies: true, barriers: true };
     /// Only what keeps the simulator itself safe.
     pub const OFF: Sanitizer = Sanitizer {
         uninitialised: false,

@@ -523,10 +523,7 @@ impl Class {
 
 impl Program {
     pub(crate) fn text(&self, pc: u32) -> &str {
-        self.source
-            .get(pc as usize)
-            .and_then(|s| self.texts.get(s.text as usize))
-            .map_or("", String::as_str)
+        self.source.get(pc as usize).and_then(|s| self.texts.get(s.text as usize)).map_or("", String::as_str)
     }
 
     pub(crate) fn line(&self, pc: u32) -> u32 {
@@ -534,43 +531,24 @@ impl Program {
     }
 
     pub(crate) fn disassemble(&self) -> String {
-        let mut out = format!(
-            "{}: {} instructions, {} registers (nominal)\n",
-            self.name,
-            self.code.len(),
-            self.registers
-        );
+        let mut out =
+            format!("{}: {} instructions, {} registers (nominal)\n", self.name, self.code.len(), self.registers);
         for (pc, (inst, source)) in self.code.iter().zip(&self.source).enumerate() {
             if let Some(f) = self.funcs.iter().find(|f| f.start as usize == pc) {
                 // Writing to a string cannot fail.
-                let _ = writeln!(
-                    out,
-                    "{}:  frame of {} words, {} bytes local",
-                    f.name, f.frame_words, f.local_bytes
-                );
+                let _ = writeln!(out, "{}:  frame of {} words, {} bytes local", f.name, f.frame_words, f.local_bytes);
             }
             let operand = |o: u32| {
-                if o == NONE {
-                    "-".to_owned()
-                } else {
-                    o.to_string()
-                }
+                if o == NONE { "-".to_owned() } else { o.to_string() }
             };
             let guard = match inst.guard {
                 NONE => String::new(),
                 g => format!("@{}{g} ", if inst.guard_not { "!" } else { "" }),
             };
             let operands = [inst.d, inst.a, inst.b, inst.c].map(operand).join(" ");
-            let text = self
-                .texts
-                .get(source.text as usize)
-                .map_or("", String::as_str);
-            let _ = writeln!(
-                out,
-                "{pc:6}  {:>16}  {guard}[{operands}]  line {}: {text}",
-                source.class.name(),
-                source.line
-            );
+            let text = self.texts.get(source.text as usize).map_or("", String::as_str);
+            let _ =
+                writeln!(out, "{pc:6}  {:>16}  {guard}[{operands}]  line {}: {text}", source.class.name(), source.line);
         }
         out
     }

@@ -50,10 +50,7 @@ pub(crate) const STEPS: usize = 96;
 impl TensorMap {
     /// Bytes of one element.
     pub fn element_bytes(&self) -> u32 {
-        [1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4]
-            .get(self.data_type as usize)
-            .copied()
-            .unwrap_or(0)
+        [1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4].get(self.data_type as usize).copied().unwrap_or(0)
     }
 
     /// The map as bytes. Steps of 0 count as 1.
@@ -113,10 +110,7 @@ impl TensorMap {
             return fail(format!("data type {} is unknown", self.data_type));
         }
         if self.interleave != 0 {
-            return fail(format!(
-                "interleave mode {} is not simulated",
-                self.interleave
-            ));
+            return fail(format!("interleave mode {} is not simulated", self.interleave));
         }
         if self.swizzle > 3 {
             return fail(format!("swizzle mode {} is not simulated", self.swizzle));
@@ -125,29 +119,19 @@ impl TensorMap {
             return fail(format!("fill mode {} is unknown", self.fill));
         }
         if !self.address.is_multiple_of(16) {
-            return fail(format!(
-                "global address {:#x} is not a multiple of 16",
-                self.address
-            ));
+            return fail(format!("global address {:#x} is not a multiple of 16", self.address));
         }
         for i in 0..self.rank as usize {
             if self.dims[i] == 0 {
                 return fail(format!("dimension {i} has no elements"));
             }
             if self.boxes[i] == 0 || self.boxes[i] > 256 {
-                return fail(format!(
-                    "the box has {} elements in dimension {i}, must be in 1..=256",
-                    self.boxes[i]
-                ));
+                return fail(format!("the box has {} elements in dimension {i}, must be in 1..=256", self.boxes[i]));
             }
             if self.steps[i] > 8 {
-                return fail(format!(
-                    "element stride {} in dimension {i} is larger than 8",
-                    self.steps[i]
-                ));
+                return fail(format!("element stride {} in dimension {i} is larger than 8", self.steps[i]));
             }
-            if i > 0 && (!self.strides[i - 1].is_multiple_of(16) || self.strides[i - 1] >= 1 << 40)
-            {
+            if i > 0 && (!self.strides[i - 1].is_multiple_of(16) || self.strides[i - 1] >= 1 << 40) {
                 return fail(format!(
                     "stride {} of dimension {i} is not a multiple of 16 below 2^40",
                     self.strides[i - 1]
@@ -156,15 +140,11 @@ impl TensorMap {
         }
         let inner = u64::from(self.boxes[0]) * size;
         if !inner.is_multiple_of(16) {
-            return fail(format!(
-                "the box is {inner} bytes wide, must be a multiple of 16"
-            ));
+            return fail(format!("the box is {inner} bytes wide, must be a multiple of 16"));
         }
         let widest = [u64::MAX, 32, 64, 128][self.swizzle as usize];
         if inner > widest {
-            return fail(format!(
-                "the box is {inner} bytes wide, its swizzle mode allows {widest}"
-            ));
+            return fail(format!("the box is {inner} bytes wide, its swizzle mode allows {widest}"));
         }
         Ok(())
     }

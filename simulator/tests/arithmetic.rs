@@ -28,11 +28,7 @@ const SPECIAL32: [u32; 20] = [
 ];
 
 fn word() -> impl Strategy<Value = u32> {
-    prop_oneof![
-        any::<u32>(),
-        prop::sample::select(SPECIAL32.to_vec()),
-        (0u32..64)
-    ]
+    prop_oneof![any::<u32>(), prop::sample::select(SPECIAL32.to_vec()), (0u32..64)]
 }
 
 fn rows(n: usize) -> impl Strategy<Value = Vec<Vec<u64>>> {
@@ -40,12 +36,8 @@ fn rows(n: usize) -> impl Strategy<Value = Vec<Vec<u64>>> {
 }
 
 fn rows64(n: usize) -> impl Strategy<Value = Vec<Vec<u64>>> {
-    let v = prop_oneof![
-        any::<u64>(),
-        0u64..64,
-        any::<u64>().prop_map(|v| v | 1 << 63),
-        any::<u32>().prop_map(u64::from)
-    ];
+    let v =
+        prop_oneof![any::<u64>(), 0u64..64, any::<u64>().prop_map(|v| v | 1 << 63), any::<u32>().prop_map(u64::from)];
     prop::collection::vec(prop::collection::vec(v, n), 1..60)
 }
 
@@ -53,10 +45,7 @@ fn rows64(n: usize) -> impl Strategy<Value = Vec<Vec<u64>>> {
 fn check(body: &str, widths: &[usize], out: usize, rows: &[Vec<u64>], f: impl Fn(&[u64]) -> u64) {
     for (row, got) in rows.iter().zip(map(body, widths, out, rows)) {
         let want = f(row);
-        assert_eq!(
-            got, want,
-            "{body} of {row:x?}: got {got:#x}, expected {want:#x}"
-        );
+        assert_eq!(got, want, "{body} of {row:x?}: got {got:#x}, expected {want:#x}");
     }
 }
 
@@ -65,10 +54,7 @@ fn check_f32(body: &str, rows: &[Vec<u64>], f: impl Fn(f32, f32, f32) -> f32) {
     let get = |r: &[u64], i: usize| f32::from_bits(r.get(i).copied().unwrap_or(0) as u32);
     let widths = vec![4; rows[0].len()];
     for (row, got) in rows.iter().zip(map(body, &widths, 4, rows)) {
-        let (got, want) = (
-            f32::from_bits(got as u32),
-            f(get(row, 0), get(row, 1), get(row, 2)),
-        );
+        let (got, want) = (f32::from_bits(got as u32), f(get(row, 0), get(row, 1), get(row, 2)));
         assert!(
             got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
             "{body} of {row:x?}: got {got:e}, expected {want:e}"

@@ -5,9 +5,7 @@ use proptest::prelude::*;
 use std::path::Path;
 
 fn load(text: &str) -> Result<(), LoadError> {
-    Device::new(Arch::SM_90, Options::default())
-        .load_module(text)
-        .map(|_| ())
+    Device::new(Arch::SM_90, Options::default()).load_module(text).map(|_| ())
 }
 
 fn body(text: &str) -> String {
@@ -22,10 +20,7 @@ fn refused_with_text_and_line() {
         ("add.u32 %r1, %r2, %r3;", "not"),
         (".reg .b32 %r<4>; add.u32 %r1, %r2;", "operands"),
         (".reg .b32 %r<4>; add.strange.u32 %r1, %r2, %r3;", "strange"),
-        (
-            ".reg .b64 %rd<4>; .reg .b32 %r<4>; add.u32 %r1, %rd2, %r3;",
-            "fit",
-        ),
+        (".reg .b64 %rd<4>; .reg .b32 %r<4>; add.u32 %r1, %rd2, %r3;", "fit"),
         ("bra NOWHERE;", "NOWHERE"),
         ("L: L: ret;", "twice"),
         (".shared .b8 s[99999999]; ret;", "shared"),
@@ -43,14 +38,9 @@ fn refused_with_text_and_line() {
 
 #[test]
 fn hostile_texts() {
-    let deep =
-        |open: &str, close: &str, n: usize| body(&format!("{}{}", open.repeat(n), close.repeat(n)));
-    let many = (0..20_000)
-        .map(|i| format!("add.u32 %r{i}, %r{}, 1;\n", i + 1))
-        .collect::<String>();
-    let chain: String = (0..5_000)
-        .map(|i| format!(".func f{i}() {{ call f{}, (); ret; }}\n", i + 1))
-        .collect();
+    let deep = |open: &str, close: &str, n: usize| body(&format!("{}{}", open.repeat(n), close.repeat(n)));
+    let many = (0..20_000).map(|i| format!("add.u32 %r{i}, %r{}, 1;\n", i + 1)).collect::<String>();
+    let chain: String = (0..5_000).map(|i| format!(".func f{i}() {{ call f{}, (); ret; }}\n", i + 1)).collect();
     for text in [
         String::new(),
         "\0".repeat(1000),
@@ -59,10 +49,7 @@ fn hostile_texts() {
         ".version 8.0\n.target sm_80\n.global .b8 x[99999999999];".into(),
         ".version 8.0\n.target sm_80\n.global .b8 x[4294967296][4294967296][4294967296];".into(),
         deep("{", "}", 100_000),
-        body(&format!(
-            ".reg .b32 %r<4>; mov.b32 %r1, {}",
-            "{".repeat(100_000)
-        )),
+        body(&format!(".reg .b32 %r<4>; mov.b32 %r1, {}", "{".repeat(100_000))),
         body(&format!("ld.global.u32 %r1, {}", "[".repeat(100_000))),
         body(&format!(".reg .b32 %r<30000>; {}", many)) + "garbage",
         format!(".version 8.0\n.target sm_80\n{chain}.visible .entry k() {{ call f0, (); ret; }}"),
@@ -77,10 +64,7 @@ fn hostile_texts() {
 
 #[test]
 fn declared_registers_cost_nothing() {
-    load(&body(
-        ".reg .b32 %r<18446744073709551615>; mov.u32 %r99999999999, 1; ret;",
-    ))
-    .unwrap();
+    load(&body(".reg .b32 %r<18446744073709551615>; mov.u32 %r99999999999, 1; ret;")).unwrap();
 }
 
 #[test]
@@ -89,17 +73,13 @@ fn endless_recursion_is_a_stack_overflow() {
     let device = Device::new(Arch::SM_80, Options::default());
     let module = device.load_module(text).unwrap();
     let f = module.function("k").unwrap();
-    let fault = device
-        .launch(&f, &cuda_sim::LaunchConfig::new([1; 3], [32, 1, 1]), &[])
-        .unwrap_err();
+    let fault = device.launch(&f, &cuda_sim::LaunchConfig::new([1; 3], [32, 1, 1]), &[]).unwrap_err();
     assert!(fault.text.contains("stack overflow"), "{}", fault.text);
 }
 
 fn samples() -> Vec<String> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
-    let files = std::fs::read_dir(dir)
-        .unwrap()
-        .map(|e| e.unwrap().path().join("kernel.ptx"));
+    let files = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path().join("kernel.ptx"));
     files.map(|f| std::fs::read_to_string(f).unwrap()).collect()
 }
 

@@ -16,18 +16,10 @@ fn text(shared: &str, body: &str) -> String {
 /// Runs both, in several orders.
 fn pair(class: FaultClass, code: u32, faulty: &str, fixed: &str, grid: u32, block: u32) {
     for seed in [None, Some(7), Some(8)] {
-        let options = Options {
-            seed,
-            budget: 100_000,
-            ..Options::default()
-        };
+        let options = Options { seed, budget: 100_000, ..Options::default() };
         let (_, result) = kernel_with(faulty, Arch::SM_80, grid, block, 0, 1024, options.clone());
         let fault = result.expect_err("the faulty kernel must fail");
-        assert!(
-            fault.reports.iter().all(|r| r.class == class),
-            "expected {class}: {}",
-            fault.text
-        );
+        assert!(fault.reports.iter().all(|r| r.class == class), "expected {class}: {}", fault.text);
         assert_eq!(fault.cuda_error, code);
         let (_, result) = kernel_with(fixed, Arch::SM_80, grid, block, 0, 1024, options);
         if let Err(fault) = result {
@@ -43,9 +35,7 @@ fn out_of_bounds() {
     let shared = |n: u32| {
         text(
             ".shared .align 4 .b8 s[128];",
-            &format!(
-                "mul.lo.u32 %r5, %r1, {n}; mov.u32 %r6, s; add.u32 %r5, %r5, %r6; st.shared.u32 [%r5], %r1;"
-            ),
+            &format!("mul.lo.u32 %r5, %r1, {n}; mov.u32 %r6, s; add.u32 %r5, %r5, %r6; st.shared.u32 [%r5], %r1;"),
         )
     };
     pair(FaultClass::OobShared, 700, &shared(8), &shared(4), 1, 32);
@@ -61,17 +51,11 @@ fn out_of_bounds() {
 
 #[test]
 fn misaligned() {
-    let at = |offset| {
-        text(
-            "",
-            &format!("ld.global.v2.u32 {{%r5, %r6}}, [%rd0+{offset}];"),
-        )
-    };
+    let at = |offset| text("", &format!("ld.global.v2.u32 {{%r5, %r6}}, [%rd0+{offset}];"));
     pair(FaultClass::Misaligned, 716, &at(4), &at(8), 1, 32);
 }
 
-const EXCHANGE: &str =
-    "mov.u32 %r6, s; shl.b32 %r5, %r1, 2; add.u32 %r5, %r5, %r6; st.shared.u32 [%r5], %r1;";
+const EXCHANGE: &str = "mov.u32 %r6, s; shl.b32 %r5, %r1, 2; add.u32 %r5, %r5, %r6; st.shared.u32 [%r5], %r1;";
 
 #[test]
 fn shared_races() {
@@ -84,66 +68,23 @@ fn shared_races() {
             ),
         )
     };
-    pair(
-        FaultClass::DataRaceShared,
-        719,
-        &body("", 32),
-        &body("bar.sync 0;", 32),
-        2,
-        128,
-    );
+    pair(FaultClass::DataRaceShared, 719, &body("", 32), &body("bar.sync 0;", 32), 2, 128);
     // Within a warp.
-    pair(
-        FaultClass::DataRaceShared,
-        719,
-        &body("", 1),
-        &body("bar.warp.sync -1;", 1),
-        1,
-        32,
-    );
+    pair(FaultClass::DataRaceShared, 719, &body("", 1), &body("bar.warp.sync -1;", 1), 1, 32);
     // A named barrier of the two warps that exchange is enough.
     let named = "and.b32 %r9, %r1, 64; shr.u32 %r9, %r9, 6; add.u32 %r9, %r9, 1; bar.sync %r9, 64;";
-    pair(
-        FaultClass::DataRaceShared,
-        719,
-        &body(named, 64),
-        &body(named, 32),
-        1,
-        128,
-    );
+    pair(FaultClass::DataRaceShared, 719, &body(named, 64), &body(named, 32), 1, 128);
     // Everybody writing the same value is no race; different values are.
-    let same = |v: &str| {
-        text(
-            shared,
-            &format!("mov.u32 %r6, s; st.shared.u32 [%r6], {v};"),
-        )
-    };
-    pair(
-        FaultClass::DataRaceShared,
-        719,
-        &same("%r1"),
-        &same("5"),
-        1,
-        64,
-    );
+    let same = |v: &str| text(shared, &format!("mov.u32 %r6, s; st.shared.u32 [%r6], {v};"));
+    pair(FaultClass::DataRaceShared, 719, &same("%r1"), &same("5"), 1, 64);
 }
 
 #[test]
 fn uninitialised() {
     let shared = ".shared .align 4 .b8 s[512];";
     let read = "mov.u32 %r6, s; ld.shared.u32 %r5, [%r6+4]; st.global.u32 [%rd1], %r5;";
-    let fixed = text(
-        shared,
-        &format!("mov.u32 %r6, s; st.shared.u32 [%r6+4], 3; {read}"),
-    );
-    pair(
-        FaultClass::UninitialisedShared,
-        719,
-        &text(shared, read),
-        &fixed,
-        1,
-        1,
-    );
+    let fixed = text(shared, &format!("mov.u32 %r6, s; st.shared.u32 [%r6+4], 3; {read}"));
+    pair(FaultClass::UninitialisedShared, 719, &text(shared, read), &fixed, 1, 1);
     let local = ".local .align 4 .b8 l[16];";
     let faulty = text(local, "st.local.u32 [l], 1; ld.local.u32 %r5, [l+4];");
     pair(
@@ -158,45 +99,17 @@ fn uninitialised() {
 
 #[test]
 fn barriers() {
-    let part = |n: u32| {
-        text(
-            "",
-            &format!("setp.lt.u32 %p1, %r1, {n}; @%p1 bar.sync 0; st.global.u32 [%rd1], %r1;"),
-        )
-    };
-    pair(
-        FaultClass::BarrierDivergence,
-        719,
-        &part(40),
-        &part(64),
-        1,
-        64,
-    );
+    let part = |n: u32| text("", &format!("setp.lt.u32 %p1, %r1, {n}; @%p1 bar.sync 0; st.global.u32 [%rd1], %r1;"));
+    pair(FaultClass::BarrierDivergence, 719, &part(40), &part(64), 1, 64);
     // An early exit is no skipped barrier.
-    let early = text(
-        "",
-        "setp.ge.u32 %p1, %r1, 40; @%p1 bra END; bar.sync 0; st.global.u32 [%rd1], %r1; END:",
-    );
+    let early = text("", "setp.ge.u32 %p1, %r1, 40; @%p1 bra END; bar.sync 0; st.global.u32 [%rd1], %r1; END:");
     if let (_, Err(fault)) = kernel(&early, Arch::SM_80, 1, 64, 0, 1024) {
         panic!("{}", fault.text);
     }
     // Warps that wait for different barriers for ever.
-    let dead = |b: u32| {
-        text(
-            "",
-            &format!(
-                "setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync {b}; bra E; A: bar.sync 0; E:"
-            ),
-        )
-    };
-    pair(
-        FaultClass::BarrierDivergence,
-        719,
-        &dead(1),
-        &dead(0),
-        1,
-        64,
-    );
+    let dead =
+        |b: u32| text("", &format!("setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync {b}; bra E; A: bar.sync 0; E:"));
+    pair(FaultClass::BarrierDivergence, 719, &dead(1), &dead(0), 1, 64);
 }
 
 #[test]
@@ -209,52 +122,20 @@ fn asynchronous_copies() {
             ),
         )
     };
-    pair(
-        FaultClass::AsyncCopyHazard,
-        719,
-        &body(""),
-        &body("cp.async.wait_group 0;"),
-        1,
-        32,
-    );
-    pair(
-        FaultClass::AsyncCopyHazard,
-        719,
-        &body("cp.async.wait_group 1;"),
-        &body("cp.async.wait_all;"),
-        1,
-        32,
-    );
+    pair(FaultClass::AsyncCopyHazard, 719, &body(""), &body("cp.async.wait_group 0;"), 1, 32);
+    pair(FaultClass::AsyncCopyHazard, 719, &body("cp.async.wait_group 1;"), &body("cp.async.wait_all;"), 1, 32);
 }
 
 #[test]
 fn endless_loops() {
-    let body = |n: &str| {
-        text(
-            "",
-            &format!(
-                "mov.u32 %r5, 0; L: add.u32 %r5, %r5, 1; setp.lt.u32 %p1, %r5, {n}; @%p1 bra L;"
-            ),
-        )
-    };
-    pair(
-        FaultClass::Timeout,
-        702,
-        &body("4294967295"),
-        &body("1000"),
-        1,
-        32,
-    );
+    let body =
+        |n: &str| text("", &format!("mov.u32 %r5, 0; L: add.u32 %r5, %r5, 1; setp.lt.u32 %p1, %r5, {n}; @%p1 bra L;"));
+    pair(FaultClass::Timeout, 702, &body("4294967295"), &body("1000"), 1, 32);
 }
 
 #[test]
 fn global_races_between_blocks() {
-    let body = |add: &str| {
-        text(
-            "",
-            &format!("setp.ne.u32 %p1, %r1, 0; @%p1 bra E; {add} E:"),
-        )
-    };
+    let body = |add: &str| text("", &format!("setp.ne.u32 %p1, %r1, 0; @%p1 bra E; {add} E:"));
     pair(
         FaultClass::DataRaceGlobal,
         719,
@@ -277,14 +158,7 @@ fn global_races_between_blocks() {
             ),
         )
     };
-    pair(
-        FaultClass::DataRaceGlobal,
-        719,
-        &last(""),
-        &last("membar.gl;"),
-        4,
-        64,
-    );
+    pair(FaultClass::DataRaceGlobal, 719, &last(""), &last("membar.gl;"), 4, 64);
     let (out, _) = kernel(&last("fence.acq_rel.gpu;"), Arch::SM_80, 4, 64, 0, 1024);
     assert_eq!(out[32], 28);
 }
@@ -315,32 +189,18 @@ fn blocks_that_wait_for_each_other_finish() {
 #[test]
 fn refusals_and_leaks() {
     let device = Device::new(Arch::SM_86, Options::default());
-    let text = format!(
-        ".version 8.0\n.target sm_80\n.address_size 64\n{}",
-        text("", "")
-    );
+    let text = format!(".version 8.0\n.target sm_80\n.address_size 64\n{}", text("", ""));
     let module = device.load_module(&text).unwrap();
     let f = module.function("k").unwrap();
-    let refused = |c: LaunchConfig| {
-        device
-            .launch(&f, &c, &[0; 8])
-            .expect_err("must be refused")
-            .cuda_error
-    };
+    let refused = |c: LaunchConfig| device.launch(&f, &c, &[0; 8]).expect_err("must be refused").cuda_error;
     assert_eq!(refused(LaunchConfig::new([1; 3], [1025, 1, 1])), 1);
     assert_eq!(refused(LaunchConfig::new([1, 65536, 1], [32, 1, 1])), 1);
-    assert_eq!(
-        refused(LaunchConfig::new([1; 3], [32, 1, 1]).with_shared(100 * 1024)),
-        1
-    );
+    assert_eq!(refused(LaunchConfig::new([1; 3], [32, 1, 1]).with_shared(100 * 1024)), 1);
     let mut c = LaunchConfig::new([1; 3], [1024, 1, 1]);
     c.registers = Some(128);
     assert_eq!(refused(c), 701);
     assert_eq!(
-        device
-            .launch(&f, &LaunchConfig::new([1; 3], [32, 1, 1]), &[0; 4])
-            .expect_err("too few parameters")
-            .cuda_error,
+        device.launch(&f, &LaunchConfig::new([1; 3], [32, 1, 1]), &[0; 4]).expect_err("too few parameters").cuda_error,
         1
     );
     assert!(device.leaks().is_empty());

@@ -77,11 +77,7 @@ fn words_of(ty: Ty) -> u32 {
     }
 }
 
-pub(super) fn function<'a>(
-    unit: &mut Unit<'a>,
-    f: &'a Func,
-    kernel_params: &[Param],
-) -> Result<FuncInfo> {
+pub(super) fn function<'a>(unit: &mut Unit<'a>, f: &'a Func, kernel_params: &[Param]) -> Result<FuncInfo> {
     static EMPTY: Instr = Instr {
         line: 0,
         text: String::new(),
@@ -120,9 +116,7 @@ pub(super) fn function<'a>(
     let (mut params, mut returns) = (Vec::new(), Vec::new());
     if f.entry {
         for p in kernel_params {
-            b.scopes[0]
-                .names
-                .insert(p.name.clone(), Sym::Param(p.offset));
+            b.scopes[0].names.insert(p.name.clone(), Sym::Param(p.offset));
         }
     } else {
         for v in &f.params {
@@ -139,10 +133,7 @@ pub(super) fn function<'a>(
     b.guard = (NONE, false);
     b.class = Class::Control;
     b.parts = 0;
-    b.emit(Inst {
-        kind: if f.entry { Kind::Exit } else { Kind::Ret },
-        ..b.blank()
-    })?;
+    b.emit(Inst { kind: if f.entry { Kind::Exit } else { Kind::Ret }, ..b.blank() })?;
     b.finish(start, params, returns)
 }
 
@@ -161,11 +152,7 @@ fn collect_labels(body: &[Stmt]) -> Result<(Vec<HashMap<String, u32>>, u32)> {
             Stmt::Label(name, line) => {
                 let top = stack.last().copied().unwrap_or(0);
                 if scopes[top].insert(name.clone(), count).is_some() {
-                    return Err(LoadError::new(
-                        *line,
-                        name,
-                        "this label is defined twice in its scope",
-                    ));
+                    return Err(LoadError::new(*line, name, "this label is defined twice in its scope"));
                 }
                 count += 1;
             }
@@ -190,42 +177,24 @@ impl<'u, 'a> Body<'u, 'a> {
 
     fn formal(&mut self, v: &Var) -> Result<Slot> {
         if v.space == Space::Reg {
-            let at = if v.ty == Ty::Pred {
-                self.new_pred()?
-            } else {
-                self.new_words(words_of(v.ty))?
-            };
+            let at = if v.ty == Ty::Pred { self.new_pred()? } else { self.new_words(words_of(v.ty))? };
             self.scopes[0].names.insert(v.name.clone(), Sym::Reg(v.ty));
             self.scopes[0].regs.insert(v.name.clone(), at);
-            return Ok(if v.ty == Ty::Pred {
-                Slot::Pred(at)
-            } else {
-                Slot::Reg(at, words_of(v.ty))
-            });
+            return Ok(if v.ty == Ty::Pred { Slot::Pred(at) } else { Slot::Reg(at, words_of(v.ty)) });
         }
         let (at, bytes) = self.local_var(v)?;
-        self.scopes[0]
-            .names
-            .insert(v.name.clone(), Sym::Local(at, bytes));
+        self.scopes[0].names.insert(v.name.clone(), Sym::Local(at, bytes));
         Ok(Slot::Local(at, bytes))
     }
 
     fn local_var(&mut self, v: &Var) -> Result<(u32, u32)> {
         // Parameters are loaded 16 bytes at a time where the caller's layout allows it.
-        let align = if v.space == Space::Param {
-            v.align.max(16)
-        } else {
-            v.align.max(1)
-        };
+        let align = if v.space == Space::Param { v.align.max(16) } else { v.align.max(1) };
         let at = self.local.next_multiple_of(align.into());
         let bytes = v.bytes();
         self.local = at.saturating_add(bytes);
         if self.local > MAX_LOCAL.into() {
-            return Err(LoadError::new(
-                v.line,
-                &v.name,
-                format!("more than {MAX_LOCAL} bytes of local memory"),
-            ));
+            return Err(LoadError::new(v.line, &v.name, format!("more than {MAX_LOCAL} bytes of local memory")));
         }
         Ok((at as u32, bytes as u32))
     }
@@ -234,10 +203,7 @@ impl<'u, 'a> Body<'u, 'a> {
         let at = self.words;
         self.words += words.max(1) * 32;
         if self.words > MAX_FRAME {
-            return self.fail(format!(
-                "the function {} uses too many registers",
-                self.func_name
-            ));
+            return self.fail(format!("the function {} uses too many registers", self.func_name));
         }
         Ok(at)
     }
@@ -264,19 +230,11 @@ impl<'u, 'a> Body<'u, 'a> {
 
     /// A register that holds `value` in every lane.
     pub(super) fn constant(&mut self, words: u32, value: u64) -> Result<u32> {
-        let value = if words == 1 {
-            value & 0xffff_ffff
-        } else {
-            value
-        };
+        let value = if words == 1 { value & 0xffff_ffff } else { value };
         if let Some(at) = self.consts.get(&(words, value)) {
             return Ok(*at);
         }
-        let at = if words == 0 {
-            self.new_pred()?
-        } else {
-            self.new_words(words)?
-        };
+        let at = if words == 0 { self.new_pred()? } else { self.new_words(words)? };
         self.consts.insert((words, value), at);
         Ok(at)
     }
@@ -285,16 +243,11 @@ impl<'u, 'a> Body<'u, 'a> {
         if let Some(at) = self.specials.get(&s) {
             return Ok(*at);
         }
-        let at = self.new_words(
-            if matches!(
-                s,
-                Special::GridId | Special::Local(_) | Special::DynamicShared
-            ) {
-                2
-            } else {
-                1
-            },
-        )?;
+        let at = self.new_words(if matches!(s, Special::GridId | Special::Local(_) | Special::DynamicShared) {
+            2
+        } else {
+            1
+        })?;
         self.specials.insert(s, at);
         Ok(at)
     }
@@ -320,11 +273,7 @@ impl<'u, 'a> Body<'u, 'a> {
             self.unit.dynamic_align = self.unit.dynamic_align.max(v.align);
             return Some((0, Sym::Dynamic));
         }
-        self.unit
-            .shared
-            .get(name)
-            .copied()
-            .map(|at| (0, Sym::Shared(at)))
+        self.unit.shared.get(name).copied().map(|at| (0, Sym::Shared(at)))
     }
 
     /// Gives a module-level shared variable its place on first use.
@@ -342,18 +291,11 @@ impl<'u, 'a> Body<'u, 'a> {
     }
 
     fn shared_var(&mut self, v: &Var) -> Result<u32> {
-        let at = self
-            .unit
-            .shared_bytes
-            .next_multiple_of(v.align.max(1).into());
+        let at = self.unit.shared_bytes.next_multiple_of(v.align.max(1).into());
         self.unit.shared_bytes = at.saturating_add(v.bytes());
         let most = u64::from(self.unit.arch.shared_per_block_optin);
         if self.unit.shared_bytes > most {
-            return Err(LoadError::new(
-                v.line,
-                &v.name,
-                format!("more than {most} bytes of shared memory"),
-            ));
+            return Err(LoadError::new(v.line, &v.name, format!("more than {most} bytes of shared memory")));
         }
         Ok(at as u32)
     }
@@ -369,23 +311,11 @@ impl<'u, 'a> Body<'u, 'a> {
             return Ok(None);
         };
         if let Some(at) = self.scopes[scope].regs.get(name) {
-            return Ok(Some(Reg {
-                at: *at,
-                words: words_of(ty),
-                ty,
-            }));
+            return Ok(Some(Reg { at: *at, words: words_of(ty), ty }));
         }
-        let at = if ty == Ty::Pred {
-            self.new_pred()?
-        } else {
-            self.new_words(words_of(ty))?
-        };
+        let at = if ty == Ty::Pred { self.new_pred()? } else { self.new_words(words_of(ty))? };
         self.scopes[scope].regs.insert(name.to_owned(), at);
-        Ok(Some(Reg {
-            at,
-            words: words_of(ty),
-            ty,
-        }))
+        Ok(Some(Reg { at, words: words_of(ty), ty }))
     }
 
     fn special_register(&mut self, name: &str) -> Result<Option<Reg>> {
@@ -406,27 +336,15 @@ impl<'u, 'a> Body<'u, 'a> {
             ("%nclusterid", Some(a)) => Special::Nctaid(a),
             ("%cluster_ctaid", Some(_)) | ("%cluster_ctarank" | "%is_explicit_cluster", None) => {
                 let at = self.constant(1, 0)?;
-                return Ok(Some(Reg {
-                    at,
-                    words: 1,
-                    ty: Ty::U32,
-                }));
+                return Ok(Some(Reg { at, words: 1, ty: Ty::U32 }));
             }
             ("%cluster_nctaid", Some(_)) | ("%cluster_nctarank", None) => {
                 let at = self.constant(1, 1)?;
-                return Ok(Some(Reg {
-                    at,
-                    words: 1,
-                    ty: Ty::U32,
-                }));
+                return Ok(Some(Reg { at, words: 1, ty: Ty::U32 }));
             }
             ("WARP_SZ", None) => {
                 let at = self.constant(1, 32)?;
-                return Ok(Some(Reg {
-                    at,
-                    words: 1,
-                    ty: Ty::U32,
-                }));
+                return Ok(Some(Reg { at, words: 1, ty: Ty::U32 }));
             }
             ("%laneid", None) => Special::LaneId,
             ("%warpid", None) => Special::WarpId,
@@ -444,11 +362,7 @@ impl<'u, 'a> Body<'u, 'a> {
             _ => return Ok(None),
         };
         let at = self.special(special)?;
-        let (words, ty) = if special == Special::GridId {
-            (2, Ty::U64)
-        } else {
-            (1, Ty::U32)
-        };
+        let (words, ty) = if special == Special::GridId { (2, Ty::U64) } else { (1, Ty::U32) };
         Ok(Some(Reg { at, words, ty }))
     }
 
@@ -456,12 +370,8 @@ impl<'u, 'a> Body<'u, 'a> {
     pub(super) fn address_of(&mut self, name: &str, offset: i64) -> Result<Option<u32>> {
         let at = match self.symbol(name)? {
             Some((_, Sym::Global(a))) => self.constant(2, a.wrapping_add(offset as u64))?,
-            Some((_, Sym::Shared(a))) => {
-                self.constant(2, u64::from(a).wrapping_add(offset as u64))?
-            }
-            Some((_, Sym::Param(a))) => {
-                self.constant(2, (PARAM_WINDOW + u64::from(a)).wrapping_add(offset as u64))?
-            }
+            Some((_, Sym::Shared(a))) => self.constant(2, u64::from(a).wrapping_add(offset as u64))?,
+            Some((_, Sym::Param(a))) => self.constant(2, (PARAM_WINDOW + u64::from(a)).wrapping_add(offset as u64))?,
             Some((_, Sym::Local(a, _))) if offset == 0 => self.special(Special::Local(a))?,
             Some((_, Sym::Dynamic)) if offset == 0 => self.special(Special::DynamicShared)?,
             Some((_, Sym::Local(..) | Sym::Dynamic)) => {
@@ -490,11 +400,7 @@ impl<'u, 'a> Body<'u, 'a> {
     /// Requires between `low` and `high` operands.
     pub(super) fn arity(&self, low: usize, high: usize) -> Result<()> {
         let n = self.count();
-        if n < low || n > high {
-            self.fail(format!("expected {low} to {high} operands, found {n}"))
-        } else {
-            Ok(())
-        }
+        if n < low || n > high { self.fail(format!("expected {low} to {high} operands, found {n}")) } else { Ok(()) }
     }
 
     /// An operand read as a value of `ty`: word offset of a register, constant or special register.
@@ -513,17 +419,11 @@ impl<'u, 'a> Body<'u, 'a> {
                         return Ok(r.at);
                     }
                     // Special registers of 32 bits may be read as 64 (`mov.u64 %rd, %clock`).
-                    return self.fail(
-                        format!("`{n}` is .{:?}, which does not fit .{ty:?}", r.ty).to_lowercase(),
-                    );
+                    return self.fail(format!("`{n}` is .{:?}, which does not fit .{ty:?}", r.ty).to_lowercase());
                 }
                 if let Some(at) = self.address_of(n, 0)? {
                     // A 32-bit use takes the low word.
-                    return if words == 2 {
-                        Ok(at)
-                    } else {
-                        self.low_word(at)
-                    };
+                    return if words == 2 { Ok(at) } else { self.low_word(at) };
                 }
                 self.fail(format!("`{n}` is not declared"))
             }
@@ -531,12 +431,8 @@ impl<'u, 'a> Body<'u, 'a> {
             Operand::Int(i) if ty == Ty::F64 => self.constant(2, (*i as f64).to_bits()),
             Operand::Int(i) if words > 0 => self.constant(words, constant(*i as u64)),
             Operand::F32(b) if words == 1 => self.constant(1, u64::from(*b)),
-            Operand::F32(b) if ty == Ty::F64 => {
-                self.constant(2, f64::from(f32::from_bits(*b)).to_bits())
-            }
-            Operand::F64(b) if ty == Ty::F32 => {
-                self.constant(1, u64::from((f64::from_bits(*b) as f32).to_bits()))
-            }
+            Operand::F32(b) if ty == Ty::F64 => self.constant(2, f64::from(f32::from_bits(*b)).to_bits()),
+            Operand::F64(b) if ty == Ty::F32 => self.constant(1, u64::from((f64::from_bits(*b) as f32).to_bits())),
             Operand::F64(b) if words == 2 => self.constant(2, *b),
             Operand::Sum(n, offset) => match self.address_of(n, *offset)? {
                 Some(at) if words == 2 => Ok(at),
@@ -550,12 +446,7 @@ impl<'u, 'a> Body<'u, 'a> {
     /// The low 32 bits of a 64-bit register, as a part of the current instruction.
     fn low_word(&mut self, at: u32) -> Result<u32> {
         let d = self.temp(1)?;
-        self.part(Inst {
-            alu: lanes::op1(|a: u64| a as u32),
-            d,
-            a: at,
-            ..self.blank()
-        })?;
+        self.part(Inst { alu: lanes::op1(|a: u64| a as u32), d, a: at, ..self.blank() })?;
         Ok(d)
     }
 
@@ -583,27 +474,16 @@ impl<'u, 'a> Body<'u, 'a> {
         if let Operand::Name(n) = o
             && let Some(r) = self.any_register(n)?
         {
-            return if r.words == 0 {
-                self.fail("a predicate does not fit here")
-            } else {
-                Ok(r)
-            };
+            return if r.words == 0 { self.fail("a predicate does not fit here") } else { Ok(r) };
         }
-        Ok(Reg {
-            at: self.value(o, ty)?,
-            words: words_of(ty),
-            ty,
-        })
+        Ok(Reg { at: self.value(o, ty)?, words: words_of(ty), ty })
     }
 
     /// An operand as a destination of `ty`'s width.
     pub(super) fn dst(&mut self, i: usize, ty: Ty) -> Result<u32> {
         let r = self.dst_any(i)?;
         if r.words != words_of(ty) {
-            return self.fail(
-                format!("the destination is .{:?}, which does not fit .{ty:?}", r.ty)
-                    .to_lowercase(),
-            );
+            return self.fail(format!("the destination is .{:?}, which does not fit .{ty:?}", r.ty).to_lowercase());
         }
         Ok(r.at)
     }
@@ -661,33 +541,17 @@ impl<'u, 'a> Body<'u, 'a> {
             Operand::Name(n) => {
                 if let Some(r) = self.register(n)? {
                     return match r.words {
-                        1 if r.ty.bytes() == 4 => Ok(Addr {
-                            reg: r.at,
-                            wide: false,
-                            offset,
-                        }),
-                        2 => Ok(Addr {
-                            reg: r.at,
-                            wide: true,
-                            offset,
-                        }),
+                        1 if r.ty.bytes() == 4 => Ok(Addr { reg: r.at, wide: false, offset }),
+                        2 => Ok(Addr { reg: r.at, wide: true, offset }),
                         _ => self.fail(format!("`{n}` cannot hold an address")),
                     };
                 }
                 match self.address_of(n, 0)? {
-                    Some(reg) => Ok(Addr {
-                        reg,
-                        wide: true,
-                        offset,
-                    }),
+                    Some(reg) => Ok(Addr { reg, wide: true, offset }),
                     None => self.fail(format!("`{n}` is not declared")),
                 }
             }
-            Operand::Int(i) => Ok(Addr {
-                reg: self.constant(2, *i as u64)?,
-                wide: true,
-                offset,
-            }),
+            Operand::Int(i) => Ok(Addr { reg: self.constant(2, *i as u64)?, wide: true, offset }),
             _ => self.fail("expected a register or variable as base of the address"),
         }
     }
@@ -710,11 +574,7 @@ impl<'u, 'a> Body<'u, 'a> {
                 return Ok(Slot::Local(at, bytes));
             }
             if let Some(r) = self.register(n)? {
-                return Ok(if r.words == 0 {
-                    Slot::Pred(r.at)
-                } else {
-                    Slot::Reg(r.at, r.words)
-                });
+                return Ok(if r.words == 0 { Slot::Pred(r.at) } else { Slot::Reg(r.at, r.words) });
             }
         }
         if let Operand::Int(_) | Operand::F32(_) = o {
@@ -751,47 +611,25 @@ impl<'u, 'a> Body<'u, 'a> {
         if self.unit.code.len() > MAX_CODE {
             return self.fail(format!("the kernel has more than {MAX_CODE} instructions"));
         }
-        let class = if self.parts > 0 && class != Class::Part {
-            Class::Part
-        } else {
-            class
-        };
+        let class = if self.parts > 0 && class != Class::Part { Class::Part } else { class };
         if class != Class::Part {
             self.parts += 1;
         }
         let flops = if class == Class::Part { 0 } else { self.flops };
         self.unit.code.push(inst);
-        self.unit.source.push(Source {
-            line: self.instr.line,
-            text: self.text,
-            class,
-            flops,
-        });
+        self.unit.source.push(Source { line: self.instr.line, text: self.text, class, flops });
         Ok(())
     }
 
     /// Emits `alu` with a destination and up to three sources.
     pub(super) fn alu(&mut self, alu: AluFn, d: u32, s: &[u32], e: u32) -> Result<()> {
         let at = |i: usize| s.get(i).copied().unwrap_or(NONE);
-        self.emit(Inst {
-            alu,
-            d,
-            a: at(0),
-            b: at(1),
-            c: at(2),
-            e,
-            ..self.blank()
-        })
+        self.emit(Inst { alu, d, a: at(0), b: at(1), c: at(2), e, ..self.blank() })
     }
 
     /// Branch targets are filled in when all labels are known; `slot` is the entry of a switch.
     fn fix(&mut self, label: &str, slot: usize) -> Result<()> {
-        let found = self
-            .scopes
-            .iter()
-            .rev()
-            .find_map(|s| s.labels.get(label))
-            .copied();
+        let found = self.scopes.iter().rev().find_map(|s| s.labels.get(label)).copied();
         match found {
             Some(l) => {
                 self.fixups.push((self.unit.code.len(), slot, l));
@@ -805,15 +643,8 @@ impl<'u, 'a> Body<'u, 'a> {
         match s {
             Stmt::Open => {
                 self.opened += 1;
-                let labels = self
-                    .label_scopes
-                    .get(self.opened)
-                    .cloned()
-                    .unwrap_or_default();
-                self.scopes.push(Scope {
-                    labels,
-                    ..Scope::default()
-                });
+                let labels = self.label_scopes.get(self.opened).cloned().unwrap_or_default();
+                self.scopes.push(Scope { labels, ..Scope::default() });
             }
             Stmt::Close => {
                 self.scopes.pop();
@@ -859,16 +690,10 @@ impl<'u, 'a> Body<'u, 'a> {
             }
             Space::Shared if v.count == 0 => Sym::Dynamic,
             Space::Shared => Sym::Shared(self.shared_var(v)?),
-            Space::Global | Space::Const => {
-                match self
-                    .unit
-                    .globals
-                    .get(&format!("{}::{}", self.func_name, v.name))
-                {
-                    Some(a) => Sym::Global(*a),
-                    None => return wrong("this variable is not known"),
-                }
-            }
+            Space::Global | Space::Const => match self.unit.globals.get(&format!("{}::{}", self.func_name, v.name)) {
+                Some(a) => Sym::Global(*a),
+                None => return wrong("this variable is not known"),
+            },
             Space::Reg => return wrong("this declaration is not supported"),
         };
         self.scope().names.insert(v.name.clone(), sym);
@@ -879,11 +704,7 @@ impl<'u, 'a> Body<'u, 'a> {
         self.instr = i;
         self.mods = Mods::new(&i.mods);
         self.text = self.unit.texts.len() as u32;
-        self.unit.texts.push(if i.text.len() > 200 {
-            i.text.chars().take(200).collect()
-        } else {
-            i.text.clone()
-        });
+        self.unit.texts.push(if i.text.len() > 200 { i.text.chars().take(200).collect() } else { i.text.clone() });
         self.class = Class::Integer;
         self.flops = 0;
         self.parts = 0;
@@ -892,11 +713,7 @@ impl<'u, 'a> Body<'u, 'a> {
             let (at, _) = self.pred(&Operand::Name(name.clone()))?;
             self.guard = (at, *not);
         }
-        let known = self.control()?
-            || self.integer()?
-            || self.float()?
-            || self.convert()?
-            || self.memory()?;
+        let known = self.control()? || self.integer()? || self.float()? || self.convert()? || self.memory()?;
         let known = known || self.sync()? || self.matrix()? || self.tensor()?;
         if !known {
             return self.fail("this instruction is not supported");
@@ -918,10 +735,7 @@ impl<'u, 'a> Body<'u, 'a> {
                     return self.fail("expected a label");
                 };
                 self.fix(label, 0)?;
-                self.emit(Inst {
-                    kind: Kind::Jump(0),
-                    ..self.blank()
-                })?;
+                self.emit(Inst { kind: Kind::Jump(0), ..self.blank() })?;
             }
             "brx" => {
                 self.mods.take("uni");
@@ -933,44 +747,23 @@ impl<'u, 'a> Body<'u, 'a> {
                 let Operand::Name(list) = self.operand(1)? else {
                     return self.fail("expected a list of labels");
                 };
-                let labels = self
-                    .scopes
-                    .iter()
-                    .rev()
-                    .find_map(|s| s.targets.get(list))
-                    .cloned();
+                let labels = self.scopes.iter().rev().find_map(|s| s.targets.get(list)).cloned();
                 let Some(labels) = labels else {
                     return self.fail(format!("`{list}` is no list of labels"));
                 };
                 for (slot, l) in labels.iter().enumerate() {
                     self.fix(l, slot)?;
                 }
-                self.emit(Inst {
-                    a,
-                    kind: Kind::Switch(vec![0; labels.len()].into()),
-                    ..self.blank()
-                })?;
+                self.emit(Inst { a, kind: Kind::Switch(vec![0; labels.len()].into()), ..self.blank() })?;
             }
             "ret" => {
                 self.mods.take("uni");
                 let kind = if self.entry { Kind::Exit } else { Kind::Ret };
-                self.emit(Inst {
-                    kind,
-                    ..self.blank()
-                })?;
+                self.emit(Inst { kind, ..self.blank() })?;
             }
-            "exit" => self.emit(Inst {
-                kind: Kind::Exit,
-                ..self.blank()
-            })?,
-            "trap" => self.emit(Inst {
-                kind: Kind::Trap("trap"),
-                ..self.blank()
-            })?,
-            "brkpt" => self.emit(Inst {
-                kind: Kind::Trap("brkpt"),
-                ..self.blank()
-            })?,
+            "exit" => self.emit(Inst { kind: Kind::Exit, ..self.blank() })?,
+            "trap" => self.emit(Inst { kind: Kind::Trap("trap"), ..self.blank() })?,
+            "brkpt" => self.emit(Inst { kind: Kind::Trap("brkpt"), ..self.blank() })?,
             "call" => self.call()?,
             _ => {
                 self.class = Class::Integer;
@@ -997,14 +790,8 @@ impl<'u, 'a> Body<'u, 'a> {
         let Operand::Name(name) = target else {
             return self.fail("expected a function to call");
         };
-        let args = args
-            .iter()
-            .map(|o| self.call_slot(o))
-            .collect::<Result<Vec<_>>>()?;
-        let returns = returns
-            .iter()
-            .map(|o| self.call_slot(o))
-            .collect::<Result<Vec<_>>>()?;
+        let args = args.iter().map(|o| self.call_slot(o)).collect::<Result<Vec<_>>>()?;
+        let returns = returns.iter().map(|o| self.call_slot(o)).collect::<Result<Vec<_>>>()?;
         if let Some(func) = self.unit.indices.get(name.as_str()).copied() {
             let tree = self.unit.tree;
             if let Some(f) = tree.funcs.iter().find(|f| f.name == *name)
@@ -1012,23 +799,12 @@ impl<'u, 'a> Body<'u, 'a> {
             {
                 return self.fail("the call does not fit the function's parameters");
             }
-            let call = Call {
-                func: Some(func),
-                pointer: NONE,
-                args,
-                returns,
-            };
-            return self.emit(Inst {
-                kind: Kind::Call(Box::new(call)),
-                ..self.blank()
-            });
+            let call = Call { func: Some(func), pointer: NONE, args, returns };
+            return self.emit(Inst { kind: Kind::Call(Box::new(call)), ..self.blank() });
         }
         match name.as_str() {
             "__assertfail" => {
-                return self.emit(Inst {
-                    kind: Kind::Trap("assertion failed"),
-                    ..self.blank()
-                });
+                return self.emit(Inst { kind: Kind::Trap("assertion failed"), ..self.blank() });
             }
             // Printing from a kernel is dropped; the result is the number of arguments printed.
             "vprintf" => {
@@ -1040,37 +816,19 @@ impl<'u, 'a> Body<'u, 'a> {
                         bytes: 4,
                         signed: false,
                         regs: vec![(zero, 1)],
-                        address: Addr {
-                            reg,
-                            wide: true,
-                            offset: 0,
-                        },
+                        address: Addr { reg, wide: true, offset: 0 },
                         strength: Strength::Weak,
                     };
-                    return self.emit(Inst {
-                        kind: Kind::Access(Box::new(access)),
-                        ..self.blank()
-                    });
+                    return self.emit(Inst { kind: Kind::Access(Box::new(access)), ..self.blank() });
                 }
-                return self.emit(Inst {
-                    kind: Kind::Nop,
-                    ..self.blank()
-                });
+                return self.emit(Inst { kind: Kind::Nop, ..self.blank() });
             }
             _ => {}
         }
         match self.register(name)? {
             Some(r) if r.words == 2 => {
-                let call = Call {
-                    func: None,
-                    pointer: r.at,
-                    args,
-                    returns,
-                };
-                self.emit(Inst {
-                    kind: Kind::Call(Box::new(call)),
-                    ..self.blank()
-                })
+                let call = Call { func: None, pointer: r.at, args, returns };
+                self.emit(Inst { kind: Kind::Call(Box::new(call)), ..self.blank() })
             }
             _ => self.fail(format!("the function `{name}` is not in this module")),
         }
@@ -1087,11 +845,7 @@ impl<'u, 'a> Body<'u, 'a> {
                 _ => return self.fail("a label is used by an instruction that cannot branch"),
             }
         }
-        let mut consts: Vec<_> = self
-            .consts
-            .into_iter()
-            .map(|((words, value), at)| (at, words, value))
-            .collect();
+        let mut consts: Vec<_> = self.consts.into_iter().map(|((words, value), at)| (at, words, value)).collect();
         consts.sort_unstable();
         let mut specials: Vec<_> = self.specials.into_iter().collect();
         specials.sort_unstable();

@@ -34,9 +34,7 @@ fn num(name: &str) -> Option<Num> {
     }
 }
 
-const CODES: [&str; 13] = [
-    "u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64", "f16", "bf16", "tf32", "f32", "f64",
-];
+const CODES: [&str; 13] = ["u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64", "f16", "bf16", "tf32", "f32", "f64"];
 
 const SAT: u32 = 1 << 12;
 const SATFINITE: u32 = 1 << 13;
@@ -61,21 +59,12 @@ pub(super) fn round_of(code: u32) -> Round {
 /// One conversion. The parameter holds the source code in bits 0..4, target in 4..8, rounding in 8..11, flags above.
 /// Integer results fill 64 bits by their sign; the caller cuts.
 fn cvt(a: u64, p: u32) -> u64 {
-    let at = |i: u32| {
-        num(CODES[(i & 15) as usize]).unwrap_or(Num::Int {
-            bits: 64,
-            signed: false,
-        })
-    };
+    let at = |i: u32| num(CODES[(i & 15) as usize]).unwrap_or(Num::Int { bits: 64, signed: false });
     let (from, to, round) = (at(p), at(p >> 4), round_of(p >> 8 & 7));
     let mut value = match from {
         Num::Int { bits, signed } => {
             let up = 64 - bits;
-            let v = if signed {
-                i128::from(((a << up) as i64) >> up)
-            } else {
-                i128::from((a << up) >> up)
-            };
+            let v = if signed { i128::from(((a << up) as i64) >> up) } else { i128::from((a << up) >> up) };
             match to {
                 Num::Int { bits, signed } => {
                     let (low, high) = limits(bits, signed);
@@ -91,14 +80,7 @@ fn cvt(a: u64, p: u32) -> u64 {
             let bits = f.bits();
             let a = if bits == 64 { a } else { a & ((1 << bits) - 1) };
             let subnormal = f == numeric::F32 && a & 0x7f80_0000 == 0;
-            numeric::unpack(
-                f,
-                if p & FTZ != 0 && subnormal {
-                    a & 0x8000_0000
-                } else {
-                    a
-                },
-            )
+            numeric::unpack(f, if p & FTZ != 0 && subnormal { a & 0x8000_0000 } else { a })
         }
     };
     match to {
@@ -113,22 +95,11 @@ fn cvt(a: u64, p: u32) -> u64 {
         Num::Float(f) => {
             let negative = matches!(value, Value::Inf(true) | Value::Num { negative: true, .. });
             if p & RELU != 0 && (negative || value == Value::Nan) {
-                value = if value == Value::Nan {
-                    value
-                } else {
-                    Value::Num {
-                        negative: false,
-                        mantissa: 0,
-                        exponent: 0,
-                    }
-                };
+                value =
+                    if value == Value::Nan { value } else { Value::Num { negative: false, mantissa: 0, exponent: 0 } };
             }
             if p & TO_INTEGRAL != 0
-                && let Value::Num {
-                    negative,
-                    mantissa,
-                    exponent,
-                } = value
+                && let Value::Num { negative, mantissa, exponent } = value
                 && exponent < 0
             {
                 value = Value::Num {
@@ -140,11 +111,7 @@ fn cvt(a: u64, p: u32) -> u64 {
             if p & SAT != 0 {
                 value = match value {
                     Value::Nan | Value::Inf(true) | Value::Num { negative: true, .. } => {
-                        Value::Num {
-                            negative: false,
-                            mantissa: 0,
-                            exponent: 0,
-                        }
+                        Value::Num { negative: false, mantissa: 0, exponent: 0 }
                     }
                     Value::Inf(false) => Value::from_int(1),
                     v => v,
@@ -163,39 +130,23 @@ fn cvt(a: u64, p: u32) -> u64 {
             }
             let bits = numeric::pack(f, value, round, p & SATFINITE != 0);
             let subnormal = f == numeric::F32 && bits & 0x7f80_0000 == 0;
-            if p & FTZ != 0 && subnormal {
-                bits & 0x8000_0000
-            } else {
-                bits
-            }
+            if p & FTZ != 0 && subnormal { bits & 0x8000_0000 } else { bits }
         }
     }
 }
 
 fn limits(bits: u32, signed: bool) -> (i128, i128) {
-    if signed {
-        (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-    } else {
-        (0, (1 << bits) - 1)
-    }
+    if signed { (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) } else { (0, (1 << bits) - 1) }
 }
 
 fn wrap(v: u64, bits: u32, signed: bool) -> u64 {
     let up = 64 - bits;
-    if signed {
-        (((v << up) as i64) >> up) as u64
-    } else {
-        (v << up) >> up
-    }
+    if signed { (((v << up) as i64) >> up) as u64 } else { (v << up) >> up }
 }
 
 /// fp8 pairs: two f32 (first operand is the upper half) to 8-bit formats, saturating.
 fn to_fp8(hi: u32, lo: u32, p: u32) -> u32 {
-    let f = if p & 1 != 0 {
-        numeric::E5M2
-    } else {
-        numeric::E4M3
-    };
+    let f = if p & 1 != 0 { numeric::E5M2 } else { numeric::E4M3 };
     let one = |x: u32| {
         let mut v = numeric::unpack(numeric::F32, x.into());
         if p & 2 != 0 && matches!(v, Value::Inf(true) | Value::Num { negative: true, .. }) {
@@ -238,16 +189,12 @@ impl Body<'_, '_> {
         if self.instr.mods.iter().any(|m| PACKED.contains(&m.as_str())) {
             return self.cvt_packed(rounding.unwrap_or(Round::Rn), finite, relu);
         }
-        let take = |b: &mut Self| {
-            b.mods
-                .find(|m| CODES.iter().position(|c| *c == m).map(|i| i as u32))
-        };
+        let take = |b: &mut Self| b.mods.find(|m| CODES.iter().position(|c| *c == m).map(|i| i as u32));
         let (Some(to), Some(from)) = (take(self), take(self)) else {
             return Ok(false);
         };
         self.arity(2, 2)?;
-        let (Some(to_num), Some(from_num)) = (num(CODES[to as usize]), num(CODES[from as usize]))
-        else {
+        let (Some(to_num), Some(from_num)) = (num(CODES[to as usize]), num(CODES[from as usize])) else {
             return Ok(false);
         };
         let reg_ty = |n: Num| match n {
@@ -287,11 +234,7 @@ impl Body<'_, '_> {
             | if relu { RELU } else { 0 }
             | if integral { TO_INTEGRAL } else { 0 };
         let plain = !(sat || finite || relu || ftz || integral);
-        let alu = if plain {
-            fast(CODES[from as usize], CODES[to as usize], round, a, d)
-        } else {
-            None
-        };
+        let alu = if plain { fast(CODES[from as usize], CODES[to as usize], round, a, d) } else { None };
         let alu = alu.unwrap_or_else(|| general(a.words, d.words, d.ty.bytes()));
         self.alu(alu, d.at, &[a.at], p)?;
         Ok(true)
@@ -329,9 +272,7 @@ impl Body<'_, '_> {
                         u32::from(numeric::f32_to_bf16(f32::from_bits(h))) << 16
                             | u32::from(numeric::f32_to_bf16(f32::from_bits(l)))
                     }),
-                    _ => op2p(|h: u32, l: u32, p| {
-                        (cvt(h.into(), p) as u32) << 16 | cvt(l.into(), p) as u32
-                    }),
+                    _ => op2p(|h: u32, l: u32, p| (cvt(h.into(), p) as u32) << 16 | cvt(l.into(), p) as u32),
                 };
                 self.alu(alu, d, &[hi, lo], p)?;
             }
@@ -342,12 +283,7 @@ impl Body<'_, '_> {
                 self.arity(3, 3)?;
                 let (hi, lo) = (self.src(1, Ty::F32)?, self.src(2, Ty::F32)?);
                 let d = self.dst(0, Ty::B16)?;
-                self.alu(
-                    op2p(to_fp8),
-                    d,
-                    &[hi, lo],
-                    u32::from(to == "e5m2x2") | u32::from(relu) << 1,
-                )?;
+                self.alu(op2p(to_fp8), d, &[hi, lo], u32::from(to == "e5m2x2") | u32::from(relu) << 1)?;
             }
             ("e4m3x2" | "e5m2x2", "f16x2" | "bf16x2") => {
                 if !finite {
@@ -363,40 +299,24 @@ impl Body<'_, '_> {
                     }),
                     _ => op1p(|a: u32, p| to_fp8(a & 0xffff_0000, a << 16, p)),
                 };
-                self.alu(
-                    alu,
-                    d,
-                    &[a],
-                    u32::from(to == "e5m2x2") | u32::from(relu) << 1,
-                )?;
+                self.alu(alu, d, &[a], u32::from(to == "e5m2x2") | u32::from(relu) << 1)?;
             }
             ("f16x2", "e4m3x2" | "e5m2x2") => {
                 self.arity(2, 2)?;
                 let a = self.src(1, Ty::B16)?;
                 let d = self.dst(0, Ty::B32)?;
                 let alu = op1p(|a: u32, p| {
-                    let f = if p & 1 != 0 {
-                        numeric::E5M2
-                    } else {
-                        numeric::E4M3
-                    };
+                    let f = if p & 1 != 0 { numeric::E5M2 } else { numeric::E4M3 };
                     let one = |x: u32| {
                         let mut v = numeric::unpack(f, u64::from(x & 0xff));
-                        if p & 2 != 0
-                            && matches!(v, Value::Inf(true) | Value::Num { negative: true, .. })
-                        {
+                        if p & 2 != 0 && matches!(v, Value::Inf(true) | Value::Num { negative: true, .. }) {
                             v = Value::from_int(0);
                         }
                         numeric::pack(numeric::F16, v, Round::Rn, false) as u32
                     };
                     one(a >> 8) << 16 | one(a)
                 });
-                self.alu(
-                    alu,
-                    d,
-                    &[a],
-                    u32::from(from == "e5m2x2") | u32::from(relu) << 1,
-                )?;
+                self.alu(alu, d, &[a], u32::from(from == "e5m2x2") | u32::from(relu) << 1)?;
             }
             _ => return Ok(false),
         }
@@ -421,11 +341,7 @@ impl Body<'_, '_> {
         };
         self.arity(if with_c { 4 } else { 3 }, if with_c { 4 } else { 3 })?;
         let (a, b) = (self.src(1, Ty::S32)?, self.src(2, Ty::S32)?);
-        let c = if with_c {
-            self.src(3, Ty::B32)?
-        } else {
-            self.constant(1, 0)?
-        };
+        let c = if with_c { self.src(3, Ty::B32)? } else { self.constant(1, 0)? };
         let d = self.dst(0, Ty::B32)?;
         let alu = crate::lanes::op3p(|a: u32, b: u32, c: u32, e| {
             let bits = e >> 1;
@@ -465,17 +381,11 @@ fn fast(from: &str, to: &str, round: Round, a: Reg, d: Reg) -> Option<AluFn> {
         ("f32", "s32", 1, 1) if round == Round::Rz => op1(|a: u32| f32::from_bits(a) as i32 as u32),
         ("f32", "u32", 1, 1) if round == Round::Rz => op1(|a: u32| f32::from_bits(a) as u32),
         ("f32", "f64", 1, 2) => op1(|a: u32| f64::from(f32::from_bits(a)).to_bits()),
-        ("f64", "f32", 2, 1) if round == Round::Rn => {
-            op1(|a: u64| (f64::from_bits(a) as f32).to_bits())
-        }
+        ("f64", "f32", 2, 1) if round == Round::Rn => op1(|a: u64| (f64::from_bits(a) as f32).to_bits()),
         ("f16", "f32", 1, 1) => op1(|a: u32| numeric::f16_to_f32(a as u16).to_bits()),
         ("bf16", "f32", 1, 1) => op1(|a: u32| a << 16),
-        ("f32", "f16", 1, 1) if round == Round::Rn => {
-            op1(|a: u32| u32::from(numeric::f32_to_f16(f32::from_bits(a))))
-        }
-        ("f32", "bf16", 1, 1) if round == Round::Rn => {
-            op1(|a: u32| u32::from(numeric::f32_to_bf16(f32::from_bits(a))))
-        }
+        ("f32", "f16", 1, 1) if round == Round::Rn => op1(|a: u32| u32::from(numeric::f32_to_f16(f32::from_bits(a)))),
+        ("f32", "bf16", 1, 1) if round == Round::Rn => op1(|a: u32| u32::from(numeric::f32_to_bf16(f32::from_bits(a)))),
         _ => return None,
     })
 }

@@ -8,9 +8,7 @@ use super::Result;
 use super::body::Body;
 use super::convert::round_of;
 use crate::lanes::{op1, op1p, op2, op2p, op3, op3p, test};
-use crate::numeric::{
-    self, Format, Round, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, flush, fma_odd,
-};
+use crate::numeric::{self, Format, Round, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, flush, fma_odd};
 use crate::program::*;
 use crate::ptx::ast::{Operand, Ty};
 
@@ -37,11 +35,7 @@ const NAN: u32 = 1 << 11;
 const XORSIGN: u32 = 1 << 12;
 
 fn saturate(x: f32) -> f32 {
-    if x.is_nan() || x <= 0.0 {
-        0.0
-    } else {
-        x.min(1.0)
-    }
+    if x.is_nan() || x <= 0.0 { 0.0 } else { x.min(1.0) }
 }
 
 /// One operation by exact arithmetic. Parameter: operation in bits 0..4, rounding in 4..8, flags.
@@ -64,34 +58,20 @@ fn exact(fmt: Format, a: u64, b: u64, c: u64, p: u32) -> u64 {
     if single {
         let x = f(bits as u32);
         let x = if p & FTZ != 0 { flush(x) } else { x };
-        return (if p & SAT != 0 { saturate(x) } else { x })
-            .to_bits()
-            .into();
+        return (if p & SAT != 0 { saturate(x) } else { x }).to_bits().into();
     }
     if p & SAT != 0 {
         let x = d(bits);
-        return if x.is_nan() || x <= 0.0 {
-            0
-        } else {
-            x.min(1.0).to_bits()
-        };
+        return if x.is_nan() || x <= 0.0 { 0 } else { x.min(1.0).to_bits() };
     }
     bits
 }
 
 /// `min` and `max` of f32 with all their modifiers; bit 0 of the parameter is max.
 fn extreme(a: f32, b: f32, p: u32) -> f32 {
-    let (a, b) = if p & FTZ != 0 {
-        (flush(a), flush(b))
-    } else {
-        (a, b)
-    };
+    let (a, b) = if p & FTZ != 0 { (flush(a), flush(b)) } else { (a, b) };
     let sign = (a.to_bits() ^ b.to_bits()) & 0x8000_0000;
-    let (a, b) = if p & XORSIGN != 0 {
-        (a.abs(), b.abs())
-    } else {
-        (a, b)
-    };
+    let (a, b) = if p & XORSIGN != 0 { (a.abs(), b.abs()) } else { (a, b) };
     let r = match (a.is_nan(), b.is_nan()) {
         (true, true) => f(0x7fff_ffff),
         (true, false) | (false, true) if p & NAN != 0 => f(0x7fff_ffff),
@@ -120,11 +100,7 @@ fn extreme(a: f32, b: f32, p: u32) -> f32 {
             }
         }
     };
-    if p & XORSIGN != 0 && !r.is_nan() {
-        f(r.to_bits() | sign)
-    } else {
-        r
-    }
+    if p & XORSIGN != 0 && !r.is_nan() { f(r.to_bits() | sign) } else { r }
 }
 
 /// Applies an f32 function to 16-bit values: bit 16 of the parameter means bf16.
@@ -133,77 +109,37 @@ const BF16: u32 = 1 << 16;
 const PAIR: u32 = 1 << 17;
 
 fn half_in(x: u32, p: u32) -> f32 {
-    let v = if p & BF16 != 0 {
-        bf16_to_f32(x as u16)
-    } else {
-        f16_to_f32(x as u16)
-    };
-    if p & FTZ != 0 && p & BF16 == 0 && x & 0x7c00 == 0 {
-        f(v.to_bits() & 0x8000_0000)
-    } else {
-        v
-    }
+    let v = if p & BF16 != 0 { bf16_to_f32(x as u16) } else { f16_to_f32(x as u16) };
+    if p & FTZ != 0 && p & BF16 == 0 && x & 0x7c00 == 0 { f(v.to_bits() & 0x8000_0000) } else { v }
 }
 
 fn half_out(v: f32, p: u32) -> u32 {
     let v = if p & SAT != 0 { saturate(v) } else { v };
     let v = if p & RELU != 0 && v <= 0.0 { 0.0 } else { v };
-    let h = u32::from(if p & BF16 != 0 {
-        f32_to_bf16(v)
-    } else {
-        f32_to_f16(v)
-    });
-    if p & FTZ != 0 && p & BF16 == 0 && h & 0x7c00 == 0 {
-        h & 0x8000
-    } else {
-        h
-    }
+    let h = u32::from(if p & BF16 != 0 { f32_to_bf16(v) } else { f32_to_f16(v) });
+    if p & FTZ != 0 && p & BF16 == 0 && h & 0x7c00 == 0 { h & 0x8000 } else { h }
 }
 
 fn half1(a: u32, p: u32, g: impl Fn(f32) -> f32) -> u32 {
     let one = |x: u32| half_out(g(half_in(x, p)), p);
-    if p & PAIR != 0 {
-        one(a) | one(a >> 16) << 16
-    } else {
-        one(a)
-    }
+    if p & PAIR != 0 { one(a) | one(a >> 16) << 16 } else { one(a) }
 }
 
 fn half2(a: u32, b: u32, p: u32, g: impl Fn(f32, f32) -> f32) -> u32 {
     let one = |x: u32, y: u32| half_out(g(half_in(x, p), half_in(y, p)), p);
-    if p & PAIR != 0 {
-        one(a, b) | one(a >> 16, b >> 16) << 16
-    } else {
-        one(a, b)
-    }
+    if p & PAIR != 0 { one(a, b) | one(a >> 16, b >> 16) << 16 } else { one(a, b) }
 }
 
 /// Rounds a round-to-odd f64 to a half once.
 fn half_fma(a: u32, b: u32, c: u32, p: u32) -> u32 {
-    let fmt = if p & BF16 != 0 {
-        numeric::BF16
-    } else {
-        numeric::F16
-    };
+    let fmt = if p & BF16 != 0 { numeric::BF16 } else { numeric::F16 };
     let one = |a: u32, b: u32, c: u32| {
-        let v = fma_odd(
-            half_in(a, p).into(),
-            half_in(b, p).into(),
-            half_in(c, p).into(),
-        );
+        let v = fma_odd(half_in(a, p).into(), half_in(b, p).into(), half_in(c, p).into());
         let h = numeric::convert(numeric::F64, v.to_bits(), fmt, Round::Rn, false) as u32;
         let x = half_in(h, p & BF16);
-        if p & (SAT | RELU | FTZ) != 0 && !x.is_nan() || p & SAT != 0 {
-            half_out(x, p)
-        } else {
-            h
-        }
+        if p & (SAT | RELU | FTZ) != 0 && !x.is_nan() || p & SAT != 0 { half_out(x, p) } else { h }
     };
-    if p & PAIR != 0 {
-        one(a, b, c) | one(a >> 16, b >> 16, c >> 16) << 16
-    } else {
-        one(a, b, c)
-    }
+    if p & PAIR != 0 { one(a, b, c) | one(a >> 16, b >> 16, c >> 16) << 16 } else { one(a, b, c) }
 }
 
 impl Body<'_, '_> {
@@ -222,19 +158,14 @@ impl Body<'_, '_> {
     }
 
     fn rounding(&mut self) -> Option<u32> {
-        self.mods.find(|m| {
-            ["rn", "rz", "rm", "rp"]
-                .iter()
-                .position(|r| *r == m)
-                .map(|i| i as u32)
-        })
+        self.mods.find(|m| ["rn", "rz", "rm", "rp"].iter().position(|r| *r == m).map(|i| i as u32))
     }
 
     pub(super) fn float(&mut self) -> Result<bool> {
         let op = self.instr.opcode.as_str();
         let known = [
-            "add", "sub", "mul", "fma", "mad", "div", "rcp", "sqrt", "rsqrt", "sin", "cos", "lg2",
-            "ex2", "tanh", "neg", "abs", "min", "max", "copysign", "testp",
+            "add", "sub", "mul", "fma", "mad", "div", "rcp", "sqrt", "rsqrt", "sin", "cos", "lg2", "ex2", "tanh",
+            "neg", "abs", "min", "max", "copysign", "testp",
         ];
         if !known.contains(&op) {
             return Ok(false);
@@ -271,10 +202,7 @@ impl Body<'_, '_> {
         if ty == Ty::F64 {
             self.flops *= 2;
         }
-        if matches!(
-            op,
-            "rcp" | "rsqrt" | "sqrt" | "sin" | "cos" | "lg2" | "ex2" | "tanh" | "div"
-        ) {
+        if matches!(op, "rcp" | "rsqrt" | "sqrt" | "sin" | "cos" | "lg2" | "ex2" | "tanh" | "div") {
             self.class = Class::Special;
         }
         match ty {
@@ -299,20 +227,11 @@ impl Body<'_, '_> {
         let pair = |a: u64, b: u64, c: u64, p: u32| {
             let one = |shift: u32| {
                 let [a, b, c] = [a, b, c].map(|x| f((x >> shift) as u32));
-                let [a, b, c] = if p & FTZ != 0 {
-                    [a, b, c].map(flush)
-                } else {
-                    [a, b, c]
-                };
+                let [a, b, c] = if p & FTZ != 0 { [a, b, c].map(flush) } else { [a, b, c] };
                 let r = match p & 15 {
                     _ if p >> 4 & 7 != 0 => {
-                        return exact(
-                            numeric::F32,
-                            a.to_bits().into(),
-                            b.to_bits().into(),
-                            c.to_bits().into(),
-                            p,
-                        ) << shift;
+                        return exact(numeric::F32, a.to_bits().into(), b.to_bits().into(), c.to_bits().into(), p)
+                            << shift;
                     }
                     ADD => a + b,
                     SUB => a - b,
@@ -336,17 +255,9 @@ impl Body<'_, '_> {
         let mut s = Vec::new();
         for i in 1..n {
             let (a, t) = (self.src(i, half)?, self.temp(1)?);
-            let widen = if half == Ty::F16 {
-                op1(|a: u32| f16_to_f32(a as u16).to_bits())
-            } else {
-                op1(|a: u32| a << 16)
-            };
-            self.part(Inst {
-                alu: widen,
-                d: t,
-                a,
-                ..self.blank()
-            })?;
+            let widen =
+                if half == Ty::F16 { op1(|a: u32| f16_to_f32(a as u16).to_bits()) } else { op1(|a: u32| a << 16) };
+            self.part(Inst { alu: widen, d: t, a, ..self.blank() })?;
             s.push(t);
         }
         s.push(self.src(n, Ty::F32)?);
@@ -358,9 +269,7 @@ impl Body<'_, '_> {
         };
         let alu = match n {
             2 => op2p(|a: u32, b: u32, p| exact(numeric::F32, a.into(), b.into(), 0, p) as u32),
-            _ => op3p(|a: u32, b: u32, c: u32, p| {
-                exact(numeric::F32, a.into(), b.into(), c.into(), p) as u32
-            }),
+            _ => op3p(|a: u32, b: u32, c: u32, p| exact(numeric::F32, a.into(), b.into(), c.into(), p) as u32),
         };
         self.alu(alu, d, &s, code | round.unwrap_or(0) << 4 | p)?;
         Ok(true)
@@ -368,9 +277,7 @@ impl Body<'_, '_> {
 
     fn sources(&mut self, n: usize, ty: Ty) -> Result<(u32, Vec<u32>)> {
         self.arity(n + 1, n + 1)?;
-        let s = (1..=n)
-            .map(|i| self.src(i, ty))
-            .collect::<Result<Vec<_>>>()?;
+        let s = (1..=n).map(|i| self.src(i, ty)).collect::<Result<Vec<_>>>()?;
         Ok((self.dst(0, ty)?, s))
     }
 
@@ -386,9 +293,7 @@ impl Body<'_, '_> {
         // Three-operand min and max.
         if matches!(op, "min" | "max") && self.count() == 4 {
             let (d, s) = self.sources(3, Ty::F32)?;
-            let alu = op3p(|a: u32, b: u32, c: u32, p| {
-                extreme(extreme(f(a), f(b), p), f(c), p).to_bits()
-            });
+            let alu = op3p(|a: u32, b: u32, c: u32, p| extreme(extreme(f(a), f(b), p), f(c), p).to_bits());
             self.alu(alu, d, &s, p | u32::from(op == "max"))?;
             return Ok(true);
         }
@@ -402,62 +307,34 @@ impl Body<'_, '_> {
             _ => SQRT,
         };
         let (alu, e) = match op {
-            "add" | "sub" | "mul" if slow => (
-                op2p(|a: u32, b: u32, p| exact(numeric::F32, a.into(), b.into(), 0, p) as u32),
-                q | code,
-            ),
+            "add" | "sub" | "mul" if slow => {
+                (op2p(|a: u32, b: u32, p| exact(numeric::F32, a.into(), b.into(), 0, p) as u32), q | code)
+            }
             "fma" | "mad" if slow => (
-                op3p(|a: u32, b: u32, c: u32, p| {
-                    exact(numeric::F32, a.into(), b.into(), c.into(), p) as u32
-                }),
+                op3p(|a: u32, b: u32, c: u32, p| exact(numeric::F32, a.into(), b.into(), c.into(), p) as u32),
                 q | code,
             ),
-            "add" if ftz => (
-                op2(|a: u32, b: u32| flush(flush(f(a)) + flush(f(b))).to_bits()),
-                0,
-            ),
-            "sub" if ftz => (
-                op2(|a: u32, b: u32| flush(flush(f(a)) - flush(f(b))).to_bits()),
-                0,
-            ),
-            "mul" if ftz => (
-                op2(|a: u32, b: u32| flush(flush(f(a)) * flush(f(b))).to_bits()),
-                0,
-            ),
+            "add" if ftz => (op2(|a: u32, b: u32| flush(flush(f(a)) + flush(f(b))).to_bits()), 0),
+            "sub" if ftz => (op2(|a: u32, b: u32| flush(flush(f(a)) - flush(f(b))).to_bits()), 0),
+            "mul" if ftz => (op2(|a: u32, b: u32| flush(flush(f(a)) * flush(f(b))).to_bits()), 0),
             "add" => (op2(|a: u32, b: u32| (f(a) + f(b)).to_bits()), 0),
             "sub" => (op2(|a: u32, b: u32| (f(a) - f(b)).to_bits()), 0),
             "mul" => (op2(|a: u32, b: u32| (f(a) * f(b)).to_bits()), 0),
-            "fma" | "mad" if ftz => (
-                op3(|a: u32, b: u32, c: u32| {
-                    flush(flush(f(a)).mul_add(flush(f(b)), flush(f(c)))).to_bits()
-                }),
-                0,
-            ),
-            "fma" | "mad" => (
-                op3(|a: u32, b: u32, c: u32| f(a).mul_add(f(b), f(c)).to_bits()),
-                0,
-            ),
-            "div" if !approx && slow => (
-                op2p(|a: u32, b: u32, p| exact(numeric::F32, a.into(), b.into(), 0, p) as u32),
-                q | code,
-            ),
-            "div" if ftz => (
-                op2(|a: u32, b: u32| flush(flush(f(a)) / flush(f(b))).to_bits()),
-                0,
-            ),
+            "fma" | "mad" if ftz => {
+                (op3(|a: u32, b: u32, c: u32| flush(flush(f(a)).mul_add(flush(f(b)), flush(f(c)))).to_bits()), 0)
+            }
+            "fma" | "mad" => (op3(|a: u32, b: u32, c: u32| f(a).mul_add(f(b), f(c)).to_bits()), 0),
+            "div" if !approx && slow => {
+                (op2p(|a: u32, b: u32, p| exact(numeric::F32, a.into(), b.into(), 0, p) as u32), q | code)
+            }
+            "div" if ftz => (op2(|a: u32, b: u32| flush(flush(f(a)) / flush(f(b))).to_bits()), 0),
             "div" => (op2(|a: u32, b: u32| (f(a) / f(b)).to_bits()), 0),
-            "rcp" if !approx && slow => (
-                op1p(|a: u32, p| {
-                    exact(numeric::F32, 1.0f32.to_bits().into(), a.into(), 0, p) as u32
-                }),
-                q | code,
-            ),
+            "rcp" if !approx && slow => {
+                (op1p(|a: u32, p| exact(numeric::F32, 1.0f32.to_bits().into(), a.into(), 0, p) as u32), q | code)
+            }
             "rcp" if ftz => (op1(|a: u32| flush(1.0 / flush(f(a))).to_bits()), 0),
             "rcp" => (op1(|a: u32| (1.0 / f(a)).to_bits()), 0),
-            "sqrt" if !approx && slow => (
-                op1p(|a: u32, p| exact(numeric::F32, a.into(), 0, 0, p) as u32),
-                q | code,
-            ),
+            "sqrt" if !approx && slow => (op1p(|a: u32, p| exact(numeric::F32, a.into(), 0, 0, p) as u32), q | code),
             "sqrt" if ftz => (op1(|a: u32| flush(flush(f(a)).sqrt()).to_bits()), 0),
             "sqrt" => (op1(|a: u32| f(a).sqrt().to_bits()), 0),
             "rsqrt" | "sin" | "cos" | "lg2" | "ex2" | "tanh" => (function(op, ftz), 0),
@@ -466,15 +343,9 @@ impl Body<'_, '_> {
             "abs" if ftz => (op1(|a: u32| flush(f(a)).to_bits() & 0x7fff_ffff), 0),
             "abs" => (op1(|a: u32| a & 0x7fff_ffff), 0),
             // PTX: the sign of a, the magnitude of b.
-            "copysign" => (
-                op2(|a: u32, b: u32| (a & 0x8000_0000) | (b & 0x7fff_ffff)),
-                0,
-            ),
+            "copysign" => (op2(|a: u32, b: u32| (a & 0x8000_0000) | (b & 0x7fff_ffff)), 0),
             "max" if p == 0 => (op2(|a: u32, b: u32| fast_max(f(a), f(b)).to_bits()), 0),
-            "min" | "max" => (
-                op2p(|a: u32, b: u32, p| extreme(f(a), f(b), p).to_bits()),
-                p | u32::from(op == "max"),
-            ),
+            "min" | "max" => (op2p(|a: u32, b: u32, p| extreme(f(a), f(b), p).to_bits()), p | u32::from(op == "max")),
             _ => return Ok(false),
         };
         self.alu(alu, d, &s, e)?;
@@ -491,62 +362,29 @@ impl Body<'_, '_> {
         };
         let (dst, s) = self.sources(n, Ty::F64)?;
         let (alu, e) = match op {
-            "add" if slow => (
-                op2p(|a: u64, b: u64, p| exact(numeric::F64, a, b, 0, p)),
-                q | ADD,
-            ),
-            "sub" if slow => (
-                op2p(|a: u64, b: u64, p| exact(numeric::F64, a, b, 0, p)),
-                q | SUB,
-            ),
-            "mul" if slow => (
-                op2p(|a: u64, b: u64, p| exact(numeric::F64, a, b, 0, p)),
-                q | MUL,
-            ),
-            "div" if slow => (
-                op2p(|a: u64, b: u64, p| exact(numeric::F64, a, b, 0, p)),
-                q | DIV,
-            ),
-            "fma" | "mad" if slow => (
-                op3p(|a: u64, b: u64, c: u64, p| exact(numeric::F64, a, b, c, p)),
-                q | FMA,
-            ),
+            "add" if slow => (op2p(|a: u64, b: u64, p| exact(numeric::F64, a, b, 0, p)), q | ADD),
+            "sub" if slow => (op2p(|a: u64, b: u64, p| exact(numeric::F64, a, b, 0, p)), q | SUB),
+            "mul" if slow => (op2p(|a: u64, b: u64, p| exact(numeric::F64, a, b, 0, p)), q | MUL),
+            "div" if slow => (op2p(|a: u64, b: u64, p| exact(numeric::F64, a, b, 0, p)), q | DIV),
+            "fma" | "mad" if slow => (op3p(|a: u64, b: u64, c: u64, p| exact(numeric::F64, a, b, c, p)), q | FMA),
             "sqrt" if slow => (op1p(|a: u64, p| exact(numeric::F64, a, 0, 0, p)), q | SQRT),
-            "rcp" if slow => (
-                op1p(|a: u64, p| exact(numeric::F64, 1.0f64.to_bits(), a, 0, p)),
-                q | DIV,
-            ),
+            "rcp" if slow => (op1p(|a: u64, p| exact(numeric::F64, 1.0f64.to_bits(), a, 0, p)), q | DIV),
             "add" => (op2(|a: u64, b: u64| (d(a) + d(b)).to_bits()), 0),
             "sub" => (op2(|a: u64, b: u64| (d(a) - d(b)).to_bits()), 0),
             "mul" => (op2(|a: u64, b: u64| (d(a) * d(b)).to_bits()), 0),
-            "fma" | "mad" => (
-                op3(|a: u64, b: u64, c: u64| d(a).mul_add(d(b), d(c)).to_bits()),
-                0,
-            ),
+            "fma" | "mad" => (op3(|a: u64, b: u64, c: u64| d(a).mul_add(d(b), d(c)).to_bits()), 0),
             "div" => (op2(|a: u64, b: u64| (d(a) / d(b)).to_bits()), 0),
             "sqrt" => (op1(|a: u64| d(a).sqrt().to_bits()), 0),
             // The approximation reads and writes only the upper 32 bits.
-            "rcp" if approx => (
-                op1(|a: u64| (1.0 / d(a & !0xffff_ffff)).to_bits() & !0xffff_ffff),
-                0,
-            ),
+            "rcp" if approx => (op1(|a: u64| (1.0 / d(a & !0xffff_ffff)).to_bits() & !0xffff_ffff), 0),
             "rcp" => (op1(|a: u64| (1.0 / d(a)).to_bits()), 0),
-            "rsqrt" if p & FTZ != 0 => (
-                op1(|a: u64| (1.0 / d(a & !0xffff_ffff).sqrt()).to_bits() & !0xffff_ffff),
-                0,
-            ),
+            "rsqrt" if p & FTZ != 0 => (op1(|a: u64| (1.0 / d(a & !0xffff_ffff).sqrt()).to_bits() & !0xffff_ffff), 0),
             "rsqrt" => (op1(|a: u64| (1.0 / d(a).sqrt()).to_bits()), 0),
             "neg" => (op1(|a: u64| a ^ 1 << 63), 0),
             "abs" => (op1(|a: u64| a & !(1 << 63)), 0),
             "copysign" => (op2(|a: u64, b: u64| (a & 1 << 63) | (b & !(1 << 63))), 0),
-            "min" => (
-                op2(|a: u64, b: u64| extreme64(d(a), d(b), false).to_bits()),
-                0,
-            ),
-            "max" => (
-                op2(|a: u64, b: u64| extreme64(d(a), d(b), true).to_bits()),
-                0,
-            ),
+            "min" => (op2(|a: u64, b: u64| extreme64(d(a), d(b), false).to_bits()), 0),
+            "max" => (op2(|a: u64, b: u64| extreme64(d(a), d(b), true).to_bits()), 0),
             _ => return Ok(false),
         };
         self.alu(alu, dst, &s, e)?;
@@ -571,32 +409,12 @@ impl Body<'_, '_> {
             "sub" => (op2p(|a: u32, b: u32, p| half2(a, b, p, |x, y| x - y)), e),
             "mul" => (op2p(|a: u32, b: u32, p| half2(a, b, p, |x, y| x * y)), e),
             "fma" => (op3p(half_fma), e),
-            "neg" => (
-                op1p(|a: u32, p| a ^ if p & PAIR != 0 { 0x8000_8000 } else { 0x8000 }),
-                e,
-            ),
-            "abs" => (
-                op1p(|a: u32, p| a & if p & PAIR != 0 { 0x7fff_7fff } else { 0x7fff }),
-                e,
-            ),
-            "min" => (
-                op2p(|a: u32, b: u32, p| half2(a, b, p, |x, y| extreme(x, y, p & (NAN | XORSIGN)))),
-                e,
-            ),
-            "max" => (
-                op2p(|a: u32, b: u32, p| {
-                    half2(a, b, p, |x, y| extreme(x, y, p & (NAN | XORSIGN) | 1))
-                }),
-                e,
-            ),
-            "tanh" if approx => (
-                op1p(|a: u32, p| half1(a, p, |x| f64::from(x).tanh() as f32)),
-                e,
-            ),
-            "ex2" if approx => (
-                op1p(|a: u32, p| half1(a, p, |x| f64::from(x).exp2() as f32)),
-                e,
-            ),
+            "neg" => (op1p(|a: u32, p| a ^ if p & PAIR != 0 { 0x8000_8000 } else { 0x8000 }), e),
+            "abs" => (op1p(|a: u32, p| a & if p & PAIR != 0 { 0x7fff_7fff } else { 0x7fff }), e),
+            "min" => (op2p(|a: u32, b: u32, p| half2(a, b, p, |x, y| extreme(x, y, p & (NAN | XORSIGN)))), e),
+            "max" => (op2p(|a: u32, b: u32, p| half2(a, b, p, |x, y| extreme(x, y, p & (NAN | XORSIGN) | 1))), e),
+            "tanh" if approx => (op1p(|a: u32, p| half1(a, p, |x| f64::from(x).tanh() as f32)), e),
+            "ex2" if approx => (op1p(|a: u32, p| half1(a, p, |x| f64::from(x).exp2() as f32)), e),
             _ => return Ok(false),
         };
         self.alu(alu, d, &s, e)?;
@@ -605,16 +423,7 @@ impl Body<'_, '_> {
 
     fn testp(&mut self) -> Result<bool> {
         let what = self.mods.find(|m| {
-            [
-                "finite",
-                "infinite",
-                "number",
-                "notanumber",
-                "normal",
-                "subnormal",
-            ]
-            .iter()
-            .position(|w| *w == m)
+            ["finite", "infinite", "number", "notanumber", "normal", "subnormal"].iter().position(|w| *w == m)
         });
         let (Some(what), Some(ty)) = (what, self.mods.ty()) else {
             return Ok(false);
@@ -646,17 +455,9 @@ impl Body<'_, '_> {
 /// Maximum without modifiers: a NaN loses, and of two zeros +0 wins.
 fn fast_max(a: f32, b: f32) -> f32 {
     let larger = if a > b { a } else { b };
-    let larger = if a == b {
-        f(a.to_bits() & b.to_bits())
-    } else {
-        larger
-    };
+    let larger = if a == b { f(a.to_bits() & b.to_bits()) } else { larger };
     let larger = if b.is_nan() { a } else { larger };
-    if a.is_nan() && b.is_nan() {
-        f(0x7fff_ffff)
-    } else {
-        larger
-    }
+    if a.is_nan() && b.is_nan() { f(0x7fff_ffff) } else { larger }
 }
 
 fn extreme64(a: f64, b: f64, max: bool) -> f64 {
@@ -717,9 +518,7 @@ fn exp2(x: f32) -> f32 {
     let t = (y - n) * std::f64::consts::LN_2;
     let p = 1.0
         + t * (1.0
-            + t * (0.5
-                + t * (1.0 / 6.0
-                    + t * (1.0 / 24.0 + t * (1.0 / 120.0 + t * (1.0 / 720.0 + t / 5040.0))))));
+            + t * (0.5 + t * (1.0 / 6.0 + t * (1.0 / 24.0 + t * (1.0 / 120.0 + t * (1.0 / 720.0 + t / 5040.0))))));
     let n = if n < -1020.0 {
         -1020.0
     } else if n > 1020.0 {
@@ -729,9 +528,5 @@ fn exp2(x: f32) -> f32 {
     };
     let scale = f64::from_bits((((n as i32 + 1023) as u64) << 52) & (0x7ff << 52));
     let r = (p * scale) as f32;
-    if x.is_nan() {
-        f32::from_bits(0x7fff_ffff)
-    } else {
-        r
-    }
+    if x.is_nan() { f32::from_bits(0x7fff_ffff) } else { r }
 }

@@ -54,10 +54,7 @@ macro_rules! wrapping {
 
 impl Body<'_, '_> {
     fn is_integer(ty: Option<Ty>) -> bool {
-        matches!(
-            ty,
-            Some(Ty::U16 | Ty::S16 | Ty::U32 | Ty::S32 | Ty::U64 | Ty::S64)
-        )
+        matches!(ty, Some(Ty::U16 | Ty::S16 | Ty::U32 | Ty::S32 | Ty::U64 | Ty::S64))
     }
 
     fn last_type(&self) -> Option<Ty> {
@@ -95,15 +92,14 @@ impl Body<'_, '_> {
         let op = self.instr.opcode.as_str();
         let ty = self.last_type();
         match op {
-            "add" | "sub" | "mul" | "mad" | "div" | "rem" | "abs" | "neg" | "min" | "max"
-            | "sad" | "addc" | "subc" | "madc" | "mul24" | "mad24"
+            "add" | "sub" | "mul" | "mad" | "div" | "rem" | "abs" | "neg" | "min" | "max" | "sad" | "addc" | "subc"
+            | "madc" | "mul24" | "mad24"
                 if Self::is_integer(ty) =>
             {
                 self.arithmetic(op)
             }
-            "and" | "or" | "xor" | "not" | "cnot" | "shl" | "shr" | "shf" | "lop3" | "popc"
-            | "clz" | "bfind" | "brev" | "bfe" | "bfi" | "bmsk" | "szext" | "prmt" | "dp4a"
-            | "dp2a" | "fns" => self.bits(op),
+            "and" | "or" | "xor" | "not" | "cnot" | "shl" | "shr" | "shf" | "lop3" | "popc" | "clz" | "bfind"
+            | "brev" | "bfe" | "bfi" | "bmsk" | "szext" | "prmt" | "dp4a" | "dp2a" | "fns" => self.bits(op),
             "mov" => self.mov(),
             "setp" | "set" => self.compare(op),
             "selp" => {
@@ -137,13 +133,9 @@ impl Body<'_, '_> {
                 // A NaN chooses the second operand; -0 counts as not negative.
                 let alu = match (ty.bytes(), float) {
                     (8, false) => op3(|a: u64, b: u64, c: u32| if c as i32 >= 0 { a } else { b }),
-                    (8, true) => {
-                        op3p(|a: u64, b: u64, c: u32, z| if pick(c, z) >= 0.0 { a } else { b })
-                    }
+                    (8, true) => op3p(|a: u64, b: u64, c: u32, z| if pick(c, z) >= 0.0 { a } else { b }),
                     (_, false) => op3(|a: u32, b: u32, c: u32| if c as i32 >= 0 { a } else { b }),
-                    (_, true) => {
-                        op3p(|a: u32, b: u32, c: u32, z| if pick(c, z) >= 0.0 { a } else { b })
-                    }
+                    (_, true) => op3p(|a: u32, b: u32, c: u32, z| if pick(c, z) >= 0.0 { a } else { b }),
                 };
                 self.alu(alu, d, &[a, b, c], u32::from(ftz))?;
                 Ok(true)
@@ -162,12 +154,7 @@ impl Body<'_, '_> {
                     _ => None,
                 });
                 let Some(place) = place else { return Ok(false) };
-                self.emit(Inst {
-                    d,
-                    a,
-                    kind: Kind::IsSpace(place),
-                    ..self.blank()
-                })?;
+                self.emit(Inst { d, a, kind: Kind::IsSpace(place), ..self.blank() })?;
                 Ok(true)
             }
             "cvta" => self.cvta(),
@@ -192,12 +179,8 @@ impl Body<'_, '_> {
                 ("sub", _) => Some(op2(|a: u32, b: u32| halves(a, b, |x, y| x.wrapping_sub(y)))),
                 ("min", false) => Some(op2(|a: u32, b: u32| halves(a, b, |x, y| x.min(y)))),
                 ("max", false) => Some(op2(|a: u32, b: u32| halves(a, b, |x, y| x.max(y)))),
-                ("min", true) => Some(op2(|a: u32, b: u32| {
-                    halves(a, b, |x, y| s16(x).min(s16(y)) as u32)
-                })),
-                ("max", true) => Some(op2(|a: u32, b: u32| {
-                    halves(a, b, |x, y| s16(x).max(s16(y)) as u32)
-                })),
+                ("min", true) => Some(op2(|a: u32, b: u32| halves(a, b, |x, y| s16(x).min(s16(y)) as u32))),
+                ("max", true) => Some(op2(|a: u32, b: u32| halves(a, b, |x, y| s16(x).max(s16(y)) as u32))),
                 _ => None,
             };
             return self.binary(alu, Ty::U32);
@@ -212,18 +195,8 @@ impl Body<'_, '_> {
             return self.with_carry(op, ty, hi, cc);
         }
         match op {
-            "add" if sat => self.binary(
-                Some(op2(|a: u32, b: u32| {
-                    (a as i32).saturating_add(b as i32) as u32
-                })),
-                ty,
-            ),
-            "sub" if sat => self.binary(
-                Some(op2(|a: u32, b: u32| {
-                    (a as i32).saturating_sub(b as i32) as u32
-                })),
-                ty,
-            ),
+            "add" if sat => self.binary(Some(op2(|a: u32, b: u32| (a as i32).saturating_add(b as i32) as u32)), ty),
+            "sub" if sat => self.binary(Some(op2(|a: u32, b: u32| (a as i32).saturating_sub(b as i32) as u32)), ty),
             "add" => self.binary(wrapping!(ty, wrapping_add), ty),
             "sub" => self.binary(wrapping!(ty, wrapping_sub), ty),
             "mul" | "mad" if wide => {
@@ -232,10 +205,7 @@ impl Body<'_, '_> {
                     Ty::U32 | Ty::S32 => Ty::U64,
                     _ => return self.fail(".wide needs 16 or 32 bits"),
                 };
-                self.arity(
-                    if op == "mul" { 3 } else { 4 },
-                    if op == "mul" { 3 } else { 4 },
-                )?;
+                self.arity(if op == "mul" { 3 } else { 4 }, if op == "mul" { 3 } else { 4 })?;
                 let (a, b) = (self.src(1, ty)?, self.src(2, ty)?);
                 let c = if op == "mad" { self.src(3, to)? } else { NONE };
                 let d = self.dst(0, to)?;
@@ -243,16 +213,10 @@ impl Body<'_, '_> {
                     ("mul", Ty::U16) => op2(|a: u32, b: u32| a * b),
                     ("mul", Ty::S16) => op2(|a: u32, b: u32| (s16(a) * s16(b)) as u32),
                     ("mul", Ty::U32) => op2(|a: u32, b: u32| u64::from(a) * u64::from(b)),
-                    ("mul", _) => {
-                        op2(|a: u32, b: u32| (i64::from(a as i32) * i64::from(b as i32)) as u64)
-                    }
+                    ("mul", _) => op2(|a: u32, b: u32| (i64::from(a as i32) * i64::from(b as i32)) as u64),
                     (_, Ty::U16) => op3(|a: u32, b: u32, c: u32| (a * b).wrapping_add(c)),
-                    (_, Ty::S16) => {
-                        op3(|a: u32, b: u32, c: u32| ((s16(a) * s16(b)) as u32).wrapping_add(c))
-                    }
-                    (_, Ty::U32) => {
-                        op3(|a: u32, b: u32, c: u64| (u64::from(a) * u64::from(b)).wrapping_add(c))
-                    }
+                    (_, Ty::S16) => op3(|a: u32, b: u32, c: u32| ((s16(a) * s16(b)) as u32).wrapping_add(c)),
+                    (_, Ty::U32) => op3(|a: u32, b: u32, c: u64| (u64::from(a) * u64::from(b)).wrapping_add(c)),
                     (_, _) => op3(|a: u32, b: u32, c: u64| {
                         ((i64::from(a as i32) * i64::from(b as i32)) as u64).wrapping_add(c)
                     }),
@@ -267,15 +231,9 @@ impl Body<'_, '_> {
                         op2(|a: u32, b: u32| (a * b) >> 16),
                         op2(|a: u32, b: u32| ((s16(a) * s16(b)) >> 16) as u32 & 0xffff),
                         op2(|a: u32, b: u32| ((u64::from(a) * u64::from(b)) >> 32) as u32),
-                        op2(
-                            |a: u32, b: u32| ((i64::from(a as i32) * i64::from(b as i32)) >> 32)
-                                as u32
-                        ),
+                        op2(|a: u32, b: u32| ((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32),
                         op2(|a: u64, b: u64| ((u128::from(a) * u128::from(b)) >> 64) as u64),
-                        op2(
-                            |a: u64, b: u64| ((i128::from(a as i64) * i128::from(b as i64)) >> 64)
-                                as u64
-                        )
+                        op2(|a: u64, b: u64| ((i128::from(a as i64) * i128::from(b as i64)) >> 64) as u64)
                     )
                 } else {
                     wrapping!(ty, wrapping_mul)
@@ -288,9 +246,7 @@ impl Body<'_, '_> {
                 let d = self.dst(0, ty)?;
                 if lo {
                     let alu = match ty.bytes() {
-                        2 => {
-                            op3(|a: u32, b: u32, c: u32| a.wrapping_mul(b).wrapping_add(c) & 0xffff)
-                        }
+                        2 => op3(|a: u32, b: u32, c: u32| a.wrapping_mul(b).wrapping_add(c) & 0xffff),
                         4 => op3(|a: u32, b: u32, c: u32| a.wrapping_mul(b).wrapping_add(c)),
                         _ => op3(|a: u64, b: u64, c: u64| a.wrapping_mul(b).wrapping_add(c)),
                     };
@@ -318,34 +274,17 @@ impl Body<'_, '_> {
                 let n = if op == "mul24" { 3 } else { 4 };
                 self.arity(n, n)?;
                 let (a, b) = (self.src(1, ty)?, self.src(2, ty)?);
-                let c = if n == 4 {
-                    self.src(3, ty)?
-                } else {
-                    self.constant(1, 0)?
-                };
+                let c = if n == 4 { self.src(3, ty)? } else { self.constant(1, 0)? };
                 let d = self.dst(0, ty)?;
                 let alu = op3p(|a: u32, b: u32, c: u32, e| {
                     let cut = |x: u32| {
-                        if e & 1 != 0 {
-                            i64::from((x << 8) as i32 >> 8)
-                        } else {
-                            i64::from(x & 0xff_ffff)
-                        }
+                        if e & 1 != 0 { i64::from((x << 8) as i32 >> 8) } else { i64::from(x & 0xff_ffff) }
                     };
                     let p = cut(a) * cut(b);
                     let r = (if e & 2 != 0 { p >> 16 } else { p }) as u32;
-                    if e & 4 != 0 {
-                        (r as i32).saturating_add(c as i32) as u32
-                    } else {
-                        r.wrapping_add(c)
-                    }
+                    if e & 4 != 0 { (r as i32).saturating_add(c as i32) as u32 } else { r.wrapping_add(c) }
                 });
-                self.alu(
-                    alu,
-                    d,
-                    &[a, b, c],
-                    u32::from(signed) | u32::from(hi) << 1 | u32::from(sat) << 2,
-                )?;
+                self.alu(alu, d, &[a, b, c], u32::from(signed) | u32::from(hi) << 1 | u32::from(sat) << 2)?;
                 Ok(true)
             }
             // Division by zero gives all ones, as on the hardware; the remainder then is the dividend.
@@ -359,17 +298,9 @@ impl Body<'_, '_> {
                         s16(a).wrapping_div(s16(b)) as u32 & 0xffff
                     }),
                     op2(|a: u32, b: u32| a.checked_div(b).unwrap_or(u32::MAX)),
-                    op2(|a: u32, b: u32| if b == 0 {
-                        u32::MAX
-                    } else {
-                        (a as i32).wrapping_div(b as i32) as u32
-                    }),
+                    op2(|a: u32, b: u32| if b == 0 { u32::MAX } else { (a as i32).wrapping_div(b as i32) as u32 }),
                     op2(|a: u64, b: u64| a.checked_div(b).unwrap_or(u64::MAX)),
-                    op2(|a: u64, b: u64| if b == 0 {
-                        u64::MAX
-                    } else {
-                        (a as i64).wrapping_div(b as i64) as u64
-                    })
+                    op2(|a: u64, b: u64| if b == 0 { u64::MAX } else { (a as i64).wrapping_div(b as i64) as u64 })
                 ),
                 ty,
             ),
@@ -377,34 +308,18 @@ impl Body<'_, '_> {
                 by_type!(
                     ty,
                     op2(|a: u32, b: u32| a.checked_rem(b).unwrap_or(a)),
-                    op2(|a: u32, b: u32| if s16(b) == 0 {
-                        a
-                    } else {
-                        s16(a).wrapping_rem(s16(b)) as u32 & 0xffff
-                    }),
+                    op2(|a: u32, b: u32| if s16(b) == 0 { a } else { s16(a).wrapping_rem(s16(b)) as u32 & 0xffff }),
                     op2(|a: u32, b: u32| a.checked_rem(b).unwrap_or(a)),
-                    op2(|a: u32, b: u32| if b == 0 {
-                        a
-                    } else {
-                        (a as i32).wrapping_rem(b as i32) as u32
-                    }),
+                    op2(|a: u32, b: u32| if b == 0 { a } else { (a as i32).wrapping_rem(b as i32) as u32 }),
                     op2(|a: u64, b: u64| a.checked_rem(b).unwrap_or(a)),
-                    op2(|a: u64, b: u64| if b == 0 {
-                        a
-                    } else {
-                        (a as i64).wrapping_rem(b as i64) as u64
-                    })
+                    op2(|a: u64, b: u64| if b == 0 { a } else { (a as i64).wrapping_rem(b as i64) as u64 })
                 ),
                 ty,
             ),
             "min" | "max" if self.mods.take("relu") => {
                 let alu = match (op, ty) {
-                    ("min", Ty::S32) => {
-                        Some(op2(|a: u32, b: u32| (a as i32).min(b as i32).max(0) as u32))
-                    }
-                    ("max", Ty::S32) => {
-                        Some(op2(|a: u32, b: u32| (a as i32).max(b as i32).max(0) as u32))
-                    }
+                    ("min", Ty::S32) => Some(op2(|a: u32, b: u32| (a as i32).min(b as i32).max(0) as u32)),
+                    ("max", Ty::S32) => Some(op2(|a: u32, b: u32| (a as i32).max(b as i32).max(0) as u32)),
                     _ => None,
                 };
                 self.binary(alu, ty)
@@ -512,18 +427,12 @@ impl Body<'_, '_> {
             let mul = match (wide, hi, ty.signed()) {
                 (false, false, _) => op2(|a: u32, b: u32| a.wrapping_mul(b)),
                 (true, false, _) => op2(|a: u64, b: u64| a.wrapping_mul(b)),
-                (false, true, false) => {
-                    op2(|a: u32, b: u32| ((u64::from(a) * u64::from(b)) >> 32) as u32)
+                (false, true, false) => op2(|a: u32, b: u32| ((u64::from(a) * u64::from(b)) >> 32) as u32),
+                (false, true, true) => op2(|a: u32, b: u32| ((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32),
+                (true, true, false) => op2(|a: u64, b: u64| ((u128::from(a) * u128::from(b)) >> 64) as u64),
+                (true, true, true) => {
+                    op2(|a: u64, b: u64| ((i128::from(a as i64) * i128::from(b as i64)) >> 64) as u64)
                 }
-                (false, true, true) => {
-                    op2(|a: u32, b: u32| ((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32)
-                }
-                (true, true, false) => {
-                    op2(|a: u64, b: u64| ((u128::from(a) * u128::from(b)) >> 64) as u64)
-                }
-                (true, true, true) => op2(|a: u64, b: u64| {
-                    ((i128::from(a as i64) * i128::from(b as i64)) >> 64) as u64
-                }),
             };
             let t = self.temp(if wide { 2 } else { 1 })?;
             self.alu(mul, t, &[a, b], 0)?;
@@ -533,12 +442,7 @@ impl Body<'_, '_> {
         self.arity(3, 3)?;
         let (a, b) = (self.src(1, ty)?, self.src(2, ty)?);
         let d = self.dst(0, ty)?;
-        self.alu(
-            if op.starts_with("add") { add } else { sub },
-            d,
-            &[a, b, c],
-            flags,
-        )?;
+        self.alu(if op.starts_with("add") { add } else { sub }, d, &[a, b, c], flags)?;
         Ok(true)
     }
 
@@ -604,9 +508,7 @@ impl Body<'_, '_> {
                     ("shl", Ty::B16 | Ty::U16 | Ty::S16) => {
                         op2(|a: u32, b: u32| if b > 15 { 0 } else { (a << b) & 0xffff })
                     }
-                    ("shl", Ty::B32 | Ty::U32 | Ty::S32) => {
-                        op2(|a: u32, b: u32| if b > 31 { 0 } else { a << b })
-                    }
+                    ("shl", Ty::B32 | Ty::U32 | Ty::S32) => op2(|a: u32, b: u32| if b > 31 { 0 } else { a << b }),
                     ("shl", _) => op2(|a: u64, b: u32| if b > 63 { 0 } else { a << b }),
                     (_, Ty::B16 | Ty::U16) => op2(|a: u32, b: u32| if b > 15 { 0 } else { a >> b }),
                     (_, Ty::B32 | Ty::U32) => op2(|a: u32, b: u32| if b > 31 { 0 } else { a >> b }),
@@ -626,26 +528,22 @@ impl Body<'_, '_> {
                     return Ok(false);
                 }
                 self.arity(4, 4)?;
-                let (a, b, c) = (
-                    self.src(1, Ty::B32)?,
-                    self.src(2, Ty::B32)?,
-                    self.src(3, Ty::U32)?,
-                );
+                let (a, b, c) = (self.src(1, Ty::B32)?, self.src(2, Ty::B32)?, self.src(3, Ty::U32)?);
                 let d = self.dst(0, Ty::B32)?;
                 // The second operand is the high word.
                 let alu = match (left, clamp) {
-                    (true, true) => op3(|a: u32, b: u32, c: u32| {
-                        (((u64::from(b) << 32 | u64::from(a)) << c.min(32)) >> 32) as u32
-                    }),
-                    (true, false) => op3(|a: u32, b: u32, c: u32| {
-                        (((u64::from(b) << 32 | u64::from(a)) << (c & 31)) >> 32) as u32
-                    }),
-                    (false, true) => op3(|a: u32, b: u32, c: u32| {
-                        ((u64::from(b) << 32 | u64::from(a)) >> c.min(32)) as u32
-                    }),
-                    (false, false) => op3(|a: u32, b: u32, c: u32| {
-                        ((u64::from(b) << 32 | u64::from(a)) >> (c & 31)) as u32
-                    }),
+                    (true, true) => {
+                        op3(|a: u32, b: u32, c: u32| (((u64::from(b) << 32 | u64::from(a)) << c.min(32)) >> 32) as u32)
+                    }
+                    (true, false) => {
+                        op3(|a: u32, b: u32, c: u32| (((u64::from(b) << 32 | u64::from(a)) << (c & 31)) >> 32) as u32)
+                    }
+                    (false, true) => {
+                        op3(|a: u32, b: u32, c: u32| ((u64::from(b) << 32 | u64::from(a)) >> c.min(32)) as u32)
+                    }
+                    (false, false) => {
+                        op3(|a: u32, b: u32, c: u32| ((u64::from(b) << 32 | u64::from(a)) >> (c & 31)) as u32)
+                    }
                 };
                 self.alu(alu, d, &[a, b, c], 0)?;
                 Ok(true)
@@ -659,15 +557,8 @@ impl Body<'_, '_> {
                 if self.mods.ty() != Some(Ty::B32) {
                     return Ok(false);
                 }
-                self.arity(
-                    if join.is_some() { 6 } else { 5 },
-                    if join.is_some() { 6 } else { 5 },
-                )?;
-                let (a, b, c) = (
-                    self.src(1, Ty::B32)?,
-                    self.src(2, Ty::B32)?,
-                    self.src(3, Ty::B32)?,
-                );
+                self.arity(if join.is_some() { 6 } else { 5 }, if join.is_some() { 6 } else { 5 })?;
+                let (a, b, c) = (self.src(1, Ty::B32)?, self.src(2, Ty::B32)?, self.src(3, Ty::B32)?);
                 let Operand::Int(table @ 0..=255) = *self.operand(4)? else {
                     return self.fail("the table must be 0..=255");
                 };
@@ -681,10 +572,7 @@ impl Body<'_, '_> {
                         let mut r = 0;
                         for k in 0..8u32 {
                             let pick = |x: u32, bit: u32| if k & bit != 0 { x } else { !x };
-                            r |= pick(a, 4)
-                                & pick(b, 2)
-                                & pick(c, 1)
-                                & 0u32.wrapping_sub(t >> k & 1);
+                            r |= pick(a, 4) & pick(b, 2) & pick(c, 1) & 0u32.wrapping_sub(t >> k & 1);
                         }
                         r
                     }),
@@ -707,12 +595,7 @@ impl Body<'_, '_> {
                 let (q, not) = self.pred(o)?;
                 let zero = self.constant(1, 0)?;
                 self.alu(alu, d, &[a, b, c], table as u32)?;
-                self.alu(
-                    cmp(|a: u32, b: u32| a != b),
-                    p,
-                    &[d, zero],
-                    join | u32::from(not) << 3 | q << 4,
-                )?;
+                self.alu(cmp(|a: u32, b: u32| a != b), p, &[d, zero], join | u32::from(not) << 3 | q << 4)?;
                 Ok(true)
             }
             "popc" | "clz" | "brev" | "bfind" => {
@@ -733,35 +616,19 @@ impl Body<'_, '_> {
                     ("brev", true) => op1(|a: u64| a.reverse_bits()),
                     (_, false) => match (ty.signed(), amount) {
                         (false, false) => op1(|a: u32| a.checked_ilog2().unwrap_or(u32::MAX)),
-                        (false, true) => {
-                            op1(|a: u32| if a == 0 { u32::MAX } else { a.leading_zeros() })
+                        (false, true) => op1(|a: u32| if a == 0 { u32::MAX } else { a.leading_zeros() }),
+                        (true, false) => op1(|a: u32| sign_free(a).checked_ilog2().unwrap_or(u32::MAX)),
+                        (true, true) => {
+                            op1(|a: u32| if sign_free(a) == 0 { u32::MAX } else { sign_free(a).leading_zeros() })
                         }
-                        (true, false) => {
-                            op1(|a: u32| sign_free(a).checked_ilog2().unwrap_or(u32::MAX))
-                        }
-                        (true, true) => op1(|a: u32| {
-                            if sign_free(a) == 0 {
-                                u32::MAX
-                            } else {
-                                sign_free(a).leading_zeros()
-                            }
-                        }),
                     },
                     (_, true) => match (ty.signed(), amount) {
                         (false, false) => op1(|a: u64| a.checked_ilog2().unwrap_or(u32::MAX)),
-                        (false, true) => {
-                            op1(|a: u64| if a == 0 { u32::MAX } else { a.leading_zeros() })
+                        (false, true) => op1(|a: u64| if a == 0 { u32::MAX } else { a.leading_zeros() }),
+                        (true, false) => op1(|a: u64| sign_free64(a).checked_ilog2().unwrap_or(u32::MAX)),
+                        (true, true) => {
+                            op1(|a: u64| if sign_free64(a) == 0 { u32::MAX } else { sign_free64(a).leading_zeros() })
                         }
-                        (true, false) => {
-                            op1(|a: u64| sign_free64(a).checked_ilog2().unwrap_or(u32::MAX))
-                        }
-                        (true, true) => op1(|a: u64| {
-                            if sign_free64(a) == 0 {
-                                u32::MAX
-                            } else {
-                                sign_free64(a).leading_zeros()
-                            }
-                        }),
                     },
                 };
                 self.unary(Some(alu), if op == "brev" { ty } else { Ty::U32 }, ty)
@@ -771,19 +638,11 @@ impl Body<'_, '_> {
                     return Ok(false);
                 };
                 self.arity(4, 4)?;
-                let (a, b, c) = (
-                    self.src(1, ty)?,
-                    self.src(2, Ty::U32)?,
-                    self.src(3, Ty::U32)?,
-                );
+                let (a, b, c) = (self.src(1, ty)?, self.src(2, Ty::U32)?, self.src(3, Ty::U32)?);
                 let d = self.dst(0, ty)?;
                 let alu = match ty {
-                    Ty::U32 => {
-                        op3(|a: u32, b: u32, c: u32| extract(a.into(), b, c, 32, false) as u32)
-                    }
-                    Ty::S32 => {
-                        op3(|a: u32, b: u32, c: u32| extract(a.into(), b, c, 32, true) as u32)
-                    }
+                    Ty::U32 => op3(|a: u32, b: u32, c: u32| extract(a.into(), b, c, 32, false) as u32),
+                    Ty::S32 => op3(|a: u32, b: u32, c: u32| extract(a.into(), b, c, 32, true) as u32),
                     Ty::U64 => op3(|a: u64, b: u32, c: u32| extract(a, b, c, 64, false)),
                     Ty::S64 => op3(|a: u64, b: u32, c: u32| extract(a, b, c, 64, true)),
                     _ => return Ok(false),
@@ -800,9 +659,7 @@ impl Body<'_, '_> {
                 let (c, e) = (self.src(3, Ty::U32)?, self.src(4, Ty::U32)?);
                 let d = self.dst(0, ty)?;
                 let alu = match ty {
-                    Ty::B32 => op4(|a: u32, b: u32, c: u32, l: u32| {
-                        insert(a.into(), b.into(), c, l, 32) as u32
-                    }),
+                    Ty::B32 => op4(|a: u32, b: u32, c: u32, l: u32| insert(a.into(), b.into(), c, l, 32) as u32),
                     Ty::B64 => op4(|a: u64, b: u64, c: u32, l: u32| insert(a, b, c, l, 64)),
                     _ => return Ok(false),
                 };
@@ -829,9 +686,7 @@ impl Body<'_, '_> {
                     return Ok(false);
                 }
                 let alu = match (clamp, ty) {
-                    (true, Ty::U32) => {
-                        op2(|a: u32, b: u32| if b > 31 { a } else { a & mask(0, b) })
-                    }
+                    (true, Ty::U32) => op2(|a: u32, b: u32| if b > 31 { a } else { a & mask(0, b) }),
                     (false, Ty::U32) => op2(|a: u32, b: u32| a & mask(0, b & 31)),
                     (true, _) => op2(|a: u32, b: u32| if b > 31 { a } else { extend(a, b) }),
                     (false, _) => op2(|a: u32, b: u32| extend(a, b & 31)),
@@ -852,11 +707,7 @@ impl Body<'_, '_> {
                     _ => None,
                 });
                 self.arity(4, 4)?;
-                let (a, b, c) = (
-                    self.src(1, Ty::B32)?,
-                    self.src(2, Ty::B32)?,
-                    self.src(3, Ty::B32)?,
-                );
+                let (a, b, c) = (self.src(1, Ty::B32)?, self.src(2, Ty::B32)?, self.src(3, Ty::B32)?);
                 let d = self.dst(0, Ty::B32)?;
                 let alu = match mode {
                     None => op3(|a: u32, b: u32, c: u32| {
@@ -864,11 +715,7 @@ impl Body<'_, '_> {
                         let byte = |k: u32| {
                             let s = c >> (4 * k) & 15;
                             let v = (all >> (8 * (s & 7))) as u32 & 0xff;
-                            let v = if s & 8 != 0 {
-                                0u32.wrapping_sub(v >> 7) & 0xff
-                            } else {
-                                v
-                            };
+                            let v = if s & 8 != 0 { 0u32.wrapping_sub(v >> 7) & 0xff } else { v };
                             v << (8 * k)
                         };
                         byte(0) | byte(1) | byte(2) | byte(3)
@@ -878,20 +725,13 @@ impl Body<'_, '_> {
                         let n = c & 3;
                         let pick = match mode {
                             1 => [n, n + 1, n + 2, n + 3],
-                            2 => [
-                                n,
-                                n.wrapping_sub(1) & 7,
-                                n.wrapping_sub(2) & 7,
-                                n.wrapping_sub(3) & 7,
-                            ],
+                            2 => [n, n.wrapping_sub(1) & 7, n.wrapping_sub(2) & 7, n.wrapping_sub(3) & 7],
                             3 => [n; 4],
                             4 => [n, n.max(1), n.max(2), 3],
                             5 => [0, n.min(1), n.min(2), n],
                             _ => [2 * (n & 1), 2 * (n & 1) + 1, 2 * (n & 1), 2 * (n & 1) + 1],
                         };
-                        (0..4).fold(0, |r, k| {
-                            r | ((all >> (8 * pick[k])) as u32 & 0xff) << (8 * k)
-                        })
+                        (0..4).fold(0, |r, k| r | ((all >> (8 * pick[k])) as u32 & 0xff) << (8 * k))
                     }),
                 };
                 self.alu(alu, d, &[a, b, c], mode.unwrap_or(0))?;
@@ -904,29 +744,20 @@ impl Body<'_, '_> {
                     return Ok(false);
                 };
                 self.arity(4, 4)?;
-                let (a, b, c) = (
-                    self.src(1, Ty::B32)?,
-                    self.src(2, Ty::B32)?,
-                    self.src(3, Ty::B32)?,
-                );
+                let (a, b, c) = (self.src(1, Ty::B32)?, self.src(2, Ty::B32)?, self.src(3, Ty::B32)?);
                 let d = self.dst(0, Ty::B32)?;
                 let alu = match op {
                     "dp4a" => op3p(|a: u32, b: u32, c: u32, e| {
-                        (0..4).fold(c, |s, k| {
-                            s.wrapping_add((part(a, k, 8, e & 1) * part(b, k, 8, e & 2)) as u32)
-                        })
+                        (0..4).fold(c, |s, k| s.wrapping_add((part(a, k, 8, e & 1) * part(b, k, 8, e & 2)) as u32))
                     }),
                     _ => op3p(|a: u32, b: u32, c: u32, e| {
                         let first = if e & 4 != 0 { 2 } else { 0 };
                         (0..2).fold(c, |s, k| {
-                            s.wrapping_add(
-                                (part(a, k, 16, e & 1) * part(b, first + k, 8, e & 2)) as u32,
-                            )
+                            s.wrapping_add((part(a, k, 16, e & 1) * part(b, first + k, 8, e & 2)) as u32)
                         })
                     }),
                 };
-                let flags =
-                    u32::from(at.signed()) | u32::from(bt.signed()) << 1 | u32::from(hi) << 2;
+                let flags = u32::from(at.signed()) | u32::from(bt.signed()) << 1 | u32::from(hi) << 2;
                 self.alu(alu, d, &[a, b, c], flags)?;
                 Ok(true)
             }
@@ -935,22 +766,14 @@ impl Body<'_, '_> {
                     return Ok(false);
                 }
                 self.arity(4, 4)?;
-                let (a, b, c) = (
-                    self.src(1, Ty::B32)?,
-                    self.src(2, Ty::B32)?,
-                    self.src(3, Ty::B32)?,
-                );
+                let (a, b, c) = (self.src(1, Ty::B32)?, self.src(2, Ty::B32)?, self.src(3, Ty::B32)?);
                 let d = self.dst(0, Ty::B32)?;
                 let alu = op3(|a: u32, base: u32, offset: u32| {
                     let offset = offset as i32;
                     let base = (base & 31) as i32;
                     let mut left = offset.unsigned_abs();
                     if left == 0 {
-                        return if a >> base & 1 != 0 {
-                            base as u32
-                        } else {
-                            u32::MAX
-                        };
+                        return if a >> base & 1 != 0 { base as u32 } else { u32::MAX };
                     }
                     let mut at = base;
                     while (0..32).contains(&at) {
@@ -990,21 +813,12 @@ impl Body<'_, '_> {
             (_, Operand::Name(n))
                 if matches!(
                     n.as_str(),
-                    "%clock"
-                        | "%clock_hi"
-                        | "%clock64"
-                        | "%globaltimer"
-                        | "%globaltimer_lo"
-                        | "%globaltimer_hi"
+                    "%clock" | "%clock_hi" | "%clock64" | "%globaltimer" | "%globaltimer_lo" | "%globaltimer_hi"
                 ) =>
             {
                 let wide = ty.bytes() == 8;
                 let d = self.dst(0, ty)?;
-                self.emit(Inst {
-                    d,
-                    kind: Kind::Clock { wide },
-                    ..self.blank()
-                })?;
+                self.emit(Inst { d, kind: Kind::Clock { wide }, ..self.blank() })?;
                 Ok(true)
             }
             (to, from) => {
@@ -1035,12 +849,7 @@ impl Body<'_, '_> {
         // A part may overwrite the source.
         if ty.bytes() < 8 && bits == 8 {
             let t = self.temp(1)?;
-            self.part(Inst {
-                alu: op1(|a: u32| a),
-                d: t,
-                a,
-                ..self.blank()
-            })?;
+            self.part(Inst { alu: op1(|a: u32| a), d: t, a, ..self.blank() })?;
             a = t;
         }
         for (k, part) in parts.iter().enumerate() {
@@ -1073,26 +882,13 @@ impl Body<'_, '_> {
             _ => return self.fail("this vector does not fit the type"),
         };
         let d = self.dst(0, ty)?;
-        let regs = parts
-            .iter()
-            .map(|p| self.value(p, part_ty))
-            .collect::<Result<Vec<_>>>()?;
+        let regs = parts.iter().map(|p| self.value(p, part_ty)).collect::<Result<Vec<_>>>()?;
         if let (&[lo, hi], 8) = (regs.as_slice(), ty.bytes()) {
-            self.alu(
-                op2(|a: u32, b: u32| u64::from(a) | u64::from(b) << 32),
-                d,
-                &[lo, hi],
-                0,
-            )?;
+            self.alu(op2(|a: u32, b: u32| u64::from(a) | u64::from(b) << 32), d, &[lo, hi], 0)?;
             return Ok(true);
         }
         if let (&[lo, hi], 32) = (regs.as_slice(), ty.bytes() * 8) {
-            self.alu(
-                op2(|a: u32, b: u32| (a & 0xffff) | b << 16),
-                d,
-                &[lo, hi],
-                0,
-            )?;
+            self.alu(op2(|a: u32, b: u32| (a & 0xffff) | b << 16), d, &[lo, hi], 0)?;
             return Ok(true);
         }
         let wide = ty.bytes() == 8;
@@ -1103,9 +899,7 @@ impl Body<'_, '_> {
             let from = if k == 0 { zero } else { t };
             let shift = (bits * k as u32) | (bits << 8);
             let alu = match wide {
-                true => op2p(|a: u64, b: u32, e| {
-                    a | (u64::from(b) & ((1 << (e >> 8)) - 1)) << (e & 0xff)
-                }),
+                true => op2p(|a: u64, b: u32, e| a | (u64::from(b) & ((1 << (e >> 8)) - 1)) << (e & 0xff)),
                 false => op2p(|a: u32, b: u32, e| a | (b & ((1 << (e >> 8)) - 1)) << (e & 0xff)),
             };
             self.alu(alu, if last { d } else { t }, &[from, *reg], shift)?;
@@ -1115,8 +909,8 @@ impl Body<'_, '_> {
 
     fn compare(&mut self, op: &str) -> Result<bool> {
         const RELATIONS: [&str; 18] = [
-            "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu",
-            "gtu", "geu", "num", "nan",
+            "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu",
+            "num", "nan",
         ];
         let relation = self.mods.find(|m| RELATIONS.iter().position(|r| *r == m));
         let Some(relation) = relation.map(|i| RELATIONS[i]) else {
@@ -1136,9 +930,7 @@ impl Body<'_, '_> {
         let n = if join.is_some() { 4 } else { 3 };
         self.arity(n, n)?;
         let Some(alu) = comparison(relation, ty, ftz) else {
-            return self.fail(format!(
-                "the comparison .{relation} does not go with this type"
-            ));
+            return self.fail(format!("the comparison .{relation} does not go with this type"));
         };
         let (a, b) = (self.src(1, ty)?, self.src(2, ty)?);
         let e = match join {
@@ -1240,11 +1032,7 @@ impl Body<'_, '_> {
         let a = self.src(1, Ty::U64)?;
         let d = self.dst(0, Ty::U64)?;
         let b = self.constant(2, window)?;
-        let alu = if to {
-            op2(|a: u64, b: u64| a.wrapping_sub(b))
-        } else {
-            op2(|a: u64, b: u64| a.wrapping_add(b))
-        };
+        let alu = if to { op2(|a: u64, b: u64| a.wrapping_sub(b)) } else { op2(|a: u64, b: u64| a.wrapping_add(b)) };
         self.alu(alu, d, &[a, b], 0)?;
         Ok(true)
     }
@@ -1257,11 +1045,7 @@ fn pick(c: u32, ftz: u32) -> f32 {
 fn part(x: u32, k: u32, bits: u32, signed: u32) -> i32 {
     let up = 32 - bits;
     let x = (x >> (k * bits)) << up;
-    if signed != 0 {
-        x as i32 >> up
-    } else {
-        (x >> up) as i32
-    }
+    if signed != 0 { x as i32 >> up } else { (x >> up) as i32 }
 }
 
 fn mask(start: u32, length: u32) -> u32 {
@@ -1269,11 +1053,7 @@ fn mask(start: u32, length: u32) -> u32 {
 }
 
 fn extend(a: u32, bits: u32) -> u32 {
-    if bits == 0 {
-        0
-    } else {
-        ((a << (32 - bits)) as i32 >> (32 - bits)) as u32
-    }
+    if bits == 0 { 0 } else { ((a << (32 - bits)) as i32 >> (32 - bits)) as u32 }
 }
 
 fn sign_free(a: u32) -> u32 {
@@ -1293,21 +1073,9 @@ fn extract(a: u64, position: u32, length: u32, bits: u32, signed: bool) -> u64 {
     let top = (position + length - 1).min(bits - 1);
     let sign = signed && a >> top & 1 != 0;
     let body = if position >= bits { 0 } else { a >> position };
-    let have = if position >= bits {
-        0
-    } else {
-        (bits - position).min(length)
-    };
-    let keep = if have >= 64 {
-        u64::MAX
-    } else {
-        (1 << have) - 1
-    };
-    if sign {
-        body & keep | !keep
-    } else {
-        body & keep
-    }
+    let have = if position >= bits { 0 } else { (bits - position).min(length) };
+    let keep = if have >= 64 { u64::MAX } else { (1 << have) - 1 };
+    if sign { body & keep | !keep } else { body & keep }
 }
 
 /// `bfi`
@@ -1316,11 +1084,7 @@ fn insert(a: u64, b: u64, position: u32, length: u32, bits: u32) -> u64 {
     if length == 0 || position >= bits {
         return b;
     }
-    let keep = if length >= 64 {
-        u64::MAX
-    } else {
-        (1 << length) - 1
-    };
+    let keep = if length >= 64 { u64::MAX } else { (1 << length) - 1 };
     b & !(keep << position) | (a & keep) << position
 }
 
@@ -1376,24 +1140,12 @@ fn comparison(relation: &str, ty: Ty, ftz: bool) -> Option<AluFn> {
         Ty::F32 => floats!(relation, |a, b: u32| f(a), f(b)),
         Ty::F64 => floats!(relation, |a, b: u64| d(a), d(b)),
         Ty::F16 | Ty::F16x2 if ftz => floats!(relation, |a, b: u32| flush16(a), flush16(b)),
-        Ty::F16 | Ty::F16x2 => floats!(
-            relation,
-            |a, b: u32| f16_to_f32(a as u16),
-            f16_to_f32(b as u16)
-        ),
-        Ty::Bf16 | Ty::Bf16x2 => floats!(
-            relation,
-            |a, b: u32| bf16_to_f32(a as u16),
-            bf16_to_f32(b as u16)
-        ),
+        Ty::F16 | Ty::F16x2 => floats!(relation, |a, b: u32| f16_to_f32(a as u16), f16_to_f32(b as u16)),
+        Ty::Bf16 | Ty::Bf16x2 => floats!(relation, |a, b: u32| bf16_to_f32(a as u16), bf16_to_f32(b as u16)),
         _ => None,
     }
 }
 
 fn flush16(a: u32) -> f32 {
-    if a & 0x7c00 == 0 {
-        f16_to_f32((a & 0x8000) as u16)
-    } else {
-        f16_to_f32(a as u16)
-    }
+    if a & 0x7c00 == 0 { f16_to_f32((a & 0x8000) as u16) } else { f16_to_f32(a as u16) }
 }

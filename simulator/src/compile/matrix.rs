@@ -29,11 +29,7 @@ fn mat_ty(m: &str) -> Option<MatTy> {
 fn shape(m: &str) -> Option<(u32, u32, u32)> {
     let (rows, rest) = m.strip_prefix('m')?.split_once('n')?;
     let (columns, depth) = rest.split_once('k').unwrap_or((rest, "0"));
-    Some((
-        rows.parse().ok()?,
-        columns.parse().ok()?,
-        depth.parse().ok()?,
-    ))
+    Some((rows.parse().ok()?, columns.parse().ok()?, depth.parse().ok()?))
 }
 
 impl Body<'_, '_> {
@@ -49,12 +45,7 @@ impl Body<'_, '_> {
                 self.class = Class::Warp;
                 self.arity(2, 2)?;
                 let (a, d) = (self.src(1, Ty::B32)?, self.dst(0, Ty::B32)?);
-                self.emit(Inst {
-                    d,
-                    a,
-                    kind: Kind::MovMatrix,
-                    ..self.blank()
-                })?;
+                self.emit(Inst { d, a, kind: Kind::MovMatrix, ..self.blank() })?;
                 Ok(true)
             }
             "mma" => self.mma(),
@@ -97,10 +88,7 @@ impl Body<'_, '_> {
         let trans = self.mods.take("trans");
         let m8n8 = self.mods.take("m8n8");
         let place = self.mods.find(place).unwrap_or(Place::Generic);
-        if !m8n8
-            || self.mods.ty() != Some(Ty::B16)
-            || !matches!(place, Place::Shared | Place::Generic)
-        {
+        if !m8n8 || self.mods.ty() != Some(Ty::B16) || !matches!(place, Place::Shared | Place::Generic) {
             return self.fail("only m8n8 matrices of .b16 in shared memory are supported");
         }
         self.class = Class::Shared;
@@ -114,24 +102,11 @@ impl Body<'_, '_> {
         let address = self.address(address)?;
         let regs = regs.into();
         let kind = if store {
-            Kind::StMatrix {
-                regs,
-                trans,
-                address,
-                place,
-            }
+            Kind::StMatrix { regs, trans, address, place }
         } else {
-            Kind::LdMatrix {
-                regs,
-                trans,
-                address,
-                place,
-            }
+            Kind::LdMatrix { regs, trans, address, place }
         };
-        self.emit(Inst {
-            kind,
-            ..self.blank()
-        })?;
+        self.emit(Inst { kind, ..self.blank() })?;
         Ok(true)
     }
 
@@ -140,9 +115,7 @@ impl Body<'_, '_> {
             return self.fail("sparse matrix products are not supported");
         }
         self.mods.any(&["sync", "aligned"]);
-        let kind = self
-            .mods
-            .find(|m| m.strip_prefix("kind::").map(str::to_owned));
+        let kind = self.mods.find(|m| m.strip_prefix("kind::").map(str::to_owned));
         if kind.is_some_and(|k| k != "f8f6f4") {
             return self.fail("this kind of matrix product is not supported");
         }
@@ -154,8 +127,7 @@ impl Body<'_, '_> {
         let (xor, and) = (self.mods.take("xor"), self.mods.take("and"));
         let popc = self.mods.take("popc");
         let mut next = || self.mods.find(mat_ty);
-        let (Some(d_ty), Some(a_ty), Some(b_ty), Some(c_ty)) = (next(), next(), next(), next())
-        else {
+        let (Some(d_ty), Some(a_ty), Some(b_ty), Some(c_ty)) = (next(), next(), next(), next()) else {
             return Ok(false);
         };
         if !row || !col || (a_ty == MatTy::B1) != (popc && xor != and) {
@@ -163,18 +135,13 @@ impl Body<'_, '_> {
         }
         use MatTy::*;
         let shape = (m, n, k);
-        let float_out = matches!(
-            (d_ty, c_ty),
-            (F32, F32) | (F16, F16) | (F16, F32) | (F32, F16)
-        );
+        let float_out = matches!((d_ty, c_ty), (F32, F32) | (F16, F16) | (F16, F32) | (F32, F16));
         let int_out = (d_ty, c_ty) == (S32, S32);
         let ok = match (a_ty, b_ty) {
             (F16, F16) => matches!(shape, (16, 8, 8 | 16)) && float_out,
             (Bf16, Bf16) => matches!(shape, (16, 8, 8 | 16)) && d_ty == F32 && c_ty == F32,
             (Tf32, Tf32) => matches!(shape, (16, 8, 4 | 8)) && d_ty == F32 && c_ty == F32,
-            (F64, F64) => {
-                matches!(shape, (8, 8, 4) | (16, 8, 4 | 8 | 16)) && d_ty == F64 && c_ty == F64
-            }
+            (F64, F64) => matches!(shape, (8, 8, 4) | (16, 8, 4 | 8 | 16)) && d_ty == F64 && c_ty == F64,
             (S8 | U8, S8 | U8) => matches!(shape, (16, 8, 16 | 32) | (8, 8, 16)) && int_out,
             (S4 | U4, S4 | U4) => matches!(shape, (16, 8, 32 | 64) | (8, 8, 32)) && int_out,
             (B1, B1) => matches!(shape, (16, 8, 128 | 256) | (8, 8, 128)) && int_out,
@@ -189,20 +156,13 @@ impl Body<'_, '_> {
             MatTy::F64 => Ty::F64,
             _ => Ty::B32,
         };
-        let (od, oa, ob, oc) = (
-            self.operand(0)?,
-            self.operand(1)?,
-            self.operand(2)?,
-            self.operand(3)?,
-        );
+        let (od, oa, ob, oc) = (self.operand(0)?, self.operand(1)?, self.operand(2)?, self.operand(3)?);
         let d = self.registers(od, reg(d_ty), true)?;
         let a = self.registers(oa, reg(a_ty), false)?;
         let b = self.registers(ob, reg(b_ty), false)?;
         let c = self.registers(oc, reg(c_ty), false)?;
         // 32 lanes with registers of 32 bits (64 for f64).
-        let count = |elements: u32, t: MatTy| {
-            (elements * t.bits() / if t == F64 { 2048 } else { 1024 }) as usize
-        };
+        let count = |elements: u32, t: MatTy| (elements * t.bits() / if t == F64 { 2048 } else { 1024 }) as usize;
         if a.len() != count(m * k, a_ty)
             || b.len() != count(k * n, b_ty)
             || c.len() != count(m * n, c_ty)
@@ -210,25 +170,8 @@ impl Body<'_, '_> {
         {
             return self.fail("the number of registers does not fit the shape");
         }
-        let mma = Mma {
-            m,
-            n,
-            k,
-            a_ty,
-            b_ty,
-            c_ty,
-            d_ty,
-            satfinite,
-            and_popc: and,
-            d,
-            a,
-            b,
-            c,
-        };
-        self.emit(Inst {
-            kind: Kind::Mma(Box::new(mma)),
-            ..self.blank()
-        })?;
+        let mma = Mma { m, n, k, a_ty, b_ty, c_ty, d_ty, satfinite, and_popc: and, d, a, b, c };
+        self.emit(Inst { kind: Kind::Mma(Box::new(mma)), ..self.blank() })?;
         Ok(true)
     }
 
@@ -237,20 +180,14 @@ impl Body<'_, '_> {
             self.mods.any(&["sync", "aligned"]);
             self.class = Class::Barrier;
             self.arity(0, 0)?;
-            self.emit(Inst {
-                kind: Kind::WarpAligned,
-                ..self.blank()
-            })?;
+            self.emit(Inst { kind: Kind::WarpAligned, ..self.blank() })?;
             return Ok(true);
         }
         if self.mods.take("wait_group") {
             self.mods.any(&["sync", "aligned"]);
             self.class = Class::Barrier;
             self.arity(1, 1)?;
-            self.emit(Inst {
-                kind: Kind::WarpAligned,
-                ..self.blank()
-            })?;
+            self.emit(Inst { kind: Kind::WarpAligned, ..self.blank() })?;
             return Ok(true);
         }
         if !self.mods.take("mma_async") || self.instr.mods.iter().any(|m| m == "sp") {
@@ -301,11 +238,7 @@ impl Body<'_, '_> {
         let integers = d_ty == S32;
         self.arity(4, if integers { 4 } else { 8 })?;
         let (sa, sb) = (flag(self, 4)?, flag(self, 5)?);
-        let (ta, tb) = if a.is_empty() {
-            (flag(self, 6)?, flag(self, 7)?)
-        } else {
-            (None, flag(self, 6)?)
-        };
+        let (ta, tb) = if a.is_empty() { (flag(self, 6)?, flag(self, 7)?) } else { (None, flag(self, 6)?) };
         if !halves && (ta.is_some_and(|t| t != 0) || tb.is_some_and(|t| t != 0)) {
             return self.fail("only 16-bit matrices can be transposed");
         }
@@ -326,10 +259,7 @@ impl Body<'_, '_> {
             trans_b: tb == Some(1),
             saturate,
         };
-        self.emit(Inst {
-            kind: Kind::Wgmma(Box::new(w)),
-            ..self.blank()
-        })?;
+        self.emit(Inst { kind: Kind::Wgmma(Box::new(w)), ..self.blank() })?;
         Ok(true)
     }
 }

@@ -52,10 +52,7 @@ impl Body<'_, '_> {
                     self.mods.take(m);
                 }
                 self.class = Class::Global;
-                self.emit(Inst {
-                    kind: Kind::Nop,
-                    ..self.blank()
-                })?;
+                self.emit(Inst { kind: Kind::Nop, ..self.blank() })?;
                 Ok(true)
             }
             "createpolicy" => {
@@ -96,11 +93,8 @@ impl Body<'_, '_> {
         }
         // A cache policy may follow.
         self.arity(2, 3)?;
-        let (address, value) = if store {
-            (self.operand(0)?, self.operand(1)?)
-        } else {
-            (self.operand(1)?, self.operand(0)?)
-        };
+        let (address, value) =
+            if store { (self.operand(0)?, self.operand(1)?) } else { (self.operand(1)?, self.operand(0)?) };
         let one = std::slice::from_ref(value);
         let parts = match value {
             Operand::Vector(v) => v.as_slice(),
@@ -117,11 +111,7 @@ impl Body<'_, '_> {
             let reg = match p {
                 Operand::Sink if !store => (NONE, 1),
                 p => {
-                    let r = if store {
-                        self.value_any(p, ty)?
-                    } else {
-                        self.dst_of(p)?
-                    };
+                    let r = if store { self.value_any(p, ty)? } else { self.dst_of(p)? };
                     if r.words * 4 < ty.bytes() && !(r.words == 1 && ty.bytes() <= 4) {
                         return self.fail("a register is narrower than the access");
                     }
@@ -141,17 +131,8 @@ impl Body<'_, '_> {
                 }
                 for (k, (d, words)) in regs.iter().enumerate() {
                     let offset = offset + k as u32 * ty.bytes();
-                    let kind = Kind::LoadParam {
-                        offset,
-                        bytes: ty.bytes(),
-                        signed: ty.signed(),
-                        words: *words,
-                    };
-                    self.emit(Inst {
-                        d: *d,
-                        kind,
-                        ..self.blank()
-                    })?;
+                    let kind = Kind::LoadParam { offset, bytes: ty.bytes(), signed: ty.signed(), words: *words };
+                    self.emit(Inst { d: *d, kind, ..self.blank() })?;
                 }
                 return Ok(true);
             }
@@ -170,27 +151,13 @@ impl Body<'_, '_> {
                     address,
                     strength,
                 };
-                self.emit(Inst {
-                    kind: Kind::Access(Box::new(access)),
-                    ..self.blank()
-                })?;
+                self.emit(Inst { kind: Kind::Access(Box::new(access)), ..self.blank() })?;
                 return Ok(true);
             }
         }
         let address = self.address(address)?;
-        let access = Access {
-            place,
-            store,
-            bytes: ty.bytes(),
-            signed: ty.signed(),
-            regs,
-            address,
-            strength,
-        };
-        self.emit(Inst {
-            kind: Kind::Access(Box::new(access)),
-            ..self.blank()
-        })?;
+        let access = Access { place, store, bytes: ty.bytes(), signed: ty.signed(), regs, address, strength };
+        self.emit(Inst { kind: Kind::Access(Box::new(access)), ..self.blank() })?;
         Ok(true)
     }
 
@@ -252,11 +219,7 @@ impl Body<'_, '_> {
             return self.fail("this operation does not go with this type");
         }
         let first = usize::from(!red);
-        let n = if op == AtomOp::Cas {
-            first + 3
-        } else {
-            first + 2
-        };
+        let n = if op == AtomOp::Cas { first + 3 } else { first + 2 };
         // A cache policy may follow.
         self.arity(n, n + 1)?;
         let o = self.operand(first)?;
@@ -266,22 +229,14 @@ impl Body<'_, '_> {
             o => vec![o.clone()],
         };
         let values = list(self.operand(first + 1)?);
-        let results = if red {
-            vec![Operand::Sink; values.len()]
-        } else {
-            list(self.operand(0)?)
-        };
+        let results = if red { vec![Operand::Sink; values.len()] } else { list(self.operand(0)?) };
         if values.len() != vector.unwrap_or(1) || results.len() != values.len() {
             return self.fail("the number of registers does not fit the vector");
         }
         let mut elements = Vec::new();
         for (r, v) in results.iter().zip(&values) {
             let value = self.value(v, ty)?;
-            let second = if op == AtomOp::Cas {
-                self.src(first + 2, ty)?
-            } else {
-                NONE
-            };
+            let second = if op == AtomOp::Cas { self.src(first + 2, ty)? } else { NONE };
             let d = match r {
                 Operand::Sink => NONE,
                 r => {
@@ -295,20 +250,8 @@ impl Body<'_, '_> {
             elements.push((d, value, second));
         }
         self.class = Class::Atomic;
-        let atom = Atom {
-            place,
-            op,
-            ty: kind,
-            bytes: ty.bytes(),
-            address,
-            elements,
-            strength,
-            ftz,
-        };
-        self.emit(Inst {
-            kind: Kind::Atom(Box::new(atom)),
-            ..self.blank()
-        })?;
+        let atom = Atom { place, op, ty: kind, bytes: ty.bytes(), address, elements, strength, ftz };
+        self.emit(Inst { kind: Kind::Atom(Box::new(atom)), ..self.blank() })?;
         Ok(true)
     }
 }

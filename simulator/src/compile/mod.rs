@@ -70,11 +70,7 @@ pub(crate) fn module(
     let mut by_name: HashMap<&str, &Func> = HashMap::new();
     for f in &tree.funcs {
         if f.body.is_some() && by_name.insert(&f.name, f).is_some() {
-            return Err(LoadError::new(
-                f.line,
-                &f.name,
-                "this function is defined twice",
-            ));
+            return Err(LoadError::new(f.line, &f.name, "this function is defined twice"));
         }
     }
     for (alias, target) in &tree.aliases {
@@ -88,11 +84,7 @@ pub(crate) fn module(
         let p = kernel(f, tree, arch, &addresses, &by_name, const_bytes)?;
         total += p.code.len();
         if total > MAX_CODE {
-            return Err(LoadError::new(
-                f.line,
-                &f.name,
-                format!("the module has more than {MAX_CODE} instructions"),
-            ));
+            return Err(LoadError::new(f.line, &f.name, format!("the module has more than {MAX_CODE} instructions")));
         }
         programs.push(p);
     }
@@ -100,33 +92,17 @@ pub(crate) fn module(
 }
 
 fn check_target(tree: &Module, arch: &Arch) -> Result<()> {
-    let target = tree
-        .target
-        .strip_prefix("sm_")
-        .or_else(|| tree.target.strip_prefix("compute_"))
-        .unwrap_or("");
+    let target = tree.target.strip_prefix("sm_").or_else(|| tree.target.strip_prefix("compute_")).unwrap_or("");
     let number = target.trim_end_matches(['a', 'f']);
-    let wrong = |message: String| {
-        Err(LoadError::new(
-            0,
-            format!(".target {}", tree.target),
-            message,
-        ))
-    };
+    let wrong = |message: String| Err(LoadError::new(0, format!(".target {}", tree.target), message));
     let Ok(number) = number.parse::<u32>() else {
         return wrong("this target is unknown".into());
     };
     if number > arch.number() {
-        return wrong(format!(
-            "the simulated GPU is {}, older than the target",
-            arch.name
-        ));
+        return wrong(format!("the simulated GPU is {}, older than the target", arch.name));
     }
     if target.ends_with('a') && number != arch.number() {
-        return wrong(format!(
-            "code for this exact architecture does not run on the simulated {}",
-            arch.name
-        ));
+        return wrong(format!("code for this exact architecture does not run on the simulated {}", arch.name));
     }
     Ok(())
 }
@@ -149,29 +125,17 @@ fn variables(
     all.retain(|(_, v)| matches!(v.space, Space::Global | Space::Const));
     for (name, v) in &all {
         if v.external && v.count == 0 {
-            return Err(LoadError::new(
-                v.line,
-                &v.name,
-                "this variable is defined in another module",
-            ));
+            return Err(LoadError::new(v.line, &v.name, "this variable is defined in another module"));
         }
         total = total.saturating_add(v.bytes());
         if v.space == Space::Const {
             const_bytes += v.bytes();
         }
         if total > MAX_VARIABLES || const_bytes > 10 * 65_536 {
-            return Err(LoadError::new(
-                v.line,
-                &v.name,
-                format!("{total} bytes of module variables are too many"),
-            ));
+            return Err(LoadError::new(v.line, &v.name, format!("{total} bytes of module variables are too many")));
         }
         if addresses.contains_key(name) {
-            return Err(LoadError::new(
-                v.line,
-                &v.name,
-                "this variable is declared twice",
-            ));
+            return Err(LoadError::new(v.line, &v.name, "this variable is declared twice"));
         }
         let label = format!("{VARIABLE}{}", v.name);
         let address = memory
@@ -180,44 +144,31 @@ fn variables(
         addresses.insert(name.clone(), address);
         globals.insert(name.clone(), (address, v.bytes()));
     }
-    let indices: HashMap<&str, usize> = tree
-        .funcs
-        .iter()
-        .enumerate()
-        .map(|(i, f)| (f.name.as_str(), i))
-        .collect();
+    let indices: HashMap<&str, usize> = tree.funcs.iter().enumerate().map(|(i, f)| (f.name.as_str(), i)).collect();
     for (name, v) in &all {
         let mut bytes = vec![0u8; v.bytes() as usize];
         let size = v.ty.bytes() as usize;
         for (slot, init) in bytes.chunks_exact_mut(size).zip(&v.init) {
             let value = match init {
-                Init::Int(i) if matches!(v.ty, crate::ptx::ast::Ty::F32) => {
-                    u64::from((*i as f32).to_bits())
-                }
+                Init::Int(i) if matches!(v.ty, crate::ptx::ast::Ty::F32) => u64::from((*i as f32).to_bits()),
                 Init::Int(i) if matches!(v.ty, crate::ptx::ast::Ty::F64) => (*i as f64).to_bits(),
                 Init::Int(i) => *i as u64,
                 Init::F32(b) => u64::from(*b),
                 Init::F64(b) if size == 4 => u64::from((f64::from_bits(*b) as f32).to_bits()),
                 Init::F64(b) => *b,
-                Init::Address { name, offset } => {
-                    match (addresses.get(name.as_str()), indices.get(name.as_str())) {
-                        (Some(a), _) => a.wrapping_add(*offset as u64),
-                        _ => {
-                            return Err(LoadError::new(
-                                v.line,
-                                &v.name,
-                                format!("its initial value names `{name}`, which is no variable"),
-                            ));
-                        }
+                Init::Address { name, offset } => match (addresses.get(name.as_str()), indices.get(name.as_str())) {
+                    (Some(a), _) => a.wrapping_add(*offset as u64),
+                    _ => {
+                        return Err(LoadError::new(
+                            v.line,
+                            &v.name,
+                            format!("its initial value names `{name}`, which is no variable"),
+                        ));
                     }
-                }
+                },
             };
             if size > 8 {
-                return Err(LoadError::new(
-                    v.line,
-                    &v.name,
-                    "initial values of 16 bytes are not supported",
-                ));
+                return Err(LoadError::new(v.line, &v.name, "initial values of 16 bytes are not supported"));
             }
             slot.copy_from_slice(&value.to_le_bytes()[..size]);
         }
@@ -274,22 +225,13 @@ fn kernel(
     const_bytes: u32,
 ) -> Result<Program> {
     let order = reachable(entry, by_name);
-    let mut indices: HashMap<&str, u32> = order
-        .iter()
-        .enumerate()
-        .map(|(i, f)| (f.name.as_str(), i as u32))
-        .collect();
+    let mut indices: HashMap<&str, u32> = order.iter().enumerate().map(|(i, f)| (f.name.as_str(), i as u32)).collect();
     for (alias, target) in &tree.aliases {
         if let Some(i) = indices.get(target.as_str()).copied() {
             indices.insert(alias, i);
         }
     }
-    let shared_vars = tree
-        .vars
-        .iter()
-        .filter(|v| v.space == Space::Shared)
-        .map(|v| (v.name.as_str(), v))
-        .collect();
+    let shared_vars = tree.vars.iter().filter(|v| v.space == Space::Shared).map(|v| (v.name.as_str(), v)).collect();
     let mut unit = Unit {
         arch,
         tree,
@@ -308,11 +250,7 @@ fn kernel(
     for f in &order {
         funcs.push(body::function(&mut unit, f, &params)?);
         if unit.code.len() > MAX_CODE {
-            return Err(LoadError::new(
-                f.line,
-                &f.name,
-                format!("the kernel has more than {MAX_CODE} instructions"),
-            ));
+            return Err(LoadError::new(f.line, &f.name, format!("the kernel has more than {MAX_CODE} instructions")));
         }
     }
     // Nominal: only the assembler knows.
@@ -325,10 +263,7 @@ fn kernel(
         static_shared: unit.shared_bytes as u32,
         local_bytes,
         const_bytes,
-        registers: entry
-            .attributes
-            .maxnreg
-            .map_or(registers, |m| registers.min(m)),
+        registers: entry.attributes.maxnreg.map_or(registers, |m| registers.min(m)),
         attributes: entry.attributes.clone(),
         ptx_version: tree.version.0 * 10 + tree.version.1,
         code: unit.code,
@@ -344,23 +279,14 @@ fn kernel(
 fn kernel_params(entry: &Func) -> Result<(Vec<Param>, u32)> {
     let (mut out, mut offset) = (Vec::new(), 0u64);
     for v in &entry.params {
-        let bytes = if v.is_array {
-            v.bytes()
-        } else {
-            u64::from(v.ty.bytes())
-        };
+        let bytes = if v.is_array { v.bytes() } else { u64::from(v.ty.bytes()) };
         let align = v.align.max(1);
         offset = offset.next_multiple_of(align.into());
         if offset.saturating_add(bytes) > u64::from(MAX_PARAM_BYTES) {
             let message = format!("more than {MAX_PARAM_BYTES} bytes of kernel parameters");
             return Err(LoadError::new(v.line, &v.name, message));
         }
-        out.push(Param {
-            name: v.name.clone(),
-            offset: offset as u32,
-            bytes: bytes as u32,
-            align,
-        });
+        out.push(Param { name: v.name.clone(), offset: offset as u32, bytes: bytes as u32, align });
         offset += bytes;
     }
     Ok((out, offset as u32))

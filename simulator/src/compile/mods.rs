@@ -8,9 +8,7 @@ pub(super) struct Mods<'a> {
 
 impl<'a> Mods<'a> {
     pub(super) fn new(mods: &'a [String]) -> Self {
-        Mods {
-            list: mods.iter().map(String::as_str).collect(),
-        }
+        Mods { list: mods.iter().map(String::as_str).collect() }
     }
 
     /// Removes `name` if it is there.
@@ -24,11 +22,7 @@ impl<'a> Mods<'a> {
 
     /// Removes the first modifier for which `f` gives something.
     pub(super) fn find<T>(&mut self, f: impl Fn(&str) -> Option<T>) -> Option<T> {
-        let (i, hit) = self
-            .list
-            .iter()
-            .enumerate()
-            .find_map(|(i, m)| f(m).map(|v| (i, v)))?;
+        let (i, hit) = self.list.iter().enumerate().find_map(|(i, m)| f(m).map(|v| (i, v)))?;
         self.list.remove(i);
         Some(hit)
     }
@@ -49,10 +43,7 @@ impl<'a> Mods<'a> {
         self.list.retain(|m| {
             !(m.starts_with("L1::")
                 || m.starts_with("L2::")
-                || matches!(
-                    *m,
-                    "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt" | "unified"
-                ))
+                || matches!(*m, "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt" | "unified"))
         });
     }
 

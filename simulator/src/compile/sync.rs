@@ -19,21 +19,8 @@ impl Body<'_, '_> {
             "membar" | "fence" => {
                 self.class = Class::Barrier;
                 if self.mods.take("proxy") {
-                    self.forget(&[
-                        "alias",
-                        "async",
-                        "async::generic",
-                        "tensormap",
-                        "tensormap::generic",
-                    ]);
-                    self.forget(&[
-                        "generic",
-                        "async.global",
-                        "async.shared",
-                        "acquire",
-                        "release",
-                        "sync_restrict",
-                    ]);
+                    self.forget(&["alias", "async", "async::generic", "tensormap", "tensormap::generic"]);
+                    self.forget(&["generic", "async.global", "async.shared", "acquire", "release", "sync_restrict"]);
                 }
                 let known = [
                     "gl",
@@ -69,10 +56,7 @@ impl Body<'_, '_> {
                 for m in rest {
                     self.mods.take(&m);
                 }
-                self.emit(Inst {
-                    kind: Kind::Fence,
-                    ..self.blank()
-                })?;
+                self.emit(Inst { kind: Kind::Fence, ..self.blank() })?;
                 Ok(true)
             }
             "shfl" => self.shfl(),
@@ -96,17 +80,8 @@ impl Body<'_, '_> {
                 let source = self.pred(p)?;
                 let b = self.src(2, Ty::B32)?;
                 let o = self.operand(0)?;
-                let d = if ty == Ty::Pred {
-                    self.pred_dst(o)?
-                } else {
-                    self.dst(0, Ty::B32)?
-                };
-                self.emit(Inst {
-                    d,
-                    b,
-                    kind: Kind::Vote { op, source },
-                    ..self.blank()
-                })?;
+                let d = if ty == Ty::Pred { self.pred_dst(o)? } else { self.dst(0, Ty::B32)? };
+                self.emit(Inst { d, b, kind: Kind::Vote { op, source }, ..self.blank() })?;
                 Ok(true)
             }
             "match" => {
@@ -126,17 +101,7 @@ impl Body<'_, '_> {
                     Operand::Pair(d, p) => (self.dst_of(d)?.at, self.pred_dst(p)?),
                     d => (self.dst_of(d)?.at, NONE),
                 };
-                self.emit(Inst {
-                    d,
-                    a,
-                    b,
-                    kind: Kind::Match {
-                        all,
-                        wide: ty == Ty::B64,
-                        pred,
-                    },
-                    ..self.blank()
-                })?;
+                self.emit(Inst { d, a, b, kind: Kind::Match { all, wide: ty == Ty::B64, pred }, ..self.blank() })?;
                 Ok(true)
             }
             "redux" => {
@@ -173,12 +138,7 @@ impl Body<'_, '_> {
                     d,
                     a,
                     b,
-                    kind: Kind::Redux {
-                        op,
-                        signed: ty.signed(),
-                        absolute,
-                        nan,
-                    },
+                    kind: Kind::Redux { op, signed: ty.signed(), absolute, nan },
                     ..self.blank()
                 })?;
                 Ok(true)
@@ -188,11 +148,7 @@ impl Body<'_, '_> {
                 self.class = Class::Warp;
                 self.arity(1, 1)?;
                 let d = self.dst(0, Ty::B32)?;
-                self.emit(Inst {
-                    d,
-                    kind: Kind::ActiveMask,
-                    ..self.blank()
-                })?;
+                self.emit(Inst { d, kind: Kind::ActiveMask, ..self.blank() })?;
                 Ok(true)
             }
             "elect" => {
@@ -203,45 +159,21 @@ impl Body<'_, '_> {
                 let Operand::Pair(d, p) = self.operand(0)? else {
                     return self.fail("expected `d|p`");
                 };
-                let d = if **d == Operand::Sink {
-                    NONE
-                } else {
-                    self.dst_of(d)?.at
-                };
+                let d = if **d == Operand::Sink { NONE } else { self.dst_of(d)?.at };
                 let pred = self.pred_dst(p)?;
-                self.emit(Inst {
-                    d,
-                    b,
-                    kind: Kind::Elect { pred },
-                    ..self.blank()
-                })?;
+                self.emit(Inst { d, b, kind: Kind::Elect { pred }, ..self.blank() })?;
                 Ok(true)
             }
             "nanosleep" => {
                 self.mods.ty();
                 self.class = Class::Control;
-                self.emit(Inst {
-                    kind: Kind::Yield,
-                    ..self.blank()
-                })?;
+                self.emit(Inst { kind: Kind::Yield, ..self.blank() })?;
                 Ok(true)
             }
             "griddepcontrol" | "setmaxnreg" | "pmevent" => {
-                self.forget(&[
-                    "launch_dependents",
-                    "wait",
-                    "inc",
-                    "dec",
-                    "sync",
-                    "aligned",
-                    "u32",
-                    "mask",
-                ]);
+                self.forget(&["launch_dependents", "wait", "inc", "dec", "sync", "aligned", "u32", "mask"]);
                 self.class = Class::Control;
-                self.emit(Inst {
-                    kind: Kind::Nop,
-                    ..self.blank()
-                })?;
+                self.emit(Inst { kind: Kind::Nop, ..self.blank() })?;
                 Ok(true)
             }
             "mbarrier" => self.mbarrier(),
@@ -261,11 +193,7 @@ impl Body<'_, '_> {
         if op == "mapa" {
             self.arity(3, 3)?;
             let d = self.dst(0, ty)?;
-            let alu = if ty.bytes() == 8 {
-                crate::lanes::op1(|a: u64| a)
-            } else {
-                crate::lanes::op1(|a: u32| a)
-            };
+            let alu = if ty.bytes() == 8 { crate::lanes::op1(|a: u64| a) } else { crate::lanes::op1(|a: u32| a) };
             self.alu(alu, d, &[a], 0)?;
         } else {
             self.arity(2, 2)?;
@@ -281,11 +209,7 @@ impl Body<'_, '_> {
             self.mods.take("sync");
             self.arity(1, 1)?;
             let b = self.src(0, Ty::B32)?;
-            self.emit(Inst {
-                b,
-                kind: Kind::WarpBar,
-                ..self.blank()
-            })?;
+            self.emit(Inst { b, kind: Kind::WarpBar, ..self.blank() })?;
             return Ok(true);
         }
         self.mods.take("cta");
@@ -298,58 +222,25 @@ impl Body<'_, '_> {
             if arrive == wait {
                 return Ok(false);
             }
-            let bar = Bar {
-                id: NONE,
-                count: NONE,
-                arrive_only: arrive,
-                aligned,
-                reduce: 0,
-                d: NONE,
-                source: (NONE, false),
-            };
-            let kind = if arrive {
-                Kind::Fence
-            } else {
-                Kind::Bar(Box::new(bar))
-            };
-            self.emit(Inst {
-                kind,
-                ..self.blank()
-            })?;
+            let bar =
+                Bar { id: NONE, count: NONE, arrive_only: arrive, aligned, reduce: 0, d: NONE, source: (NONE, false) };
+            let kind = if arrive { Kind::Fence } else { Kind::Bar(Box::new(bar)) };
+            self.emit(Inst { kind, ..self.blank() })?;
             return Ok(true);
         }
-        let (sync, arrive, red) = (
-            self.mods.take("sync"),
-            self.mods.take("arrive"),
-            self.mods.take("red"),
-        );
+        let (sync, arrive, red) = (self.mods.take("sync"), self.mods.take("arrive"), self.mods.take("red"));
         if usize::from(sync) + usize::from(arrive) + usize::from(red) != 1 {
             return Ok(false);
         }
         if !red {
             self.arity(1, 2)?;
             let id = self.src(0, Ty::U32)?;
-            let count = if self.count() == 2 {
-                self.src(1, Ty::U32)?
-            } else {
-                NONE
-            };
+            let count = if self.count() == 2 { self.src(1, Ty::U32)? } else { NONE };
             if arrive && count == NONE {
                 return self.fail("an arrival needs the number of threads");
             }
-            let bar = Bar {
-                id,
-                count,
-                arrive_only: arrive,
-                aligned,
-                reduce: 0,
-                d: NONE,
-                source: (NONE, false),
-            };
-            self.emit(Inst {
-                kind: Kind::Bar(Box::new(bar)),
-                ..self.blank()
-            })?;
+            let bar = Bar { id, count, arrive_only: arrive, aligned, reduce: 0, d: NONE, source: (NONE, false) };
+            self.emit(Inst { kind: Kind::Bar(Box::new(bar)), ..self.blank() })?;
             return Ok(true);
         }
         let reduce = self.mods.find(|m| match m {
@@ -363,32 +254,13 @@ impl Body<'_, '_> {
         };
         self.arity(3, 4)?;
         let id = self.src(1, Ty::U32)?;
-        let count = if self.count() == 4 {
-            self.src(2, Ty::U32)?
-        } else {
-            NONE
-        };
+        let count = if self.count() == 4 { self.src(2, Ty::U32)? } else { NONE };
         let o = self.operand(self.count() - 1)?;
         let source = self.pred(o)?;
         let o = self.operand(0)?;
-        let d = if reduce == 1 {
-            self.dst(0, Ty::U32)?
-        } else {
-            self.pred_dst(o)?
-        };
-        let bar = Bar {
-            id,
-            count,
-            arrive_only: false,
-            aligned,
-            reduce,
-            d,
-            source,
-        };
-        self.emit(Inst {
-            kind: Kind::Bar(Box::new(bar)),
-            ..self.blank()
-        })?;
+        let d = if reduce == 1 { self.dst(0, Ty::U32)? } else { self.pred_dst(o)? };
+        let bar = Bar { id, count, arrive_only: false, aligned, reduce, d, source };
+        self.emit(Inst { kind: Kind::Bar(Box::new(bar)), ..self.blank() })?;
         Ok(true)
     }
 
@@ -410,25 +282,13 @@ impl Body<'_, '_> {
         };
         self.class = Class::Warp;
         self.arity(5, 5)?;
-        let (a, b, c) = (
-            self.src(1, Ty::B32)?,
-            self.src(2, Ty::B32)?,
-            self.src(3, Ty::B32)?,
-        );
+        let (a, b, c) = (self.src(1, Ty::B32)?, self.src(2, Ty::B32)?, self.src(3, Ty::B32)?);
         let mask = self.src(4, Ty::B32)?;
         let (d, pred) = match self.operand(0)? {
             Operand::Pair(d, p) => (self.dst_of(d)?.at, self.pred_dst(p)?),
             d => (self.dst_of(d)?.at, NONE),
         };
-        self.emit(Inst {
-            d,
-            a,
-            b: mask,
-            c,
-            e: b,
-            kind: Kind::Shuffle { mode, pred },
-            ..self.blank()
-        })?;
+        self.emit(Inst { d, a, b: mask, c, e: b, kind: Kind::Shuffle { mode, pred }, ..self.blank() })?;
         Ok(true)
     }
 
@@ -457,20 +317,8 @@ impl Body<'_, '_> {
         if self.mods.ty() != Some(Ty::B64) && !matches!(op, MbarOp::ExpectTx | MbarOp::CompleteTx) {
             return Ok(false);
         }
-        let none = Addr {
-            reg: NONE,
-            wide: true,
-            offset: 0,
-        };
-        let mut m = Mbar {
-            op,
-            place,
-            address: none,
-            d: NONE,
-            count: NONE,
-            tx: NONE,
-            parity,
-        };
+        let none = Addr { reg: NONE, wide: true, offset: 0 };
+        let mut m = Mbar { op, place, address: none, d: NONE, count: NONE, tx: NONE, parity };
         match op {
             MbarOp::Init | MbarOp::Inval | MbarOp::ExpectTx | MbarOp::CompleteTx => {
                 let n = if op == MbarOp::Inval { 1 } else { 2 };
@@ -514,10 +362,7 @@ impl Body<'_, '_> {
                 m.count = self.src(1, Ty::B64)?;
             }
         }
-        self.emit(Inst {
-            kind: Kind::Mbar(Box::new(m)),
-            ..self.blank()
-        })?;
+        self.emit(Inst { kind: Kind::Mbar(Box::new(m)), ..self.blank() })?;
         Ok(true)
     }
 
@@ -555,11 +400,7 @@ impl Body<'_, '_> {
             self.mods.ty();
             self.arity(1, 1)?;
             let o = self.operand(0)?;
-            Kind::CpMbarArrive {
-                address: self.address(o)?,
-                place,
-                no_increment,
-            }
+            Kind::CpMbarArrive { address: self.address(o)?, place, no_increment }
         } else {
             let (ca, cg) = (self.mods.take("ca"), self.mods.take("cg"));
             self.mods.hints();
@@ -592,18 +433,9 @@ impl Body<'_, '_> {
                     src_bytes = self.value(o, Ty::U32)?;
                 }
             }
-            Kind::CpAsync(Box::new(CpAsync {
-                dst,
-                src,
-                bytes,
-                src_bytes,
-                ignore,
-            }))
+            Kind::CpAsync(Box::new(CpAsync { dst, src, bytes, src_bytes, ignore }))
         };
-        self.emit(Inst {
-            kind,
-            ..self.blank()
-        })?;
+        self.emit(Inst { kind, ..self.blank() })?;
         Ok(true)
     }
 }

@@ -7,11 +7,7 @@ use crate::program::*;
 use crate::ptx::ast::{Operand, Ty};
 use crate::tensor_map;
 
-const NOWHERE: Addr = Addr {
-    reg: NONE,
-    wide: true,
-    offset: 0,
-};
+const NOWHERE: Addr = Addr { reg: NONE, wide: true, offset: 0 };
 
 impl Body<'_, '_> {
     pub(super) fn tensor(&mut self) -> Result<bool> {
@@ -46,10 +42,7 @@ impl Body<'_, '_> {
             self.arity(3, 3)?;
             let (d, s) = (self.operand(0)?, self.operand(1)?);
             let (dst, src) = (self.address(d)?, self.address(s)?);
-            self.emit(Inst {
-                kind: Kind::MapCopy { dst, src },
-                ..self.blank()
-            })?;
+            self.emit(Inst { kind: Kind::MapCopy { dst, src }, ..self.blank() })?;
             return Ok(true);
         }
         if !self.mods.take("replace") {
@@ -94,45 +87,25 @@ impl Body<'_, '_> {
         // The swizzle numbers of PTX: 0 none, 1 32, 2 64, 3 128 bytes, the same as in the driver's enumeration.
         if bytes == 8 && a.words == 1 {
             let t = self.temp(2)?;
-            self.part(Inst {
-                alu: crate::lanes::op1(|a: u32| u64::from(a)),
-                d: t,
-                a: a.at,
-                ..self.blank()
-            })?;
+            self.part(Inst { alu: crate::lanes::op1(|a: u32| u64::from(a)), d: t, a: a.at, ..self.blank() })?;
             a.at = t;
         }
-        let kind = Kind::MapReplace {
-            address,
-            place,
-            field: at as u32,
-            bytes,
-        };
-        self.emit(Inst {
-            a: a.at,
-            kind,
-            ..self.blank()
-        })?;
+        let kind = Kind::MapReplace { address, place, field: at as u32, bytes };
+        self.emit(Inst { a: a.at, kind, ..self.blank() })?;
         Ok(true)
     }
 
     /// `cp.async.bulk...` and `cp.reduce.async.bulk...` after these words.
     pub(super) fn bulk(&mut self, reduce: bool) -> Result<bool> {
         if self.mods.take("commit_group") {
-            self.emit(Inst {
-                kind: Kind::BulkCommit,
-                ..self.blank()
-            })?;
+            self.emit(Inst { kind: Kind::BulkCommit, ..self.blank() })?;
             return Ok(true);
         }
         if self.mods.take("wait_group") {
             self.mods.take("read");
             return match self.operand(0)? {
                 Operand::Int(0..=0xffff) => {
-                    self.emit(Inst {
-                        kind: Kind::BulkWait,
-                        ..self.blank()
-                    })?;
+                    self.emit(Inst { kind: Kind::BulkWait, ..self.blank() })?;
                     Ok(true)
                 }
                 _ => self.fail("expected the number of groups"),
@@ -140,12 +113,7 @@ impl Body<'_, '_> {
         }
         let prefetch = self.mods.take("prefetch");
         let tensor = self.mods.take("tensor");
-        let dims = self.mods.find(|m| {
-            ["1d", "2d", "3d", "4d", "5d"]
-                .iter()
-                .position(|d| *d == m)
-                .map(|i| i + 1)
-        });
+        let dims = self.mods.find(|m| ["1d", "2d", "3d", "4d", "5d"].iter().position(|d| *d == m).map(|i| i + 1));
         self.mods.take("tile");
         let multicast = self.mods.take("multicast::cluster");
         let mbar = self.mods.take("mbarrier::complete_tx::bytes");
@@ -153,10 +121,7 @@ impl Body<'_, '_> {
         let hint = self.mods.take("L2::cache_hint");
         if prefetch {
             self.mods.any(&["L2", "global"]);
-            self.emit(Inst {
-                kind: Kind::Nop,
-                ..self.blank()
-            })?;
+            self.emit(Inst { kind: Kind::Nop, ..self.blank() })?;
             return Ok(true);
         }
         let op = self.mods.find(|m| {
@@ -204,11 +169,7 @@ impl Body<'_, '_> {
         };
         let (first, second) = (self.operand(0)?, self.operand(1)?);
         if tensor {
-            let (shared, tensor) = if to_shared {
-                (first, second)
-            } else {
-                (second, first)
-            };
+            let (shared, tensor) = if to_shared { (first, second) } else { (second, first) };
             let (Some((base, offset, coords)), Some(dims)) = (map(tensor), dims) else {
                 return self.fail("expected `[map, {coordinates}]`");
             };
@@ -260,10 +221,7 @@ impl Body<'_, '_> {
         if self.count() != used {
             return self.fail("the number of operands does not fit");
         }
-        self.emit(Inst {
-            kind: Kind::Bulk(Box::new(b)),
-            ..self.blank()
-        })?;
+        self.emit(Inst { kind: Kind::Bulk(Box::new(b)), ..self.blank() })?;
         Ok(true)
     }
 }

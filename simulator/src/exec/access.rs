@@ -21,25 +21,13 @@ pub(crate) enum Where {
 
 /// Resolves an address used in `place`.
 pub(crate) fn resolve(place: Place, address: u64) -> Where {
-    let within = |window: u64| {
-        (address >= window && address < window + WINDOW).then(|| (address - window) as u32)
-    };
+    let within = |window: u64| (address >= window && address < window + WINDOW).then(|| (address - window) as u32);
     match place {
         Place::Global => Where::Global(address),
-        Place::Shared => Where::Shared(
-            within(SHARED_WINDOW).unwrap_or(u32::try_from(address).unwrap_or(u32::MAX)),
-        ),
-        Place::Local => {
-            Where::Local(within(LOCAL_WINDOW).unwrap_or(u32::try_from(address).unwrap_or(u32::MAX)))
-        }
-        Place::Param => {
-            Where::Param(within(PARAM_WINDOW).unwrap_or(u32::try_from(address).unwrap_or(u32::MAX)))
-        }
-        Place::Generic => match (
-            within(SHARED_WINDOW),
-            within(LOCAL_WINDOW),
-            within(PARAM_WINDOW),
-        ) {
+        Place::Shared => Where::Shared(within(SHARED_WINDOW).unwrap_or(u32::try_from(address).unwrap_or(u32::MAX))),
+        Place::Local => Where::Local(within(LOCAL_WINDOW).unwrap_or(u32::try_from(address).unwrap_or(u32::MAX))),
+        Place::Param => Where::Param(within(PARAM_WINDOW).unwrap_or(u32::try_from(address).unwrap_or(u32::MAX))),
+        Place::Generic => match (within(SHARED_WINDOW), within(LOCAL_WINDOW), within(PARAM_WINDOW)) {
             (Some(a), _, _) => Where::Shared(a),
             (_, Some(a), _) => Where::Local(a),
             (_, _, Some(a)) => Where::Param(a),
@@ -56,27 +44,17 @@ pub(crate) struct Touch {
 }
 
 impl Touch {
-    pub(crate) const READ: Touch = Touch {
-        write: false,
-        strong: false,
-    };
-    pub(crate) const WRITE: Touch = Touch {
-        write: true,
-        strong: false,
-    };
+    pub(crate) const READ: Touch = Touch { write: false, strong: false };
+    pub(crate) const WRITE: Touch = Touch { write: true, strong: false };
 }
 
 impl Block<'_> {
     /// Addresses of all lanes.
     pub(crate) fn addresses(&self, warp: &Warp, frame: u16, a: Addr) -> [u64; 32] {
         if a.wide {
-            std::array::from_fn(|i| {
-                warp.get64(frame, a.reg, i as u32)
-                    .wrapping_add(a.offset as u64)
-            })
+            std::array::from_fn(|i| warp.get64(frame, a.reg, i as u32).wrapping_add(a.offset as u64))
         } else {
-            warp.lane_values(frame, a.reg)
-                .map(|r| u64::from(r.wrapping_add(a.offset as u32)))
+            warp.lane_values(frame, a.reg).map(|r| u64::from(r.wrapping_add(a.offset as u32)))
         }
     }
 
@@ -101,10 +79,7 @@ impl Block<'_> {
         if x.store && matches!(x.strength, Strength::Release | Strength::AcqRel) {
             self.clocks.fence(warp.id);
         }
-        let touch = Touch {
-            write: x.store,
-            strong,
-        };
+        let touch = Touch { write: x.store, strong };
         for lane in lanes(active) {
             let address = addresses[lane as usize];
             match resolve(x.place, address) {
@@ -135,22 +110,14 @@ impl Block<'_> {
 
     /// Checks a global access; gives the allocation's index and the offset in it.
     #[inline(always)]
-    pub(crate) fn global_at(
-        &self,
-        warp: &mut Warp,
-        lane: u32,
-        a: u64,
-        size: u32,
-        write: bool,
-    ) -> Step<(usize, usize)> {
+    pub(crate) fn global_at(&self, warp: &mut Warp, lane: u32, a: u64, size: u32, write: bool) -> Step<(usize, usize)> {
         if a & u64::from(size - 1) != 0 {
             return self.misaligned(warp, lane, a, size);
         }
         let fits = |i: usize| {
             let alloc = self.l.allocations.get(i)?;
             let offset = a.wrapping_sub(alloc.base);
-            (offset < alloc.bytes && alloc.bytes - offset >= u64::from(size))
-                .then_some(offset as usize)
+            (offset < alloc.bytes && alloc.bytes - offset >= u64::from(size)).then_some(offset as usize)
         };
         if let Some(offset) = fits(warp.hint) {
             if write && self.l.allocations[warp.hint].constant {
@@ -175,21 +142,10 @@ impl Block<'_> {
     }
 
     #[cold]
-    pub(crate) fn out_of_bounds<T>(
-        &self,
-        warp: &Warp,
-        lane: u32,
-        a: u64,
-        size: u32,
-        write: bool,
-    ) -> Step<T> {
+    pub(crate) fn out_of_bounds<T>(&self, warp: &Warp, lane: u32, a: u64, size: u32, write: bool) -> Step<T> {
         let l = self.l;
         let what = if write { "write" } else { "read" };
-        let live: Vec<_> = l
-            .allocations
-            .iter()
-            .map(|x| (x.base, x.bytes, x.label.as_str()))
-            .collect();
+        let live: Vec<_> = l.allocations.iter().map(|x| (x.base, x.bytes, x.label.as_str())).collect();
         let freed = l.memory.freed();
         let freed: Vec<_> = freed.iter().map(|(b, n, t)| (*b, *n, t.as_str())).collect();
         self.fault(FaultClass::OobGlobal, warp, lane, || {
@@ -225,15 +181,12 @@ impl Block<'_> {
             }
             if l.races_global {
                 let changes = x.regs.iter().enumerate().any(|(k, (s, w))| {
-                    alloc.data.load(offset + k * bytes, bytes)
-                        != cut(take(warp, frame, lane, *s, *w), x.bytes)
+                    alloc.data.load(offset + k * bytes, bytes) != cut(take(warp, frame, lane, *s, *w), x.bytes)
                 });
                 self.global_record(warp.id, lane, i, offset, size as usize, touch, changes);
             }
             for (k, (s, w)) in x.regs.iter().enumerate() {
-                alloc
-                    .data
-                    .store(offset + k * bytes, bytes, take(warp, frame, lane, *s, *w));
+                alloc.data.store(offset + k * bytes, bytes, take(warp, frame, lane, *s, *w));
                 if let Some(valid) = &alloc.valid {
                     valid.store(offset + k * bytes, bytes, 0x0101_0101_0101_0101);
                 }
@@ -249,11 +202,7 @@ impl Block<'_> {
         for (k, (d, w)) in x.regs.iter().enumerate() {
             let at = offset + k * bytes;
             if let Some(valid) = &alloc.valid {
-                let all = if bytes == 8 {
-                    0x0101_0101_0101_0101
-                } else {
-                    (1u64 << (8 * bytes)) / 255
-                };
+                let all = if bytes == 8 { 0x0101_0101_0101_0101 } else { (1u64 << (8 * bytes)) / 255 };
                 if valid.load(at, bytes) != all && *d != NONE {
                     self.unwritten_global(warp.id, lane, a + (k * bytes) as u64, x.bytes, i);
                 }
@@ -289,13 +238,8 @@ impl Block<'_> {
         let Some(map) = race_map(&l.races[i], words) else {
             return;
         };
-        let me = Global {
-            block: self.index as u32,
-            warp,
-            clock: self.clocks.clock(warp),
-            bytes: 15,
-            strong: touch.strong,
-        };
+        let me =
+            Global { block: self.index as u32, warp, clock: self.clocks.clock(warp), bytes: 15, strong: touch.strong };
         let (mut at, end) = (offset, offset + size);
         while at < end {
             let word = at / 4;
@@ -306,9 +250,7 @@ impl Block<'_> {
             let cell = |k: usize| map.a64(24 * word + 8 * k);
             let w = cell(0).load(Relaxed);
             let conflict = |r: u64| match Global::unpack(r) {
-                Some(r)
-                    if r.block != me.block && r.bytes & bytes != 0 && !(r.strong && me.strong) =>
-                {
+                Some(r) if r.block != me.block && r.bytes & bytes != 0 && !(r.strong && me.strong) => {
                     (!self.known(r, warp)).then_some(r)
                 }
                 _ => None,
@@ -328,13 +270,8 @@ impl Block<'_> {
                 };
                 let old = if slot == 1 { r0 } else { r1 };
                 let merged = match Global::unpack(old) {
-                    Some(o)
-                        if o.block == me.block && o.clock == me.clock && o.strong == me.strong =>
-                    {
-                        Global {
-                            bytes: o.bytes | bytes,
-                            ..me
-                        }
+                    Some(o) if o.block == me.block && o.clock == me.clock && o.strong == me.strong => {
+                        Global { bytes: o.bytes | bytes, ..me }
                     }
                     _ => me,
                 };
@@ -354,16 +291,8 @@ impl Block<'_> {
                 }
             }
             let merged = match Global::unpack(w) {
-                Some(o)
-                    if o.block == me.block
-                        && o.warp == me.warp
-                        && o.clock == me.clock
-                        && o.strong == me.strong =>
-                {
-                    Global {
-                        bytes: o.bytes | bytes,
-                        ..me
-                    }
+                Some(o) if o.block == me.block && o.warp == me.warp && o.clock == me.clock && o.strong == me.strong => {
+                    Global { bytes: o.bytes | bytes, ..me }
                 }
                 _ => me,
             };
@@ -381,21 +310,15 @@ impl Block<'_> {
 
     #[cold]
     #[allow(clippy::too_many_arguments)]
-    fn global_race(
-        &self,
-        lane: u32,
-        warp: u32,
-        r: Global,
-        i: usize,
-        offset: usize,
-        does: &str,
-        did: &str,
-    ) {
+    fn global_race(&self, lane: u32, warp: u32, r: Global, i: usize, offset: usize, does: &str, did: &str) {
         let (l, alloc) = (self.l, &self.l.allocations[i]);
         self.note(FaultClass::DataRaceGlobal, warp, lane, || {
             let other = l.block_index(r.block.into());
             let a = alloc.base + offset as u64;
-            format!("{does} block {other:?} warp {} {did}, without synchronisation: {a:#x}, byte {offset} of {}", r.warp, alloc.label)
+            format!(
+                "{does} block {other:?} warp {} {did}, without synchronisation: {a:#x}, byte {offset} of {}",
+                r.warp, alloc.label
+            )
         });
     }
 
@@ -426,11 +349,7 @@ impl Block<'_> {
         if self.l.races_global {
             let time = {
                 let table = self.l.sync();
-                self.clocks.pending[warp as usize]
-                    .iter()
-                    .map(|a| table.acquire(*a))
-                    .max()
-                    .unwrap_or(0)
+                self.clocks.pending[warp as usize].iter().map(|a| table.acquire(*a)).max().unwrap_or(0)
             };
             let known = &mut self.clocks.acquired[warp as usize];
             *known = (*known).max(time);
@@ -445,14 +364,7 @@ impl Block<'_> {
 
     /// Checks a shared access.
     #[inline(always)]
-    pub(crate) fn shared_at(
-        &self,
-        warp: &Warp,
-        lane: u32,
-        a: u32,
-        size: u32,
-        write: bool,
-    ) -> Step<usize> {
+    pub(crate) fn shared_at(&self, warp: &Warp, lane: u32, a: u32, size: u32, write: bool) -> Step<usize> {
         if a & (size - 1) != 0 {
             return self.misaligned(warp, lane, a.into(), size);
         }
@@ -507,61 +419,26 @@ impl Block<'_> {
 
     /// Checks for reading shared bytes that are in bounds.
     #[inline(always)]
-    pub(crate) fn shared_read(
-        &mut self,
-        warp: u32,
-        lane: u32,
-        at: usize,
-        size: usize,
-        strong: bool,
-    ) {
+    pub(crate) fn shared_read(&mut self, warp: u32, lane: u32, at: usize, size: usize, strong: bool) {
         let state = &self.state[at..at + size];
         if state.iter().any(|s| *s != 1) {
             self.bad_state(warp, lane, at, size, false);
         }
         if self.check_shared {
-            self.shared_record(
-                warp,
-                lane,
-                at,
-                size,
-                Touch {
-                    write: false,
-                    strong,
-                },
-                true,
-            );
+            self.shared_record(warp, lane, at, size, Touch { write: false, strong }, true);
         }
     }
 
     /// Checks and does a write of shared bytes that are in bounds.
     #[inline(always)]
-    pub(crate) fn shared_write(
-        &mut self,
-        warp: u32,
-        lane: u32,
-        at: usize,
-        data: &[u8],
-        strong: bool,
-    ) {
+    pub(crate) fn shared_write(&mut self, warp: u32, lane: u32, at: usize, data: &[u8], strong: bool) {
         let size = data.len();
         if self.state[at..at + size].iter().any(|s| s & 2 != 0) {
             self.bad_state(warp, lane, at, size, true);
         }
         if self.check_shared {
-            let changes =
-                self.shared[at..at + size] != *data || self.state[at..at + size].contains(&0);
-            self.shared_record(
-                warp,
-                lane,
-                at,
-                size,
-                Touch {
-                    write: true,
-                    strong,
-                },
-                changes,
-            );
+            let changes = self.shared[at..at + size] != *data || self.state[at..at + size].contains(&0);
+            self.shared_record(warp, lane, at, size, Touch { write: true, strong }, changes);
         }
         self.shared[at..at + size].copy_from_slice(data);
         self.state[at..at + size].fill(1);
@@ -585,23 +462,8 @@ impl Block<'_> {
     }
 
     /// Checks and records an access for races within the block.
-    pub(crate) fn shared_record(
-        &mut self,
-        warp: u32,
-        lane: u32,
-        at: usize,
-        size: usize,
-        touch: Touch,
-        changes: bool,
-    ) {
-        let me = Record {
-            warp,
-            lane,
-            clock: self.clocks.clock(warp),
-            bytes: 15,
-            atomic: touch.strong,
-            pc: self.pc,
-        };
+    pub(crate) fn shared_record(&mut self, warp: u32, lane: u32, at: usize, size: usize, touch: Touch, changes: bool) {
+        let me = Record { warp, lane, clock: self.clocks.clock(warp), bytes: 15, atomic: touch.strong, pc: self.pc };
         let (mut at, end) = (at, at + size);
         while at < end {
             let word = at / 4;
@@ -611,22 +473,14 @@ impl Block<'_> {
             let me = Record { bytes, ..me };
             let cell = self.shadow[word];
             let conflict = |r: u64| match Record::unpack(r) {
-                Some(r)
-                    if r.bytes & bytes != 0
-                        && !(r.atomic && me.atomic)
-                        && !self.clocks.ordered(r, warp, lane) =>
-                {
+                Some(r) if r.bytes & bytes != 0 && !(r.atomic && me.atomic) && !self.clocks.ordered(r, warp, lane) => {
                     Some(r)
                 }
                 _ => None,
             };
             let merge = |old: u64| match Record::unpack(old) {
                 Some(o) if o.warp == warp && o.clock == me.clock && o.atomic == me.atomic => {
-                    Record {
-                        bytes: o.bytes | bytes,
-                        lane: if o.lane == lane { lane } else { MANY },
-                        ..me
-                    }
+                    Record { bytes: o.bytes | bytes, lane: if o.lane == lane { lane } else { MANY }, ..me }
                 }
                 _ => me,
             };
@@ -658,7 +512,10 @@ impl Block<'_> {
         self.note(FaultClass::DataRaceShared, warp, lane, || {
             let who = if r.lane == MANY { "several lanes".to_owned() } else { format!("lane {}", r.lane) };
             let line = self.l.program.line(r.pc);
-            format!("{does} {who} of warp {} {did} at line {line}, without a barrier between: {at:#x} of shared memory", r.warp)
+            format!(
+                "{does} {who} of warp {} {did} at line {line}, without a barrier between: {at:#x} of shared memory",
+                r.warp
+            )
         });
     }
 
@@ -666,13 +523,8 @@ impl Block<'_> {
         if self.check_shared
             && let Some(row) = self.clocks.fenced(warp)
         {
-            let slot = self
-                .shared_sync
-                .entry(a)
-                .or_insert_with(|| vec![0; row.len()].into());
-            slot.iter_mut()
-                .zip(&row)
-                .for_each(|(x, y)| *x = (*x).max(*y));
+            let slot = self.shared_sync.entry(a).or_insert_with(|| vec![0; row.len()].into());
+            slot.iter_mut().zip(&row).for_each(|(x, y)| *x = (*x).max(*y));
         }
     }
 
@@ -684,15 +536,7 @@ impl Block<'_> {
         }
     }
 
-    fn local_access(
-        &mut self,
-        warp: &mut Warp,
-        frame: u16,
-        lane: u32,
-        a: u32,
-        size: u32,
-        x: &Access,
-    ) -> Step {
+    fn local_access(&mut self, warp: &mut Warp, frame: u16, lane: u32, a: u32, size: u32, x: &Access) -> Step {
         let f = warp.frames[frame as usize];
         let have = f.local_base + self.l.program.funcs[f.func as usize].local_bytes;
         if a & (size - 1) != 0 {
@@ -700,9 +544,7 @@ impl Block<'_> {
         }
         if u64::from(a) + u64::from(size) > have.into() {
             return self.fault(FaultClass::OobLocal, warp, lane, || {
-                format!(
-                    "access of {size} bytes at {a:#x} of local memory: a thread has {have} bytes"
-                )
+                format!("access of {size} bytes at {a:#x} of local memory: a thread has {have} bytes")
             });
         }
         let (at, bytes) = ((lane * warp.local_stride + a) as usize, x.bytes as usize);
@@ -714,10 +556,7 @@ impl Block<'_> {
                 warp.local_state[range].fill(1);
                 continue;
             }
-            if self.l.options.sanitizer.uninitialised
-                && *r != NONE
-                && warp.local_state[range.clone()].contains(&0)
-            {
+            if self.l.options.sanitizer.uninitialised && *r != NONE && warp.local_state[range.clone()].contains(&0) {
                 self.note(FaultClass::UninitialisedLocal, warp.id, lane, || {
                     format!("read of {bytes} bytes at {a:#x} of local memory that the thread did not write")
                 });
@@ -757,29 +596,20 @@ impl Block<'_> {
             }
             Where::Global(a) => {
                 for (k, byte) in out.iter_mut().enumerate() {
-                    let (i, offset) =
-                        self.global_at(warp, lane, a.wrapping_add(k as u64), 1, false)?;
+                    let (i, offset) = self.global_at(warp, lane, a.wrapping_add(k as u64), 1, false)?;
                     *byte = self.l.allocations[i].data.load(offset, 1) as u8;
                 }
             }
             Where::Local(a) => {
-                return self.fault(FaultClass::OobLocal, warp, lane, || {
-                    format!("local memory at {a:#x} cannot be read here")
-                });
+                return self
+                    .fault(FaultClass::OobLocal, warp, lane, || format!("local memory at {a:#x} cannot be read here"));
             }
         }
         Ok(())
     }
 
     /// Counts sectors and wavefronts of one request.
-    pub(crate) fn count(
-        &mut self,
-        place: Place,
-        addresses: &[u64; 32],
-        active: u32,
-        size: u32,
-        write: bool,
-    ) {
+    pub(crate) fn count(&mut self, place: Place, addresses: &[u64; 32], active: u32, size: u32, write: bool) {
         let Some(first) = lanes(active).next() else {
             return;
         };
@@ -799,8 +629,7 @@ impl Block<'_> {
                     if let Some(i) = self.l.find(s << 5).or_else(|| self.l.find((s << 5) + 31)) {
                         let alloc = &self.l.allocations[i];
                         let map = self.l.touched[i].get_or_init(|| {
-                            HostBytes::zeroed(alloc.bytes.div_ceil(32) as usize + 8)
-                                .unwrap_or_else(empty)
+                            HostBytes::zeroed(alloc.bytes.div_ceil(32) as usize + 8).unwrap_or_else(empty)
                         });
                         let at = ((s << 5).saturating_sub(alloc.base) / 32) as usize;
                         let flag = if write { 2 } else { 1 };
@@ -819,8 +648,7 @@ impl Block<'_> {
                 self.count_shared(&list, size);
             }
             Where::Local(_) => {
-                self.stats.traffic[self.pc as usize].local_bytes +=
-                    u64::from(active.count_ones() * size);
+                self.stats.traffic[self.pc as usize].local_bytes += u64::from(active.count_ones() * size);
             }
             Where::Param(_) => {}
         }
@@ -831,10 +659,7 @@ impl Block<'_> {
         let group = (128 / size.max(4)).clamp(1, 32) as usize;
         let (mut wavefronts, mut least) = (0, 0);
         for part in addresses.chunks(group) {
-            let mut words: Vec<u64> = part
-                .iter()
-                .flat_map(|a| a / 4..=(a + u64::from(size) - 1) / 4)
-                .collect();
+            let mut words: Vec<u64> = part.iter().flat_map(|a| a / 4..=(a + u64::from(size) - 1) / 4).collect();
             words.sort_unstable();
             words.dedup();
             let mut banks = [0u64; 32];
@@ -864,21 +689,13 @@ pub(crate) fn little(bytes: &[u8]) -> u64 {
 }
 
 fn cut(v: u64, bytes: u32) -> u64 {
-    if bytes == 8 {
-        v
-    } else {
-        v & ((1 << (8 * bytes)) - 1)
-    }
+    if bytes == 8 { v } else { v & ((1 << (8 * bytes)) - 1) }
 }
 
 /// Reads one lane of a register of 1 or 2 words.
 #[inline(always)]
 pub(crate) fn take(warp: &Warp, frame: u16, lane: u32, reg: u32, words: u32) -> u64 {
-    if words == 2 {
-        warp.get64(frame, reg, lane)
-    } else {
-        warp.get32(frame, reg, lane).into()
-    }
+    if words == 2 { warp.get64(frame, reg, lane) } else { warp.get32(frame, reg, lane).into() }
 }
 
 /// Writes a loaded value, extended to the register.
@@ -888,23 +705,10 @@ fn put(warp: &mut Warp, frame: u16, lane: u32, reg: u32, words: u32, v: u64, x: 
         return;
     }
     let up = 64 - 8 * x.bytes;
-    let v = if x.signed {
-        (((v << up) as i64) >> up) as u64
-    } else {
-        v
-    };
+    let v = if x.signed { (((v << up) as i64) >> up) as u64 } else { v };
     if words == 2 {
         warp.set64(frame, reg, lane, v);
     } else {
-        warp.set32(
-            frame,
-            reg,
-            lane,
-            if words == HALF {
-                v as u32 & 0xffff
-            } else {
-                v as u32
-            },
-        );
+        warp.set32(frame, reg, lane, if words == HALF { v as u32 & 0xffff } else { v as u32 });
     }
 }

@@ -14,33 +14,17 @@ use crate::program::{Addr, AtomOp, AtomTy, Bulk, CpAsync, Mbar, MbarOp, NONE, Pl
 use crate::tensor_map::{BYTES, TensorMap};
 
 impl Block<'_> {
-    pub(crate) fn cp_async(
-        &mut self,
-        warp: &mut Warp,
-        frame: u16,
-        active: u32,
-        c: &CpAsync,
-    ) -> Step {
-        let (to, from) = (
-            self.addresses(warp, frame, c.dst),
-            self.addresses(warp, frame, c.src),
-        );
-        let ignore = if c.ignore.0 == NONE {
-            0
-        } else {
-            warp.pred(frame, c.ignore.0, c.ignore.1)
-        };
+    pub(crate) fn cp_async(&mut self, warp: &mut Warp, frame: u16, active: u32, c: &CpAsync) -> Step {
+        let (to, from) = (self.addresses(warp, frame, c.dst), self.addresses(warp, frame, c.src));
+        let ignore = if c.ignore.0 == NONE { 0 } else { warp.pred(frame, c.ignore.0, c.ignore.1) };
         if self.l.options.counters {
             self.count(Place::Shared, &to, active, c.bytes, true);
             self.count(Place::Global, &from, active, c.bytes, false);
         }
         for lane in lanes(active) {
             let i = lane as usize;
-            let mut take = if c.src_bytes == NONE {
-                c.bytes
-            } else {
-                warp.get32(frame, c.src_bytes, lane).min(c.bytes)
-            };
+            let mut take =
+                if c.src_bytes == NONE { c.bytes } else { warp.get32(frame, c.src_bytes, lane).min(c.bytes) };
             if ignore >> lane & 1 != 0 {
                 take = 0;
             }
@@ -57,65 +41,30 @@ impl Block<'_> {
                 let alloc = &self.l.allocations[index];
                 for (k, byte) in data.iter_mut().enumerate().take(take as usize) {
                     *byte = alloc.data.load(offset + k, 1) as u8;
-                    if alloc
-                        .valid
-                        .as_ref()
-                        .is_some_and(|v| v.load(offset + k, 1) == 0)
-                    {
+                    if alloc.valid.as_ref().is_some_and(|v| v.load(offset + k, 1) == 0) {
                         valid &= !(1 << k);
                     }
                 }
                 if self.l.races_global {
-                    self.global_record(
-                        warp.id,
-                        lane,
-                        index,
-                        offset,
-                        take as usize,
-                        Touch::READ,
-                        true,
-                    );
+                    self.global_record(warp.id, lane, index, offset, take as usize, Touch::READ, true);
                 }
                 if valid != u16::MAX {
                     self.unwritten_global(warp.id, lane, from[i], take, index);
                 }
             }
             self.in_flight(warp.id, lane, at, c.bytes as usize);
-            warp.copies.push(Pending {
-                lane,
-                to: at as u32,
-                bytes: c.bytes,
-                data,
-                valid,
-                group: NONE,
-            });
+            warp.copies.push(Pending { lane, to: at as u32, bytes: c.bytes, data, valid, group: NONE });
         }
         Ok(())
     }
 
     /// A range of one allocation, of any size.
-    fn global_span(
-        &self,
-        warp: &mut Warp,
-        lane: u32,
-        a: u64,
-        size: u64,
-        write: bool,
-    ) -> Step<(usize, usize)> {
+    fn global_span(&self, warp: &mut Warp, lane: u32, a: u64, size: u64, write: bool) -> Step<(usize, usize)> {
         match self.l.find(a) {
-            Some(i)
-                if self.l.allocations[i].end() - a >= size
-                    && !(write && self.l.allocations[i].constant) =>
-            {
+            Some(i) if self.l.allocations[i].end() - a >= size && !(write && self.l.allocations[i].constant) => {
                 Ok((i, (a - self.l.allocations[i].base) as usize))
             }
-            _ => self.out_of_bounds(
-                warp,
-                lane,
-                a,
-                u32::try_from(size).unwrap_or(u32::MAX),
-                write,
-            ),
+            _ => self.out_of_bounds(warp, lane, a, u32::try_from(size).unwrap_or(u32::MAX), write),
         }
     }
 
@@ -136,11 +85,7 @@ impl Block<'_> {
         let (at, n) = (p.to as usize, p.bytes as usize);
         self.shared[at..at + n].copy_from_slice(&p.data[..n]);
         for k in 0..n {
-            self.state[at + k] = if self.l.options.sanitizer.uninitialised {
-                (p.valid >> k & 1) as u8
-            } else {
-                1
-            };
+            self.state[at + k] = if self.l.options.sanitizer.uninitialised { (p.valid >> k & 1) as u8 } else { 1 };
         }
         if self.check_shared {
             self.arrived(warp, p.lane, at, n);
@@ -177,20 +122,13 @@ impl Block<'_> {
     fn mbar_at(&mut self, warp: &mut Warp, lane: u32, place: Place, a: u64) -> Step<u32> {
         match resolve(place, a) {
             Where::Shared(a) => self.shared_at(warp, lane, a, 8, true).map(|a| a as u32),
-            _ => self.fault(FaultClass::OobShared, warp, lane, || {
-                format!("the mbarrier at {a:#x} is not in shared memory")
-            }),
+            _ => self
+                .fault(FaultClass::OobShared, warp, lane, || format!("the mbarrier at {a:#x} is not in shared memory")),
         }
     }
 
     /// Does something to a mbarrier that must exist.
-    fn with_mbar<T>(
-        &mut self,
-        warp: &Warp,
-        lane: u32,
-        at: u32,
-        f: impl FnOnce(&mut Mbarrier) -> T,
-    ) -> Step<T> {
+    fn with_mbar<T>(&mut self, warp: &Warp, lane: u32, at: u32, f: impl FnOnce(&mut Mbarrier) -> T) -> Step<T> {
         match self.mbarriers.get_mut(&at) {
             Some(m) => {
                 let result = f(m);
@@ -218,20 +156,11 @@ impl Block<'_> {
                 m.row = m.done_row.clone();
             }
             m.row.resize(row.len(), 0);
-            m.row
-                .iter_mut()
-                .zip(&row)
-                .for_each(|(a, b)| *a = (*a).max(*b));
+            m.row.iter_mut().zip(&row).for_each(|(a, b)| *a = (*a).max(*b));
         }
     }
 
-    pub(crate) fn mbarrier(
-        &mut self,
-        warp: &mut Warp,
-        frame: u16,
-        active: u32,
-        m: &Mbar,
-    ) -> Step<bool> {
+    pub(crate) fn mbarrier(&mut self, warp: &mut Warp, frame: u16, active: u32, m: &Mbar) -> Step<bool> {
         if m.op == MbarOp::Pending {
             for lane in lanes(active) {
                 let state = warp.get64(frame, m.count, lane);
@@ -255,25 +184,11 @@ impl Block<'_> {
                             format!("a mbarrier of {count} arrivals: must be 1..=1048575")
                         });
                     }
-                    let new = Mbarrier {
-                        expected: count,
-                        pending: count.into(),
-                        ..Mbarrier::default()
-                    };
+                    let new = Mbarrier { expected: count, pending: count.into(), ..Mbarrier::default() };
                     self.mbarriers.insert(at, new);
                     self.state[at as usize..at as usize + 8].fill(1);
                     if self.check_shared {
-                        self.shared_record(
-                            warp.id,
-                            lane,
-                            at as usize,
-                            8,
-                            Touch {
-                                write: true,
-                                strong: true,
-                            },
-                            true,
-                        );
+                        self.shared_record(warp.id, lane, at as usize, 8, Touch { write: true, strong: true }, true);
                     }
                     progress = true;
                 }
@@ -284,18 +199,12 @@ impl Block<'_> {
                 }
                 MbarOp::ExpectTx | MbarOp::CompleteTx => {
                     let n = i64::from(count);
-                    self.with_mbar(warp, lane, at, |b| {
-                        b.tx += if m.op == MbarOp::ExpectTx { n } else { -n }
-                    })?;
+                    self.with_mbar(warp, lane, at, |b| b.tx += if m.op == MbarOp::ExpectTx { n } else { -n })?;
                     progress = true;
                 }
                 MbarOp::Arrive | MbarOp::ArriveDrop => {
                     self.contribute(warp.id, at);
-                    let tx = if m.tx == NONE {
-                        0
-                    } else {
-                        warp.get32(frame, m.tx, lane)
-                    };
+                    let tx = if m.tx == NONE { 0 } else { warp.get32(frame, m.tx, lane) };
                     let drop = m.op == MbarOp::ArriveDrop;
                     let (state, over) = self.with_mbar(warp, lane, at, |b| {
                         let state = b.phase & 0xff_ffff_ffff | (b.pending as u64 & 0xf_ffff) << 40;
@@ -343,9 +252,7 @@ impl Block<'_> {
         let Some(m) = self.mbarriers.get_mut(&at) else {
             return;
         };
-        let (done, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut m.landings)
-            .into_iter()
-            .partition(|l| l.0 < phase);
+        let (done, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut m.landings).into_iter().partition(|l| l.0 < phase);
         m.landings = rest;
         let row = m.done_row.clone();
         for (_, to, data, valid) in done {
@@ -389,8 +296,7 @@ impl Block<'_> {
                 for p in &landed {
                     let n = p.bytes as usize;
                     let valid = (0..n).map(|k| (p.valid >> k & 1) as u8).collect();
-                    m.landings
-                        .push((m.phase, p.to, p.data[..n].to_vec(), valid));
+                    m.landings.push((m.phase, p.to, p.data[..n].to_vec(), valid));
                 }
                 // Without .noinc the pending count is first raised by one: no change in sum.
                 m.pending -= i64::from(no_increment);
@@ -400,10 +306,7 @@ impl Block<'_> {
     }
 
     pub(crate) fn bulk(&mut self, warp: &mut Warp, frame: u16, active: u32, b: &Bulk) -> Step {
-        let (shared, global) = (
-            self.addresses(warp, frame, b.shared),
-            self.addresses(warp, frame, b.global),
-        );
+        let (shared, global) = (self.addresses(warp, frame, b.shared), self.addresses(warp, frame, b.global));
         let mbars = b.mbar.map(|a| self.addresses(warp, frame, a));
         for lane in lanes(active) {
             let i = lane as usize;
@@ -415,11 +318,7 @@ impl Block<'_> {
             } else {
                 let n = warp.get32(frame, b.size, lane);
                 if !n.is_multiple_of(16) || !s.is_multiple_of(16) || !global[i].is_multiple_of(16) {
-                    let a = if s.is_multiple_of(16) {
-                        global[i]
-                    } else {
-                        s.into()
-                    };
+                    let a = if s.is_multiple_of(16) { global[i] } else { s.into() };
                     return self.misaligned(warp, lane, a, 16);
                 }
                 vec![Piece {
@@ -453,14 +352,7 @@ impl Block<'_> {
         Ok(())
     }
 
-    fn bulk_load(
-        &mut self,
-        warp: &mut Warp,
-        lane: u32,
-        b: &Bulk,
-        p: &Piece,
-        mbar: Option<(u32, u64)>,
-    ) -> Step {
+    fn bulk_load(&mut self, warp: &mut Warp, lane: u32, b: &Bulk, p: &Piece, mbar: Option<(u32, u64)>) -> Step {
         let n = p.bytes as usize;
         let at = self.shared_at(warp, lane, p.shared, 1, true)?;
         if at + n > self.l.shared_bytes as usize {
@@ -528,10 +420,7 @@ impl Block<'_> {
             self.count_bulk(a, n, true);
         }
         if self.l.races_global && n > 0 {
-            let touch = Touch {
-                write: true,
-                strong: b.reduce.is_some(),
-            };
+            let touch = Touch { write: true, strong: b.reduce.is_some() };
             self.global_record(warp.id, lane, i, offset, n, touch, true);
         }
         let alloc = &self.l.allocations[i];
@@ -597,17 +486,10 @@ impl Block<'_> {
         if !shared.is_multiple_of(128) {
             return self.misaligned(warp, lane, shared.into(), 128);
         }
-        let coords: Vec<i64> = b
-            .coords
-            .iter()
-            .map(|c| i64::from(warp.get32(frame, *c, lane) as i32))
-            .collect();
+        let coords: Vec<i64> = b.coords.iter().map(|c| i64::from(warp.get32(frame, *c, lane) as i32)).collect();
         let size = u64::from(map.element_bytes());
         let row = [16, 32, 64, 128][map.swizzle as usize];
-        let elements: u64 = map.boxes[..map.rank as usize]
-            .iter()
-            .map(|n| u64::from(*n))
-            .product();
+        let elements: u64 = map.boxes[..map.rank as usize].iter().map(|n| u64::from(*n)).product();
         if elements * size > 256 << 10 {
             return self.fault(FaultClass::Trap, warp, lane, || {
                 "the box of the tensor map is larger than shared memory".into()
@@ -635,11 +517,7 @@ impl Block<'_> {
                 let c = coords[d] + (index[d] * u64::from(map.steps[d].max(1))) as i64;
                 let stride = if d == 0 { size } else { map.strides[d - 1] };
                 let inside = c >= 0 && c < i64::from(map.dims[d]);
-                global = if inside {
-                    global.map(|g| g.wrapping_add(c as u64 * stride))
-                } else {
-                    None
-                };
+                global = if inside { global.map(|g| g.wrapping_add(c as u64 * stride)) } else { None };
             }
             let at = swizzle(u64::from(shared) + e * size, row) as u32;
             if let Some(last) = pieces.last_mut()
@@ -653,13 +531,7 @@ impl Block<'_> {
                 last.bytes += size as u32;
                 continue;
             }
-            pieces.push(Piece {
-                shared: at,
-                global,
-                bytes: size as u32,
-                element: (ty, size as u32),
-                fill,
-            });
+            pieces.push(Piece { shared: at, global, bytes: size as u32, element: (ty, size as u32), fill });
         }
         Ok(pieces)
     }
@@ -675,11 +547,7 @@ impl Block<'_> {
     ) -> Step {
         let addresses = self.addresses(warp, frame, address);
         for lane in lanes(active) {
-            let v = if bytes == 8 {
-                warp.get64(frame, value, lane)
-            } else {
-                warp.get32(frame, value, lane).into()
-            };
+            let v = if bytes == 8 { warp.get64(frame, value, lane) } else { warp.get32(frame, value, lane).into() };
             let data = v.to_le_bytes();
             match resolve(place, addresses[lane as usize]) {
                 Where::Shared(a) => {
@@ -706,18 +574,8 @@ impl Block<'_> {
     }
 
     /// `tensormap.cp_fenceproxy`: 128 bytes from shared to global memory.
-    pub(crate) fn map_copy(
-        &mut self,
-        warp: &mut Warp,
-        frame: u16,
-        active: u32,
-        dst: Addr,
-        src: Addr,
-    ) -> Step {
-        let (to, from) = (
-            self.addresses(warp, frame, dst),
-            self.addresses(warp, frame, src),
-        );
+    pub(crate) fn map_copy(&mut self, warp: &mut Warp, frame: u16, active: u32, dst: Addr, src: Addr) -> Step {
+        let (to, from) = (self.addresses(warp, frame, dst), self.addresses(warp, frame, src));
         let lane = active.trailing_zeros();
         let mut data = [0u8; BYTES];
         self.read_bytes(warp, lane, Place::Shared, from[lane as usize], &mut data)?;
@@ -745,15 +603,6 @@ struct Piece {
     fill: u64,
 }
 
-fn reduce_at(
-    data: &crate::memory::HostBytes,
-    offset: usize,
-    bytes: u32,
-    op: AtomOp,
-    ty: AtomTy,
-    v: u64,
-) {
-    super::atomics::update(data, offset, bytes, |old| {
-        combine(op, ty, bytes, false, old, v, 0)
-    });
+fn reduce_at(data: &crate::memory::HostBytes, offset: usize, bytes: u32, op: AtomOp, ty: AtomTy, v: u64) {
+    super::atomics::update(data, offset, bytes, |old| combine(op, ty, bytes, false, old, v, 0));
 }

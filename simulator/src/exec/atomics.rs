@@ -11,15 +11,7 @@ use crate::program::{Atom, AtomOp, AtomTy, NONE, Strength};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 /// The new value of an atomic operation on `bytes` bytes.
-pub(crate) fn combine(
-    op: AtomOp,
-    ty: AtomTy,
-    bytes: u32,
-    ftz: bool,
-    old: u64,
-    v: u64,
-    second: u64,
-) -> u64 {
+pub(crate) fn combine(op: AtomOp, ty: AtomTy, bytes: u32, ftz: bool, old: u64, v: u64, second: u64) -> u64 {
     let up = 64 - 8 * bytes;
     let signed = |x: u64| ((x << up) as i64) >> up;
     let cut = |x: u64| (x << up) >> up;
@@ -42,11 +34,7 @@ pub(crate) fn combine(
     };
     let half = |x: u64, y: u64, bf: bool| -> u64 {
         let read = |h: u64| {
-            if bf {
-                bf16_to_f32(h as u16)
-            } else {
-                f16_to_f32(h as u16)
-            }
+            if bf { bf16_to_f32(h as u16) } else { f16_to_f32(h as u16) }
         };
         let r = float(read(x), read(y));
         (if bf { f32_to_bf16(r) } else { f32_to_f16(r) }).into()
@@ -96,11 +84,7 @@ pub(crate) fn combine(
         }
         (_, AtomTy::F32) => {
             let (x, y) = (f32::from_bits(old as u32), f32::from_bits(v as u32));
-            let r = if ftz && op == AtomOp::Add {
-                flush(flush(x) + flush(y))
-            } else {
-                float(x, y)
-            };
+            let r = if ftz && op == AtomOp::Add { flush(flush(x) + flush(y)) } else { float(x, y) };
             r.to_bits().into()
         }
         (_, AtomTy::F64) => {
@@ -114,12 +98,8 @@ pub(crate) fn combine(
         }
         (_, AtomTy::F16) => half(old, v, false),
         (_, AtomTy::Bf16) => half(old, v, true),
-        (_, AtomTy::F16x2) => {
-            half(old & 0xffff, v & 0xffff, false) | half(old >> 16, v >> 16 & 0xffff, false) << 16
-        }
-        (_, AtomTy::Bf16x2) => {
-            half(old & 0xffff, v & 0xffff, true) | half(old >> 16, v >> 16 & 0xffff, true) << 16
-        }
+        (_, AtomTy::F16x2) => half(old & 0xffff, v & 0xffff, false) | half(old >> 16, v >> 16 & 0xffff, false) << 16,
+        (_, AtomTy::Bf16x2) => half(old & 0xffff, v & 0xffff, true) | half(old >> 16, v >> 16 & 0xffff, true) << 16,
     }
 }
 
@@ -150,10 +130,7 @@ impl Block<'_> {
         let words = if x.bytes == 8 { 2 } else { 1 };
         let releases = matches!(x.strength, Strength::Release | Strength::AcqRel);
         let acquires = matches!(x.strength, Strength::Acquire | Strength::AcqRel);
-        let touch = Touch {
-            write: true,
-            strong: true,
-        };
+        let touch = Touch { write: true, strong: true };
         if releases {
             self.clocks.fence(warp.id);
         }
@@ -181,26 +158,17 @@ impl Block<'_> {
                     for (k, (d, v, second)) in x.elements.iter().enumerate() {
                         let at = offset + k * x.bytes as usize;
                         let v = take(warp, frame, lane, *v, words);
-                        let second = if *second == NONE {
-                            0
-                        } else {
-                            take(warp, frame, lane, *second, words)
-                        };
+                        let second = if *second == NONE { 0 } else { take(warp, frame, lane, *second, words) };
                         if let Some(valid) = &alloc.valid {
-                            let all = if x.bytes == 8 {
-                                0x0101_0101_0101_0101
-                            } else {
-                                (1u64 << (8 * x.bytes)) / 255
-                            };
+                            let all = if x.bytes == 8 { 0x0101_0101_0101_0101 } else { (1u64 << (8 * x.bytes)) / 255 };
                             let blind = x.op == AtomOp::Exch && *d == NONE;
                             if !blind && valid.load(at, x.bytes as usize) != all {
                                 self.unwritten_global(warp.id, lane, a, x.bytes, i);
                             }
                             valid.store(at, x.bytes as usize, 0x0101_0101_0101_0101);
                         }
-                        olds[k] = update(&alloc.data, at, x.bytes, |old| {
-                            combine(x.op, x.ty, x.bytes, x.ftz, old, v, second)
-                        });
+                        olds[k] =
+                            update(&alloc.data, at, x.bytes, |old| combine(x.op, x.ty, x.bytes, x.ftz, old, v, second));
                     }
                     self.watch(warp.id, a);
                 }
@@ -213,19 +181,14 @@ impl Block<'_> {
                     for (k, (_, v, second)) in x.elements.iter().enumerate() {
                         let at = at + k * x.bytes as usize;
                         let v = take(warp, frame, lane, *v, words);
-                        let second = if *second == NONE {
-                            0
-                        } else {
-                            take(warp, frame, lane, *second, words)
-                        };
+                        let second = if *second == NONE { 0 } else { take(warp, frame, lane, *second, words) };
                         let old = little(&self.shared[at..at + x.bytes as usize]);
                         olds[k] = old;
                         let new = combine(x.op, x.ty, x.bytes, x.ftz, old, v, second).to_le_bytes();
                         if self.check_shared {
                             self.shared_record(warp.id, lane, at, x.bytes as usize, touch, true);
                         }
-                        self.shared[at..at + x.bytes as usize]
-                            .copy_from_slice(&new[..x.bytes as usize]);
+                        self.shared[at..at + x.bytes as usize].copy_from_slice(&new[..x.bytes as usize]);
                         self.state[at..at + x.bytes as usize].fill(1);
                     }
                     self.shared_learn(warp.id, a);

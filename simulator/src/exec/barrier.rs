@@ -52,15 +52,9 @@ pub(crate) struct Mbarrier {
 impl Block<'_> {
     pub(crate) fn bar(&mut self, warp: &mut Warp, frame: u16, active: u32, bar: &Bar) -> Step {
         let first = active.trailing_zeros();
-        let id = if bar.id == NONE {
-            16
-        } else {
-            warp.get32(frame, bar.id, first)
-        };
+        let id = if bar.id == NONE { 16 } else { warp.get32(frame, bar.id, first) };
         if id > 15 && bar.id != NONE {
-            return self.fault(FaultClass::Trap, warp, first, || {
-                format!("barrier {id} does not exist, there are 16")
-            });
+            return self.fault(FaultClass::Trap, warp, first, || format!("barrier {id} does not exist, there are 16"));
         }
         let expected = match bar.count {
             NONE => None,
@@ -90,11 +84,7 @@ impl Block<'_> {
             b.any |= p != 0;
         }
         if bar.arrive_only {
-            b.arrivals += if active == warp.live {
-                32
-            } else {
-                active.count_ones()
-            };
+            b.arrivals += if active == warp.live { 32 } else { active.count_ones() };
             b.arrivers.push(warp.id);
         } else {
             b.arrived[warp.id as usize] |= active;
@@ -110,8 +100,7 @@ impl Block<'_> {
             let elsewhere = lanes(warp.at_barrier).find(|&i| warp.barrier_pc[i as usize] != pc);
             let past = lanes(warp.all & !warp.live).find(|&i| warp.effect[i as usize] > pc);
             if let Some(other) = elsewhere.or(past) {
-                let at =
-                    elsewhere.map_or(warp.effect[other as usize], |i| warp.barrier_pc[i as usize]);
+                let at = elsewhere.map_or(warp.effect[other as usize], |i| warp.barrier_pc[i as usize]);
                 let line = self.l.program.line(at);
                 return self.fault(FaultClass::BarrierDivergence, warp, lane, || {
                     format!("only a part of the warp reaches this barrier: lane {other} of the same warp went to line {line}")
@@ -148,18 +137,9 @@ impl Block<'_> {
         if b.expected.is_some_and(|n| threads < n) || threads == 0 {
             return Ok(());
         }
-        let done = std::mem::replace(
-            &mut self.barriers[id as usize],
-            Barrier::new(self.warps.len()),
-        );
+        let done = std::mem::replace(&mut self.barriers[id as usize], Barrier::new(self.warps.len()));
         let mut joined: Vec<u32> = done.arrivers.clone();
-        joined.extend(
-            done.arrived
-                .iter()
-                .enumerate()
-                .filter(|(_, m)| **m != 0)
-                .map(|(w, _)| w as u32),
-        );
+        joined.extend(done.arrived.iter().enumerate().filter(|(_, m)| **m != 0).map(|(w, _)| w as u32));
         joined.sort_unstable();
         joined.dedup();
         self.clocks.join(&joined);
@@ -176,18 +156,8 @@ impl Block<'_> {
                 if let Kind::Bar(bar) = &inst.kind {
                     match bar.reduce {
                         1 => warp.set32(frame, bar.d, lane, done.votes),
-                        2 => warp.set_pred(
-                            frame,
-                            bar.d,
-                            if done.all { u32::MAX } else { 0 },
-                            1 << lane,
-                        ),
-                        3 => warp.set_pred(
-                            frame,
-                            bar.d,
-                            if done.any { u32::MAX } else { 0 },
-                            1 << lane,
-                        ),
+                        2 => warp.set_pred(frame, bar.d, if done.all { u32::MAX } else { 0 }, 1 << lane),
+                        3 => warp.set_pred(frame, bar.d, if done.any { u32::MAX } else { 0 }, 1 << lane),
                         _ => {}
                     }
                 }
@@ -223,10 +193,7 @@ impl Block<'_> {
             let i = lane as usize;
             if warp.at_barrier >> lane & 1 != 0 {
                 if warp.barrier_pc[i] != pc {
-                    parted = Some(format!(
-                        "lane {lane} of the same warp waits at line {}",
-                        line(warp.barrier_pc[i])
-                    ));
+                    parted = Some(format!("lane {lane} of the same warp waits at line {}", line(warp.barrier_pc[i])));
                 }
             } else if warp.live >> lane & 1 != 0 {
                 parted = Some(format!(
@@ -265,19 +232,12 @@ impl Block<'_> {
             return Err(Stop);
         };
         let lane = warp.live.trailing_zeros();
-        self.pc = if warp.at_barrier >> lane & 1 != 0 {
-            warp.barrier_pc[lane as usize]
-        } else {
-            warp.pc[lane as usize]
-        };
+        self.pc =
+            if warp.at_barrier >> lane & 1 != 0 { warp.barrier_pc[lane as usize] } else { warp.pc[lane as usize] };
         let mut waits: Vec<String> = Vec::new();
         for w in self.warps.iter().filter(|w| w.live != 0) {
             let i = w.live.trailing_zeros() as usize;
-            let pc = if w.at_barrier >> i & 1 != 0 {
-                w.barrier_pc[i]
-            } else {
-                w.pc[i]
-            };
+            let pc = if w.at_barrier >> i & 1 != 0 { w.barrier_pc[i] } else { w.pc[i] };
             waits.push(format!("warp {} at line {}", w.id, self.l.program.line(pc)));
         }
         waits.truncate(8);

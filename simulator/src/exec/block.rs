@@ -93,16 +93,14 @@ impl<'a> Block<'a> {
         }
         self.clocks.start(l.warps as usize);
         self.barriers.clear();
-        self.barriers
-            .resize_with(17, || Barrier::new(l.warps as usize));
+        self.barriers.resize_with(17, || Barrier::new(l.warps as usize));
         self.mbarriers.clear();
         self.shared_sync.clear();
         for w in &mut self.warps {
             w.start(l, index);
         }
         if let Some(seed) = l.options.seed {
-            self.order
-                .sort_by_key(|w| mix(seed ^ index.wrapping_mul(1_000_003) ^ u64::from(*w) << 32));
+            self.order.sort_by_key(|w| mix(seed ^ index.wrapping_mul(1_000_003) ^ u64::from(*w) << 32));
         }
     }
 
@@ -170,22 +168,13 @@ impl<'a> Block<'a> {
         let depth = |i: usize| warp.frames[warp.frame[i] as usize].depth;
         let lanes = || (0..32usize).filter(|i| ready >> i & 1 != 0);
         let key = |i: &usize| (std::cmp::Reverse(depth(*i)), warp.pc[*i], warp.frame[*i]);
-        let best = if warp.unfair {
-            lanes().max_by_key(key)?
-        } else {
-            lanes().min_by_key(key)?
-        };
+        let best = if warp.unfair { lanes().max_by_key(key)? } else { lanes().min_by_key(key)? };
         let (pc, frame) = (warp.pc[best], warp.frame[best]);
-        let mask = lanes()
-            .filter(|&i| warp.pc[i] == pc && warp.frame[i] == frame)
-            .fold(0, |m, i| m | 1 << i);
+        let mask = lanes().filter(|&i| warp.pc[i] == pc && warp.frame[i] == frame).fold(0, |m, i| m | 1 << i);
         if warp.unfair {
             return Some((pc, mask, frame, NONE - 1));
         }
-        let other = lanes()
-            .filter(|&i| mask >> i & 1 == 0 && warp.frame[i] == frame)
-            .map(|i| warp.pc[i])
-            .min();
+        let other = lanes().filter(|&i| mask >> i & 1 == 0 && warp.frame[i] == frame).map(|i| warp.pc[i]).min();
         // Lanes in other frames cannot be met, but they wait all the same.
         let other = other.unwrap_or(if mask == ready { NONE } else { NONE - 1 });
         Some((pc, mask, frame, other))
@@ -242,8 +231,7 @@ impl<'a> Block<'a> {
                             if warp.instructions > l.options.budget {
                                 return self.timeout(warp, mask);
                             }
-                            let spins = std::mem::take(&mut warp.saw_sync)
-                                & !std::mem::take(&mut warp.saw_store);
+                            let spins = std::mem::take(&mut warp.saw_sync) & !std::mem::take(&mut warp.saw_store);
                             if other != NONE || active != mask {
                                 warp.turns += 1;
                                 if warp.turns > MAX_TURNS {
@@ -281,11 +269,7 @@ impl<'a> Block<'a> {
                             match targets.get(index[lane as usize] as usize) {
                                 Some(t) => warp.pc[lane as usize] = *t,
                                 None => {
-                                    return self.trap(
-                                        warp,
-                                        lane,
-                                        "the index of brx.idx is outside its list",
-                                    );
+                                    return self.trap(warp, lane, "the index of brx.idx is outside its list");
                                 }
                             }
                         }
@@ -338,9 +322,8 @@ impl<'a> Block<'a> {
                             let members = self.members(warp, frame, inst, active);
                             if members & !active != 0 {
                                 // Lanes that came earlier wait at this instruction: together they may be complete.
-                                let here = lanes(warp.at_sync).filter(|&i| {
-                                    warp.pc[i as usize] == pc && warp.frame[i as usize] == frame
-                                });
+                                let here = lanes(warp.at_sync)
+                                    .filter(|&i| warp.pc[i as usize] == pc && warp.frame[i as usize] == frame);
                                 let here = here.fold(0u32, |m, i| m | 1 << i);
                                 if members & !(active | here) != 0 {
                                     park(warp, mask & !active, pc + 1);
@@ -395,8 +378,7 @@ impl<'a> Block<'a> {
     /// `bar.warp.sync` lets lanes meet at different places.
     fn warp_barrier(&mut self, warp: &mut Warp) {
         let code = &self.l.program.code;
-        let waiting = lanes(warp.at_sync)
-            .filter(|&i| matches!(code[warp.pc[i as usize] as usize].kind, Kind::WarpBar));
+        let waiting = lanes(warp.at_sync).filter(|&i| matches!(code[warp.pc[i as usize] as usize].kind, Kind::WarpBar));
         let waiting = waiting.fold(0u32, |m, i| m | 1 << i);
         for lane in lanes(waiting) {
             let inst = &code[warp.pc[lane as usize] as usize];
@@ -425,10 +407,7 @@ impl<'a> Block<'a> {
     fn ret(&mut self, warp: &mut Warp, frame: u16, active: u32) {
         let f = warp.frames[frame as usize];
         let l = self.l;
-        let (callee, inst) = (
-            &l.program.funcs[f.func as usize],
-            &l.program.code[f.call as usize],
-        );
+        let (callee, inst) = (&l.program.funcs[f.func as usize], &l.program.code[f.call as usize]);
         if let Kind::Call(call) = &inst.kind {
             for (from, to) in callee.returns.iter().zip(&call.returns) {
                 copy_slot(warp, (frame, *from), (f.parent, *to), active);
@@ -462,11 +441,7 @@ impl<'a> Block<'a> {
                         && self.l.program.funcs[index as usize].returns.len() == call.returns.len();
                     if !fits {
                         return self
-                            .trap(
-                                warp,
-                                first,
-                                "the address called is not that of a fitting function",
-                            )
+                            .trap(warp, first, "the address called is not that of a fitting function")
                             .map(|_| ());
                     }
                     (index as u32, same)
@@ -495,9 +470,7 @@ impl<'a> Block<'a> {
     fn timeout(&mut self, warp: &Warp, mask: u32) -> Step<Turn> {
         let n = warp.instructions;
         self.fault(FaultClass::Timeout, warp, mask.trailing_zeros(), || {
-            format!(
-                "the warp has executed {n} instructions and the budget is used up: an endless loop?"
-            )
+            format!("the warp has executed {n} instructions and the budget is used up: an endless loop?")
         })
     }
 
@@ -507,38 +480,17 @@ impl<'a> Block<'a> {
         let thread = l.thread_index((warp * 32 + lane.min(31)).min(l.threads - 1));
         let (line, text) = (l.program.line(self.pc), l.program.text(self.pc));
         let block = l.block_index(self.index);
-        format!(
-            "kernel {} block {block:?} thread {thread:?} line {line} `{text}`",
-            l.program.name
-        )
+        format!("kernel {} block {block:?} thread {thread:?} line {line} `{text}`", l.program.name)
     }
 
     /// Records a finding and goes on.
-    pub(crate) fn note(
-        &self,
-        class: FaultClass,
-        warp: u32,
-        lane: u32,
-        what: impl FnOnce() -> String,
-    ) {
-        let mut reports = self
-            .l
-            .reports
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        reports.add(class, self.l.program.line(self.pc), || {
-            format!("{}: {}", self.place(warp, lane), what())
-        });
+    pub(crate) fn note(&self, class: FaultClass, warp: u32, lane: u32, what: impl FnOnce() -> String) {
+        let mut reports = self.l.reports.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        reports.add(class, self.l.program.line(self.pc), || format!("{}: {}", self.place(warp, lane), what()));
     }
 
     /// Records a finding and ends the launch.
-    pub(crate) fn fault<T>(
-        &self,
-        class: FaultClass,
-        warp: &Warp,
-        lane: u32,
-        what: impl FnOnce() -> String,
-    ) -> Step<T> {
+    pub(crate) fn fault<T>(&self, class: FaultClass, warp: &Warp, lane: u32, what: impl FnOnce() -> String) -> Step<T> {
         self.note(class, warp.id, lane, what);
         self.l.stop.store(true, Relaxed);
         Err(Stop)
@@ -572,12 +524,7 @@ pub(crate) fn lanes(mask: u32) -> impl Iterator<Item = u32> {
 }
 
 /// Copies an argument or result between frames.
-fn copy_slot(
-    warp: &mut Warp,
-    (from_frame, from): (u16, Slot),
-    (to_frame, to): (u16, Slot),
-    mask: u32,
-) {
+fn copy_slot(warp: &mut Warp, (from_frame, from): (u16, Slot), (to_frame, to): (u16, Slot), mask: u32) {
     let stride = warp.local_stride as usize;
     let at = |w: &Warp, f: u16, offset: u32, lane: u32| {
         lane as usize * stride + (w.frames[f as usize].local_base + offset) as usize
@@ -585,11 +532,7 @@ fn copy_slot(
     for lane in lanes(mask) {
         match (from, to) {
             (Slot::Local(a, n), Slot::Local(b, m)) => {
-                let (a, b, n) = (
-                    at(warp, from_frame, a, lane),
-                    at(warp, to_frame, b, lane),
-                    n.min(m) as usize,
-                );
+                let (a, b, n) = (at(warp, from_frame, a, lane), at(warp, to_frame, b, lane), n.min(m) as usize);
                 warp.local.copy_within(a..a + n, b);
                 warp.local_state.copy_within(a..a + n, b);
             }
@@ -617,12 +560,7 @@ fn copy_slot(
                         warp.local[b..b + n].copy_from_slice(&bits.to_le_bytes()[..n]);
                         warp.local_state[b..b + n].fill(1);
                     }
-                    Slot::Pred(b) => warp.set_pred(
-                        to_frame,
-                        b,
-                        if bits & 1 != 0 { u32::MAX } else { 0 },
-                        1 << lane,
-                    ),
+                    Slot::Pred(b) => warp.set_pred(to_frame, b, if bits & 1 != 0 { u32::MAX } else { 0 }, 1 << lane),
                 }
             }
         }

@@ -8,22 +8,10 @@ use crate::program::{HALF, Inst, Kind, NONE, Place, Reduce, Shuffle, Vote};
 
 impl Block<'_> {
     /// Runs an instruction for the lanes of `active`. False: nothing came of it yet, let others run first.
-    pub(crate) fn execute(
-        &mut self,
-        warp: &mut Warp,
-        frame: u16,
-        inst: &Inst,
-        kind: &Kind,
-        active: u32,
-    ) -> Step<bool> {
+    pub(crate) fn execute(&mut self, warp: &mut Warp, frame: u16, inst: &Inst, kind: &Kind, active: u32) -> Step<bool> {
         match kind {
             Kind::Access(x) => self.access(warp, frame, active, x)?,
-            Kind::LoadParam {
-                offset,
-                bytes,
-                signed,
-                words,
-            } => {
+            Kind::LoadParam { offset, bytes, signed, words } => {
                 let (at, n) = (*offset as usize, *bytes as usize);
                 let Some(raw) = self.l.params.get(at..at + n) else {
                     let lane = active.trailing_zeros();
@@ -36,11 +24,7 @@ impl Block<'_> {
                 };
                 let v = super::access::little(raw);
                 let up = 64 - 8 * bytes;
-                let v = if *signed {
-                    (((v << up) as i64) >> up) as u64
-                } else {
-                    v
-                };
+                let v = if *signed { (((v << up) as i64) >> up) as u64 } else { v };
                 for lane in lanes(active) {
                     match *words {
                         2 => warp.set64(frame, inst.d, lane, v),
@@ -74,18 +58,10 @@ impl Block<'_> {
             Kind::Match { all, wide, pred } => {
                 let members = warp.get32(frame, inst.b, active.trailing_zeros()) & active;
                 let value = |w: &Warp, l: u32| {
-                    if *wide {
-                        w.get64(frame, inst.a, l)
-                    } else {
-                        w.get32(frame, inst.a, l).into()
-                    }
+                    if *wide { w.get64(frame, inst.a, l) } else { w.get32(frame, inst.a, l).into() }
                 };
                 let values: Vec<u64> = (0..32).map(|l| value(warp, l)).collect();
-                let same = |v: u64| {
-                    lanes(members)
-                        .filter(|&i| values[i as usize] == v)
-                        .fold(0u32, |m, i| m | 1 << i)
-                };
+                let same = |v: u64| lanes(members).filter(|&i| values[i as usize] == v).fold(0u32, |m, i| m | 1 << i);
                 for lane in lanes(active) {
                     let hits = same(values[lane as usize]);
                     let whole = hits == members;
@@ -94,16 +70,9 @@ impl Block<'_> {
                 }
                 self.clocks.advance(warp.id);
             }
-            Kind::Redux {
-                op,
-                signed,
-                absolute,
-                nan,
-            } => {
+            Kind::Redux { op, signed, absolute, nan } => {
                 let members = warp.get32(frame, inst.b, active.trailing_zeros()) & active;
-                let values: Vec<u32> = lanes(members)
-                    .map(|i| warp.get32(frame, inst.a, i))
-                    .collect();
+                let values: Vec<u32> = lanes(members).map(|i| warp.get32(frame, inst.a, i)).collect();
                 let result = reduce(&values, *op, *signed, *absolute, *nan);
                 for lane in lanes(active) {
                     warp.set32(frame, inst.d, lane, result);
@@ -118,12 +87,7 @@ impl Block<'_> {
                         warp.set32(frame, inst.d, lane, leader);
                     }
                 }
-                warp.set_pred(
-                    frame,
-                    *pred,
-                    if leader < 32 { 1 << leader } else { 0 },
-                    active,
-                );
+                warp.set_pred(frame, *pred, if leader < 32 { 1 << leader } else { 0 }, active);
             }
             Kind::ActiveMask => {
                 for lane in lanes(active) {
@@ -150,35 +114,23 @@ impl Block<'_> {
                         Place::Shared => within(SHARED_WINDOW),
                         Place::Local => within(LOCAL_WINDOW),
                         Place::Param => within(PARAM_WINDOW),
-                        Place::Global => {
-                            !within(SHARED_WINDOW) && !within(LOCAL_WINDOW) && !within(PARAM_WINDOW)
-                        }
-                        Place::Generic => self
-                            .l
-                            .find(a)
-                            .is_some_and(|i| self.l.allocations[i].constant),
+                        Place::Global => !within(SHARED_WINDOW) && !within(LOCAL_WINDOW) && !within(PARAM_WINDOW),
+                        Place::Generic => self.l.find(a).is_some_and(|i| self.l.allocations[i].constant),
                     };
                     hits |= u32::from(hit) << lane;
                 }
                 warp.set_pred(frame, inst.d, hits, active);
             }
-            Kind::LdMatrix {
-                regs,
-                trans,
-                address,
-                place,
-            } => self.ldmatrix(warp, frame, regs, *trans, *address, *place)?,
-            Kind::StMatrix {
-                regs,
-                trans,
-                address,
-                place,
-            } => self.stmatrix(warp, frame, regs, *trans, *address, *place)?,
+            Kind::LdMatrix { regs, trans, address, place } => {
+                self.ldmatrix(warp, frame, regs, *trans, *address, *place)?
+            }
+            Kind::StMatrix { regs, trans, address, place } => {
+                self.stmatrix(warp, frame, regs, *trans, *address, *place)?
+            }
             Kind::MovMatrix => {
                 let a = warp.lane_values(frame, inst.a);
                 // Element (r, c) sits in lane 4 r + c / 2, half c % 2.
-                let element =
-                    |r: u32, c: u32| a[(4 * r + c / 2) as usize] >> (16 * (c % 2)) & 0xffff;
+                let element = |r: u32, c: u32| a[(4 * r + c / 2) as usize] >> (16 * (c % 2)) & 0xffff;
                 for lane in lanes(active) {
                     let (r, c) = (lane / 4, 2 * (lane % 4));
                     warp.set32(frame, inst.d, lane, element(c, r) | element(c + 1, r) << 16);
@@ -201,26 +153,13 @@ impl Block<'_> {
             }
             Kind::CpWait(n) => self.cp_wait(warp, active, Some(*n)),
             Kind::CpWaitAll => self.cp_wait(warp, active, None),
-            Kind::CpMbarArrive {
-                address,
-                place,
-                no_increment,
-            } => {
+            Kind::CpMbarArrive { address, place, no_increment } => {
                 self.cp_mbar_arrive(warp, frame, active, *address, *place, *no_increment)?;
             }
             Kind::Bulk(b) => self.bulk(warp, frame, active, b)?,
-            Kind::MapReplace {
-                address,
-                place,
-                field,
-                bytes,
-            } => self.map_replace(
-                warp,
-                frame,
-                inst.a,
-                active,
-                (*address, *place, *field, *bytes),
-            )?,
+            Kind::MapReplace { address, place, field, bytes } => {
+                self.map_replace(warp, frame, inst.a, active, (*address, *place, *field, *bytes))?
+            }
             Kind::MapCopy { dst, src } => self.map_copy(warp, frame, active, *dst, *src)?,
             // Bulk groups complete at once; the rest never comes here.
             _ => {}
@@ -228,20 +167,9 @@ impl Block<'_> {
         Ok(true)
     }
 
-    fn shuffle(
-        &mut self,
-        warp: &mut Warp,
-        frame: u16,
-        inst: &Inst,
-        active: u32,
-        mode: Shuffle,
-        pred: u32,
-    ) {
+    fn shuffle(&mut self, warp: &mut Warp, frame: u16, inst: &Inst, active: u32, mode: Shuffle, pred: u32) {
         let a = warp.lane_values(frame, inst.a);
-        let (b, c) = (
-            warp.lane_values(frame, inst.e),
-            warp.lane_values(frame, inst.c),
-        );
+        let (b, c) = (warp.lane_values(frame, inst.e), warp.lane_values(frame, inst.c));
         let (mut out, mut hits) = (a, 0u32);
         for lane in lanes(active) {
             let i = lane as usize;
@@ -277,11 +205,7 @@ fn reduce(values: &[u32], op: Reduce, signed: bool, absolute: bool, nan: bool) -
             return 0x7fff_ffff;
         }
         let pick = |a: f32, b: f32| {
-            if op == Reduce::MinF {
-                a.min(b)
-            } else {
-                a.max(b)
-            }
+            if op == Reduce::MinF { a.min(b) } else { a.max(b) }
         };
         let r = rest.iter().fold(f(first), |a, b| pick(a, f(*b)));
         return if r.is_nan() { 0x7fff_ffff } else { r.to_bits() };

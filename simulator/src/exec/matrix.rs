@@ -41,21 +41,12 @@ fn integer(ty: MatTy, v: u64, j: u32) -> i32 {
 }
 
 fn is_integer(ty: MatTy) -> bool {
-    matches!(
-        ty,
-        MatTy::S8 | MatTy::U8 | MatTy::S4 | MatTy::U4 | MatTy::B1
-    )
+    matches!(ty, MatTy::S8 | MatTy::U8 | MatTy::S4 | MatTy::U4 | MatTy::B1)
 }
 
 /// `acc[16][n] += a[16][k] * b[k][n]`
 #[inline(always)]
-fn product_body<const N: usize>(
-    rows: usize,
-    k: usize,
-    a: &[f32],
-    b: &[[f32; N]],
-    acc: &mut [[f32; N]],
-) {
+fn product_body<const N: usize>(rows: usize, k: usize, a: &[f32], b: &[[f32; N]], acc: &mut [[f32; N]]) {
     for (r, acc) in acc.iter_mut().enumerate().take(rows) {
         let mut sum = *acc;
         for (x, b) in a[r * k..(r + 1) * k].iter().zip(b) {
@@ -69,13 +60,7 @@ fn product_body<const N: usize>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
-unsafe fn product_wide<const N: usize>(
-    rows: usize,
-    k: usize,
-    a: &[f32],
-    b: &[[f32; N]],
-    acc: &mut [[f32; N]],
-) {
+unsafe fn product_wide<const N: usize>(rows: usize, k: usize, a: &[f32], b: &[[f32; N]], acc: &mut [[f32; N]]) {
     product_body(rows, k, a, b, acc);
 }
 
@@ -144,11 +129,7 @@ impl Block<'_> {
             }
             for lane in lanes(warp.live) {
                 let (r, c) = (lane as usize / 4, 2 * (lane as usize % 4));
-                let (lo, hi) = if trans {
-                    (m[c][r], m[c + 1][r])
-                } else {
-                    (m[r][c], m[r][c + 1])
-                };
+                let (lo, hi) = if trans { (m[c][r], m[c + 1][r]) } else { (m[r][c], m[r][c + 1]) };
                 warp.set32(frame, *reg, lane, u32::from(lo) | u32::from(hi) << 16);
             }
         }
@@ -244,8 +225,7 @@ impl Block<'_> {
                 let v = warp.get32(frame, w.d[reg], lane);
                 match w.d_ty {
                     MatTy::F16 => {
-                        acc[(column / 8) * 16 + row][column % 8] =
-                            f16_to_f32((v >> (16 * (column % 2))) as u16)
+                        acc[(column / 8) * 16 + row][column % 8] = f16_to_f32((v >> (16 * (column % 2))) as u16)
                     }
                     MatTy::S32 => sums[row * n + column] = v as i32,
                     _ => acc[(column / 8) * 16 + row][column % 8] = f32::from_bits(v),
@@ -260,11 +240,7 @@ impl Block<'_> {
                         sum += i64::from(integer(w.a_ty, a[row * k + c], 0))
                             * i64::from(integer(w.b_ty, b[c * n + column], 0));
                     }
-                    let v = if w.saturate {
-                        sum.clamp(i32::MIN.into(), i32::MAX.into()) as i32
-                    } else {
-                        sum as i32
-                    };
+                    let v = if w.saturate { sum.clamp(i32::MIN.into(), i32::MAX.into()) as i32 } else { sum as i32 };
                     let (reg, lane) = place(row, column);
                     if warp.live >> lane & 1 != 0 {
                         warp.set32(frame, w.d[reg], lane, v as u32);
@@ -274,17 +250,10 @@ impl Block<'_> {
             return Ok(());
         }
         let sign = |x: f32, negate: bool| if negate { -x } else { x };
-        let af: Vec<f32> = a
-            .iter()
-            .map(|v| sign(element(w.a_ty, *v, 0), w.negate_a))
-            .collect();
+        let af: Vec<f32> = a.iter().map(|v| sign(element(w.a_ty, *v, 0), w.negate_a)).collect();
         for block in 0..n / 8 {
             let bf: Vec<[f32; 8]> = (0..k)
-                .map(|r| {
-                    std::array::from_fn(|c| {
-                        sign(element(w.b_ty, b[r * n + 8 * block + c], 0), w.negate_b)
-                    })
-                })
+                .map(|r| std::array::from_fn(|c| sign(element(w.b_ty, b[r * n + 8 * block + c], 0), w.negate_b)))
                 .collect();
             product(16, k, &af, &bf, &mut acc[16 * block..16 * block + 16]);
         }
@@ -293,10 +262,7 @@ impl Block<'_> {
                 let (reg, lane) = place(row, column);
                 let of = |c: usize| acc[(c / 8) * 16 + row][c % 8];
                 let v = match w.d_ty {
-                    MatTy::F16 => {
-                        u32::from(f32_to_f16(of(column)))
-                            | u32::from(f32_to_f16(of(column + 1))) << 16
-                    }
+                    MatTy::F16 => u32::from(f32_to_f16(of(column))) | u32::from(f32_to_f16(of(column + 1))) << 16,
                     _ => of(column).to_bits(),
                 };
                 if warp.live >> lane & 1 != 0 {
@@ -308,15 +274,7 @@ impl Block<'_> {
     }
 
     /// Element of a matrix that a descriptor describes: `mn` counts along M or N, `k` along the depth.
-    fn described(
-        &mut self,
-        warp: &Warp,
-        d: Descriptor,
-        mn: usize,
-        k: usize,
-        bytes: usize,
-        trans: bool,
-    ) -> Step<u64> {
+    fn described(&mut self, warp: &Warp, d: Descriptor, mn: usize, k: usize, bytes: usize, trans: bool) -> Step<u64> {
         let at = d.address(mn, k, bytes, trans);
         let at = self.shared_at(warp, 0, at as u32, bytes as u32, false)?;
         let state = &self.state[at..at + bytes];
@@ -325,14 +283,7 @@ impl Block<'_> {
         }
         // One record for each four bytes is enough.
         if self.check_shared && at.is_multiple_of(4) {
-            self.shared_record(
-                warp.id,
-                MANY,
-                at,
-                4.min(self.state.len() - at),
-                super::access::Touch::READ,
-                true,
-            );
+            self.shared_record(warp.id, MANY, at, 4.min(self.state.len() - at), super::access::Touch::READ, true);
         }
         let mut v = 0;
         for (i, b) in self.shared[at..at + bytes].iter().enumerate() {
@@ -356,12 +307,7 @@ impl Descriptor {
     fn new(bits: u64) -> Descriptor {
         let field = |at: u32| (bits >> at & 0x3fff) << 4;
         let row = [16, 128, 64, 32][(bits >> 62) as usize];
-        Descriptor {
-            start: field(0),
-            leading: field(16),
-            stride: field(32),
-            row,
-        }
+        Descriptor { start: field(0), leading: field(16), stride: field(32), row }
     }
 
     /// Byte address of an element: core matrices of 8 rows of 16 bytes, put together by the two strides; then the
@@ -372,22 +318,14 @@ impl Descriptor {
         let a = if !trans {
             // The depth is contiguous.
             let (piece, within) = (k / per_row, k % per_row);
-            let along = if self.row == 16 {
-                piece * self.leading
-            } else {
-                piece * 16
-            };
+            let along = if self.row == 16 { piece * self.leading } else { piece * 16 };
             self.start + mn / 8 * self.stride + mn % 8 * self.row + along + within * bytes
         } else {
             // M or N is contiguous.
             let (piece, within) = (mn / per_row, mn % per_row);
             let pieces = self.row / 16;
             if self.row == 16 {
-                self.start
-                    + within * bytes
-                    + piece * self.stride
-                    + k % 8 * 16
-                    + k / 8 * self.leading
+                self.start + within * bytes + piece * self.stride + k % 8 * 16 + k / 8 * self.leading
             } else {
                 self.start
                     + within * bytes
@@ -433,11 +371,7 @@ fn gather(
     let (rows, k) = (m.m as usize, m.k as usize);
     for (i, reg) in m.a.iter().enumerate() {
         let v = warp.lane_values(frame, *reg);
-        let (top, left) = if rows == 16 {
-            (8 * (i % 2), i / 2 * 4 * e)
-        } else {
-            (0, i * 4 * e)
-        };
+        let (top, left) = if rows == 16 { (8 * (i % 2), i / 2 * 4 * e) } else { (0, i * 4 * e) };
         for j in 0..e {
             let column: [f32; 32] = std::array::from_fn(|lane| fa(v[lane], j as u32));
             for (lane, value) in column.iter().enumerate() {
@@ -459,11 +393,7 @@ fn gather(
 #[inline(always)]
 fn mma_float_body(warp: &mut Warp, frame: u16, m: &Mma) {
     let (rows, k) = (m.m as usize, m.k as usize);
-    let mut x = Fragments {
-        a: [0.0; 16 * 32],
-        b: [[0.0; 8]; 32],
-        acc: [[0.0; 8]; 16],
-    };
+    let mut x = Fragments { a: [0.0; 16 * 32], b: [[0.0; 8]; 32], acc: [[0.0; 8]; 16] };
     match (m.a_ty, m.b_ty) {
         (MatTy::Bf16, _) => gather(
             warp,
@@ -485,15 +415,7 @@ fn mma_float_body(warp: &mut Warp, frame: u16, m: &Mma) {
         ),
         (a, b) => {
             let e = (32 / a.bits()) as usize;
-            gather(
-                warp,
-                frame,
-                m,
-                &mut x,
-                e,
-                |v, j| element(a, v.into(), j),
-                |v, j| element(b, v.into(), j),
-            );
+            gather(warp, frame, m, &mut x, e, |v, j| element(a, v.into(), j), |v, j| element(b, v.into(), j));
         }
     }
     for (i, reg) in m.c.iter().enumerate() {
@@ -548,11 +470,7 @@ fn mma_integer(warp: &mut Warp, frame: u16, m: &Mma) {
     let e = (32 / m.a_ty.bits()) as usize;
     for (i, reg) in m.a.iter().enumerate() {
         let v = warp.lane_values(frame, *reg);
-        let (top, left) = if rows == 16 {
-            (8 * (i % 2), i / 2 * 4 * e)
-        } else {
-            (0, i * 4 * e)
-        };
+        let (top, left) = if rows == 16 { (8 * (i % 2), i / 2 * 4 * e) } else { (0, i * 4 * e) };
         for (lane, v) in v.iter().enumerate() {
             let at = (lane / 4 + top) * k + left + (lane % 4) * e;
             for j in 0..e {
@@ -573,10 +491,7 @@ fn mma_integer(warp: &mut Warp, frame: u16, m: &Mma) {
     let live = warp.live;
     for (i, reg) in m.d.iter().enumerate() {
         for lane in lanes(live) {
-            let (row, column) = (
-                lane as usize / 4 + 8 * (i / 2),
-                2 * (lane as usize % 4) + i % 2,
-            );
+            let (row, column) = (lane as usize / 4 + 8 * (i / 2), 2 * (lane as usize % 4) + i % 2);
             let mut sum = i64::from(c[i][lane as usize] as i32);
             for x in 0..k {
                 let (p, q) = (a[row * k + x], b[x * 8 + column]);
@@ -585,11 +500,7 @@ fn mma_integer(warp: &mut Warp, frame: u16, m: &Mma) {
                     _ => p * q,
                 });
             }
-            let v = if m.satfinite {
-                sum.clamp(i32::MIN.into(), i32::MAX.into()) as i32
-            } else {
-                sum as i32
-            };
+            let v = if m.satfinite { sum.clamp(i32::MIN.into(), i32::MAX.into()) as i32 } else { sum as i32 };
             warp.set32(frame, *reg, lane, v as u32);
         }
     }
@@ -601,11 +512,7 @@ fn mma_f64(warp: &mut Warp, frame: u16, m: &Mma) {
     let mut b = vec![0f64; k * 8];
     let read = |reg: u32, lane: usize| f64::from_bits(warp.get64(frame, reg, lane as u32));
     for (i, reg) in m.a.iter().enumerate() {
-        let (top, left) = if rows == 16 {
-            (8 * (i % 2), i / 2 * 4)
-        } else {
-            (0, i * 4)
-        };
+        let (top, left) = if rows == 16 { (8 * (i % 2), i / 2 * 4) } else { (0, i * 4) };
         for lane in 0..32 {
             a[(lane / 4 + top) * k + left + lane % 4] = read(*reg, lane);
         }
@@ -615,20 +522,12 @@ fn mma_f64(warp: &mut Warp, frame: u16, m: &Mma) {
             b[(i * 4 + lane % 4) * 8 + lane / 4] = read(*reg, lane);
         }
     }
-    let c: Vec<Vec<f64>> =
-        m.c.iter()
-            .map(|r| (0..32).map(|l| read(*r, l)).collect())
-            .collect();
+    let c: Vec<Vec<f64>> = m.c.iter().map(|r| (0..32).map(|l| read(*r, l)).collect()).collect();
     let live = warp.live;
     for (i, reg) in m.d.iter().enumerate() {
         for lane in lanes(live) {
-            let (row, column) = (
-                lane as usize / 4 + 8 * (i / 2),
-                2 * (lane as usize % 4) + i % 2,
-            );
-            let sum = (0..k).fold(c[i][lane as usize], |s, x| {
-                a[row * k + x].mul_add(b[x * 8 + column], s)
-            });
+            let (row, column) = (lane as usize / 4 + 8 * (i / 2), 2 * (lane as usize % 4) + i % 2);
+            let sum = (0..k).fold(c[i][lane as usize], |s, x| a[row * k + x].mul_add(b[x * 8 + column], s));
             warp.set64(frame, *reg, lane, sum.to_bits());
         }
     }

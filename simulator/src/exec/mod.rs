@@ -71,11 +71,7 @@ impl Launch<'_> {
 
     pub(crate) fn block_index(&self, linear: u64) -> [u32; 3] {
         let [x, y, _] = self.config.grid.map(u64::from);
-        [
-            (linear % x) as u32,
-            (linear / x % y) as u32,
-            (linear / x / y) as u32,
-        ]
+        [(linear % x) as u32, (linear / x % y) as u32, (linear / x / y) as u32]
     }
 
     pub(crate) fn thread_index(&self, thread: u32) -> [u32; 3] {
@@ -121,16 +117,9 @@ pub(crate) fn launch(
 ) -> Result<LaunchReport, Fault> {
     let threads: u32 = config.block.iter().product();
     let blocks: u64 = config.grid.iter().map(|&g| u64::from(g)).product();
-    let dynamic_at = program
-        .static_shared
-        .next_multiple_of(program.dynamic_align);
+    let dynamic_at = program.static_shared.next_multiple_of(program.dynamic_align);
     let allocations = memory.all();
-    let maps = || {
-        allocations
-            .iter()
-            .map(|_| OnceLock::new())
-            .collect::<Vec<_>>()
-    };
+    let maps = || allocations.iter().map(|_| OnceLock::new()).collect::<Vec<_>>();
     let (races, touched) = (maps(), maps());
     let l = Launch {
         options,
@@ -159,9 +148,7 @@ pub(crate) fn launch(
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n,
     };
-    let workers = workers
-        .min(usize::try_from(blocks).unwrap_or(usize::MAX))
-        .max(1);
+    let workers = workers.min(usize::try_from(blocks).unwrap_or(usize::MAX)).max(1);
     let next = AtomicU64::new(0);
     let parked: Mutex<VecDeque<Box<Block<'_>>>> = Mutex::new(VecDeque::new());
     let unfinished = AtomicU64::new(blocks);
@@ -177,10 +164,7 @@ pub(crate) fn launch(
         });
     }
     let stats = total.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let reports = std::mem::replace(
-        &mut *l.reports.lock().unwrap_or_else(PoisonError::into_inner),
-        Reports::new(0),
-    );
+    let reports = std::mem::replace(&mut *l.reports.lock().unwrap_or_else(PoisonError::into_inner), Reports::new(0));
     match reports.fault(&l) {
         Some(fault) => Err(fault),
         None => Ok(stats.report(&l)),
@@ -201,16 +185,9 @@ fn worker<'a>(
     // Parked blocks wait for others, so new ones come first, up to a limit.
     while !l.stop.load(Ordering::Relaxed) && unfinished.load(Ordering::Acquire) > 0 {
         let fresh = queue().len() < RESIDENT;
-        let started = if fresh {
-            next.fetch_add(1, Ordering::Relaxed)
-        } else {
-            blocks
-        };
+        let started = if fresh { next.fetch_add(1, Ordering::Relaxed) } else { blocks };
         let mut block = if started < blocks {
-            let index = l
-                .options
-                .seed
-                .map_or(started, |s| permute(started, blocks, s));
+            let index = l.options.seed.map_or(started, |s| permute(started, blocks, s));
             match spare.take() {
                 Some(mut b) => {
                     b.start(index);
@@ -229,9 +206,7 @@ fn worker<'a>(
         };
         // A panic is a fault of the simulator: it must not take the host down.
         let ran = catch_unwind(AssertUnwindSafe(|| block.run(&mut stats))).unwrap_or_else(|_| {
-            block.note(FaultClass::Trap, 0, 0, || {
-                "the simulator itself failed here; please report this kernel".into()
-            });
+            block.note(FaultClass::Trap, 0, 0, || "the simulator itself failed here; please report this kernel".into());
             Err(Stop)
         });
         match ran {
@@ -243,8 +218,5 @@ fn worker<'a>(
             Err(Stop) => l.stop.store(true, Ordering::Relaxed),
         }
     }
-    total
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .add(&stats);
+    total.lock().unwrap_or_else(PoisonError::into_inner).add(&stats);
 }

@@ -11,10 +11,7 @@ pub(crate) struct Reports {
 /// Fatal faults end the launch where they happen.
 fn is_fatal(class: FaultClass) -> bool {
     use FaultClass::*;
-    matches!(
-        class,
-        OobGlobal | OobShared | OobLocal | Misaligned | Timeout | Trap
-    )
+    matches!(class, OobGlobal | OobShared | OobLocal | Misaligned | Timeout | Trap)
 }
 
 /// A smaller rank explains a larger one: a skipped barrier or wait makes races, a race makes reads of unwritten bytes.
@@ -30,27 +27,15 @@ fn rank(class: FaultClass) -> u32 {
 
 impl Reports {
     pub(crate) fn new(max: usize) -> Reports {
-        Reports {
-            list: Vec::new(),
-            max: max.max(1),
-        }
+        Reports { list: Vec::new(), max: max.max(1) }
     }
 
     /// Adds a finding; the same class at the same line is counted, not repeated. The text is made only when needed.
     pub(crate) fn add(&mut self, class: FaultClass, line: u32, text: impl FnOnce() -> String) {
-        if let Some(r) = self
-            .list
-            .iter_mut()
-            .find(|r| r.class == class && r.line == line)
-        {
+        if let Some(r) = self.list.iter_mut().find(|r| r.class == class && r.line == line) {
             r.times += 1;
         } else if self.list.len() < self.max || !self.list.iter().any(|r| r.class == class) {
-            self.list.push(Report {
-                class,
-                text: text(),
-                line,
-                times: 1,
-            });
+            self.list.push(Report { class, text: text(), line, times: 1 });
         }
     }
 
@@ -65,18 +50,9 @@ impl Reports {
         let class = self.list.first()?.class;
         let mut text = format!("cuda-sim: kernel {} failed", l.program.name);
         for r in &self.list {
-            let times = if r.times > 1 {
-                format!(" [{} times at this line]", r.times)
-            } else {
-                String::new()
-            };
+            let times = if r.times > 1 { format!(" [{} times at this line]", r.times) } else { String::new() };
             text.push_str(&format!("\n  {}: {}{times}", r.class, r.text));
         }
-        Some(Fault {
-            class,
-            cuda_error: class.cuda_error(),
-            text,
-            reports: self.list,
-        })
+        Some(Fault { class, cuda_error: class.cuda_error(), text, reports: self.list })
     }
 }

@@ -26,10 +26,7 @@ pub(crate) struct Stats {
 
 impl Stats {
     pub(crate) fn new(instructions: usize) -> Stats {
-        Stats {
-            counts: vec![(0, 0); instructions],
-            traffic: vec![Traffic::default(); instructions],
-        }
+        Stats { counts: vec![(0, 0); instructions], traffic: vec![Traffic::default(); instructions] }
     }
 
     pub(crate) fn add(&mut self, other: &Stats) {
@@ -56,20 +53,16 @@ impl Stats {
             if source.class != Class::Part && *n > 0 {
                 c.warp_instructions += n;
                 c.lane_instructions += lanes;
-                *c.by_class
-                    .entry(source.class.name().to_owned())
-                    .or_default() += n;
+                *c.by_class.entry(source.class.name().to_owned()).or_default() += n;
                 c.float_flops += lanes * u64::from(source.flops);
             }
             match &p.code[pc].kind {
                 Kind::Mma(m) => {
-                    *c.matrix_flops.entry(m.a_ty.kind().to_owned()).or_default() +=
-                        n * 2 * u64::from(m.m * m.n * m.k)
+                    *c.matrix_flops.entry(m.a_ty.kind().to_owned()).or_default() += n * 2 * u64::from(m.m * m.n * m.k)
                 }
                 // Each of the four warps of a group does 16 of the 64 rows.
                 Kind::Wgmma(w) => {
-                    *c.matrix_flops.entry(w.a_ty.kind().to_owned()).or_default() +=
-                        n * 2 * u64::from(16 * w.n * w.k)
+                    *c.matrix_flops.entry(w.a_ty.kind().to_owned()).or_default() += n * 2 * u64::from(16 * w.n * w.k)
                 }
                 Kind::Bar(_) | Kind::Mbar(_) => c.barriers += n,
                 Kind::Atom(_) => c.atomics += n,
@@ -103,8 +96,7 @@ impl Stats {
             }
         }
         c.conflicts = lines.into_values().collect();
-        c.conflicts
-            .sort_by_key(|x| std::cmp::Reverse(x.wavefronts - x.least));
+        c.conflicts.sort_by_key(|x| std::cmp::Reverse(x.wavefronts - x.least));
         let registers = l.config.registers.unwrap_or(p.registers);
         let (blocks, limit) = l.arch.occupancy(l.threads, registers, l.shared_bytes);
         let estimate = c.estimate(l.arch);

@@ -110,11 +110,7 @@ impl Warp {
     /// Puts the warp at the start of the kernel in block `block`.
     pub(crate) fn start(&mut self, l: &Launch<'_>, block: u64) {
         let threads = l.threads - self.id * 32;
-        self.all = if threads >= 32 {
-            u32::MAX
-        } else {
-            (1 << threads) - 1
-        };
+        self.all = if threads >= 32 { u32::MAX } else { (1 << threads) - 1 };
         self.live = self.all;
         self.at_barrier = 0;
         self.at_sync = 0;
@@ -130,14 +126,7 @@ impl Warp {
         self.turns = 0;
         self.saw_sync = false;
         self.saw_store = false;
-        let frame = Frame {
-            func: l.program.entry,
-            base: 0,
-            local_base: 0,
-            parent: 0,
-            call: 0,
-            depth: 0,
-        };
+        let frame = Frame { func: l.program.entry, base: 0, local_base: 0, parent: 0, call: 0, depth: 0 };
         self.frames.push(frame);
         let lines = (entry.frame_words / 32) as usize;
         if self.lines.len() < lines {
@@ -175,8 +164,7 @@ impl Warp {
 
     #[inline(always)]
     pub(crate) fn get64(&self, frame: u16, at: u32, lane: u32) -> u64 {
-        u64::from(self.get32(frame, at, 2 * lane))
-            | u64::from(self.get32(frame, at, 2 * lane + 1)) << 32
+        u64::from(self.get32(frame, at, 2 * lane)) | u64::from(self.get32(frame, at, 2 * lane + 1)) << 32
     }
 
     #[inline(always)]
@@ -225,10 +213,7 @@ impl Warp {
         if bytes > MAX_LOCAL {
             return false;
         }
-        let (old, stride) = (
-            self.local_stride as usize,
-            bytes.next_power_of_two() as usize,
-        );
+        let (old, stride) = (self.local_stride as usize, bytes.next_power_of_two() as usize);
         let spread = |from: &[u8], empty: u8| {
             let mut to = vec![empty; stride * 32];
             for l in 0..32 {
@@ -243,35 +228,15 @@ impl Warp {
     }
 
     /// Makes a frame for `func`; `None` when the stack is full.
-    pub(crate) fn push(
-        &mut self,
-        l: &Launch<'_>,
-        block: u64,
-        func: u32,
-        parent: u16,
-        call: u32,
-    ) -> Option<u16> {
+    pub(crate) fn push(&mut self, l: &Launch<'_>, block: u64, func: u32, parent: u16, call: u32) -> Option<u16> {
         let info = &l.program.funcs[func as usize];
-        let (top, depth) = (
-            *self.frames.last()?,
-            self.frames.get(parent as usize)?.depth,
-        );
+        let (top, depth) = (*self.frames.last()?, self.frames.get(parent as usize)?.depth);
         let below = &l.program.funcs[top.func as usize];
         let base = top.base + below.frame_words;
         let end = base as usize + info.frame_words as usize;
         let local_base = top.local_base + below.local_bytes;
-        let frame = Frame {
-            func,
-            base,
-            local_base,
-            parent,
-            call,
-            depth: depth + 1,
-        };
-        if self.frames.len() >= MAX_DEPTH
-            || end > MAX_WORDS
-            || !self.ensure_local(local_base + info.local_bytes)
-        {
+        let frame = Frame { func, base, local_base, parent, call, depth: depth + 1 };
+        if self.frames.len() >= MAX_DEPTH || end > MAX_WORDS || !self.ensure_local(local_base + info.local_bytes) {
             return None;
         }
         if self.lines.len() < end / 32 {
@@ -305,13 +270,8 @@ impl Warp {
                 0 => self.lines[base + at as usize / 32].0[at as usize % 32] = value as u32,
                 1 => self.lines[base + at as usize / 32].0 = [value as u32; 32],
                 _ => {
-                    let pair: [u32; 32] = std::array::from_fn(|i| {
-                        if i % 2 == 0 {
-                            value as u32
-                        } else {
-                            (value >> 32) as u32
-                        }
-                    });
+                    let pair: [u32; 32] =
+                        std::array::from_fn(|i| if i % 2 == 0 { value as u32 } else { (value >> 32) as u32 });
                     self.lines[base + at as usize / 32].0 = pair;
                     self.lines[base + at as usize / 32 + 1].0 = pair;
                 }
@@ -342,10 +302,7 @@ impl Warp {
                 Special::Local(offset) => u64::from(frame.local_base + offset),
             };
             let line = base + at as usize / 32;
-            if matches!(
-                special,
-                Special::GridId | Special::Local(_) | Special::DynamicShared
-            ) {
+            if matches!(special, Special::GridId | Special::Local(_) | Special::DynamicShared) {
                 for lane in 0..32 {
                     let v = value(lane);
                     let w = 2 * lane as usize;

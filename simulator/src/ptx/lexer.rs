@@ -54,10 +54,7 @@ pub(crate) fn tokens(text: &str) -> Result<Vec<Token<'_>>, LoadError> {
                 let Some(length) = text[i + 2..].find("*/") else {
                     return Err(LoadError::new(line, "/*", "the comment does not end"));
                 };
-                line += text[i..i + 2 + length]
-                    .bytes()
-                    .filter(|&c| c == b'\n')
-                    .count() as u32;
+                line += text[i..i + 2 + length].bytes().filter(|&c| c == b'\n').count() as u32;
                 i += length + 4;
                 continue;
             }
@@ -67,11 +64,7 @@ pub(crate) fn tokens(text: &str) -> Result<Vec<Token<'_>>, LoadError> {
                     i += if b[i] == b'\\' { 2 } else { 1 };
                 }
                 if at(i) != b'"' {
-                    return Err(LoadError::new(
-                        line,
-                        "\"",
-                        "the string does not end on its line",
-                    ));
+                    return Err(LoadError::new(line, "\"", "the string does not end on its line"));
                 }
                 i += 1;
                 Tok::Str
@@ -85,9 +78,7 @@ pub(crate) fn tokens(text: &str) -> Result<Vec<Token<'_>>, LoadError> {
             }
             b'0'..=b'9' => {
                 let (tok, end) = number(text, i).ok_or_else(|| {
-                    let end = (i..b.len())
-                        .find(|&j| !is_word(b[j]) && b[j] != b'.')
-                        .unwrap_or(b.len());
+                    let end = (i..b.len()).find(|&j| !is_word(b[j]) && b[j] != b'.').unwrap_or(b.len());
                     LoadError::new(line, &text[i..end], "this is not a number")
                 })?;
                 i = end;
@@ -98,11 +89,7 @@ pub(crate) fn tokens(text: &str) -> Result<Vec<Token<'_>>, LoadError> {
                     i += 1;
                 }
                 // Special registers have parts: `%tid.x`.
-                if c == b'%'
-                    && at(i) == b'.'
-                    && matches!(at(i + 1), b'x' | b'y' | b'z' | b'w')
-                    && !is_word(at(i + 2))
-                {
+                if c == b'%' && at(i) == b'.' && matches!(at(i + 1), b'x' | b'y' | b'z' | b'w') && !is_word(at(i + 2)) {
                     i += 2;
                 }
                 Tok::Word(&text[start..i])
@@ -112,42 +99,27 @@ pub(crate) fn tokens(text: &str) -> Result<Vec<Token<'_>>, LoadError> {
                 Tok::Punct(c)
             }
             _ => {
-                return Err(LoadError::new(
-                    line,
-                    "",
-                    format!("byte {c:#04x} has no meaning here"),
-                ));
+                return Err(LoadError::new(line, "", format!("byte {c:#04x} has no meaning here")));
             }
         };
         out.push(Token { tok, line, start });
     }
-    out.push(Token {
-        tok: Tok::End,
-        line,
-        start: b.len(),
-    });
+    out.push(Token { tok: Tok::End, line, start: b.len() });
     Ok(out)
 }
 
 /// The number at `start`, and where it ends.
 fn number(text: &str, start: usize) -> Option<(Tok<'_>, usize)> {
     let b = text.as_bytes();
-    let run =
-        |from: usize, ok: fn(&u8) -> bool| from + b[from..].iter().take_while(|c| ok(c)).count();
+    let run = |from: usize, ok: fn(&u8) -> bool| from + b[from..].iter().take_while(|c| ok(c)).count();
     let hex = |c: &u8| c.is_ascii_hexdigit();
     if b[start] == b'0' {
         match b.get(start + 1).copied().unwrap_or(0) {
             b'f' | b'F' if run(start + 2, hex) == start + 10 => {
-                return Some((
-                    Tok::F32(u32::from_str_radix(&text[start + 2..start + 10], 16).ok()?),
-                    start + 10,
-                ));
+                return Some((Tok::F32(u32::from_str_radix(&text[start + 2..start + 10], 16).ok()?), start + 10));
             }
             b'd' | b'D' if run(start + 2, hex) == start + 18 => {
-                return Some((
-                    Tok::F64(u64::from_str_radix(&text[start + 2..start + 18], 16).ok()?),
-                    start + 18,
-                ));
+                return Some((Tok::F64(u64::from_str_radix(&text[start + 2..start + 18], 16).ok()?), start + 18));
             }
             _ => {}
         }
@@ -176,10 +148,7 @@ fn number(text: &str, start: usize) -> Option<(Tok<'_>, usize)> {
         if exponent(end) {
             end = run(end + 2, u8::is_ascii_digit);
         }
-        return Some((
-            Tok::F64(text[start..end].parse::<f64>().ok()?.to_bits()),
-            end,
-        ));
+        return Some((Tok::F64(text[start..end].parse::<f64>().ok()?.to_bits()), end));
     }
     let value = u64::from_str_radix(&text[digits..end], radix).ok()?;
     if matches!(b.get(end), Some(b'U' | b'u')) {

@@ -12,11 +12,7 @@ type Result<T> = std::result::Result<T, LoadError>;
 /// Reads a whole module.
 pub(crate) fn parse(text: &str) -> Result<Module> {
     if text.len() > MAX_TEXT {
-        return Err(LoadError::new(
-            0,
-            "",
-            format!("the text has {} bytes, more than {MAX_TEXT}", text.len()),
-        ));
+        return Err(LoadError::new(0, "", format!("the text has {} bytes, more than {MAX_TEXT}", text.len())));
     }
     let tokens = tokens(text)?;
     let mut p = Parser { text, tokens, i: 0 };
@@ -57,11 +53,7 @@ impl<'a> Parser<'a> {
         Err(LoadError::new(t.line, shown, message))
     }
     fn expect(&mut self, c: u8) -> Result<()> {
-        if self.eat(c) {
-            Ok(())
-        } else {
-            self.fail(format!("expected `{}` here", c as char))
-        }
+        if self.eat(c) { Ok(()) } else { self.fail(format!("expected `{}` here", c as char)) }
     }
     fn word(&mut self) -> Result<&'a str> {
         match self.peek() {
@@ -158,11 +150,7 @@ impl<'a> Parser<'a> {
             }
         }
         if m.target.is_empty() {
-            return Err(LoadError::new(
-                0,
-                "",
-                "this is not PTX: there is no `.target`",
-            ));
+            return Err(LoadError::new(0, "", "this is not PTX: there is no `.target`"));
         }
         Ok(m)
     }
@@ -200,17 +188,9 @@ impl<'a> Parser<'a> {
         self.i += 1;
         let mut attributes = Attributes::default();
         self.attributes(&mut attributes)?;
-        let returns = if self.peek() == Tok::Punct(b'(') {
-            self.params()?
-        } else {
-            Vec::new()
-        };
+        let returns = if self.peek() == Tok::Punct(b'(') { self.params()? } else { Vec::new() };
         let name = self.word()?.to_owned();
-        let params = if self.peek() == Tok::Punct(b'(') {
-            self.params()?
-        } else {
-            Vec::new()
-        };
+        let params = if self.peek() == Tok::Punct(b'(') { self.params()? } else { Vec::new() };
         self.attributes(&mut attributes)?;
         let body = if self.eat(b';') {
             None
@@ -218,15 +198,7 @@ impl<'a> Parser<'a> {
             self.expect(b'{')?;
             Some(self.body()?)
         };
-        Ok(Func {
-            line,
-            name,
-            entry,
-            returns,
-            params,
-            attributes,
-            body,
-        })
+        Ok(Func { line, name, entry, returns, params, attributes, body })
     }
 
     fn attributes(&mut self, a: &mut Attributes) -> Result<()> {
@@ -244,17 +216,14 @@ impl<'a> Parser<'a> {
                     if k > 0 && !self.eat(b',') {
                         break;
                     }
-                    *dim = u32::try_from(self.integer()?)
-                        .or_else(|_| self.fail("this count is too large"))?;
+                    *dim = u32::try_from(self.integer()?).or_else(|_| self.fail("this count is too large"))?;
                 }
                 *slot = Some(dims);
                 continue;
             }
             match name {
                 "maxnreg" => a.maxnreg = Some(self.integer()?.min(u64::from(u32::MAX)) as u32),
-                "minnctapersm" => {
-                    a.minnctapersm = Some(self.integer()?.min(u64::from(u32::MAX)) as u32)
-                }
+                "minnctapersm" => a.minnctapersm = Some(self.integer()?.min(u64::from(u32::MAX)) as u32),
                 "maxnctapersm" | "maxclusterrank" | "abi_preserve" | "abi_preserve_control" => {
                     self.integer()?;
                 }
@@ -367,11 +336,7 @@ impl<'a> Parser<'a> {
             }
             while self.eat(b'[') {
                 v.is_array = true;
-                let n = if self.peek() == Tok::Punct(b']') {
-                    0
-                } else {
-                    self.integer()?
-                };
+                let n = if self.peek() == Tok::Punct(b']') { 0 } else { self.integer()? };
                 v.count = match v.count.checked_mul(n) {
                     Some(c) if c.checked_mul(16).is_some() => c,
                     _ => return self.fail("this array is too large"),
@@ -421,11 +386,7 @@ impl<'a> Parser<'a> {
     fn init_value(&mut self) -> Result<Init> {
         let negative = self.eat(b'-');
         Ok(match self.next() {
-            Tok::Int(i) => Init::Int(if negative {
-                -i128::from(i)
-            } else {
-                i128::from(i)
-            }),
+            Tok::Int(i) => Init::Int(if negative { -i128::from(i) } else { i128::from(i) }),
             Tok::F32(b) => Init::F32(b ^ (u32::from(negative) << 31)),
             Tok::F64(b) => Init::F64(b ^ (u64::from(negative) << 63)),
             Tok::Word("generic") => {
@@ -436,10 +397,7 @@ impl<'a> Parser<'a> {
                 offset = offset.wrapping_add(self.offset()?);
                 Init::Address { name, offset }
             }
-            Tok::Word(w) => Init::Address {
-                name: w.to_owned(),
-                offset: self.offset()?,
-            },
+            Tok::Word(w) => Init::Address { name: w.to_owned(), offset: self.offset()? },
             _ => {
                 self.i -= 1;
                 return self.fail("this initial value is not supported");
@@ -502,31 +460,16 @@ impl<'a> Parser<'a> {
                                 labels.push(self.word()?.to_owned());
                             }
                             self.expect(b';')?;
-                            out.push(Stmt::Targets {
-                                name: w.to_owned(),
-                                labels,
-                            });
+                            out.push(Stmt::Targets { name: w.to_owned(), labels });
                         }
                         Tok::Dot("callprototype") => {
                             self.i += 1;
-                            let returns = if self.peek() == Tok::Punct(b'(') {
-                                self.params()?
-                            } else {
-                                Vec::new()
-                            };
+                            let returns = if self.peek() == Tok::Punct(b'(') { self.params()? } else { Vec::new() };
                             self.word()?;
-                            let params = if self.peek() == Tok::Punct(b'(') {
-                                self.params()?
-                            } else {
-                                Vec::new()
-                            };
+                            let params = if self.peek() == Tok::Punct(b'(') { self.params()? } else { Vec::new() };
                             self.attributes(&mut Attributes::default())?;
                             self.expect(b';')?;
-                            out.push(Stmt::Prototype {
-                                name: w.to_owned(),
-                                returns,
-                                params,
-                            });
+                            out.push(Stmt::Prototype { name: w.to_owned(), returns, params });
                         }
                         _ => out.push(Stmt::Label(w.to_owned(), line)),
                     }
@@ -564,18 +507,8 @@ impl<'a> Parser<'a> {
         }
         let end = self.tokens[self.i].start;
         self.i += 1;
-        let text = self.text[start..end]
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" ");
-        Ok(Instr {
-            line,
-            text,
-            guard,
-            opcode,
-            mods,
-            operands,
-        })
+        let text = self.text[start..end].split_whitespace().collect::<Vec<_>>().join(" ");
+        Ok(Instr { line, text, guard, opcode, mods, operands })
     }
 
     fn operand(&mut self, depth: u32) -> Result<Operand> {
@@ -643,11 +576,7 @@ impl<'a> Parser<'a> {
                     more.push(self.operand(depth + 1)?);
                 }
                 self.expect(b']')?;
-                Operand::Address {
-                    base: Box::new(base),
-                    offset,
-                    more,
-                }
+                Operand::Address { base: Box::new(base), offset, more }
             }
             _ => {
                 self.i = self.i.saturating_sub(1);
