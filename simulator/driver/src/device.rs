@@ -33,7 +33,7 @@ pub fn attribute(a: &Arch, id: c_int) -> Option<c_int> {
     let int = |n: u64| c_int::try_from(n).unwrap_or(c_int::MAX);
     let since_90 = c_int::from(a.capability >= (9, 0));
     Some(match id {
-        1 | 2 | 3 => arch::MAX_THREADS_PER_BLOCK as c_int,
+        1..=3 => arch::MAX_THREADS_PER_BLOCK as c_int,
         4 => 64,
         5 => c_int::MAX,
         6 | 7 => 65_535,
@@ -46,7 +46,7 @@ pub fn attribute(a: &Arch, id: c_int) -> Option<c_int> {
         14 => 512, // texture alignment
         15 => 1,   // copies overlap
         16 => int(a.multiprocessors.into()),
-        17 | 18 | 19 | 20 => 0, // no watchdog, not integrated, no mapped host memory, default mode
+        17..=20 => 0, // no watchdog, not integrated, no mapped host memory, default mode
         21..=29 | 42..=49 | 52..=74 | 77 => 0, // no textures or surfaces
         30 => 512,
         31 => 1,           // concurrent kernels
