@@ -35,10 +35,7 @@ pub type Outcome<T = ()> = Result<T, Failure>;
 
 /// A failure that is explained on standard error.
 pub fn failure(code: CUresult, text: impl Into<String>) -> Failure {
-    Failure {
-        code,
-        text: text.into(),
-    }
+    Failure { code, text: text.into() }
 }
 
 /// A failure that is only a code: one that was explained before, or one that programs meet in normal use.
@@ -205,10 +202,7 @@ impl Host {
 
     fn checked(self, bytes: usize) -> Outcome<usize> {
         if self.0 == 0 || bytes > isize::MAX as usize {
-            return Err(failure(
-                INVALID_VALUE,
-                format!("{bytes} bytes of host memory at {:#x} cannot exist", self.0),
-            ));
+            return Err(failure(INVALID_VALUE, format!("{bytes} bytes of host memory at {:#x} cannot exist", self.0)));
         }
         Ok(self.0)
     }

@@ -61,9 +61,8 @@ impl Capture {
 
     fn unjoined(&self) -> bool {
         let origin = self.clock(self.origin);
-        let joined = |(s, clock): (&Handle, &Clock)| {
-            clock.get(s).copied().unwrap_or(0) <= origin.get(s).copied().unwrap_or(0)
-        };
+        let joined =
+            |(s, clock): (&Handle, &Clock)| clock.get(s).copied().unwrap_or(0) <= origin.get(s).copied().unwrap_or(0);
         !self.clocks.iter().all(joined)
     }
 }
@@ -121,7 +120,10 @@ pub fn join(state: &mut State, stream: Handle, id: Handle, clock: &Clock) -> Out
         Some(own) if own != id => {
             invalidate(state, own);
             invalidate(state, id);
-            return Err(failure(STREAM_CAPTURE_MERGE, "the event belongs to another capture: two captures cannot be one"));
+            return Err(failure(
+                STREAM_CAPTURE_MERGE,
+                "the event belongs to another capture: two captures cannot be one",
+            ));
         }
         Some(_) => {}
         None if stream::is_built_in(stream) => {

@@ -37,17 +37,8 @@ pub struct Config {
     pub exit_code: Option<i32>,
 }
 
-const KNOWN: [&str; 9] = [
-    "ARCH",
-    "SANITIZER",
-    "SEED",
-    "BUDGET",
-    "THREADS",
-    "REPORT",
-    "COUNTERS",
-    "PTXAS_LOG",
-    "EXIT_CODE",
-];
+const KNOWN: [&str; 9] =
+    ["ARCH", "SANITIZER", "SEED", "BUDGET", "THREADS", "REPORT", "COUNTERS", "PTXAS_LOG", "EXIT_CODE"];
 
 impl Config {
     /// Reads variables `CUDA_SIM_*` from `variables`. The error is a sentence that names the variable.
@@ -66,11 +57,7 @@ impl Config {
             let Some(key) = name.strip_prefix("CUDA_SIM_") else {
                 continue;
             };
-            let number = || {
-                value
-                    .parse::<u64>()
-                    .map_err(|_| format!("{name}={value} is not a whole number"))
-            };
+            let number = || value.parse::<u64>().map_err(|_| format!("{name}={value} is not a whole number"));
             match key {
                 "ARCH" => {
                     config.arch = Arch::by_name(&value).ok_or_else(|| {
@@ -91,7 +78,9 @@ impl Config {
                     let log = std::fs::read_to_string(&value).map_err(|e| format!("{name}={value}: {e}"))?;
                     config.registers = registers(&log);
                     if config.registers.is_empty() {
-                        return Err(format!("{name}={value} names no kernel's registers: it must be the output of ptxas -v"));
+                        return Err(format!(
+                            "{name}={value} names no kernel's registers: it must be the output of ptxas -v"
+                        ));
                     }
                 }
                 "EXIT_CODE" => match number()? {
@@ -175,13 +164,7 @@ mod tests {
     #[test]
     fn each_check_can_be_switched_off_alone() {
         let c = config(&[("CUDA_SIM_SANITIZER", "-races_global,-leaks")]).unwrap();
-        assert_eq!(
-            c.options.sanitizer,
-            Sanitizer {
-                races_global: false,
-                ..Sanitizer::ON
-            }
-        );
+        assert_eq!(c.options.sanitizer, Sanitizer { races_global: false, ..Sanitizer::ON });
         assert!(!c.leaks && c.unwritten_copies);
         let off = config(&[("CUDA_SIM_SANITIZER", "off")]).unwrap();
         assert_eq!(off.options.sanitizer, Sanitizer::OFF);

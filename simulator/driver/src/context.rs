@@ -34,7 +34,7 @@ fn end(d: &Driver, mut state: std::sync::MutexGuard<'_, State>) {
 fn destroy(context: Handle) -> Outcome {
     let d = driver()?;
     let mut state = d.lock();
-    if !state.contexts.get(&context).is_some_and(|c| !c.primary) {
+    if state.contexts.get(&context).is_none_or(|c| c.primary) {
         return Err(no_such("context made by cuCtxCreate", context));
     }
     state.contexts.remove(&context);

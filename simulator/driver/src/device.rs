@@ -33,56 +33,62 @@ pub fn attribute(a: &Arch, id: c_int) -> Option<c_int> {
     let int = |n: u64| c_int::try_from(n).unwrap_or(c_int::MAX);
     let since_90 = c_int::from(a.capability >= (9, 0));
     Some(match id {
-        1 | 2 | 3 => arch::MAX_THREADS_PER_BLOCK as c_int,
+        1..=3 => arch::MAX_THREADS_PER_BLOCK as c_int,
         4 => 64,
         5 => c_int::MAX,
         6 | 7 => 65_535,
         8 => arch::SHARED_DEFAULT as c_int,
-        9 => 65_536,                          // constant memory
+        9 => 65_536, // constant memory
         10 => arch::WARP as c_int,
-        11 => c_int::MAX,                     // pitch
+        11 => c_int::MAX, // pitch
         12 | 82 => int(a.registers_per_sm.into()),
         13 => int(a.clock_khz.into()),
-        14 => 512,                            // texture alignment
-        15 => 1,                              // copies overlap
+        14 => 512, // texture alignment
+        15 => 1,   // copies overlap
         16 => int(a.multiprocessors.into()),
-        17 | 18 | 19 | 20 => 0,               // no watchdog, not integrated, no mapped host memory, default mode
+        17..=20 => 0, // no watchdog, not integrated, no mapped host memory, default mode
         21..=29 | 42..=49 | 52..=74 | 77 => 0, // no textures or surfaces
         30 => 512,
-        31 => 1,                              // concurrent kernels
-        32 => 0,                              // ECC
-        33 | 34 | 50 => 0,                    // PCI address
-        35 => 0,                              // TCC
+        31 => 1,           // concurrent kernels
+        32 => 0,           // ECC
+        33 | 34 | 50 => 0, // PCI address
+        35 => 0,           // TCC
         36 => int(a.memory_clock_khz.into()),
         37 => int(a.memory_bus_bits.into()),
         38 => int(a.l2_bytes.into()),
         39 => int(a.threads_per_sm.into()),
-        40 => 2,                              // copy engines
-        41 => 1,                              // unified addressing
+        40 => 2, // copy engines
+        41 => 1, // unified addressing
         51 => 32,
         75 => a.capability.0 as c_int,
         76 => a.capability.1 as c_int,
-        78 => 1,                              // stream priorities
-        79 | 80 => 1,                         // L1 for global and local
+        78 => 1,      // stream priorities
+        79 | 80 => 1, // L1 for global and local
         81 => int(a.shared_per_sm.into()),
-        83..=86 | 88..=89 => 0,               // managed memory, multi-GPU boards, host atomics, pageable access
-        87 => if a.capability.1 == 0 && a.capability.0 < 12 { 2 } else { 64 },
-        90 => 1,                              // preemption
-        91..=94 => 0,                         // registered pointers on the device, stream memory operations
-        95 => 1,                              // cooperative launch
+        83..=86 | 88..=89 => 0, // managed memory, multi-GPU boards, host atomics, pageable access
+        87 => {
+            if a.capability.1 == 0 && a.capability.0 < 12 {
+                2
+            } else {
+                64
+            }
+        }
+        90 => 1,      // preemption
+        91..=94 => 0, // registered pointers on the device, stream memory operations
+        95 => 1,      // cooperative launch
         96 => 0,
         97 => int(a.shared_per_block_optin.into()),
         98 => 0,
-        99 => 1,                              // host memory can be registered
+        99 => 1,                                // host memory can be registered
         100..=105 | 107 | 110 | 112..=114 => 0, // page tables, virtual memory, handles, compression, sparse arrays
         106 => int(a.blocks_per_sm.into()),
-        108 | 109 => 0,                       // persisting L2
+        108 | 109 => 0, // persisting L2
         111 => int(a.shared_reserved.into()),
-        115 => 1,                             // memory pools
+        115 => 1, // memory pools
         116..=119 => 0,
-        120 => 0,                             // clusters of more than one block are not simulated
+        120 => 0, // clusters of more than one block are not simulated
         121..=126 => 0,
-        127 => since_90,                      // tensor maps
+        127 => since_90, // tensor maps
         128..=134 => 0,
         _ => return None,
     })

@@ -44,7 +44,10 @@ pub fn memory_at(state: &State, address: u64) -> Option<u64> {
 fn instantiate(out: Out<Handle>, graph: Handle, flags: u64) -> Outcome {
     let mut state = driver()?.ready()?;
     if flags & !15 != 0 || flags & 5 == 5 {
-        return Err(failure(INVALID_VALUE, format!("instantiation flags {flags:#x} exclude each other or do not exist")));
+        return Err(failure(
+            INVALID_VALUE,
+            format!("instantiation flags {flags:#x} exclude each other or do not exist"),
+        ));
     }
     if flags & 4 != 0 {
         return Err(failure(NOT_SUPPORTED, "launching graphs from kernels is not simulated"));

@@ -94,7 +94,14 @@ fn params(f: &cuda_sim::Function, values: &In<In<u8>>, extra: &In<usize>) -> Out
     Ok(buffer)
 }
 
-fn launch(c: LaunchConfig, stream: Handle, function: Handle, values: In<In<u8>>, extra: In<usize>, all: bool) -> Outcome {
+fn launch(
+    c: LaunchConfig,
+    stream: Handle,
+    function: Handle,
+    values: In<In<u8>>,
+    extra: In<usize>,
+    all: bool,
+) -> Outcome {
     let d = driver()?;
     let (program, config) = {
         let state = d.ready()?;
@@ -119,7 +126,8 @@ fn resident(d: &Driver, f: &cuda_sim::Function, c: &LaunchConfig) -> Outcome {
     let a = &d.config.arch;
     let shared = f.static_shared().saturating_add(c.dynamic_shared);
     let each = a.occupancy(c.block.iter().product(), c.registers.unwrap_or(f.registers()), shared).0;
-    let (room, blocks) = (u64::from(each) * u64::from(a.multiprocessors), c.grid.iter().map(|&g| u64::from(g)).product());
+    let (room, blocks) =
+        (u64::from(each) * u64::from(a.multiprocessors), c.grid.iter().map(|&g| u64::from(g)).product());
     if room < blocks {
         let text = format!("kernel {}: {blocks} cooperating blocks, but {room} fit on {}", f.name(), a.name);
         return Err(failure(COOPERATIVE_LAUNCH_TOO_LARGE, text));

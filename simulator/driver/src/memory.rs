@@ -373,7 +373,7 @@ driver_calls! {
 
     fn cuDeviceGetDefaultMemPool(pool: Out<Handle>, device: c_int) {
         check(device)?;
-        pool.set(default_pool(&mut *driver()?.lock()))
+        pool.set(default_pool(&mut driver()?.lock()))
     }
 
     fn cuDeviceGetMemPool(pool: Out<Handle>, device: c_int) {

@@ -26,11 +26,7 @@ pub fn say_once(said: &AtomicBool, text: &str) {
 /// Appends one line to a file; that it cannot is said, because a test would wait for it in vain.
 fn append(path: &Path, line: &Value) {
     let text = format!("{line}\n");
-    let wrote = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(path)
-        .and_then(|mut f| f.write_all(text.as_bytes()));
+    let wrote = OpenOptions::new().create(true).append(true).open(path).and_then(|mut f| f.write_all(text.as_bytes()));
     if let Err(e) = wrote {
         say(&format!("cannot append to {}: {e}", path.display()));
     }

@@ -177,10 +177,7 @@ impl State {
 
     /// Takes over the handles of an older state, so that none is given out twice.
     pub fn after(old: &State) -> State {
-        State {
-            next: old.next,
-            ..State::default()
-        }
+        State { next: old.next, ..State::default() }
     }
 }
 

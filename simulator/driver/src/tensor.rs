@@ -5,7 +5,8 @@ use cuda_sim::tensor_map::{BYTES, TensorMap};
 use std::ffi::c_uint;
 
 fn narrow<T: Into<u64> + Copy>(what: &str, values: Vec<T>) -> Outcome<Vec<u32>> {
-    let one = |v: T| u32::try_from(v.into()).map_err(|_| failure(INVALID_VALUE, format!("{what} {} is too large", v.into())));
+    let one =
+        |v: T| u32::try_from(v.into()).map_err(|_| failure(INVALID_VALUE, format!("{what} {} is too large", v.into())));
     values.into_iter().map(one).collect()
 }
 

@@ -98,11 +98,9 @@ fn a_library_loaded_by_path_answers_to_cudarc() {
     let test = "a_library_loaded_by_path_answers_to_cudarc";
     if is_child() {
         let nvrtc = nvrtc_folder();
-        for file in [
-            driver_folder().join("libcuda.so"),
-            nvrtc.join("libnvrtc-builtins.so.13.0"),
-            nvrtc.join("libnvrtc.so.13"),
-        ] {
+        for file in
+            [driver_folder().join("libcuda.so"), nvrtc.join("libnvrtc-builtins.so.13.0"), nvrtc.join("libnvrtc.so.13")]
+        {
             // SAFETY: the libraries' initialisers have no conditions. They stay loaded, so that cudarc's search by
             // name finds them.
             std::mem::forget(unsafe { libloading::Library::new(file) }.unwrap());
@@ -250,20 +248,15 @@ fn launches_that_a_gpu_refuses_are_refused_and_leave_the_context_usable() {
             let mut run = |grid: u32, threads: u32, shared: u32| {
                 let mut launch = stream.launch_builder(&f);
                 launch.arg(&mut y).arg(&x);
-                let c = LaunchConfig {
-                    grid_dim: (grid, 1, 1),
-                    block_dim: (threads, 1, 1),
-                    shared_mem_bytes: shared,
-                };
+                let c = LaunchConfig { grid_dim: (grid, 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: shared };
                 // SAFETY: the arguments are the kernel's, in order; refused shapes do not run.
                 unsafe { launch.launch(c) }.map(|_| ())
             };
             assert_eq!(code(run(1, 1025, 4096)), CUresult::CUDA_ERROR_INVALID_VALUE);
             assert_eq!(code(run(0, 32, 4096)), CUresult::CUDA_ERROR_INVALID_VALUE);
             assert_eq!(code(run(1, n, 100 * 1024)), CUresult::CUDA_ERROR_INVALID_VALUE);
-            let set = |bytes| {
-                f.set_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes)
-            };
+            let set =
+                |bytes| f.set_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes);
             assert_eq!(code(set(164 * 1024)), CUresult::CUDA_ERROR_INVALID_VALUE);
             set(100 * 1024).unwrap();
             run(1, n, 100 * 1024).unwrap();
@@ -393,10 +386,7 @@ fn captures_refuse_what_a_graph_cannot_hold() {
         assert_eq!(code(stream.wait(&event)), CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
         assert_eq!(end(&stream), CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
         // The default stream, and streams that are not captured.
-        assert_eq!(
-            code(context.default_stream().begin_capture(MODE)),
-            CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
-        );
+        assert_eq!(code(context.default_stream().begin_capture(MODE)), CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
         assert_eq!(end(&other), CUresult::CUDA_ERROR_ILLEGAL_STATE);
         // All is well again.
         stream.begin_capture(MODE).unwrap();
@@ -462,8 +452,7 @@ fn counters_are_written_for_every_launch() {
     let _ = std::fs::remove_file(&file);
     let text = "Compiling entry function 'scale_add' for 'sm_80'\nUsed 12 registers, used 0 barriers\n";
     std::fs::write(&log, text).unwrap();
-    let variables =
-        [("CUDA_SIM_COUNTERS", file.to_str().unwrap()), ("CUDA_SIM_PTXAS_LOG", log.to_str().unwrap())];
+    let variables = [("CUDA_SIM_COUNTERS", file.to_str().unwrap()), ("CUDA_SIM_PTXAS_LOG", log.to_str().unwrap())];
     let out = child(test, &variables, true);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let text = std::fs::read_to_string(&file).unwrap();

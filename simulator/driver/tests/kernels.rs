@@ -39,8 +39,7 @@ impl Gpu for Cudarc {
                 Value::Float(v) => launch.arg(&*v),
             };
         }
-        let config =
-            LaunchConfig { grid_dim: grid.into(), block_dim: block.into(), shared_mem_bytes: 0 };
+        let config = LaunchConfig { grid_dim: grid.into(), block_dim: block.into(), shared_mem_bytes: 0 };
         // SAFETY: the arguments are those of the kernel's header, in order.
         unsafe { launch.launch(config) }.unwrap();
         let out = values.iter().filter_map(|v| match v {
