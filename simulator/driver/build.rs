@@ -3,5 +3,8 @@
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rustc-link-arg-examples=-Wl,-soname,libcuda.so");
+    // Cargo has no narrower setting that reaches an example that is a library.
+    println!("cargo:rustc-link-arg=-Wl,-soname,libcuda.so");
+    // The loader would take a test program of that name for the library: the last name counts.
+    println!("cargo:rustc-link-arg-tests=-Wl,-soname,test");
 }

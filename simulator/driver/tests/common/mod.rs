@@ -34,7 +34,7 @@ pub fn driver_folder() -> PathBuf {
 }
 
 /// Runs one test of this file in a process of its own, in which cudarc finds the simulator and NVRTC. `variables` are
-/// added to the environment; `preset` says whether the library path leads to both.
+/// added to the environment; `on_path` says whether the library path leads to both.
 pub fn child(test: &str, variables: &[(&str, &str)], on_path: bool) -> Output {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(CHILD, "1");
