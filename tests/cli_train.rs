@@ -90,11 +90,12 @@ fn an_interrupted_run_saves_and_goes_on() {
     let place = place.path();
     succeeds(train(place, &[STEPS, &["--out", "whole"]].concat()));
     let long = [&["train"], program::TINY, STEPS, &["--out", "cut", "--steps", "1000000"]].concat();
-    let child = command(place, &long).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = command(place, &long).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     // It trains once its first checkpoint is there.
     let waiting = Instant::now();
     while !place.join("cut/checkpoints/0000003").exists() {
         assert!(waiting.elapsed() < Duration::from_secs(60), "no checkpoint after a minute");
+        assert!(child.try_wait().unwrap().is_none(), "it ended before its first checkpoint");
         sleep(Duration::from_millis(1));
     }
     let kill =

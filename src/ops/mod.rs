@@ -119,3 +119,7 @@ pub(crate) fn row_groups<'w>(
         (start - rows.start..end - rows.start, union)
     })
 }
+
+/// Rows of a weight gradient computed as one product: both operands are packed again for each tile, so few and large ones
+/// are fast, and 192 cuts the published sizes (384, 768, 1152, 1536 ..) into even numbers of them.
+pub(crate) const WEIGHT_ROWS: usize = 192;

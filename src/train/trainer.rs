@@ -66,6 +66,8 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
         if let Some(checkpoint) = checkpoint {
             trainer.load(checkpoint)?;
         }
+        // What was changed for this run (more steps, say) holds for the next resume too.
+        run.replace(checkpoint::CONFIG, |out| out.write_all(config.to_toml().as_bytes()))?;
         trainer.run(&config, &run, stop)
     })
 }
@@ -183,6 +185,9 @@ impl Trainer {
             config.data,
             run.path().display()
         ));
+        if let Some(note) = self.loader.dataset().note() {
+            progress.say(note);
+        }
         let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
         let (mut samples, mut figures) = (None, String::new());
         let mut since = (Instant::now(), self.step);
@@ -218,12 +223,15 @@ impl Trainer {
                     run.path().display()
                 )));
             }
+            let pause = Instant::now();
             if due(self.step, config.sample_every) {
                 samples = Some(self.sample_grid(config, run)?);
             }
             if due(self.step, config.checkpoint_every) {
                 self.save(config, run)?;
             }
+            // Images a second are those of training alone.
+            since.0 += pause.elapsed();
         }
         let finished = self.step >= config.steps;
         if !finished {

@@ -2,7 +2,7 @@
 
 use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul};
 use crate::backend::cpu::simd::{add_assign, fma, simd_fn};
-use crate::ops::{row_groups, rows_per_block, samples_per_block};
+use crate::ops::{WEIGHT_ROWS, row_groups, rows_per_block, samples_per_block};
 use crate::routing::{Group, Window, groups};
 use rayon::prelude::*;
 
@@ -145,10 +145,9 @@ pub fn backward(
             }
         });
 
-    const TILE: usize = 128;
     let full = write.iter().all(|w| w.width == c);
-    dweight.par_chunks_mut(TILE * k).enumerate().for_each(|(tile, dw)| {
-        let tile = tile * TILE..tile * TILE + dw.len() / k;
+    dweight.par_chunks_mut(WEIGHT_ROWS * k).enumerate().for_each(|(tile, dw)| {
+        let tile = tile * WEIGHT_ROWS..tile * WEIGHT_ROWS + dw.len() / k;
         if !add && !full {
             dw.fill(0.0);
         }

@@ -5,7 +5,7 @@ use super::{Activation, EPS};
 use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
-use crate::ops::{row_groups, rows_per_block, samples_per_block};
+use crate::ops::{WEIGHT_ROWS, row_groups, rows_per_block, samples_per_block};
 use crate::routing::{Group, Window, groups};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -259,9 +259,8 @@ pub fn backward(
     if correction.is_some() {
         inactive_modulation(inactive, read, 0, modulation, c);
     }
-    const TILE: usize = 128;
-    dweight.par_chunks_mut(TILE * c).enumerate().for_each(|(tile, dw)| {
-        let o = tile * TILE;
+    dweight.par_chunks_mut(WEIGHT_ROWS * c).enumerate().for_each(|(tile, dw)| {
+        let o = tile * WEIGHT_ROWS;
         let m = dw.len() / c;
         if !add && correction.is_some() {
             dw.fill(0.0);

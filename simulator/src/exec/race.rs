@@ -1,0 +1,209 @@
+//! Who touched which bytes last, and what each warp knows of the others.
+//!
+//! Every warp has a clock that advances when it synchronises. A record of an access holds the warp and its clock; a
+//! later access is ordered after it if the later warp has learnt of that clock, through a barrier, an mbarrier, or a
+//! release and acquire. Within a warp, lanes are ordered by the warp's synchronising instructions.
+
+use std::collections::HashMap;
+
+/// More blocks than this are not checked for global races.
+pub(crate) const MAX_BLOCKS: u64 = (1 << 28) - 2;
+/// Lane of a record that stands for several lanes.
+pub(crate) const MANY: u32 = 63;
+
+/// The last write and two last reads of four bytes.
+pub(crate) type Shadow = [u64; 3];
+
+/// A record of shared memory: valid, warp 5, lane 6, clock 27, bytes 4, atomic 1, pc 20 bits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Record {
+    pub warp: u32,
+    pub lane: u32,
+    pub clock: u32,
+    pub bytes: u32,
+    pub atomic: bool,
+    pub pc: u32,
+}
+
+impl Record {
+    pub(crate) fn pack(self) -> u64 {
+        1 << 63
+            | u64::from(self.warp & 31) << 58
+            | u64::from(self.lane & 63) << 52
+            | u64::from(self.clock & 0x7ff_ffff) << 25
+            | u64::from(self.bytes & 15) << 21
+            | u64::from(self.atomic) << 20
+            | u64::from(self.pc & 0xf_ffff)
+    }
+
+    pub(crate) fn unpack(x: u64) -> Option<Record> {
+        (x >> 63 != 0).then_some(Record {
+            warp: (x >> 58 & 31) as u32,
+            lane: (x >> 52 & 63) as u32,
+            clock: (x >> 25 & 0x7ff_ffff) as u32,
+            bytes: (x >> 21 & 15) as u32,
+            atomic: x >> 20 & 1 != 0,
+            pc: (x & 0xf_ffff) as u32,
+        })
+    }
+}
+
+/// What the warps of one block know of each other.
+#[derive(Default)]
+pub(crate) struct Clocks {
+    n: usize,
+    /// `rows[w * n + v]`: the last clock of `v` that `w` knows; its own is the last that it finished.
+    rows: Vec<u32>,
+    /// What a fence of `w` made publishable; empty before its first fence.
+    fenced: Vec<Option<Box<[u32]>>>,
+    /// Releases of other blocks up to this time are known to `w`.
+    pub acquired: Vec<u64>,
+    /// Addresses that `w` read strongly since its last fence.
+    pub pending: Vec<Vec<u64>>,
+}
+
+impl Clocks {
+    pub(crate) fn start(&mut self, n: usize) {
+        self.n = n;
+        self.rows.clear();
+        self.rows.resize(n * n, 0);
+        self.fenced.clear();
+        self.fenced.resize(n, None);
+        self.acquired.clear();
+        self.acquired.resize(n, 0);
+        self.pending.clear();
+        self.pending.resize(n, Vec::new());
+    }
+
+    pub(crate) fn row(&self, w: u32) -> &[u32] {
+        &self.rows[w as usize * self.n..(w as usize + 1) * self.n]
+    }
+
+    /// The clock of accesses that `w` makes now.
+    #[inline(always)]
+    pub(crate) fn clock(&self, w: u32) -> u32 {
+        self.rows[w as usize * self.n + w as usize] + 1
+    }
+
+    /// Ends the current interval of `w`.
+    pub(crate) fn advance(&mut self, w: u32) {
+        self.rows[w as usize * self.n + w as usize] += 1;
+    }
+
+    #[inline(always)]
+    pub(crate) fn ordered(&self, r: Record, w: u32, lane: u32) -> bool {
+        if r.warp == w {
+            return r.lane == lane || r.clock < self.clock(w);
+        }
+        r.clock <= self.rows[w as usize * self.n + r.warp as usize]
+    }
+
+    /// `w` learns what `row` says.
+    pub(crate) fn learn(&mut self, w: u32, row: &[u32]) {
+        let own = &mut self.rows[w as usize * self.n..(w as usize + 1) * self.n];
+        for (a, b) in own.iter_mut().zip(row) {
+            *a = (*a).max(*b);
+        }
+    }
+
+    /// A barrier of the given warps.
+    pub(crate) fn join(&mut self, warps: &[u32]) {
+        let mut all = vec![0; self.n];
+        let (mut time, mut fenced): (u64, Option<Box<[u32]>>) = (0, None);
+        for &w in warps {
+            self.advance(w);
+            for (a, b) in all.iter_mut().zip(self.row(w)) {
+                *a = (*a).max(*b);
+            }
+            time = time.max(self.acquired[w as usize]);
+            if let Some(f) = &self.fenced[w as usize] {
+                let sum = fenced.get_or_insert_with(|| vec![0; f.len()].into());
+                sum.iter_mut().zip(f).for_each(|(a, b)| *a = (*a).max(*b));
+            }
+        }
+        for &w in warps {
+            self.learn(w, &all);
+            self.acquired[w as usize] = time;
+            self.fenced[w as usize].clone_from(&fenced);
+        }
+    }
+
+    /// A fence: what `w` knows becomes publishable. Ends its interval.
+    pub(crate) fn fence(&mut self, w: u32) {
+        self.advance(w);
+        self.fenced[w as usize] = Some(self.row(w).into());
+    }
+
+    pub(crate) fn fenced(&self, w: u32) -> Option<Box<[u32]>> {
+        self.fenced[w as usize].clone()
+    }
+}
+
+/// Time of a release, and the clocks of the block's warps that it covers.
+type Release = (u64, Box<[u32]>);
+
+/// Releases of all blocks. Times order them: who acquires one knows every earlier one, which is more than the memory
+/// model promises, so correct code is never accused.
+#[derive(Default)]
+pub(crate) struct SyncTable {
+    time: u64,
+    /// Time of the last release at an address.
+    places: HashMap<u64, u64>,
+    /// Per block: what was known at which time.
+    log: HashMap<u32, Vec<Release>>,
+}
+
+impl SyncTable {
+    pub(crate) fn release(&mut self, block: u32, address: u64, row: &[u32]) {
+        self.time += 1;
+        self.places.insert(address, self.time);
+        let log = self.log.entry(block).or_default();
+        if log.last().is_none_or(|(_, last)| last.as_ref() != row) {
+            log.push((self.time, row.into()));
+        }
+    }
+
+    pub(crate) fn acquire(&self, address: u64) -> u64 {
+        self.places.get(&address).copied().unwrap_or(0)
+    }
+
+    /// Whether the access of a warp at a clock was released up to `time`.
+    pub(crate) fn known(&self, block: u32, warp: u32, clock: u32, time: u64) -> bool {
+        let Some(log) = self.log.get(&block) else {
+            return false;
+        };
+        log[..log.partition_point(|(t, _)| *t <= time)]
+            .iter()
+            .any(|(_, row)| row.get(warp as usize).is_some_and(|c| *c >= clock))
+    }
+}
+
+/// A record of global memory: block + 1 in 28 bits, warp 5, clock 26, bytes 4, strong 1.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Global {
+    pub block: u32,
+    pub warp: u32,
+    pub clock: u32,
+    pub bytes: u32,
+    pub strong: bool,
+}
+
+impl Global {
+    pub(crate) fn pack(self) -> u64 {
+        u64::from(self.block + 1) << 36
+            | u64::from(self.warp & 31) << 31
+            | u64::from(self.clock & 0x3ff_ffff) << 5
+            | u64::from(self.bytes & 15) << 1
+            | u64::from(self.strong)
+    }
+
+    pub(crate) fn unpack(x: u64) -> Option<Global> {
+        (x >> 36 != 0).then(|| Global {
+            block: (x >> 36) as u32 - 1,
+            warp: (x >> 31 & 31) as u32,
+            clock: (x >> 5 & 0x3ff_ffff) as u32,
+            bytes: (x >> 1 & 15) as u32,
+            strong: x & 1 != 0,
+        })
+    }
+}

@@ -1,0 +1,318 @@
+//! A warp: 32 lanes with their own program counters, the frames of their functions, their local memory.
+
+use super::Launch;
+use crate::program::{FuncInfo, NONE, Special};
+
+/// 32 registers' worth of words, aligned for vector code.
+#[repr(C, align(128))]
+#[derive(Clone, Copy)]
+pub(crate) struct Line([u32; 32]);
+
+/// An activation of a function by some lanes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Frame {
+    pub func: u32,
+    /// Words before this frame, a multiple of 32.
+    pub base: u32,
+    pub local_base: u32,
+    /// Frame of the caller, and the call instruction.
+    pub parent: u16,
+    pub call: u32,
+    pub depth: u16,
+}
+
+/// A copy that has been issued and has not landed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pending {
+    pub lane: u32,
+    pub to: u32,
+    pub bytes: u32,
+    pub data: [u8; 16],
+    /// Which of the source bytes were written by anyone.
+    pub valid: u16,
+    /// Group number of the lane; `NONE` before the commit.
+    pub group: u32,
+}
+
+pub(crate) struct Warp {
+    pub id: u32,
+    /// Lanes that exist.
+    pub all: u32,
+    /// Lanes that have not exited.
+    pub live: u32,
+    /// Lanes that wait at a barrier, and where.
+    pub at_barrier: u32,
+    pub barrier_pc: [u32; 32],
+    /// Lanes that wait for others of the warp at a `.sync` instruction.
+    pub at_sync: u32,
+    pub pc: [u32; 32],
+    pub frame: [u16; 32],
+    pub frames: Vec<Frame>,
+    lines: Vec<Line>,
+    pub local: Vec<u8>,
+    pub local_state: Vec<u8>,
+    pub local_stride: u32,
+    pub instructions: u64,
+    pub copies: Vec<Pending>,
+    /// Groups committed by each lane.
+    pub groups: [u32; 32],
+    /// Last access to memory since the lane's last barrier, where the warp was split.
+    pub effect: [u32; 32],
+    /// Lets groups of lanes with higher program counters run, when lower ones go round in circles.
+    pub unfair: bool,
+    pub turns: u32,
+    /// Since the last backward branch: a synchronising access was made; a plain store was made.
+    pub saw_sync: bool,
+    pub saw_store: bool,
+    /// The allocation that was used last.
+    pub hint: usize,
+}
+
+/// Most words of registers of one warp: calls nest no deeper.
+const MAX_WORDS: usize = 4 << 20;
+/// Most bytes of local memory of one thread.
+const MAX_LOCAL: u32 = 512 << 10;
+const MAX_DEPTH: usize = 2000;
+
+impl Warp {
+    pub(crate) fn new(id: u32) -> Warp {
+        Warp {
+            id,
+            all: 0,
+            live: 0,
+            at_barrier: 0,
+            barrier_pc: [0; 32],
+            at_sync: 0,
+            pc: [0; 32],
+            frame: [0; 32],
+            frames: Vec::new(),
+            lines: Vec::new(),
+            local: Vec::new(),
+            local_state: Vec::new(),
+            local_stride: 0,
+            instructions: 0,
+            copies: Vec::new(),
+            groups: [0; 32],
+            effect: [0; 32],
+            unfair: false,
+            turns: 0,
+            saw_sync: false,
+            saw_store: false,
+            hint: 0,
+        }
+    }
+
+    /// A warp that stands in while the real one is away.
+    pub(crate) fn placeholder() -> Warp {
+        Warp::new(0)
+    }
+
+    /// Puts the warp at the start of the kernel in block `block`.
+    pub(crate) fn start(&mut self, l: &Launch<'_>, block: u64) {
+        let threads = l.threads - self.id * 32;
+        self.all = if threads >= 32 { u32::MAX } else { (1 << threads) - 1 };
+        self.live = self.all;
+        self.at_barrier = 0;
+        self.at_sync = 0;
+        let entry = &l.program.funcs[l.program.entry as usize];
+        self.pc = [entry.start; 32];
+        self.frame = [0; 32];
+        self.frames.clear();
+        self.instructions = 0;
+        self.copies.clear();
+        self.groups = [0; 32];
+        self.effect = [0; 32];
+        self.unfair = false;
+        self.turns = 0;
+        self.saw_sync = false;
+        self.saw_store = false;
+        let frame = Frame { func: l.program.entry, base: 0, local_base: 0, parent: 0, call: 0, depth: 0 };
+        self.frames.push(frame);
+        let lines = (entry.frame_words / 32) as usize;
+        if self.lines.len() < lines {
+            self.lines.resize(lines, Line([0; 32]));
+        }
+        self.local_state.fill(0);
+        self.local.fill(0xff);
+        self.ensure_local(entry.local_bytes);
+        self.prepare(l, block, frame, entry);
+    }
+
+    pub(crate) fn ready(&self) -> u32 {
+        self.live & !self.at_barrier & !self.at_sync
+    }
+
+    /// The first word of a frame.
+    #[inline(always)]
+    pub(crate) fn words(&mut self, frame: u16) -> *mut u32 {
+        let base = self.frames[frame as usize].base as usize / 32;
+        self.lines[base..].as_mut_ptr().cast()
+    }
+
+    /// One lane of a 32-bit register.
+    #[inline(always)]
+    pub(crate) fn get32(&self, frame: u16, at: u32, lane: u32) -> u32 {
+        let word = (self.frames[frame as usize].base + at + lane) as usize;
+        self.lines[word / 32].0[word % 32]
+    }
+
+    #[inline(always)]
+    pub(crate) fn set32(&mut self, frame: u16, at: u32, lane: u32, value: u32) {
+        let word = (self.frames[frame as usize].base + at + lane) as usize;
+        self.lines[word / 32].0[word % 32] = value;
+    }
+
+    #[inline(always)]
+    pub(crate) fn get64(&self, frame: u16, at: u32, lane: u32) -> u64 {
+        u64::from(self.get32(frame, at, 2 * lane)) | u64::from(self.get32(frame, at, 2 * lane + 1)) << 32
+    }
+
+    #[inline(always)]
+    pub(crate) fn set64(&mut self, frame: u16, at: u32, lane: u32, value: u64) {
+        self.set32(frame, at, 2 * lane, value as u32);
+        self.set32(frame, at, 2 * lane + 1, (value >> 32) as u32);
+    }
+
+    /// All lanes of a 32-bit register.
+    pub(crate) fn lane_values(&self, frame: u16, at: u32) -> [u32; 32] {
+        self.lines[((self.frames[frame as usize].base + at) / 32) as usize].0
+    }
+
+    /// Sets the lanes of `mask` of a 32-bit register.
+    #[inline(always)]
+    pub(crate) fn set_lanes(&mut self, frame: u16, at: u32, values: &[u32; 32], mask: u32) {
+        let line = &mut self.lines[((self.frames[frame as usize].base + at) / 32) as usize].0;
+        if mask == u32::MAX {
+            *line = *values;
+        } else {
+            for i in 0..32 {
+                if mask >> i & 1 != 0 {
+                    line[i] = values[i];
+                }
+            }
+        }
+    }
+
+    pub(crate) fn pred(&self, frame: u16, at: u32, not: bool) -> u32 {
+        let word = self.get32(frame, at, 0);
+        if not { !word } else { word }
+    }
+
+    pub(crate) fn set_pred(&mut self, frame: u16, at: u32, value: u32, mask: u32) {
+        if at != NONE {
+            let old = self.get32(frame, at, 0);
+            self.set32(frame, at, 0, old & !mask | value & mask);
+        }
+    }
+
+    /// Room for `bytes` of local memory in every lane.
+    pub(crate) fn ensure_local(&mut self, bytes: u32) -> bool {
+        if bytes <= self.local_stride {
+            return true;
+        }
+        if bytes > MAX_LOCAL {
+            return false;
+        }
+        let (old, stride) = (self.local_stride as usize, bytes.next_power_of_two() as usize);
+        let spread = |from: &[u8], empty: u8| {
+            let mut to = vec![empty; stride * 32];
+            for l in 0..32 {
+                to[l * stride..l * stride + old].copy_from_slice(&from[l * old..(l + 1) * old]);
+            }
+            to
+        };
+        self.local = spread(&self.local, 0xff);
+        self.local_state = spread(&self.local_state, 0);
+        self.local_stride = stride as u32;
+        true
+    }
+
+    /// Makes a frame for `func`; `None` when the stack is full.
+    pub(crate) fn push(&mut self, l: &Launch<'_>, block: u64, func: u32, parent: u16, call: u32) -> Option<u16> {
+        let info = &l.program.funcs[func as usize];
+        let (top, depth) = (*self.frames.last()?, self.frames.get(parent as usize)?.depth);
+        let below = &l.program.funcs[top.func as usize];
+        let base = top.base + below.frame_words;
+        let end = base as usize + info.frame_words as usize;
+        let local_base = top.local_base + below.local_bytes;
+        let frame = Frame { func, base, local_base, parent, call, depth: depth + 1 };
+        if self.frames.len() >= MAX_DEPTH || end > MAX_WORDS || !self.ensure_local(local_base + info.local_bytes) {
+            return None;
+        }
+        if self.lines.len() < end / 32 {
+            self.lines.resize(end / 32, Line([0; 32]));
+        }
+        for lane in 0..32 {
+            let from = (lane * self.local_stride + local_base) as usize;
+            self.local_state[from..from + info.local_bytes as usize].fill(0);
+        }
+        self.frames.push(frame);
+        self.prepare(l, block, frame, info);
+        Some(self.frames.len() as u16 - 1)
+    }
+
+    /// Drops frames that no lane is in or will return to.
+    pub(crate) fn trim(&mut self) {
+        while self.frames.len() > 1 {
+            let last = self.frames.len() as u16 - 1;
+            if (0..32).any(|i| self.live >> i & 1 != 0 && self.frame[i] == last) {
+                return;
+            }
+            self.frames.pop();
+        }
+    }
+
+    /// Writes constants and special registers into a frame.
+    fn prepare(&mut self, l: &Launch<'_>, block: u64, frame: Frame, info: &FuncInfo) {
+        let base = (frame.base / 32) as usize;
+        for &(at, words, value) in &info.consts {
+            match words {
+                0 => self.lines[base + at as usize / 32].0[at as usize % 32] = value as u32,
+                1 => self.lines[base + at as usize / 32].0 = [value as u32; 32],
+                _ => {
+                    let pair: [u32; 32] =
+                        std::array::from_fn(|i| if i % 2 == 0 { value as u32 } else { (value >> 32) as u32 });
+                    self.lines[base + at as usize / 32].0 = pair;
+                    self.lines[base + at as usize / 32 + 1].0 = pair;
+                }
+            }
+        }
+        let index = l.block_index(block);
+        for &(special, at) in &info.specials {
+            let thread = |lane: u32| l.thread_index((self.id * 32 + lane).min(l.threads - 1));
+            let value = |lane: u32| match special {
+                Special::Tid(a) => thread(lane)[a as usize].into(),
+                Special::Ntid(a) => l.config.block[a as usize].into(),
+                Special::Ctaid(a) => index[a as usize].into(),
+                Special::Nctaid(a) => l.config.grid[a as usize].into(),
+                Special::LaneId => u64::from(lane),
+                Special::WarpId => self.id.into(),
+                Special::NWarpId => l.warps.into(),
+                Special::SmId => block % u64::from(l.arch.multiprocessors),
+                Special::NSmId => l.arch.multiprocessors.into(),
+                Special::GridId => 1,
+                Special::LaneMask(0) => 1 << lane,
+                Special::LaneMask(1) => (2u64 << lane) - 1,
+                Special::LaneMask(2) => (1u64 << lane) - 1,
+                Special::LaneMask(3) => 0xffff_ffff & !((1u64 << lane) - 1),
+                Special::LaneMask(_) => 0xffff_ffff & !((2u64 << lane) - 1),
+                Special::DynamicShared => l.dynamic_at.into(),
+                Special::TotalShared(true) => l.config.dynamic_shared.into(),
+                Special::TotalShared(false) => l.shared_bytes.into(),
+                Special::Local(offset) => u64::from(frame.local_base + offset),
+            };
+            let line = base + at as usize / 32;
+            if matches!(special, Special::GridId | Special::Local(_) | Special::DynamicShared) {
+                for lane in 0..32 {
+                    let v = value(lane);
+                    let w = 2 * lane as usize;
+                    self.lines[line + w / 32].0[w % 32] = v as u32;
+                    self.lines[line + w / 32].0[w % 32 + 1] = (v >> 32) as u32;
+                }
+            } else {
+                let values: [u32; 32] = std::array::from_fn(|lane| value(lane as u32) as u32);
+                self.lines[line].0 = values;
+            }
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! The reader: PTX text to a plain tree. It knows the grammar and no instruction.
+
+pub(crate) mod ast;
+mod lexer;
+mod parser;
+
+pub(crate) use parser::parse;
