@@ -33,7 +33,7 @@ fn compared(report: &Report) -> Vec<&str> {
 fn every_golden_case_passes() {
     let cases = check_dir(&golden()).unwrap();
     let names: Vec<_> = cases.iter().map(|(dir, _)| dir.file_name().unwrap().to_str().unwrap()).collect();
-    for expected in ["a", "c", "d", "masks", "nll", "schedules"] {
+    for expected in ["a", "c", "d", "masks", "nll", "schedules", "small"] {
         assert!(names.contains(&expected), "{expected} is missing in {names:?}");
     }
     for (dir, report) in &cases {

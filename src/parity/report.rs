@@ -48,9 +48,9 @@ impl Check {
         Check { measure, ..self }
     }
 
-    /// Whether the difference is small enough. NaN is not.
+    /// Whether the difference is small enough. NaN and infinity are not, whatever the tolerance.
     pub fn passes(&self) -> bool {
-        self.error <= self.tolerance
+        self.error.is_finite() && self.error <= self.tolerance
     }
 
     /// Share of the tolerance that is used up.
@@ -267,8 +267,10 @@ mod tests {
             let (with, without) = ([1.0, bad, 3.0], [1.0, 2.0, 3.0]);
             assert!(fails(&with, &without) && fails(&without, &with) && fails(&with, &with), "{bad}");
             for check in [Check::each, Check::absolute, Check::max, Check::l2] {
-                assert!(!check(&with, &without, 1e300).passes() || bad.is_infinite());
-                assert!(!check(&with, &with, 1e-3).passes(), "{bad}");
+                for tolerance in [1e-3, f64::INFINITY] {
+                    assert!(!check(&with, &without, tolerance).passes(), "{bad}");
+                    assert!(!check(&with, &with, tolerance).passes(), "{bad}");
+                }
             }
             assert!(!Check::exact(&with, &with).passes());
         }
