@@ -36,9 +36,10 @@ impl Operation for Case {
         attention(tape, given.var("qkv"), self.heads)
     }
 
-    /// With one token, the gradient of queries and keys is 0 because two numbers cancel.
-    fn exact_zeros(&self) -> bool {
-        false
+    /// With one token, dP = D: the gradient of queries and keys is what their rounding leaves, times the keys or queries.
+    fn cancellation(&self) -> Option<f64> {
+        let typical = (self.size as f64).sqrt() * f64::from(self.sharpness).powi(2);
+        (self.tokens == 1).then_some(2.0 * f64::from(f32::EPSILON) * typical)
     }
 
     fn forward<R: Real>(&self, inputs: &[Vec<R>]) -> Vec<R> {

@@ -10,7 +10,7 @@ use dtr_fused::ops::real::Real;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 fn expected() -> Expected {
-    Expected { truth: vec![1.0, -2.0, 0.0, 0.5], plain_error: 1e-6, exact_zeros: true }
+    Expected { truth: vec![1.0, -2.0, 0.0, 0.5], plain_error: 1e-6, cancellation: 0.0, exact_zeros: true }
 }
 
 #[test]
