@@ -127,7 +127,8 @@ pub struct Tape<'a> {
 
 impl<'a> Tape<'a> {
     /// A tape for a forward and a backward pass. `grads` has the layout of `weights`; `backward` overwrites it, or adds to
-    /// it when `add` is set (gradient accumulation).
+    /// it when `add` is set (gradient accumulation). An operation overwrites or adds by itself, so that nothing has to be
+    /// cleared: each parameter must be used exactly once on a tape, as a DiT does.
     pub fn new(weights: &'a [f32], grads: &'a mut [f32], add: bool, memory: &'a mut Memory) -> Self {
         assert_eq!(weights.len(), grads.len(), "weights and their gradients have one layout");
         memory.clear();

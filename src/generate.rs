@@ -9,8 +9,8 @@ use crate::rng::{Philox, Stream};
 
 /// Images (or latents) of the classes in `labels`: `[labels.len(), IC, H, W]`.
 ///
-/// They are made `batch` at a time. Sample i depends only on `seed`, i and its label, so the batch size changes nothing
-/// but speed. All samples of a step share its timestep, hence its window: one product covers them all.
+/// They are made `batch` at a time. The noise of sample i depends only on `seed` and i, so the batch size changes
+/// nothing but speed (and rounding, where products of another size add in another order). All samples of a step share its timestep, hence its window: one product covers them all.
 /// `progress` is called with the number of denoising steps done, out of [`steps`].
 ///
 /// # Errors
@@ -32,11 +32,11 @@ pub fn generate(
     let row = dims.elements();
     let start = Philox::new(seed, Stream::SampleStart);
     let noise = Philox::new(seed, Stream::SampleStep);
+    let batch = batch.clamp(1, labels.len().max(1));
     let mut images = vec![0.0; labels.len() * row];
     let mut done = 0;
-    for (index, (images, labels)) in images.chunks_mut(batch.max(1) * row).zip(labels.chunks(batch.max(1))).enumerate()
-    {
-        let first = index * batch.max(1);
+    for (index, (images, labels)) in images.chunks_mut(batch * row).zip(labels.chunks(batch)).enumerate() {
+        let first = index * batch;
         // With guidance the batch is doubled: once with the labels, once with the null class.
         let halves = if sampler.guided() { 2 } else { 1 };
         let mut x = vec![0.0; halves * images.len()];

@@ -122,6 +122,14 @@ fn a_run_is_not_overwritten_and_keeps_its_nature() {
     fails(train(place, &["--out", "run", "--steps", "1"]), 2, &["run already holds a run", "--resume", "--out"]);
     fails(run(place, &["train", "--resume", "run", "--beta", "0.5"]), 2, &["beta", "resumed"]);
     fails(run(place, &["train", "--resume", "run", "--model", "DiT-S/2"]), 2, &["resumed"]);
+    // The past of a run is not gone on with while its future is there.
+    succeeds(train(place, &["--out", "long", "--steps", "4", "--checkpoint-every", "1", "--keep-checkpoints", "4"]));
+    let earlier = ["train", "--resume", "long/checkpoints/0000002"];
+    fails(run(place, &earlier), 2, &["step 2 is not the last", "0000004"]);
+    for later in ["0000003", "0000004"] {
+        fs::remove_dir_all(place.join("long/checkpoints").join(later)).unwrap();
+    }
+    succeeds(run(place, &earlier));
     // A checkpoint that was moved out of its run has no run to go on with.
     fs::rename(place.join("run/checkpoints/0000001"), place.join("moved")).unwrap();
     fails(run(place, &["train", "--resume", "moved"]), 1, &["moved", "outside of its run"]);

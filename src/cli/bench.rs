@@ -61,8 +61,8 @@ struct Report {
 }
 
 pub(super) fn run(args: BenchArgs) -> Result<()> {
-    if args.runs == 0 {
-        return Err(Error::usage("--runs is 0, but at least one run must be timed"));
+    if !(1..=1_000_000).contains(&args.runs) {
+        return Err(Error::usage(format!("--runs is {}, but it must be between 1 and 1000000", args.runs)));
     }
     let mut config = TrainConfig::from_layers(std::slice::from_ref(&args.knobs.layer))?;
     let latents = config.model.starts_with("DiT-");

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use crate::atomic_file::AtomicFile;
 use crate::data::npz::NpzWriter;
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -115,6 +116,11 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
     let respacing = args.steps.as_deref().unwrap_or(default_steps);
     let sampler = trainer::sampler(&config, kind, respacing, args.eta, args.cfg)?;
 
+    // Hours of work must not end in a directory that cannot be written.
+    for path in [Some(&args.out), args.npz.as_ref()].into_iter().flatten() {
+        AtomicFile::create(path)?;
+    }
+
     let dit = Dit::new(config.model_config())?;
     let mut weights = vec![0.0; dit.layout.len()];
     let name = if args.weights == Weights::Ema { checkpoint::EMA } else { checkpoint::MODEL };
@@ -131,11 +137,11 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
         })
     })?;
     progress.finish();
-    write_grid(&args.out, &pixels, &labels, &config)?;
     if let Some(path) = &args.npz {
         write_npz(path, &pixels, &labels, &config)?;
         println!("{} images of {} are in {}", labels.len(), directory.display(), path.display());
     }
+    write_grid(&args.out, &pixels, &labels, &config)?;
     println!("Samples of {} are in {}", directory.display(), args.out.display());
     Ok(())
 }

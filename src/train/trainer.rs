@@ -24,6 +24,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+/// A gradient of this norm counts as not finite: its square would not fit the second moment, which is f32.
+const LARGEST_NORM: f64 = 1e18;
+
 /// How a run ended.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -65,6 +68,14 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
         let mut trainer = Trainer::new(&config, dataset, learner)?;
         if let Some(checkpoint) = checkpoint {
             trainer.load(checkpoint)?;
+            // Later checkpoints would be taken for the run's newest, and those written from here on pruned before them.
+            if let Some((latest, path)) = checkpoint::latest(run.path())?.filter(|(latest, _)| *latest > trainer.step) {
+                return Err(Error::usage(format!(
+                    "step {} is not the last of this run, {latest} is: move {} and others after it away to go on from here",
+                    trainer.step,
+                    path.display()
+                )));
+            }
         }
         // What was changed for this run (more steps, say) holds for the next resume too.
         run.replace(checkpoint::CONFIG, |out| out.write_all(config.to_toml().as_bytes()))?;
@@ -105,9 +116,27 @@ pub fn in_pool<R: Send>(config: &TrainConfig, work: impl FnOnce() -> Result<R> +
 /// The model with its initial weights.
 pub fn learner(config: &TrainConfig) -> Result<Learner> {
     let dit = Dit::new(config.model_config())?;
+    // Weights, gradients, two moments and the moving average.
+    let needed = 5 * size_of::<f32>() as u64 * dit.layout.len() as u64;
+    if let Some(there) = memory_bytes().filter(|&there| needed > there) {
+        return Err(Error::usage(format!(
+            "training {} takes {:.1} GB for the weights and what goes with them, but this machine has {:.1} GB: choose a \
+             smaller model",
+            config.model,
+            needed as f64 / 1e9,
+            there as f64 / 1e9
+        )));
+    }
     let weights = dit.init(config.seed, config.init);
     let schedule = Schedule::new(config.schedule, TASKS)?;
     Ok(Learner::new(dit, schedule, config.loss_weight, weights))
+}
+
+/// Memory of this machine, where the system tells (Linux).
+fn memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// The sampler of a model: `steps` is a respacing such as `50`; pixels are clipped, latents are not.
@@ -261,7 +290,7 @@ impl Trainer {
         }
         let objective = learner.objective(&drawn.losses);
         let norm = learner.gradient_norm();
-        if objective.is_finite() && norm.is_finite() {
+        if objective.is_finite() && norm < LARGEST_NORM {
             let clip = config.grad_clip;
             let update = Update {
                 lr: config.lr_at(self.step),

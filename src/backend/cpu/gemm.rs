@@ -54,7 +54,8 @@ impl<'a> MatMut<'a> {
 }
 
 fn fits(len: usize, rows: usize, columns: usize, row_stride: usize) -> bool {
-    rows == 0 || columns == 0 || (columns <= row_stride || rows == 1) && (rows - 1) * row_stride + columns <= len
+    let end = || (rows - 1).checked_mul(row_stride)?.checked_add(columns);
+    rows == 0 || columns == 0 || (columns <= row_stride || rows == 1) && end().is_some_and(|end| end <= len)
 }
 
 /// What happens to the old contents of a product's destination.
@@ -128,7 +129,7 @@ unsafe fn product(
     write: Write,
 ) {
     let add = write == Write::Add;
-    // SAFETY: in bounds by the contract above.
+    // SAFETY: in bounds by the contract above; with an inner size of 0 nothing is read.
     unsafe {
         gemm::gemm(
             rows.len(),
@@ -138,10 +139,10 @@ unsafe fn product(
             1,
             dst_stride as isize,
             add,
-            a.data.as_ptr().add(rows.start * a.row_stride),
+            a.data.as_ptr().wrapping_add(rows.start * a.row_stride),
             a.column_stride as isize,
             a.row_stride as isize,
-            b.data.as_ptr().add(columns.start * b.column_stride),
+            b.data.as_ptr().wrapping_add(columns.start * b.column_stride),
             b.column_stride as isize,
             b.row_stride as isize,
             if add { 1.0 } else { 0.0 },

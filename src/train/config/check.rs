@@ -67,7 +67,9 @@ impl TrainConfig {
         // Sizes within their own limits can still ask for more memory than any machine has.
         let channels = model.hidden_size as f64;
         let block = channels * channels * (10.0 + 2.0 * model.mlp_ratio);
-        let parameters = model.depth as f64 * block + channels * model.num_classes as f64;
+        let patch = (model.patch_size * model.patch_size) as f64;
+        let ends = channels * patch * (model.in_channels + model.out_channels()) as f64;
+        let parameters = model.depth as f64 * block + channels * model.num_classes as f64 + ends;
         if parameters > MOST_PARAMETERS {
             return Err(Error::usage(format!(
                 "hidden_size {} and depth {} make a model of {parameters:.1e} parameters, but at most {MOST_PARAMETERS:.0e} are possible",
@@ -105,7 +107,7 @@ impl TrainConfig {
                 self.grad_accumulation, self.batch_size
             )));
         }
-        positive("lr", self.lr)?;
+        require("lr", self.lr, self.lr > 0.0 && self.lr <= 1e3, "a number above 0 and at most 1000")?;
         share("min_lr_ratio", self.min_lr_ratio)?;
         not_negative("weight_decay", self.weight_decay)?;
         not_negative("grad_clip", self.grad_clip)?;
