@@ -38,7 +38,6 @@ struct Factors {
     step: f32,            // lr / (1 - beta1^number)
     root_correction: f32, // 1 / sqrt(1 - beta2^number)
     eps: f32,
-    ema: f32,
     one_minus_ema: f32,
     grad_scale: f32,
 }
@@ -62,7 +61,6 @@ pub fn adamw(
         step: (u.lr / (1.0 - u.beta1.powi(exponent))) as f32,
         root_correction: (1.0 / (1.0 - u.beta2.powi(exponent)).sqrt()) as f32,
         eps: u.eps as f32,
-        ema: u.ema_decay as f32,
         one_minus_ema: (1.0 - u.ema_decay) as f32,
         grad_scale: u.grad_scale as f32,
     };
@@ -85,7 +83,8 @@ simd_fn! {
             v[i] = fma::<F>(f.beta2, v[i], f.one_minus_beta2 * g * g);
             let denominator = fma::<F>(v[i].sqrt(), f.root_correction, f.eps);
             w[i] = w[i] * f.decay - f.step * m[i] / denominator;
-            e[i] = fma::<F>(f.ema, e[i], f.one_minus_ema * w[i]);
+            // Not ema e + (1 - ema) w: rounded to f32 the two factors would not sum to 1, and the average would shrink.
+            e[i] = fma::<F>(f.one_minus_ema, w[i] - e[i], e[i]);
         }
     }
 }
@@ -158,6 +157,25 @@ mod tests {
                 assert!(err <= 1e-6 * truth[i][k].abs().max(1.0), "buffer {k} element {i} is off by {err}");
             }
         }
+    }
+
+    #[test]
+    fn the_average_of_constant_weights_is_the_weights() {
+        let (mut w, mut e, mut m, mut v) = ([1.0f32], [1.0f32], [0.0f32], [0.0f32]);
+        for number in 1..=20_000 {
+            let u = Update {
+                lr: 0.0,
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                weight_decay: 0.0,
+                ema_decay: 0.9999,
+                number,
+                grad_scale: 1.0,
+            };
+            adamw(&mut w, &mut e, &mut m, &mut v, &[0.0], u);
+        }
+        assert_eq!(e[0], 1.0, "the average drifts away from weights that do not move");
     }
 
     #[test]
