@@ -140,6 +140,17 @@ fn a_run_is_not_overwritten_and_keeps_its_nature() {
 }
 
 #[test]
+fn steps_that_are_not_finite_stop_the_run_with_a_good_checkpoint() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let diverging =
+        ["--lr", "1000", "--warmup-steps", "0", "--steps", "60", "--max-nonfinite-steps", "3", "--out", "run"];
+    fails(train(place, &diverging), 1, &["not finite 3 steps in a row", "run", "--lr"]);
+    // The checkpoint holds no NaN and no infinity: loading would name them instead of going on to the next bad step.
+    fails(run(place, &["train", "--resume", "run"]), 1, &["not finite 4 steps in a row"]);
+}
+
+#[test]
 fn default_names_are_readable_and_unique() {
     let place = tempfile::tempdir().unwrap();
     for name in ["custom-paper-0001", "custom-paper-0002"] {
