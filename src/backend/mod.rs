@@ -1,3 +1,4 @@
-//! What the operations run on. A backend knows threads, vectors and products, and nothing of layernorm.
+//! What computes: nothing here knows of diffusion or transformers.
 
 pub mod cpu;
+pub mod cuda;

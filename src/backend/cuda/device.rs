@@ -1,0 +1,454 @@
+//! A CUDA device: its memory, its compiled kernels, launches and graphs. All work goes to one stream, in order.
+
+use super::launch::{Arg, Launch};
+use super::{Buffer, DType, cache, library, nvrtc};
+use crate::error::{Error, Result};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result, sys};
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+/// Oldest supported architecture: bf16 products and asynchronous copies came with it.
+const OLDEST_ARCH: u32 = 80;
+
+/// Dynamic shared memory that needs no permission.
+const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+
+/// Says what failed.
+pub(crate) fn failed(what: &str, e: DriverError) -> Error {
+    let text = e.error_string().ok().map(|s| s.to_string_lossy().into_owned());
+    Error::Stopped(format!("the CUDA device failed to {what}: {}", text.unwrap_or_else(|| format!("{:?}", e.0))))
+}
+
+/// Device memory, freed when dropped.
+pub struct Allocation {
+    memory: CudaSlice<u8>,
+    buffer: Buffer,
+}
+
+impl Allocation {
+    /// The numbers in it.
+    pub fn buffer(&self) -> Buffer {
+        self.buffer
+    }
+
+    /// cudarc's handle of the memory.
+    pub fn memory(&self) -> &CudaSlice<u8> {
+        &self.memory
+    }
+}
+
+/// Launches that were captured once and are replayed together.
+pub struct Graph {
+    graph: sys::CUgraph,
+    exec: sys::CUgraphExec,
+    context: Arc<CudaContext>,
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: both were made by the driver, belong to this context and are destroyed once.
+        unsafe {
+            self.context.record_err(self.context.bind_to_thread());
+            self.context.record_err(result::graph::exec_destroy(self.exec));
+            self.context.record_err(result::graph::destroy(self.graph));
+        }
+    }
+}
+
+type ModuleKey = (&'static str, DType, Vec<(&'static str, i64)>);
+
+struct Loaded {
+    module: Arc<CudaModule>,
+    functions: HashMap<&'static str, (CudaFunction, u32)>, // with the dynamic shared memory it is allowed
+}
+
+/// A CUDA device.
+pub struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    name: String,
+    arch: u32,
+    multiprocessors: u32,
+    modules: RefCell<HashMap<ModuleKey, Loaded>>,
+    launches: Cell<usize>,
+    dry: Cell<bool>,
+}
+
+impl Device {
+    /// Opens device number `ordinal`.
+    ///
+    /// # Errors
+    /// When there is no driver, no such device, or it is older than an A100 (compute capability 8.0).
+    pub fn open(ordinal: usize) -> Result<Self> {
+        library::load_driver()?;
+        let refused = |e: DriverError| {
+            let text = e.error_string().ok().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+            Error::usage(format!("CUDA device {ordinal} cannot be opened: {text}"))
+        };
+        result::init().map_err(refused)?;
+        let count = CudaContext::device_count().map_err(refused)?;
+        if ordinal >= count.max(0) as usize {
+            return Err(Error::usage(format!("there is no CUDA device {ordinal}: the driver sees {count}")));
+        }
+        let context = CudaContext::new(ordinal).map_err(refused)?;
+        // SAFETY: all memory of this context is used on one stream, so no events are needed between its users.
+        unsafe { context.disable_event_tracking() };
+        let name = context.name().map_err(refused)?;
+        let (major, minor) = context.compute_capability().map_err(refused)?;
+        let arch = (major * 10 + minor) as u32;
+        if arch < OLDEST_ARCH {
+            return Err(Error::usage(format!(
+                "{name} has compute capability {major}.{minor}, but the kernels need 8.0 or newer"
+            )));
+        }
+        let multiprocessors = context
+            .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(refused)? as u32;
+        // Graphs are captured from a stream of one's own.
+        let stream = context.new_stream().map_err(refused)?;
+        Ok(Device {
+            context,
+            stream,
+            name,
+            arch,
+            multiprocessors,
+            modules: RefCell::default(),
+            launches: Cell::new(0),
+            dry: Cell::new(false),
+        })
+    }
+
+    /// What the driver calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Compute capability, 80 for 8.0.
+    pub fn arch(&self) -> u32 {
+        self.arch
+    }
+
+    /// Number of multiprocessors.
+    pub fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    /// The stream that everything runs on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Free and total bytes of its memory.
+    ///
+    /// # Errors
+    /// When the driver does not tell.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.context.mem_get_info().map_err(|e| failed("tell its memory", e))
+    }
+
+    /// Launches so far, dry ones included; a graph counts those it replays when it was captured.
+    pub fn launches(&self) -> usize {
+        self.launches.get()
+    }
+
+    /// While dry, launches and copies are checked and counted, but nothing runs and nothing is compiled.
+    pub fn set_dry(&self, dry: bool) {
+        self.dry.set(dry);
+    }
+
+    /// Memory for `len` numbers, with arbitrary contents.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn alloc(&self, len: usize, dtype: DType) -> Result<Allocation> {
+        let bytes = (len * dtype.bytes()).max(1);
+        // SAFETY: u8 has no invalid values, and nothing is read before a kernel or a copy wrote it: a simulated driver checks.
+        let memory = unsafe { self.stream.alloc::<u8>(bytes) }.map_err(|e| {
+            let (free, total) = self.memory().unwrap_or((0, 0));
+            let gb = |bytes: usize| bytes as f64 / 1e9;
+            Error::usage(format!(
+                "{} has no {:.2} GB left ({:.2} of {:.2} GB are free): choose a smaller --batch-size or model ({:?})",
+                self.name,
+                gb(bytes),
+                gb(free),
+                gb(total),
+                e.0
+            ))
+        })?;
+        let address = self.address(&memory);
+        Ok(Allocation { memory, buffer: Buffer { address, len, dtype } })
+    }
+
+    fn address(&self, memory: &CudaSlice<u8>) -> u64 {
+        use cudarc::driver::DevicePtr;
+        memory.device_ptr(&self.stream).0
+    }
+
+    /// Numbers copied to new memory, rounded to `dtype`.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn upload(&self, numbers: &[f32], dtype: DType) -> Result<Allocation> {
+        let allocation = self.alloc(numbers.len(), dtype)?;
+        self.write(allocation.buffer(), numbers)?;
+        Ok(allocation)
+    }
+
+    /// Copies numbers into a buffer of f32, bf16 or f64, rounding to its type.
+    ///
+    /// # Errors
+    /// When the sizes differ, or the copy fails.
+    pub fn write(&self, to: Buffer, numbers: &[f32]) -> Result<()> {
+        match to.dtype {
+            DType::F32 => self.write_bytes(to, bytemuck::cast_slice(numbers)),
+            DType::Bf16 => {
+                let rounded: Vec<u16> = numbers.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect();
+                self.write_bytes(to, bytemuck::cast_slice(&rounded))
+            }
+            DType::F64 => {
+                let wide: Vec<f64> = numbers.iter().map(|&x| f64::from(x)).collect();
+                self.write_bytes(to, bytemuck::cast_slice(&wide))
+            }
+            DType::U32 | DType::I32 => {
+                Err(Error::Shape { operation: "write", what: "floats cannot be written to integers".into() })
+            }
+        }
+    }
+
+    /// Copies bytes into a buffer of that many bytes.
+    ///
+    /// # Errors
+    /// When the sizes differ, or the copy fails.
+    pub fn write_bytes(&self, to: Buffer, bytes: &[u8]) -> Result<()> {
+        if bytes.len() != to.len * to.dtype.bytes() {
+            let what = format!("{} bytes for {} numbers of {:?}", bytes.len(), to.len, to.dtype);
+            return Err(Error::Shape { operation: "write", what });
+        }
+        if self.dry.get() || bytes.is_empty() {
+            return Ok(());
+        }
+        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        // SAFETY: the buffer holds that many bytes; pageable memory is copied from before the call returns.
+        unsafe { result::memcpy_htod_async(to.address, bytes, self.stream.cu_stream()) }
+            .map_err(|e| failed("take numbers", e))
+    }
+
+    /// New memory with these unsigned integers.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn upload_u32(&self, numbers: &[u32]) -> Result<Allocation> {
+        let allocation = self.alloc(numbers.len(), DType::U32)?;
+        self.write_bytes(allocation.buffer(), bytemuck::cast_slice(numbers))?;
+        Ok(allocation)
+    }
+
+    /// New memory with these integers.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn upload_i32(&self, numbers: &[i32]) -> Result<Allocation> {
+        let allocation = self.alloc(numbers.len(), DType::I32)?;
+        self.write_bytes(allocation.buffer(), bytemuck::cast_slice(numbers))?;
+        Ok(allocation)
+    }
+
+    /// Waits for all work and copies the numbers of a buffer of floats.
+    ///
+    /// # Errors
+    /// When the copy or any work before it failed.
+    pub fn download(&self, from: Buffer) -> Result<Vec<f32>> {
+        let mut bytes = vec![0u8; from.len * from.dtype.bytes()];
+        self.read_bytes(&mut bytes, from)?;
+        Ok(match from.dtype {
+            DType::F32 => bytemuck::pod_collect_to_vec(&bytes),
+            DType::Bf16 => bytemuck::pod_collect_to_vec::<u8, u16>(&bytes)
+                .into_iter()
+                .map(|bits| half::bf16::from_bits(bits).to_f32())
+                .collect(),
+            DType::F64 => bytemuck::pod_collect_to_vec::<u8, f64>(&bytes).into_iter().map(|x| x as f32).collect(),
+            DType::U32 => bytemuck::pod_collect_to_vec::<u8, u32>(&bytes).into_iter().map(|x| x as f32).collect(),
+            DType::I32 => bytemuck::pod_collect_to_vec::<u8, i32>(&bytes).into_iter().map(|x| x as f32).collect(),
+        })
+    }
+
+    /// Waits for all work and copies the bytes of a buffer.
+    ///
+    /// # Errors
+    /// When the sizes differ, or the copy or any work before it failed.
+    pub fn read_bytes(&self, to: &mut [u8], from: Buffer) -> Result<()> {
+        if to.len() != from.len * from.dtype.bytes() {
+            let what = format!("{} bytes for {} numbers of {:?}", to.len(), from.len, from.dtype);
+            return Err(Error::Shape { operation: "read", what });
+        }
+        if self.dry.get() || to.is_empty() {
+            return Ok(());
+        }
+        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        // SAFETY: both sides have that many bytes, and the stream is waited for before `to` is used.
+        unsafe { result::memcpy_dtoh_async(to, from.address, self.stream.cu_stream()) }
+            .map_err(|e| failed("give numbers", e))?;
+        self.synchronize()
+    }
+
+    /// Copies a buffer to another of its size and type.
+    ///
+    /// # Errors
+    /// When they differ, or the copy fails.
+    pub fn copy(&self, to: Buffer, from: Buffer) -> Result<()> {
+        if (to.len, to.dtype) != (from.len, from.dtype) {
+            let what = format!("{} numbers of {:?} to {} of {:?}", from.len, from.dtype, to.len, to.dtype);
+            return Err(Error::Shape { operation: "copy", what });
+        }
+        if self.dry.get() || to.len == 0 {
+            return Ok(());
+        }
+        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        // SAFETY: both buffers hold that many bytes.
+        unsafe {
+            result::memcpy_dtod_async(to.address, from.address, to.len * to.dtype.bytes(), self.stream.cu_stream())
+        }
+        .map_err(|e| failed("copy", e))
+    }
+
+    /// Sets every byte of a buffer.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn fill_bytes(&self, to: Buffer, byte: u8) -> Result<()> {
+        if self.dry.get() || to.len == 0 {
+            return Ok(());
+        }
+        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        // SAFETY: the buffer holds that many bytes.
+        unsafe { result::memset_d8_async(to.address, byte, to.len * to.dtype.bytes(), self.stream.cu_stream()) }
+            .map_err(|e| failed("fill memory", e))
+    }
+
+    /// Waits for all work.
+    ///
+    /// # Errors
+    /// When any of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(|e| failed("finish its work", e))
+    }
+
+    /// Runs a kernel, compiling it first where needed. It returns before the kernel ends.
+    ///
+    /// # Errors
+    /// When the arguments are not the kernel's, it does not compile, or the device refuses the launch.
+    pub fn launch(&self, launch: &Launch, args: &[Arg]) -> Result<()> {
+        launch.check(args)?;
+        self.launches.set(self.launches.get() + 1);
+        if self.dry.get() {
+            return Ok(());
+        }
+        let function = self.function(launch)?;
+        let mut parameters: Vec<*mut c_void> = args
+            .iter()
+            .map(|arg| match arg {
+                Arg::Buffer(buffer) => (&raw const buffer.address).cast_mut().cast(),
+                Arg::I32(value) => (&raw const *value).cast_mut().cast(),
+                Arg::U32(value) => (&raw const *value).cast_mut().cast(),
+                Arg::F32(value) => (&raw const *value).cast_mut().cast(),
+                Arg::F64(value) => (&raw const *value).cast_mut().cast(),
+                Arg::U64(value) => (&raw const *value).cast_mut().cast(),
+            })
+            .collect();
+        let grid = (launch.grid[0], launch.grid[1], launch.grid[2]);
+        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        // SAFETY: number, kinds and order of the arguments are those of the kernel (checked above), and they live until the
+        // call has copied them. What the kernel may touch is its launcher's promise.
+        unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                grid,
+                (launch.block, 1, 1),
+                launch.shared,
+                self.stream.cu_stream(),
+                &mut parameters,
+            )
+        }
+        .map_err(|e| failed(&format!("run {}", launch.kernel), e))
+    }
+
+    /// The compiled kernel of a launch.
+    fn function(&self, launch: &Launch) -> Result<CudaFunction> {
+        let mut modules = self.modules.borrow_mut();
+        let key = (launch.file, launch.elem, launch.defines.to_vec());
+        let loaded = match modules.entry(key) {
+            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                entry.insert(Loaded { module: self.load(launch)?, functions: HashMap::new() })
+            }
+        };
+        if let Some((function, shared)) = loaded.functions.get(launch.kernel)
+            && *shared >= launch.shared
+        {
+            return Ok(function.clone());
+        }
+        let what = || format!("load {}", launch.kernel);
+        let function = loaded.module.load_function(launch.kernel).map_err(|e| failed(&what(), e))?;
+        let allowed = launch.shared.max(SHARED_WITHOUT_ASKING);
+        if allowed > SHARED_WITHOUT_ASKING {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function
+                .set_attribute(attribute, allowed as i32)
+                .map_err(|e| failed(&format!("give {} {allowed} bytes of shared memory", launch.kernel), e))?;
+        }
+        loaded.functions.insert(launch.kernel, (function.clone(), allowed));
+        Ok(function)
+    }
+
+    /// Compiles a file and loads it: machine code, or PTX where the driver does not take that.
+    fn load(&self, launch: &Launch) -> Result<Arc<CudaModule>> {
+        let mut defines = launch.defines.to_vec();
+        if launch.elem == DType::Bf16 {
+            defines.push(("ELEM_BF16", 1));
+        }
+        let compiled = cache::compile(launch.file, &nvrtc::options(self.arch, &defines))?;
+        let cubin = cudarc::nvrtc::Ptx::from_binary(compiled.cubin);
+        self.context
+            .load_module(cubin)
+            .or_else(|_| {
+                let text = String::from_utf8_lossy(&compiled.ptx).into_owned();
+                self.context.load_module(cudarc::nvrtc::Ptx::from_src(text))
+            })
+            .map_err(|e| failed(&format!("load kernels/{}.cu", launch.file), e))
+    }
+
+    /// Captures the launches and copies that `work` makes, without running them.
+    ///
+    /// # Errors
+    /// Those of `work`, and when the driver cannot capture.
+    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        let cannot = |e| failed("capture a graph", e);
+        self.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(cannot)?;
+        let worked = work();
+        // SAFETY: the stream is capturing since the call above.
+        let graph = unsafe { result::stream::end_capture(self.stream.cu_stream()) };
+        worked?;
+        let graph = graph.map_err(cannot)?;
+        // SAFETY: the graph was captured above; no flags.
+        match unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) } {
+            Ok(exec) => Ok(Graph { graph, exec, context: self.context.clone() }),
+            Err(e) => {
+                // SAFETY: the graph was captured above and is destroyed once.
+                let _ = unsafe { result::graph::destroy(graph) };
+                Err(cannot(e))
+            }
+        }
+    }
+
+    /// Runs what was captured.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn replay(&self, graph: &Graph) -> Result<()> {
+        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        // SAFETY: the graph lives, and so do the buffers it names: they are the caller's arena.
+        unsafe { result::graph::launch(graph.exec, self.stream.cu_stream()) }.map_err(|e| failed("replay a step", e))
+    }
+}

@@ -1,0 +1,82 @@
+//! CUDA: libraries found at run time, kernels compiled by NVRTC and kept on disk, launches checked against the kernels'
+//! signatures. The only place that names cudarc.
+//!
+//! ```text
+//! library   libcuda and NVRTC: where they are, and a sentence when they are not
+//! nvrtc     kernel text -> CUBIN and PTX;  cache: the same, from disk
+//! launch    a kernel's name and arguments against its signature
+//! device    context, stream, memory, launches, graphs
+//! arena     one block of device memory, cut into the buffers of a step
+//! ```
+
+pub mod arena;
+mod cache;
+pub mod device;
+pub mod launch;
+mod library;
+pub mod nvrtc;
+
+pub use device::{Allocation, Device, Graph};
+pub use launch::{Arg, Launch};
+
+/// Type of the numbers in a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// 32-bit float.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 64-bit float.
+    F64,
+    /// 32-bit unsigned integer.
+    U32,
+    /// 32-bit signed integer.
+    I32,
+}
+
+impl DType {
+    /// Bytes of a number.
+    pub fn bytes(self) -> usize {
+        match self {
+            DType::Bf16 => 2,
+            DType::F32 | DType::U32 | DType::I32 => 4,
+            DType::F64 => 8,
+        }
+    }
+}
+
+/// Numbers in device memory, owned by somebody else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// Device address of the first number.
+    pub address: u64,
+    /// How many there are.
+    pub len: usize,
+    /// Their type.
+    pub dtype: DType,
+}
+
+impl Buffer {
+    /// No buffer, for arguments that may be left out: a null pointer.
+    pub const fn none(dtype: DType) -> Self {
+        Buffer { address: 0, len: 0, dtype }
+    }
+
+    /// Whether this is [`Buffer::none`].
+    pub fn is_none(self) -> bool {
+        self.address == 0
+    }
+
+    /// The numbers `range`.
+    ///
+    /// # Panics
+    /// When they are not all in the buffer.
+    pub fn slice(self, range: std::ops::Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a buffer of {}", self.len);
+        Buffer {
+            address: self.address + (range.start * self.dtype.bytes()) as u64,
+            len: range.end - range.start,
+            dtype: self.dtype,
+        }
+    }
+}

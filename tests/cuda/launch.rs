@@ -1,0 +1,47 @@
+//! Launches: checked arguments, both precisions, graphs, the fallback from machine code to PTX.
+
+use crate::common::{Output, device, random, rounded};
+use dtr_fused::backend::cuda::{Arg, DType, Device, Launch};
+
+fn add(device: &Device, to: &Output, from: &Output, elem: DType) -> dtr_fused::Result<()> {
+    let n = to.buffer().len;
+    let grid = [n.div_ceil(256) as u32, 1, 1];
+    let launch = Launch { file: "tensor", kernel: "tensor_add", elem, defines: &[], grid, block: 256, shared: 0 };
+    device.launch(&launch, &[to.buffer().into(), from.buffer().into(), Arg::U64(n as u64)])
+}
+
+#[test]
+fn a_kernel_runs_and_a_graph_replays_it() {
+    let device = device();
+    for elem in [DType::F32, DType::Bf16] {
+        let (a, b) = (rounded(&random(1000, 1), elem), rounded(&random(1000, 2), elem));
+        let (to, from) = (Output::with(&device, &a, elem), Output::with(&device, &b, elem));
+        add(&device, &to, &from, elem).unwrap();
+        let once: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
+        let once = rounded(&once, elem);
+        assert_eq!(to.numbers(&device), once);
+        let graph = device.capture(|| add(&device, &to, &from, elem)).unwrap();
+        assert_eq!(to.numbers(&device), once, "capturing must not run");
+        device.replay(&graph).unwrap();
+        let twice: Vec<f32> = once.iter().zip(&b).map(|(a, b)| a + b).collect();
+        assert_eq!(to.numbers(&device), rounded(&twice, elem));
+    }
+}
+
+#[test]
+fn wrong_arguments_are_refused() {
+    let device = device();
+    let x = Output::with(&device, &[1.0; 8], DType::F32);
+    let buffer = x.buffer();
+    let launch =
+        |kernel, elem| Launch { file: "tensor", kernel, elem, defines: &[], grid: [1; 3], block: 32, shared: 0 };
+    let refused = |launch: Launch, args: &[Arg]| device.launch(&launch, args).unwrap_err().to_string();
+    let good = launch("tensor_add", DType::F32);
+    assert!(refused(good, &[buffer.into(), buffer.into()]).contains("got 2 arguments, expected 3"));
+    assert!(refused(good, &[buffer.into(), buffer.into(), Arg::I32(8)]).contains("the argument n is I32(8)"));
+    let bf16 = launch("tensor_add", DType::Bf16);
+    assert!(refused(bf16, &[buffer.into(), buffer.into(), Arg::U64(8)]).contains("the argument to is"));
+    assert!(refused(launch("tensor_sub", DType::F32), &[]).contains("no such kernel"));
+    let empty = Launch { grid: [0, 1, 1], ..good };
+    assert!(refused(empty, &[buffer.into(), buffer.into(), Arg::U64(8)]).contains("no threads"));
+}
