@@ -7,15 +7,22 @@
 //!     Node what an operation saved; a variant of an enum whose `backward` is a `match`: leaving one out does not compile
 //! ```
 //!
+//! A tape computes in main memory or on a CUDA device, wherever its weights are; on a device it runs twice, see [`cuda`].
+//!
 //! Gradients of weights go straight into one flat buffer with the layout of the weights. Gradients of activations live
 //! until the operation that made the activation has used them.
 
+pub mod cuda;
+
+use crate::backend::Compute;
 use crate::backend::cpu::simd::add_assign;
+use crate::backend::cuda::DType;
 use crate::error::{Error, Result};
 use crate::ops::Node;
 use crate::params::{Linear, Param};
 use crate::routing::Window;
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{Shape, Storage, Tensor};
+use cuda::{DeviceMemory, DeviceWeights};
 use std::collections::HashMap;
 
 /// An activation on a tape.
@@ -39,11 +46,12 @@ struct Step {
 #[derive(Default)]
 pub struct Memory {
     values: Vec<Tensor>,
-    grads: Vec<Option<Vec<f32>>>,
+    grads: Vec<Option<Storage>>,
     wants_grad: Vec<bool>,
     steps: Vec<Step>,
     windows: Vec<Window>,
     pool: Pool,
+    cuda: Option<Box<DeviceMemory>>,
 }
 
 impl Memory {
@@ -52,17 +60,27 @@ impl Memory {
         Self::default()
     }
 
+    /// An empty memory for passes on `compute`.
+    pub fn on(compute: &Compute) -> Self {
+        match compute {
+            Compute::Cpu => Memory::new(),
+            Compute::Cuda { device, elem } => Memory::on_device(device, *elem),
+        }
+    }
+
     /// Bytes of all buffers, used and free.
     pub fn bytes(&self) -> usize {
-        self.pool.total * size_of::<f32>()
+        self.pool.total * size_of::<f32>() + self.cuda.as_ref().map_or(0, |cuda| cuda.bytes())
     }
 
     fn clear(&mut self) {
-        for value in self.values.drain(..) {
-            self.pool.give(value.data);
+        for storage in self.values.drain(..).map(|value| value.data).chain(self.grads.drain(..).flatten()) {
+            if let Storage::Cpu(data) = storage {
+                self.pool.give(data);
+            }
         }
-        for grad in self.grads.drain(..).flatten() {
-            self.pool.give(grad);
+        if let Some(cuda) = &mut self.cuda {
+            cuda.clear();
         }
         self.wants_grad.clear();
         self.steps.clear();
@@ -118,10 +136,49 @@ impl WeightGrads<'_> {
     }
 }
 
+/// Where the weights of a tape are.
+#[derive(Clone, Copy)]
+pub enum Weights<'a> {
+    /// In main memory.
+    Cpu(&'a [f32]),
+    /// On a CUDA device.
+    Cuda(&'a DeviceWeights),
+}
+
+impl<'a> From<&'a [f32]> for Weights<'a> {
+    fn from(weights: &'a [f32]) -> Self {
+        Weights::Cpu(weights)
+    }
+}
+
+impl<'a> From<&'a Vec<f32>> for Weights<'a> {
+    fn from(weights: &'a Vec<f32>) -> Self {
+        Weights::Cpu(weights)
+    }
+}
+
+impl<'a> From<&'a DeviceWeights> for Weights<'a> {
+    fn from(weights: &'a DeviceWeights) -> Self {
+        Weights::Cuda(weights)
+    }
+}
+
+/// A pass that records nothing, wherever the weights are. `work` is run twice on a CUDA device, see [`cuda`].
+///
+/// # Errors
+/// Those of `work`, and when the device has not enough memory.
+pub fn infer<R>(weights: Weights, memory: &mut Memory, mut work: impl FnMut(&mut Tape) -> Result<R>) -> Result<R> {
+    match weights {
+        Weights::Cpu(weights) => work(&mut Tape::inference(weights, memory)),
+        Weights::Cuda(weights) => cuda::pass(weights, None, memory, cuda::Replay::Never, work),
+    }
+}
+
 /// One pass of a model over borrowed weights.
 pub struct Tape<'a> {
     pub(crate) weights: &'a [f32],
     pub(crate) weight_grads: Option<WeightGrads<'a>>,
+    cuda: Option<cuda::OnDevice<'a>>,
     memory: &'a mut Memory,
 }
 
@@ -132,18 +189,18 @@ impl<'a> Tape<'a> {
     pub fn new(weights: &'a [f32], grads: &'a mut [f32], add: bool, memory: &'a mut Memory) -> Self {
         assert_eq!(weights.len(), grads.len(), "weights and their gradients have one layout");
         memory.clear();
-        Tape { weights, weight_grads: Some(WeightGrads { data: grads, add }), memory }
+        Tape { weights, weight_grads: Some(WeightGrads { data: grads, add }), cuda: None, memory }
     }
 
     /// A tape that records nothing: for sampling.
     pub fn inference(weights: &'a [f32], memory: &'a mut Memory) -> Self {
         memory.clear();
-        Tape { weights, weight_grads: None, memory }
+        Tape { weights, weight_grads: None, cuda: None, memory }
     }
 
     /// Whether operations need to save anything for a backward pass.
     pub fn records(&self) -> bool {
-        self.weight_grads.is_some()
+        self.weight_grads.is_some() || self.cuda.as_ref().is_some_and(|cuda| cuda.records())
     }
 
     /// Puts an input on the tape. Its gradient is only computed when asked for here.
@@ -156,9 +213,18 @@ impl<'a> Tape<'a> {
             let what = format!("{} numbers cannot have the shape {shape:?}", data.len());
             return Err(Error::Shape { operation: "input", what });
         }
+        let storage = self.holding(data);
+        Ok(self.push(shape, storage, wants_grad))
+    }
+
+    /// The numbers, where the tape computes; f32 on any device.
+    fn holding(&mut self, data: &[f32]) -> Storage {
+        if self.on_cuda() {
+            return self.upload(bytemuck::cast_slice(data), DType::F32).into();
+        }
         let mut buffer = self.take(data.len());
         buffer.copy_from_slice(data);
-        Ok(self.push(shape, buffer, wants_grad))
+        buffer.into()
     }
 
     /// Puts rows of a table `[_, columns]` on the tape: row `rows[b]` for sample b.
@@ -167,14 +233,17 @@ impl<'a> Tape<'a> {
         for (to, &row) in buffer.chunks_exact_mut(columns).zip(rows) {
             to.copy_from_slice(&table[row as usize * columns..][..columns]);
         }
-        self.push([rows.len(), columns], buffer, false)
+        let storage = if self.on_cuda() { self.holding(&buffer) } else { buffer.into() };
+        self.push([rows.len(), columns], storage, false)
     }
 
     /// Puts the windows of a batch on the tape, one per sample.
     pub fn windows(&mut self, windows: impl IntoIterator<Item = Window>) -> Windows {
         let start = self.memory.windows.len();
         self.memory.windows.extend(windows);
-        Windows { start: start as u32, len: (self.memory.windows.len() - start) as u32 }
+        let windows = Windows { start: start as u32, len: (self.memory.windows.len() - start) as u32 };
+        self.upload_windows(windows);
+        windows
     }
 
     /// The windows behind a handle, one per sample.
@@ -182,9 +251,12 @@ impl<'a> Tape<'a> {
         &self.memory.windows[windows.start as usize..][..windows.len as usize]
     }
 
-    /// The numbers of an activation.
+    /// The numbers of an activation in main memory.
+    ///
+    /// # Panics
+    /// When the tape computes on a CUDA device: use [`Tape::read`].
     pub fn value(&self, var: Var) -> &[f32] {
-        &self.memory.values[var.0 as usize].data
+        self.memory.values[var.0 as usize].data.cpu()
     }
 
     /// The sizes of an activation.
@@ -193,8 +265,34 @@ impl<'a> Tape<'a> {
     }
 
     /// The gradient of an input for which it was asked, after [`Tape::backward`].
+    ///
+    /// # Panics
+    /// When the tape computes on a CUDA device: use [`Tape::read_gradient`].
     pub fn gradient(&self, var: Var) -> Option<&[f32]> {
-        self.memory.grads[var.0 as usize].as_deref()
+        self.memory.grads[var.0 as usize].as_ref().map(Storage::cpu)
+    }
+
+    /// The numbers of an activation, from any device.
+    ///
+    /// # Errors
+    /// When work on the device failed.
+    pub fn read(&self, var: Var) -> Result<Vec<f32>> {
+        self.read_storage(&self.memory.values[var.0 as usize].data)
+    }
+
+    /// [`Tape::gradient`], from any device.
+    ///
+    /// # Errors
+    /// When work on the device failed.
+    pub fn read_gradient(&self, var: Var) -> Result<Option<Vec<f32>>> {
+        self.memory.grads[var.0 as usize].as_ref().map(|grad| self.read_storage(grad)).transpose()
+    }
+
+    fn read_storage(&self, storage: &Storage) -> Result<Vec<f32>> {
+        match storage {
+            Storage::Cpu(data) => Ok(data.clone()),
+            Storage::Cuda(buffer) => self.device().download(*buffer),
+        }
     }
 
     /// Gradients of all weights and wanted inputs of `sum(output * upstream)`.
@@ -202,7 +300,13 @@ impl<'a> Tape<'a> {
     /// # Errors
     /// On a tape made for inference, and when `upstream` is not of the output's size.
     pub fn backward(&mut self, output: Var, upstream: &[f32]) -> Result<()> {
-        let len = self.value(output).len();
+        let grad = self.holding(upstream);
+        self.backward_from(output, grad)
+    }
+
+    /// [`Tape::backward`] with the upstream gradient where the tape computes.
+    pub(crate) fn backward_from(&mut self, output: Var, upstream: Storage) -> Result<()> {
+        let len = self.memory.values[output.0 as usize].data.len();
         if !self.records() || upstream.len() != len {
             let what = match self.records() {
                 true => format!("the upstream gradient has {} numbers, but the output has {len}", upstream.len()),
@@ -210,12 +314,12 @@ impl<'a> Tape<'a> {
             };
             return Err(Error::Shape { operation: "backward", what });
         }
-        let mut grad = self.take(len);
-        grad.copy_from_slice(upstream);
-        self.memory.grads[output.0 as usize] = Some(grad);
+        self.memory.grads[output.0 as usize] = Some(upstream);
         while let Some(Step { node, output }) = self.memory.steps.pop() {
-            if let Some(grad) = self.memory.grads[output.0 as usize].take() {
-                node.backward(self, grad);
+            match self.memory.grads[output.0 as usize].take() {
+                Some(Storage::Cpu(grad)) => node.backward(self, grad),
+                Some(Storage::Cuda(grad)) => node.backward_cuda(self, grad)?,
+                None => {}
             }
         }
         Ok(())
@@ -232,9 +336,12 @@ impl<'a> Tape<'a> {
             return;
         }
         for index in mark..self.memory.values.len() {
-            if index != keep.0 as usize {
-                let buffer = std::mem::take(&mut self.memory.values[index].data);
-                self.memory.pool.give(buffer);
+            if index == keep.0 as usize {
+                continue;
+            }
+            match std::mem::replace(&mut self.memory.values[index].data, Storage::Cpu(Vec::new())) {
+                Storage::Cpu(buffer) => self.memory.pool.give(buffer),
+                Storage::Cuda(buffer) => self.give_buffer(buffer),
             }
         }
     }
@@ -250,8 +357,8 @@ impl<'a> Tape<'a> {
     }
 
     /// Puts an activation on the tape.
-    pub(crate) fn push(&mut self, shape: impl Into<Shape>, data: Vec<f32>, wants_grad: bool) -> Var {
-        let shape = shape.into();
+    pub(crate) fn push(&mut self, shape: impl Into<Shape>, data: impl Into<Storage>, wants_grad: bool) -> Var {
+        let (shape, data) = (shape.into(), data.into());
         debug_assert_eq!(shape.len(), data.len());
         self.memory.values.push(Tensor { shape, data });
         self.memory.grads.push(None);
@@ -275,27 +382,29 @@ impl<'a> Tape<'a> {
     /// Return it with [`Tape::put_grad`].
     pub(crate) fn take_grad(&mut self, var: Var) -> (Vec<f32>, bool) {
         match self.memory.grads[var.0 as usize].take() {
-            Some(grad) => (grad, false),
-            None => (self.take(self.value(var).len()), true),
+            Some(Storage::Cpu(grad)) => (grad, false),
+            _ => (self.take(self.value(var).len()), true),
         }
     }
 
     /// Stores the gradient of `var`.
     pub(crate) fn put_grad(&mut self, var: Var, grad: Vec<f32>) {
         debug_assert_eq!(grad.len(), self.value(var).len());
-        self.memory.grads[var.0 as usize] = Some(grad);
+        self.memory.grads[var.0 as usize] = Some(grad.into());
     }
 
     /// Adds `grad` to the gradient of `var`, and takes the buffer.
     pub(crate) fn add_grad(&mut self, var: Var, grad: Vec<f32>) {
-        match self.memory.grads[var.0 as usize].take() {
-            None => self.put_grad(var, grad),
-            Some(mut sum) => {
-                add_assign(&mut sum, &grad);
-                self.put_grad(var, sum);
-                self.give(grad);
-            }
+        let (mut sum, fresh) = match self.memory.grads[var.0 as usize].take() {
+            Some(Storage::Cpu(sum)) => (sum, false),
+            _ => (Vec::new(), true),
+        };
+        if fresh {
+            return self.put_grad(var, grad);
         }
+        add_assign(&mut sum, &grad);
+        self.put_grad(var, sum);
+        self.give(grad);
     }
 
     /// Everything a backward pass reads, and the weight gradients it writes, borrowed side by side.
@@ -314,7 +423,7 @@ pub(crate) struct Values<'t> {
 
 impl<'t> Values<'t> {
     pub(crate) fn value(&self, var: Var) -> &'t [f32] {
-        &self.values[var.0 as usize].data
+        self.values[var.0 as usize].data.cpu()
     }
 
     pub(crate) fn weight(&self, param: Param) -> &'t [f32] {

@@ -1,6 +1,6 @@
 //! Samples from a model: the sampler of `diffusion` around the network of `model`.
 
-use crate::autograd::{Memory, Tape};
+use crate::autograd::{Memory, Weights, infer};
 use crate::diffusion::loss::ImageDims;
 use crate::diffusion::sampler::Sampler;
 use crate::error::Result;
@@ -18,7 +18,7 @@ use crate::rng::{Philox, Stream};
 #[expect(clippy::too_many_arguments, reason = "what, how, from what, and who is told")]
 pub fn generate(
     dit: &Dit,
-    weights: &[f32],
+    weights: Weights,
     memory: &mut Memory,
     sampler: &Sampler,
     labels: &[u32],
@@ -48,11 +48,12 @@ pub fn generate(
         sampler.sample(
             &mut x,
             |x, t, out| {
-                let mut tape = Tape::inference(weights, memory);
-                let input = tape.input(x, [y.len(), channels, side, side], false)?;
-                let answer = dit.forward(&mut tape, input, &vec![t; y.len()], &y)?;
-                out.copy_from_slice(tape.value(answer));
-                Ok(())
+                infer(weights, memory, |tape| {
+                    let input = tape.input(x, [y.len(), channels, side, side], false)?;
+                    let answer = dit.forward(tape, input, &vec![t; y.len()], &y)?;
+                    out.copy_from_slice(&tape.read(answer)?);
+                    Ok(())
+                })
             },
             |k, out| {
                 for (i, out) in out.chunks_exact_mut(row).enumerate() {

@@ -1,5 +1,7 @@
 //! A shape and its numbers.
 
+use crate::backend::cuda::Buffer;
+
 /// Sizes of up to four dimensions, outermost first.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
@@ -44,11 +46,69 @@ impl std::fmt::Debug for Shape {
     }
 }
 
-/// Row-major f32 numbers with a shape. Invariant: `data.len() == shape.len()`.
+/// Row-major numbers with a shape, last dimension contiguous. Invariant: there are `shape.len()` of them.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     /// The sizes.
     pub shape: Shape,
-    /// The numbers, last dimension contiguous.
-    pub data: Vec<f32>,
+    /// The numbers.
+    pub data: Storage,
+}
+
+/// Where numbers are: one of two devices.
+#[derive(Clone, Debug)]
+pub enum Storage {
+    /// f32 in main memory.
+    Cpu(Vec<f32>),
+    /// Memory of a CUDA device, owned by the arena of the tape.
+    Cuda(Buffer),
+}
+
+impl Storage {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Storage::Cpu(data) => data.len(),
+            Storage::Cuda(buffer) => buffer.len,
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The numbers in main memory.
+    ///
+    /// # Panics
+    /// When they are on a CUDA device: read them with [`Tape::read`](crate::autograd::Tape::read).
+    pub fn cpu(&self) -> &[f32] {
+        match self {
+            Storage::Cpu(data) => data,
+            Storage::Cuda(_) => panic!("these numbers are on a CUDA device: read them with Tape::read"),
+        }
+    }
+
+    /// The numbers on a CUDA device.
+    ///
+    /// # Panics
+    /// When they are in main memory.
+    pub fn cuda(&self) -> Buffer {
+        match self {
+            Storage::Cuda(buffer) => *buffer,
+            Storage::Cpu(_) => panic!("these numbers are in main memory, not on a CUDA device"),
+        }
+    }
+}
+
+impl From<Vec<f32>> for Storage {
+    fn from(data: Vec<f32>) -> Self {
+        Storage::Cpu(data)
+    }
+}
+
+impl From<Buffer> for Storage {
+    fn from(buffer: Buffer) -> Self {
+        Storage::Cuda(buffer)
+    }
 }

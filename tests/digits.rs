@@ -1,6 +1,6 @@
 //! The default run does what it promises: samples of the class asked for, as varied as the real digits.
 
-use dtr_fused::autograd::Memory;
+use dtr_fused::autograd::{Memory, Weights};
 use dtr_fused::data::digits::Digits;
 use dtr_fused::generate::generate;
 use dtr_fused::model::dit::Dit;
@@ -40,9 +40,10 @@ fn the_default_run_learns_to_write_digits() {
     let sampler = trainer::sampler(&config, SamplerKind::Ddim, "50", 0.0, 1.5).unwrap();
     let labels: Vec<u32> = (0..SAMPLES).map(|i| (i * 10 / SAMPLES) as u32).collect();
     let mut memory = Memory::new();
-    let images =
-        trainer::in_pool(&config, || generate(&dit, &weights, &mut memory, &sampler, &labels, 1, 100, |_| Ok(())))
-            .unwrap();
+    let images = trainer::in_pool(&config, || {
+        generate(&dit, Weights::Cpu(&weights), &mut memory, &sampler, &labels, 1, 100, |_| Ok(()))
+    })
+    .unwrap();
 
     let real = Digits::new().unwrap();
     let nearest = |image: &[f32]| {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::backend::Compute;
 use crate::error::{Error, Result};
 use crate::parity::check_dir;
 use crate::parity::report::Failures;
@@ -22,7 +23,7 @@ pub(super) struct ParityArgs {
     /// Case directories, or directories that hold case directories
     #[arg(required = true, value_name = "CASE_DIR")]
     dirs: Vec<PathBuf>,
-    /// Where to compute: auto or cpu
+    /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
     /// Precision of the products: f32
@@ -34,15 +35,16 @@ pub(super) struct ParityArgs {
 }
 
 pub(super) fn run(args: ParityArgs) -> Result<()> {
-    if !["auto", "cpu"].contains(&args.device.as_str()) {
-        return Err(Error::usage(format!("this build cannot compare on '{}': give --device cpu", args.device)));
+    let (compute, note) = Compute::open(&args.device, false)?;
+    if let Some(note) = note {
+        println!("{note}");
     }
     if args.precision != "f32" {
         return Err(Error::usage(format!("there are no tolerances for precision '{}': give f32", args.precision)));
     }
     let (mut cases, mut compared, mut failed) = (0, 0, Vec::new());
     for dir in &args.dirs {
-        for (case, report) in check_dir(dir)? {
+        for (case, report) in check_dir(dir, &compute)? {
             println!("{}", case.display());
             match args.quiet {
                 true => println!("{}\n", Failures(&report)),

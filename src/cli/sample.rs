@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 
 use crate::atomic_file::AtomicFile;
+use crate::autograd::Weights as ModelWeights;
 use crate::data::npz::NpzWriter;
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -131,10 +132,19 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
     let images = format!("{} images", labels.len());
     let pixels = trainer::in_pool(&config, || {
         let mut memory = crate::autograd::Memory::new();
-        generate(&dit, &weights, &mut memory, &sampler, &labels, args.seed, args.batch_size, |done| {
-            progress.set(done as u64, &images);
-            Ok(())
-        })
+        generate(
+            &dit,
+            ModelWeights::Cpu(&weights),
+            &mut memory,
+            &sampler,
+            &labels,
+            args.seed,
+            args.batch_size,
+            |done| {
+                progress.set(done as u64, &images);
+                Ok(())
+            },
+        )
     })?;
     progress.finish();
     if let Some(path) = &args.npz {

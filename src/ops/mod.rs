@@ -20,6 +20,7 @@ pub mod timestep_embed;
 pub mod unpatchify;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cuda::Buffer;
 use crate::error::{Error, Result};
 use crate::routing::{Group, Window, groups};
 use std::ops::Range;
@@ -61,6 +62,21 @@ impl Node {
             Node::PatchEmbed(saved) => saved.backward(tape, grad),
             Node::TimestepEmbed(saved) => saved.backward(tape, grad),
             Node::Unpatchify(saved) => saved.backward(tape, grad),
+        }
+    }
+
+    /// The same on a CUDA device.
+    pub(crate) fn backward_cuda(self, tape: &mut Tape, grad: Buffer) -> Result<()> {
+        match self {
+            Node::Attention(saved) => saved.backward_cuda(tape, grad),
+            Node::ChannelMask(saved) => saved.backward_cuda(tape, grad),
+            Node::LabelEmbed(saved) => saved.backward_cuda(tape, grad),
+            Node::LinearResidual(saved) => saved.backward_cuda(tape, grad),
+            Node::LnLinear(saved) => saved.backward_cuda(tape, grad),
+            Node::Modulation(saved) => saved.backward_cuda(tape, grad),
+            Node::PatchEmbed(saved) => saved.backward_cuda(tape, grad),
+            Node::TimestepEmbed(saved) => saved.backward_cuda(tape, grad),
+            Node::Unpatchify(saved) => saved.backward_cuda(tape, grad),
         }
     }
 }

@@ -23,6 +23,7 @@ mod training;
 
 pub use report::{Check, Report, Row};
 
+use crate::backend::Compute;
 use crate::error::{Error, Result};
 use crate::routing::Routing;
 use archive::Archive;
@@ -91,7 +92,7 @@ struct Files {
 ///
 /// # Errors
 /// When `dir` cannot be read. Whatever is wrong with a file of it is a row that fails.
-pub fn check_dir(dir: &Path) -> Result<Vec<(PathBuf, Report)>> {
+pub fn check_dir(dir: &Path, compute: &Compute) -> Result<Vec<(PathBuf, Report)>> {
     let mut report = Report::default();
     let files = list(dir, &mut report)?;
     if files.tensors.is_empty() && files.config.is_none() && !files.directories.is_empty() && report.failures() == 0 {
@@ -99,12 +100,12 @@ pub fn check_dir(dir: &Path) -> Result<Vec<(PathBuf, Report)>> {
         for inner in &files.directories {
             let mut report = Report::default();
             let files = list(inner, &mut report)?;
-            check_case(&files, &mut report);
+            check_case(&files, compute, &mut report);
             cases.push((inner.clone(), report));
         }
         return Ok(cases);
     }
-    check_case(&files, &mut report);
+    check_case(&files, compute, &mut report);
     Ok(vec![(dir.to_path_buf(), report)])
 }
 
@@ -136,7 +137,7 @@ fn list(dir: &Path, report: &mut Report) -> Result<Files> {
     Ok(files)
 }
 
-fn check_case(files: &Files, report: &mut Report) {
+fn check_case(files: &Files, compute: &Compute, report: &mut Report) {
     for directory in &files.directories {
         if !files.tensors.is_empty() || files.config.is_some() {
             report.fail(directory.display().to_string(), "a directory inside a case is not understood".into());
@@ -171,7 +172,7 @@ fn check_case(files: &Files, report: &mut Report) {
         let mine: Vec<(Kind, &Archive)> =
             of_model.iter().filter(|((s, _), _)| *s == sublayer).map(|(_, &(kind, archive))| (kind, archive)).collect();
         if !sublayer || !mine.is_empty() {
-            let result = open_network(files, sublayer).and_then(|mut network| {
+            let result = open_network(files, sublayer, compute).and_then(|mut network| {
                 if let (false, Some(params)) = (sublayer, files.tensors.get("params")) {
                     network.check_params(params, report)?;
                 }
@@ -184,14 +185,14 @@ fn check_case(files: &Files, report: &mut Report) {
 }
 
 /// The model of the case, with its own routing or with sublayer routing.
-fn open_network(files: &Files, sublayer: bool) -> Result<Network> {
+fn open_network(files: &Files, sublayer: bool, compute: &Compute) -> Result<Network> {
     let missing = |name| Error::usage(format!("{name} is missing: without it the other files cannot be compared"));
     let params = files.tensors.get("params").ok_or_else(|| missing("params.safetensors"))?;
     let mut config = config::read(files.config.as_ref().ok_or_else(|| missing("config.json"))?, params)?;
     if sublayer {
         config.routing = Routing::Sublayer;
     }
-    Network::new(config, params, files.tensors.get("routing"))
+    Network::new(config, params, files.tensors.get("routing"), compute)
 }
 
 /// Compares the files of one routing. `fallback` holds the inputs of losses where this routing has no forward file.

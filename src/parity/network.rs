@@ -2,7 +2,10 @@
 
 use super::archive::{Archive, widen};
 use super::report::{Check, Report};
-use crate::autograd::{Memory, Tape};
+use crate::autograd::cuda::{DeviceWeights, Replay, pass};
+use crate::autograd::{Memory, Tape, Weights, infer};
+use crate::backend::Compute;
+use crate::backend::cuda::DType;
 use crate::diffusion::ImageDims;
 use crate::error::Result;
 use crate::model::config::{ModelConfig, TASKS};
@@ -18,6 +21,7 @@ pub struct Network {
     /// Gradients of the last backward pass, in the same order.
     pub grads: Vec<f32>,
     memory: Memory,
+    compute: Compute,
 }
 
 /// What a forward pass gives besides its output.
@@ -35,7 +39,7 @@ impl Network {
     ///
     /// # Errors
     /// When a tensor is missing or of another shape than the model's, or random routing has no masks.
-    pub fn new(config: ModelConfig, params: &Archive, routing: Option<&Archive>) -> Result<Self> {
+    pub fn new(config: ModelConfig, params: &Archive, routing: Option<&Archive>, compute: &Compute) -> Result<Self> {
         let mut dit = Dit::new(config)?;
         let mut weights = vec![0.0; dit.layout.len()];
         for entry in dit.layout.entries() {
@@ -47,7 +51,8 @@ impl Network {
             };
             dit.set_masks(masks(&dit.config, file)?)?;
         }
-        Ok(Network { grads: vec![0.0; weights.len()], dit, weights, memory: Memory::new() })
+        let (grads, memory) = (vec![0.0; weights.len()], Memory::on(compute));
+        Ok(Network { dit, weights, grads, memory, compute: compute.clone() })
     }
 
     /// Compares what the parameter file holds besides weights.
@@ -82,10 +87,13 @@ impl Network {
     /// When shapes do not fit, or a timestep or label is out of range.
     pub fn forward(&mut self, x: &[f32], t: &[u32], y: &[u32]) -> Result<Vec<f32>> {
         let images = self.images(t.len());
-        let mut tape = Tape::inference(&self.weights, &mut self.memory);
-        let x = tape.input(x, images, false)?;
-        let out = self.dit.forward(&mut tape, x, t, y)?;
-        Ok(tape.value(out).to_vec())
+        let uploaded = uploaded(&self.compute, &self.weights)?;
+        let weights = uploaded.as_ref().map_or(Weights::Cpu(&self.weights), Weights::Cuda);
+        infer(weights, &mut self.memory, |tape| {
+            let x = tape.input(x, images, false)?;
+            let out = self.dit.forward(tape, x, t, y)?;
+            tape.read(out)
+        })
     }
 
     /// The output, and the gradients of `sum(output * upstream(output))`: of the weights, left in [`Network::grads`], and of x.
@@ -97,23 +105,34 @@ impl Network {
         x: &[f32],
         t: &[u32],
         y: &[u32],
-        upstream: impl FnOnce(&[f32]) -> Result<Vec<f32>>,
+        mut upstream: impl FnMut(&[f32]) -> Result<Vec<f32>>,
     ) -> Result<Traced> {
         let images = self.images(t.len());
-        let mut tape = Tape::new(&self.weights, &mut self.grads, false, &mut self.memory);
-        let input = tape.input(x, images, true)?;
-        let trace = self.dit.forward_traced(&mut tape, input, t, y)?;
-        let out = tape.value(trace.out).to_vec();
-        let value = |var| tape.value(var).to_vec();
-        let (t_emb, c) = (value(trace.t_emb), value(trace.c));
-        let y_emb = c.iter().zip(&t_emb).map(|(c, t)| c - t).collect();
-        let named = [("t_freq", value(trace.t_freq)), ("x_embed", value(trace.x_embed)), ("y_emb", y_emb)];
-        let named = named.into_iter().chain([("t_emb", t_emb), ("c", c)]).map(|(name, v)| (name.to_string(), v));
-        let blocks = trace.blocks.iter().enumerate().map(|(i, &var)| (format!("block{i}"), value(var)));
-        let activations = named.chain(blocks).collect();
-        tape.backward(trace.out, &upstream(&out)?)?;
-        let grad_x = tape.gradient(input).map(<[f32]>::to_vec).unwrap_or_default();
-        Ok(Traced { out, grad_x, activations })
+        let dit = &self.dit;
+        let mut work = |tape: &mut Tape| {
+            let input = tape.input(x, images, true)?;
+            let trace = dit.forward_traced(tape, input, t, y)?;
+            let out = tape.read(trace.out)?;
+            let (t_emb, c) = (tape.read(trace.t_emb)?, tape.read(trace.c)?);
+            let y_emb = c.iter().zip(&t_emb).map(|(c, t)| c - t).collect();
+            let named =
+                [("t_freq", tape.read(trace.t_freq)?), ("x_embed", tape.read(trace.x_embed)?), ("y_emb", y_emb)];
+            let named = named.into_iter().chain([("t_emb", t_emb), ("c", c)]);
+            let mut activations: Vec<_> = named.map(|(name, v)| (name.to_string(), v)).collect();
+            for (i, &var) in trace.blocks.iter().enumerate() {
+                activations.push((format!("block{i}"), tape.read(var)?));
+            }
+            tape.backward(trace.out, &upstream(&out)?)?;
+            let grad_x = tape.read_gradient(input)?.unwrap_or_default();
+            Ok(Traced { out, grad_x, activations })
+        };
+        let Some(weights) = uploaded(&self.compute, &self.weights)? else {
+            return work(&mut Tape::new(&self.weights, &mut self.grads, false, &mut self.memory));
+        };
+        let grads = weights.device().alloc(self.grads.len(), DType::F32)?;
+        let traced = pass(&weights, Some((grads.buffer(), false)), &mut self.memory, Replay::Never, work)?;
+        self.grads = weights.device().download(grads.buffer())?;
+        Ok(traced)
     }
 
     /// Elements of the K third of `blocks.*.attn.qkv.bias`, whose true gradient is 0: a constant added to all keys leaves
@@ -121,6 +140,14 @@ impl Network {
     pub fn key_bias(&self, parameter: &str) -> Option<std::ops::Range<usize>> {
         let c = self.dit.config.hidden_size;
         parameter.ends_with(".attn.qkv.bias").then_some(c..2 * c)
+    }
+}
+
+/// The weights on the device, where there is one.
+fn uploaded(compute: &Compute, weights: &[f32]) -> Result<Option<DeviceWeights>> {
+    match compute {
+        Compute::Cpu => Ok(None),
+        Compute::Cuda { device, elem } => DeviceWeights::upload(device, weights, *elem).map(Some),
     }
 }
 

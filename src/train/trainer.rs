@@ -8,6 +8,7 @@ use super::optimizer::Update;
 use super::plot;
 use super::progress::Progress;
 use super::run_dir::RunDir;
+use crate::autograd::Weights;
 use crate::data::loader::{Loader, LoaderOptions};
 use crate::data::{self, Dataset};
 use crate::diffusion::weighting::CLUSTERS;
@@ -336,7 +337,16 @@ impl Trainer {
         let classes = config.sample_classes.min(config.num_classes);
         let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
         let Learner { dit, ema, memory, .. } = &mut self.learner;
-        let pixels = generate(dit, ema, memory, &sampler, &labels, config.seed, config.batch_size.min(64), |_| Ok(()))?;
+        let pixels = generate(
+            dit,
+            Weights::Cpu(ema),
+            memory,
+            &sampler,
+            &labels,
+            config.seed,
+            config.batch_size.min(64),
+            |_| Ok(()),
+        )?;
         let path = run.samples(self.step)?;
         let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
         grid_png(&path, &pixels, shape, columns, scale_of(config.image_size))?;

@@ -23,6 +23,11 @@ impl Arena {
         Arena { base, free: Vec::new(), end: 0, peak: 0 }
     }
 
+    /// Address of the first byte.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
     /// Bytes that were in use at the worst moment, holes included.
     pub fn peak(&self) -> usize {
         self.peak

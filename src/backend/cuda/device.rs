@@ -3,11 +3,13 @@
 use super::launch::{Arg, Launch};
 use super::{Buffer, DType, cache, library, nvrtc};
 use crate::error::{Error, Result};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result, sys};
-use std::cell::{Cell, RefCell};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys,
+};
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Oldest supported architecture: bf16 products and asynchronous copies came with it.
 const OLDEST_ARCH: u32 = 80;
@@ -23,7 +25,7 @@ pub(crate) fn failed(what: &str, e: DriverError) -> Error {
 
 /// Device memory, freed when dropped.
 pub struct Allocation {
-    memory: CudaSlice<u8>,
+    memory: Option<CudaSlice<u8>>, // None on paper
     buffer: Buffer,
 }
 
@@ -33,9 +35,9 @@ impl Allocation {
         self.buffer
     }
 
-    /// cudarc's handle of the memory.
-    pub fn memory(&self) -> &CudaSlice<u8> {
-        &self.memory
+    /// cudarc's handle of the memory; None on a device on paper.
+    pub fn memory(&self) -> Option<&CudaSlice<u8>> {
+        self.memory.as_ref()
     }
 }
 
@@ -45,6 +47,9 @@ pub struct Graph {
     exec: sys::CUgraphExec,
     context: Arc<CudaContext>,
 }
+
+// SAFETY: the driver takes these handles from any thread that has bound the context, as every use here does first.
+unsafe impl Send for Graph {}
 
 impl Drop for Graph {
     fn drop(&mut self) {
@@ -64,16 +69,41 @@ struct Loaded {
     functions: HashMap<&'static str, (CudaFunction, u32)>, // with the dynamic shared memory it is allowed
 }
 
-/// A CUDA device.
-pub struct Device {
+/// A launch that was made, for those who count them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Recorded {
+    /// `attention` for `kernels/attention.cu`.
+    pub file: &'static str,
+    /// The kernel's name.
+    pub kernel: &'static str,
+    /// What `elem` is in the kernel.
+    pub elem: DType,
+    /// `-D` definitions.
+    pub defines: Vec<(&'static str, i64)>,
+    /// Blocks in x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+}
+
+struct Driver {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+}
+
+/// A CUDA device.
+pub struct Device {
+    driver: Option<Driver>, // None: on paper
     name: String,
     arch: u32,
     multiprocessors: u32,
-    modules: RefCell<HashMap<ModuleKey, Loaded>>,
-    launches: Cell<usize>,
-    dry: Cell<bool>,
+    modules: Mutex<HashMap<ModuleKey, Loaded>>,
+    recorded: Mutex<Option<Vec<Recorded>>>,
+    launches: AtomicUsize,
+    dry: AtomicBool,
+    next_address: AtomicUsize, // on paper
 }
 
 impl Device {
@@ -108,16 +138,22 @@ impl Device {
             .map_err(refused)? as u32;
         // Graphs are captured from a stream of one's own.
         let stream = context.new_stream().map_err(refused)?;
-        Ok(Device {
-            context,
-            stream,
-            name,
+        Ok(Device { driver: Some(Driver { context, stream }), ..Device::on_paper(&name, arch, multiprocessors) })
+    }
+
+    /// A device that exists on paper only: passes over it are planned, and their launches recorded, but nothing runs.
+    pub fn on_paper(name: &str, arch: u32, multiprocessors: u32) -> Self {
+        Device {
+            driver: None,
+            name: name.to_string(),
             arch,
             multiprocessors,
-            modules: RefCell::default(),
-            launches: Cell::new(0),
-            dry: Cell::new(false),
-        })
+            modules: Mutex::default(),
+            recorded: Mutex::default(),
+            launches: AtomicUsize::new(0),
+            dry: AtomicBool::new(false),
+            next_address: AtomicUsize::new(1 << 20),
+        }
     }
 
     /// What the driver calls it.
@@ -135,9 +171,31 @@ impl Device {
         self.multiprocessors
     }
 
-    /// The stream that everything runs on.
-    pub fn stream(&self) -> &Arc<CudaStream> {
-        &self.stream
+    /// The stream that everything runs on; None on paper.
+    pub fn stream(&self) -> Option<&Arc<CudaStream>> {
+        self.driver.as_ref().map(|driver| &driver.stream)
+    }
+
+    /// Whether nothing can run here.
+    pub fn is_on_paper(&self) -> bool {
+        self.driver.is_none()
+    }
+
+    /// Starts to record launches, dry ones included; what was recorded so far is returned.
+    pub fn record(&self) -> Vec<Recorded> {
+        let mut recorded = self.recorded.lock().unwrap_or_else(|e| e.into_inner());
+        recorded.replace(Vec::new()).unwrap_or_default()
+    }
+
+    /// The driver, bound to this thread; None when nothing is to run.
+    fn running(&self) -> Result<Option<&Driver>> {
+        match &self.driver {
+            Some(driver) if !self.dry.load(Ordering::Relaxed) => {
+                driver.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+                Ok(Some(driver))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Free and total bytes of its memory.
@@ -145,17 +203,20 @@ impl Device {
     /// # Errors
     /// When the driver does not tell.
     pub fn memory(&self) -> Result<(usize, usize)> {
-        self.context.mem_get_info().map_err(|e| failed("tell its memory", e))
+        match &self.driver {
+            Some(driver) => driver.context.mem_get_info().map_err(|e| failed("tell its memory", e)),
+            None => Ok((usize::MAX, usize::MAX)),
+        }
     }
 
     /// Launches so far, dry ones included; a graph counts those it replays when it was captured.
     pub fn launches(&self) -> usize {
-        self.launches.get()
+        self.launches.load(Ordering::Relaxed)
     }
 
-    /// While dry, launches and copies are checked and counted, but nothing runs and nothing is compiled.
+    /// While dry (one pass at a time: the device is shared), launches and copies are checked and counted, but nothing runs and nothing is compiled.
     pub fn set_dry(&self, dry: bool) {
-        self.dry.set(dry);
+        self.dry.store(dry, Ordering::Relaxed);
     }
 
     /// Memory for `len` numbers, with arbitrary contents.
@@ -164,8 +225,12 @@ impl Device {
     /// When there is not enough memory.
     pub fn alloc(&self, len: usize, dtype: DType) -> Result<Allocation> {
         let bytes = (len * dtype.bytes()).max(1);
+        let Some(driver) = &self.driver else {
+            let address = self.next_address.fetch_add(bytes.next_multiple_of(256), Ordering::Relaxed) as u64;
+            return Ok(Allocation { memory: None, buffer: Buffer { address, len, dtype } });
+        };
         // SAFETY: u8 has no invalid values, and nothing is read before a kernel or a copy wrote it: a simulated driver checks.
-        let memory = unsafe { self.stream.alloc::<u8>(bytes) }.map_err(|e| {
+        let memory = unsafe { driver.stream.alloc::<u8>(bytes) }.map_err(|e| {
             let (free, total) = self.memory().unwrap_or((0, 0));
             let gb = |bytes: usize| bytes as f64 / 1e9;
             Error::usage(format!(
@@ -177,13 +242,8 @@ impl Device {
                 e.0
             ))
         })?;
-        let address = self.address(&memory);
-        Ok(Allocation { memory, buffer: Buffer { address, len, dtype } })
-    }
-
-    fn address(&self, memory: &CudaSlice<u8>) -> u64 {
-        use cudarc::driver::DevicePtr;
-        memory.device_ptr(&self.stream).0
+        let address = memory.device_ptr(&driver.stream).0;
+        Ok(Allocation { memory: Some(memory), buffer: Buffer { address, len, dtype } })
     }
 
     /// Numbers copied to new memory, rounded to `dtype`.
@@ -226,12 +286,9 @@ impl Device {
             let what = format!("{} bytes for {} numbers of {:?}", bytes.len(), to.len, to.dtype);
             return Err(Error::Shape { operation: "write", what });
         }
-        if self.dry.get() || bytes.is_empty() {
-            return Ok(());
-        }
-        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        let Some(driver) = self.running()?.filter(|_| !bytes.is_empty()) else { return Ok(()) };
         // SAFETY: the buffer holds that many bytes; pageable memory is copied from before the call returns.
-        unsafe { result::memcpy_htod_async(to.address, bytes, self.stream.cu_stream()) }
+        unsafe { result::memcpy_htod_async(to.address, bytes, driver.stream.cu_stream()) }
             .map_err(|e| failed("take numbers", e))
     }
 
@@ -283,12 +340,9 @@ impl Device {
             let what = format!("{} bytes for {} numbers of {:?}", to.len(), from.len, from.dtype);
             return Err(Error::Shape { operation: "read", what });
         }
-        if self.dry.get() || to.is_empty() {
-            return Ok(());
-        }
-        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        let Some(driver) = self.running()?.filter(|_| !to.is_empty()) else { return Ok(()) };
         // SAFETY: both sides have that many bytes, and the stream is waited for before `to` is used.
-        unsafe { result::memcpy_dtoh_async(to, from.address, self.stream.cu_stream()) }
+        unsafe { result::memcpy_dtoh_async(to, from.address, driver.stream.cu_stream()) }
             .map_err(|e| failed("give numbers", e))?;
         self.synchronize()
     }
@@ -302,13 +356,10 @@ impl Device {
             let what = format!("{} numbers of {:?} to {} of {:?}", from.len, from.dtype, to.len, to.dtype);
             return Err(Error::Shape { operation: "copy", what });
         }
-        if self.dry.get() || to.len == 0 {
-            return Ok(());
-        }
-        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        let Some(driver) = self.running()?.filter(|_| to.len > 0) else { return Ok(()) };
         // SAFETY: both buffers hold that many bytes.
         unsafe {
-            result::memcpy_dtod_async(to.address, from.address, to.len * to.dtype.bytes(), self.stream.cu_stream())
+            result::memcpy_dtod_async(to.address, from.address, to.len * to.dtype.bytes(), driver.stream.cu_stream())
         }
         .map_err(|e| failed("copy", e))
     }
@@ -318,12 +369,9 @@ impl Device {
     /// # Errors
     /// When the driver refuses.
     pub fn fill_bytes(&self, to: Buffer, byte: u8) -> Result<()> {
-        if self.dry.get() || to.len == 0 {
-            return Ok(());
-        }
-        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        let Some(driver) = self.running()?.filter(|_| to.len > 0) else { return Ok(()) };
         // SAFETY: the buffer holds that many bytes.
-        unsafe { result::memset_d8_async(to.address, byte, to.len * to.dtype.bytes(), self.stream.cu_stream()) }
+        unsafe { result::memset_d8_async(to.address, byte, to.len * to.dtype.bytes(), driver.stream.cu_stream()) }
             .map_err(|e| failed("fill memory", e))
     }
 
@@ -332,7 +380,7 @@ impl Device {
     /// # Errors
     /// When any of it failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|e| failed("finish its work", e))
+        self.running()?.map_or(Ok(()), |driver| driver.stream.synchronize().map_err(|e| failed("finish its work", e)))
     }
 
     /// Runs a kernel, compiling it first where needed. It returns before the kernel ends.
@@ -341,11 +389,13 @@ impl Device {
     /// When the arguments are not the kernel's, it does not compile, or the device refuses the launch.
     pub fn launch(&self, launch: &Launch, args: &[Arg]) -> Result<()> {
         launch.check(args)?;
-        self.launches.set(self.launches.get() + 1);
-        if self.dry.get() {
-            return Ok(());
+        self.launches.fetch_add(1, Ordering::Relaxed);
+        if let Some(recorded) = &mut *self.recorded.lock().unwrap_or_else(|e| e.into_inner()) {
+            let Launch { file, kernel, elem, defines, grid, block, shared } = *launch;
+            recorded.push(Recorded { file, kernel, elem, defines: defines.to_vec(), grid, block, shared });
         }
-        let function = self.function(launch)?;
+        let Some(driver) = self.running()? else { return Ok(()) };
+        let function = self.function(driver, launch)?;
         let mut parameters: Vec<*mut c_void> = args
             .iter()
             .map(|arg| match arg {
@@ -358,7 +408,6 @@ impl Device {
             })
             .collect();
         let grid = (launch.grid[0], launch.grid[1], launch.grid[2]);
-        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
         // SAFETY: number, kinds and order of the arguments are those of the kernel (checked above), and they live until the
         // call has copied them. What the kernel may touch is its launcher's promise.
         unsafe {
@@ -367,7 +416,7 @@ impl Device {
                 grid,
                 (launch.block, 1, 1),
                 launch.shared,
-                self.stream.cu_stream(),
+                driver.stream.cu_stream(),
                 &mut parameters,
             )
         }
@@ -375,13 +424,13 @@ impl Device {
     }
 
     /// The compiled kernel of a launch.
-    fn function(&self, launch: &Launch) -> Result<CudaFunction> {
-        let mut modules = self.modules.borrow_mut();
+    fn function(&self, driver: &Driver, launch: &Launch) -> Result<CudaFunction> {
+        let mut modules = self.modules.lock().unwrap_or_else(|e| e.into_inner());
         let key = (launch.file, launch.elem, launch.defines.to_vec());
         let loaded = match modules.entry(key) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Loaded { module: self.load(launch)?, functions: HashMap::new() })
+                entry.insert(Loaded { module: self.load(driver, launch)?, functions: HashMap::new() })
             }
         };
         if let Some((function, shared)) = loaded.functions.get(launch.kernel)
@@ -403,18 +452,19 @@ impl Device {
     }
 
     /// Compiles a file and loads it: machine code, or PTX where the driver does not take that.
-    fn load(&self, launch: &Launch) -> Result<Arc<CudaModule>> {
+    fn load(&self, driver: &Driver, launch: &Launch) -> Result<Arc<CudaModule>> {
         let mut defines = launch.defines.to_vec();
         if launch.elem == DType::Bf16 {
             defines.push(("ELEM_BF16", 1));
         }
         let compiled = cache::compile(launch.file, &nvrtc::options(self.arch, &defines))?;
         let cubin = cudarc::nvrtc::Ptx::from_binary(compiled.cubin);
-        self.context
+        driver
+            .context
             .load_module(cubin)
             .or_else(|_| {
                 let text = String::from_utf8_lossy(&compiled.ptx).into_owned();
-                self.context.load_module(cudarc::nvrtc::Ptx::from_src(text))
+                driver.context.load_module(cudarc::nvrtc::Ptx::from_src(text))
             })
             .map_err(|e| failed(&format!("load kernels/{}.cu", launch.file), e))
     }
@@ -425,15 +475,18 @@ impl Device {
     /// Those of `work`, and when the driver cannot capture.
     pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
         let cannot = |e| failed("capture a graph", e);
-        self.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(cannot)?;
+        let Some(driver) = self.running()? else {
+            return Err(Error::usage("a device on which nothing runs cannot capture a graph"));
+        };
+        driver.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(cannot)?;
         let worked = work();
         // SAFETY: the stream is capturing since the call above.
-        let graph = unsafe { result::stream::end_capture(self.stream.cu_stream()) };
+        let graph = unsafe { result::stream::end_capture(driver.stream.cu_stream()) };
         worked?;
         let graph = graph.map_err(cannot)?;
         // SAFETY: the graph was captured above; no flags.
         match unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) } {
-            Ok(exec) => Ok(Graph { graph, exec, context: self.context.clone() }),
+            Ok(exec) => Ok(Graph { graph, exec, context: driver.context.clone() }),
             Err(e) => {
                 // SAFETY: the graph was captured above and is destroyed once.
                 let _ = unsafe { result::graph::destroy(graph) };
@@ -447,8 +500,8 @@ impl Device {
     /// # Errors
     /// When the driver refuses.
     pub fn replay(&self, graph: &Graph) -> Result<()> {
-        self.context.bind_to_thread().map_err(|e| failed("be used", e))?;
+        let Some(driver) = self.running()? else { return Ok(()) };
         // SAFETY: the graph lives, and so do the buffers it names: they are the caller's arena.
-        unsafe { result::graph::launch(graph.exec, self.stream.cu_stream()) }.map_err(|e| failed("replay a step", e))
+        unsafe { result::graph::launch(graph.exec, driver.stream.cu_stream()) }.map_err(|e| failed("replay a step", e))
     }
 }

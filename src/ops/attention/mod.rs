@@ -43,6 +43,10 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
 }
 
 impl Saved {
+    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
+        Err(crate::Error::usage("attention does not run on CUDA"))
+    }
+
     pub(crate) fn backward(self, tape: &mut Tape, dout: Vec<f32>) {
         let &[b, t, c] = tape.shape(self.out) else { unreachable!("made by the forward pass") };
         let mut dqkv = tape.take(b * t * 3 * c);

@@ -62,6 +62,10 @@ pub fn channel_mask(tape: &mut Tape, base: Option<Var>, x: Var, mask: Var, keep:
 }
 
 impl Saved {
+    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
+        Err(crate::Error::usage("channel_mask does not run on CUDA"))
+    }
+
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
         let &[_, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
         let (mut dx, fresh) = tape.take_grad(self.x);

@@ -55,6 +55,10 @@ pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> 
 }
 
 impl Saved {
+    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
+        Err(crate::Error::usage("label_embed does not run on CUDA"))
+    }
+
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
         let (values, grads) = tape.split();
         let labels = values.value(self.labels);

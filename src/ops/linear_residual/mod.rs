@@ -106,6 +106,10 @@ pub fn linear_residual(
 }
 
 impl Saved {
+    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
+        Err(crate::Error::usage("linear_residual does not run on CUDA"))
+    }
+
     pub(crate) fn backward(self, tape: &mut Tape, dout: Vec<f32>) {
         let &[b, t, k] = tape.shape(self.a) else { unreachable!("checked by the forward pass") };
         let c = self.linear.outputs;

@@ -126,6 +126,10 @@ pub fn ln_linear(
 }
 
 impl Saved {
+    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
+        Err(crate::Error::usage("ln_linear does not run on CUDA"))
+    }
+
     pub(crate) fn backward(self, tape: &mut Tape, mut dy: Vec<f32>) {
         let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
         let n = self.linear.outputs;

@@ -43,6 +43,10 @@ pub fn modulation(tape: &mut Tape, c: Var, layer: Linear) -> Result<Var> {
 }
 
 impl Saved {
+    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
+        Err(crate::Error::usage("modulation does not run on CUDA"))
+    }
+
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
         let mut dc = tape.take(tape.value(self.c).len());
         let (values, grads) = tape.split();

@@ -83,6 +83,10 @@ pub fn patch_embed(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], p
 }
 
 impl Saved {
+    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
+        Err(crate::Error::usage("patch_embed does not run on CUDA"))
+    }
+
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
         let wants_dx = tape.wants_grad(self.x);
         let mut dx = if wants_dx { tape.take(tape.value(self.x).len()) } else { Vec::new() };

@@ -55,6 +55,10 @@ pub fn timestep_embed(tape: &mut Tape, t: &[u32], first: Linear, second: Linear)
 }
 
 impl Saved {
+    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
+        Err(crate::Error::usage("timestep_embed does not run on CUDA"))
+    }
+
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
         let mut dhidden = tape.take(tape.value(self.hidden).len());
         let (values, grads) = tape.split();

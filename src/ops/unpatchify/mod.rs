@@ -41,6 +41,10 @@ pub fn unpatchify(tape: &mut Tape, x: Var, channels: usize, height: usize, width
 }
 
 impl Saved {
+    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
+        Err(crate::Error::usage("unpatchify does not run on CUDA"))
+    }
+
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
         let b = tape.shape(self.x)[0];
         let mut dx = tape.take(dy.len());

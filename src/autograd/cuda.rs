@@ -1,0 +1,354 @@
+//! A tape on a CUDA device.
+//!
+//! A pass runs twice. The first time it is dry: nothing is launched, but every buffer is taken and given back, and every
+//! input (images, timesteps, windows) is noted. So the memory that the pass needs is known before it starts, and it is one
+//! block; buffers come in the same order, hence at the same addresses, every time. Then the inputs are copied to the
+//! device, and the second time the kernels are launched, or the graph of an earlier pass is replayed.
+
+use super::{Memory, Storage, Tape, Var, Windows};
+use crate::backend::cuda::arena::Arena;
+use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Graph, Launch};
+use crate::error::{Error, Result};
+use crate::params::Param;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Threads of a block of the sum of gradients.
+const ADD_BLOCK: u32 = 256;
+
+/// Weights on a device: f32, and a copy in bf16 when that is what products read.
+pub struct DeviceWeights {
+    device: Arc<Device>,
+    full: Allocation,
+    rounded: Option<Allocation>,
+}
+
+impl DeviceWeights {
+    /// Copies weights to the device, for products in `elem`.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn upload(device: &Arc<Device>, weights: &[f32], elem: DType) -> Result<Self> {
+        let full = device.upload(weights, DType::F32)?;
+        let rounded = (elem == DType::Bf16).then(|| device.upload(weights, elem)).transpose()?;
+        Ok(DeviceWeights { device: device.clone(), full, rounded })
+    }
+
+    /// Replaces the numbers.
+    ///
+    /// # Errors
+    /// When there are more or fewer of them.
+    pub fn write(&self, weights: &[f32]) -> Result<()> {
+        self.device.write(self.full(), weights)?;
+        self.rounded.as_ref().map_or(Ok(()), |rounded| self.device.write(rounded.buffer(), weights))
+    }
+
+    /// All of them in f32.
+    pub fn full(&self) -> Buffer {
+        self.full.buffer()
+    }
+
+    /// All of them as products read them.
+    pub fn elem(&self) -> Buffer {
+        self.rounded.as_ref().unwrap_or(&self.full).buffer()
+    }
+
+    /// The device they are on.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+}
+
+/// What a tape on a device borrows.
+pub(super) struct OnDevice<'a> {
+    weights: &'a DeviceWeights,
+    grads: Option<(Buffer, bool)>, // f32 [P], and whether to add to it
+}
+
+impl OnDevice<'_> {
+    pub(super) fn records(&self) -> bool {
+        self.grads.is_some()
+    }
+}
+
+/// The memory of passes on a device.
+pub(super) struct DeviceMemory {
+    device: Arc<Device>,
+    elem: DType,
+    work: Region,
+    inputs: Region,
+    uploads: Vec<(Buffer, Vec<u8>)>,
+    windows: Vec<(u32, Buffer)>, // by the start of their handle
+    replayed: HashMap<u64, Captured>,
+}
+
+/// A graph and the addresses it was captured with.
+struct Captured {
+    graph: Option<Graph>, // None: the driver cannot capture
+    bases: [u64; 2],
+}
+
+/// An arena and the memory under it.
+struct Region {
+    arena: Arena,
+    memory: Option<Allocation>,
+}
+
+impl Region {
+    /// Without memory yet: `base` only keeps addresses of two regions apart.
+    fn new(base: u64) -> Self {
+        Region { arena: Arena::new(base), memory: None }
+    }
+
+    fn holds(&self, buffer: Buffer) -> bool {
+        buffer.address.wrapping_sub(self.arena.base()) < self.arena.peak() as u64
+    }
+
+    /// Makes room for what the last pass took; says whether the addresses changed.
+    fn fit(&mut self, device: &Device) -> Result<bool> {
+        let needed = self.arena.peak();
+        if self.memory.as_ref().is_some_and(|memory| memory.buffer().len * 4 >= needed) {
+            return Ok(false);
+        }
+        // The old block first: both might not fit.
+        self.memory = None;
+        let memory = device.alloc(needed.div_ceil(4).max(1), DType::F32)?;
+        self.arena = Arena::new(memory.buffer().address);
+        self.memory = Some(memory);
+        Ok(true)
+    }
+
+    fn bytes(&self) -> usize {
+        self.memory.as_ref().map_or(0, |memory| memory.buffer().len * 4)
+    }
+}
+
+impl DeviceMemory {
+    pub(super) fn bytes(&self) -> usize {
+        self.work.bytes() + self.inputs.bytes()
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.work.arena.clear();
+        self.inputs.arena.clear();
+        self.uploads.clear();
+        self.windows.clear();
+    }
+}
+
+/// How the second run of a pass is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Replay {
+    /// Launch every kernel.
+    Never,
+    /// Capture the launches of the first pass with this number as a graph, and replay that from then on. Such passes must
+    /// launch the same kernels every time, and must not read anything.
+    As(u64),
+}
+
+impl Memory {
+    /// A memory for passes on `device`, with activations in `elem` (f32 or bf16).
+    pub fn on_device(device: &Arc<Device>, elem: DType) -> Self {
+        let cuda = DeviceMemory {
+            device: device.clone(),
+            elem,
+            work: Region::new(1 << 61),
+            inputs: Region::new(1 << 62),
+            uploads: Vec::new(),
+            windows: Vec::new(),
+            replayed: HashMap::new(),
+        };
+        Memory { cuda: Some(Box::new(cuda)), ..Memory::default() }
+    }
+
+    /// Bytes of device memory that passes take for activations and inputs.
+    pub fn device_bytes(&self) -> usize {
+        self.cuda.as_ref().map_or(0, |cuda| cuda.bytes())
+    }
+}
+
+/// A pass on a device: `work` is run dry, then for real (or its graph is replayed).
+///
+/// `grads` is `[P]` f32, overwritten, or added to where the flag says so; None for inference.
+///
+/// # Errors
+/// Those of `work`, and when the device has not enough memory.
+pub fn pass<R>(
+    weights: &DeviceWeights,
+    grads: Option<(Buffer, bool)>,
+    memory: &mut Memory,
+    replay: Replay,
+    mut work: impl FnMut(&mut Tape) -> Result<R>,
+) -> Result<R> {
+    let device = weights.device.clone();
+    let mut run = |memory: &mut Memory, dry: bool| {
+        memory.clear();
+        device.set_dry(dry);
+        let cuda = Some(OnDevice { weights, grads });
+        let found = work(&mut Tape { weights: &[], weight_grads: None, cuda, memory });
+        device.set_dry(false);
+        found
+    };
+    if memory.cuda.is_none() {
+        return Err(Error::usage("this memory is for passes on the CPU: make it with Memory::on_device"));
+    }
+    let planned = run(memory, true)?;
+    let own = memory.cuda.as_mut().expect("checked above");
+    let moved = [own.work.fit(&device)?, own.inputs.fit(&device)?];
+    if moved.contains(&true) {
+        run(memory, true)?;
+    }
+    if device.is_on_paper() {
+        return Ok(planned);
+    }
+    let own = memory.cuda.as_mut().expect("checked above");
+    for (buffer, bytes) in &own.uploads {
+        device.write_bytes(*buffer, bytes)?;
+    }
+    let Replay::As(number) = replay else {
+        return run(memory, false);
+    };
+    let bases = [own.work.arena.base(), own.inputs.arena.base()];
+    match own.replayed.get(&number) {
+        Some(captured) if captured.bases == bases => match &captured.graph {
+            Some(graph) => device.replay(graph).map(|()| planned),
+            None => run(memory, false),
+        },
+        // Once by itself, which compiles the kernels, and only then as a graph.
+        _ => {
+            let found = run(memory, false)?;
+            device.synchronize()?;
+            let graph = device.capture(|| run(memory, false).map(|_| ())).ok();
+            let own = memory.cuda.as_mut().expect("checked above");
+            own.replayed.insert(number, Captured { graph, bases });
+            Ok(found)
+        }
+    }
+}
+
+impl Tape<'_> {
+    /// Whether the tape computes on a CUDA device.
+    pub(crate) fn on_cuda(&self) -> bool {
+        self.cuda.is_some()
+    }
+
+    fn own(&self) -> &DeviceMemory {
+        self.memory.cuda.as_ref().expect("a tape on a device has a memory on it")
+    }
+
+    fn own_mut(&mut self) -> &mut DeviceMemory {
+        self.memory.cuda.as_mut().expect("a tape on a device has a memory on it")
+    }
+
+    fn borrowed(&self) -> &OnDevice<'_> {
+        self.cuda.as_ref().expect("only asked of a tape on a device")
+    }
+
+    /// The device that the tape computes on.
+    pub(crate) fn device(&self) -> Arc<Device> {
+        self.own().device.clone()
+    }
+
+    /// Type of activations and of the weights that products read.
+    pub(crate) fn elem(&self) -> DType {
+        self.own().elem
+    }
+
+    /// An input of the pass: copied to the device before it starts.
+    pub(crate) fn upload(&mut self, bytes: &[u8], dtype: DType) -> Buffer {
+        let own = self.own_mut();
+        let buffer = own.inputs.arena.take(bytes.len() / dtype.bytes(), dtype);
+        own.uploads.push((buffer, bytes.to_vec()));
+        buffer
+    }
+
+    /// Puts the windows behind a handle on the device.
+    pub(super) fn upload_windows(&mut self, windows: Windows) {
+        if self.on_cuda() {
+            let pairs: Vec<i32> =
+                self.get_windows(windows).iter().flat_map(|w| [w.start as i32, w.width as i32]).collect();
+            let buffer = self.upload(bytemuck::cast_slice(&pairs), DType::I32);
+            self.own_mut().windows.push((windows.start, buffer));
+        }
+    }
+
+    /// The windows behind a handle: i32 `[B, 2]` of start and width.
+    pub(crate) fn window_buffer(&self, windows: Windows) -> Buffer {
+        let found = self.own().windows.iter().find(|(start, _)| *start == windows.start);
+        found.expect("uploaded when the handle was made").1
+    }
+
+    /// A buffer of arbitrary contents; give it back with [`Tape::give_buffer`] or [`Tape::push`].
+    pub(crate) fn take_buffer(&mut self, len: usize, dtype: DType) -> Buffer {
+        self.own_mut().work.arena.take(len, dtype)
+    }
+
+    /// Recycles a buffer.
+    pub(crate) fn give_buffer(&mut self, buffer: Buffer) {
+        let own = self.own_mut();
+        // Inputs live as long as the pass, and what is in neither arena is the caller's.
+        if own.work.holds(buffer) {
+            own.work.arena.give(buffer);
+        }
+    }
+
+    /// The numbers of an activation on the device.
+    pub(crate) fn buffer(&self, var: Var) -> Buffer {
+        self.memory.values[var.0 as usize].data.cuda()
+    }
+
+    /// A weight as products read it.
+    pub(crate) fn weight_buffer(&self, param: Param) -> Buffer {
+        self.borrowed().weights.elem().slice(param.range())
+    }
+
+    /// A weight or bias in f32.
+    pub(crate) fn full_buffer(&self, param: Param) -> Buffer {
+        self.borrowed().weights.full().slice(param.range())
+    }
+
+    /// The gradient of a weight or bias, f32, and whether to add to it.
+    pub(crate) fn grad_buffer(&self, param: Param) -> (Buffer, bool) {
+        let (grads, add) = self.borrowed().grads.expect("backward runs on a recording tape");
+        (grads.slice(param.range()), add)
+    }
+
+    /// Takes the gradient of `var` to add to it, and whether it is still empty (then it must be overwritten).
+    /// Return it with [`Tape::put_grad_buffer`].
+    pub(crate) fn take_grad_buffer(&mut self, var: Var) -> (Buffer, bool) {
+        match self.memory.grads[var.0 as usize].take() {
+            Some(grad) => (grad.cuda(), false),
+            None => {
+                let value = self.buffer(var);
+                (self.take_buffer(value.len, value.dtype), true)
+            }
+        }
+    }
+
+    /// Stores the gradient of `var`.
+    pub(crate) fn put_grad_buffer(&mut self, var: Var, grad: Buffer) {
+        debug_assert_eq!(grad.len, self.buffer(var).len);
+        self.memory.grads[var.0 as usize] = Some(Storage::Cuda(grad));
+    }
+
+    /// Adds `grad` to the gradient of `var`, and takes the buffer.
+    pub(crate) fn add_grad_buffer(&mut self, var: Var, grad: Buffer) -> Result<()> {
+        let Some(sum) = self.memory.grads[var.0 as usize].take().map(|sum| sum.cuda()) else {
+            self.put_grad_buffer(var, grad);
+            return Ok(());
+        };
+        let launch = Launch {
+            file: "tensor",
+            kernel: "tensor_add",
+            elem: sum.dtype,
+            defines: &[],
+            grid: [sum.len.div_ceil(ADD_BLOCK as usize) as u32, 1, 1],
+            block: ADD_BLOCK,
+            shared: 0,
+        };
+        self.device().launch(&launch, &[sum.into(), grad.into(), Arg::U64(sum.len as u64)])?;
+        self.put_grad_buffer(var, sum);
+        self.give_buffer(grad);
+        Ok(())
+    }
+}
