@@ -4,6 +4,8 @@
 //   The arithmetic is f32 in both; `load` and `store` convert.
 #pragma once
 
+#define INFINITY __int_as_float(0x7f800000)
+
 struct __align__(2) bf16 {
     unsigned short bits;
 };

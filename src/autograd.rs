@@ -50,6 +50,7 @@ pub struct Memory {
     wants_grad: Vec<bool>,
     steps: Vec<Step>,
     windows: Vec<Window>,
+    before_gelu: Vec<(Var, Var)>, // a GELU's output and input, on a device
     pool: Pool,
     cuda: Option<Box<DeviceMemory>>,
 }
@@ -85,6 +86,7 @@ impl Memory {
         self.wants_grad.clear();
         self.steps.clear();
         self.windows.clear();
+        self.before_gelu.clear();
     }
 }
 
@@ -203,7 +205,8 @@ impl<'a> Tape<'a> {
         self.weight_grads.is_some() || self.cuda.as_ref().is_some_and(|cuda| cuda.records())
     }
 
-    /// Puts an input on the tape. Its gradient is only computed when asked for here.
+    /// Puts an input on the tape. Its gradient is only computed when asked for here. On a CUDA device, what has three
+    /// dimensions is an activation `[B, T, C]` in the tape's element type, and all else is f32.
     ///
     /// # Errors
     /// When `data` does not have as many elements as `shape`.
@@ -213,14 +216,15 @@ impl<'a> Tape<'a> {
             let what = format!("{} numbers cannot have the shape {shape:?}", data.len());
             return Err(Error::Shape { operation: "input", what });
         }
-        let storage = self.holding(data);
+        let dtype = if shape.rank() == 3 { self.elem_if_on_cuda() } else { DType::F32 };
+        let storage = self.holding(data, dtype);
         Ok(self.push(shape, storage, wants_grad))
     }
 
-    /// The numbers, where the tape computes; f32 on any device.
-    fn holding(&mut self, data: &[f32]) -> Storage {
+    /// The numbers, where the tape computes; f32 in main memory.
+    fn holding(&mut self, data: &[f32], dtype: DType) -> Storage {
         if self.on_cuda() {
-            return self.upload(bytemuck::cast_slice(data), DType::F32).into();
+            return self.upload_as(data, dtype).into();
         }
         let mut buffer = self.take(data.len());
         buffer.copy_from_slice(data);
@@ -233,7 +237,7 @@ impl<'a> Tape<'a> {
         for (to, &row) in buffer.chunks_exact_mut(columns).zip(rows) {
             to.copy_from_slice(&table[row as usize * columns..][..columns]);
         }
-        let storage = if self.on_cuda() { self.holding(&buffer) } else { buffer.into() };
+        let storage = if self.on_cuda() { self.holding(&buffer, DType::F32) } else { buffer.into() };
         self.push([rows.len(), columns], storage, false)
     }
 
@@ -300,7 +304,11 @@ impl<'a> Tape<'a> {
     /// # Errors
     /// On a tape made for inference, and when `upstream` is not of the output's size.
     pub fn backward(&mut self, output: Var, upstream: &[f32]) -> Result<()> {
-        let grad = self.holding(upstream);
+        let dtype = match &self.memory.values[output.0 as usize].data {
+            Storage::Cuda(buffer) => buffer.dtype,
+            Storage::Cpu(_) => DType::F32,
+        };
+        let grad = self.holding(upstream, dtype);
         self.backward_from(output, grad)
     }
 

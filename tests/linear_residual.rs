@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use dtr_fused::autograd::{Tape, Var};
+use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::Result;
 use dtr_fused::ops::PerSample;
 use dtr_fused::ops::linear_residual::{Residual, linear_residual, reference};
@@ -87,6 +88,18 @@ fn cases(b: usize, tokens: usize, inputs: usize, channels: usize) -> Vec<(String
 fn check(b: usize, tokens: usize, inputs: usize, channels: usize) {
     for (label, case) in cases(b, tokens, inputs, channels) {
         check_operation(&label, &case);
+    }
+}
+
+#[test]
+fn on_cuda() {
+    for (b, tokens, inputs, channels) in [(1, 1, 40, 64), (5, 7, 48, 56), (2, 65, 24, 136)] {
+        for (label, case) in cases(b, tokens, inputs, channels) {
+            cuda::check_on_cuda(&label, &case);
+        }
+    }
+    for (label, case) in cases(4, 3, 5, 37) {
+        cuda::check_on_cuda_in(&label, &case, DType::F32);
     }
 }
 

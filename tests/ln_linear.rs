@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use dtr_fused::autograd::{Tape, Var};
+use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::Result;
 use dtr_fused::ops::PerSample;
 use dtr_fused::ops::channel_mask::{Keep, channel_mask};
@@ -108,6 +109,27 @@ fn the_smallest_sizes() {
         let read = vec![Window::all(2), Window { start: 0, width: 1 }, Window { start: 1, width: 1 }];
         let case = Case { tokens: 3, channels: 2, outputs, read, activation: Activation::Gelu, mean: 0.0 };
         check_operation("C 2", &case);
+    }
+}
+
+#[test]
+fn on_cuda() {
+    for (b, tokens, channels, outputs, mean) in
+        [(1, 1, 64, 40, 0.0), (5, 7, 56, 48, 0.0), (2, 65, 136, 24, 0.0), (3, 9, 64, 144, 1000.0)]
+    {
+        for (i, (name, read)) in window_sets(b, channels).into_iter().enumerate() {
+            let activation = if i % 2 == 0 { Activation::None } else { Activation::Gelu };
+            let label = format!("B {b}, T {tokens}, C {channels}, N {outputs}, {name}, {activation:?}, mean {mean}");
+            cuda::check_on_cuda(&label, &Case { tokens, channels, outputs, read, activation, mean });
+        }
+    }
+}
+
+#[test]
+fn on_cuda_with_sizes_that_only_f32_takes() {
+    for (name, read) in window_sets(4, 37) {
+        let case = Case { tokens: 3, channels: 37, outputs: 5, read, activation: Activation::Gelu, mean: 0.0 };
+        cuda::check_on_cuda_in(name, &case, DType::F32);
     }
 }
 

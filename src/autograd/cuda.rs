@@ -262,6 +262,20 @@ impl Tape<'_> {
         buffer
     }
 
+    /// [`Tape::elem`]; f32 on a tape in main memory.
+    pub(super) fn elem_if_on_cuda(&self) -> DType {
+        if self.on_cuda() { self.elem() } else { DType::F32 }
+    }
+
+    /// Numbers as an input of the pass, rounded to `dtype` (f32 or bf16).
+    pub(super) fn upload_as(&mut self, numbers: &[f32], dtype: DType) -> Buffer {
+        if dtype != DType::Bf16 {
+            return self.upload(bytemuck::cast_slice(numbers), DType::F32);
+        }
+        let rounded: Vec<u16> = numbers.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect();
+        self.upload(bytemuck::cast_slice(&rounded), DType::Bf16)
+    }
+
     /// Puts the windows behind a handle on the device.
     pub(super) fn upload_windows(&mut self, windows: Windows) {
         if self.on_cuda() {
@@ -323,6 +337,31 @@ impl Tape<'_> {
                 (self.take_buffer(value.len, value.dtype), true)
             }
         }
+    }
+
+    /// [`Tape::take_grad_buffer`], with zeros where it was empty.
+    pub(crate) fn take_zeroed_grad_buffer(&mut self, var: Var) -> Result<Buffer> {
+        let (grad, fresh) = self.take_grad_buffer(var);
+        if fresh {
+            self.device().fill_bytes(grad, 0)?;
+        }
+        Ok(grad)
+    }
+
+    /// Notes that `output` is the GELU of `pre`: whoever computes the gradient of `output` may hand it back as that of `pre`.
+    pub(crate) fn note_gelu(&mut self, output: Var, pre: Var) {
+        self.memory.before_gelu.push((output, pre));
+    }
+
+    /// The activation of which `output` is the GELU, if it was noted. Whoever takes it promises to multiply the gradient.
+    pub(crate) fn take_before_gelu(&mut self, output: Var) -> Option<Var> {
+        let at = self.memory.before_gelu.iter().position(|(of, _)| *of == output)?;
+        Some(self.memory.before_gelu.swap_remove(at).1)
+    }
+
+    /// Whether nobody has multiplied the gradient by the derivative of the GELU of `pre`.
+    pub(crate) fn gelu_is_pending(&self, pre: Var) -> bool {
+        self.memory.before_gelu.iter().any(|(_, of)| *of == pre)
     }
 
     /// Stores the gradient of `var`.

@@ -25,6 +25,11 @@ pub trait Real:
     fn ln(self) -> Self;
     /// Hyperbolic tangent.
     fn tanh(self) -> Self;
+    /// The number as a tensor in memory holds it: the references call it on everything that a plain implementation, one
+    /// operator after the other, writes to memory.
+    fn stored(self) -> Self {
+        self
+    }
     /// Zero.
     fn zero() -> Self {
         Self::from_f64(0.0)
@@ -61,6 +66,59 @@ macro_rules! real {
 }
 real!(f32);
 real!(f64);
+
+/// Arithmetic in f32 on tensors in bf16: what a plain implementation in bf16 computes.
+#[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+pub struct InBf16(pub f32);
+
+macro_rules! in_bf16 {
+    ($($operator:ident $method:ident)+) => {
+        $(impl $operator for InBf16 {
+            type Output = Self;
+            fn $method(self, other: Self) -> Self {
+                InBf16($operator::$method(self.0, other.0))
+            }
+        })+
+    };
+}
+in_bf16!(Add add Sub sub Mul mul Div div);
+
+impl Neg for InBf16 {
+    type Output = Self;
+    fn neg(self) -> Self {
+        InBf16(-self.0)
+    }
+}
+
+impl AddAssign for InBf16 {
+    fn add_assign(&mut self, other: Self) {
+        self.0 += other.0;
+    }
+}
+
+impl Real for InBf16 {
+    fn from_f64(x: f64) -> Self {
+        InBf16(x as f32)
+    }
+    fn to_f64(self) -> f64 {
+        f64::from(self.0)
+    }
+    fn sqrt(self) -> Self {
+        InBf16(self.0.sqrt())
+    }
+    fn exp(self) -> Self {
+        InBf16(self.0.exp())
+    }
+    fn ln(self) -> Self {
+        InBf16(self.0.ln())
+    }
+    fn tanh(self) -> Self {
+        InBf16(self.0.tanh())
+    }
+    fn stored(self) -> Self {
+        InBf16(half::bf16::from_f32(self.0).to_f32())
+    }
+}
 
 /// GELU, tanh form.
 pub fn gelu<R: Real>(x: R) -> R {

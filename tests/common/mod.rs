@@ -7,6 +7,8 @@
 
 #![allow(dead_code)] // Every test binary uses a part of this.
 
+pub mod cuda;
+
 use dtr_fused::autograd::{Memory, Tape, Var};
 use dtr_fused::error::{Error, Result};
 use dtr_fused::ops::PerSample;

@@ -9,9 +9,11 @@
 //! `dv = P^T dout`, `dS = P (dout v^T - D) / sqrt(HS)`, `dq = dS k`, `dk = dS^T q`.
 
 pub(crate) mod cpu;
+pub mod cuda;
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::{Node, check, dims3};
 
@@ -20,7 +22,7 @@ use crate::ops::{Node, check, dims3};
 pub(crate) struct Saved {
     qkv: Var, // [B, T, 3C]
     out: Var, // [B, T, C]
-    lse: Var, // [B, T, NH]
+    lse: Var, // [B, T, NH]; on CUDA [B, NH, T]
     heads: usize,
 }
 
@@ -33,6 +35,15 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
     let [b, t, c3] = dims3(tape, qkv, OP, "[batch, tokens, 3 x channels]")?;
     check(heads > 0 && c3 % (3 * heads) == 0, OP, || format!("{c3} is not 3 x channels of {heads} equal heads"))?;
     let c = c3 / 3;
+    if tape.on_cuda() {
+        let (device, elem) = (tape.device(), tape.elem());
+        let (out, lse) = (tape.take_buffer(b * t * c, elem), tape.take_buffer(b * t * heads, DType::F32));
+        cuda::forward(&device, out, lse, tape.buffer(qkv), cuda::Dims { b, t, c, heads })?;
+        let out = tape.push([b, t, c], out, true);
+        let lse = tape.push([b, heads, t], lse, false);
+        tape.record(out, Node::Attention(Saved { qkv, out, lse, heads }));
+        return Ok(out);
+    }
     let mut out = tape.take(b * t * c);
     let mut lse = tape.take(b * t * heads);
     cpu::forward(&mut out, &mut lse, tape.value(qkv), cpu::Dims { b, t, c, heads });
@@ -43,8 +54,17 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
 }
 
 impl Saved {
-    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
-        Err(crate::Error::usage("attention does not run on CUDA"))
+    pub(crate) fn backward_cuda(self, tape: &mut Tape, dout: Buffer) -> Result<()> {
+        let &[b, t, c] = tape.shape(self.out) else { unreachable!("made by the forward pass") };
+        let device = tape.device();
+        let dqkv = tape.take_buffer(b * t * 3 * c, dout.dtype);
+        let rows = tape.take_buffer(b * t * self.heads, DType::F32);
+        let (qkv, out, lse) = (tape.buffer(self.qkv), tape.buffer(self.out), tape.buffer(self.lse));
+        cuda::backward(&device, dqkv, rows, dout, qkv, out, lse, cuda::Dims { b, t, c, heads: self.heads })?;
+        tape.add_grad_buffer(self.qkv, dqkv)?;
+        tape.give_buffer(rows);
+        tape.give_buffer(dout);
+        Ok(())
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, dout: Vec<f32>) {

@@ -38,7 +38,7 @@ fn probabilities<R: Real>(qkv: &[R], d: Dims, b: usize, t: usize, head: usize) -
         sum += *x;
     }
     for x in &mut row {
-        *x = *x / sum;
+        *x = (*x / sum).stored();
     }
     row
 }
@@ -59,7 +59,7 @@ pub fn forward<R: Real>(qkv: &[R], d: Dims) -> Vec<R> {
             }
         }
     }
-    out
+    out.into_iter().map(R::stored).collect()
 }
 
 /// Gradient of `sum(out * dout)` with respect to `qkv`, `[B, T, 3C]`.
@@ -85,7 +85,7 @@ pub fn backward<R: Real>(qkv: &[R], dout: &[R], d: Dims) -> Vec<R> {
                     mean += p[s] * dp[s];
                 }
                 for s in 0..d.tokens {
-                    let ds = p[s] * (dp[s] - mean) * scale;
+                    let ds = (p[s] * (dp[s] - mean)).stored() * scale;
                     for i in 0..size {
                         dqkv[place(b, t, 0, head) + i] += ds * at(qkv, d, b, s, 1, head, i);
                         dqkv[place(b, s, 1, head) + i] += ds * at(qkv, d, b, t, 0, head, i);
@@ -94,5 +94,5 @@ pub fn backward<R: Real>(qkv: &[R], dout: &[R], d: Dims) -> Vec<R> {
             }
         }
     }
-    dqkv
+    dqkv.into_iter().map(R::stored).collect()
 }

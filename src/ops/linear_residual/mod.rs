@@ -18,9 +18,11 @@
 //! `dgate = sum_t dout z`; base and bypass get `dout` where they were let through.
 
 pub(crate) mod cpu;
+pub mod cuda;
 pub mod reference;
 
 use crate::autograd::{Tape, Var, Windows};
+use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::{Node, PerSample, check, check_per_sample, dims3};
 use crate::params::Linear;
@@ -80,6 +82,9 @@ pub fn linear_residual(
 
     // Nothing lies outside full windows.
     residual.bypass = residual.bypass.filter(|&(_, windows)| tape.get_windows(windows).iter().any(|w| w.width < c));
+    if tape.on_cuda() {
+        return on_cuda(tape, a, linear, gate, residual, write, [b, t, k, c]);
+    }
     let mut z = tape.take(b * t * c);
     let mut out = tape.take(b * t * c);
     let modulation = tape.value(gate.var);
@@ -105,9 +110,98 @@ pub fn linear_residual(
     Ok(out)
 }
 
+/// [`linear_residual`] on a CUDA device.
+fn on_cuda(
+    tape: &mut Tape,
+    a: Var,
+    linear: Linear,
+    gate: PerSample,
+    residual: Residual,
+    write: Windows,
+    [b, t, k, c]: [usize; 4],
+) -> Result<Var> {
+    let (elem, device) = (tape.elem(), tape.device());
+    let out = tape.take_buffer(b * t * c, elem);
+    let z = if tape.records() { tape.take_buffer(b * t * c, elem) } else { Buffer::none(elem) };
+    cuda::forward(
+        &device,
+        out,
+        z,
+        tape.buffer(a),
+        tape.weight_buffer(linear.weight),
+        tape.full_buffer(linear.bias),
+        cuda_gate(tape, gate),
+        tape.buffer(residual.base),
+        residual.bypass.map_or(Buffer::none(elem), |(x, _)| tape.buffer(x)),
+        cuda_windows(tape, residual, write),
+        cuda::Dims { b, t, k, c },
+    )?;
+    let out = tape.push([b, t, c], out, true);
+    if tape.records() {
+        let z = tape.push([b, t, c], z, false);
+        tape.record(out, Node::LinearResidual(Saved { a, linear, gate, residual, write, z }));
+    }
+    Ok(out)
+}
+
+fn cuda_gate(tape: &Tape, gate: PerSample) -> cuda::Gate {
+    let modulation = tape.buffer(gate.var);
+    cuda::Gate { gate: modulation.slice(gate.offset..modulation.len), stride: tape.shape(gate.var)[1] }
+}
+
+fn cuda_windows(tape: &Tape, residual: Residual, write: Windows) -> cuda::Windows {
+    cuda::Windows {
+        base: tape.window_buffer(residual.base_window),
+        bypass: residual.bypass.map_or(Buffer::none(DType::I32), |(_, windows)| tape.window_buffer(windows)),
+        write: tape.window_buffer(write),
+    }
+}
+
 impl Saved {
-    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
-        Err(crate::Error::usage("linear_residual does not run on CUDA"))
+    pub(crate) fn backward_cuda(self, tape: &mut Tape, dout: Buffer) -> Result<()> {
+        let &[b, t, k] = tape.shape(self.a) else { unreachable!("checked by the forward pass") };
+        let (c, elem, device) = (self.linear.outputs, tape.elem(), tape.device());
+        let da = tape.take_buffer(b * t * k, elem);
+        let dmodulation = tape.take_zeroed_grad_buffer(self.gate.var)?;
+        let (dbase, fresh_base) = tape.take_grad_buffer(self.residual.base);
+        let (dbypass, fresh_bypass) = match self.residual.bypass {
+            Some((x, _)) if x == self.residual.base => (tape.take_buffer(b * t * c, elem), true),
+            Some((x, _)) => tape.take_grad_buffer(x),
+            None => (Buffer::none(elem), false),
+        };
+        let scratch =
+            cuda::Scratch { dz: tape.take_buffer(b * t * c, elem), dz_sums: tape.take_buffer(b * c, DType::F32) };
+        let (dweight, add) = tape.grad_buffer(self.linear.weight);
+        let (dbias, _) = tape.grad_buffer(self.linear.bias);
+        let pre = tape.take_before_gelu(self.a).map_or(Buffer::none(elem), |pre| tape.buffer(pre));
+        let dgate = dmodulation.slice(self.gate.offset..dmodulation.len);
+        cuda::backward(
+            &device,
+            cuda::Gradients { da, dgate, dbase, fresh_base, dbypass, fresh_bypass, dweight, dbias, add },
+            scratch,
+            dout,
+            tape.buffer(self.a),
+            pre,
+            tape.buffer(self.z),
+            tape.weight_buffer(self.linear.weight),
+            cuda_gate(tape, self.gate),
+            cuda_windows(tape, self.residual, self.write),
+            cuda::Dims { b, t, k, c },
+        )?;
+        tape.put_grad_buffer(self.residual.base, dbase);
+        if let Some((x, _)) = self.residual.bypass {
+            if x == self.residual.base {
+                tape.add_grad_buffer(x, dbypass)?;
+            } else {
+                tape.put_grad_buffer(x, dbypass);
+            }
+        }
+        tape.put_grad_buffer(self.gate.var, dmodulation);
+        tape.add_grad_buffer(self.a, da)?;
+        for buffer in [dout, scratch.dz, scratch.dz_sums] {
+            tape.give_buffer(buffer);
+        }
+        Ok(())
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, dout: Vec<f32>) {

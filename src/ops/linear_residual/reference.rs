@@ -61,7 +61,7 @@ pub fn forward<R: Real>(inputs: &Inputs<R>) -> Vec<R> {
                 {
                     sum += x[i];
                 }
-                out.push(sum);
+                out.push(sum.stored());
             }
         }
     }
@@ -75,7 +75,7 @@ fn linear<R: Real>(inputs: &Inputs<R>, row: usize, c: usize) -> R {
     for j in 0..k {
         z += inputs.a[row * k + j] * inputs.weight[c * k + j];
     }
-    z
+    z.stored()
 }
 
 /// Gradients of `sum(out * dout)`.
@@ -104,13 +104,16 @@ pub fn backward<R: Real>(inputs: &Inputs<R>, dout: &[R]) -> Gradients<R> {
                 }
                 if inputs.write[b].range().contains(&c) {
                     grads.dgate[b * channels + c] += d * linear(inputs, row, c);
-                    let dz = d * inputs.gate[b * channels + c];
+                    let dz = (d * inputs.gate[b * channels + c]).stored();
                     grads.dbias[c] += dz;
                     for j in 0..k {
                         grads.da[row * k + j] += dz * inputs.weight[c * k + j];
                         grads.dweight[c * k + j] += dz * inputs.a[row * k + j];
                     }
                 }
+            }
+            for da in &mut grads.da[row * k..(row + 1) * k] {
+                *da = da.stored();
             }
         }
     }

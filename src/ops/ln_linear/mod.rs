@@ -24,9 +24,11 @@
 //! ```
 
 pub(crate) mod cpu;
+pub mod cuda;
 pub mod reference;
 
 use crate::autograd::{Tape, Var, Windows};
+use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::{Node, PerSample, check, check_per_sample, dims3};
 use crate::params::Linear;
@@ -53,8 +55,10 @@ pub(crate) struct Saved {
     linear: Linear,          // [N, C], [N]
     mean: Var,               // [B, T]
     rstd: Var,               // [B, T]
-    correction: Option<Var>, // [B, 2, N]: u, and v + b; None when every window is full
+    correction: Option<Var>, // [B, 2, N]: u, and v + b (CUDA: v); None when every window is full
     pre: Option<Var>,        // [B, T, N] before GELU; None without
+    h: Option<Var>,          // CUDA: [B, T, C] normalised and modulated
+    inactive: Option<Var>,   // CUDA: [B, 2, C]: 1 + scale and shift outside of the windows
 }
 
 /// `y = activation(linear(modulate(LN(x in its windows))))`, `[B, T, N]`.
@@ -87,6 +91,9 @@ pub fn ln_linear(
         format!("needs {b} read windows inside 0..{c}, got {windows:?}")
     })?;
     let full = windows.iter().all(|w| w.width == c);
+    if tape.on_cuda() {
+        return on_cuda(tape, x, read, shift, scale, linear, activation, full);
+    }
 
     let mut y = tape.take(b * t * n);
     let mut mean = tape.take(b * t);
@@ -121,13 +128,118 @@ pub fn ln_linear(
     let rstd = tape.push([b, t], rstd, false);
     let correction = (!full).then(|| tape.push([b, 2, n], correction, false));
     let pre = keeps_pre.then(|| tape.push([b, t, n], pre, false));
-    tape.record(y, Node::LnLinear(Saved { x, read, shift, scale, linear, mean, rstd, correction, pre }));
+    let (h, inactive) = (None, None);
+    tape.record(y, Node::LnLinear(Saved { x, read, shift, scale, linear, mean, rstd, correction, pre, h, inactive }));
     Ok(y)
 }
 
+/// [`ln_linear`] on a CUDA device. The next operation may hand the gradient of a GELU's output back as that of its input
+/// ([`Tape::note_gelu`]).
+#[expect(clippy::too_many_arguments, reason = "those of ln_linear, checked")]
+fn on_cuda(
+    tape: &mut Tape,
+    x: Var,
+    read: Windows,
+    shift: PerSample,
+    scale: PerSample,
+    linear: Linear,
+    activation: Activation,
+    full: bool,
+) -> Result<Var> {
+    let [b, t, c] = dims3(tape, x, "ln_linear", "[batch, tokens, channels]")?;
+    let (n, elem, device) = (linear.outputs, tape.elem(), tape.device());
+    let y = tape.take_buffer(b * t * n, elem);
+    let keeps_pre = activation == Activation::Gelu && tape.records();
+    let pre = if keeps_pre { tape.take_buffer(b * t * n, elem) } else { Buffer::none(elem) };
+    let saved = cuda::Saved {
+        h: tape.take_buffer(b * t * c, elem),
+        mean: tape.take_buffer(b * t, DType::F32),
+        rstd: tape.take_buffer(b * t, DType::F32),
+        inactive: tape.take_buffer(b * 2 * c, elem),
+        uv: if full { Buffer::none(DType::F32) } else { tape.take_buffer(b * 2 * n, DType::F32) },
+    };
+    let inputs = cuda_inputs(tape, x, read, full, shift, scale, linear);
+    let dims = cuda::Dims { b, t, c, n };
+    cuda::forward(&device, y, pre, saved, inputs, tape.full_buffer(linear.bias), activation, dims)?;
+    let y = tape.push([b, t, n], y, true);
+    let mean = tape.push([b, t], saved.mean, false);
+    let rstd = tape.push([b, t], saved.rstd, false);
+    let correction = (!full).then(|| tape.push([b, 2, n], saved.uv, false));
+    let pre = keeps_pre.then(|| tape.push([b, t, n], pre, false));
+    let h = Some(tape.push([b, t, c], saved.h, false));
+    let inactive = Some(tape.push([b, 2, c], saved.inactive, false));
+    if let Some(pre) = pre {
+        tape.note_gelu(y, pre);
+    }
+    tape.record(y, Node::LnLinear(Saved { x, read, shift, scale, linear, mean, rstd, correction, pre, h, inactive }));
+    Ok(y)
+}
+
+fn cuda_inputs(
+    tape: &Tape,
+    x: Var,
+    windows: Windows,
+    full: bool,
+    shift: PerSample,
+    scale: PerSample,
+    linear: Linear,
+) -> cuda::Inputs {
+    let (modulation, stride) = (tape.buffer(shift.var), tape.shape(shift.var)[1]);
+    let from = |offset| modulation.slice(offset..modulation.len);
+    cuda::Inputs {
+        x: tape.buffer(x),
+        windows: tape.window_buffer(windows),
+        full,
+        modulation: cuda::Modulation { shift: from(shift.offset), scale: from(scale.offset), stride },
+        weight: tape.weight_buffer(linear.weight),
+    }
+}
+
 impl Saved {
-    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
-        Err(crate::Error::usage("ln_linear does not run on CUDA"))
+    pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
+        let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
+        let (n, elem, device) = (self.linear.outputs, tape.elem(), tape.device());
+        let (dims, full) = (cuda::Dims { b, t, c, n }, self.correction.is_none());
+        if let Some(pre) = self.pre.filter(|&pre| tape.gelu_is_pending(pre)) {
+            cuda::gelu_backward(&device, dy, tape.buffer(pre))?;
+        }
+        let (dx, fresh_dx) = tape.take_grad_buffer(self.x);
+        let dmodulation = tape.take_zeroed_grad_buffer(self.shift.var)?;
+        let scratch = cuda::Scratch {
+            dh: tape.take_buffer(b * t * c, elem),
+            pq: tape.take_buffer(if full { 0 } else { cuda::pq_len(dims, elem) }, elem),
+            q: tape.take_buffer(b * n, DType::F32),
+            dr: tape.take_buffer(if full { 0 } else { cuda::dr_len(dims) }, DType::F32),
+            inactive_grads: tape.take_buffer(if full { 0 } else { cuda::inactive_grads_len(dims, elem) }, DType::F32),
+        };
+        let (dweight, add) = tape.grad_buffer(self.linear.weight);
+        let (dbias, _) = tape.grad_buffer(self.linear.bias);
+        let from = |offset| dmodulation.slice(offset..dmodulation.len);
+        let grads = cuda::Gradients {
+            dx,
+            fresh_dx,
+            dshift: from(self.shift.offset),
+            dscale: from(self.scale.offset),
+            dweight,
+            dbias,
+            add,
+        };
+        let of = |var: Option<Var>| var.map_or(Buffer::none(DType::F32), |var| tape.buffer(var));
+        let saved = cuda::Saved {
+            h: of(self.h),
+            mean: tape.buffer(self.mean),
+            rstd: tape.buffer(self.rstd),
+            inactive: of(self.inactive),
+            uv: of(self.correction),
+        };
+        let inputs = cuda_inputs(tape, self.x, self.read, full, self.shift, self.scale, self.linear);
+        cuda::backward(&device, grads, scratch, dy, inputs, saved, dims)?;
+        tape.put_grad_buffer(self.x, dx);
+        tape.put_grad_buffer(self.shift.var, dmodulation);
+        for buffer in [dy, scratch.dh, scratch.pq, scratch.q, scratch.dr, scratch.inactive_grads] {
+            tape.give_buffer(buffer);
+        }
+        Ok(())
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, mut dy: Vec<f32>) {

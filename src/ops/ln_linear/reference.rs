@@ -70,10 +70,10 @@ fn before_activation<R: Real>(inputs: &Inputs<R>) -> Vec<R> {
                 for c in 0..channels {
                     let value = if window.range().contains(&c) { row[c] } else { R::zero() };
                     let z = (value - mean) * rstd;
-                    let h = z * (R::one() + scale[b * channels + c]) + shift[b * channels + c];
+                    let h = (z * (R::one() + scale[b * channels + c]) + shift[b * channels + c]).stored();
                     sum += weight[o * channels + c] * h;
                 }
-                y.push(sum);
+                y.push(sum.stored());
             }
         }
     }
@@ -85,7 +85,7 @@ pub fn forward<R: Real>(inputs: &Inputs<R>) -> Vec<R> {
     let mut y = before_activation(inputs);
     if inputs.activation == Activation::Gelu {
         for v in &mut y {
-            *v = gelu(*v);
+            *v = gelu(*v).stored();
         }
     }
     y
@@ -98,7 +98,7 @@ pub fn backward<R: Real>(inputs: &Inputs<R>, dy: &[R]) -> Gradients<R> {
     let mut g = dy.to_vec();
     if inputs.activation == Activation::Gelu {
         for (g, pre) in g.iter_mut().zip(before_activation(inputs)) {
-            *g = *g * gelu_derivative(pre);
+            *g = (*g * gelu_derivative(pre)).stored();
         }
     }
     let mut out = Gradients {
@@ -119,12 +119,13 @@ pub fn backward<R: Real>(inputs: &Inputs<R>, dy: &[R]) -> Gradients<R> {
             for c in 0..channels {
                 let value = if window.range().contains(&c) { row[c] } else { R::zero() };
                 z[c] = (value - mean) * rstd;
-                let h = z[c] * (R::one() + scale[b * channels + c]) + shift[b * channels + c];
+                let h = (z[c] * (R::one() + scale[b * channels + c]) + shift[b * channels + c]).stored();
                 let mut dh = R::zero();
                 for o in 0..n {
                     dh += g[o] * weight[o * channels + c];
                     out.dweight[o * channels + c] += g[o] * h;
                 }
+                let dh = dh.stored();
                 out.dshift[b * channels + c] += dh;
                 out.dscale[b * channels + c] += dh * z[c];
                 dz[c] = dh * (R::one() + scale[b * channels + c]);
@@ -138,7 +139,7 @@ pub fn backward<R: Real>(inputs: &Inputs<R>, dy: &[R]) -> Gradients<R> {
                 s2 += dz[c] * z[c];
             }
             for c in window.range() {
-                out.dx[(b * tokens + t) * channels + c] = rstd * (dz[c] - s1 / count - z[c] * s2 / count);
+                out.dx[(b * tokens + t) * channels + c] = (rstd * (dz[c] - s1 / count - z[c] * s2 / count)).stored();
             }
         }
     }

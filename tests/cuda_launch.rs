@@ -1,6 +1,9 @@
 //! Launches: checked arguments, both precisions, graphs, the fallback from machine code to PTX.
 
-use crate::common::{Output, device, random, rounded};
+mod common;
+
+use common::cuda::{Output, device, rounded};
+use common::numbers;
 use dtr_fused::backend::cuda::{Arg, DType, Device, Launch};
 
 fn add(device: &Device, to: &Output, from: &Output, elem: DType) -> dtr_fused::Result<()> {
@@ -14,7 +17,7 @@ fn add(device: &Device, to: &Output, from: &Output, elem: DType) -> dtr_fused::R
 fn a_kernel_runs_and_a_graph_replays_it() {
     let device = device();
     for elem in [DType::F32, DType::Bf16] {
-        let (a, b) = (rounded(&random(1000, 1), elem), rounded(&random(1000, 2), elem));
+        let (a, b) = (rounded(&numbers(1, 1000), elem), rounded(&numbers(2, 1000), elem));
         let (to, from) = (Output::with(&device, &a, elem), Output::with(&device, &b, elem));
         add(&device, &to, &from, elem).unwrap();
         let once: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();

@@ -1,0 +1,254 @@
+//! The CUDA version (`kernels/linear_residual.cu`), on buffers of the caller.
+
+use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
+use crate::error::{Error, Result};
+use crate::ops::tile::{SMALL, THREADS, Tiling, check_sizes, tiling};
+
+const FILE: &str = "linear_residual";
+const OP: &str = "linear_residual";
+/// Columns of a block of the kernel that sums over tokens.
+const COLUMNS: usize = 64;
+
+/// Sizes.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Samples.
+    pub b: usize,
+    /// Tokens of each.
+    pub t: usize,
+    /// Inputs.
+    pub k: usize,
+    /// Channels of the residual stream.
+    pub c: usize,
+}
+
+/// The gate of a sample: f32 columns of `[B, stride]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Gate {
+    /// From the first sample's gate on.
+    pub gate: Buffer,
+    /// Columns in all.
+    pub stride: usize,
+}
+
+/// Windows, `[B, 2]` i32: start and width for each sample.
+#[derive(Clone, Copy, Debug)]
+pub struct Windows {
+    /// Where the base is added.
+    pub base: Buffer,
+    /// Outside of these the bypass is; none without a bypass.
+    pub bypass: Buffer,
+    /// What the linear layer writes.
+    pub write: Buffer,
+}
+
+/// Refuses buffers that are too short: each with its name and the length it must have.
+fn check(dims: Dims, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
+    check_sizes(OP, elem, dims.b * dims.t, &[dims.c, dims.k])?;
+    match buffers.iter().find(|(_, buffer, len)| !buffer.is_none() && buffer.len < *len) {
+        None => Ok(()),
+        Some((name, buffer, len)) => {
+            let what = format!("{name} has {} numbers, expected {len} for {dims:?}", buffer.len);
+            Err(Error::Shape { operation: OP, what })
+        }
+    }
+}
+
+fn product<'a>(kernel: &'static str, elem: DType, tiles: &'a Tiling) -> Launch<'a> {
+    Launch { file: FILE, kernel, elem, defines: &tiles.defines, grid: tiles.grid, block: THREADS, shared: 0 }
+}
+
+/// `out` `[B, T, C]` elem, and `z`, the linear layer's output in the write windows (none: not kept), of `a` `[B, T, K]`,
+/// `weight` `[C, K]` (elem), `bias` `[C]` (f32), `base` and `bypass` (none: nothing) `[B, T, C]` elem.
+///
+/// # Errors
+/// When a buffer is too short or of another type, or the device fails.
+#[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
+pub fn forward(
+    device: &Device,
+    out: Buffer,
+    z: Buffer,
+    a: Buffer,
+    weight: Buffer,
+    bias: Buffer,
+    gate: Gate,
+    base: Buffer,
+    bypass: Buffer,
+    windows: Windows,
+    dims: Dims,
+) -> Result<()> {
+    let Dims { b, t, k, c } = dims;
+    let elem = a.dtype;
+    check(
+        dims,
+        elem,
+        &[
+            ("out", out, b * t * c),
+            ("z", z, b * t * c),
+            ("a", a, b * t * k),
+            ("weight", weight, c * k),
+            ("bias", bias, c),
+            ("gate", gate.gate, (b - 1) * gate.stride + c),
+            ("base", base, b * t * c),
+            ("bypass", bypass, b * t * c),
+            ("base windows", windows.base, b * 2),
+            ("bypass windows", windows.bypass, b * 2),
+            ("write windows", windows.write, b * 2),
+        ],
+    )?;
+    let tiles = tiling(device, b * t, c);
+    device.launch(
+        &product("linear_residual_fwd", elem, &tiles),
+        &[
+            out.into(),
+            z.into(),
+            a.into(),
+            weight.into(),
+            bias.into(),
+            gate.gate.into(),
+            base.into(),
+            bypass.into(),
+            windows.base.into(),
+            windows.bypass.into(),
+            windows.write.into(),
+            Arg::I32(gate.stride as i32),
+            Arg::I32(b as i32),
+            Arg::I32(t as i32),
+            Arg::I32(k as i32),
+            Arg::I32(c as i32),
+        ],
+    )
+}
+
+/// Where gradients go.
+#[derive(Clone, Copy, Debug)]
+pub struct Gradients {
+    /// `[B, T, K]` elem, overwritten: gradient of `a`, or of `pre` where that is given.
+    pub da: Buffer,
+    /// As the gate; added to.
+    pub dgate: Buffer,
+    /// `[B, T, C]` elem inside the base windows, none where nobody wants it; may be `dout` itself.
+    pub dbase: Buffer,
+    /// Whether dbase is overwritten (0 outside of the windows); else it is added to.
+    pub fresh_base: bool,
+    /// `[B, T, C]` elem outside of the bypass windows; none without a bypass.
+    pub dbypass: Buffer,
+    /// Whether dbypass is overwritten (0 inside of the windows); else it is added to.
+    pub fresh_bypass: bool,
+    /// `[C, K]` f32
+    pub dweight: Buffer,
+    /// `[C]` f32
+    pub dbias: Buffer,
+    /// Whether to add to dweight and dbias.
+    pub add: bool,
+}
+
+/// Memory of the backward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Scratch {
+    /// `[B, T, C]` elem
+    pub dz: Buffer,
+    /// `[B, C]` f32
+    pub dz_sums: Buffer,
+}
+
+/// The gradients, given that of the output, `dout` `[B, T, C]` elem. `pre` `[B, T, K]` elem: `a` is its GELU (none: it is
+/// not).
+///
+/// # Errors
+/// When a buffer is too short or of another type, or the device fails.
+#[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
+pub fn backward(
+    device: &Device,
+    grads: Gradients,
+    scratch: Scratch,
+    dout: Buffer,
+    a: Buffer,
+    pre: Buffer,
+    z: Buffer,
+    weight: Buffer,
+    gate: Gate,
+    windows: Windows,
+    dims: Dims,
+) -> Result<()> {
+    let Dims { b, t, k, c } = dims;
+    let elem = dout.dtype;
+    check(
+        dims,
+        elem,
+        &[
+            ("da", grads.da, b * t * k),
+            ("dgate", grads.dgate, (b - 1) * gate.stride + c),
+            ("dbase", grads.dbase, b * t * c),
+            ("dbypass", grads.dbypass, b * t * c),
+            ("dweight", grads.dweight, c * k),
+            ("dbias", grads.dbias, c),
+            ("dz", scratch.dz, b * t * c),
+            ("dz_sums", scratch.dz_sums, b * c),
+            ("dout", dout, b * t * c),
+            ("a", a, b * t * k),
+            ("pre", pre, b * t * k),
+            ("z", z, b * t * c),
+            ("weight", weight, c * k),
+            ("gate", gate.gate, (b - 1) * gate.stride + c),
+            ("base windows", windows.base, b * 2),
+            ("bypass windows", windows.bypass, b * 2),
+            ("write windows", windows.write, b * 2),
+        ],
+    )?;
+    let [b32, t32, k32, c32] = [b, t, k, c].map(|size| Arg::I32(size as i32));
+    let flag = |flag: bool| Arg::I32(i32::from(flag));
+    let split = Launch {
+        file: FILE,
+        kernel: "linear_residual_bwd_split",
+        elem,
+        defines: &SMALL,
+        grid: [c.div_ceil(COLUMNS) as u32, b as u32, 1],
+        block: 256,
+        shared: 0,
+    };
+    device.launch(
+        &split,
+        &[
+            scratch.dz.into(),
+            scratch.dz_sums.into(),
+            grads.dgate.into(),
+            grads.dbase.into(),
+            grads.dbypass.into(),
+            dout.into(),
+            z.into(),
+            gate.gate.into(),
+            windows.base.into(),
+            windows.bypass.into(),
+            windows.write.into(),
+            Arg::I32(gate.stride as i32),
+            flag(grads.fresh_base),
+            flag(grads.fresh_bypass),
+            b32,
+            t32,
+            c32,
+        ],
+    )?;
+    let tiles = tiling(device, b * t, k);
+    device.launch(
+        &product("linear_residual_bwd_input", elem, &tiles),
+        &[grads.da.into(), scratch.dz.into(), weight.into(), pre.into(), windows.write.into(), b32, t32, k32, c32],
+    )?;
+    let tiles = tiling(device, c, k);
+    device.launch(
+        &product("linear_residual_bwd_weight", elem, &tiles),
+        &[
+            grads.dweight.into(),
+            grads.dbias.into(),
+            scratch.dz.into(),
+            a.into(),
+            scratch.dz_sums.into(),
+            windows.write.into(),
+            flag(grads.add),
+            b32,
+            t32,
+            k32,
+            c32,
+        ],
+    )
+}

@@ -1,0 +1,388 @@
+//! The CUDA version (`kernels/ln_linear.cu`), on buffers of the caller.
+
+use super::Activation;
+use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
+use crate::error::{Error, Result};
+use crate::ops::tile::{SMALL, THREADS, Tiling, check_sizes, tiling};
+
+const FILE: &str = "ln_linear";
+const OP: &str = "ln_linear";
+/// Rows of a block of the kernels with a warp a row.
+const ROW_WARPS: usize = 8;
+/// Columns of a block of the kernels that sum over tokens.
+const COLUMNS: usize = 64;
+
+/// Sizes.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Samples.
+    pub b: usize,
+    /// Tokens of each.
+    pub t: usize,
+    /// Channels.
+    pub c: usize,
+    /// Outputs.
+    pub n: usize,
+}
+
+impl Dims {
+    /// Parts of [`Scratch::dr`].
+    fn dr_parts(self) -> usize {
+        self.n.div_ceil(COLUMNS)
+    }
+
+    /// Halves into which P and Q are split for products in `elem`.
+    fn split(elem: DType) -> usize {
+        if elem == DType::Bf16 { 2 } else { 1 }
+    }
+}
+
+/// Shift and scale of a sample: f32 columns of `[B, stride]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Modulation {
+    /// From the first sample's shift on.
+    pub shift: Buffer,
+    /// From the first sample's scale on.
+    pub scale: Buffer,
+    /// Columns in all.
+    pub stride: usize,
+}
+
+/// Inputs of both passes; `elem` is f32 or bf16, the same for all.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs {
+    /// `[B, T, C]` elem
+    pub x: Buffer,
+    /// `[B, 2]` i32: start and width of each sample's window.
+    pub windows: Buffer,
+    /// Whether every window holds all channels.
+    pub full: bool,
+    /// Shift and scale.
+    pub modulation: Modulation,
+    /// `[N, C]` elem
+    pub weight: Buffer,
+}
+
+/// What the forward pass writes and the backward pass reads again.
+#[derive(Clone, Copy, Debug)]
+pub struct Saved {
+    /// `[B, T, C]` elem: normalised and modulated, 0 outside of the windows.
+    pub h: Buffer,
+    /// `[B, T]` f32
+    pub mean: Buffer,
+    /// `[B, T]` f32
+    pub rstd: Buffer,
+    /// `[B, 2, C]` elem: `1 + scale` and `shift` outside of the windows.
+    pub inactive: Buffer,
+    /// `[B, 2, N]` f32: u and v; none when every window is full.
+    pub uv: Buffer,
+}
+
+/// Memory of the backward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Scratch {
+    /// `[B, T, C]` elem
+    pub dh: Buffer,
+    /// [`pq_len`] elem; none when every window is full.
+    pub pq: Buffer,
+    /// `[B, N]` f32
+    pub q: Buffer,
+    /// [`dr_len`] f32; none when every window is full.
+    pub dr: Buffer,
+    /// [`inactive_grads_len`] f32; none when every window is full.
+    pub inactive_grads: Buffer,
+}
+
+/// Where gradients go.
+#[derive(Clone, Copy, Debug)]
+pub struct Gradients {
+    /// `[B, T, C]` elem, inside the windows.
+    pub dx: Buffer,
+    /// Whether dx is overwritten (and 0 outside of the windows); else it is added to.
+    pub fresh_dx: bool,
+    /// As the modulation; added to.
+    pub dshift: Buffer,
+    /// As the modulation; added to.
+    pub dscale: Buffer,
+    /// `[N, C]` f32
+    pub dweight: Buffer,
+    /// `[N]` f32
+    pub dbias: Buffer,
+    /// Whether to add to dweight and dbias.
+    pub add: bool,
+}
+
+/// Elements of [`Scratch::pq`].
+pub fn pq_len(dims: Dims, elem: DType) -> usize {
+    Dims::split(elem) * dims.b * 2 * dims.n
+}
+
+/// Elements of [`Scratch::dr`].
+pub fn dr_len(dims: Dims) -> usize {
+    dims.dr_parts() * dims.b * dims.t
+}
+
+/// Elements of [`Scratch::inactive_grads`].
+pub fn inactive_grads_len(dims: Dims, elem: DType) -> usize {
+    Dims::split(elem) * dims.b * 2 * dims.c
+}
+
+/// Refuses buffers that are too short: each with its name and the length it must have.
+fn check(dims: Dims, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
+    check_sizes(OP, elem, dims.b * dims.t, &[dims.c, dims.n])?;
+    match buffers.iter().find(|(_, buffer, len)| buffer.len < *len) {
+        None => Ok(()),
+        Some((name, buffer, len)) => {
+            let what = format!("{name} has {} numbers, expected {len} for {dims:?}", buffer.len);
+            Err(Error::Shape { operation: OP, what })
+        }
+    }
+}
+
+/// `y` `[B, T, N]` elem; with GELU also `pre`, what it was before (none: not kept). `bias` is `[N]` f32.
+///
+/// # Errors
+/// When a buffer is too short or of another type, or the device fails.
+#[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
+pub fn forward(
+    device: &Device,
+    y: Buffer,
+    pre: Buffer,
+    saved: Saved,
+    inputs: Inputs,
+    bias: Buffer,
+    activation: Activation,
+    dims: Dims,
+) -> Result<()> {
+    let Dims { b, t, c, n } = dims;
+    let elem = inputs.x.dtype;
+    check(
+        dims,
+        elem,
+        &[
+            ("y", y, b * t * n),
+            ("pre", pre, if pre.is_none() { 0 } else { b * t * n }),
+            ("h", saved.h, b * t * c),
+            ("mean", saved.mean, b * t),
+            ("rstd", saved.rstd, b * t),
+            ("inactive", saved.inactive, b * 2 * c),
+            ("uv", saved.uv, if inputs.full { 0 } else { b * 2 * n }),
+            ("x", inputs.x, b * t * c),
+            ("windows", inputs.windows, b * 2),
+            ("shift", inputs.modulation.shift, (b - 1) * inputs.modulation.stride + c),
+            ("scale", inputs.modulation.scale, (b - 1) * inputs.modulation.stride + c),
+            ("weight", inputs.weight, n * c),
+            ("bias", bias, n),
+        ],
+    )?;
+    let [b32, t32, c32, n32] = [b, t, c, n].map(|size| Arg::I32(size as i32));
+    let Modulation { shift, scale, stride } = inputs.modulation;
+    let rows = Launch {
+        file: FILE,
+        kernel: "ln_linear_fwd_normalise",
+        elem,
+        defines: &SMALL,
+        grid: [(b * t).div_ceil(ROW_WARPS) as u32, 1, 1],
+        block: 32 * ROW_WARPS as u32,
+        shared: 0,
+    };
+    device.launch(
+        &rows,
+        &[
+            saved.h.into(),
+            saved.mean.into(),
+            saved.rstd.into(),
+            saved.inactive.into(),
+            inputs.x.into(),
+            inputs.windows.into(),
+            shift.into(),
+            scale.into(),
+            Arg::I32(stride as i32),
+            b32,
+            t32,
+            c32,
+        ],
+    )?;
+    if !inputs.full {
+        let tiles = tiling(device, 2 * b, n);
+        let args = [saved.uv.into(), saved.inactive.into(), inputs.weight.into(), b32, c32, n32];
+        device.launch(&product("ln_linear_fwd_inactive", elem, &tiles), &args)?;
+    }
+    let tiles = tiling(device, b * t, n);
+    device.launch(
+        &product("ln_linear_fwd", elem, &tiles),
+        &[
+            y.into(),
+            pre.into(),
+            saved.h.into(),
+            inputs.windows.into(),
+            inputs.weight.into(),
+            bias.into(),
+            if inputs.full { Buffer::none(DType::F32) } else { saved.uv }.into(),
+            saved.mean.into(),
+            saved.rstd.into(),
+            Arg::I32(i32::from(activation == Activation::Gelu)),
+            b32,
+            t32,
+            c32,
+            n32,
+        ],
+    )
+}
+
+/// `g = dy gelu'(pre)` in place: for gradients that were not multiplied on their way.
+///
+/// # Errors
+/// When the buffers differ in length or type, or the device fails.
+pub fn gelu_backward(device: &Device, dy: Buffer, pre: Buffer) -> Result<()> {
+    if dy.len != pre.len {
+        let what = format!("a gradient of {} numbers for {} values", dy.len, pre.len);
+        return Err(Error::Shape { operation: OP, what });
+    }
+    let grid = [dy.len.div_ceil(256) as u32, 1, 1];
+    let kernel = "ln_linear_bwd_gelu";
+    let launch = Launch { file: FILE, kernel, elem: dy.dtype, defines: &SMALL, grid, block: 256, shared: 0 };
+    device.launch(&launch, &[dy.into(), pre.into(), Arg::U64(dy.len as u64)])
+}
+
+/// The gradients, given that of the output before GELU, `g` `[B, T, N]` elem.
+///
+/// # Errors
+/// When a buffer is too short or of another type, or the device fails.
+pub fn backward(
+    device: &Device,
+    grads: Gradients,
+    scratch: Scratch,
+    g: Buffer,
+    inputs: Inputs,
+    saved: Saved,
+    dims: Dims,
+) -> Result<()> {
+    let Dims { b, t, c, n } = dims;
+    let elem = g.dtype;
+    let unless_full = |len| if inputs.full { 0 } else { len };
+    check(
+        dims,
+        elem,
+        &[
+            ("dx", grads.dx, b * t * c),
+            ("dshift", grads.dshift, (b - 1) * inputs.modulation.stride + c),
+            ("dscale", grads.dscale, (b - 1) * inputs.modulation.stride + c),
+            ("dweight", grads.dweight, n * c),
+            ("dbias", grads.dbias, n),
+            ("dh", scratch.dh, b * t * c),
+            ("pq", scratch.pq, unless_full(pq_len(dims, elem))),
+            ("q", scratch.q, b * n),
+            ("dr", scratch.dr, unless_full(dr_len(dims))),
+            ("inactive_grads", scratch.inactive_grads, unless_full(inactive_grads_len(dims, elem))),
+            ("g", g, b * t * n),
+            ("x", inputs.x, b * t * c),
+            ("windows", inputs.windows, b * 2),
+            ("scale", inputs.modulation.scale, (b - 1) * inputs.modulation.stride + c),
+            ("weight", inputs.weight, n * c),
+            ("h", saved.h, b * t * c),
+            ("mean", saved.mean, b * t),
+            ("rstd", saved.rstd, b * t),
+            ("inactive", saved.inactive, b * 2 * c),
+            ("uv", saved.uv, unless_full(b * 2 * n)),
+        ],
+    )?;
+    let [b32, t32, c32, n32] = [b, t, c, n].map(|size| Arg::I32(size as i32));
+    let stride = Arg::I32(inputs.modulation.stride as i32);
+    let none = Buffer::none(DType::F32);
+    let [uv, dr, inactive_grads] =
+        [saved.uv, scratch.dr, scratch.inactive_grads].map(|buffer| if inputs.full { none } else { buffer });
+    let pq = if inputs.full { Buffer::none(elem) } else { scratch.pq };
+    let columns = |kernel, columns: usize| Launch {
+        file: FILE,
+        kernel,
+        elem,
+        defines: &SMALL,
+        grid: [columns.div_ceil(COLUMNS) as u32, b as u32, 1],
+        block: 256,
+        shared: 0,
+    };
+    device.launch(
+        &columns("ln_linear_bwd_columns", n),
+        &[
+            pq.into(),
+            scratch.q.into(),
+            dr.into(),
+            g.into(),
+            saved.mean.into(),
+            saved.rstd.into(),
+            uv.into(),
+            b32,
+            t32,
+            n32,
+        ],
+    )?;
+    if !inputs.full {
+        let tiles = tiling(device, Dims::split(elem) * 2 * b, c);
+        let args = [inactive_grads.into(), pq.into(), inputs.weight.into(), b32, c32, n32];
+        device.launch(&product("ln_linear_bwd_inactive", elem, &tiles), &args)?;
+    }
+    let tiles = tiling(device, b * t, c);
+    let args = [scratch.dh.into(), g.into(), inputs.weight.into(), inputs.windows.into(), b32, t32, c32, n32];
+    device.launch(&product("ln_linear_bwd_input", elem, &tiles), &args)?;
+    let rows = Launch { grid: [(b * t).div_ceil(ROW_WARPS) as u32, 1, 1], ..columns("ln_linear_bwd_normalise", c) };
+    device.launch(
+        &rows,
+        &[
+            grads.dx.into(),
+            scratch.dh.into(),
+            inputs.x.into(),
+            inputs.windows.into(),
+            inputs.modulation.scale.into(),
+            saved.mean.into(),
+            saved.rstd.into(),
+            dr.into(),
+            Arg::I32(dims.dr_parts() as i32),
+            stride,
+            Arg::I32(i32::from(grads.fresh_dx)),
+            b32,
+            t32,
+            c32,
+        ],
+    )?;
+    device.launch(
+        &columns("ln_linear_bwd_modulation", c),
+        &[
+            grads.dshift.into(),
+            grads.dscale.into(),
+            scratch.dh.into(),
+            inputs.x.into(),
+            inputs.windows.into(),
+            saved.mean.into(),
+            saved.rstd.into(),
+            inactive_grads.into(),
+            stride,
+            b32,
+            t32,
+            c32,
+        ],
+    )?;
+    let tiles = tiling(device, n, c);
+    device.launch(
+        &product("ln_linear_bwd_weight", elem, &tiles),
+        &[
+            grads.dweight.into(),
+            grads.dbias.into(),
+            g.into(),
+            saved.h.into(),
+            inputs.windows.into(),
+            pq.into(),
+            saved.inactive.into(),
+            scratch.q.into(),
+            Arg::I32(i32::from(grads.add)),
+            b32,
+            t32,
+            c32,
+            n32,
+        ],
+    )
+}
+
+fn product<'a>(kernel: &'static str, elem: DType, tiles: &'a Tiling) -> Launch<'a> {
+    Launch { file: FILE, kernel, elem, defines: &tiles.defines, grid: tiles.grid, block: THREADS, shared: 0 }
+}

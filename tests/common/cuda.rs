@@ -1,0 +1,259 @@
+//! The simulated device, and the error rule.
+
+use super::*;
+use dtr_fused::autograd::cuda::{DeviceWeights, Replay, pass};
+use dtr_fused::backend::cuda::{Allocation, Buffer, DType, Device};
+use dtr_fused::ops::real::InBf16;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Once};
+
+/// Where `scripts/fetch-nvrtc` puts NVRTC.
+fn nvrtc_folder() -> PathBuf {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/nvrtc");
+    assert!(
+        folder.join("libnvrtc.so.13").is_file(),
+        "NVRTC is missing in {}: run scripts/fetch-nvrtc",
+        folder.display()
+    );
+    folder
+}
+
+/// The simulated driver: cargo builds examples together with the tests of a workspace.
+fn simulator() -> PathBuf {
+    let exe = std::env::current_exe().unwrap();
+    let library = exe.parent().unwrap().parent().unwrap().join("examples/libcuda.so");
+    assert!(library.is_file(), "there is no {}: run cargo build -p cuda-sim-driver --example cuda", library.display());
+    library
+}
+
+/// A device: the simulated one, or with `DTR_REQUIRE_CUDA=1` the machine's first GPU.
+pub fn device() -> Device {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the first thing each test does, before any other thread reads these variables.
+        unsafe {
+            if std::env::var_os("DTR_REQUIRE_CUDA").is_none() {
+                std::env::set_var("DTR_CUDA_LIBRARY", simulator());
+            }
+            if std::env::var_os("DTR_NVRTC_FOLDER").is_none() {
+                std::env::set_var("DTR_NVRTC_FOLDER", nvrtc_folder());
+            }
+            if std::env::var_os("DTR_KERNEL_CACHE").is_none() {
+                std::env::set_var("DTR_KERNEL_CACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels"));
+            }
+        }
+    });
+    Device::open(0).unwrap()
+}
+
+/// Numbers as `dtype` holds them.
+pub fn rounded(numbers: &[f32], dtype: DType) -> Vec<f32> {
+    match dtype {
+        DType::Bf16 => numbers.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect(),
+        _ => numbers.to_vec(),
+    }
+}
+
+/// Numbers beyond both ends of an output that no kernel may touch.
+const CANARIES: usize = 64;
+
+/// An output on the device: NaN everywhere, between canaries.
+pub struct Output {
+    memory: Allocation,
+    len: usize,
+}
+
+impl Output {
+    pub fn new(device: &Device, len: usize, dtype: DType) -> Self {
+        let mut numbers = vec![f32::NAN; len + 2 * CANARIES];
+        numbers[..CANARIES].fill(CANARY);
+        numbers[len + CANARIES..].fill(CANARY);
+        Output { memory: device.upload(&numbers, dtype).unwrap(), len }
+    }
+
+    /// An output that starts with these numbers: for kernels that add.
+    pub fn with(device: &Device, start: &[f32], dtype: DType) -> Self {
+        let canaries = vec![CANARY; CANARIES];
+        let numbers = [&canaries, start, &canaries].concat();
+        Output { memory: device.upload(&numbers, dtype).unwrap(), len: start.len() }
+    }
+
+    pub fn buffer(&self) -> Buffer {
+        self.memory.buffer().slice(CANARIES..CANARIES + self.len)
+    }
+
+    /// What the kernel wrote; fails when it wrote beyond either end.
+    pub fn numbers(&self, device: &Device) -> Vec<f32> {
+        let all = device.download(self.memory.buffer()).unwrap();
+        let canary = match self.memory.buffer().dtype {
+            DType::Bf16 => half::bf16::from_f32(CANARY).to_f32(),
+            _ => CANARY,
+        };
+        let (before, rest) = all.split_at(CANARIES);
+        let (numbers, after) = rest.split_at(self.len);
+        assert!(before.iter().chain(after).all(|&x| x == canary), "a kernel wrote beyond its output");
+        numbers.to_vec()
+    }
+}
+
+/// Everything that is asked of an operation on a CUDA device, in f32 and in bf16: the error rule for the output and every
+/// gradient against the plain version in the same precision, buffers full of NaN or of older numbers before, canaries
+/// around the weights' gradients, adding to gradients, the same bits when run again.
+#[track_caller]
+pub fn check_on_cuda(label: &str, op: &impl Operation) {
+    check_on_cuda_in(label, op, DType::F32);
+    check_on_cuda_in(label, op, DType::Bf16);
+}
+
+#[track_caller]
+pub fn check_on_cuda_in(label: &str, op: &impl Operation, elem: DType) {
+    let device = Arc::new(device());
+    let mut inputs = op.inputs();
+    for input in &mut inputs {
+        if in_elem(input) {
+            input.data = rounded(&input.data, elem);
+        }
+    }
+    let (expected_y, expected, upstream) = expectations_in(op, &inputs, elem);
+    let mut memory = Memory::on_device(&device, elem);
+    let found = run_on_cuda(&device, op, &inputs, &upstream, None, &mut memory, elem);
+    let judge = |result: std::result::Result<(), String>| {
+        if let Err(what) = result {
+            panic!("{label}, {elem:?}: {what}");
+        }
+    };
+    judge(expected_y.check("y", 2.0, &found.y));
+    for ((input, grad), expected) in inputs.iter().zip(&found.grads).zip(&expected) {
+        judge(expected.check(&format!("d{}", input.name), 3.0, grad));
+    }
+    let again = run_on_cuda(&device, op, &inputs, &upstream, None, &mut memory, elem);
+    assert!(same_bits(&again.y, &found.y), "{label}, {elem:?}: other bits in y when run again");
+    for (input, (a, b)) in inputs.iter().zip(again.grads.iter().zip(&found.grads)) {
+        assert!(same_bits(a, b), "{label}, {elem:?}: other bits in d{} when run again", input.name);
+    }
+    let start: Vec<Vec<f32>> = inputs.iter().map(|x| numbers(5, x.data.len())).collect();
+    let added = run_on_cuda(&device, op, &inputs, &upstream, Some(&start), &mut memory, elem);
+    for (i, input) in inputs.iter().enumerate() {
+        if let Place::Weight = input.place {
+            let mut expected = expected[i].clone();
+            expected.truth.iter_mut().zip(&start[i]).for_each(|(g, &s)| *g += f64::from(s));
+            judge(expected.check(&format!("start + d{}", input.name), 3.0, &added.grads[i]));
+        }
+    }
+}
+
+/// Whether the device holds this input in the tape's element type.
+fn in_elem(input: &Input) -> bool {
+    match input.place {
+        Place::Activation(shape) | Place::Constant(shape) => shape.rank() == 3,
+        Place::PerSample(_) => false,
+        Place::Weight => !input.name.contains("bias"),
+    }
+}
+
+/// [`expectations`] with the plain version in `elem`.
+fn expectations_in(op: &impl Operation, inputs: &[Input], elem: DType) -> (Expected, Vec<Expected>, Vec<f32>) {
+    let mut data: Vec<Vec<f32>> = inputs.iter().map(|x| x.data.clone()).collect();
+    let (mut outputs, mut upstream) = (Vec::new(), Vec::new());
+    let mut grads: Vec<Vec<(Vec<f32>, Vec<f64>)>> = vec![Vec::new(); inputs.len()];
+    for draw in 0..4 {
+        if draw > 0 {
+            for (input, x) in inputs.iter().zip(&mut data) {
+                let last_bit = if in_elem(input) && elem == DType::Bf16 { 1.0 / 128.0 } else { f32::EPSILON };
+                for (i, x) in x.iter_mut().enumerate() {
+                    *x *= 1.0 + (below(draw, i, 5) as f32 - 2.0) * last_bit;
+                }
+                if in_elem(input) {
+                    *x = rounded(x, elem);
+                }
+            }
+        }
+        let in_f64: Vec<Vec<f64>> = data.iter().map(|x| cast(x)).collect();
+        let truth = op.forward(&in_f64);
+        if draw == 0 {
+            upstream = rounded(&numbers(99, truth.len()), elem);
+        }
+        let true_grads = op.backward(&in_f64, &cast::<f64>(&upstream));
+        let (plain, plain_grads) = match elem {
+            DType::F32 => (op.forward(&data), op.backward(&data, &upstream)),
+            _ => {
+                let narrow = |x: Vec<InBf16>| x.into_iter().map(|x| x.0).collect::<Vec<f32>>();
+                let inputs: Vec<Vec<InBf16>> = data.iter().map(|x| cast(x)).collect();
+                let grads = op.backward(&inputs, &cast::<InBf16>(&upstream));
+                (narrow(op.forward(&inputs)), grads.into_iter().map(narrow).collect())
+            }
+        };
+        let few = true_grads.iter().any(|x| few_count(x)) || few_count(&truth);
+        outputs.push((plain, truth));
+        for (draws, pair) in grads.iter_mut().zip(plain_grads.into_iter().zip(true_grads)) {
+            draws.push(pair);
+        }
+        if !few {
+            break;
+        }
+    }
+    let grads = grads.into_iter().map(|draws| Expected::new(draws, op.cancellation())).collect();
+    (Expected::new(outputs, None), grads, upstream)
+}
+
+fn run_on_cuda(
+    device: &Arc<Device>,
+    op: &impl Operation,
+    inputs: &[Input],
+    upstream: &[f32],
+    start: Option<&[Vec<f32>]>,
+    memory: &mut Memory,
+    elem: DType,
+) -> Outcome {
+    let (mut weights, mut grads) = (vec![f32::NAN; 8], vec![CANARY; 8]);
+    let mut params = HashMap::new();
+    for (i, input) in inputs.iter().enumerate() {
+        if let Place::Weight = input.place {
+            params.insert(input.name, Param { offset: weights.len(), len: input.data.len() });
+            weights.extend(&input.data);
+            match start {
+                Some(start) => grads.extend(&start[i]),
+                None => grads.resize(weights.len(), f32::NAN),
+            }
+            // Parameters of a model start at multiples of 8 too: its channels are such.
+            weights.resize(weights.len().next_multiple_of(8) + 8, f32::NAN);
+            grads.resize(weights.len(), CANARY);
+        }
+    }
+    let weights = DeviceWeights::upload(device, &weights, elem).unwrap();
+    let grads = device.upload(&grads, DType::F32).unwrap();
+    let add = start.is_some();
+    let mut found = pass(&weights, Some((grads.buffer(), add)), memory, Replay::Never, |tape| {
+        let (given, modulation) = put(tape, inputs, params.clone());
+        let y = op.on_tape(tape, &given)?;
+        let output = tape.read(y)?;
+        tape.backward(y, upstream)?;
+        let dmodulation = modulation.map(|(var, _)| tape.read_gradient(var)).transpose()?.flatten();
+        let mut found = Vec::new();
+        for input in inputs {
+            found.push(match input.place {
+                Place::Activation(_) => {
+                    tape.read_gradient(given.var(input.name))?.unwrap_or_else(|| vec![0.0; input.data.len()])
+                }
+                Place::PerSample(batch) => {
+                    let (c, columns) = (input.data.len() / batch, modulation.expect("there is one").1);
+                    let at = given.per_sample(input.name).offset;
+                    let rows = dmodulation.as_ref().expect("it has a gradient").chunks_exact(columns);
+                    rows.flat_map(|row| row[at..at + c].to_vec()).collect()
+                }
+                Place::Constant(_) | Place::Weight => Vec::new(),
+            });
+        }
+        Ok(Outcome { y: output, grads: found })
+    })
+    .unwrap();
+    let mut grads = device.download(grads.buffer()).unwrap();
+    for (input, found) in inputs.iter().zip(&mut found.grads) {
+        if let Some(param) = params.get(input.name) {
+            found.extend_from_slice(&grads[param.range()]);
+            grads[param.range()].fill(CANARY);
+        }
+    }
+    assert!(grads.iter().all(|&g| g == CANARY), "wrote beside the gradients of its weights");
+    found
+}
