@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use dtr_fused::autograd::{Tape, Var};
+use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::Result;
 use dtr_fused::ops::attention::{attention, reference};
 use dtr_fused::ops::channel_mask::{Keep, channel_mask};
@@ -56,6 +57,19 @@ fn check(batch: usize, tokens: usize, heads: usize, size: usize) {
         let label = format!("B {batch}, T {tokens}, NH {heads}, HS {size}, sharpness {sharpness}");
         check_operation(&label, &Case { batch, tokens, heads, size, sharpness });
     }
+}
+
+#[test]
+fn on_cuda() {
+    for (batch, tokens, heads, size) in [(2, 65, 2, 8), (1, 1, 3, 16), (3, 17, 2, 72), (1, 130, 1, 64), (2, 33, 1, 128)]
+    {
+        for sharpness in [0.3, 3.0] {
+            let label = format!("B {batch}, T {tokens}, NH {heads}, HS {size}, sharpness {sharpness}");
+            cuda::check_on_cuda(&label, &Case { batch, tokens, heads, size, sharpness });
+        }
+    }
+    let case = Case { batch: 3, tokens: 17, heads: 5, size: 5, sharpness: 1.0 };
+    cuda::check_on_cuda_in("HS 5", &case, DType::F32);
 }
 
 #[test]

@@ -2,8 +2,8 @@
 //!
 //! A pass runs twice. The first time it is dry: nothing is launched, but every buffer is taken and given back, and every
 //! input (images, timesteps, windows) is noted. So the memory that the pass needs is known before it starts, and it is one
-//! block; buffers come in the same order, hence at the same addresses, every time. Then the inputs are copied to the
-//! device, and the second time the kernels are launched, or the graph of an earlier pass is replayed.
+//! block; buffers come in the same order, hence at the same addresses, every time. The second time the kernels are launched;
+//! or the inputs are copied to the device, and the graph of an earlier pass is replayed.
 
 use super::{Memory, Storage, Tape, Var, Windows};
 use crate::backend::cuda::arena::Arena;
@@ -78,8 +78,21 @@ pub(super) struct DeviceMemory {
     work: Region,
     inputs: Region,
     uploads: Vec<(Buffer, Vec<u8>)>,
+    run: Run,
+    failed: Option<Error>,       // a copy of an input
     windows: Vec<(u32, Buffer)>, // by the start of their handle
     replayed: HashMap<u64, Captured>,
+}
+
+/// How a pass runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Run {
+    /// Nothing is launched; inputs are noted.
+    Dry,
+    /// Inputs are copied where they are asked for: they may depend on what was read before.
+    Live,
+    /// The inputs are on the device already.
+    Captured,
 }
 
 /// A graph and the addresses it was captured with.
@@ -155,6 +168,8 @@ impl Memory {
             work: Region::new(1 << 61),
             inputs: Region::new(1 << 62),
             uploads: Vec::new(),
+            run: Run::Dry,
+            failed: None,
             windows: Vec::new(),
             replayed: HashMap::new(),
         };
@@ -181,44 +196,48 @@ pub fn pass<R>(
     mut work: impl FnMut(&mut Tape) -> Result<R>,
 ) -> Result<R> {
     let device = weights.device.clone();
-    let mut run = |memory: &mut Memory, dry: bool| {
+    let mut run = |memory: &mut Memory, how: Run| {
         memory.clear();
-        device.set_dry(dry);
+        memory.cuda.as_mut().expect("checked below").run = how;
+        device.set_dry(how == Run::Dry);
         let cuda = Some(OnDevice { weights, grads });
         let found = work(&mut Tape { weights: &[], weight_grads: None, cuda, memory });
         device.set_dry(false);
-        found
+        match memory.cuda.as_mut().and_then(|own| own.failed.take()) {
+            Some(error) => Err(error),
+            None => found,
+        }
     };
     if memory.cuda.is_none() {
         return Err(Error::usage("this memory is for passes on the CPU: make it with Memory::on_device"));
     }
-    let planned = run(memory, true)?;
+    let planned = run(memory, Run::Dry)?;
     let own = memory.cuda.as_mut().expect("checked above");
     let moved = [own.work.fit(&device)?, own.inputs.fit(&device)?];
     if moved.contains(&true) {
-        run(memory, true)?;
+        run(memory, Run::Dry)?;
     }
     if device.is_on_paper() {
         return Ok(planned);
     }
+    let Replay::As(number) = replay else {
+        return run(memory, Run::Live);
+    };
     let own = memory.cuda.as_mut().expect("checked above");
     for (buffer, bytes) in &own.uploads {
         device.write_bytes(*buffer, bytes)?;
     }
-    let Replay::As(number) = replay else {
-        return run(memory, false);
-    };
     let bases = [own.work.arena.base(), own.inputs.arena.base()];
     match own.replayed.get(&number) {
         Some(captured) if captured.bases == bases => match &captured.graph {
             Some(graph) => device.replay(graph).map(|()| planned),
-            None => run(memory, false),
+            None => run(memory, Run::Live),
         },
         // Once by itself, which compiles the kernels, and only then as a graph.
         _ => {
-            let found = run(memory, false)?;
+            let found = run(memory, Run::Live)?;
             device.synchronize()?;
-            let graph = device.capture(|| run(memory, false).map(|_| ())).ok();
+            let graph = device.capture(|| run(memory, Run::Captured).map(|_| ())).ok();
             let own = memory.cuda.as_mut().expect("checked above");
             own.replayed.insert(number, Captured { graph, bases });
             Ok(found)
@@ -254,11 +273,18 @@ impl Tape<'_> {
         self.own().elem
     }
 
-    /// An input of the pass: copied to the device before it starts.
+    /// An input of the pass, copied to the device before it is used.
     pub(crate) fn upload(&mut self, bytes: &[u8], dtype: DType) -> Buffer {
         let own = self.own_mut();
         let buffer = own.inputs.arena.take(bytes.len() / dtype.bytes(), dtype);
-        own.uploads.push((buffer, bytes.to_vec()));
+        match own.run {
+            Run::Dry => own.uploads.push((buffer, bytes.to_vec())),
+            Run::Live => {
+                let written = own.device.write_bytes(buffer, bytes);
+                own.failed = own.failed.take().or(written.err());
+            }
+            Run::Captured => {}
+        }
         buffer
     }
 

@@ -16,6 +16,7 @@ pub mod ln_linear;
 pub mod modulation;
 pub mod patch_embed;
 pub mod real;
+pub(crate) mod rows;
 pub(crate) mod tile;
 pub mod timestep_embed;
 pub mod unpatchify;

@@ -69,7 +69,13 @@ fn tile(elem: DType) -> usize {
     if elem == DType::Bf16 { 64 } else { 32 }
 }
 
-fn launch<'a>(kernel: &'static str, elem: DType, defines: &'a [(&'static str, i64)], dims: Dims, shared: u32) -> Launch<'a> {
+fn launch<'a>(
+    kernel: &'static str,
+    elem: DType,
+    defines: &'a [(&'static str, i64)],
+    dims: Dims,
+    shared: u32,
+) -> Launch<'a> {
     let grid = [dims.t.div_ceil(tile(elem)) as u32, dims.heads as u32, dims.b as u32];
     Launch { file: FILE, kernel, elem, defines, grid, block: THREADS, shared }
 }

@@ -8,6 +8,7 @@
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cuda::{Arg, Buffer, Launch};
 use crate::error::Result;
 use crate::ops::{Node, check, dims3};
 
@@ -50,6 +51,14 @@ pub fn channel_mask(tape: &mut Tape, base: Option<Var>, x: Var, mask: Var, keep:
     check(tape.shape(mask) == [b, c] && base_shape.is_none_or(|s| s == [b, t, c]), OP, || {
         format!("x is {:?}, mask {:?}, base {base_shape:?}", [b, t, c], tape.shape(mask))
     })?;
+    if tape.on_cuda() {
+        let y = tape.take_buffer(b * t * c, tape.elem());
+        let base_buffer = base.map_or(Buffer::none(tape.elem()), |base| tape.buffer(base));
+        launch(tape, y, base_buffer, tape.buffer(x), tape.buffer(mask), keep, [b, t, c])?;
+        let y = tape.push([b, t, c], y, true);
+        tape.record(y, Node::ChannelMask(Saved { base, x, mask, keep }));
+        return Ok(y);
+    }
     let mut y = tape.take(b * t * c);
     match base {
         Some(base) => y.copy_from_slice(tape.value(base)),
@@ -61,9 +70,37 @@ pub fn channel_mask(tape: &mut Tape, base: Option<Var>, x: Var, mask: Var, keep:
     Ok(y)
 }
 
+/// `y = base + kept channels of x` on a CUDA device.
+fn launch(
+    tape: &Tape,
+    y: Buffer,
+    base: Buffer,
+    x: Buffer,
+    mask: Buffer,
+    keep: Keep,
+    [b, t, c]: [usize; 3],
+) -> Result<()> {
+    let grid = [y.len.div_ceil(256) as u32, 1, 1];
+    let kernel = "channel_mask_fwd";
+    let launch = Launch { file: "channel_mask", kernel, elem: y.dtype, defines: &[], grid, block: 256, shared: 0 };
+    let sizes = [usize::from(keep == Keep::Inactive), b, t, c].map(|size| Arg::I32(size as i32));
+    tape.device().launch(&launch, &[&[y.into(), base.into(), x.into(), mask.into()], &sizes[..]].concat())
+}
+
 impl Saved {
-    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
-        Err(crate::Error::usage("channel_mask does not run on CUDA"))
+    pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
+        let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
+        let (dx, fresh) = tape.take_grad_buffer(self.x);
+        let start = if fresh { Buffer::none(dx.dtype) } else { dx };
+        launch(tape, dx, start, dy, tape.buffer(self.mask), self.keep, [b, t, c])?;
+        tape.put_grad_buffer(self.x, dx);
+        match self.base {
+            Some(base) => tape.add_grad_buffer(base, dy),
+            None => {
+                tape.give_buffer(dy);
+                Ok(())
+            }
+        }
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {

@@ -11,6 +11,7 @@ pub mod reference;
 
 use crate::autograd::{Tape, Var};
 use crate::backend::cpu::simd::add_assign;
+use crate::backend::cuda::{Arg, Buffer, DType, Launch};
 use crate::error::Result;
 use crate::ops::{Node, check};
 use crate::params::Param;
@@ -40,6 +41,19 @@ pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> 
         let what = format!("label {label} is outside 0..{rows} (the last of these is the null class)");
         return Err(crate::Error::Shape { operation: OP, what });
     }
+    if tape.on_cuda() {
+        let (device, batch) = (tape.device(), labels.len());
+        let y = tape.take_buffer(batch * c, DType::F32);
+        let labels = tape.upload(bytemuck::cast_slice(labels), DType::U32);
+        let table_buffer = tape.full_buffer(table);
+        let args = [y.into(), tape.buffer(base).into(), table_buffer.into(), labels.into()];
+        let sizes = [Arg::I32(batch as i32), Arg::I32(c as i32)];
+        device.launch(&launch("label_embed_fwd", tape.elem(), batch * c), &[&args[..], &sizes].concat())?;
+        let y = tape.push([batch, c], y, true);
+        let labels = tape.push([batch], labels, false);
+        tape.record(y, Node::LabelEmbed(Saved { base, labels, table }));
+        return Ok(y);
+    }
     let mut y = tape.take(labels.len() * c);
     let mut saved = tape.take(labels.len());
     y.copy_from_slice(tape.value(base));
@@ -54,9 +68,21 @@ pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> 
     Ok(y)
 }
 
+/// One thread for each of `len` elements.
+fn launch(kernel: &'static str, elem: DType, len: usize) -> Launch<'static> {
+    let grid = [len.div_ceil(256) as u32, 1, 1];
+    Launch { file: "label_embed", kernel, elem, defines: &[], grid, block: 256, shared: 0 }
+}
+
 impl Saved {
-    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
-        Err(crate::Error::usage("label_embed does not run on CUDA"))
+    pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
+        let device = tape.device();
+        let &[batch, c] = tape.shape(self.base) else { unreachable!("checked by the forward pass") };
+        let (dtable, add) = tape.grad_buffer(self.table);
+        let sizes = [usize::from(add), batch, c, self.table.len / c].map(|size| Arg::I32(size as i32));
+        let args = [&[dtable.into(), dy.into(), tape.buffer(self.labels).into()], &sizes[..]].concat();
+        device.launch(&launch("label_embed_bwd", tape.elem(), self.table.len), &args)?;
+        tape.add_grad_buffer(self.base, dy)
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {

@@ -9,7 +9,9 @@
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
+use crate::ops::rows::{Dims, Rows};
 use crate::ops::timestep_embed::cpu::{linear, linear_backward, silu_backward, silu_to};
 use crate::ops::{Node, check};
 use crate::params::Linear;
@@ -32,6 +34,18 @@ pub fn modulation(tape: &mut Tape, c: Var, layer: Linear) -> Result<Var> {
         format!("the condition is {shape:?}, expected [batch, {}]", layer.inputs)
     })?;
     let (b, channels) = (shape[0], shape[1]);
+    if tape.on_cuda() {
+        let (device, rows) = (tape.device(), rows(tape.elem()));
+        let active = tape.take_buffer(b * channels, DType::F32);
+        let y = tape.take_buffer(b * layer.outputs, DType::F32);
+        let (weight, bias) = (tape.weight_buffer(layer.weight), tape.full_buffer(layer.bias));
+        rows.silu(&device, active, tape.buffer(c))?;
+        rows.forward(&device, y, active, weight, bias, Dims { b, k: channels, n: layer.outputs })?;
+        let y = tape.push([b, layer.outputs], y, true);
+        let active = tape.push([b, channels], active, false);
+        tape.record(y, Node::Modulation(Saved { c, active, linear: layer }));
+        return Ok(y);
+    }
     let mut active = tape.take(b * channels);
     let mut y = tape.take(b * layer.outputs);
     silu_to(&mut active, tape.value(c));
@@ -42,9 +56,35 @@ pub fn modulation(tape: &mut Tape, c: Var, layer: Linear) -> Result<Var> {
     Ok(y)
 }
 
+/// The kernels of `kernels/modulation.cu`.
+fn rows(elem: DType) -> Rows {
+    Rows {
+        file: "modulation",
+        forward: "modulation_fwd",
+        silu: "modulation_fwd_silu",
+        weight: "modulation_bwd_weight",
+        input: "modulation_bwd_input",
+        sum_parts: "modulation_bwd_sum_parts",
+        elem,
+    }
+}
+
 impl Saved {
-    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
-        Err(crate::Error::usage("modulation does not run on CUDA"))
+    pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
+        let (device, rows) = (tape.device(), rows(tape.elem()));
+        let &[b, k] = tape.shape(self.c) else { unreachable!("checked by the forward pass") };
+        let dims = Dims { b, k, n: self.linear.outputs };
+        let (dweight, add) = tape.grad_buffer(self.linear.weight);
+        let (dbias, _) = tape.grad_buffer(self.linear.bias);
+        rows.backward_weight(&device, dweight, dbias, dy, tape.buffer(self.active), add, dims)?;
+        let parts = tape.take_buffer(dims.parts_len(), DType::F32);
+        let (dc, fresh) = tape.take_grad_buffer(self.c);
+        let (weight, c) = (tape.weight_buffer(self.linear.weight), tape.buffer(self.c));
+        rows.backward_input(&device, dc, parts, dy, weight, c, !fresh, dims)?;
+        tape.put_grad_buffer(self.c, dc);
+        tape.give_buffer(parts);
+        tape.give_buffer(dy);
+        Ok(())
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {

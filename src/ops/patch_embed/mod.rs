@@ -10,6 +10,7 @@ pub(crate) mod cpu;
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cuda::{Arg, Buffer, DType, Launch};
 use crate::error::Result;
 use crate::ops::{Node, check};
 use crate::params::Linear;
@@ -72,6 +73,9 @@ pub fn patch_embed(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], p
         format!("a patch has {} numbers, but the weight is [{c}, {}]", dims.patch_len(), linear.inputs)
     })?;
     check(positions.len() == t * c, OP, || format!("got {} positions, expected [{t}, {c}]", positions.len()))?;
+    if tape.on_cuda() {
+        return on_cuda(tape, x, linear, positions, dims);
+    }
     let mut patches = tape.take(batch * t * dims.patch_len());
     let mut y = tape.take(batch * t * c);
     let (weight, bias) = (&tape.weights[linear.weight.range()], &tape.weights[linear.bias.range()]);
@@ -82,9 +86,63 @@ pub fn patch_embed(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], p
     Ok(y)
 }
 
+/// Tokens whose gradients one thread of the CUDA kernel adds up.
+const PART_ROWS: usize = 128;
+
+fn launch(kernel: &'static str, elem: DType, grid: [u32; 3]) -> Launch<'static> {
+    Launch { file: "patch_embed", kernel, elem, defines: &[], grid, block: 256, shared: 0 }
+}
+
+/// [`patch_embed`] on a CUDA device.
+fn on_cuda(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], dims: Dims) -> Result<Var> {
+    let (device, elem) = (tape.device(), tape.elem());
+    let (batch, t, c, k) = (dims.batch, dims.tokens(), linear.outputs, dims.patch_len());
+    let patches = tape.take_buffer(batch * t * k, DType::F32);
+    let y = tape.take_buffer(batch * t * c, elem);
+    let positions = tape.upload(bytemuck::cast_slice(positions), DType::F32);
+    let Dims { image_channels, height, width, patch, .. } = dims;
+    let sizes = [batch * t, image_channels, height, width, patch].map(|size| Arg::I32(size as i32));
+    let args = [&[patches.into(), tape.buffer(x).into()], &sizes[..]].concat();
+    device.launch(&launch("patch_embed_fwd_cut", elem, [(batch * t * k).div_ceil(256) as u32, 1, 1]), &args)?;
+    let (weight, bias) = (tape.weight_buffer(linear.weight), tape.full_buffer(linear.bias));
+    let sizes = [batch, t, c, k].map(|size| Arg::I32(size as i32));
+    let args = [&[y.into(), patches.into(), weight.into(), bias.into(), positions.into()], &sizes[..]].concat();
+    device.launch(&launch("patch_embed_fwd", elem, [(batch * t * c).div_ceil(256) as u32, 1, 1]), &args)?;
+    let y = tape.push([batch, t, c], y, true);
+    let patches = tape.push([batch, t, k], patches, false);
+    tape.record(y, Node::PatchEmbed(Saved { x, patches, linear, dims }));
+    Ok(y)
+}
+
 impl Saved {
-    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
-        Err(crate::Error::usage("patch_embed does not run on CUDA"))
+    pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
+        let (device, elem) = (tape.device(), tape.elem());
+        let (c, k, rows) = (self.linear.outputs, self.dims.patch_len(), self.dims.batch * self.dims.tokens());
+        let count = rows.div_ceil(PART_ROWS);
+        let parts = tape.take_buffer(count * (k + 1) * c, DType::F32);
+        let [rows32, c32, k32, count32] = [rows, c, k, count].map(|size| Arg::I32(size as i32));
+        let launch = |kernel, blocks| launch(kernel, elem, blocks);
+        let blocks = ((k + 1) * c).div_ceil(256) as u32;
+        let args = [parts.into(), dy.into(), tape.buffer(self.patches).into(), rows32, c32, k32];
+        device.launch(&launch("patch_embed_bwd_parts", [blocks, count as u32, 1]), &args)?;
+        let (dweight, add) = tape.grad_buffer(self.linear.weight);
+        let (dbias, _) = tape.grad_buffer(self.linear.bias);
+        let add = Arg::I32(i32::from(add));
+        let args = [dweight.into(), dbias.into(), parts.into(), count32, add, c32, k32];
+        device.launch(&launch("patch_embed_bwd_weight", [blocks, 1, 1]), &args)?;
+        if tape.wants_grad(self.x) {
+            let (dx, fresh) = tape.take_grad_buffer(self.x);
+            let Dims { image_channels, height, width, patch, .. } = self.dims;
+            let [ic, h, w, p] = [image_channels, height, width, patch].map(|size| Arg::I32(size as i32));
+            let weight = tape.weight_buffer(self.linear.weight);
+            let add = Arg::I32(i32::from(!fresh));
+            let args = [dx.into(), dy.into(), weight.into(), add, rows32, c32, ic, h, w, p];
+            device.launch(&launch("patch_embed_bwd_input", [(rows * k).div_ceil(8) as u32, 1, 1]), &args)?;
+            tape.put_grad_buffer(self.x, dx);
+        }
+        tape.give_buffer(parts);
+        tape.give_buffer(dy);
+        Ok(())
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {

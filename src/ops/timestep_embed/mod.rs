@@ -8,7 +8,9 @@ pub(crate) mod cpu;
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
+use crate::ops::rows::{Dims, Rows};
 use crate::ops::{Node, check};
 use crate::params::Linear;
 
@@ -38,6 +40,24 @@ pub fn timestep_embed(tape: &mut Tape, t: &[u32], first: Linear, second: Linear)
             first.inputs, second.inputs
         )
     })?;
+    if tape.on_cuda() {
+        let (device, rows, elem) = (tape.device(), rows(tape.elem()), DType::F32);
+        let mut host_waves = vec![0.0; b * FREQUENCIES];
+        cpu::waves(&mut host_waves, t);
+        let waves = tape.upload(bytemuck::cast_slice(&host_waves), elem);
+        let [pre, active, y] = [hidden, hidden, c].map(|width| tape.take_buffer(b * width, elem));
+        let [(w0, b0), (w2, b2)] =
+            [first, second].map(|layer| (tape.weight_buffer(layer.weight), tape.full_buffer(layer.bias)));
+        rows.forward(&device, pre, waves, w0, b0, Dims { b, k: FREQUENCIES, n: hidden })?;
+        rows.silu(&device, active, pre)?;
+        rows.forward(&device, y, active, w2, b2, Dims { b, k: hidden, n: c })?;
+        let y = tape.push([b, c], y, true);
+        let waves = tape.push([b, FREQUENCIES], waves, false);
+        let pre = tape.push([b, hidden], pre, false);
+        let active = tape.push([b, hidden], active, false);
+        tape.record(y, Node::TimestepEmbed(Saved { waves, hidden: pre, active, first, second }));
+        return Ok((y, waves));
+    }
     let mut waves = tape.take(b * FREQUENCIES);
     let mut pre = tape.take(b * hidden);
     let mut active = tape.take(b * hidden);
@@ -54,9 +74,39 @@ pub fn timestep_embed(tape: &mut Tape, t: &[u32], first: Linear, second: Linear)
     Ok((y, waves))
 }
 
+/// The kernels of `kernels/timestep_embed.cu`.
+fn rows(elem: DType) -> Rows {
+    Rows {
+        file: "timestep_embed",
+        forward: "timestep_embed_fwd",
+        silu: "timestep_embed_fwd_silu",
+        weight: "timestep_embed_bwd_weight",
+        input: "timestep_embed_bwd_input",
+        sum_parts: "timestep_embed_bwd_sum_parts",
+        elem,
+    }
+}
+
 impl Saved {
-    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
-        Err(crate::Error::usage("timestep_embed does not run on CUDA"))
+    pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
+        let (device, rows) = (tape.device(), rows(tape.elem()));
+        let &[b, hidden] = tape.shape(self.hidden) else { unreachable!("made by the forward pass") };
+        let dims = Dims { b, k: hidden, n: self.second.outputs };
+        let (dweight, add) = tape.grad_buffer(self.second.weight);
+        let (dbias, _) = tape.grad_buffer(self.second.bias);
+        rows.backward_weight(&device, dweight, dbias, dy, tape.buffer(self.active), add, dims)?;
+        let dhidden = tape.take_buffer(b * hidden, DType::F32);
+        let parts = tape.take_buffer(dims.parts_len(), DType::F32);
+        let (weight, before) = (tape.weight_buffer(self.second.weight), tape.buffer(self.hidden));
+        rows.backward_input(&device, dhidden, parts, dy, weight, before, false, dims)?;
+        let dims = Dims { b, k: FREQUENCIES, n: hidden };
+        let (dweight, add) = tape.grad_buffer(self.first.weight);
+        let (dbias, _) = tape.grad_buffer(self.first.bias);
+        rows.backward_weight(&device, dweight, dbias, dhidden, tape.buffer(self.waves), add, dims)?;
+        for buffer in [dy, dhidden, parts] {
+            tape.give_buffer(buffer);
+        }
+        Ok(())
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {

@@ -9,6 +9,7 @@
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cuda::{Arg, Buffer, DType, Launch};
 use crate::error::Result;
 use crate::ops::{Node, check, dims3};
 
@@ -32,6 +33,13 @@ pub fn unpatchify(tape: &mut Tape, x: Var, channels: usize, height: usize, width
     check(divides && t == (height / patch) * (width / patch) && k == patch * patch * channels, OP, || {
         format!("{t} patches of {k} do not make {channels} x {height} x {width} images of patch {patch}")
     })?;
+    if tape.on_cuda() {
+        let y = tape.take_buffer(b * t * k, DType::F32);
+        launch(tape, "unpatchify_fwd", [y, tape.buffer(x)], channels, [height, width], patch)?;
+        let y = tape.push([b, channels, height, width], y, true);
+        tape.record(y, Node::Unpatchify(Saved { x, channels, size: [height, width], patch }));
+        return Ok(y);
+    }
     let mut y = tape.take(b * t * k);
     let from = tape.value(x);
     each_pair(b, channels, [height, width], patch, |token, pixel| y[pixel] = from[token]);
@@ -40,9 +48,27 @@ pub fn unpatchify(tape: &mut Tape, x: Var, channels: usize, height: usize, width
     Ok(y)
 }
 
+fn launch(
+    tape: &Tape,
+    kernel: &'static str,
+    [to, from]: [Buffer; 2],
+    channels: usize,
+    [height, width]: [usize; 2],
+    patch: usize,
+) -> Result<()> {
+    let grid = [to.len.div_ceil(256) as u32, 1, 1];
+    let launch = Launch { file: "unpatchify", kernel, elem: tape.elem(), defines: &[], grid, block: 256, shared: 0 };
+    let [oc, h, w, p] = [channels, height, width, patch].map(|size| Arg::I32(size as i32));
+    tape.device().launch(&launch, &[to.into(), from.into(), oc, h, w, p, Arg::U64(to.len as u64)])
+}
+
 impl Saved {
-    pub(crate) fn backward_cuda(self, _tape: &mut Tape, _grad: crate::backend::cuda::Buffer) -> Result<()> {
-        Err(crate::Error::usage("unpatchify does not run on CUDA"))
+    pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
+        let dx = tape.take_buffer(dy.len, tape.elem());
+        launch(tape, "unpatchify_bwd", [dx, dy], self.channels, self.size, self.patch)?;
+        tape.add_grad_buffer(self.x, dx)?;
+        tape.give_buffer(dy);
+        Ok(())
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {

@@ -1,0 +1,118 @@
+//! Linear layers of few rows on a CUDA device (`kernels/rows.cuh`): the timestep network and the modulation.
+
+use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
+use crate::error::Result;
+
+/// Samples that one block computes.
+const ROWS: usize = 8;
+const THREADS: usize = 256;
+/// Inputs of a block of the gradient of the input.
+const K_LANES: usize = 64;
+/// Outputs that one part of that gradient sums at least.
+const PART: usize = 256;
+/// Most parts.
+const MOST_SPLITS: usize = 64;
+
+/// Names of a file's kernels.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows {
+    pub(crate) file: &'static str,
+    pub(crate) forward: &'static str,
+    pub(crate) silu: &'static str,
+    pub(crate) weight: &'static str,
+    pub(crate) input: &'static str,
+    pub(crate) sum_parts: &'static str,
+    /// What `elem` is.
+    pub(crate) elem: DType,
+}
+
+/// Sizes: samples, inputs, outputs.
+#[derive(Clone, Copy)]
+pub(crate) struct Dims {
+    pub(crate) b: usize,
+    pub(crate) k: usize,
+    pub(crate) n: usize,
+}
+
+impl Dims {
+    fn args(self) -> [Arg; 3] {
+        [self.b, self.k, self.n].map(|size| Arg::I32(size as i32))
+    }
+
+    fn splits(self) -> usize {
+        self.n.div_ceil(PART).clamp(1, MOST_SPLITS)
+    }
+
+    /// Elements of the parts of the input's gradient.
+    pub(crate) fn parts_len(self) -> usize {
+        self.splits() * self.b * self.k
+    }
+}
+
+impl Rows {
+    fn launch(&self, kernel: &'static str, grid: [usize; 3]) -> Launch<'static> {
+        let grid = grid.map(|blocks| blocks as u32);
+        Launch { file: self.file, kernel, elem: self.elem, defines: &[], grid, block: THREADS as u32, shared: 0 }
+    }
+
+    /// `y = x W^T + b`.
+    pub(crate) fn forward(
+        &self,
+        device: &Device,
+        y: Buffer,
+        x: Buffer,
+        weight: Buffer,
+        bias: Buffer,
+        dims: Dims,
+    ) -> Result<()> {
+        let [b, k, n] = dims.args();
+        let launch = self.launch(self.forward, [dims.n.div_ceil(8), dims.b.div_ceil(ROWS), 1]);
+        device.launch(&launch, &[y.into(), x.into(), weight.into(), bias.into(), b, k, n])
+    }
+
+    /// `y = silu(x)`.
+    pub(crate) fn silu(&self, device: &Device, y: Buffer, x: Buffer) -> Result<()> {
+        let launch = self.launch(self.silu, [x.len.div_ceil(THREADS), 1, 1]);
+        device.launch(&launch, &[y.into(), x.into(), Arg::U32(x.len as u32)])
+    }
+
+    /// `dW`, `db`.
+    #[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
+    pub(crate) fn backward_weight(
+        &self,
+        device: &Device,
+        dweight: Buffer,
+        dbias: Buffer,
+        dy: Buffer,
+        x: Buffer,
+        add: bool,
+        dims: Dims,
+    ) -> Result<()> {
+        let [b, k, n] = dims.args();
+        let launch = self.launch(self.weight, [(dims.n * dims.k).div_ceil(THREADS), 1, 1]);
+        let add = Arg::I32(i32::from(add));
+        device.launch(&launch, &[dweight.into(), dbias.into(), dy.into(), x.into(), add, b, k, n])
+    }
+
+    /// `dx = (silu'(before_silu)) dy W`, with `parts` of [`Dims::parts_len`] in between; `before_silu` none: no SiLU.
+    #[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
+    pub(crate) fn backward_input(
+        &self,
+        device: &Device,
+        dx: Buffer,
+        parts: Buffer,
+        dy: Buffer,
+        weight: Buffer,
+        before_silu: Buffer,
+        add: bool,
+        dims: Dims,
+    ) -> Result<()> {
+        let [b, k, n] = dims.args();
+        let launch = self.launch(self.input, [dims.k.div_ceil(K_LANES), dims.b.div_ceil(ROWS), dims.splits()]);
+        device.launch(&launch, &[parts.into(), dy.into(), weight.into(), b, k, n])?;
+        let launch = self.launch(self.sum_parts, [(dims.b * dims.k).div_ceil(THREADS), 1, 1]);
+        let (splits, add) = (Arg::I32(dims.splits() as i32), Arg::I32(i32::from(add)));
+        let len = Arg::U32((dims.b * dims.k) as u32);
+        device.launch(&launch, &[dx.into(), parts.into(), before_silu.into(), splits, add, len])
+    }
+}
