@@ -72,6 +72,9 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     config.in_channels = given(config.in_channels, channels);
     config.num_classes = given(config.num_classes, classes);
     config.validate()?;
+    if config.device.starts_with("cuda") {
+        return Err(Error::usage("bench measures the CPU: leave --device out"));
+    }
     let report = trainer::in_pool(&config, || measure(&config, args.runs))?;
     if args.json {
         println!("{}", serde_json::to_string(&report).map_err(|e| Error::Stopped(e.to_string()))?);

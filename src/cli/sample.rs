@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 
 use crate::atomic_file::AtomicFile;
-use crate::autograd::Weights as ModelWeights;
+use crate::autograd::cuda::DeviceWeights;
+use crate::autograd::{Memory, Weights as ModelWeights};
+use crate::backend::Compute;
 use crate::data::npz::NpzWriter;
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -89,7 +91,7 @@ pub(super) struct SampleArgs {
     /// Threads; 0 = one per core (the images are the same)
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Where to compute: auto or cpu
+    /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
 }
@@ -131,20 +133,18 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
     let mut progress = Progress::new("sampling", 0, total);
     let images = format!("{} images", labels.len());
     let pixels = trainer::in_pool(&config, || {
-        let mut memory = crate::autograd::Memory::new();
-        generate(
-            &dit,
-            ModelWeights::Cpu(&weights),
-            &mut memory,
-            &sampler,
-            &labels,
-            args.seed,
-            args.batch_size,
-            |done| {
-                progress.set(done as u64, &images);
-                Ok(())
-            },
-        )
+        let (compute, note) = trainer::compute(&config)?;
+        note.iter().for_each(|note| progress.say(note));
+        let mut memory = Memory::on(&compute);
+        let uploaded = match &compute {
+            Compute::Cpu => None,
+            Compute::Cuda { device, elem } => Some(DeviceWeights::upload(device, &weights, *elem)?),
+        };
+        let weights = uploaded.as_ref().map_or(ModelWeights::Cpu(&weights), ModelWeights::Cuda);
+        generate(&dit, weights, &mut memory, &sampler, &labels, args.seed, args.batch_size, |done| {
+            progress.set(done as u64, &images);
+            Ok(())
+        })
     })?;
     progress.finish();
     if let Some(path) = &args.npz {

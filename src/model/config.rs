@@ -1,5 +1,6 @@
 //! The sizes of a model.
 
+use crate::backend::cuda::DType;
 use crate::error::{Error, Result};
 use crate::routing::{Routing, window_width};
 
@@ -40,6 +41,29 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// Refuses sizes that the CUDA kernels do not take: products in bf16 read 8 channels at a time.
+    ///
+    /// # Errors
+    /// Names the size that does not fit.
+    pub fn check_cuda(&self, elem: DType) -> Result<()> {
+        let head = self.hidden_size / self.num_heads.max(1);
+        if head > 128 {
+            return Err(Error::usage(format!(
+                "heads of {head} channels do not fit the CUDA kernels: give more num_heads"
+            )));
+        }
+        let patch = self.patch_size * self.patch_size * self.out_channels();
+        for (name, size) in [("head size", head), ("MLP size", self.mlp_size()), ("numbers of an output patch", patch)]
+        {
+            if elem == DType::Bf16 && size % 8 != 0 {
+                return Err(Error::usage(format!(
+                    "the {name} is {size}, but bf16 on CUDA needs multiples of 8: give --precision f32"
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// Hidden size, depth, heads and patch size of a published model, `DiT-S/2` to `DiT-XL/8` (Peebles and Xie, ICCV 2023,
     /// table 1).
     pub fn published(name: &str) -> Option<[usize; 4]> {

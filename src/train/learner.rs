@@ -2,12 +2,15 @@
 //!
 //! Everything random is drawn by the caller, so that a step can be compared with another implementation's.
 
+use super::device::{Decision, DeviceState, DeviceUpdate, DrawnNoise};
 use super::optimizer::{self, Update};
 use crate::autograd::{Memory, Tape};
+use crate::backend::cuda::{DType, Device};
 use crate::diffusion::weighting::{CLUSTERS, uncertainty_coefficients, uncertainty_loss};
 use crate::diffusion::{ImageDims, LossTerms, LossWeight, Schedule, losses, q_sample};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::dit::Dit;
+use std::sync::Arc;
 
 /// Samples to learn from.
 #[derive(Clone, Copy)]
@@ -71,6 +74,9 @@ pub struct Learner {
     pub updates: u64,
     /// Buffers of the model's passes.
     pub memory: Memory,
+    /// Where everything is while training on a CUDA device: `weights`, `ema`, `m` and `v` here are then as old as the last
+    /// [`Learner::fetch`], and `grads` is empty.
+    pub on_device: Option<DeviceState>,
     x_t: Vec<f32>,
     d_out: Vec<f32>,
     sample_weights: Vec<f64>,
@@ -96,6 +102,7 @@ impl Learner {
             }),
             updates: 0,
             memory: Memory::new(),
+            on_device: None,
             x_t: Vec::new(),
             d_out: Vec::new(),
             sample_weights: Vec::new(),
@@ -105,6 +112,54 @@ impl Learner {
             loss_weight,
             weights,
         }
+    }
+
+    /// Moves everything to a CUDA device, for products in `elem`.
+    ///
+    /// # Errors
+    /// When it does not fit, or the model has sizes that the kernels do not take.
+    pub fn move_to(&mut self, device: &Arc<Device>, elem: DType) -> Result<()> {
+        let state = DeviceState::new(device, elem, &self.weights, [&self.ema, &self.m, &self.v])?;
+        self.memory = Memory::on_device(device, elem);
+        self.grads = Vec::new();
+        self.on_device = Some(state);
+        Ok(())
+    }
+
+    /// Copies everything from the device, if there is one, to main memory.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn fetch(&mut self) -> Result<()> {
+        let Learner { weights, ema, m, v, on_device, .. } = self;
+        on_device.as_ref().map_or(Ok(()), |state| state.read(weights, [ema, m, v]))
+    }
+
+    /// Copies everything from main memory to the device, if there is one.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn push(&self) -> Result<()> {
+        let rest = [&self.ema[..], &self.m, &self.v];
+        self.on_device.as_ref().map_or(Ok(()), |state| state.write(&self.weights, rest))
+    }
+
+    /// Loss and gradients of `batch` on the device (`drawn` noise instead of the batch's), and the update if it is the
+    /// batch's last part.
+    ///
+    /// # Errors
+    /// As [`DeviceState::step`], and on a learner that is not on a device.
+    pub fn step_on_device(
+        &mut self,
+        batch: Batch,
+        drawn: Option<DrawnNoise>,
+        add: bool,
+        update: Option<DeviceUpdate>,
+        found: &mut Losses,
+    ) -> Result<Option<Decision>> {
+        let Learner { dit, schedule, loss_weight, memory, on_device, .. } = self;
+        let state = on_device.as_ref().ok_or_else(|| Error::usage("this learner is not on a CUDA device"))?;
+        state.step(dit, schedule, *loss_weight, memory, batch, drawn, add, update, found)
     }
 
     /// Coefficients of a whole batch of `coefficients.len()` samples in the order they were drawn: 1 / B, or those of
@@ -176,6 +231,16 @@ impl Learner {
         let update = Update { number: self.updates, ..update };
         let Learner { weights, ema, m, v, grads, .. } = self;
         optimizer::adamw(weights, ema, m, v, grads, update);
+        self.update_uncertainty(update, uncertainty_lr);
+    }
+
+    /// What is left of an update that the device made: its number and the log-variances.
+    pub fn updated_on_device(&mut self, update: Update, uncertainty_lr: f64) {
+        self.updates += 1;
+        self.update_uncertainty(Update { number: self.updates, ..update }, uncertainty_lr);
+    }
+
+    fn update_uncertainty(&mut self, update: Update, uncertainty_lr: f64) {
         if let Some(Uncertainty { log_variances, m, v, gradient }) = &mut self.uncertainty {
             let update = Update { lr: uncertainty_lr, weight_decay: 0.0, grad_scale: 1.0, ..update };
             // Nobody asks for their moving average.

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod device;
 mod events;
 pub mod learner;
 pub mod metrics;

@@ -42,6 +42,40 @@ struct Factors {
     grad_scale: f32,
 }
 
+impl Update {
+    fn as_factors(&self) -> Factors {
+        let exponent = self.number.min(i32::MAX as u64) as i32;
+        Factors {
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            one_minus_beta1: (1.0 - self.beta1) as f32,
+            one_minus_beta2: (1.0 - self.beta2) as f32,
+            decay: (1.0 - self.lr * self.weight_decay) as f32,
+            step: (self.lr / (1.0 - self.beta1.powi(exponent))) as f32,
+            root_correction: (1.0 / (1.0 - self.beta2.powi(exponent)).sqrt()) as f32,
+            eps: self.eps as f32,
+            one_minus_ema: (1.0 - self.ema_decay) as f32,
+            grad_scale: self.grad_scale as f32,
+        }
+    }
+
+    /// The factors that `kernels/adamw.cu` multiplies by, in its order, but for clipping.
+    pub fn factors(&self) -> [f32; 9] {
+        let f = self.as_factors();
+        [
+            f.beta1,
+            f.beta2,
+            f.one_minus_beta1,
+            f.one_minus_beta2,
+            f.decay,
+            f.step,
+            f.root_correction,
+            f.eps,
+            f.one_minus_ema,
+        ]
+    }
+}
+
 /// One step of AdamW on `weights`, and then of their moving average, all `[P]` with the layout of the model.
 pub fn adamw(
     weights: &mut [f32],
@@ -51,19 +85,7 @@ pub fn adamw(
     grads: &[f32],
     u: Update,
 ) {
-    let exponent = u.number.min(i32::MAX as u64) as i32;
-    let factors = Factors {
-        beta1: u.beta1 as f32,
-        beta2: u.beta2 as f32,
-        one_minus_beta1: (1.0 - u.beta1) as f32,
-        one_minus_beta2: (1.0 - u.beta2) as f32,
-        decay: (1.0 - u.lr * u.weight_decay) as f32,
-        step: (u.lr / (1.0 - u.beta1.powi(exponent))) as f32,
-        root_correction: (1.0 / (1.0 - u.beta2.powi(exponent)).sqrt()) as f32,
-        eps: u.eps as f32,
-        one_minus_ema: (1.0 - u.ema_decay) as f32,
-        grad_scale: u.grad_scale as f32,
-    };
+    let factors = u.as_factors();
     weights
         .par_chunks_mut(BLOCK)
         .zip(ema.par_chunks_mut(BLOCK))

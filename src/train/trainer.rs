@@ -2,13 +2,17 @@
 
 use super::checkpoint::{self, FileOut, Metadata, TensorOut};
 use super::config::{Precision, SamplerKind, TrainConfig};
+use super::device::{DeviceUpdate, DrawnNoise};
 use super::learner::{Batch, Learner, Losses, Uncertainty};
 use super::metrics::{self, Meter, MetricsLog};
 use super::optimizer::Update;
 use super::plot;
 use super::progress::Progress;
 use super::run_dir::RunDir;
-use crate::autograd::Weights;
+use crate::autograd::cuda::DeviceWeights;
+use crate::autograd::{Memory, Weights};
+use crate::backend::Compute;
+use crate::backend::cuda::DType;
 use crate::data::loader::{Loader, LoaderOptions};
 use crate::data::{self, Dataset};
 use crate::diffusion::weighting::CLUSTERS;
@@ -49,9 +53,9 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
     let dataset = open_data(&mut config)?;
     in_pool(&config, || {
-        let learner = learner(&config)?;
+        let (learner, note) = learner_on(&config)?;
         let run = RunDir::create(&config)?;
-        let trainer = Trainer::new(&config, dataset, learner)?;
+        let trainer = Trainer::new(&config, dataset, learner, note)?;
         trainer.run(&config, &run, stop)
     })
 }
@@ -64,9 +68,9 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
     config.validate()?;
     let dataset = open_data(&mut config)?;
     in_pool(&config, || {
-        let learner = learner(&config)?;
+        let (learner, note) = learner_on(&config)?;
         let run = RunDir::open(run)?;
-        let mut trainer = Trainer::new(&config, dataset, learner)?;
+        let mut trainer = Trainer::new(&config, dataset, learner, note)?;
         if let Some(checkpoint) = checkpoint {
             trainer.load(checkpoint)?;
             // Later checkpoints would be taken for the run's newest, and those written from here on pruned before them.
@@ -101,12 +105,6 @@ fn open_data(config: &mut TrainConfig) -> Result<Arc<dyn Dataset>> {
 
 /// Runs `work` inside a pool of the configured number of threads: entering it once is cheaper than at every product.
 pub fn in_pool<R: Send>(config: &TrainConfig, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
-    if config.device.starts_with("cuda") {
-        return Err(Error::usage(format!("this build cannot compute on {}: give --device cpu", config.device)));
-    }
-    if config.precision == Precision::Bf16 {
-        return Err(Error::usage("the CPU computes in f32 only: leave --precision out, or give f32"));
-    }
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(config.threads)
         .build()
@@ -114,7 +112,29 @@ pub fn in_pool<R: Send>(config: &TrainConfig, work: impl FnOnce() -> Result<R> +
     pool.install(work)
 }
 
-/// The model with its initial weights.
+/// Where this configuration computes, and a note where `auto` had to do with the processor.
+///
+/// # Errors
+/// When the device is not there, or cannot compute in the precision or with the model's sizes.
+pub fn compute(config: &TrainConfig) -> Result<(Compute, Option<String>)> {
+    let (compute, note) = Compute::open(&config.device, config.precision == Precision::Bf16)?;
+    if let Compute::Cuda { elem, .. } = &compute {
+        config.model_config().check_cuda(*elem)?;
+    }
+    Ok((compute, note))
+}
+
+/// The model with its initial weights, where the configuration computes.
+fn learner_on(config: &TrainConfig) -> Result<(Learner, Option<String>)> {
+    let (compute, note) = compute(config)?;
+    let mut learner = learner(config)?;
+    if let Compute::Cuda { device, elem } = &compute {
+        learner.move_to(device, *elem)?;
+    }
+    Ok((learner, note))
+}
+
+/// The model with its initial weights, in main memory.
 pub fn learner(config: &TrainConfig) -> Result<Learner> {
     let dit = Dit::new(config.model_config())?;
     // Weights, gradients, two moments and the moving average.
@@ -187,10 +207,11 @@ struct Trainer {
     nonfinite_in_a_row: u64,
     drawn: Drawn,
     part: Part,
+    note: Option<String>,
 }
 
 impl Trainer {
-    fn new(config: &TrainConfig, dataset: Arc<dyn Dataset>, learner: Learner) -> Result<Self> {
+    fn new(config: &TrainConfig, dataset: Arc<dyn Dataset>, learner: Learner, note: Option<String>) -> Result<Self> {
         let options = LoaderOptions { batch: config.batch_size, seed: config.seed, flip: config.flip, threads: 0 };
         Ok(Trainer {
             learner,
@@ -200,6 +221,7 @@ impl Trainer {
             nonfinite_in_a_row: 0,
             drawn: Drawn::default(),
             part: Part::default(),
+            note,
         })
     }
 
@@ -217,6 +239,12 @@ impl Trainer {
         ));
         if let Some(note) = self.loader.dataset().note() {
             progress.say(note);
+        }
+        if let Some(note) = &self.note {
+            progress.say(note);
+        }
+        if let Some(state) = &self.learner.on_device {
+            progress.say(&format!("computing on {} in {}", state.device().name(), config.toml_of("precision")));
         }
         let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
         let (mut samples, mut figures) = (None, String::new());
@@ -276,11 +304,32 @@ impl Trainer {
         let images = self.loader.next(self.step)?;
         self.draw(config);
         let Trainer { learner, drawn, part, .. } = self;
+        let on_device = learner.on_device.is_some();
+        let update = Update {
+            lr: config.lr_at(self.step),
+            beta1: config.adam_beta1,
+            beta2: config.adam_beta2,
+            eps: config.adam_eps,
+            weight_decay: config.weight_decay,
+            ema_decay: config.ema_decay_at(learner.updates),
+            number: learner.updates + 1,
+            grad_scale: 1.0,
+        };
         let parts = drawn.order.chunks(config.batch_size / config.grad_accumulation);
+        let last = config.grad_accumulation - 1;
+        let mut decision = None;
         for (index, samples) in parts.enumerate() {
-            part.gather(samples, drawn, &images.pixels, &images.labels, config, self.step);
+            part.gather(samples, drawn, &images.pixels, &images.labels, config, self.step, on_device);
             let Part { x_start, noise, t, labels, coefficients, losses } = part;
-            learner.gradients(Batch { x_start, noise, t, labels, coefficients }, index > 0, losses)?;
+            let batch = Batch { x_start, noise, t, labels, coefficients };
+            if on_device {
+                let noise = DrawnNoise { seed: config.seed, step: self.step, samples };
+                let update = DeviceUpdate { update, clip: config.grad_clip, largest_norm: LARGEST_NORM };
+                let update = (index == last).then_some(update);
+                decision = learner.step_on_device(batch, Some(noise), index > 0, update, losses)?;
+            } else {
+                learner.gradients(batch, index > 0, losses)?;
+            }
             for (i, &sample) in samples.iter().enumerate() {
                 drawn.losses[sample as usize] = losses.loss[i];
                 if losses.loss[i].is_finite() {
@@ -290,20 +339,15 @@ impl Trainer {
             }
         }
         let objective = learner.objective(&drawn.losses);
-        let norm = learner.gradient_norm();
-        if objective.is_finite() && norm < LARGEST_NORM {
+        let norm = decision.map_or_else(|| learner.gradient_norm(), |decision| decision.norm);
+        let fit = decision.map_or(objective.is_finite() && norm < LARGEST_NORM, |decision| decision.updated);
+        if fit {
             let clip = config.grad_clip;
-            let update = Update {
-                lr: config.lr_at(self.step),
-                beta1: config.adam_beta1,
-                beta2: config.adam_beta2,
-                eps: config.adam_eps,
-                weight_decay: config.weight_decay,
-                ema_decay: config.ema_decay_at(learner.updates),
-                number: 0,
-                grad_scale: if clip > 0.0 && norm > clip { clip / norm } else { 1.0 },
-            };
-            learner.update(update, config.uw_lr);
+            let grad_scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
+            match on_device {
+                true => learner.updated_on_device(update, config.uw_lr),
+                false => learner.update(Update { grad_scale, ..update }, config.uw_lr),
+            }
             self.meter.add_step(norm);
             self.nonfinite_in_a_row = 0;
         } else {
@@ -336,10 +380,17 @@ impl Trainer {
         let columns = config.samples_per_class;
         let classes = config.sample_classes.min(config.num_classes);
         let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
-        let Learner { dit, ema, memory, .. } = &mut self.learner;
+        self.learner.fetch()?;
+        let Learner { dit, ema, memory, on_device, .. } = &mut self.learner;
+        // A memory of its own on a device: that of training keeps its place, and its graphs with it.
+        let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
+        let uploaded = on_device.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;
+        let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
+        let memory = own.as_mut().unwrap_or(memory);
+        let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
         let pixels = generate(
             dit,
-            Weights::Cpu(ema),
+            weights,
             memory,
             &sampler,
             &labels,
@@ -355,6 +406,7 @@ impl Trainer {
 
     /// Writes a checkpoint and the loss curve, and deletes checkpoints that are no longer kept.
     fn save(&mut self, config: &TrainConfig, run: &RunDir) -> Result<()> {
+        self.learner.fetch()?;
         let Learner { dit, weights, ema, m, v, uncertainty, updates, .. } = &self.learner;
         let tokens = [1, dit.config.tokens(), dit.config.hidden_size];
         let weights_file = |name, data| {
@@ -419,7 +471,7 @@ impl Trainer {
         self.nonfinite_in_a_row = number("nonfinite_in_a_row")?;
         self.meter = Meter::from_text(text("meter")?)
             .ok_or_else(|| Error::file(&path, "the running sums are unreadable: the file is damaged"))?;
-        Ok(())
+        self.learner.push()
     }
 }
 
@@ -436,6 +488,7 @@ pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
 impl Part {
     /// Collects `samples` of a batch: images and labels from the data, timesteps as drawn, noise and label dropout from
     /// their number in the batch alone.
+    #[expect(clippy::too_many_arguments, reason = "the batch, the configuration and the step it is drawn for")]
     fn gather(
         &mut self,
         samples: &[u32],
@@ -444,6 +497,7 @@ impl Part {
         labels: &[u32],
         config: &TrainConfig,
         step: u64,
+        noise_elsewhere: bool,
     ) {
         let row = pixels.len() / labels.len();
         let noise = Philox::new(config.seed, Stream::Noise);
@@ -457,7 +511,9 @@ impl Part {
         for ((x_start, noise_row), &sample) in rows.zip(samples) {
             let i = sample as usize;
             x_start.copy_from_slice(&pixels[i * row..][..row]);
-            noise.normal(noise_row, step, u64::from(sample));
+            if !noise_elsewhere {
+                noise.normal(noise_row, step, u64::from(sample));
+            }
             self.t.push(drawn.t[i]);
             let dropped = f64::from(dropout.uniform(step, u64::from(sample), 0)) < config.label_dropout;
             self.labels.push(if dropped { config.num_classes as u32 } else { labels[i] });

@@ -1,0 +1,259 @@
+//! A learner's numbers on a CUDA device, and a whole training step there: noise, forward, loss, backward, update.
+//!
+//! The step is one pass of a tape ([`crate::autograd::cuda`]), replayed as one graph from the second time on. The host sends
+//! images, labels and timesteps, and gets back the losses, the norm of the gradients and whether the update was made.
+
+use super::learner::{Batch, Losses};
+use super::optimizer::Update;
+use crate::autograd::Memory;
+use crate::autograd::cuda::{DeviceWeights, Replay, pass};
+use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Launch};
+use crate::diffusion::{ImageDims, LossWeight, Schedule};
+use crate::error::{Error, Result};
+use crate::model::dit::Dit;
+use crate::rng::Stream;
+use crate::tensor::Storage;
+use std::sync::Arc;
+
+/// Numbers of a sample that `kernels/diffusion_loss.cu` reads, in its order.
+const STEP_NUMBERS: usize = 9;
+/// Blocks that sum the squares of the gradients: fixed, so that the sum is too.
+const NORM_BLOCKS: usize = 1024;
+const THREADS: usize = 256;
+
+/// Noise that the device draws: that of `samples` (numbers in the batch) at `step`.
+#[derive(Clone, Copy, Debug)]
+pub struct DrawnNoise<'a> {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Training step.
+    pub step: u64,
+    /// `[B]`
+    pub samples: &'a [u32],
+}
+
+/// What the device decided about an update.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Decision {
+    /// L2 norm of the gradients, before clipping.
+    pub norm: f64,
+    /// Whether the update was made: losses and gradients were finite.
+    pub updated: bool,
+}
+
+/// How an update is made.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceUpdate {
+    /// As on the CPU; `grad_scale` is decided on the device.
+    pub update: Update,
+    /// Largest norm of the gradients; 0 for no clipping.
+    pub clip: f64,
+    /// A norm beyond this counts as not finite.
+    pub largest_norm: f64,
+}
+
+/// Weights, moving average, moments and gradients on a device, each `[P]`.
+pub struct DeviceState {
+    /// The weights, also as products read them.
+    pub weights: DeviceWeights,
+    ema: Allocation,
+    m: Allocation,
+    v: Allocation,
+    grads: Allocation,
+}
+
+impl DeviceState {
+    /// Copies `weights` and `[ema, m, v]` to the device.
+    ///
+    /// # Errors
+    /// When they do not fit.
+    pub fn new(device: &Arc<Device>, elem: DType, weights: &[f32], rest: [&[f32]; 3]) -> Result<Self> {
+        let [ema, m, v] = rest.map(|numbers| device.upload(numbers, DType::F32));
+        let grads = device.alloc(weights.len(), DType::F32)?;
+        Ok(DeviceState { weights: DeviceWeights::upload(device, weights, elem)?, ema: ema?, m: m?, v: v?, grads })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        self.weights.device()
+    }
+
+    /// Copies everything from main memory.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn write(&self, weights: &[f32], rest: [&[f32]; 3]) -> Result<()> {
+        self.weights.write(weights)?;
+        for (to, from) in [&self.ema, &self.m, &self.v].into_iter().zip(rest) {
+            self.device().write(to.buffer(), from)?;
+        }
+        Ok(())
+    }
+
+    /// Copies everything to main memory.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn read(&self, weights: &mut [f32], rest: [&mut [f32]; 3]) -> Result<()> {
+        let device = self.device();
+        device.read_bytes(bytemuck::cast_slice_mut(weights), self.weights.full())?;
+        for (from, to) in [&self.ema, &self.m, &self.v].into_iter().zip(rest) {
+            device.read_bytes(bytemuck::cast_slice_mut(to), from.buffer())?;
+        }
+        Ok(())
+    }
+
+    /// The gradients of the last step, `[P]`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn gradients(&self) -> Result<Vec<f32>> {
+        self.device().download(self.grads.buffer())
+    }
+
+    /// Losses and gradients of `batch` (`add`: on top of those before it), and the update if there is one.
+    ///
+    /// # Errors
+    /// When sizes do not fit, a timestep or label is out of range, or the device fails.
+    #[expect(clippy::too_many_arguments, reason = "what, how, and of which model")]
+    pub fn step(
+        &self,
+        dit: &Dit,
+        schedule: &Schedule,
+        loss_weight: LossWeight,
+        memory: &mut Memory,
+        batch: Batch,
+        drawn: Option<DrawnNoise>,
+        add: bool,
+        update: Option<DeviceUpdate>,
+        found: &mut Losses,
+    ) -> Result<Option<Decision>> {
+        let config = &dit.config;
+        let (b, side, channels) = (batch.t.len(), config.input_size, config.in_channels);
+        let dims = ImageDims { channels, pixels: side * side, learn_sigma: config.learn_sigma };
+        let n = dims.elements();
+        let noise_len = drawn.map_or(batch.noise.len(), |drawn| drawn.samples.len() * n);
+        if batch.x_start.len() != b * n || noise_len != b * n || batch.coefficients.len() != b {
+            let what = format!("{b} samples of {n} with {} pixels and {noise_len} of noise", batch.x_start.len());
+            return Err(Error::Shape { operation: "training step", what });
+        }
+        if let Some(t) = batch.t.iter().find(|&&t| t as usize >= schedule.len()) {
+            let what = format!("timestep {t} is outside the noise schedule of {} steps", schedule.len());
+            return Err(Error::Shape { operation: "training step", what });
+        }
+        let steps = steps(schedule, loss_weight, batch);
+        let sizes = [Arg::I32(b as i32), Arg::I32(n as i32)];
+        // Passes that launch the same kernels with the same sizes share a graph.
+        let number =
+            (b as u64) << 3 | u64::from(add) << 2 | u64::from(update.is_some()) << 1 | u64::from(drawn.is_some());
+        let grads = self.grads.buffer();
+        let (losses, decision) = pass(&self.weights, Some((grads, add)), memory, Replay::As(number), |tape| {
+            let (device, elem) = (tape.device(), tape.elem());
+            let launch = |kernel, len: usize| Launch {
+                file: "diffusion_loss",
+                kernel,
+                elem,
+                defines: &[],
+                grid: [len.div_ceil(THREADS) as u32, 1, 1],
+                block: THREADS as u32,
+                shared: 0,
+            };
+            let x_start = tape.upload(bytemuck::cast_slice(batch.x_start), DType::F32);
+            let steps = tape.upload(bytemuck::cast_slice(&steps), DType::F64);
+            let noise = match drawn {
+                None => tape.upload(bytemuck::cast_slice(batch.noise), DType::F32),
+                Some(DrawnNoise { seed, step, samples }) => {
+                    let counters: Vec<u32> = [step as u32].iter().chain(samples).copied().collect();
+                    let counters = tape.upload(bytemuck::cast_slice(&counters), DType::U32);
+                    let noise = tape.take_buffer(b * n, DType::F32);
+                    let [low, high] = [seed as u32, (seed >> 32) as u32].map(Arg::U32);
+                    let args = [noise.into(), counters.into(), low, high, Arg::U32(Stream::Noise as u32)];
+                    let args = [&args[..], &sizes].concat();
+                    device.launch(&launch("diffusion_loss_noise", b * n.div_ceil(4)), &args)?;
+                    noise
+                }
+            };
+            let x_t = tape.take_buffer(b * n, DType::F32);
+            let args = [&[x_t.into(), x_start.into(), noise.into(), steps.into()], &sizes[..]].concat();
+            device.launch(&launch("diffusion_loss_q_sample", b * n), &args)?;
+            let x_t = tape.push([b, channels, side, side], x_t, false);
+            let out = dit.forward(tape, x_t, batch.t, batch.labels)?;
+
+            let losses = tape.take_buffer(3 * b, DType::F32);
+            let d_out = tape.take_buffer(b * dims.out_elements(), DType::F32);
+            let inputs = [tape.buffer(out).into(), x_start.into(), noise.into(), steps.into()];
+            let parts = [Arg::I32(if dims.learn_sigma { 2 } else { 1 })];
+            let args = [&[losses.into(), d_out.into()], &inputs[..], &parts, &sizes].concat();
+            device.launch(&launch("diffusion_loss", b * THREADS), &args)?;
+            tape.backward_from(out, Storage::Cuda(d_out))?;
+
+            let Some(update) = update else { return Ok((losses, None)) };
+            let parts = tape.take_buffer(NORM_BLOCKS, DType::F64);
+            let decision = tape.take_buffer(3, DType::F64);
+            let factors: Vec<f32> = update.update.factors().into_iter().chain([update.clip as f32]).collect();
+            let factors = tape.upload(bytemuck::cast_slice(&factors), DType::F32);
+            self.update(&device, elem, losses, [parts, decision, factors], update.largest_norm)?;
+            Ok((losses, Some(decision)))
+        })?;
+        let terms = self.device().download(losses)?;
+        for (to, from) in [&mut found.mse, &mut found.vb, &mut found.loss].into_iter().zip(terms.chunks_exact(b)) {
+            to.clear();
+            to.extend_from_slice(from);
+        }
+        let Some(decision) = decision else { return Ok(None) };
+        let mut numbers = [0.0f64; 3];
+        self.device().read_bytes(bytemuck::cast_slice_mut(&mut numbers), decision)?;
+        Ok(Some(Decision { norm: numbers[0], updated: numbers[2] == 0.0 }))
+    }
+
+    /// Norm, decision and update (`kernels/adamw.cu`).
+    fn update(
+        &self,
+        device: &Device,
+        elem: DType,
+        losses: Buffer,
+        [parts, decision, factors]: [Buffer; 3],
+        largest_norm: f64,
+    ) -> Result<()> {
+        let grads = self.grads.buffer();
+        let len = Arg::U64(grads.len as u64);
+        let launch = |kernel, blocks: usize| Launch {
+            file: "adamw",
+            kernel,
+            elem,
+            defines: &[],
+            grid: [blocks as u32, 1, 1],
+            block: THREADS as u32,
+            shared: 0,
+        };
+        device.launch(&launch("adamw_norm", NORM_BLOCKS), &[parts.into(), grads.into(), len])?;
+        let counts = [Arg::I32(NORM_BLOCKS as i32), Arg::I32(losses.len as i32)];
+        let args = [decision.into(), parts.into(), losses.into(), factors.into(), Arg::F64(largest_norm)];
+        device.launch(&launch("adamw_decide", 1), &[&args[..], &counts].concat())?;
+        let rounded = if elem == DType::Bf16 { self.weights.elem() } else { Buffer::none(elem) };
+        let numbers = [self.weights.full(), rounded, self.ema.buffer(), self.m.buffer(), self.v.buffer(), grads];
+        let args: Vec<Arg> = numbers.into_iter().chain([factors, decision]).map(Arg::Buffer).chain([len]).collect();
+        device.launch(&launch("adamw", grads.len.div_ceil(THREADS)), &args)
+    }
+}
+
+/// What the timestep of each sample says, `[B, STEP_NUMBERS]`.
+fn steps(schedule: &Schedule, loss_weight: LossWeight, batch: Batch) -> Vec<f64> {
+    let mut steps = Vec::with_capacity(batch.t.len() * STEP_NUMBERS);
+    for (&t, &coefficient) in batch.t.iter().zip(batch.coefficients) {
+        let t = t as usize;
+        let min_log = schedule.posterior_log_variance_clipped[t];
+        steps.extend([
+            schedule.sqrt_alphas_cumprod[t],
+            schedule.sqrt_one_minus_alphas_cumprod[t],
+            schedule.posterior_mean_coef1[t] * schedule.sqrt_recipm1_alphas_cumprod[t],
+            (-min_log).exp(),
+            min_log,
+            schedule.log_betas[t] - min_log,
+            loss_weight.weight(schedule, t),
+            coefficient,
+            f64::from(u8::from(t == 0)),
+        ]);
+    }
+    steps
+}
