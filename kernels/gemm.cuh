@@ -38,12 +38,28 @@ struct Operand {
     int count;
 };
 
+// Which rows or columns of C a chunk contributes to: all, or those of a window. A warp leaves out the parts of 16 of its tile
+// that the window misses.
+enum Side { NEITHER, ROWS_OF_C, COLUMNS_OF_C };
+
 // One range of the reduction, in chunks of TILE_K from `start` on.
 struct Range {
+    static constexpr Side WINDOWED = NEITHER;
     int start;
     int end;
     __device__ int first() const { return start; }
     __device__ int next(int k) const { return k + TILE_K; }
+    __device__ Range window(int) const { return *this; }
+};
+
+// The whole reduction 0 .. end for the columns of C in one window.
+struct WindowedColumns {
+    static constexpr Side WINDOWED = COLUMNS_OF_C;
+    int end;
+    Range columns;
+    __device__ int first() const { return 0; }
+    __device__ int next(int k) const { return k + TILE_K; }
+    __device__ Range window(int) const { return columns; }
 };
 
 // The smallest window that holds those of samples first .. last.
@@ -64,8 +80,11 @@ __device__ __forceinline__ Range window_steps(const int* windows, int row, int r
     return window;
 }
 
-// The reduction over the rows [B T] of a batch that leaves out samples whose windows miss the channels start .. end.
+// The reduction over the rows [B T] of a batch that leaves out samples whose windows miss the tile's channels, start .. end,
+// which are its rows or its columns.
+template <Side SIDE>
 struct MeetingRows {
+    static constexpr Side WINDOWED = SIDE;
     const int* windows;
     int tokens;
     int end;  // B T
@@ -92,7 +111,18 @@ struct MeetingRows {
 
     __device__ int first() const { return from(0); }
     __device__ int next(int k) const { return from(k + TILE_K); }
+    __device__ Range window(int k) const { return union_of(windows, k / tokens, (min(k + TILE_K, end) - 1) / tokens); }
 };
+
+// Of COUNT parts of 16 from `origin` on, a bit for each that meets the window.
+template <int COUNT>
+__device__ __forceinline__ unsigned int meeting_parts(Range window, int origin) {
+    unsigned int parts = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (origin + i * 16 < window.end && origin + i * 16 + 16 > window.start) parts |= 1u << i;
+    return parts;
+}
 
 #ifdef ELEM_BF16
 
@@ -195,6 +225,13 @@ struct Copier {
     }
 };
 
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
+
 constexpr int SHARED_BYTES = STAGES * (TILE_M + TILE_N) * TILE_K * 2;
 constexpr int WARP_M = TILE_M / 2, WARP_N = TILE_N / 2;
 
@@ -246,6 +283,36 @@ __device__ __forceinline__ void accumulate(
         }
         commit_copies();
     }
+    // Adds one chunk: all of the warp's tile, or with PART what `parts_m` and `parts_n` name.
+    auto multiply = [&](unsigned int tiles, unsigned int parts_m, unsigned int parts_n, auto part) {
+        constexpr bool PART = decltype(part)::value;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            unsigned int fragment_a[WARP_M / 16][4];
+#pragma unroll
+            for (int i = 0; i < WARP_M / 16; ++i) {
+                if (PART && !(parts_m >> i & 1)) continue;
+                // 16 rows on the permutation repeats; 16 columns on, two chunks are added to a permuted number.
+                unsigned int address = A == K_INNER ? at_a[half] + i * 16 * TileA::CHUNKS * 16 : at_a[half] ^ (i * 32);
+                load_matrices<A == K_OUTER>(fragment_a[i], tiles + address);
+            }
+#pragma unroll
+            for (int j = 0; j < WARP_N / 16; ++j) {
+                if (PART && !(parts_n >> j & 1)) continue;
+                unsigned int fragment_b[4];
+                unsigned int address = B == K_INNER ? at_b[half] + j * 16 * TileB::CHUNKS * 16 : at_b[half] ^ (j * 32);
+                load_matrices<B == K_OUTER>(fragment_b, tiles + address);
+#pragma unroll
+                for (int i = 0; i < WARP_M / 16; ++i) {
+                    if (PART && !(parts_m >> i & 1)) continue;
+                    mma(sums[i][2 * j], fragment_a[i], fragment_b[0], fragment_b[1]);
+                    mma(sums[i][2 * j + 1], fragment_a[i], fragment_b[2], fragment_b[3]);
+                }
+            }
+        }
+    };
+    constexpr unsigned int ALL_M = (1u << WARP_M / 16) - 1, ALL_N = (1u << WARP_N / 16) - 1;
+    int current = steps.first();
     unsigned int reading = shared, writing = shared + (STAGES - 1) * STAGE;
     for (int done = 0; done < loaded; ++done) {
         wait_copies<STAGES - 2>();
@@ -258,26 +325,15 @@ __device__ __forceinline__ void accumulate(
             ++loaded;
         }
         commit_copies();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            unsigned int fragment_a[WARP_M / 16][4], fragment_b[WARP_N / 16][4];
-#pragma unroll
-            for (int i = 0; i < WARP_M / 16; ++i) {
-                // 16 rows on the permutation repeats; 16 columns on, two chunks are added to a permuted number.
-                unsigned int address = A == K_INNER ? at_a[half] + i * 16 * TileA::CHUNKS * 16 : at_a[half] ^ (i * 32);
-                load_matrices<A == K_OUTER>(fragment_a[i], reading + address);
-            }
-#pragma unroll
-            for (int j = 0; j < WARP_N / 16; ++j) {
-                unsigned int address = B == K_INNER ? at_b[half] + j * 16 * TileB::CHUNKS * 16
-                                                    : at_b[half] ^ (j * 32);
-                load_matrices<B == K_OUTER>(fragment_b[j], reading + address);
-            }
-#pragma unroll
-            for (int i = 0; i < WARP_M / 16; ++i)
-#pragma unroll
-                for (int j = 0; j < WARP_N / 8; ++j)
-                    mma(sums[i][j], fragment_a[i], fragment_b[j / 2][j % 2 * 2], fragment_b[j / 2][j % 2 * 2 + 1]);
+        if (Steps::WINDOWED == NEITHER) {
+            multiply(reading, ALL_M, ALL_N, No());
+        } else {
+            Range window = steps.window(current);
+            unsigned int parts_m = Steps::WINDOWED == ROWS_OF_C ? meeting_parts<WARP_M / 16>(window, row + warp_m) : ALL_M;
+            unsigned int parts_n = Steps::WINDOWED == ROWS_OF_C ? ALL_N : meeting_parts<WARP_N / 16>(window, column + warp_n);
+            if (parts_m == ALL_M && parts_n == ALL_N) multiply(reading, ALL_M, ALL_N, No());
+            else if (parts_m && parts_n) multiply(reading, parts_m, parts_n, Yes());
+            current = steps.next(current);
         }
         reading = reading == shared + (STAGES - 1) * STAGE ? shared : reading + STAGE;
         writing = writing == shared + (STAGES - 1) * STAGE ? shared : writing + STAGE;

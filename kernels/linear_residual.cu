@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear_residual_fwd(
     clear(sums);
     if (column < written.end && column + TILE_N > written.start)
         accumulate<K_INNER, K_INNER>(
-            sums, Operand{a, K, rows}, Operand{weight, K, C}, row, column, Range{0, K}, K, tiles
+            sums, Operand{a, K, rows}, Operand{weight, K, C}, row, column, WindowedColumns{K, written}, K, tiles
         );
     finish(sums, row, rows, column, C, [=](int i, int c, float value) {
         int b = i / T;
@@ -167,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear_residual_bwd_weight
     Accumulators sums;
     clear(sums);
     accumulate<K_OUTER, K_OUTER>(
-        sums, Operand{dz, C, C}, Operand{a, K, K}, row, column, MeetingRows{write_windows, T, B * T, row, row + TILE_M},
+        sums, Operand{dz, C, C}, Operand{a, K, K}, row, column, MeetingRows<ROWS_OF_C>{write_windows, T, B * T, row, row + TILE_M},
         B * T, tiles
     );
     finish(sums, row, C, column, K, [=](int c, int k, float value) {

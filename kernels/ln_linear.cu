@@ -241,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_bwd_input(
     Accumulators sums;
     clear(sums);
     accumulate<K_INNER, K_OUTER>(
-        sums, Operand{g, N, rows}, Operand{weight, C, C}, row, column, Range{0, N}, N, tiles
+        sums, Operand{g, N, rows}, Operand{weight, C, C}, row, column, WindowedColumns{N, window}, N, tiles
     );
     finish(sums, row, rows, column, C, [=](int i, int c, float value) { from_f32(dh[(long long)i * C + c], value); });
 }
@@ -371,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_bwd_weight(
     clear(sums);
     accumulate<K_OUTER, K_OUTER>(
         sums, Operand{g, N, N}, Operand{h, C, C}, row, column,
-        MeetingRows{windows, T, B * T, column, column + TILE_N}, B * T, tiles
+        MeetingRows<COLUMNS_OF_C>{windows, T, B * T, column, column + TILE_N}, B * T, tiles
     );
     if (pq) {
         for (int s = 0; s < SPLIT; ++s)

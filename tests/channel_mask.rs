@@ -60,6 +60,11 @@ fn each(mut check: impl FnMut(&str, &Case), shapes: &[[usize; 3]]) {
 }
 
 #[test]
+fn on_cuda() {
+    each(cuda::check_on_cuda, &[[1, 1, 2], [3, 7, 60], [2, 65, 40]]);
+}
+
+#[test]
 fn agrees_with_the_reference() {
     each(|label, case| check_operation(label, case), &[[1, 1, 2], [3, 7, 60], [20, 16, 60], [2, 65, 1023]]);
 }

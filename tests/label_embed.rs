@@ -48,6 +48,13 @@ fn agrees_with_the_reference() {
 }
 
 #[test]
+fn on_cuda() {
+    for (channels, rows, labels) in [(1, 1, vec![0]), (60, 11, vec![0, 10, 0, 3, 10]), (28, 4, vec![2; 40])] {
+        cuda::check_on_cuda(&format!("C {channels}, labels {labels:?}"), &Case { channels, rows, labels });
+    }
+}
+
+#[test]
 fn the_reference_has_the_slopes_it_says() {
     check_slopes("label_embed", &Case { channels: 5, rows: 4, labels: vec![3, 0, 3] });
 }

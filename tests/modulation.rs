@@ -48,6 +48,13 @@ fn agrees_with_the_reference() {
 }
 
 #[test]
+fn on_cuda() {
+    for (batch, channels, outputs) in [(1, 8, 8), (7, 64, 136), (33, 16, 304), (2, 8, 1104)] {
+        cuda::check_on_cuda(&format!("B {batch}, C {channels}, M {outputs}"), &Case { batch, channels, outputs });
+    }
+}
+
+#[test]
 fn the_reference_has_the_slopes_it_says() {
     check_slopes("modulation", &Case { batch: 3, channels: 9, outputs: 11 });
 }

@@ -1,5 +1,5 @@
-//! One name in several places: an operation `x` is `src/ops/x/`, `pub mod x`, a node of the tape, `tests/x.rs` and a group in
-//! `benches/ops.rs`.
+//! One name in several places: an operation `x` is `src/ops/x/`, `kernels/x.cu`, `pub mod x`, a node of the tape, `tests/x.rs`
+//! and a group in `benches/ops.rs`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -33,12 +33,12 @@ fn there_are_operations() {
 #[test]
 fn every_operation_has_its_files() {
     for name in operations() {
-        for path in ["src/ops/NAME/mod.rs", "src/ops/NAME/reference.rs", "tests/NAME.rs"] {
+        for path in ["src/ops/NAME/mod.rs", "src/ops/NAME/reference.rs", "kernels/NAME.cu", "tests/NAME.rs"] {
             let path = path.replace("NAME", &name);
             assert!(root().join(&path).is_file(), "{path} is missing");
         }
         let test = read(&format!("tests/{name}.rs"));
-        for check in ["check_operation(", "check_slopes(", "check_refused("] {
+        for check in ["check_operation(", "check_on_cuda", "check_slopes(", "check_refused("] {
             assert!(test.contains(check), "tests/{name}.rs never calls {check}");
         }
     }

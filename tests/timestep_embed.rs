@@ -56,6 +56,14 @@ fn agrees_with_the_reference() {
 }
 
 #[test]
+fn on_cuda() {
+    for (timesteps, hidden, channels) in [(vec![999], 64, 64), (vec![0, 1, 999, 500, 1, 7, 8, 9, 10], 40, 72)] {
+        let label = format!("t {timesteps:?}, hidden {hidden}, C {channels}");
+        cuda::check_on_cuda(&label, &Case { timesteps, hidden, channels });
+    }
+}
+
+#[test]
 fn waves_are_right_to_the_last_bit_but_one() {
     let t: Vec<u32> = (0..1000).collect();
     let weights = vec![0.0; FREQUENCIES + 4];

@@ -60,6 +60,14 @@ fn agrees_with_the_reference() {
 }
 
 #[test]
+fn on_cuda() {
+    for (batch, channels, height, width, patch) in [(1, 8, 4, 4, 4), (3, 6, 6, 10, 2), (2, 2, 5, 7, 1)] {
+        let label = format!("B {batch}, OC {channels}, {height} x {width}, patch {patch}");
+        cuda::check_on_cuda(&label, &Case { batch, channels, height, width, patch });
+    }
+}
+
+#[test]
 fn every_patch_lands_in_its_corner() {
     // Two channels, 2 x 4 images, patches of 2: the second patch's second row, first column, second channel.
     let case = Case { batch: 1, channels: 2, height: 2, width: 4, patch: 2 };

@@ -34,6 +34,16 @@ impl DeviceWeights {
         Ok(DeviceWeights { device: device.clone(), full, rounded })
     }
 
+    /// Room for `len` weights, with arbitrary contents.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn planned(device: &Arc<Device>, len: usize, elem: DType) -> Result<Self> {
+        let full = device.alloc(len, DType::F32)?;
+        let rounded = (elem == DType::Bf16).then(|| device.alloc(len, elem)).transpose()?;
+        Ok(DeviceWeights { device: device.clone(), full, rounded })
+    }
+
     /// Replaces the numbers.
     ///
     /// # Errors

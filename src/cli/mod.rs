@@ -3,6 +3,7 @@
 mod bench;
 mod completions;
 mod info;
+mod kernels;
 mod knobs;
 mod parity;
 mod sample;
@@ -44,6 +45,7 @@ enum Command {
     Train(train::TrainArgs),
     Sample(sample::SampleArgs),
     Bench(bench::BenchArgs),
+    Kernels(kernels::KernelsArgs),
     Info(info::InfoArgs),
     Parity(parity::ParityArgs),
     Completions(completions::CompletionsArgs),
@@ -78,6 +80,7 @@ fn run(command: Command) -> Result<()> {
         Command::Train(args) => train::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Kernels(args) => kernels::run(args),
         Command::Info(args) => info::run(args),
         Command::Parity(args) => parity::run(args),
         Command::Completions(args) => completions::run(args),

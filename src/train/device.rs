@@ -73,6 +73,15 @@ impl DeviceState {
         Ok(DeviceState { weights: DeviceWeights::upload(device, weights, elem)?, ema: ema?, m: m?, v: v?, grads })
     }
 
+    /// Room for a model of `len` parameters, with arbitrary contents: to plan with.
+    ///
+    /// # Errors
+    /// When it does not fit.
+    pub fn planned(device: &Arc<Device>, elem: DType, len: usize) -> Result<Self> {
+        let [ema, m, v, grads] = [(); 4].map(|()| device.alloc(len, DType::F32));
+        Ok(DeviceState { weights: DeviceWeights::planned(device, len, elem)?, ema: ema?, m: m?, v: v?, grads: grads? })
+    }
+
     /// The device.
     pub fn device(&self) -> &Arc<Device> {
         self.weights.device()

@@ -244,7 +244,11 @@ impl Trainer {
             progress.say(note);
         }
         if let Some(state) = &self.learner.on_device {
-            progress.say(&format!("computing on {} in {}", state.device().name(), config.toml_of("precision")));
+            progress.say(&format!(
+                "computing on {} in {}",
+                state.device().name(),
+                config.toml_of("precision").trim_matches('"')
+            ));
         }
         let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
         let (mut samples, mut figures) = (None, String::new());
@@ -388,16 +392,8 @@ impl Trainer {
         let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
         let memory = own.as_mut().unwrap_or(memory);
         let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
-        let pixels = generate(
-            dit,
-            weights,
-            memory,
-            &sampler,
-            &labels,
-            config.seed,
-            config.batch_size.min(64),
-            |_| Ok(()),
-        )?;
+        let pixels =
+            generate(dit, weights, memory, &sampler, &labels, config.seed, config.batch_size.min(64), |_| Ok(()))?;
         let path = run.samples(self.step)?;
         let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
         grid_png(&path, &pixels, shape, columns, scale_of(config.image_size))?;

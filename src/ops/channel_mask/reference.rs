@@ -11,7 +11,7 @@ pub fn forward<R: Real>(base: Option<&[R]>, x: &[R], mask: &[R], tokens: usize, 
         let (sample, channel) = (i / (tokens * channels), i % channels);
         let m = mask[sample * channels + channel];
         let kept = if keep == Keep::Active { m * x } else { (R::one() - m) * x };
-        y.push(kept + base.map_or(R::zero(), |base| base[i]));
+        y.push((kept + base.map_or(R::zero(), |base| base[i])).stored());
     }
     y
 }

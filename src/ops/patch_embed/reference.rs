@@ -14,7 +14,7 @@ pub fn forward<R: Real>(x: &[R], weight: &[R], bias: &[R], positions: &[R], d: D
                 for k in 0..d.patch_len() {
                     sum += weight[c * d.patch_len() + k] * x[pixel(d, b, t, k)];
                 }
-                y.push(sum);
+                y.push(sum.stored());
             }
         }
     }

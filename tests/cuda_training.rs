@@ -1,0 +1,229 @@
+//! Training on a CUDA device: the CPU's losses, the same bits when run twice, checkpoints that resume on either.
+
+mod common;
+
+use common::cuda::device;
+use common::same_bits;
+use dtr_fused::backend::Compute;
+use dtr_fused::backend::cuda::{Arg, DType, Launch};
+use dtr_fused::parity::check_dir;
+use dtr_fused::rng::{Philox, Stream};
+use dtr_fused::train::optimizer::{Update, adamw};
+use dtr_fused::train::{TrainConfig, checkpoint, metrics, trainer};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// A small model on the digits with a batch of four: every kernel, no long wait.
+fn config(out: &Path, set: &[(&str, &str)]) -> TrainConfig {
+    // Opens nothing, but says where the simulator and NVRTC are.
+    drop(device());
+    let base = [
+        ("model", "custom"),
+        ("hidden_size", "64"),
+        ("depth", "2"),
+        ("num_heads", "2"),
+        ("patch_size", "2"),
+        ("mlp_ratio", "2"),
+        ("batch_size", "4"),
+        ("steps", "20"),
+        ("log_every", "1"),
+        ("sample_every", "0"),
+        ("sample_steps", "1"),
+        ("sample_classes", "1"),
+        ("samples_per_class", "1"),
+        ("checkpoint_every", "10"),
+        ("device", "cuda"),
+    ];
+    let mut text = String::new();
+    for (key, value) in base.iter().filter(|(key, _)| !set.iter().any(|(other, _)| other == key)).chain(set) {
+        let quoted = value.parse::<f64>().is_err() && *value != "true" && *value != "false";
+        text += &if quoted { format!("{key} = \"{value}\"\n") } else { format!("{key} = {value}\n") };
+    }
+    let file = out.with_extension("toml");
+    std::fs::write(&file, text).unwrap();
+    let mut config = TrainConfig::from_file(&file).unwrap();
+    config.out = out.display().to_string();
+    config
+}
+
+/// Trains, and gives the run's folder and its losses by step.
+fn train(out: PathBuf, set: &[(&str, &str)]) -> (PathBuf, Vec<f64>) {
+    let outcome = trainer::start(config(&out, set), &AtomicBool::new(false)).unwrap();
+    assert!(outcome.finished);
+    let losses = metrics::read(&outcome.run).unwrap().iter().map(|line| line.loss.unwrap()).collect();
+    (outcome.run, losses)
+}
+
+/// The bytes of a run's last checkpoint.
+fn bytes(run: &Path) -> Vec<Vec<u8>> {
+    let (_, folder) = checkpoint::latest(run).unwrap().unwrap();
+    [checkpoint::MODEL, checkpoint::EMA, checkpoint::OPTIMIZER]
+        .map(|file| std::fs::read(folder.join(file)).unwrap())
+        .into()
+}
+
+#[test]
+fn losses_follow_the_cpu_in_both_precisions_and_every_routing() {
+    let folder = tempfile::tempdir().unwrap();
+    for routing in ["paper", "sublayer", "dense", "random"] {
+        let steps = if routing == "paper" { "20" } else { "6" };
+        let set = |device, precision| {
+            [("routing", routing), ("beta", "0.5"), ("steps", steps), ("device", device), ("precision", precision)]
+        };
+        let run = |name: &str, set: &[(&str, &str)]| train(folder.path().join(format!("{routing}-{name}")), set).1;
+        let cpu = run("cpu", &set("cpu", "f32"));
+        let f32 = run("f32", &set("cuda", "f32"));
+        let bf16 = run("bf16", &set("cuda", "bf16"));
+        assert_eq!((cpu.len(), f32.len(), bf16.len()), (steps.parse().unwrap(), cpu.len(), cpu.len()));
+        for step in 0..cpu.len() {
+            let err = |losses: &[f64]| (losses[step] - cpu[step]).abs() / cpu[step].abs();
+            assert!(err(&f32) <= 1e-4, "{routing}, step {step}: {} in f32, {} on the CPU", f32[step], cpu[step]);
+            assert!(err(&bf16) <= 2e-2, "{routing}, step {step}: {} in bf16, {} on the CPU", bf16[step], cpu[step]);
+        }
+    }
+}
+
+#[test]
+fn the_same_run_has_the_same_bits_and_resumes_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    for precision in ["f32", "bf16"] {
+        let path = |name: &str| folder.path().join(format!("{precision}-{name}"));
+        let set = [("precision", precision), ("routing", "sublayer"), ("grad_accumulation", "2"), ("grad_clip", "1")];
+        let (whole, losses) = train(path("whole"), &[&set[..], &[("steps", "6"), ("checkpoint_every", "3")]].concat());
+        let (again, again_losses) =
+            train(path("again"), &[&set[..], &[("steps", "6"), ("checkpoint_every", "3")]].concat());
+        assert_eq!(losses, again_losses);
+        assert!(bytes(&whole) == bytes(&again), "{precision}: other bits when run twice");
+
+        let (half, _) = train(path("half"), &[&set[..], &[("steps", "3"), ("checkpoint_every", "3")]].concat());
+        let (_, at) = checkpoint::latest(&half).unwrap().unwrap();
+        let mut config = TrainConfig::from_file(&half.join(checkpoint::CONFIG)).unwrap();
+        config.steps = 6;
+        trainer::resume(config, &half, Some(&at), &AtomicBool::new(false)).unwrap();
+        let [model, ema, optimizer] = [0, 1, 2].map(|i| bytes(&half)[i] == bytes(&whole)[i]);
+        assert!(model && ema && optimizer, "{precision}: other bits after resuming");
+    }
+}
+
+#[test]
+fn a_checkpoint_resumes_on_the_other_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, _) =
+        train(folder.path().join("whole"), &[("device", "cpu"), ("steps", "4"), ("checkpoint_every", "2")]);
+    for (first, second) in [("cuda", "cpu"), ("cpu", "cuda")] {
+        let set = [("device", first), ("steps", "2"), ("checkpoint_every", "2")];
+        let (run, _) = train(folder.path().join(first), &set);
+        let (_, at) = checkpoint::latest(&run).unwrap().unwrap();
+        let mut config = TrainConfig::from_file(&run.join(checkpoint::CONFIG)).unwrap();
+        (config.steps, config.device) = (4, second.into());
+        trainer::resume(config, &run, Some(&at), &AtomicBool::new(false)).unwrap();
+        let losses = |run: &Path| -> Vec<f64> { metrics::read(run).unwrap().iter().map(|l| l.loss.unwrap()).collect() };
+        for (a, b) in losses(&run).iter().zip(losses(&whole)) {
+            assert!((a - b).abs() <= 1e-4 * b.abs(), "{first} then {second}: loss {a}, on the CPU alone {b}");
+        }
+        assert_eq!(losses(&run).len(), 4);
+    }
+}
+
+#[test]
+fn steps_that_are_not_finite_change_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    // The first update throws the weights out of range; every step after it is left out.
+    let set =
+        [("lr", "1000"), ("warmup_steps", "0"), ("adam_eps", "1e-30"), ("max_nonfinite_steps", "2"), ("steps", "40")];
+    let error = trainer::start(config(&out, &set), &AtomicBool::new(false)).unwrap_err().to_string();
+    assert!(error.contains("not finite 2 steps in a row"), "{error}");
+    let (_, at) = checkpoint::latest(&out).unwrap().expect("the weights before are kept");
+    let file = dtr_fused::safetensors_file::SafetensorsFile::open(&at.join(checkpoint::MODEL)).unwrap();
+    drop(file);
+}
+
+#[test]
+fn golden_cases_agree() {
+    let compute = Compute::Cuda { device: Arc::new(device()), elem: DType::F32 };
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut compared = 0;
+    for (case, report) in check_dir(&golden, &compute).unwrap() {
+        assert!(report.passed(), "{}\n{report}", case.display());
+        compared += report.compared();
+    }
+    assert!(compared > 1000, "{compared} tensors");
+}
+
+#[test]
+fn noise_has_the_bits_of_the_cpu() {
+    let device = device();
+    let (seed, step, samples, n) = (0x1234_5678_9abc_def0u64, 77u64, [3u32, 0, 1_000_000], 4099usize);
+    let counters: Vec<u32> = [step as u32].iter().chain(&samples).copied().collect();
+    let counters = device.upload_u32(&counters).unwrap();
+    let noise = device.alloc(samples.len() * n, DType::F32).unwrap();
+    let threads = samples.len() * n.div_ceil(4);
+    let launch = Launch {
+        file: "diffusion_loss",
+        kernel: "diffusion_loss_noise",
+        elem: DType::F32,
+        defines: &[],
+        grid: [threads.div_ceil(256) as u32, 1, 1],
+        block: 256,
+        shared: 0,
+    };
+    let key = [seed as u32, (seed >> 32) as u32].map(Arg::U32);
+    let args = [noise.buffer().into(), counters.buffer().into(), key[0], key[1], Arg::U32(Stream::Noise as u32)];
+    let sizes = [Arg::I32(samples.len() as i32), Arg::I32(n as i32)];
+    device.launch(&launch, &[&args[..], &sizes].concat()).unwrap();
+    let found = device.download(noise.buffer()).unwrap();
+    for (row, &sample) in found.chunks_exact(n).zip(&samples) {
+        let mut expected = vec![0.0; n];
+        Philox::new(seed, Stream::Noise).normal(&mut expected, step, u64::from(sample));
+        assert!(same_bits(row, &expected), "sample {sample}");
+    }
+}
+
+#[test]
+fn adamw_has_the_bits_of_the_cpu() {
+    let device = device();
+    let n = 3001;
+    let mut host: Vec<Vec<f32>> = (0..5).map(|seed| common::numbers(seed, n)).collect();
+    host[3].iter_mut().for_each(|v| *v = v.abs());
+    let [weights, ema, m, v, grads] = [0, 1, 2, 3, 4].map(|i| device.upload(&host[i], DType::F32).unwrap());
+    let rounded = device.alloc(n, DType::Bf16).unwrap();
+    let update = Update {
+        lr: 1e-2,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        ema_decay: 0.95,
+        number: 3,
+        grad_scale: 0.5,
+    };
+    let factors: Vec<f32> = update.factors().into_iter().chain([0.0]).collect();
+    let factors = device.upload(&factors, DType::F32).unwrap();
+    for (skip, name) in [(1.0, "left out"), (0.0, "made")] {
+        let decision = device.upload(&[1.0, 0.5, skip], DType::F64).unwrap();
+        let launch = Launch {
+            file: "adamw",
+            kernel: "adamw",
+            elem: DType::Bf16,
+            defines: &[],
+            grid: [n.div_ceil(256) as u32, 1, 1],
+            block: 256,
+            shared: 0,
+        };
+        let buffers = [&weights, &rounded, &ema, &m, &v, &grads, &factors, &decision];
+        let args: Vec<Arg> = buffers.iter().map(|b| Arg::Buffer(b.buffer())).chain([Arg::U64(n as u64)]).collect();
+        device.launch(&launch, &args).unwrap();
+        if skip == 0.0 {
+            let [w, e, m, v, g] = &mut host[..] else { unreachable!("five buffers") };
+            adamw(w, e, m, v, g, update);
+            let bf16: Vec<f32> = host[0].iter().map(|&w| half::bf16::from_f32(w).to_f32()).collect();
+            assert!(same_bits(&device.download(rounded.buffer()).unwrap(), &bf16));
+        }
+        for (on_device, expected) in [&weights, &ema, &m, &v].iter().zip(&host) {
+            let found = device.download(on_device.buffer()).unwrap();
+            assert!(same_bits(&found, expected), "an update that is {name}");
+        }
+    }
+}
