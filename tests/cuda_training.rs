@@ -136,7 +136,7 @@ fn steps_that_are_not_finite_change_nothing() {
     let error = trainer::start(config(&out, &set), &AtomicBool::new(false)).unwrap_err().to_string();
     assert!(error.contains("not finite 2 steps in a row"), "{error}");
     let (_, at) = checkpoint::latest(&out).unwrap().expect("the weights before are kept");
-    let file = dtr_fused::safetensors_file::SafetensorsFile::open(&at.join(checkpoint::MODEL)).unwrap();
+    let file = dtr_fused::safetensors_file::SafetensorsFile::open(at.join(checkpoint::MODEL)).unwrap();
     drop(file);
 }
 

@@ -202,7 +202,7 @@ fn step(
     one_pass()?;
     one_pass()?;
     let recorded = device.record();
-    let mut counts: BTreeMap<(&'static str, Vec<(&'static str, i64)>), (usize, &Recorded)> = BTreeMap::new();
+    let mut counts: BTreeMap<_, (usize, &Recorded)> = BTreeMap::new();
     for launch in &recorded {
         counts.entry((launch.kernel, launch.defines.clone())).or_insert((0, launch)).0 += 1;
     }
