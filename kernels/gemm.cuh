@@ -8,12 +8,12 @@
 //   K_INNER   [i, k] row-major, k contiguous:  x and W of  x W^T
 //   K_OUTER   [k, i] row-major, i contiguous:  W of  g W,  and both operands of  g^T h
 //
-// The reduction runs over chunks of TILE_K; `Steps` says which: a window of channels, or the rows of the samples whose
-// windows meet the tile. What a chunk covers beyond a window is zero in memory: the kernels that write windowed
-// activations promise that. What it covers beyond `limit` is read as zero.
+// The reduction runs over chunks of TILE_K. `Steps` says which, as runs of chunks that contribute to the same window of C: the
+// channels of a window, or the rows of the samples whose windows meet the tile. What a chunk covers beyond a window is zero
+// in memory: the kernels that write windowed activations promise that. What it covers beyond `limit` is read as zero.
 //
-// A block has THREADS threads and computes TILE_M x TILE_N: in bf16, a warp a quarter of it. `Epilogue` gets every element of the
-// tile that is inside the matrix: `epilogue(i, j, value)`.
+// A block has THREADS threads and computes TILE_M x TILE_N: in bf16, a warp a quarter of it. An epilogue gets WIDTH columns
+// of a row at a time:  `epilogue(column)` is called once a thread, and what it returns for every row:  `(row, values)`.
 #pragma once
 
 #include "common.cuh"
@@ -38,29 +38,49 @@ struct Operand {
     int count;
 };
 
-// Which rows or columns of C a chunk contributes to: all, or those of a window. A warp leaves out the parts of 16 of its tile
-// that the window misses.
-enum Side { NEITHER, ROWS_OF_C, COLUMNS_OF_C };
+// Both operands, k below `limit`.
+struct Operands {
+    Operand a;
+    Operand b;
+    int limit;
+};
 
-// One range of the reduction, in chunks of TILE_K from `start` on.
+// Channels or rows start .. end.
 struct Range {
-    static constexpr Side WINDOWED = NEITHER;
     int start;
     int end;
-    __device__ int first() const { return start; }
-    __device__ int next(int k) const { return k + TILE_K; }
-    __device__ Range window(int) const { return *this; }
 };
 
-// The whole reduction 0 .. end for the columns of C in one window.
-struct WindowedColumns {
-    static constexpr Side WINDOWED = COLUMNS_OF_C;
+// Which rows or columns of C a window names. A warp leaves out the parts of 16 of its tile that the window misses.
+enum Side { NEITHER, ROWS_OF_C, COLUMNS_OF_C };
+
+// Chunks k, k + TILE_K, .. below end, which contribute to the same window of C.
+struct Run {
+    int k;
     int end;
-    Range columns;
-    __device__ int first() const { return 0; }
-    __device__ int next(int k) const { return k + TILE_K; }
-    __device__ Range window(int) const { return columns; }
+    Range window;
+    bool whole;  // the window holds the whole tile
+    int source;  // of which operands
+
+    __device__ bool empty() const { return k >= end; }
 };
+
+// One run.
+template <Side SIDE>
+struct OneRun {
+    static constexpr Side WINDOWED = SIDE;
+    Run run;
+    __device__ Run first() const { return run; }
+    __device__ Run after(Run) const { return Run{0, 0, {0, 0}, false, 0}; }
+};
+
+// The reduction over start .. end for all of C.
+__device__ __forceinline__ OneRun<NEITHER> all_of(int start, int end) { return {{start, end, {0, 0}, true, 0}}; }
+
+// The reduction over 0 .. end for the columns of C in a window; `column` is the tile's first.
+__device__ __forceinline__ OneRun<COLUMNS_OF_C> windowed_columns(int end, Range window, int column) {
+    return {{0, end, window, window.start <= column && column + TILE_N <= window.end, 0}};
+}
 
 // The smallest window that holds those of samples first .. last.
 __device__ __forceinline__ Range union_of(const int* windows, int first, int last) {
@@ -73,46 +93,79 @@ __device__ __forceinline__ Range union_of(const int* windows, int first, int las
     return all;
 }
 
-// The reduction over the channels of the samples that rows `row .. row + TILE_M` belong to: from an aligned channel on.
-__device__ __forceinline__ Range window_steps(const int* windows, int row, int rows, int tokens) {
-    Range window = union_of(windows, row / tokens, (min(row + TILE_M, rows) - 1) / tokens);
-    window.start &= ~7;
-    return window;
+// The smallest window that holds those of the samples that the tile's rows, from `row` on, belong to.
+__device__ __forceinline__ Range window_of_rows(const int* windows, int row, int rows, int tokens) {
+    return union_of(windows, row / tokens, (min(row + TILE_M, rows) - 1) / tokens);
 }
 
+// The reduction over the channels of a window, from an aligned one on.
+__device__ __forceinline__ OneRun<NEITHER> window_steps(Range window) { return all_of(window.start & ~7, window.end); }
+
 // The reduction over the rows [B T] of a batch that leaves out samples whose windows miss the tile's channels, start .. end,
-// which are its rows or its columns.
+// which are its rows or its columns. Then, over all of `more_rows` rows of `more` other pairs of operands.
 template <Side SIDE>
 struct MeetingRows {
     static constexpr Side WINDOWED = SIDE;
     const int* windows;
     int tokens;
     int end;  // B T
-    int channel_start;
-    int channel_end;
+    Range channels;
+    int more;
+    int more_rows;
 
-    __device__ bool meets(int sample) const {
-        int start = windows[2 * sample];
-        return start < channel_end && start + windows[2 * sample + 1] > channel_start;
-    }
-
-    // The first chunk from k on that some sample in it needs.
-    __device__ int from(int k) const {
-        while (k < end) {
-            int last = (min(k + TILE_K, end) - 1) / tokens;
-            int sample = k / tokens;
-            while (sample <= last && !meets(sample)) ++sample;
-            if (sample <= last) return k;
-            // All of them miss: on with the chunk that holds the next sample's first row.
-            k = max(k + TILE_K, sample * tokens / TILE_K * TILE_K);
-        }
-        return end;
-    }
-
-    __device__ int first() const { return from(0); }
-    __device__ int next(int k) const { return from(k + TILE_K); }
+    // The window of the samples that chunk k holds rows of.
     __device__ Range window(int k) const { return union_of(windows, k / tokens, (min(k + TILE_K, end) - 1) / tokens); }
+
+    __device__ bool holds(Range window) const { return window.start <= channels.start && channels.end <= window.end; }
+
+    // The run that starts with the first chunk from k on that some sample in it needs.
+    __device__ Run from(int k) const {
+        for (; k < end; k += TILE_K) {
+            Range own = window(k);
+            if (own.start < channels.end && own.end > channels.start) {
+                Run run{k, k + TILE_K, own, holds(own), 0};
+                // On with the chunks that are as good as this one: of the same sample, or needed by the whole tile too.
+                while (run.end < end) {
+                    Range next = window(run.end);
+                    bool same = next.start == own.start && next.end == own.end;
+                    if (!same && !(run.whole && holds(next))) break;
+                    // To the last chunk that lies in that chunk's first sample alone.
+                    run.end = max(run.end + TILE_K, (run.end / tokens + 1) * tokens / TILE_K * TILE_K);
+                }
+                return run;
+            }
+            // All of them miss: on with the chunk that holds the next sample's first row.
+            k = max(k, (k / tokens + 1) * tokens / TILE_K * TILE_K - TILE_K);
+        }
+        return Run{0, more > 0 ? more_rows : 0, channels, true, 1};
+    }
+
+    __device__ Run first() const { return from(0); }
+    __device__ Run after(Run run) const {
+        return run.source == 0 ? from(run.end) : Run{0, run.source < more ? more_rows : 0, channels, true, run.source + 1};
+    }
 };
+
+template <int VALUE>
+struct Constant {
+    static constexpr int value = VALUE;
+};
+
+// f(Constant<0>()), .., f(Constant<N - 1>()): a loop whose index may stand in an instruction.
+template <int N, int I = 0, typename F>
+__device__ __forceinline__ void unrolled(F f) {
+    if constexpr (I < N) {
+        f(Constant<I>());
+        unrolled<N, I + 1>(f);
+    }
+}
+
+#ifdef ELEM_BF16
+
+constexpr int WIDTH = 8;  // columns of an epilogue: 16 bytes of elem
+constexpr int WARP_M = TILE_M / 2, WARP_N = TILE_N / 2;
+constexpr int PARTS_M = WARP_M / 16, PARTS_N = WARP_N / 16;  // of 16 rows or columns
+constexpr unsigned int ALL_M = (1u << PARTS_M) - 1, ALL_N = (1u << PARTS_N) - 1;
 
 // Of COUNT parts of 16 from `origin` on, a bit for each that meets the window.
 template <int COUNT>
@@ -124,15 +177,20 @@ __device__ __forceinline__ unsigned int meeting_parts(Range window, int origin) 
     return parts;
 }
 
-#ifdef ELEM_BF16
-
 __device__ __forceinline__ unsigned int shared_address(const void* pointer) {
     return (unsigned int)__cvta_generic_to_shared(pointer);
 }
 
-// 16 bytes from global to shared memory; zeros when `bytes` is 0.
-__device__ __forceinline__ void copy_async(unsigned int to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+// 16 bytes from `from` + SOURCE in global memory to `to` + TARGET in shared memory.
+template <int TARGET, int SOURCE>
+__device__ __forceinline__ void copy_async(unsigned int to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(TARGET), "n"(SOURCE) : "memory");
+}
+
+// The same, or zeros when `bytes` is 0.
+template <int TARGET>
+__device__ __forceinline__ void copy_async_or_zeros(unsigned int to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes), "n"(TARGET) : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -143,17 +201,18 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-template <bool TRANSPOSED>
+// Four 8 x 8 matrices at `address` + OFFSET.
+template <bool TRANSPOSED, int OFFSET>
 __device__ __forceinline__ void load_matrices(unsigned int (&r)[4], unsigned int address) {
-    if (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(address)
+                     : "r"(address), "n"(OFFSET)
                      : "memory");
     else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(address)
+                     : "r"(address), "n"(OFFSET)
                      : "memory");
 }
 
@@ -170,205 +229,276 @@ template <Layout LAYOUT, int EXTENT>
 struct SharedTile {
     static constexpr int ROWS = LAYOUT == K_INNER ? EXTENT : TILE_K;
     static constexpr int CHUNKS = (LAYOUT == K_INNER ? TILE_K : EXTENT) / 8;  // of 16 bytes in a row
-    static constexpr int BYTES = EXTENT * TILE_K * 2;
-    static constexpr int COPIES = ROWS * CHUNKS / THREADS;  // of a thread
-    static constexpr int ROW_STEP = THREADS / CHUNKS;       // rows between them
+    static constexpr int ROW_BYTES = CHUNKS * 16;
+    static constexpr int BYTES = ROWS * ROW_BYTES;
+    static constexpr int ROW_STEP = THREADS / CHUNKS;  // rows from one copy of a thread to the next: the permutation repeats
+    static constexpr int COPIES = ROWS / ROW_STEP;
 
     // Where a chunk lies, so that eight rows of one column of chunks are in eight different groups of banks.
     __device__ static int offset(int row, int chunk) {
         int turned = LAYOUT == K_INNER ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7);
-        return (row * CHUNKS + turned) * 16;
+        return row * ROW_BYTES + turned * 16;
     }
 };
 
-// What one thread copies of an operand's tiles.
+// What one thread copies of an operand's tiles, from the next chunk on.
 template <Layout LAYOUT, int EXTENT>
 struct Copier {
     typedef SharedTile<LAYOUT, EXTENT> Tile;
-    const elem* from[Tile::COPIES];
-    int to[Tile::COPIES];
-    int k[LAYOUT == K_INNER ? 1 : Tile::COPIES];  // along k, in the chunk, of what is copied
-    long long stride;
+    const unsigned char* from[Tile::COPIES];
+    const void* somewhere;   // for copies of nothing
+    long long chunk_stride;  // bytes from one chunk to the next
+    unsigned int to;
+    int own_k;  // along k, in the chunk, of the first copy
 
-    // Rows and chunks beyond the matrix are replaced by others: their products are never stored.
-    __device__ Copier(Operand operand, int origin) : stride(operand.stride) {
-        int chunk = threadIdx.x % Tile::CHUNKS;
-        int first = threadIdx.x / Tile::CHUNKS;
+    // Rows and columns beyond the matrix are replaced by others: their products are never stored.
+    __device__ Copier(Operand operand, int origin, int k, unsigned int shared) : somewhere(operand.data) {
+        int chunk = threadIdx.x % Tile::CHUNKS, row = threadIdx.x / Tile::CHUNKS;
+        to = shared + Tile::offset(row, chunk);
+        own_k = LAYOUT == K_INNER ? chunk * 8 : row;
+        chunk_stride = TILE_K * 2 * (LAYOUT == K_INNER ? 1 : operand.stride);
 #pragma unroll
         for (int c = 0; c < Tile::COPIES; ++c) {
-            int row = first + c * Tile::ROW_STEP;
-            to[c] = Tile::offset(row, chunk);
-            if (LAYOUT == K_INNER) {
-                from[c] = operand.data + min(origin + row, operand.count - 1) * operand.stride + chunk * 8;
-            } else {
-                from[c] = operand.data + row * operand.stride + min(origin + chunk * 8, (operand.count - 1) & ~7);
-                k[c] = row;
-            }
+            int i = origin + (LAYOUT == K_INNER ? row + c * Tile::ROW_STEP : chunk * 8);
+            const elem* at = LAYOUT == K_INNER ? operand.data + min(i, operand.count - 1) * operand.stride + chunk * 8 + k
+                                               : operand.data + (row + c * Tile::ROW_STEP + k) * operand.stride
+                                                     + min(i, (operand.count - 1) & ~7);
+            from[c] = (const unsigned char*)at;
         }
-        if (LAYOUT == K_INNER) k[0] = chunk * 8;
     }
 
-    __device__ void copy(unsigned int shared, int at, int limit) const {
+    // The next chunk but AHEAD, all of it inside the matrix.
+    template <int AHEAD, int TARGET>
+    __device__ void copy() {
+        unrolled<Tile::COPIES>([&](auto c) {
+            constexpr int OFFSET = TARGET + c.value * Tile::ROW_STEP * Tile::ROW_BYTES;
+            copy_async<OFFSET, LAYOUT == K_INNER ? AHEAD * TILE_K * 2 : 0>(to, from[c.value]);
+            if (LAYOUT == K_OUTER) from[c.value] += chunk_stride;
+        });
+    }
+
+    // The next chunk, at k, with zeros from `limit` on.
+    __device__ void copy_below(int limit, int k, int target) {
+        unrolled<Tile::COPIES>([&](auto c) {
+            int bytes = k + own_k + (LAYOUT == K_INNER ? 0 : c.value * Tile::ROW_STEP) < limit ? 16 : 0;
+            constexpr int OFFSET = c.value * Tile::ROW_STEP * Tile::ROW_BYTES;
+            copy_async_or_zeros<OFFSET>(to + target, bytes ? from[c.value] : somewhere, bytes);
+            from[c.value] += chunk_stride;
+        });
+    }
+
+    // After CHUNKS calls of `copy`.
+    template <int CHUNKS>
+    __device__ void copied() {
+#pragma unroll
+        for (int c = 0; c < Tile::COPIES; ++c)
+            if (LAYOUT == K_INNER) from[c] += CHUNKS * TILE_K * 2;
+    }
+};
+
+// Reads fragments of a warp's PARTS parts of 16 from a tile. As operand A, or as the right one.
+template <Layout LAYOUT, int EXTENT, int PARTS, bool IS_A>
+struct Reader {
+    typedef SharedTile<LAYOUT, EXTENT> Tile;
+    // K_INNER: where this lane's row of each matrix lies, for both halves of the chunk; 16 rows on, the permutation repeats.
+    // K_OUTER: for each part; the second half of the chunk is 16 rows on.
+    unsigned int at[LAYOUT == K_INNER ? 2 : PARTS];
+
+    __device__ Reader(unsigned int shared, int first) {
+        int lane = threadIdx.x % 32;
+        int inner = IS_A ? lane % 16 : lane % 8 + lane / 16 * 8, inner_chunk = IS_A ? lane / 16 : lane / 8 % 2;
+        int outer = IS_A ? lane % 8 + lane / 16 * 8 : lane % 16, outer_chunk = IS_A ? lane / 8 % 2 : lane / 16;
         if (LAYOUT == K_INNER) {
-            int bytes = at + k[0] < limit ? 16 : 0;
-            // A chunk that is not copied is not addressed either.
-            int element = bytes ? at : 0;
-#pragma unroll
-            for (int c = 0; c < Tile::COPIES; ++c) copy_async(shared + to[c], from[c] + element, bytes);
+            for (int half = 0; half < 2; ++half) at[half] = shared + Tile::offset(first + inner, half * 2 + inner_chunk);
         } else {
-#pragma unroll
-            for (int c = 0; c < Tile::COPIES; ++c) {
-                int bytes = at + k[c] < limit ? 16 : 0;
-                copy_async(shared + to[c], from[c] + (bytes ? at * stride : -k[c] * stride), bytes);
-            }
+            for (int i = 0; i < PARTS; ++i) at[i] = shared + Tile::offset(outer, first / 8 + outer_chunk + i * 2);
         }
+    }
+
+    template <int PART, int HALF, int STAGE>
+    __device__ void load(unsigned int (&fragment)[4], unsigned int stage) const {
+        constexpr int OFFSET = STAGE + (LAYOUT == K_INNER ? PART * 16 * Tile::ROW_BYTES : HALF * 16 * Tile::ROW_BYTES);
+        load_matrices<LAYOUT == K_OUTER, OFFSET>(fragment, at[LAYOUT == K_INNER ? HALF : PART] + stage);
     }
 };
 
-struct Yes {
-    static constexpr bool value = true;
-};
-struct No {
-    static constexpr bool value = false;
-};
+constexpr int STAGE_BYTES = (TILE_M + TILE_N) * TILE_K * 2;
+constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
 
-constexpr int SHARED_BYTES = STAGES * (TILE_M + TILE_N) * TILE_K * 2;
-constexpr int WARP_M = TILE_M / 2, WARP_N = TILE_N / 2;
-
-typedef float Accumulators[WARP_M / 16][WARP_N / 8][4];
+typedef float Accumulators[PARTS_M][PARTS_N * 2][4];
 
 __device__ __forceinline__ void clear(Accumulators& sums) {
 #pragma unroll
-    for (int i = 0; i < WARP_M / 16; ++i)
+    for (int i = 0; i < PARTS_M; ++i)
 #pragma unroll
-        for (int j = 0; j < WARP_N / 8; ++j)
+        for (int j = 0; j < PARTS_N * 2; ++j)
 #pragma unroll
             for (int r = 0; r < 4; ++r) sums[i][j][r] = 0.0f;
 }
 
-// sums += A B over the chunks of `steps`, k below `limit`. `tiles` is shared memory: SHARED_BYTES, aligned to 128.
-template <Layout A, Layout B, typename Steps>
-__device__ __forceinline__ void accumulate(
-    Accumulators& sums, Operand a, Operand b, int row, int column, Steps steps, int limit, unsigned char* tiles
+// Adds one chunk: all of the warp's tile, or with PARTIAL what `parts_m` and `parts_n` name.
+template <bool PARTIAL, int STAGE, typename ReaderA, typename ReaderB>
+__device__ __forceinline__ void multiply(
+    Accumulators& sums, const ReaderA& a, const ReaderB& b, unsigned int stage, unsigned int parts_m, unsigned int parts_n
 ) {
-    typedef SharedTile<A, TILE_M> TileA;
-    typedef SharedTile<B, TILE_N> TileB;
-    constexpr int STAGE = TileA::BYTES + TileB::BYTES;
+    unrolled<2>([&](auto half) {
+        constexpr int HALF = half.value;
+        unsigned int fragment_a[PARTS_M][4];
+        unrolled<PARTS_M>([&](auto i) {
+            if (PARTIAL && !(parts_m >> i.value & 1)) return;
+            a.template load<i.value, HALF, STAGE>(fragment_a[i.value], stage);
+        });
+        unrolled<PARTS_N>([&](auto j) {
+            if (PARTIAL && !(parts_n >> j.value & 1)) return;
+            unsigned int fragment_b[4];
+            b.template load<j.value, HALF, STAGE>(fragment_b, stage);
+#pragma unroll
+            for (int i = 0; i < PARTS_M; ++i) {
+                if (PARTIAL && !(parts_m >> i & 1)) continue;
+                mma(sums[i][2 * j.value], fragment_a[i], fragment_b[0], fragment_b[1]);
+                mma(sums[i][2 * j.value + 1], fragment_a[i], fragment_b[2], fragment_b[3]);
+            }
+        });
+    });
+}
+
+// What a chunk in shared memory is multiplied for: parts of the warp's tile, and whether the same holds for all warps.
+struct Chunk {
+    unsigned int parts_m;
+    unsigned int parts_n;
+    bool there;
+    bool whole;
+};
+
+// sums += A B over the chunks of `steps`, where `operands(source)` says of what. `tiles` is shared memory: SHARED_BYTES,
+// aligned to 128.
+template <Layout A, Layout B, typename Steps, typename Sources>
+__device__ __forceinline__ void accumulate(
+    Accumulators& sums, int row, int column, Steps steps, Sources operands, unsigned char* tiles
+) {
+    constexpr int TILE_A_BYTES = SharedTile<A, TILE_M>::BYTES;
+    constexpr Side SIDE = Steps::WINDOWED;
+    int warp = threadIdx.x / 32, warp_m = warp % 2 * WARP_M, warp_n = warp / 2 * WARP_N;
     unsigned int shared = shared_address(tiles);
-    Copier<A, TILE_M> copier_a(a, row);
-    Copier<B, TILE_N> copier_b(b, column);
+    Run run = steps.first();
+    int k = run.k;
+    Operands of_run = operands(run.source);
+    int limit = of_run.limit;
+    Copier<A, TILE_M> copier_a(of_run.a, row, k, shared);
+    Copier<B, TILE_N> copier_b(of_run.b, column, k, shared + TILE_A_BYTES);
+    Reader<A, TILE_M, PARTS_M, true> reader_a(shared, warp_m);
+    Reader<B, TILE_N, PARTS_N, false> reader_b(shared + TILE_A_BYTES, warp_n);
+    // Parts beyond the matrix are left out too.
+    unsigned int inside_m = meeting_parts<PARTS_M>(Range{0, of_run.a.count}, row + warp_m);
+    unsigned int inside_n = meeting_parts<PARTS_N>(Range{0, of_run.b.count}, column + warp_n);
+    bool inside = row + TILE_M <= of_run.a.count && column + TILE_N <= of_run.b.count;
 
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int warp_m = warp % 2 * WARP_M, warp_n = warp / 2 * WARP_N;
-    // Where this lane's row of each 8 x 8 matrix lies, for both halves of the chunk.
-    unsigned int at_a[2], at_b[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        at_a[half] = A == K_INNER ? TileA::offset(warp_m + lane % 16, half * 2 + lane / 16)
-                                  : TileA::offset(half * 16 + lane % 8 + lane / 16 * 8, warp_m / 8 + lane / 8 % 2);
-        at_b[half] = TileA::BYTES
-                     + (B == K_INNER ? TileB::offset(warp_n + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2)
-                                     : TileB::offset(half * 16 + lane % 16, warp_n / 8 + lane / 16));
-    }
-
-    int next = steps.first();
-    int loaded = 0;
-#pragma unroll
-    for (int stage = 0; stage < STAGES - 1; ++stage) {
-        if (next < steps.end) {
-            copier_a.copy(shared + stage * STAGE, next, limit);
-            copier_b.copy(shared + stage * STAGE + TileA::BYTES, next, limit);
-            next = steps.next(next);
-            ++loaded;
-        }
-        commit_copies();
-    }
-    // Adds one chunk: all of the warp's tile, or with PART what `parts_m` and `parts_n` name.
-    auto multiply = [&](unsigned int tiles, unsigned int parts_m, unsigned int parts_n, auto part) {
-        constexpr bool PART = decltype(part)::value;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            unsigned int fragment_a[WARP_M / 16][4];
-#pragma unroll
-            for (int i = 0; i < WARP_M / 16; ++i) {
-                if (PART && !(parts_m >> i & 1)) continue;
-                // 16 rows on the permutation repeats; 16 columns on, two chunks are added to a permuted number.
-                unsigned int address = A == K_INNER ? at_a[half] + i * 16 * TileA::CHUNKS * 16 : at_a[half] ^ (i * 32);
-                load_matrices<A == K_OUTER>(fragment_a[i], tiles + address);
-            }
-#pragma unroll
-            for (int j = 0; j < WARP_N / 16; ++j) {
-                if (PART && !(parts_n >> j & 1)) continue;
-                unsigned int fragment_b[4];
-                unsigned int address = B == K_INNER ? at_b[half] + j * 16 * TileB::CHUNKS * 16 : at_b[half] ^ (j * 32);
-                load_matrices<B == K_OUTER>(fragment_b, tiles + address);
-#pragma unroll
-                for (int i = 0; i < WARP_M / 16; ++i) {
-                    if (PART && !(parts_m >> i & 1)) continue;
-                    mma(sums[i][2 * j], fragment_a[i], fragment_b[0], fragment_b[1]);
-                    mma(sums[i][2 * j + 1], fragment_a[i], fragment_b[2], fragment_b[3]);
-                }
-            }
-        }
+    auto chunk_of_run = [&]() {
+        unsigned int m = SIDE == ROWS_OF_C ? meeting_parts<PARTS_M>(run.window, row + warp_m) : ALL_M;
+        unsigned int n = SIDE == COLUMNS_OF_C ? meeting_parts<PARTS_N>(run.window, column + warp_n) : ALL_N;
+        return Chunk{m & inside_m, n & inside_n, !run.empty(), run.whole && inside};
     };
-    constexpr unsigned int ALL_M = (1u << WARP_M / 16) - 1, ALL_N = (1u << WARP_N / 16) - 1;
-    int current = steps.first();
-    unsigned int reading = shared, writing = shared + (STAGES - 1) * STAGE;
-    for (int done = 0; done < loaded; ++done) {
-        wait_copies<STAGES - 2>();
-        // The chunk is there for every warp, and every warp is done with the one that is overwritten next.
-        __syncthreads();
-        if (next < steps.end) {
-            copier_a.copy(writing, next, limit);
-            copier_b.copy(writing + TileA::BYTES, next, limit);
-            next = steps.next(next);
-            ++loaded;
+    Chunk current = chunk_of_run();
+    // Starts the copy of the next chunk, and says what it is for.
+    auto start_copy = [&](unsigned int stage) {
+        if (k >= run.end && !run.empty()) {
+            run = steps.after(run);
+            k = run.k;
+            Operands of_run = operands(run.source);
+            limit = of_run.limit;
+            copier_a = Copier<A, TILE_M>(of_run.a, row, k, shared);
+            copier_b = Copier<B, TILE_N>(of_run.b, column, k, shared + TILE_A_BYTES);
+            current = chunk_of_run();
+        }
+        if (current.there) {
+            copier_a.copy_below(limit, k, stage);
+            copier_b.copy_below(limit, k, stage);
+            k += TILE_K;
         }
         commit_copies();
-        if (Steps::WINDOWED == NEITHER) {
-            multiply(reading, ALL_M, ALL_N, No());
-        } else {
-            Range window = steps.window(current);
-            unsigned int parts_m = Steps::WINDOWED == ROWS_OF_C ? meeting_parts<WARP_M / 16>(window, row + warp_m) : ALL_M;
-            unsigned int parts_n = Steps::WINDOWED == ROWS_OF_C ? ALL_N : meeting_parts<WARP_N / 16>(window, column + warp_n);
-            if (parts_m == ALL_M && parts_n == ALL_N) multiply(reading, ALL_M, ALL_N, No());
-            else if (parts_m && parts_n) multiply(reading, parts_m, parts_n, Yes());
-            current = steps.next(current);
+        return current;
+    };
+
+    Chunk first = start_copy(0), second = start_copy(STAGE_BYTES);
+    unsigned int reading = 0, writing = 2 * STAGE_BYTES;
+    while (first.there) {
+        // As long as three chunks are to be copied and the last three to be multiplied for the whole tile: nothing to decide.
+        if (reading == 0 && first.whole && second.whole && current.whole) {
+            for (int end = min(run.end, limit) - STAGES * TILE_K; k <= end; k += STAGES * TILE_K) {
+                unrolled<STAGES>([&](auto s) {
+                    constexpr int STAGE = s.value;
+                    wait_copies<STAGES - 2>();
+                    // The chunk is there for every warp, and every warp is done with the one that is overwritten next.
+                    __syncthreads();
+                    constexpr int NEXT = (STAGE + STAGES - 1) % STAGES * STAGE_BYTES;
+                    copier_a.template copy<STAGE, NEXT>();
+                    copier_b.template copy<STAGE, NEXT>();
+                    commit_copies();
+                    multiply<false, STAGE * STAGE_BYTES>(sums, reader_a, reader_b, 0, ALL_M, ALL_N);
+                });
+                copier_a.template copied<STAGES>();
+                copier_b.template copied<STAGES>();
+            }
         }
-        reading = reading == shared + (STAGES - 1) * STAGE ? shared : reading + STAGE;
-        writing = writing == shared + (STAGES - 1) * STAGE ? shared : writing + STAGE;
+        wait_copies<STAGES - 2>();
+        __syncthreads();
+        Chunk third = start_copy(writing);
+        if (first.parts_m == ALL_M && first.parts_n == ALL_N)
+            multiply<false, 0>(sums, reader_a, reader_b, reading, ALL_M, ALL_N);
+        else if (first.parts_m && first.parts_n)
+            multiply<true, 0>(sums, reader_a, reader_b, reading, first.parts_m, first.parts_n);
+        first = second;
+        second = third;
+        writing = reading;
+        reading = reading == (STAGES - 1) * STAGE_BYTES ? 0 : reading + STAGE_BYTES;
     }
     // Copies that nobody waits for would land in the next product's tiles.
     wait_copies<0>();
     __syncthreads();
 }
 
-// Calls the epilogue with every element inside the matrix.
+// Calls the epilogue for WIDTH columns of every row inside the matrix. Each warp turns its sums through shared memory, so that
+// eight lanes hold a row of 64 columns.
 template <typename Epilogue>
 __device__ __forceinline__ void finish(
-    const Accumulators& sums, int row, int rows, int column, int columns, Epilogue epilogue
+    const Accumulators& sums, int row, int rows, int column, int columns, unsigned char* tiles, Epilogue epilogue
 ) {
+    constexpr int PITCH = WARP_N + 8;  // floats: four rows of a quarter of the banks each
+    constexpr int LANES = WARP_N / WIDTH, ROWS_AT_ONCE = 32 / LANES;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int first_row = row + warp % 2 * WARP_M + lane / 4;
-    int first_column = column + warp / 2 * WARP_N + lane % 4 * 2;
+    float* stage = (float*)tiles + warp * 16 * PITCH;
+    float* own = stage + lane / 4 * PITCH + lane % 4 * 2;
+    int first_row = row + warp % 2 * WARP_M + lane / LANES;
+    int c = column + warp / 2 * WARP_N + lane % LANES * WIDTH;
+    // Half of the lanes read the second 16 bytes first: eight lanes then read from all banks.
+    bool turned = lane & 4;
+    const float* from = stage + lane / LANES * PITCH + lane % LANES * WIDTH;
+    bool is_inside = c < columns;
+    auto store = epilogue(is_inside ? c : 0);
 #pragma unroll
-    for (int i = 0; i < WARP_M / 16; ++i)
+    for (int i = 0; i < PARTS_M; ++i) {
+        __syncwarp();
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            int r = first_row + i * 16 + half * 8;
-            if (r >= rows) continue;
-#pragma unroll
-            for (int j = 0; j < WARP_N / 8; ++j)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    int c = first_column + j * 8 + e;
-                    if (c < columns) epilogue(r, c, sums[i][j][half * 2 + e]);
-                }
+        for (int j = 0; j < PARTS_N * 2; ++j) {
+            *(float2*)(own + j * 8) = float2{sums[i][j][0], sums[i][j][1]};
+            *(float2*)(own + 8 * PITCH + j * 8) = float2{sums[i][j][2], sums[i][j][3]};
         }
+        __syncwarp();
+#pragma unroll 1
+        for (int r = 0; r < 16; r += ROWS_AT_ONCE) {
+            float4 one = *(const float4*)(from + r * PITCH + (turned ? 4 : 0));
+            float4 other = *(const float4*)(from + r * PITCH + (turned ? 0 : 4));
+            float4 low = turned ? other : one, high = turned ? one : other;
+            float values[WIDTH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            int at = first_row + i * 16 + r;
+            if (is_inside && at < rows) store(at, values);
+        }
+    }
 }
 
 #else
 
+constexpr int WIDTH = 1;
 constexpr int FMA_K = 16;  // of TILE_K at a time, so that shared memory suffices
 constexpr int SHARED_BYTES = FMA_K * (TILE_M + 4 + TILE_N + 4) * 4;
 constexpr int LANE_M = TILE_M / 16, LANE_N = TILE_N / 8;  // outputs of a thread
@@ -394,15 +524,16 @@ __device__ __forceinline__ void fetch(float (*tile)[EXTENT + 4], Operand operand
     }
 }
 
-template <Layout A, Layout B, typename Steps>
+template <Layout A, Layout B, typename Steps, typename Sources>
 __device__ __forceinline__ void accumulate(
-    Accumulators& sums, Operand a, Operand b, int row, int column, Steps steps, int limit, unsigned char* tiles
+    Accumulators& sums, int row, int column, Steps steps, Sources operands, unsigned char* tiles
 ) {
     float(*tile_a)[TILE_M + 4] = (float(*)[TILE_M + 4]) tiles;
     float(*tile_b)[TILE_N + 4] = (float(*)[TILE_N + 4])(tile_a + FMA_K);
     int thread_m = threadIdx.x / 8, thread_n = threadIdx.x % 8;
-    for (int chunk = steps.first(); chunk < steps.end; chunk = steps.next(chunk)) {
-        for (int k = chunk; k < chunk + TILE_K; k += FMA_K) {
+    for (Run run = steps.first(); !run.empty(); run = steps.after(run)) {
+        auto [a, b, limit] = operands(run.source);
+        for (int k = run.k; k < run.end; k += FMA_K) {
             __syncthreads();
             fetch<A, TILE_M>(tile_a, a, row, k, limit);
             fetch<B, TILE_N>(tile_b, b, column, k, limit);
@@ -425,22 +556,80 @@ __device__ __forceinline__ void accumulate(
 
 template <typename Epilogue>
 __device__ __forceinline__ void finish(
-    const Accumulators& sums, int row, int rows, int column, int columns, Epilogue epilogue
+    const Accumulators& sums, int row, int rows, int column, int columns, unsigned char*, Epilogue epilogue
 ) {
     int thread_m = threadIdx.x / 8, thread_n = threadIdx.x % 8;
 #pragma unroll
-    for (int i = 0; i < LANE_M; ++i) {
-        int r = row + thread_m + i * 16;
-        if (r >= rows) continue;
+    for (int j = 0; j < LANE_N; ++j) {
+        int c = column + thread_n + j * 8;
+        if (c >= columns) continue;
+        auto store = epilogue(c);
 #pragma unroll
-        for (int j = 0; j < LANE_N; ++j) {
-            int c = column + thread_n + j * 8;
-            if (c < columns) epilogue(r, c, sums[i][j]);
+        for (int i = 0; i < LANE_M; ++i) {
+            int r = row + thread_m + i * 16;
+            float value[WIDTH] = {sums[i][j]};
+            if (r < rows) store(r, value);
         }
     }
 }
 
 #endif
+
+// WIDTH numbers that an epilogue keeps.
+struct Wide {
+    float x[WIDTH];
+};
+
+// WIDTH numbers from an address that is a multiple of 16 bytes (bf16 has WIDTH 8, f32 has 1).
+__device__ __forceinline__ void load_wide(float (&x)[WIDTH], const elem* from) {
+#ifdef ELEM_BF16
+    uint4 packed = *(const uint4*)from;
+    unsigned int pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        x[2 * i] = low_bf16(pairs[i]);
+        x[2 * i + 1] = high_bf16(pairs[i]);
+    }
+#else
+    x[0] = *from;
+#endif
+}
+
+__device__ __forceinline__ void store_wide(elem* to, const float (&x)[WIDTH]) {
+#ifdef ELEM_BF16
+    *(uint4*)to = uint4{pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
+#else
+    *to = x[0];
+#endif
+}
+
+#ifdef ELEM_BF16
+__device__ __forceinline__ void load_wide(float (&x)[WIDTH], const float* from) {
+    float4 low = ((const float4*)from)[0], high = ((const float4*)from)[1];
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+__device__ __forceinline__ void store_wide(float* to, const float (&x)[WIDTH]) {
+    ((float4*)to)[0] = float4{x[0], x[1], x[2], x[3]};
+    ((float4*)to)[1] = float4{x[4], x[5], x[6], x[7]};
+}
+#endif
+
+// The epilogue of weight gradients [rows, columns]:  = or +=.
+__device__ __forceinline__ auto store_gradient(float* to, int columns, int add) {
+    return [=](int c) {
+        return [=](int r, float (&value)[WIDTH]) {
+            float* at = to + (long long)r * columns + c;
+            if (add) {
+                float before[WIDTH];
+                load_wide(before, at);
+#pragma unroll
+                for (int e = 0; e < WIDTH; ++e) value[e] += before[e];
+            }
+            store_wide(at, value);
+        };
+    };
+}
 
 // sigmoid(1.5957691 x (1 + 0.044715 x^2)) from the hardware's exponential and reciprocal: within 1e-6, and no calls, which
 // would spill the accumulators.

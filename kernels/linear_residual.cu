@@ -15,6 +15,15 @@ __device__ __forceinline__ bool inside(const int* windows, int b, int c) {
     return c >= windows[2 * b] && c < windows[2 * b] + windows[2 * b + 1];
 }
 
+__device__ __forceinline__ Range window_of(const int* windows, int b) {
+    return Range{windows[2 * b], windows[2 * b] + windows[2 * b + 1]};
+}
+
+__device__ __forceinline__ bool holds(Range window, int c) { return c >= window.start && c < window.end; }
+
+// Whether the window holds any of the WIDTH columns from c on.
+__device__ __forceinline__ bool meets(Range window, int c) { return c < window.end && c + WIDTH > window.start; }
+
 // Grid: tiles of [B T, C]. A tile that no sample writes has no product, but its base and bypass.
 extern "C" __global__ void __launch_bounds__(THREADS) linear_residual_fwd(
     elem* __restrict__ out,                  // [B, T, C]
@@ -36,25 +45,57 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear_residual_fwd(
 ) {
     __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
-    Range written = union_of(write_windows, row / T, (min(row + TILE_M, rows) - 1) / T);
+    Range written = window_of_rows(write_windows, row, rows, T);
     Accumulators sums;
     clear(sums);
     if (column < written.end && column + TILE_N > written.start)
         accumulate<K_INNER, K_INNER>(
-            sums, Operand{a, K, rows}, Operand{weight, K, C}, row, column, WindowedColumns{K, written}, K, tiles
+            sums, row, column, windowed_columns(K, written, column),
+            [=](int) { return Operands{{a, K, rows}, {weight, K, C}, K}; }, tiles
         );
-    finish(sums, row, rows, column, C, [=](int i, int c, float value) {
-        int b = i / T;
-        long long at = (long long)i * C + c;
-        float result = 0.0f;
-        if (inside(base_windows, b, c)) result = to_f32(base[at]);
-        if (inside(write_windows, b, c)) {
-            value += bias[c];
-            if (z) from_f32(z[at], value);
-            result = fmaf(gate[(long long)b * modulation_stride + c], value, result);
-        }
-        if (bypass && !inside(bypass_windows, b, c)) result += to_f32(bypass[at]);
-        from_f32(out[at], result);
+    finish(sums, row, rows, column, C, tiles, [=](int c) {
+        Wide own_bias, own_gate;
+        load_wide(own_bias.x, bias + c);
+        Range kept, own;
+        int b = -1;
+        return [=](int i, float (&value)[WIDTH]) mutable {
+            if (i / T != b) {
+                b = i / T;
+                kept = window_of(base_windows, b);
+                own = window_of(write_windows, b);
+                // One by one: the gate may start anywhere.
+#pragma unroll
+                for (int e = 0; e < WIDTH; ++e) own_gate.x[e] = gate[(long long)b * modulation_stride + c + e];
+            }
+            long long at = (long long)i * C + c;
+            Wide result, other;
+#pragma unroll
+            for (int e = 0; e < WIDTH; ++e) result.x[e] = 0.0f;
+            if (meets(kept, c)) {
+                load_wide(other.x, base + at);
+#pragma unroll
+                for (int e = 0; e < WIDTH; ++e)
+                    if (holds(kept, c + e)) result.x[e] = other.x[e];
+            }
+            if (meets(own, c)) {
+#pragma unroll
+                for (int e = 0; e < WIDTH; ++e) {
+                    value[e] += own_bias.x[e];
+                    if (holds(own, c + e)) result.x[e] = fmaf(own_gate.x[e], value[e], result.x[e]);
+                }
+                if (z) store_wide(z + at, value);
+            }
+            if (bypass) {
+                Range passed = window_of(bypass_windows, b);
+                if (!(holds(passed, c) && holds(passed, c + WIDTH - 1))) {
+                    load_wide(other.x, bypass + at);
+#pragma unroll
+                    for (int e = 0; e < WIDTH; ++e)
+                        if (!holds(passed, c + e)) result.x[e] += other.x[e];
+                }
+            }
+            store_wide(out + at, result.x);
+        };
     });
 }
 
@@ -139,12 +180,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear_residual_bwd_input(
     Accumulators sums;
     clear(sums);
     accumulate<K_INNER, K_OUTER>(
-        sums, Operand{dz, C, rows}, Operand{weight, K, K}, row, column, window_steps(write_windows, row, rows, T), C, tiles
+        sums, row, column, window_steps(window_of_rows(write_windows, row, rows, T)),
+        [=](int) { return Operands{{dz, C, rows}, {weight, K, K}, C}; }, tiles
     );
-    finish(sums, row, rows, column, K, [=](int i, int k, float value) {
-        long long at = (long long)i * K + k;
-        if (pre) value *= gelu_derivative(to_f32(pre[at]));
-        from_f32(da[at], value);
+    finish(sums, row, rows, column, K, tiles, [=](int k) {
+        return [=](int i, float (&value)[WIDTH]) {
+            long long at = (long long)i * K + k;
+            if (pre) {
+                Wide before;
+                load_wide(before.x, pre + at);
+#pragma unroll
+                for (int e = 0; e < WIDTH; ++e) value[e] *= gelu_derivative(before.x[e]);
+            }
+            store_wide(da + at, value);
+        };
     });
 }
 
@@ -167,13 +216,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear_residual_bwd_weight
     Accumulators sums;
     clear(sums);
     accumulate<K_OUTER, K_OUTER>(
-        sums, Operand{dz, C, C}, Operand{a, K, K}, row, column, MeetingRows<ROWS_OF_C>{write_windows, T, B * T, row, row + TILE_M},
-        B * T, tiles
+        sums, row, column, MeetingRows<ROWS_OF_C>{write_windows, T, B * T, {row, min(row + TILE_M, C)}, 0, 0},
+        [=](int) { return Operands{{dz, C, C}, {a, K, K}, B * T}; }, tiles
     );
-    finish(sums, row, C, column, K, [=](int c, int k, float value) {
-        long long at = (long long)c * K + k;
-        dweight[at] = add ? dweight[at] + value : value;
-    });
+    finish(sums, row, C, column, K, tiles, store_gradient(dweight, K, add));
     int c = row + threadIdx.x;
     if (blockIdx.x == 0 && threadIdx.x < TILE_M && c < C) {
         float sum = 0.0f;

@@ -88,9 +88,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_fwd_inactive(
     Accumulators sums;
     clear(sums);
     accumulate<K_INNER, K_INNER>(
-        sums, Operand{inactive, C, 2 * B}, Operand{weight, C, N}, row, column, Range{0, C}, C, tiles
+        sums, row, column, all_of(0, C),
+        [=](int) { return Operands{{inactive, C, 2 * B}, {weight, C, N}, C}; }, tiles
     );
-    finish(sums, row, 2 * B, column, N, [=](int i, int n, float value) { uv[(long long)i * N + n] = value; });
+    finish(sums, row, 2 * B, column, N, tiles, store_gradient(uv, N, 0));
 }
 
 // y = h W^T over the window + r u + v + b, and GELU.  Grid: tiles of [B T, N].
@@ -115,20 +116,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_fwd(
     Accumulators sums;
     clear(sums);
     accumulate<K_INNER, K_INNER>(
-        sums, Operand{h, C, rows}, Operand{weight, C, N}, row, column, window_steps(windows, row, rows, T), C, tiles
+        sums, row, column, window_steps(window_of_rows(windows, row, rows, T)),
+        [=](int) { return Operands{{h, C, rows}, {weight, C, N}, C}; }, tiles
     );
-    finish(sums, row, rows, column, N, [=](int i, int n, float value) {
-        value += bias[n];
-        if (uv) {
-            const float* own = uv + (long long)(i / T) * 2 * N + n;
-            value += fmaf(-mean[i] * rstd[i], own[0], own[N]);
-        }
-        long long at = (long long)i * N + n;
-        if (gelu_follows) {
-            if (pre) from_f32(pre[at], value);
-            value = gelu(value);
-        }
-        from_f32(y[at], value);
+    finish(sums, row, rows, column, N, tiles, [=](int n) {
+        Wide own_bias, u, v;
+        load_wide(own_bias.x, bias + n);
+        int sample = -1;
+        return [=](int i, float (&value)[WIDTH]) mutable {
+            float r = 0.0f;
+            if (uv) {
+                if (i / T != sample) {
+                    sample = i / T;
+                    load_wide(u.x, uv + (long long)sample * 2 * N + n);
+                    load_wide(v.x, uv + ((long long)sample * 2 + 1) * N + n);
+                }
+                r = -mean[i] * rstd[i];
+            }
+#pragma unroll
+            for (int e = 0; e < WIDTH; ++e) value[e] += own_bias.x[e] + (uv ? fmaf(r, u.x[e], v.x[e]) : 0.0f);
+            long long at = (long long)i * N + n;
+            if (gelu_follows) {
+                if (pre) store_wide(pre + at, value);
+#pragma unroll
+                for (int e = 0; e < WIDTH; ++e) value[e] = gelu(value[e]);
+            }
+            store_wide(y + at, value);
+        };
     });
 }
 
@@ -142,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(256) ln_linear_bwd_gelu(
     if (i < n) from_f32(dy[i], to_f32(dy[i]) * gelu_derivative(to_f32(pre[i])));
 }
 
-// P = sum_t r_t g_t, Q = sum_t g_t, and of these columns' part of dr_t = g_t . u.
+// P = sum_t r_t g_t, Q = sum_t g_t, and of these columns' part of dr_t = g_t . u: only for windows.
 // Grid: (ceil(N / COLUMNS), B) blocks of 32 COLUMN_WARPS threads; warp w takes tokens w, w + COLUMN_WARPS, ..
 extern "C" __global__ void __launch_bounds__(256) ln_linear_bwd_columns(
     elem* __restrict__ pq,          // [SPLIT, B, 2, N]  P and Q for products, or null: every window is full
@@ -202,33 +216,15 @@ extern "C" __global__ void __launch_bounds__(256) ln_linear_bwd_columns(
     }
 }
 
-// P W and Q W: dscale and dshift of the inactive channels.  Grid: tiles of [SPLIT 2 B, C].
-extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_bwd_inactive(
-    float* __restrict__ inactive_grads,  // [SPLIT, B, 2, C]: dscale, dshift, to be summed over SPLIT
-    const elem* __restrict__ pq,         // [SPLIT, B, 2, N]
-    const elem* __restrict__ weight,     // [N, C]
-    int B,
-    int C,
-    int N
-) {
-    __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
-    int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = SPLIT * 2 * B;
-    Accumulators sums;
-    clear(sums);
-    accumulate<K_INNER, K_OUTER>(
-        sums, Operand{pq, N, rows}, Operand{weight, C, C}, row, column, Range{0, N}, N, tiles
-    );
-    finish(sums, row, rows, column, C, [=](int i, int c, float value) {
-        inactive_grads[(long long)i * C + c] = value;
-    });
-}
-
-// dh = g W into the windows.  Grid: tiles of [B T, C]; those that no window meets end at once.
+// dh = g W into the windows, and P W and Q W: dscale and dshift of the inactive channels.
+// Grid: tiles of [B T, C], then with windows those of [SPLIT 2 B, C]. Tiles that no window meets end at once.
 extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_bwd_input(
-    elem* __restrict__ dh,            // [B, T, C]
-    const elem* __restrict__ g,       // [B, T, N]
-    const elem* __restrict__ weight,  // [N, C]
-    const int* __restrict__ windows,  // [B, 2]
+    elem* __restrict__ dh,               // [B, T, C]
+    float* __restrict__ inactive_grads,  // [SPLIT, B, 2, C]: dscale, dshift, to be summed over SPLIT; or null, as pq
+    const elem* __restrict__ g,          // [B, T, N]
+    const elem* __restrict__ pq,         // [SPLIT, B, 2, N], or null: every window is full
+    const elem* __restrict__ weight,     // [N, C]
+    const int* __restrict__ windows,     // [B, 2]
     int B,
     int T,
     int C,
@@ -236,14 +232,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_bwd_input(
 ) {
     __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
-    Range window = union_of(windows, row / T, (min(row + TILE_M, rows) - 1) / T);
-    if (column >= window.end || column + TILE_N <= window.start) return;
+    int first_of_pq = (rows + TILE_M - 1) / TILE_M * TILE_M;
+    bool is_pq = row >= first_of_pq;
+    Range window{0, C};
+    if (is_pq) {
+        row -= first_of_pq;
+        rows = SPLIT * 2 * B;
+    } else {
+        window = window_of_rows(windows, row, rows, T);
+        if (column >= window.end || column + TILE_N <= window.start) return;
+    }
     Accumulators sums;
     clear(sums);
     accumulate<K_INNER, K_OUTER>(
-        sums, Operand{g, N, rows}, Operand{weight, C, C}, row, column, WindowedColumns{N, window}, N, tiles
+        sums, row, column, windowed_columns(N, window, column),
+        [=](int) { return Operands{{is_pq ? pq : g, N, rows}, {weight, C, C}, N}; }, tiles
     );
-    finish(sums, row, rows, column, C, [=](int i, int c, float value) { from_f32(dh[(long long)i * C + c], value); });
+    finish(sums, row, rows, column, C, tiles, [=](int c) {
+        return [=](int i, float (&value)[WIDTH]) {
+            if (is_pq) store_wide(inactive_grads + (long long)i * C + c, value);
+            else store_wide(dh + (long long)i * C + c, value);
+        };
+    });
 }
 
 // LayerNorm backward: dx inside the window.  One warp a row, grid as the forward pass.
@@ -348,8 +358,32 @@ extern "C" __global__ void __launch_bounds__(256) ln_linear_bwd_modulation(
     to[(long long)b * modulation_stride + c] += sum;
 }
 
+// db of TILE_M outputs, from g itself: no window asked for sums over tokens.
+__device__ __forceinline__ void sum_rows(
+    float* dbias, const elem* g, int first, int add, int rows, int N, float (*shared)[TILE_M]
+) {
+    constexpr int LANES = TILE_M / WIDTH, LINES = THREADS / LANES;  // a line of threads takes every LINES-th row
+    int n = first + threadIdx.x % LANES * WIDTH, line = threadIdx.x / LANES;
+    float sums[WIDTH] = {};
+    if (n < N)
+        for (int row = line; row < rows; row += LINES) {
+            float value[WIDTH];
+            load_wide(value, g + (long long)row * N + n);
+#pragma unroll
+            for (int e = 0; e < WIDTH; ++e) sums[e] += value[e];
+        }
+#pragma unroll
+    for (int e = 0; e < WIDTH; ++e) shared[line][threadIdx.x % LANES * WIDTH + e] = sums[e];
+    __syncthreads();
+    n = first + threadIdx.x;
+    if (threadIdx.x >= TILE_M || n >= N) return;
+    float sum = 0.0f;
+    for (int l = 0; l < LINES; ++l) sum += shared[l][threadIdx.x];
+    dbias[n] = add ? dbias[n] + sum : sum;
+}
+
 // dW = g^T h over the samples whose windows meet the tile, plus P (x) (1 + scale_I) + Q (x) shift_I; db = sum_b Q.
-// Grid: tiles of [N, C].
+// Grid: tiles of [N, C]; without windows, a first column of blocks sums the rows of g for db.
 extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_bwd_weight(
     float* __restrict__ dweight,        // [N, C]  = or +=
     float* __restrict__ dbias,          // [N]     = or +=
@@ -358,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_bwd_weight(
     const int* __restrict__ windows,    // [B, 2]
     const elem* __restrict__ pq,        // [SPLIT, B, 2, N], or null: every window is full
     const elem* __restrict__ inactive,  // [B, 2, C]
-    const float* __restrict__ q,        // [B, N]
+    const float* __restrict__ q,        // [B, N], or null, as pq
     int add,
     int B,
     int T,
@@ -367,25 +401,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_bwd_weight(
 ) {
     __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
+    if (!pq) {
+        if (blockIdx.x == 0) return sum_rows(dbias, g, row, add, B * T, N, (float(*)[TILE_M])tiles);
+        column -= TILE_N;
+    }
     Accumulators sums;
     clear(sums);
     accumulate<K_OUTER, K_OUTER>(
-        sums, Operand{g, N, N}, Operand{h, C, C}, row, column,
-        MeetingRows<COLUMNS_OF_C>{windows, T, B * T, column, column + TILE_N}, B * T, tiles
+        sums, row, column,
+        MeetingRows<COLUMNS_OF_C>{windows, T, B * T, {column, min(column + TILE_N, C)}, pq ? SPLIT : 0, 2 * B},
+        [=](int source) {
+            if (source == 0) return Operands{{g, N, N}, {h, C, C}, B * T};
+            return Operands{{pq + (long long)(source - 1) * B * 2 * N, N, N}, {inactive, C, C}, 2 * B};
+        },
+        tiles
     );
-    if (pq) {
-        for (int s = 0; s < SPLIT; ++s)
-            accumulate<K_OUTER, K_OUTER>(
-                sums, Operand{pq + (long long)s * B * 2 * N, N, N}, Operand{inactive, C, C}, row, column,
-                Range{0, 2 * B}, 2 * B, tiles
-            );
-    }
-    finish(sums, row, N, column, C, [=](int n, int c, float value) {
-        long long at = (long long)n * C + c;
-        dweight[at] = add ? dweight[at] + value : value;
-    });
+    finish(sums, row, N, column, C, tiles, store_gradient(dweight, C, add));
     int n = row + threadIdx.x;
-    if (blockIdx.x == 0 && threadIdx.x < TILE_M && n < N) {
+    if (pq && blockIdx.x == 0 && threadIdx.x < TILE_M && n < N) {
         float sum = 0.0f;
         for (int b = 0; b < B; ++b) sum += q[(long long)b * N + n];
         dbias[n] = add ? dbias[n] + sum : sum;

@@ -14,6 +14,8 @@ pub(crate) const SMALL: [(&str, i64); 2] = [("TILE_M", 64), ("TILE_N", 64)];
 pub(crate) struct Tiling {
     /// Definitions of the kernel.
     pub(crate) defines: [(&'static str, i64); 2],
+    /// Rows and columns of a tile.
+    pub(crate) side: usize,
     /// Tiles along the columns, tiles along the rows.
     pub(crate) grid: [u32; 3],
 }
@@ -24,7 +26,7 @@ pub(crate) fn tiling(device: &Device, rows: usize, columns: usize) -> Tiling {
     let [x, y] = tiles(128);
     let side = if x * y >= device.multiprocessors() as usize { 128 } else { 64 };
     let [x, y] = tiles(side);
-    Tiling { defines: [("TILE_M", side as i64), ("TILE_N", side as i64)], grid: [x as u32, y as u32, 1] }
+    Tiling { side, defines: [("TILE_M", side as i64), ("TILE_N", side as i64)], grid: [x as u32, y as u32, 1] }
 }
 
 /// Refuses sizes that the bf16 products cannot read 16 bytes at a time, and those that do not fit 32 bits.

@@ -85,7 +85,7 @@ pub struct Scratch {
     pub dh: Buffer,
     /// [`pq_len`] elem; none when every window is full.
     pub pq: Buffer,
-    /// `[B, N]` f32
+    /// `[B, N]` f32; none when every window is full.
     pub q: Buffer,
     /// [`dr_len`] f32; none when every window is full.
     pub dr: Buffer,
@@ -272,7 +272,7 @@ pub fn backward(
             ("dbias", grads.dbias, n),
             ("dh", scratch.dh, b * t * c),
             ("pq", scratch.pq, unless_full(pq_len(dims, elem))),
-            ("q", scratch.q, b * n),
+            ("q", scratch.q, unless_full(b * n)),
             ("dr", scratch.dr, unless_full(dr_len(dims))),
             ("inactive_grads", scratch.inactive_grads, unless_full(inactive_grads_len(dims, elem))),
             ("g", g, b * t * n),
@@ -290,8 +290,8 @@ pub fn backward(
     let [b32, t32, c32, n32] = [b, t, c, n].map(|size| Arg::I32(size as i32));
     let stride = Arg::I32(inputs.modulation.stride as i32);
     let none = Buffer::none(DType::F32);
-    let [uv, dr, inactive_grads] =
-        [saved.uv, scratch.dr, scratch.inactive_grads].map(|buffer| if inputs.full { none } else { buffer });
+    let [uv, q, dr, inactive_grads] =
+        [saved.uv, scratch.q, scratch.dr, scratch.inactive_grads].map(|buffer| if inputs.full { none } else { buffer });
     let pq = if inputs.full { Buffer::none(elem) } else { scratch.pq };
     let columns = |kernel, columns: usize| Launch {
         file: FILE,
@@ -302,29 +302,30 @@ pub fn backward(
         block: 256,
         shared: 0,
     };
+    if !inputs.full {
+        let statistics = [saved.mean.into(), saved.rstd.into(), uv.into()];
+        let outputs = [pq.into(), q.into(), dr.into(), g.into()];
+        device.launch(&columns("ln_linear_bwd_columns", n), &[&outputs[..], &statistics, &[b32, t32, n32]].concat())?;
+    }
+    let mut tiles = tiling(device, b * t, c);
+    if !inputs.full {
+        tiles.grid[1] += (Dims::split(elem) * 2 * b).div_ceil(tiles.side) as u32;
+    }
     device.launch(
-        &columns("ln_linear_bwd_columns", n),
+        &product("ln_linear_bwd_input", elem, &tiles),
         &[
-            pq.into(),
-            scratch.q.into(),
-            dr.into(),
+            scratch.dh.into(),
+            inactive_grads.into(),
             g.into(),
-            saved.mean.into(),
-            saved.rstd.into(),
-            uv.into(),
+            pq.into(),
+            inputs.weight.into(),
+            inputs.windows.into(),
             b32,
             t32,
+            c32,
             n32,
         ],
     )?;
-    if !inputs.full {
-        let tiles = tiling(device, Dims::split(elem) * 2 * b, c);
-        let args = [inactive_grads.into(), pq.into(), inputs.weight.into(), b32, c32, n32];
-        device.launch(&product("ln_linear_bwd_inactive", elem, &tiles), &args)?;
-    }
-    let tiles = tiling(device, b * t, c);
-    let args = [scratch.dh.into(), g.into(), inputs.weight.into(), inputs.windows.into(), b32, t32, c32, n32];
-    device.launch(&product("ln_linear_bwd_input", elem, &tiles), &args)?;
     let rows = Launch { grid: [(b * t).div_ceil(ROW_WARPS) as u32, 1, 1], ..columns("ln_linear_bwd_normalise", c) };
     device.launch(
         &rows,
@@ -362,7 +363,11 @@ pub fn backward(
             c32,
         ],
     )?;
-    let tiles = tiling(device, n, c);
+    let mut tiles = tiling(device, n, c);
+    if inputs.full {
+        // A column of blocks for the bias.
+        tiles.grid[0] += 1;
+    }
     device.launch(
         &product("ln_linear_bwd_weight", elem, &tiles),
         &[
@@ -373,7 +378,7 @@ pub fn backward(
             inputs.windows.into(),
             pq.into(),
             saved.inactive.into(),
-            scratch.q.into(),
+            q.into(),
             Arg::I32(i32::from(grads.add)),
             b32,
             t32,

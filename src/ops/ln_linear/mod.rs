@@ -208,7 +208,7 @@ impl Saved {
         let scratch = cuda::Scratch {
             dh: tape.take_buffer(b * t * c, elem),
             pq: tape.take_buffer(if full { 0 } else { cuda::pq_len(dims, elem) }, elem),
-            q: tape.take_buffer(b * n, DType::F32),
+            q: tape.take_buffer(if full { 0 } else { b * n }, DType::F32),
             dr: tape.take_buffer(if full { 0 } else { cuda::dr_len(dims) }, DType::F32),
             inactive_grads: tape.take_buffer(if full { 0 } else { cuda::inactive_grads_len(dims, elem) }, DType::F32),
         };
