@@ -30,6 +30,8 @@ enum Layout { K_INNER, K_OUTER };
 constexpr int TILE_K = 32;
 constexpr int STAGES = 3;
 constexpr int THREADS = 128;
+// Blocks of a multiprocessor that registers must do for. Two large tiles fit anyway, and asked for two, the assembler spills.
+constexpr int BLOCKS = TILE_M * TILE_N > 64 * 64 ? 1 : 4;
 
 // A matrix of elem, `count` rows (or columns) of it along i.
 struct Operand {
@@ -201,6 +203,9 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Keeps a number in its register, where the compiler would rather compute it again in a loop.
+__device__ __forceinline__ void keep(unsigned int& x) { asm volatile("" : "+r"(x)); }
+
 // Four 8 x 8 matrices at `address` + OFFSET.
 template <bool TRANSPOSED, int OFFSET>
 __device__ __forceinline__ void load_matrices(unsigned int (&r)[4], unsigned int address) {
@@ -255,6 +260,7 @@ struct Copier {
     __device__ Copier(Operand operand, int origin, int k, unsigned int shared) : somewhere(operand.data) {
         int chunk = threadIdx.x % Tile::CHUNKS, row = threadIdx.x / Tile::CHUNKS;
         to = shared + Tile::offset(row, chunk);
+        keep(to);
         own_k = LAYOUT == K_INNER ? chunk * 8 : row;
         chunk_stride = TILE_K * 2 * (LAYOUT == K_INNER ? 1 : operand.stride);
 #pragma unroll
@@ -309,10 +315,14 @@ struct Reader {
         int inner = IS_A ? lane % 16 : lane % 8 + lane / 16 * 8, inner_chunk = IS_A ? lane / 16 : lane / 8 % 2;
         int outer = IS_A ? lane % 8 + lane / 16 * 8 : lane % 16, outer_chunk = IS_A ? lane / 8 % 2 : lane / 16;
         if (LAYOUT == K_INNER) {
+#pragma unroll
             for (int half = 0; half < 2; ++half) at[half] = shared + Tile::offset(first + inner, half * 2 + inner_chunk);
         } else {
+#pragma unroll
             for (int i = 0; i < PARTS; ++i) at[i] = shared + Tile::offset(outer, first / 8 + outer_chunk + i * 2);
         }
+#pragma unroll
+        for (unsigned int& address : at) keep(address);
     }
 
     template <int PART, int HALF, int STAGE>
@@ -362,12 +372,17 @@ __device__ __forceinline__ void multiply(
     });
 }
 
-// What a chunk in shared memory is multiplied for: parts of the warp's tile, and whether the same holds for all warps.
+// What a chunk in shared memory is multiplied for, in one register: parts of the warp's tile, whether there is a chunk, and
+// whether it is for the whole tile of every warp.
 struct Chunk {
-    unsigned int parts_m;
-    unsigned int parts_n;
-    bool there;
-    bool whole;
+    unsigned int bits;
+    __device__ static Chunk of(unsigned int parts_m, unsigned int parts_n, bool whole) {
+        return Chunk{parts_m | parts_n << 8 | 1u << 16 | (whole ? 1u << 17 : 0)};
+    }
+    __device__ unsigned int parts_m() const { return bits & 0xff; }
+    __device__ unsigned int parts_n() const { return bits >> 8 & 0xff; }
+    __device__ bool there() const { return bits != 0; }
+    __device__ bool whole() const { return bits >> 17; }
 };
 
 // sums += A B over the chunks of `steps`, where `operands(source)` says of what. `tiles` is shared memory: SHARED_BYTES,
@@ -396,7 +411,7 @@ __device__ __forceinline__ void accumulate(
     auto chunk_of_run = [&]() {
         unsigned int m = SIDE == ROWS_OF_C ? meeting_parts<PARTS_M>(run.window, row + warp_m) : ALL_M;
         unsigned int n = SIDE == COLUMNS_OF_C ? meeting_parts<PARTS_N>(run.window, column + warp_n) : ALL_N;
-        return Chunk{m & inside_m, n & inside_n, !run.empty(), run.whole && inside};
+        return run.empty() ? Chunk{0} : Chunk::of(m & inside_m, n & inside_n, run.whole && inside);
     };
     Chunk current = chunk_of_run();
     // Starts the copy of the next chunk, and says what it is for.
@@ -410,7 +425,7 @@ __device__ __forceinline__ void accumulate(
             copier_b = Copier<B, TILE_N>(of_run.b, column, k, shared + TILE_A_BYTES);
             current = chunk_of_run();
         }
-        if (current.there) {
+        if (current.there()) {
             copier_a.copy_below(limit, k, stage);
             copier_b.copy_below(limit, k, stage);
             k += TILE_K;
@@ -421,9 +436,11 @@ __device__ __forceinline__ void accumulate(
 
     Chunk first = start_copy(0), second = start_copy(STAGE_BYTES);
     unsigned int reading = 0, writing = 2 * STAGE_BYTES;
-    while (first.there) {
+#pragma unroll 1
+    while (first.there()) {
         // As long as three chunks are to be copied and the last three to be multiplied for the whole tile: nothing to decide.
-        if (reading == 0 && first.whole && second.whole && current.whole) {
+        if (reading == 0 && first.whole() && second.whole() && current.whole()) {
+#pragma unroll 1
             for (int end = min(run.end, limit) - STAGES * TILE_K; k <= end; k += STAGES * TILE_K) {
                 unrolled<STAGES>([&](auto s) {
                     constexpr int STAGE = s.value;
@@ -443,10 +460,10 @@ __device__ __forceinline__ void accumulate(
         wait_copies<STAGES - 2>();
         __syncthreads();
         Chunk third = start_copy(writing);
-        if (first.parts_m == ALL_M && first.parts_n == ALL_N)
+        if (first.parts_m() == ALL_M && first.parts_n() == ALL_N)
             multiply<false, 0>(sums, reader_a, reader_b, reading, ALL_M, ALL_N);
-        else if (first.parts_m && first.parts_n)
-            multiply<true, 0>(sums, reader_a, reader_b, reading, first.parts_m, first.parts_n);
+        else if (first.parts_m() && first.parts_n())
+            multiply<true, 0>(sums, reader_a, reader_b, reading, first.parts_m(), first.parts_n());
         first = second;
         second = third;
         writing = reading;

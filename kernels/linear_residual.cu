@@ -25,7 +25,7 @@ __device__ __forceinline__ bool holds(Range window, int c) { return c >= window.
 __device__ __forceinline__ bool meets(Range window, int c) { return c < window.end && c + WIDTH > window.start; }
 
 // Grid: tiles of [B T, C]. A tile that no sample writes has no product, but its base and bypass.
-extern "C" __global__ void __launch_bounds__(THREADS) linear_residual_fwd(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fwd(
     elem* __restrict__ out,                  // [B, T, C]
     elem* __restrict__ z,                    // [B, T, C] in the write windows, or null: not kept
     const elem* __restrict__ a,              // [B, T, K]
@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(256) linear_residual_bwd_split(
 }
 
 // da = dz W over the write windows, and gelu'(pre) where a = gelu(pre).  Grid: tiles of [B T, K].
-extern "C" __global__ void __launch_bounds__(THREADS) linear_residual_bwd_input(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bwd_input(
     elem* __restrict__ da,                  // [B, T, K]: gradient of a, or of pre
     const elem* __restrict__ dz,            // [B, T, C]
     const elem* __restrict__ weight,        // [C, K]
@@ -198,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear_residual_bwd_input(
 }
 
 // dW = dz^T a over the samples whose windows meet the tile's rows; db = sums of dz.  Grid: tiles of [C, K].
-extern "C" __global__ void __launch_bounds__(THREADS) linear_residual_bwd_weight(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bwd_weight(
     float* __restrict__ dweight,            // [C, K]  = or +=
     float* __restrict__ dbias,              // [C]     = or +=
     const elem* __restrict__ dz,            // [B, T, C]

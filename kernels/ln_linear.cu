@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(256) ln_linear_fwd_normalise(
 }
 
 // u = W[:, I] (1 + scale_I),  v = W[:, I] shift_I.  Grid: tiles of [2 B, N].
-extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_fwd_inactive(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd_inactive(
     float* __restrict__ uv,              // [B, 2, N]
     const elem* __restrict__ inactive,   // [B, 2, C]
     const elem* __restrict__ weight,     // [N, C]
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_fwd_inactive(
 }
 
 // y = h W^T over the window + r u + v + b, and GELU.  Grid: tiles of [B T, N].
-extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_fwd(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd(
     elem* __restrict__ y,             // [B, T, N]
     elem* __restrict__ pre,           // [B, T, N] before GELU, or null: without GELU y, or not kept
     const elem* __restrict__ h,       // [B, T, C]
@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(256) ln_linear_bwd_columns(
 
 // dh = g W into the windows, and P W and Q W: dscale and dshift of the inactive channels.
 // Grid: tiles of [B T, C], then with windows those of [SPLIT 2 B, C]. Tiles that no window meets end at once.
-extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_bwd_input(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_input(
     elem* __restrict__ dh,               // [B, T, C]
     float* __restrict__ inactive_grads,  // [SPLIT, B, 2, C]: dscale, dshift, to be summed over SPLIT; or null, as pq
     const elem* __restrict__ g,          // [B, T, N]
@@ -384,7 +384,7 @@ __device__ __forceinline__ void sum_rows(
 
 // dW = g^T h over the samples whose windows meet the tile, plus P (x) (1 + scale_I) + Q (x) shift_I; db = sum_b Q.
 // Grid: tiles of [N, C]; without windows, a first column of blocks sums the rows of g for db.
-extern "C" __global__ void __launch_bounds__(THREADS) ln_linear_bwd_weight(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weight(
     float* __restrict__ dweight,        // [N, C]  = or +=
     float* __restrict__ dbias,          // [N]     = or +=
     const elem* __restrict__ g,         // [B, T, N]
