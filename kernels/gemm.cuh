@@ -30,8 +30,8 @@ enum Layout { K_INNER, K_OUTER };
 constexpr int TILE_K = 32;
 constexpr int STAGES = 3;
 constexpr int THREADS = 128;
-// Blocks of a multiprocessor that registers must do for. Two large tiles fit anyway, and asked for two, the assembler spills.
-constexpr int BLOCKS = TILE_M * TILE_N > 64 * 64 ? 1 : 4;
+// Blocks of a multiprocessor that registers must do for; 0: unsaid. Two large tiles fit, but asked for that the assembler spills.
+constexpr int BLOCKS = TILE_M * TILE_N > 64 * 64 ? 0 : 4;
 
 // A matrix of elem, `count` rows (or columns) of it along i.
 struct Operand {

@@ -1,82 +1,339 @@
-//! Counted work of the CUDA kernels on a block of DiT-XL/2 (the simulated driver counts).
+//! Counted work of the CUDA kernels: the simulated driver counts what each launch does.
+//!
+//! One test, because the driver reads its settings once a process.
 
 mod common;
 
 use common::cuda::device;
+use common::numbers;
 use dtr_fused::autograd::Memory;
-use dtr_fused::backend::cuda::DType;
+use dtr_fused::backend::cuda::{Allocation, Arg, DType, Device, Launch};
 use dtr_fused::diffusion::{LossWeight, Schedule, ScheduleKind};
-use dtr_fused::model::config::TASKS;
+use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::Dit;
-use dtr_fused::routing::Routing;
-use dtr_fused::train::TrainConfig;
+use dtr_fused::ops::work::Batch;
+use dtr_fused::routing::{Routing, Window};
 use dtr_fused::train::device::DeviceState;
-use dtr_fused::train::learner::{Batch, Losses};
+use dtr_fused::train::learner::{Batch as Samples, Losses};
+use std::path::Path;
 use std::sync::Arc;
 
+/// What one launch did.
+#[derive(Clone, Debug)]
+struct Counted {
+    kernel: String,
+    grid: Vec<u64>,
+    counters: serde_json::Value,
+}
+
+impl Counted {
+    fn number(&self, name: &str) -> f64 {
+        self.counters[name].as_u64().unwrap_or_else(|| panic!("no counter {name}")) as f64
+    }
+
+    fn class(&self, name: &str) -> f64 {
+        self.counters["by_class"][name].as_u64().unwrap_or(0) as f64
+    }
+
+    fn matrix_flops(&self) -> u64 {
+        self.counters["matrix_flops"].as_object().unwrap().values().map(|flops| flops.as_u64().unwrap()).sum()
+    }
+}
+
+/// The launches that `work` makes.
+fn counted(file: &Path, work: impl FnOnce()) -> Vec<Counted> {
+    std::fs::write(file, "").unwrap();
+    work();
+    let text = std::fs::read_to_string(file).unwrap();
+    let launches = text.lines().map(|line| {
+        let value: serde_json::Value = serde_json::from_str(line).unwrap();
+        let grid = value["grid"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
+        Counted { kernel: value["kernel"].as_str().unwrap().into(), grid, counters: value["counters"].clone() }
+    });
+    launches.collect()
+}
+
 #[test]
-fn table() {
-    let file = std::env::temp_dir().join("counts.jsonl");
-    let _ = std::fs::remove_file(&file);
+fn counts() {
+    if std::env::var_os("DTR_REQUIRE_CUDA").is_some() {
+        // A GPU does not count.
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("counters.jsonl");
     // SAFETY: the only test of this binary, before any other thread reads these variables.
     unsafe {
         std::env::set_var("CUDA_SIM_SANITIZER", "off");
         std::env::set_var("CUDA_SIM_COUNTERS", &file);
     }
     let device = Arc::new(device());
-    let mut config = TrainConfig::preset("DiT-XL/2", "latents.npy").unwrap();
-    (config.image_size, config.in_channels, config.num_classes) = (32, 4, 10);
-    let routing = std::env::var("ROUTING").unwrap_or("paper".into());
-    config.routing = match routing.as_str() {
-        "paper" => Routing::Paper,
-        "dense" => Routing::Dense,
-        _ => Routing::Sublayer,
-    };
-    config.beta = std::env::var("BETA").map_or(0.8, |b| b.parse().unwrap());
-    let mut model = config.model_config();
-    model.depth = 1;
+    issued_work_is_what_is_said(&device, &file);
+    main_loops_are_products(&device, &file);
+    a_block_moves_few_bytes(&device, &file);
+}
+
+/// A training step of one block in bf16, and its launches.
+fn step(device: &Arc<Device>, file: &Path, model: ModelConfig, t: &[u32]) -> Vec<Counted> {
     let dit = Dit::new(model).unwrap();
-    let weights = common::numbers(3, dit.layout.len()).iter().map(|x| x * 0.02).collect::<Vec<f32>>();
-    let state = DeviceState::new(&device, DType::Bf16, &weights, [&weights, &weights, &weights]).unwrap();
-    let mut memory = Memory::on_device(&device, DType::Bf16);
+    let weights: Vec<f32> = numbers(3, dit.layout.len()).iter().map(|x| x * 0.02).collect();
+    let state = DeviceState::new(device, DType::Bf16, &weights, [&weights, &weights, &weights]).unwrap();
+    let mut memory = Memory::on_device(device, DType::Bf16);
     let schedule = Schedule::new(ScheduleKind::Linear, TASKS).unwrap();
-    let b = 2;
-    let images = common::numbers(1, b * 4 * 32 * 32);
-    let noise = common::numbers(2, b * 4 * 32 * 32);
-    let t = [250, 750];
-    let batch = Batch { x_start: &images, noise: &noise, t: &t, labels: &[1, 2], coefficients: &[0.5, 0.5] };
-    let start = std::time::Instant::now();
-    let mut losses = Losses::default();
-    state.step(&dit, &schedule, LossWeight::Constant, &mut memory, batch, None, false, None, &mut losses).unwrap();
-    println!("{:?} in {:?}", losses, start.elapsed());
-    println!(
-        "{:<28} {:>14} {:>9} {:>6} {:>7} {:>7} {:>8} {:>9} {:>9}",
-        "kernel", "grid", "Minstr", "mma%", "sectors", "shared", "GFLOP", "MB read", "MB writ"
-    );
-    for line in std::fs::read_to_string(&file).unwrap().lines() {
-        let v: serde_json::Value = serde_json::from_str(line).unwrap();
-        let c = &v["counters"];
-        let n = |name: &str| c[name].as_u64().unwrap() as f64;
-        let mma = c["by_class"]["matrix"].as_u64().unwrap_or(0) as f64;
-        let flops = c["matrix_flops"]["16-bit"]
-            .as_u64()
-            .or(c["matrix_flops"].as_object().and_then(|o| o.values().next()).and_then(|v| v.as_u64()))
-            .unwrap_or(0) as f64;
-        println!(
-            "{:<28} {:>14} {:>9.3} {:>6.1} {:>7.3} {:>7.3} {:>8.3} {:>9.2} {:>9.2} {}",
-            v["kernel"].as_str().unwrap(),
-            v["grid"].to_string(),
-            n("warp_instructions") / 1e6,
-            100.0 * mma / n("warp_instructions"),
-            n("global_sectors") / n("global_sectors_needed"),
-            n("shared_wavefronts") / n("shared_wavefronts_least").max(1.0),
-            flops / 1e9,
-            n("dram_bytes_read") / 1e6,
-            n("dram_bytes_written") / 1e6,
-            if mma > 0.0 { c["by_class"].to_string() } else { String::new() }
-        );
-        for l in c["conflicts"].as_array().unwrap().iter().take(2) {
-            println!("      {l}");
+    let pixels = t.len() * dit.config.in_channels * dit.config.input_size.pow(2);
+    let (images, noise) = (numbers(1, pixels), numbers(2, pixels));
+    let labels = vec![1; t.len()];
+    let coefficients = vec![1.0 / t.len() as f64; t.len()];
+    let batch = Samples { x_start: &images, noise: &noise, t, labels: &labels, coefficients: &coefficients };
+    counted(file, || {
+        let mut losses = Losses::default();
+        state.step(&dit, &schedule, LossWeight::Constant, &mut memory, batch, None, false, None, &mut losses).unwrap();
+        assert!(losses.loss.iter().all(|loss| loss.is_finite()));
+    })
+}
+
+fn model(hidden_size: usize, num_heads: usize, input_size: usize, routing: Routing, beta: f64) -> ModelConfig {
+    ModelConfig {
+        hidden_size,
+        depth: 1,
+        num_heads,
+        patch_size: 2,
+        input_size,
+        in_channels: 4,
+        num_classes: 10,
+        null_class: true,
+        mlp_ratio: 4.0,
+        learn_sigma: true,
+        routing,
+        beta,
+        alpha: 4.0,
+        routing_seed: 0,
+    }
+}
+
+/// The products of a block issue exactly the matrix instructions that `ops::work` says.
+fn issued_work_is_what_is_said(device: &Arc<Device>, file: &Path) {
+    let cases = [
+        (model(72, 3, 8, Routing::Sublayer, 0.4), vec![990, 3, 999, 640, 900]),
+        (model(200, 5, 10, Routing::Paper, 0.7), vec![0, 999, 950]),
+        (model(136, 2, 12, Routing::Sublayer, 0.9), vec![999, 980]),
+        (model(136, 2, 16, Routing::Dense, 1.0), vec![1, 500]),
+    ];
+    for (model, t) in cases {
+        let (c, tokens, mlp) = (model.hidden_size, model.tokens(), model.mlp_size());
+        let label = format!("{:?}, C {c}, T {tokens}", model.routing);
+        let all = dtr_fused::routing::windows(TASKS, c, model.alpha, model.beta).unwrap();
+        let windows: Vec<Window> = t.iter().map(|&t| all[t as usize]).collect();
+        let full = vec![Window::all(c); t.len()];
+        let masked = match model.routing {
+            Routing::Sublayer => &windows,
+            _ => &full,
+        };
+        let found = step(device, file, model.clone(), &t);
+        // Few rows: every product takes the small tile.
+        let of = |windows| Batch { windows, tokens, channels: c, side: 64 };
+        let corrected = |windows: &[Window], outputs| {
+            let needs = windows.iter().any(|w| w.width < c);
+            let own = Batch { windows, tokens, channels: c, side: 64 };
+            if needs { [own.corrects_input(outputs), own.corrects_weight(outputs)] } else { [0, 0] }
+        };
+        let (qkv, fc1) = (corrected(&windows, 3 * c), corrected(masked, mlp));
+        let patch = model.patch_size.pow(2) * model.out_channels();
+        let expected = [
+            (
+                "ln_linear_fwd",
+                vec![of(&windows).reads(3 * c).issued, of(masked).reads(mlp).issued, of(&full).reads(patch).issued],
+            ),
+            ("linear_residual_fwd", vec![of(masked).writes(c).issued, of(masked).writes(mlp).issued]),
+            ("linear_residual_bwd_input", vec![of(masked).reads(mlp).issued, of(masked).reads(c).issued]),
+            ("linear_residual_bwd_weight", vec![of(masked).meets(mlp).issued, of(masked).meets(c).issued]),
+            (
+                "ln_linear_bwd_input",
+                vec![
+                    of(&full).writes(patch).issued,
+                    of(masked).writes(mlp).issued + fc1[0],
+                    of(&windows).writes(3 * c).issued + qkv[0],
+                ],
+            ),
+            (
+                "ln_linear_bwd_weight",
+                vec![
+                    of(&full).meets(patch).issued,
+                    of(masked).meets(mlp).issued + fc1[1],
+                    of(&windows).meets(3 * c).issued + qkv[1],
+                ],
+            ),
+        ];
+        for (kernel, flops) in expected {
+            let issued: Vec<u64> = found.iter().filter(|l| l.kernel == kernel).map(Counted::matrix_flops).collect();
+            assert_eq!(issued, flops, "{label}: matrix FLOPs of {kernel}");
         }
+    }
+}
+
+/// What a product kernel is launched with: numbers of the right shapes, one sample, a window of all channels.
+struct Operands {
+    device: Arc<Device>,
+    held: Vec<Allocation>,
+}
+
+impl Operands {
+    fn elems(&mut self, len: usize) -> Arg {
+        let memory = self.device.upload(&vec![0.5; len], DType::Bf16).unwrap();
+        self.keep(memory)
+    }
+
+    fn floats(&mut self, len: usize) -> Arg {
+        let memory = self.device.upload(&vec![0.5; len], DType::F32).unwrap();
+        self.keep(memory)
+    }
+
+    fn window(&mut self, c: usize) -> Arg {
+        let memory = self.device.alloc(2, DType::I32).unwrap();
+        self.device.write_bytes(memory.buffer(), bytemuck::cast_slice(&[0, c as i32])).unwrap();
+        self.keep(memory)
+    }
+
+    fn keep(&mut self, memory: Allocation) -> Arg {
+        self.held.push(memory);
+        Arg::Buffer(self.held.last().expect("just pushed").buffer())
+    }
+}
+
+/// One large tile of each product, with reductions of two lengths: what the longer one does more is the main loop.
+fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
+    let none = |dtype| Arg::Buffer(dtr_fused::backend::cuda::Buffer::none(dtype));
+    let int = |n: usize| Arg::I32(n as i32);
+    println!("{:<28} {:>6} {:>8} {:>8} {:>8}", "main loop of a large tile", "mma", "sectors", "shared", "16 bytes");
+    for (source, kernel) in [
+        ("ln_linear", "ln_linear_fwd"),
+        ("ln_linear", "ln_linear_bwd_input"),
+        ("ln_linear", "ln_linear_bwd_weight"),
+        ("linear_residual", "linear_residual_fwd"),
+        ("linear_residual", "linear_residual_bwd_input"),
+        ("linear_residual", "linear_residual_bwd_weight"),
+    ] {
+        let run = |length: usize| {
+            let mut own = Operands { device: device.clone(), held: Vec::new() };
+            let (t, n) = (128, 128);
+            // The reduction runs over C, over outputs, or over tokens.
+            let args = match kernel {
+                "ln_linear_fwd" => vec![
+                    own.elems(t * n),
+                    none(DType::Bf16),
+                    own.elems(t * length),
+                    own.window(length),
+                    own.elems(n * length),
+                    own.floats(n),
+                    own.floats(2 * n),
+                    own.floats(t),
+                    own.floats(t),
+                    int(0),
+                    int(1),
+                    int(t),
+                    int(length),
+                    int(n),
+                ],
+                "ln_linear_bwd_input" => vec![
+                    own.elems(t * n),
+                    none(DType::F32),
+                    own.elems(t * length),
+                    none(DType::Bf16),
+                    own.elems(length * n),
+                    own.window(n),
+                    int(1),
+                    int(t),
+                    int(n),
+                    int(length),
+                ],
+                "ln_linear_bwd_weight" => vec![
+                    own.floats(n * n),
+                    own.floats(n),
+                    own.elems(length * n),
+                    own.elems(length * n),
+                    own.window(n),
+                    own.elems(2 * 2 * n),
+                    own.elems(2 * n),
+                    own.floats(n),
+                    int(0),
+                    int(1),
+                    int(length),
+                    int(n),
+                    int(n),
+                ],
+                "linear_residual_fwd" => vec![
+                    own.elems(t * n),
+                    own.elems(t * n),
+                    own.elems(t * length),
+                    own.elems(n * length),
+                    own.floats(n),
+                    own.floats(n),
+                    own.elems(t * n),
+                    none(DType::Bf16),
+                    own.window(n),
+                    none(DType::I32),
+                    own.window(n),
+                    int(n),
+                    int(1),
+                    int(t),
+                    int(length),
+                    int(n),
+                ],
+                "linear_residual_bwd_input" => vec![
+                    own.elems(t * n),
+                    own.elems(t * length),
+                    own.elems(length * n),
+                    own.elems(t * n),
+                    own.window(length),
+                    int(1),
+                    int(t),
+                    int(n),
+                    int(length),
+                ],
+                _ => vec![
+                    own.floats(n * n),
+                    own.floats(n),
+                    own.elems(length * n),
+                    own.elems(length * n),
+                    own.floats(n),
+                    own.window(n),
+                    int(0),
+                    int(1),
+                    int(length),
+                    int(n),
+                    int(n),
+                ],
+            };
+            let launch = Launch {
+                file: source,
+                kernel,
+                elem: DType::Bf16,
+                defines: &[("TILE_M", 128), ("TILE_N", 128)],
+                grid: [1, 1, 1],
+                block: 128,
+                shared: 0,
+            };
+            let mut found = counted(file, || device.launch(&launch, &args).unwrap());
+            assert_eq!(found.len(), 1);
+            found.pop().unwrap()
+        };
+        let (short, long) = (run(1152), run(4608));
+        let more = |name: &str| long.number(name) - short.number(name);
+        let mma = (long.class("matrix") - short.class("matrix")) / more("warp_instructions");
+        let sectors = more("global_sectors") / more("global_sectors_needed");
+        let shared = more("shared_wavefronts") / more("shared_wavefronts_least");
+        // A warp's request for 16 bytes a lane moves 16 sectors.
+        let wide = more("global_sectors_needed") / more("global_requests") / 16.0;
+        println!("{kernel:<28} {mma:>6.3} {sectors:>8.3} {shared:>8.3} {wide:>8.3}");
+        assert!(mma >= 0.6, "{kernel}: {mma:.3} of the main loop's instructions are mma");
+        assert!(sectors <= 1.1, "{kernel}: {sectors:.3} of the sectors that its loads need");
+        assert!(shared <= 1.05, "{kernel}: {shared:.3} of the least wavefronts");
+        assert!((wide - 1.0).abs() < 1e-9, "{kernel}: loads of {} bytes", wide * 16.0);
+    }
+}
+
+fn a_block_moves_few_bytes(device: &Arc<Device>, file: &Path) {
+    let xl = model(1152, 16, 32, Routing::Paper, 0.8);
+    for l in step(device, file, xl, &[500]) {
+        println!("{:<28} {:>14} {:>9.3} M", l.kernel, format!("{:?}", l.grid), l.number("warp_instructions") / 1e6);
     }
 }

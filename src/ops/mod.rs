@@ -20,6 +20,7 @@ pub(crate) mod rows;
 pub(crate) mod tile;
 pub mod timestep_embed;
 pub mod unpatchify;
+pub mod work;
 
 use crate::autograd::{Tape, Var};
 use crate::backend::cuda::Buffer;

@@ -3,6 +3,9 @@
 use crate::backend::cuda::{DType, Device};
 use crate::error::{Error, Result};
 
+/// Halves into which P and Q are split as operands of products in bf16 (`SPLIT` in `kernels/ln_linear.cu`).
+pub(crate) const SPLIT_BF16: usize = 2;
+
 /// Threads of a block of a product.
 pub(crate) const THREADS: u32 = 128;
 
@@ -20,11 +23,16 @@ pub(crate) struct Tiling {
     pub(crate) grid: [u32; 3],
 }
 
-/// A product of `rows` x `columns`: large tiles where there are enough of them to keep every multiprocessor busy.
+/// Side of a large and of a small tile, and what a multiply-add costs in them: a small tile loads more for each.
+const SIDES: [(usize, usize); 2] = [(128, 2), (64, 3)];
+
+/// A product of `rows` x `columns`: the tiles that keep the busiest multiprocessor for the least time.
 pub(crate) fn tiling(device: &Device, rows: usize, columns: usize) -> Tiling {
     let tiles = |side: usize| [columns.div_ceil(side), rows.div_ceil(side)];
-    let [x, y] = tiles(128);
-    let side = if x * y >= device.multiprocessors() as usize { 128 } else { 64 };
+    let time = |&(side, cost): &(usize, usize)| {
+        tiles(side).iter().product::<usize>().div_ceil(device.multiprocessors() as usize) * side * side * cost
+    };
+    let (side, _) = SIDES.into_iter().min_by_key(time).expect("there are two");
     let [x, y] = tiles(side);
     Tiling { side, defines: [("TILE_M", side as i64), ("TILE_N", side as i64)], grid: [x as u32, y as u32, 1] }
 }

@@ -3,7 +3,7 @@
 use super::Activation;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
-use crate::ops::tile::{SMALL, THREADS, Tiling, check_sizes, tiling};
+use crate::ops::tile::{SMALL, SPLIT_BF16, THREADS, Tiling, check_sizes, tiling};
 
 const FILE: &str = "ln_linear";
 const OP: &str = "ln_linear";
@@ -33,7 +33,7 @@ impl Dims {
 
     /// Halves into which P and Q are split for products in `elem`.
     fn split(elem: DType) -> usize {
-        if elem == DType::Bf16 { 2 } else { 1 }
+        if elem == DType::Bf16 { SPLIT_BF16 } else { 1 }
     }
 }
 
