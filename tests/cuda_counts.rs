@@ -115,8 +115,8 @@ fn issued_work_is_what_is_said(device: &Arc<Device>, file: &Path) {
     let cases = [
         (model(72, 3, 8, Routing::Sublayer, 0.4), vec![990, 3, 999, 640, 900]),
         (model(200, 5, 10, Routing::Paper, 0.7), vec![0, 999, 950]),
-        (model(136, 2, 12, Routing::Sublayer, 0.9), vec![999, 980]),
-        (model(136, 2, 16, Routing::Dense, 1.0), vec![1, 500]),
+        (model(136, 17, 12, Routing::Sublayer, 0.9), vec![999, 980]),
+        (model(136, 17, 16, Routing::Dense, 1.0), vec![1, 500]),
     ];
     for (model, t) in cases {
         let (c, tokens, mlp) = (model.hidden_size, model.tokens(), model.mlp_size());
