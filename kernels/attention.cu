@@ -2,19 +2,17 @@
 //
 //   qkv [B, T, 3 C] = q | k | v, each [NH, HS] a token    S = q k^T / sqrt(HS)    P = softmax(S)    out = P v  [B, T, C]
 //
-// A block owns TILE tokens of one head of one sample, 16 a warp, and walks over all others TILE at a time. P never reaches
-// memory: its accumulators are the next product's operand. Saved for backward: qkv, out, lse.
+// A block owns tokens of one head of one sample and walks over all others, a tile at a time. P never reaches memory: its
+// accumulators are the next product's operand. Saved for backward: qkv, out, lse.
 // Backward: D_t = dout_t . out_t;  dv = P^T dout,  dS = P (dout v^T - D),  dk = dS^T q / sqrt(HS) by blocks that own keys;
 // dq = dS k / sqrt(HS) by blocks that own queries. So every sum has one owner and a fixed order.
 //
-// HS is a definition, a multiple of 8 up to 128; products run over HSP, the next multiple of 16, with zeros between.
+// HS is a definition, up to 128; in bf16 a multiple of 8.
 #include "common.cuh"
 
 #ifndef HS
 #define HS 64
 #endif
-
-constexpr int THREADS = 128;
 
 // Where the rows of one head of one sample lie: part 0 (q), 1 (k), 2 (v) of qkv, or an activation [B, T, C].
 struct Head {
@@ -30,50 +28,52 @@ __device__ __forceinline__ Head of_activation(int b, int head, int T, int C) {
     return Head{(long long)b * T * C + head * HS, C};
 }
 
-// D = rowsum(dout out), one warp a token and head.  Grid: ceil(B T NH / 8) blocks of 256 threads.
-extern "C" __global__ void __launch_bounds__(256) attention_bwd_rows(
-    float* __restrict__ D,            // [B, NH, T]
-    const elem* __restrict__ dout,    // [B, T, C]
-    const elem* __restrict__ out,     // [B, T, C]
-    int B,
-    int T,
-    int C
-) {
-    int heads = C / HS, index = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (index >= B * T * heads) return;
-    int head = index % heads, t = index / heads % T, b = index / heads / T;
-    Head rows = of_activation(b, head, T, C);
-    long long at = rows.first + (long long)t * rows.stride;
-    float sum = 0.0f;
-    for (int i = lane; i < HS; i += 32) sum = fmaf(to_f32(dout[at + i]), to_f32(out[at + i]), sum);
-    sum = warp_sum(sum);
-    if (lane == 0) D[((long long)b * heads + head) * T + t] = sum;
-}
-
 #ifdef ELEM_BF16
 
-constexpr int TILE = 64;
+#ifndef WARPS
+#define WARPS 4
+#endif
+// Rows of a tile that is walked over.
+#ifndef TILE
+#define TILE 64
+#endif
+// Of 16 queries, how many a warp owns. (Of 16 keys it owns one: gradients of keys and values take twice the registers.)
+#ifndef ROW_TILES
+#define ROW_TILES 2
+#endif
+
+constexpr int THREADS = WARPS * 32;
 constexpr float LOG2_E = 1.4426950408889634f;
-constexpr int HSP = (HS + 15) / 16 * 16;
-constexpr int CHUNKS = HSP / 8;                // of 16 bytes in a row
-constexpr int ROW_BYTES = (CHUNKS + 1) * 16;   // an odd number of chunks: eight rows in eight groups of banks
+constexpr int CHUNKS = HS / 8;              // of 16 bytes in a row
+constexpr int ROW_CHUNKS = CHUNKS | 1;      // in shared memory: odd, so that eight rows are in eight groups of banks
+constexpr int ROW_BYTES = ROW_CHUNKS * 16;
 constexpr int TILE_BYTES = TILE * ROW_BYTES;
-constexpr int K_STEPS = HSP / 16;
+constexpr int STEPS = HS / 16;              // along a row: products of 16 elements,
+constexpr bool HALF_STEP = HS % 16 != 0;    // and one of 8
+// Rows of a tile that backward computes with at a time: as many as registers allow.
+constexpr int KEYS_PART = TILE < 32 ? TILE : 32;
+constexpr int QUERIES_PART = ROW_TILES > 1 || TILE < 32 ? 16 : 32;
+// Long rows of dk and dv do not fit in the registers of one warp: other blocks compute dv then.
+constexpr bool SPLIT = HS > 104;
+
+static_assert(16 * WARPS * ROW_TILES <= 2 * TILE, "a block's own rows take the place of two tiles");
+
+template <int I>
+struct Index {
+    static constexpr int value = I;
+};
+
+// body(Index<0>()) ... body(Index<N - 1>()): a loop whose counter is a constant, as offsets in instructions must be.
+template <int N, int I = 0, typename Body>
+__device__ __forceinline__ void unroll(Body body) {
+    if constexpr (I < N) {
+        body(Index<I>());
+        unroll<N, I + 1>(body);
+    }
+}
 
 __device__ __forceinline__ unsigned int shared_address(const void* pointer) {
     return (unsigned int)__cvta_generic_to_shared(pointer);
-}
-
-// TILE rows of a head from token `first` on into shared memory; zeros beyond T and beyond HS.
-__device__ __forceinline__ void copy_tile(unsigned int to, const elem* data, Head rows, int first, int T) {
-    for (int index = threadIdx.x; index < TILE * CHUNKS; index += THREADS) {
-        int row = index / CHUNKS, chunk = index % CHUNKS;
-        bool inside = first + row < T && chunk * 8 < HS;
-        const elem* from = data + rows.first + (inside ? (long long)(first + row) * rows.stride + chunk * 8 : 0);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + row * ROW_BYTES + chunk * 16), "l"(from),
-                     "r"(inside ? 16 : 0)
-                     : "memory");
-    }
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -83,109 +83,262 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// 16 bytes from global to shared memory; zeros when `bytes` is 0, and then nothing is read.
+template <int OFFSET>
+__device__ __forceinline__ void copy_async(unsigned int to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes), "n"(OFFSET) : "memory");
+}
+
+// Four 8 x 8 matrices: rows 0-7 and 8-15 of a chunk, then of the next chunk, for a lane's address from `lane_offset`.
+template <bool TRANSPOSED, int OFFSET>
 __device__ __forceinline__ void load_matrices(unsigned int (&r)[4], unsigned int address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4+%5];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address), "n"(OFFSET)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4+%5];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address), "n"(OFFSET)
+                     : "memory");
 }
 
-__device__ __forceinline__ void load_matrices_transposed(unsigned int (&r)[4], unsigned int address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
+// The first two of them.
+template <bool TRANSPOSED, int OFFSET>
+__device__ __forceinline__ void load_two_matrices(unsigned int (&r)[2], unsigned int address) {
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2+%3];"
+                     : "=r"(r[0]), "=r"(r[1])
+                     : "r"(address), "n"(OFFSET)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2+%3];"
+                     : "=r"(r[0]), "=r"(r[1])
+                     : "r"(address), "n"(OFFSET)
+                     : "memory");
 }
 
+// Of a tile, where this lane's row of the matrices lies.
+__device__ __forceinline__ unsigned int lane_offset() {
+    int lane = threadIdx.x % 32;
+    return lane % 16 * ROW_BYTES + lane / 16 * 16;
+}
+
+// d += a b:  a 16 x 16, b 16 x 8.
 __device__ __forceinline__ void mma(float (&d)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 x TILE: a warp's own rows against a tile of others.
-typedef float Scores[TILE / 8][4];
-// 16 x HSP: a warp's own rows of an output.
-typedef float Rows[HSP / 8][4];
-// 16 x HSP of an operand.
-typedef unsigned int Fragments[K_STEPS][4];
-
-__device__ __forceinline__ void clear(Rows& rows) {
-#pragma unroll
-    for (int n = 0; n < HSP / 8; ++n)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) rows[n][r] = 0.0f;
-}
-
-// The 16 rows of this warp from a tile in shared memory.
-__device__ __forceinline__ void load_own(Fragments& own, unsigned int tile) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    unsigned int address = tile + (warp * 16 + lane % 16) * ROW_BYTES + lane / 16 * 16;
-#pragma unroll
-    for (int k = 0; k < K_STEPS; ++k) load_matrices(own[k], address + k * 32);
-}
-
-// scores = own tile^T: products of rows.
-__device__ __forceinline__ void rows_times_rows(Scores& scores, const Fragments& own, unsigned int tile) {
-    int lane = threadIdx.x % 32;
-    unsigned int address = tile + (lane % 8 + lane / 16 * 8) * ROW_BYTES + lane / 8 % 2 * 16;
-#pragma unroll
-    for (int n = 0; n < TILE / 16; ++n) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) scores[2 * n][r] = scores[2 * n + 1][r] = 0.0f;
-#pragma unroll
-        for (int k = 0; k < K_STEPS; ++k) {
-            unsigned int others[4];
-            load_matrices(others, address + n * 16 * ROW_BYTES + k * 32);
-            mma(scores[2 * n], own[k], others[0], others[1]);
-            mma(scores[2 * n + 1], own[k], others[2], others[3]);
-        }
-    }
-}
-
-// rows += weights tile: sums of the tile's rows. The accumulators of a product are the operand of this one.
-__device__ __forceinline__ void weighted_rows(Rows& rows, const Scores& weights, unsigned int tile) {
-    int lane = threadIdx.x % 32;
-    unsigned int address = tile + lane % 16 * ROW_BYTES + lane / 16 * 16;
-#pragma unroll
-    for (int k = 0; k < TILE / 16; ++k) {
-        unsigned int own[4] = {
-            pack_bf16(weights[2 * k][0], weights[2 * k][1]), pack_bf16(weights[2 * k][2], weights[2 * k][3]),
-            pack_bf16(weights[2 * k + 1][0], weights[2 * k + 1][1]), pack_bf16(weights[2 * k + 1][2], weights[2 * k + 1][3])
-        };
-#pragma unroll
-        for (int n = 0; n < HSP / 16; ++n) {
-            unsigned int others[4];
-            load_matrices_transposed(others, address + k * 16 * ROW_BYTES + n * 32);
-            mma(rows[2 * n], own, others[0], others[1]);
-            mma(rows[2 * n + 1], own, others[2], others[3]);
-        }
-    }
-}
-
-// Stores this warp's rows, times a factor for each of a lane's two rows.
-__device__ __forceinline__ void store_rows(
-    elem* data, Head to, int first, int T, const Rows& rows, float factor_low, float factor_high
+// d = c + a b: where c is needed again, or 0, this takes no copy of it.
+__device__ __forceinline__ void mma(
+    float (&d)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1, const float (&c)[4]
 ) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        int t = first + warp * 16 + lane / 4 + half * 8;
-        if (t >= T) continue;
-        float factor = half ? factor_high : factor_low;
-        elem* row = data + to.first + (long long)t * to.stride;
-#pragma unroll
-        for (int n = 0; n < HSP / 8; ++n) {
-            int i = n * 8 + lane % 4 * 2;
-            if (i >= HS) continue;
-            *(unsigned int*)(row + i) = pack_bf16(rows[n][half * 2] * factor, rows[n][half * 2 + 1] * factor);
-        }
-    }
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// Grid: (ceil(T / TILE), NH, B).
-extern "C" __global__ void __launch_bounds__(THREADS) attention_fwd(
+// d = c + a b:  a 16 x 8, b 8 x 8.
+__device__ __forceinline__ void mma(float (&d)[4], const unsigned int (&a)[2], unsigned int b, const float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// 2^x as the hardware computes it, without care for subnormal results.
+__device__ __forceinline__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float logarithm_to_2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// What a thread copies of every tile: one chunk of rows `row`, `row + STEP`, ...
+struct Share {
+    // Where rows are no multiple of 8 chunks, one thread more goes over the pad: neighbours stay in different banks.
+    static constexpr int LANES = CHUNKS % 8 ? ROW_CHUNKS : CHUNKS;
+    static constexpr int STEP = THREADS / LANES;
+    static constexpr bool ALL = STEP * LANES == THREADS;
+    int row, chunk;
+
+    __device__ Share() : row(threadIdx.x / LANES), chunk(threadIdx.x % LANES) {}
+
+    __device__ bool any() const { return ALL || threadIdx.x < STEP * LANES; }
+
+    // This thread's first element of rows from token `first` on.
+    __device__ const elem* of(const elem* data, Head rows, int first) const {
+        return data + rows.first + (long long)(first + row) * rows.stride + (chunk < CHUNKS ? chunk * 8 : 0);
+    }
+
+    // COUNT rows into shared memory, of which `there` are there; zeros for the others.
+    template <int COUNT>
+    __device__ void copy(unsigned int to, const elem* from, int stride, int there) const {
+        if (!any()) return;
+        int bytes = chunk < CHUNKS ? 16 : 0;
+        to += row * ROW_BYTES + chunk * 16;
+        long long step = (long long)STEP * stride;
+        if (there >= COUNT)
+            unroll<(COUNT + STEP - 1) / STEP>([&](auto i) {
+                constexpr int at = decltype(i)::value * STEP;
+                if (at + STEP <= COUNT || row < COUNT - at) copy_async<at * ROW_BYTES>(to, from, bytes);
+                from += step;
+            });
+        else
+            unroll<(COUNT + STEP - 1) / STEP>([&](auto i) {
+                constexpr int at = decltype(i)::value * STEP;
+                if (at + STEP <= COUNT || row < COUNT - at)
+                    copy_async<at * ROW_BYTES>(to, from, row < there - at ? bytes : 0);
+                from += step;
+            });
+    }
+
+    // COUNT rows from shared memory to token `first` on; those beyond T are left out.
+    template <int COUNT>
+    __device__ void store(elem* data, Head rows, int first, int T, const unsigned char* from) const {
+        if (!any() || chunk >= CHUNKS) return;
+        from += row * ROW_BYTES + chunk * 16;
+        elem* to = data + rows.first + (long long)(first + row) * rows.stride + chunk * 8;
+        long long step = (long long)STEP * rows.stride;
+        int there = min(T - first, COUNT);
+#pragma unroll
+        for (int at = 0; at < COUNT; at += STEP) {
+            if (row < there - at) *(uint4*)to = *(const uint4*)(from + at * ROW_BYTES);
+            to += step;
+        }
+    }
+};
+
+// 16 M rows of HS elements: an operand.
+template <int M>
+struct Fragments {
+    unsigned int whole[M][STEPS ? STEPS : 1][4];
+    unsigned int half[M][2];
+
+    // From a tile's first row on, `tile` with the lane's offset.
+    __device__ __forceinline__ void load(unsigned int tile) {
+        unroll<M>([&](auto m) {
+            constexpr int row = decltype(m)::value * 16 * ROW_BYTES;
+            unroll<STEPS>([&](auto k) {
+                load_matrices<false, row + decltype(k)::value * 32>(whole[decltype(m)::value][decltype(k)::value], tile);
+            });
+            if constexpr (HALF_STEP) load_two_matrices<false, row + STEPS * 32>(half[decltype(m)::value], tile);
+        });
+    }
+};
+
+// scores += own tile^T, products of rows: 16 M own rows, and 8 N of the tile from row FIRST on.
+template <int FIRST, int M, int N>
+__device__ __forceinline__ void rows_times_rows(float (&scores)[M][N][4], const Fragments<M>& own, unsigned int tile) {
+    unroll<STEPS>([&](auto step) {
+        constexpr int k = decltype(step)::value;
+        unroll<N / 2>([&](auto pair) {
+            constexpr int n = decltype(pair)::value;
+            unsigned int others[4];
+            load_matrices<false, (FIRST + n * 16) * ROW_BYTES + k * 32>(others, tile);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma(scores[m][2 * n], own.whole[m][k], others[0], others[2], scores[m][2 * n]);
+                mma(scores[m][2 * n + 1], own.whole[m][k], others[1], others[3], scores[m][2 * n + 1]);
+            }
+        });
+    });
+    if constexpr (HALF_STEP)
+        unroll<N / 2>([&](auto pair) {
+            constexpr int n = decltype(pair)::value;
+            unsigned int others[2];
+            load_two_matrices<false, (FIRST + n * 16) * ROW_BYTES + STEPS * 32>(others, tile);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma(scores[m][2 * n], own.half[m], others[0], scores[m][2 * n]);
+                mma(scores[m][2 * n + 1], own.half[m], others[1], scores[m][2 * n + 1]);
+            }
+        });
+}
+
+// sums += weights tile: sums of the tile's rows from FIRST on. The accumulators of a product are the operand of this one.
+template <int FIRST, int M, int N>
+__device__ __forceinline__ void weighted_rows(float (&sums)[M][CHUNKS][4], const float (&weights)[M][N][4], unsigned int tile) {
+    unroll<N / 2>([&](auto step) {
+        constexpr int k = decltype(step)::value;
+        unsigned int own[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+                own[m][r] = pack_bf16(weights[m][2 * k + r / 2][r % 2 * 2], weights[m][2 * k + r / 2][r % 2 * 2 + 1]);
+        unroll<CHUNKS / 2>([&](auto pair) {
+            constexpr int n = decltype(pair)::value;
+            unsigned int others[4];
+            load_matrices<true, (FIRST + k * 16) * ROW_BYTES + n * 32>(others, tile);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma(sums[m][2 * n], own[m], others[0], others[1]);
+                mma(sums[m][2 * n + 1], own[m], others[2], others[3]);
+            }
+        });
+        if constexpr (CHUNKS % 2 != 0) {
+            unsigned int others[2];
+            load_two_matrices<true, (FIRST + k * 16) * ROW_BYTES + (CHUNKS - 1) * 16>(others, tile);
+#pragma unroll
+            for (int m = 0; m < M; ++m) mma(sums[m][CHUNKS - 1], own[m], others[0], others[1]);
+        }
+    });
+}
+
+// Scores of a tile's rows from `there` on become -infinity: their exponentials are 0.
+template <int FIRST, int M, int N>
+__device__ __forceinline__ void mask(float (&scores)[M][N][4], int there) {
+    int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+                if (FIRST + n * 8 + column + r % 2 >= there) scores[m][n][r] = -INFINITY;
+}
+
+// D of 16 rows, of which a lane gets those of its accumulators: the diagonal of dout out^T. The tiles with the lane's offset.
+__device__ __forceinline__ void row_products(float (&d)[2], unsigned int dout, unsigned int out) {
+    Fragments<1> rows;
+    rows.load(dout);
+    float products[1][2][4] = {};
+    rows_times_rows<0>(products, rows, out);
+    // Row and column r are in lane 4 r + r / 2, as its accumulator r % 2, and 8 rows on in the second half.
+    int lane = threadIdx.x % 32;
+    bool odd = lane / 4 % 2;
+    d[0] = odd ? products[0][0][1] : products[0][0][0];
+    d[1] = odd ? products[0][1][3] : products[0][1][2];
+    int from = lane / 4 * 4 + lane / 8;
+    d[0] = __shfl_sync(0xffffffffu, d[0], from);
+    d[1] = __shfl_sync(0xffffffffu, d[1], from);
+}
+
+// This warp's rows of an output, times a factor for each of a lane's rows, into shared memory.
+template <int M>
+__device__ __forceinline__ void stage_rows(unsigned char* tile, const float (&rows)[M][CHUNKS][4], const float (&factor)[M][2]) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    tile += (warp * 16 * M + lane / 4) * ROW_BYTES + lane % 4 * 4;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int n = 0; n < CHUNKS; ++n)
+                *(unsigned int*)(tile + (m * 16 + half * 8) * ROW_BYTES + n * 16) =
+                    pack_bf16(rows[m][n][half * 2] * factor[m][half], rows[m][n][half * 2 + 1] * factor[m][half]);
+}
+
+// Grid: (ceil(T / (16 WARPS ROW_TILES)), NH, B). Shared memory: 4 tiles.
+extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) attention_fwd(
     elem* __restrict__ out,        // [B, T, C]
     float* __restrict__ lse,       // [B, NH, T]
     const elem* __restrict__ qkv,  // [B, T, 3 C]
@@ -195,203 +348,360 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_fwd(
     int C
 ) {
     extern __shared__ __align__(128) unsigned char shared[];
-    int first = blockIdx.x * TILE, head = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    unsigned int tile_q = shared_address(shared), tile_k = tile_q + TILE_BYTES, tile_v = tile_q + 3 * TILE_BYTES;
-    Head keys = part_of_qkv(1, b, head, T, C), values = part_of_qkv(2, b, head, T, C);
-    copy_tile(tile_q, qkv, part_of_qkv(0, b, head, T, C), first, T);
-    copy_tile(tile_k, qkv, keys, 0, T);
-    copy_tile(tile_v, qkv, values, 0, T);
+    constexpr int M = ROW_TILES, N = TILE / 8, OWN = WARPS * 16 * M;
+    // A sum of exponentials beyond this one is far from the largest number, and no score is likely to reach it.
+    constexpr float RAISE = 1.8446744e19f;
+    int first = blockIdx.x * OWN, head = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    unsigned int tiles = shared_address(shared);
+    Share share;
+    Head keys = part_of_qkv(1, b, head, T, C);
+    const elem* key = share.of(qkv, keys, 0);
+    share.copy<OWN>(tiles + 2 * TILE_BYTES, share.of(qkv, part_of_qkv(0, b, head, T, C), first), keys.stride, T - first);
+    share.copy<TILE>(tiles, key, keys.stride, T);
+    share.copy<TILE>(tiles + TILE_BYTES, key + C, keys.stride, T);
     commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+    Fragments<M> q;
+    q.load(tiles + 2 * TILE_BYTES + warp * 16 * M * ROW_BYTES + lane_offset());
 
-    Fragments q;
-    Rows sums;
-    clear(sums);
-    float factor = scale * LOG2_E;  // powers of 2 are what the hardware computes
-    float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
-    int buffer = 0;
-    for (int start = 0; start < T; start += TILE, buffer ^= 1) {
-        if (start + TILE < T) {
-            copy_tile(tile_k + (buffer ^ 1) * TILE_BYTES, qkv, keys, start + TILE, T);
-            copy_tile(tile_v + (buffer ^ 1) * TILE_BYTES, qkv, values, start + TILE, T);
-        }
-        commit_copies();
-        wait_copies<1>();
+    float sums[M][CHUNKS][4] = {};
+    float factor = scale * LOG2_E;
+    // Exponentials are relative to the first tile's highest score, and later to that of a tile that is far higher.
+    float reference[M][2], total[M][2] = {};
+#pragma unroll
+    for (int m = 0; m < M; ++m) reference[m][0] = reference[m][1] = -INFINITY;
+    bool raise = true;
+    unsigned int reading = tiles, writing = tiles + 2 * TILE_BYTES;
+    for (int left = T; left > 0; left -= TILE) {
+        wait_copies<0>();
+        // The tile is there for every warp, and every warp is done with the one that is overwritten next.
         __syncthreads();
-        if (start == 0) load_own(q, tile_q);
-        Scores scores;
-        rows_times_rows(scores, q, tile_k + buffer * TILE_BYTES);
-        float previous[2] = {highest[0], highest[1]};
+        if (left > TILE) {
+            key += (long long)TILE * keys.stride;
+            share.copy<TILE>(writing, key, keys.stride, left - TILE);
+            share.copy<TILE>(writing + TILE_BYTES, key + C, keys.stride, left - TILE);
+            commit_copies();
+        }
+        float scores[M][N][4], sum[M][2];
+        while (true) {
 #pragma unroll
-        for (int n = 0; n < TILE / 8; ++n)
+            for (int m = 0; m < M; ++m)
 #pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                bool inside = start + n * 8 + lane % 4 * 2 + r % 2 < T;
-                scores[n][r] = inside ? scores[n][r] * factor : -INFINITY;
-                highest[r / 2] = fmaxf(highest[r / 2], scores[n][r]);
+                for (int n = 0; n < N; ++n)
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) scores[m][n][r] = 0.0f;
+            rows_times_rows<0>(scores, q, reading + lane_offset());
+            if (left < TILE) mask<0>(scores, left);
+            if (raise) {
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        float highest = -INFINITY;
+#pragma unroll
+                        for (int n = 0; n < N; ++n) highest = fmaxf(highest, fmaxf(scores[m][n][h * 2], scores[m][n][h * 2 + 1]));
+                        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+                        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+                        highest = fmaxf(reference[m][h], highest * factor);
+                        // 0 in the first tile, whose first key is always there.
+                        float shrink = power_of_2(reference[m][h] - highest);
+                        reference[m][h] = highest;
+                        total[m][h] *= shrink;
+#pragma unroll
+                        for (int n = 0; n < CHUNKS; ++n) {
+                            sums[m][n][h * 2] *= shrink;
+                            sums[m][n][h * 2 + 1] *= shrink;
+                        }
+                    }
             }
+            float largest = 0.0f;
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+#pragma unroll
+                    for (int n = 0; n < N; ++n)
+#pragma unroll
+                        for (int r = h * 2; r < h * 2 + 2; ++r) {
+                            scores[m][n][r] = power_of_2(fmaf(scores[m][n][r], factor, -reference[m][h]));
+                            sum[m][h] = n == 0 && r == h * 2 ? scores[m][n][r] : sum[m][h] + scores[m][n][r];
+                        }
+                    largest = fmaxf(largest, sum[m][h]);
+                }
+            raise = __any_sync(0xffffffffu, largest > RAISE);
+            if (!raise) break;
+        }
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            total[m][0] += sum[m][0];
+            total[m][1] += sum[m][1];
+        }
+        weighted_rows<0>(sums, scores, reading + TILE_BYTES + lane_offset());
+        unsigned int other = reading;
+        reading = writing;
+        writing = other;
+    }
+    float inverse[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            highest[h] = fmaxf(highest[h], __shfl_xor_sync(0xffffffffu, highest[h], 1));
-            highest[h] = fmaxf(highest[h], __shfl_xor_sync(0xffffffffu, highest[h], 2));
-            // The first key is always there, so the highest score is finite.
-            float shrink = exp2f(previous[h] - highest[h]);
-            total[h] *= shrink;
-#pragma unroll
-            for (int n = 0; n < HSP / 8; ++n) {
-                sums[n][h * 2] *= shrink;
-                sums[n][h * 2 + 1] *= shrink;
-            }
+            float sum = total[m][h];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            inverse[m][h] = __fdividef(1.0f, sum);
+            int t = first + (warp * M + m) * 16 + lane / 4 + h * 8;
+            if (lane % 4 == 0 && t < T)
+                lse[((long long)b * gridDim.y + head) * T + t] = (reference[m][h] + logarithm_to_2(sum)) * (1.0f / LOG2_E);
         }
-#pragma unroll
-        for (int n = 0; n < TILE / 8; ++n)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                scores[n][r] = exp2f(scores[n][r] - highest[r / 2]);
-                total[r / 2] += scores[n][r];
-            }
-        weighted_rows(sums, scores, tile_v + buffer * TILE_BYTES);
-        // The buffer is copied to again in the next round.
-        __syncthreads();
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        total[h] += __shfl_xor_sync(0xffffffffu, total[h], 1);
-        total[h] += __shfl_xor_sync(0xffffffffu, total[h], 2);
-        int t = first + warp * 16 + lane / 4 + h * 8;
-        if (lane % 4 == 0 && t < T)
-            lse[((long long)b * gridDim.y + head) * T + t] = (highest[h] + log2f(total[h])) / LOG2_E;
-    }
-    store_rows(out, of_activation(b, head, T, C), first, T, sums, 1.0f / total[0], 1.0f / total[1]);
+    __syncthreads();
+    stage_rows(shared, sums, inverse);
+    __syncthreads();
+    share.store<OWN>(out, of_activation(b, head, T, C), first, T, shared);
 }
 
-// dk and dv of TILE keys.  Grid: (ceil(T / TILE), NH, B).
-extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_keys(
-    elem* __restrict__ dqkv,        // [B, T, 3 C]: its k and v
-    const elem* __restrict__ dout,  // [B, T, C]
-    const elem* __restrict__ qkv,   // [B, T, 3 C]
-    const float* __restrict__ lse,  // [B, NH, T]
-    const float* __restrict__ D,    // [B, NH, T]
-    float scale,                    // 1 / sqrt(HS)
-    int B,
+// dk and dv of a block's own keys, from `first` on, or only one of them.
+template <bool DK, bool DV>
+__device__ __forceinline__ void gradients_of_keys(
+    elem* __restrict__ dqkv,
+    const elem* __restrict__ dout,
+    const elem* __restrict__ qkv,
+    const elem* __restrict__ out,
+    const float* __restrict__ lse,  // of this head
+    float scale,
+    int b,
+    int head,
     int T,
-    int C
+    int C,
+    int first,
+    unsigned char* shared
 ) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    int first = blockIdx.x * TILE, head = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32;
-    unsigned int tile_q = shared_address(shared), tile_dout = tile_q + TILE_BYTES;
-    float* row_lse = (float*)(shared + 2 * TILE_BYTES);
-    float* row_d = row_lse + TILE;
+    constexpr int N = KEYS_PART / 8, OWN = WARPS * 16;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    unsigned int tiles = shared_address(shared), tile_out = tiles + 4 * TILE_BYTES;
+    // For every two queries of a tile: -lse of both, in powers of 2, and -D of both.
+    float* rows = (float*)(shared + 5 * TILE_BYTES);
+    Share share;
     Head queries = part_of_qkv(0, b, head, T, C), upstream = of_activation(b, head, T, C);
-    // Own keys and values go through the same tiles, and stay in registers.
-    copy_tile(tile_q, qkv, part_of_qkv(1, b, head, T, C), first, T);
-    copy_tile(tile_dout, qkv, part_of_qkv(2, b, head, T, C), first, T);
+    const elem* query = share.of(qkv, queries, 0);
+    const elem* dout_row = share.of(dout, upstream, 0);
+    long long to_out = out - dout;
+
+    const elem* own_key = share.of(qkv, part_of_qkv(1, b, head, T, C), first);
+    share.copy<OWN>(tiles, own_key, queries.stride, T - first);
+    if (DK) share.copy<OWN>(tiles + 2 * TILE_BYTES, own_key + C, queries.stride, T - first);
     commit_copies();
     wait_copies<0>();
     __syncthreads();
-    Fragments k, v;
-    load_own(k, tile_q);
-    load_own(v, tile_dout);
+    Fragments<1> k, v;
+    unsigned int own = tiles + warp * 16 * ROW_BYTES + lane_offset();
+    k.load(own);
+    if (DK) v.load(own + 2 * TILE_BYTES);
+    __syncthreads();
 
-    Rows dk, dv;
-    clear(dk);
-    clear(dv);
-    const float* own_lse = lse + ((long long)b * gridDim.y + head) * T;
-    const float* own_d = D + ((long long)b * gridDim.y + head) * T;
-    for (int start = 0; start < T; start += TILE) {
-        __syncthreads();
-        copy_tile(tile_q, qkv, queries, start, T);
-        copy_tile(tile_dout, dout, upstream, start, T);
+    float next_lse;
+    auto copy_next = [&](unsigned int to, int start) {
+        share.copy<TILE>(to, query, queries.stride, T - start);
+        share.copy<TILE>(to + TILE_BYTES, dout_row, upstream.stride, T - start);
+        if (DK) share.copy<TILE>(tile_out, dout_row + to_out, upstream.stride, T - start);
         commit_copies();
-        if (threadIdx.x < TILE) {
-            bool inside = start + threadIdx.x < T;
-            // A query that is not there has no probabilities: exp2(-infinity).
-            row_lse[threadIdx.x] = inside ? own_lse[start + threadIdx.x] * LOG2_E : INFINITY;
-            row_d[threadIdx.x] = inside ? own_d[start + threadIdx.x] : 0.0f;
-        }
+        query += (long long)TILE * queries.stride;
+        dout_row += (long long)TILE * upstream.stride;
+        // A query that is not there has no probabilities: 2^-infinity.
+        if (threadIdx.x < TILE) next_lse = start + threadIdx.x < T ? -lse[start + threadIdx.x] * LOG2_E : -INFINITY;
+    };
+    float dk[1][CHUNKS][4] = {}, dv[1][CHUNKS][4] = {};
+    float factor = scale * LOG2_E;
+    unsigned int reading = tiles, writing = tiles + 2 * TILE_BYTES;
+    copy_next(reading, 0);
+    for (int start = 0; start < T; start += TILE) {
         wait_copies<0>();
+        // The tile is there for every warp, and every warp is done with the one before.
         __syncthreads();
-        Scores p, ds;
-        rows_times_rows(p, k, tile_q);
+        if (threadIdx.x < TILE) rows[threadIdx.x / 2 * 4 + threadIdx.x % 2] = next_lse;
+        for (int row = warp * 16; DK && row < TILE; row += WARPS * 16) {
+            float d[2];
+            unsigned int at = row * ROW_BYTES + lane_offset();
+            row_products(d, reading + TILE_BYTES + at, tile_out + at);
+            if (lane % 4 == 0) {
+                int low = row + lane / 4;
+                rows[low / 2 * 4 + 2 + low % 2] = -d[0];
+                rows[low / 2 * 4 + 18 + low % 2] = -d[1];
+            }
+        }
+        __syncthreads();
+        if (start + TILE < T) copy_next(writing, start + TILE);
+        unsigned int tile_q = reading + lane_offset(), tile_dout = tile_q + TILE_BYTES;
+        unroll<TILE / KEYS_PART>([&](auto part) {
+            constexpr int FIRST = decltype(part)::value * KEYS_PART;
+            float p[1][N][4] = {}, ds[1][N][4];
+            rows_times_rows<FIRST>(p, k, tile_q);
 #pragma unroll
-        for (int n = 0; n < TILE / 8; ++n)
+            for (int n = 0; n < N; ++n) {
+                const float* row = rows + FIRST * 2 + n * 16 + lane % 4 * 4;
+                float2 lse = *(const float2*)row, d = DK ? *(const float2*)(row + 2) : float2();
 #pragma unroll
-            for (int r = 0; r < 4; ++r)
-                p[n][r] = exp2f(fmaf(p[n][r], scale * LOG2_E, -row_lse[n * 8 + lane % 4 * 2 + r % 2]));
-        weighted_rows(dv, p, tile_dout);
-        rows_times_rows(ds, v, tile_dout);
+                for (int r = 0; r < 4; ++r) {
+                    p[0][n][r] = power_of_2(fmaf(p[0][n][r], factor, r % 2 ? lse.y : lse.x));
+                    ds[0][n][r] = r % 2 ? d.y : d.x;
+                }
+            }
+            if (DV) weighted_rows<FIRST>(dv, p, tile_dout);
+            if (DK) {
+                rows_times_rows<FIRST>(ds, v, tile_dout);
 #pragma unroll
-        for (int n = 0; n < TILE / 8; ++n)
+                for (int n = 0; n < N; ++n)
 #pragma unroll
-            for (int r = 0; r < 4; ++r) ds[n][r] = p[n][r] * (ds[n][r] - row_d[n * 8 + lane % 4 * 2 + r % 2]);
-        weighted_rows(dk, ds, tile_q);
+                    for (int r = 0; r < 4; ++r) ds[0][n][r] *= p[0][n][r];
+                weighted_rows<FIRST>(dk, ds, tile_q);
+            }
+        });
+        unsigned int other = reading;
+        reading = writing;
+        writing = other;
     }
-    store_rows(dqkv, part_of_qkv(1, b, head, T, C), first, T, dk, scale, scale);
-    store_rows(dqkv, part_of_qkv(2, b, head, T, C), first, T, dv, 1.0f, 1.0f);
+    __syncthreads();
+    const float scales[1][2] = {{scale, scale}}, ones[1][2] = {{1.0f, 1.0f}};
+    if (DK) stage_rows(shared, dk, scales);
+    if (DV) stage_rows(shared + 2 * TILE_BYTES, dv, ones);
+    __syncthreads();
+    if (DK) share.store<OWN>(dqkv, part_of_qkv(1, b, head, T, C), first, T, shared);
+    if (DV) share.store<OWN>(dqkv, part_of_qkv(2, b, head, T, C), first, T, shared + 2 * TILE_BYTES);
 }
 
-// dq of TILE queries.  Grid: (ceil(T / TILE), NH, B).
-extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_queries(
-    elem* __restrict__ dqkv,        // [B, T, 3 C]: its q
+// dq of a block's own queries, from `first` on.
+__device__ __forceinline__ void gradients_of_queries(
+    elem* __restrict__ dqkv,
+    const elem* __restrict__ dout,
+    const elem* __restrict__ qkv,
+    const elem* __restrict__ out,
+    const float* __restrict__ lse,  // of this head
+    float scale,
+    int b,
+    int head,
+    int T,
+    int C,
+    int first,
+    unsigned char* shared
+) {
+    constexpr int M = ROW_TILES, N = QUERIES_PART / 8, OWN = WARPS * 16 * M;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    unsigned int tiles = shared_address(shared);
+    Share share;
+    Head queries = part_of_qkv(0, b, head, T, C), upstream = of_activation(b, head, T, C);
+    share.copy<OWN>(tiles, share.of(dout, upstream, first), upstream.stride, T - first);
+    share.copy<OWN>(tiles + 2 * TILE_BYTES, share.of(out, upstream, first), upstream.stride, T - first);
+    commit_copies();
+    float row_lse[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            int t = first + (warp * M + m) * 16 + lane / 4 + h * 8;
+            row_lse[m][h] = t < T ? -lse[t] * LOG2_E : -INFINITY;
+        }
+    wait_copies<0>();
+    __syncthreads();
+    Fragments<M> q, g;
+    float row_d[M][2];
+    unsigned int own = tiles + warp * 16 * M * ROW_BYTES + lane_offset();
+    g.load(own);
+#pragma unroll
+    for (int m = 0; m < M; ++m) row_products(row_d[m], own + m * 16 * ROW_BYTES, own + m * 16 * ROW_BYTES + 2 * TILE_BYTES);
+    __syncthreads();
+    const elem* key = share.of(qkv, part_of_qkv(1, b, head, T, C), 0);
+    share.copy<OWN>(tiles + 2 * TILE_BYTES, share.of(qkv, queries, first), queries.stride, T - first);
+    share.copy<TILE>(tiles, key, queries.stride, T);
+    share.copy<TILE>(tiles + TILE_BYTES, key + C, queries.stride, T);
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+    q.load(own + 2 * TILE_BYTES);
+
+    float dq[M][CHUNKS][4] = {};
+    float factor = scale * LOG2_E;
+    unsigned int reading = tiles, writing = tiles + 2 * TILE_BYTES;
+    for (int left = T; left > 0; left -= TILE) {
+        wait_copies<0>();
+        __syncthreads();
+        if (left > TILE) {
+            key += (long long)TILE * queries.stride;
+            share.copy<TILE>(writing, key, queries.stride, left - TILE);
+            share.copy<TILE>(writing + TILE_BYTES, key + C, queries.stride, left - TILE);
+            commit_copies();
+        }
+        unsigned int tile_k = reading + lane_offset(), tile_v = tile_k + TILE_BYTES;
+        unroll<TILE / QUERIES_PART>([&](auto part) {
+            constexpr int FIRST = decltype(part)::value * QUERIES_PART;
+            float p[M][N][4] = {}, ds[M][N][4];
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int n = 0; n < N; ++n)
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) ds[m][n][r] = -row_d[m][r / 2];
+            rows_times_rows<FIRST>(p, q, tile_k);
+            rows_times_rows<FIRST>(ds, g, tile_v);
+            if (left < FIRST + QUERIES_PART) mask<FIRST>(p, left);
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int n = 0; n < N; ++n)
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) ds[m][n][r] *= power_of_2(fmaf(p[m][n][r], factor, row_lse[m][r / 2]));
+            weighted_rows<FIRST>(dq, ds, tile_k);
+        });
+        unsigned int other = reading;
+        reading = writing;
+        writing = other;
+    }
+    float scales[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) scales[m][0] = scales[m][1] = scale;
+    __syncthreads();
+    stage_rows(shared, dq, scales);
+    __syncthreads();
+    share.store<OWN>(dqkv, queries, first, T, shared);
+}
+
+// Grid: (ceil(T / (16 WARPS)) blocks that own keys, as many again when SPLIT, and ceil(T / (16 WARPS ROW_TILES)) that own
+// queries, NH, B).
+// Shared memory: 5 tiles and two floats for each of a tile's rows.
+extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) attention_bwd(
+    elem* __restrict__ dqkv,        // [B, T, 3 C]
     const elem* __restrict__ dout,  // [B, T, C]
     const elem* __restrict__ qkv,   // [B, T, 3 C]
+    const elem* __restrict__ out,   // [B, T, C]
     const float* __restrict__ lse,  // [B, NH, T]
-    const float* __restrict__ D,    // [B, NH, T]
     float scale,                    // 1 / sqrt(HS)
     int B,
     int T,
     int C
 ) {
     extern __shared__ __align__(128) unsigned char shared[];
-    int first = blockIdx.x * TILE, head = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    unsigned int tile_k = shared_address(shared), tile_v = tile_k + TILE_BYTES;
-    Head keys = part_of_qkv(1, b, head, T, C), values = part_of_qkv(2, b, head, T, C);
-    copy_tile(tile_k, qkv, part_of_qkv(0, b, head, T, C), first, T);
-    copy_tile(tile_v, dout, of_activation(b, head, T, C), first, T);
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-    Fragments q, upstream;
-    load_own(q, tile_k);
-    load_own(upstream, tile_v);
-    float row_lse[2], row_d[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        int t = first + warp * 16 + lane / 4 + h * 8;
-        long long at = ((long long)b * gridDim.y + head) * T + t;
-        row_lse[h] = t < T ? lse[at] * LOG2_E : INFINITY;
-        row_d[h] = t < T ? D[at] : 0.0f;
+    int head = blockIdx.y, b = blockIdx.z, index = blockIdx.x, owners = (T + WARPS * 16 - 1) / (WARPS * 16);
+    lse += ((long long)b * gridDim.y + head) * T;
+    int first = index % owners * WARPS * 16;
+    if (index < owners) {
+        gradients_of_keys<true, !SPLIT>(dqkv, dout, qkv, out, lse, scale, b, head, T, C, first, shared);
+    } else if (SPLIT && index < 2 * owners) {
+        gradients_of_keys<false, SPLIT>(dqkv, dout, qkv, out, lse, scale, b, head, T, C, first, shared);
+    } else {
+        first = (index - (SPLIT ? 2 : 1) * owners) * WARPS * 16 * ROW_TILES;
+        gradients_of_queries(dqkv, dout, qkv, out, lse, scale, b, head, T, C, first, shared);
     }
-    Rows dq;
-    clear(dq);
-    for (int start = 0; start < T; start += TILE) {
-        __syncthreads();
-        copy_tile(tile_k, qkv, keys, start, T);
-        copy_tile(tile_v, qkv, values, start, T);
-        commit_copies();
-        wait_copies<0>();
-        __syncthreads();
-        Scores p, ds;
-        rows_times_rows(p, q, tile_k);
-        rows_times_rows(ds, upstream, tile_v);
-#pragma unroll
-        for (int n = 0; n < TILE / 8; ++n)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                // Keys that are not there are rows of zeros: what they are weighted with does not matter.
-                float probability = exp2f(fmaf(p[n][r], scale * LOG2_E, -row_lse[r / 2]));
-                ds[n][r] = probability * (ds[n][r] - row_d[r / 2]);
-            }
-        weighted_rows(dq, ds, tile_k);
-    }
-    store_rows(dqkv, part_of_qkv(0, b, head, T, C), first, T, dq, scale, scale);
 }
 
 #else
 
-constexpr int ROWS = 32;          // tokens of a block
-constexpr int STRIDE = HS + 1;    // no bank conflicts along a column
-constexpr int LANES = THREADS / ROWS;
-constexpr int OWN = (HS + LANES - 1) / LANES;  // of a row's elements that a thread sums
+constexpr int THREADS = 128;
+constexpr int ROWS = 32;                        // tokens of a block, and of a tile
+constexpr int STRIDE = HS + 1;                  // no bank conflicts along a column
+constexpr int LANES = THREADS / ROWS;           // threads that share a row: each has every fourth column,
+constexpr int COLUMNS = ROWS / LANES;           // so many of another tile's rows,
+constexpr int OWN = (HS + LANES - 1) / LANES;   // and so many elements
+constexpr int TILE_FLOATS = ROWS * STRIDE;
 
 // ROWS rows of a head; zeros beyond T.
 __device__ __forceinline__ void copy_tile(float* to, const elem* data, Head rows, int first, int T) {
@@ -401,14 +711,50 @@ __device__ __forceinline__ void copy_tile(float* to, const elem* data, Head rows
     }
 }
 
-__device__ __forceinline__ float dot(const float* a, const float* b) {
-    float sum = 0.0f;
-#pragma unroll 8
-    for (int i = 0; i < HS; ++i) sum = fmaf(a[i], b[i], sum);
-    return sum;
+// Products of a row with this lane's rows of a tile: the row is read once for all of them.
+__device__ __forceinline__ void dots(float (&sums)[COLUMNS], const float* row, const float* tile) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) sums[j] = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < HS; ++i) {
+        float x = row[i];
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) sums[j] = fmaf(x, tile[j * LANES * STRIDE + i], sums[j]);
+    }
 }
 
-// Grid: (ceil(T / 32), NH, B). Four threads share a query: each scores every fourth key and sums every fourth element.
+// sums += weights of a row times a tile, for this lane's elements.
+__device__ __forceinline__ void weighted_rows(float (&sums)[OWN], const float* weights, const float* tile, int rows) {
+    for (int s = 0; s < rows; ++s)
+#pragma unroll
+        for (int i = 0; i < OWN; ++i)
+            if ((i + 1) * LANES <= HS || threadIdx.x % LANES + i * LANES < HS)
+                sums[i] = fmaf(weights[s], tile[s * STRIDE + i * LANES], sums[i]);
+}
+
+// Sum over the threads that share a row.
+__device__ __forceinline__ float row_sum(float x) {
+#pragma unroll
+    for (int other = 1; other < LANES; other *= 2) x += __shfl_xor_sync(0xffffffffu, x, other);
+    return x;
+}
+
+// D of this thread's row.
+__device__ __forceinline__ float row_product(const float* dout, const float* out) {
+    float sum = 0.0f;
+    for (int i = threadIdx.x % LANES; i < HS; i += LANES) sum = fmaf(dout[i], out[i], sum);
+    return row_sum(sum);
+}
+
+__device__ __forceinline__ void store_row(elem* data, Head to, int t, int T, const float (&sums)[OWN], float factor) {
+    int lane = threadIdx.x % LANES;
+    if (t >= T) return;
+#pragma unroll
+    for (int i = 0; i < OWN; ++i)
+        if (lane + i * LANES < HS) data[to.first + (long long)t * to.stride + lane + i * LANES] = sums[i] * factor;
+}
+
+// Grid: (ceil(T / 32), NH, B). Shared memory: 3 tiles and [ROWS][ROWS + 1] floats.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_fwd(
     elem* __restrict__ out,        // [B, T, C]
     float* __restrict__ lse,       // [B, NH, T]
@@ -420,26 +766,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_fwd(
 ) {
     extern __shared__ __align__(128) unsigned char shared[];
     float* tile_q = (float*)shared;
-    float* tile_k = tile_q + ROWS * STRIDE;
-    float* tile_v = tile_k + ROWS * STRIDE;
-    float* p = tile_v + ROWS * STRIDE;  // [ROWS][ROWS + 1]
+    float* tile_k = tile_q + TILE_FLOATS;
+    float* tile_v = tile_k + TILE_FLOATS;
     int first = blockIdx.x * ROWS, head = blockIdx.y, b = blockIdx.z;
-    int row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, t = first + row;
+    float* weights = tile_v + TILE_FLOATS + row * (ROWS + 1);
     copy_tile(tile_q, qkv, part_of_qkv(0, b, head, T, C), first, T);
-    float sums[OWN], highest = -INFINITY, total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < OWN; ++i) sums[i] = 0.0f;
+    float sums[OWN] = {}, highest = -INFINITY, total = 0.0f;
     for (int start = 0; start < T; start += ROWS) {
         __syncthreads();
         copy_tile(tile_k, qkv, part_of_qkv(1, b, head, T, C), start, T);
         copy_tile(tile_v, qkv, part_of_qkv(2, b, head, T, C), start, T);
         __syncthreads();
         int keys = min(ROWS, T - start);
-        float previous = highest;
-        for (int s = lane; s < keys; s += LANES) {
-            float score = dot(tile_q + row * STRIDE, tile_k + s * STRIDE) * scale;
-            p[row * (ROWS + 1) + s] = score;
-            highest = fmaxf(highest, score);
+        float scores[COLUMNS], previous = highest;
+        dots(scores, tile_q + row * STRIDE, tile_k + lane * STRIDE);
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) {
+            scores[j] = lane + j * LANES < keys ? scores[j] * scale : -INFINITY;
+            highest = fmaxf(highest, scores[j]);
         }
 #pragma unroll
         for (int other = 1; other < LANES; other *= 2) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, other));
@@ -447,95 +792,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_fwd(
         total *= shrink;
 #pragma unroll
         for (int i = 0; i < OWN; ++i) sums[i] *= shrink;
-        for (int s = lane; s < keys; s += LANES) {
-            float weight = expf(p[row * (ROWS + 1) + s] - highest);
-            p[row * (ROWS + 1) + s] = weight;
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) {
+            float weight = expf(scores[j] - highest);
+            weights[lane + j * LANES] = weight;
             total += weight;
         }
         __syncwarp();
-        for (int s = 0; s < keys; ++s)
-#pragma unroll
-            for (int i = 0; i < OWN; ++i)
-                if (lane + i * LANES < HS)
-                    sums[i] = fmaf(p[row * (ROWS + 1) + s], tile_v[s * STRIDE + lane + i * LANES], sums[i]);
+        weighted_rows(sums, weights, tile_v + lane, keys);
     }
-#pragma unroll
-    for (int other = 1; other < LANES; other *= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
-    int t = first + row;
-    if (t >= T) return;
-    if (lane == 0) lse[((long long)b * gridDim.y + head) * T + t] = highest + logf(total);
-    Head to = of_activation(b, head, T, C);
-#pragma unroll
-    for (int i = 0; i < OWN; ++i)
-        if (lane + i * LANES < HS) out[to.first + (long long)t * to.stride + lane + i * LANES] = sums[i] / total;
+    total = row_sum(total);
+    if (lane == 0 && t < T) lse[((long long)b * gridDim.y + head) * T + t] = highest + logf(total);
+    store_row(out, of_activation(b, head, T, C), t, T, sums, 1.0f / total);
 }
 
-// dk and dv of 32 keys.  Grid: (ceil(T / 32), NH, B).
-extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_keys(
-    elem* __restrict__ dqkv,        // [B, T, 3 C]: its k and v
+// Grid: (ceil(T / 32) blocks that own keys and as many that own queries, NH, B).
+// Shared memory: 4 tiles, 2 times [ROWS][ROWS + 1] floats, and D of a tile.
+extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd(
+    elem* __restrict__ dqkv,        // [B, T, 3 C]
     const elem* __restrict__ dout,  // [B, T, C]
     const elem* __restrict__ qkv,   // [B, T, 3 C]
+    const elem* __restrict__ out,   // [B, T, C]
     const float* __restrict__ lse,  // [B, NH, T]
-    const float* __restrict__ D,    // [B, NH, T]
-    float scale,                    // 1 / sqrt(HS)
-    int B,
-    int T,
-    int C
-) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    float* tile_k = (float*)shared;
-    float* tile_v = tile_k + ROWS * STRIDE;
-    float* tile_q = tile_v + ROWS * STRIDE;
-    float* tile_dout = tile_q + ROWS * STRIDE;
-    float* p = tile_dout + ROWS * STRIDE;   // [ROWS][ROWS + 1], by key and query
-    float* ds = p + ROWS * (ROWS + 1);
-    int first = blockIdx.x * ROWS, head = blockIdx.y, b = blockIdx.z;
-    int row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    copy_tile(tile_k, qkv, part_of_qkv(1, b, head, T, C), first, T);
-    copy_tile(tile_v, qkv, part_of_qkv(2, b, head, T, C), first, T);
-    const float* own_lse = lse + ((long long)b * gridDim.y + head) * T;
-    const float* own_d = D + ((long long)b * gridDim.y + head) * T;
-    float dk[OWN], dv[OWN];
-#pragma unroll
-    for (int i = 0; i < OWN; ++i) dk[i] = dv[i] = 0.0f;
-    for (int start = 0; start < T; start += ROWS) {
-        __syncthreads();
-        copy_tile(tile_q, qkv, part_of_qkv(0, b, head, T, C), start, T);
-        copy_tile(tile_dout, dout, of_activation(b, head, T, C), start, T);
-        __syncthreads();
-        int queries = min(ROWS, T - start);
-        for (int s = lane; s < queries; s += LANES) {
-            float weight = expf(dot(tile_k + row * STRIDE, tile_q + s * STRIDE) * scale - own_lse[start + s]);
-            p[row * (ROWS + 1) + s] = weight;
-            ds[row * (ROWS + 1) + s] = weight * (dot(tile_v + row * STRIDE, tile_dout + s * STRIDE) - own_d[start + s]);
-        }
-        __syncwarp();
-        for (int s = 0; s < queries; ++s)
-#pragma unroll
-            for (int i = 0; i < OWN; ++i)
-                if (lane + i * LANES < HS) {
-                    dv[i] = fmaf(p[row * (ROWS + 1) + s], tile_dout[s * STRIDE + lane + i * LANES], dv[i]);
-                    dk[i] = fmaf(ds[row * (ROWS + 1) + s], tile_q[s * STRIDE + lane + i * LANES], dk[i]);
-                }
-    }
-    int t = first + row;
-    if (t >= T) return;
-    Head keys = part_of_qkv(1, b, head, T, C), values = part_of_qkv(2, b, head, T, C);
-#pragma unroll
-    for (int i = 0; i < OWN; ++i)
-        if (lane + i * LANES < HS) {
-            dqkv[keys.first + (long long)t * keys.stride + lane + i * LANES] = dk[i] * scale;
-            dqkv[values.first + (long long)t * values.stride + lane + i * LANES] = dv[i];
-        }
-}
-
-// dq of 32 queries.  Grid: (ceil(T / 32), NH, B).
-extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_queries(
-    elem* __restrict__ dqkv,        // [B, T, 3 C]: its q
-    const elem* __restrict__ dout,  // [B, T, C]
-    const elem* __restrict__ qkv,   // [B, T, 3 C]
-    const float* __restrict__ lse,  // [B, NH, T]
-    const float* __restrict__ D,    // [B, NH, T]
     float scale,                    // 1 / sqrt(HS)
     int B,
     int T,
@@ -543,40 +821,72 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_queries(
 ) {
     extern __shared__ __align__(128) unsigned char shared[];
     float* tile_q = (float*)shared;
-    float* tile_dout = tile_q + ROWS * STRIDE;
-    float* tile_k = tile_dout + ROWS * STRIDE;
-    float* tile_v = tile_k + ROWS * STRIDE;
-    float* ds = tile_v + ROWS * STRIDE;  // [ROWS][ROWS + 1]
-    int first = blockIdx.x * ROWS, head = blockIdx.y, b = blockIdx.z;
+    float* tile_k = tile_q + TILE_FLOATS;
+    float* tile_v = tile_k + TILE_FLOATS;
+    float* tile_dout = tile_v + TILE_FLOATS;
+    int owners = gridDim.x / 2, first = blockIdx.x % owners * ROWS, head = blockIdx.y, b = blockIdx.z;
     int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, t = first + row;
-    copy_tile(tile_q, qkv, part_of_qkv(0, b, head, T, C), first, T);
-    copy_tile(tile_dout, dout, of_activation(b, head, T, C), first, T);
-    long long at = ((long long)b * gridDim.y + head) * T + min(t, T - 1);
-    float own_lse = lse[at], own_d = D[at], dq[OWN];
+    float* p = tile_dout + TILE_FLOATS + row * (ROWS + 1);
+    float* ds = p + ROWS * (ROWS + 1);
+    float* tile_d = tile_dout + TILE_FLOATS + 2 * ROWS * (ROWS + 1);
+    Head queries = part_of_qkv(0, b, head, T, C), keys = part_of_qkv(1, b, head, T, C), values = part_of_qkv(2, b, head, T, C);
+    Head upstream = of_activation(b, head, T, C);
+    lse += ((long long)b * gridDim.y + head) * T;
+    float dp[COLUMNS], scores[COLUMNS];
+    if (blockIdx.x < owners) {
+        copy_tile(tile_k, qkv, keys, first, T);
+        copy_tile(tile_v, qkv, values, first, T);
+        float dk[OWN] = {}, dv[OWN] = {};
+        for (int start = 0; start < T; start += ROWS) {
+            __syncthreads();
+            copy_tile(tile_dout, dout, upstream, start, T);
+            // Where the queries come next.
+            copy_tile(tile_q, out, upstream, start, T);
+            __syncthreads();
+            float row_d = row_product(tile_dout + row * STRIDE, tile_q + row * STRIDE);
+            if (lane == 0) tile_d[row] = row_d;
+            __syncthreads();
+            copy_tile(tile_q, qkv, queries, start, T);
+            __syncthreads();
+            int there = min(ROWS, T - start);
+            dots(scores, tile_k + row * STRIDE, tile_q + lane * STRIDE);
+            dots(dp, tile_v + row * STRIDE, tile_dout + lane * STRIDE);
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) dq[i] = 0.0f;
-    for (int start = 0; start < T; start += ROWS) {
-        __syncthreads();
-        copy_tile(tile_k, qkv, part_of_qkv(1, b, head, T, C), start, T);
-        copy_tile(tile_v, qkv, part_of_qkv(2, b, head, T, C), start, T);
-        __syncthreads();
-        int keys = min(ROWS, T - start);
-        for (int s = lane; s < keys; s += LANES) {
-            float weight = expf(dot(tile_q + row * STRIDE, tile_k + s * STRIDE) * scale - own_lse);
-            ds[row * (ROWS + 1) + s] = weight * (dot(tile_dout + row * STRIDE, tile_v + s * STRIDE) - own_d);
+            for (int j = 0; j < COLUMNS; ++j) {
+                int s = lane + j * LANES;
+                float weight = s < there ? expf(scores[j] * scale - lse[start + s]) : 0.0f;
+                p[s] = weight;
+                ds[s] = weight * (dp[j] - tile_d[s]);
+            }
+            __syncwarp();
+            weighted_rows(dv, p, tile_dout + lane, there);
+            weighted_rows(dk, ds, tile_q + lane, there);
         }
-        __syncwarp();
-        for (int s = 0; s < keys; ++s)
+        store_row(dqkv, keys, t, T, dk, scale);
+        store_row(dqkv, values, t, T, dv, 1.0f);
+    } else {
+        copy_tile(tile_q, qkv, queries, first, T);
+        copy_tile(tile_dout, dout, upstream, first, T);
+        copy_tile(tile_k, out, upstream, first, T);
+        __syncthreads();
+        float own_d = row_product(tile_dout + row * STRIDE, tile_k + row * STRIDE), own_lse = lse[min(t, T - 1)];
+        float dq[OWN] = {};
+        for (int start = 0; start < T; start += ROWS) {
+            __syncthreads();
+            copy_tile(tile_k, qkv, keys, start, T);
+            copy_tile(tile_v, qkv, values, start, T);
+            __syncthreads();
+            int there = min(ROWS, T - start);
+            dots(scores, tile_q + row * STRIDE, tile_k + lane * STRIDE);
+            dots(dp, tile_dout + row * STRIDE, tile_v + lane * STRIDE);
 #pragma unroll
-            for (int i = 0; i < OWN; ++i)
-                if (lane + i * LANES < HS)
-                    dq[i] = fmaf(ds[row * (ROWS + 1) + s], tile_k[s * STRIDE + lane + i * LANES], dq[i]);
+            for (int j = 0; j < COLUMNS; ++j)
+                ds[lane + j * LANES] = expf(scores[j] * scale - own_lse) * (dp[j] - own_d);
+            __syncwarp();
+            weighted_rows(dq, ds, tile_k + lane, there);
+        }
+        store_row(dqkv, queries, t, T, dq, scale);
     }
-    if (t >= T) return;
-    Head to = part_of_qkv(0, b, head, T, C);
-#pragma unroll
-    for (int i = 0; i < OWN; ++i)
-        if (lane + i * LANES < HS) dqkv[to.first + (long long)t * to.stride + lane + i * LANES] = dq[i] * scale;
 }
 
 #endif

@@ -5,7 +5,6 @@ use crate::error::{Error, Result};
 
 const FILE: &str = "attention";
 const OP: &str = "attention";
-const THREADS: u32 = 128;
 
 /// Sizes.
 #[derive(Clone, Copy, Debug)]
@@ -53,31 +52,73 @@ impl Dims {
     }
 }
 
-/// Bytes of shared memory for `tiles` tiles of a block, as laid out in the kernels; `scores` matrices of scores in f32.
-fn shared(dims: Dims, elem: DType, tiles: usize, scores: usize) -> u32 {
-    let size = dims.head_size();
-    let bytes = match elem {
-        // 64 rows of an odd number of 16-byte chunks, and the statistics of 64 rows.
-        DType::Bf16 => tiles * 64 * (size.div_ceil(16) * 2 + 1) * 16 + 2 * 64 * 4,
-        _ => (tiles * 32 * (size + 1) + scores * 32 * 33) * 4,
-    };
-    bytes as u32
+/// How the kernels are specialised: what their definitions say.
+#[derive(Clone, Copy)]
+struct Shape {
+    warps: usize,     // of a block
+    tile: usize,      // rows of a tile that is walked over
+    row_tiles: usize, // of 16 queries, that a warp owns
 }
 
-/// Rows of a block.
-fn tile(elem: DType) -> usize {
-    if elem == DType::Bf16 { 64 } else { 32 }
+/// Larger heads leave registers and shared memory for fewer rows.
+const LARGE_HEAD: usize = 72;
+
+/// Heads from here on have blocks of their own for the gradients of values.
+const SPLIT_HEAD: usize = 104;
+
+impl Dims {
+    /// Blocks no larger than the sample, and at least 8 warps on a multiprocessor.
+    fn shape(self, elem: DType) -> Shape {
+        let shape = |warps, tile, row_tiles| Shape { warps, tile, row_tiles };
+        match (elem, self.head_size() > LARGE_HEAD, self.t) {
+            (DType::F32, ..) => shape(4, 32, 1),
+            (_, _, ..=16) => shape(1, 16, 1),
+            (_, false, ..=32) => shape(1, 32, 2),
+            (_, false, ..=64) => shape(2, 64, 2),
+            (_, false, _) => shape(4, 64, 2),
+            (_, true, ..=32) => shape(2, 32, 1),
+            (_, true, _) => shape(4, 32, 1),
+        }
+    }
+
+    fn defines(self, elem: DType) -> Vec<(&'static str, i64)> {
+        let Shape { warps, tile, row_tiles } = self.shape(elem);
+        match elem {
+            DType::Bf16 => {
+                let sizes = [("HS", self.head_size()), ("WARPS", warps), ("TILE", tile), ("ROW_TILES", row_tiles)];
+                sizes.map(|(name, size)| (name, size as i64)).to_vec()
+            }
+            _ => vec![("HS", self.head_size() as i64)],
+        }
+    }
+
+    /// Bytes of a tile in shared memory.
+    fn tile_bytes(self, elem: DType) -> usize {
+        let size = self.head_size();
+        match elem {
+            // An odd number of 16-byte chunks a row.
+            DType::Bf16 => self.shape(elem).tile * (size / 8 | 1) * 16,
+            _ => 32 * (size + 1) * 4,
+        }
+    }
 }
 
-fn launch<'a>(
+/// Bytes of a matrix of weights in f32.
+const WEIGHTS: usize = 32 * 33 * 4;
+
+fn launch(
+    device: &Device,
     kernel: &'static str,
     elem: DType,
-    defines: &'a [(&'static str, i64)],
     dims: Dims,
-    shared: u32,
-) -> Launch<'a> {
-    let grid = [dims.t.div_ceil(tile(elem)) as u32, dims.heads as u32, dims.b as u32];
-    Launch { file: FILE, kernel, elem, defines, grid, block: THREADS, shared }
+    blocks: usize,
+    shared: usize,
+    args: &[Arg],
+) -> Result<()> {
+    let defines = dims.defines(elem);
+    let grid = [blocks as u32, dims.heads as u32, dims.b as u32];
+    let block = 32 * dims.shape(elem).warps as u32;
+    device.launch(&Launch { file: FILE, kernel, elem, defines: &defines, grid, block, shared: shared as u32 }, args)
 }
 
 /// `out` `[B, T, C]` elem and `lse` `[B, NH, T]` f32 (the log-sum-exp of each row of scores) of `qkv` `[B, T, 3 C]` elem.
@@ -88,23 +129,24 @@ pub fn forward(device: &Device, out: Buffer, lse: Buffer, qkv: Buffer, dims: Dim
     let Dims { b, t, c, heads } = dims;
     let elem = qkv.dtype;
     dims.check(elem, &[("out", out, b * t * c), ("lse", lse, b * heads * t), ("qkv", qkv, b * t * 3 * c)])?;
-    let defines = [("HS", dims.head_size() as i64)];
-    // Queries, and two tiles of keys and of values each: one is computed with while the other arrives.
-    let shared = shared(dims, elem, if elem == DType::Bf16 { 5 } else { 3 }, 1);
-    let [b, t, c] = dims.sizes();
-    let args = [out.into(), lse.into(), qkv.into(), dims.scale(), b, t, c];
-    device.launch(&launch("attention_fwd", elem, &defines, dims, shared), &args)
+    let (shape, tile) = (dims.shape(elem), dims.tile_bytes(elem));
+    let (owned, shared) = match elem {
+        // Two tiles of keys and of values each: one is computed with while the other arrives.
+        DType::Bf16 => (16 * shape.warps * shape.row_tiles, 4 * tile),
+        _ => (shape.tile, 3 * tile + WEIGHTS),
+    };
+    let [sizes_b, sizes_t, sizes_c] = dims.sizes();
+    let args = [out.into(), lse.into(), qkv.into(), dims.scale(), sizes_b, sizes_t, sizes_c];
+    launch(device, "attention_fwd", elem, dims, t.div_ceil(owned), shared, &args)
 }
 
-/// `dqkv` `[B, T, 3 C]` elem, given that of the output, `dout` `[B, T, C]` elem. `rows` is scratch: `[B, NH, T]` f32.
+/// `dqkv` `[B, T, 3 C]` elem, given that of the output, `dout` `[B, T, C]` elem, and what [`forward`] wrote.
 ///
 /// # Errors
 /// As [`forward`].
-#[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
 pub fn backward(
     device: &Device,
     dqkv: Buffer,
-    rows: Buffer,
     dout: Buffer,
     qkv: Buffer,
     out: Buffer,
@@ -117,26 +159,22 @@ pub fn backward(
         elem,
         &[
             ("dqkv", dqkv, b * t * 3 * c),
-            ("rows", rows, b * heads * t),
             ("dout", dout, b * t * c),
             ("qkv", qkv, b * t * 3 * c),
             ("out", out, b * t * c),
             ("lse", lse, b * heads * t),
         ],
     )?;
-    let defines = [("HS", dims.head_size() as i64)];
-    let sizes = dims.sizes();
-    let sums = Launch {
-        grid: [(b * t * heads).div_ceil(8) as u32, 1, 1],
-        block: 256,
-        ..launch("attention_bwd_rows", elem, &defines, dims, 0)
+    let (shape, tile) = (dims.shape(elem), dims.tile_bytes(elem));
+    let (blocks, shared) = match elem {
+        DType::Bf16 => {
+            let of_keys = t.div_ceil(16 * shape.warps) * if dims.head_size() > SPLIT_HEAD { 2 } else { 1 };
+            // Two tiles each of what is walked over, one of outputs, and two statistics a row.
+            (of_keys + t.div_ceil(16 * shape.warps * shape.row_tiles), 5 * tile + 2 * 4 * shape.tile)
+        }
+        _ => (2 * t.div_ceil(shape.tile), 4 * tile + 2 * WEIGHTS + 4 * shape.tile),
     };
-    device.launch(&sums, &[rows.into(), dout.into(), out.into(), sizes[0], sizes[1], sizes[2]])?;
-    let tiles = if elem == DType::Bf16 { 2 } else { 4 };
-    for (kernel, scores) in [("attention_bwd_keys", 2), ("attention_bwd_queries", 1)] {
-        let [b, t, c] = sizes;
-        let args = [dqkv.into(), dout.into(), qkv.into(), lse.into(), rows.into(), dims.scale(), b, t, c];
-        device.launch(&launch(kernel, elem, &defines, dims, shared(dims, elem, tiles, scores)), &args)?;
-    }
-    Ok(())
+    let [sizes_b, sizes_t, sizes_c] = dims.sizes();
+    let args = [dqkv.into(), dout.into(), qkv.into(), out.into(), lse.into(), dims.scale(), sizes_b, sizes_t, sizes_c];
+    launch(device, "attention_bwd", elem, dims, blocks, shared, &args)
 }

@@ -58,11 +58,9 @@ impl Saved {
         let &[b, t, c] = tape.shape(self.out) else { unreachable!("made by the forward pass") };
         let device = tape.device();
         let dqkv = tape.take_buffer(b * t * 3 * c, dout.dtype);
-        let rows = tape.take_buffer(b * t * self.heads, DType::F32);
         let (qkv, out, lse) = (tape.buffer(self.qkv), tape.buffer(self.out), tape.buffer(self.lse));
-        cuda::backward(&device, dqkv, rows, dout, qkv, out, lse, cuda::Dims { b, t, c, heads: self.heads })?;
+        cuda::backward(&device, dqkv, dout, qkv, out, lse, cuda::Dims { b, t, c, heads: self.heads })?;
         tape.add_grad_buffer(self.qkv, dqkv)?;
-        tape.give_buffer(rows);
         tape.give_buffer(dout);
         Ok(())
     }
