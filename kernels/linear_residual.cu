@@ -11,7 +11,6 @@
 
 constexpr int COLUMN_WARPS = 8;  // rows at a time in the kernel that sums over tokens
 constexpr int COLUMNS = 256;     // its columns
-constexpr int AT_ONCE = 4;       // rows that a warp of it reads before it goes on
 
 __device__ __forceinline__ bool inside(const int* windows, int b, int c) {
     return c >= windows[2 * b] && c < windows[2 * b] + windows[2 * b + 1];
@@ -66,11 +65,12 @@ __device__ __forceinline__ void split(
     Window base, Window bypass, Window written, int modulation_stride, int fresh_base, int fresh_bypass, int T, int C
 ) {
     constexpr int VECTORS = COLUMNS / 32 / W;
+    constexpr int AT_ONCE = W > 1 ? W / 2 : 1;  // rows that a warp reads before it goes on
     typedef LaneColumns<W> Lanes;
     __shared__ __align__(16) float parts[COLUMN_WARPS][2][Lanes::floats(VECTORS)];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.y;
     const float* all_gates = gate + (long long)b * modulation_stride;
-#pragma unroll
+#pragma unroll 1
     for (int v = 0; v < VECTORS; ++v) {
         int c = blockIdx.x * COLUMNS + (v * 32 + lane) * W;
         float dz_sum[W], dgate_sum[W], gates[W];
@@ -94,7 +94,7 @@ __device__ __forceinline__ void split(
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; ++i) {
                     int t = first + i * COLUMN_WARPS;
-                    if (t >= T) break;
+                    if (t >= T) continue;
                     long long at = ((long long)b * T + t) * C + c;
                     float upstream[W], value[W];
                     Vector<W> vector;
@@ -118,15 +118,24 @@ __device__ __forceinline__ void split(
                     vector.pack(value);
                     vector.store(dz + at);
                     if (base_gets) {
-#pragma unroll
-                        for (int e = 0; e < W; ++e) value[e] = upstream[e];
-                        base.mask(value, c);
-                        add_or_store(dbase + at, value, fresh_base);
+                        if (fresh_base && base.holds_all(c, W)) {
+                            upstreams[i].store(dbase + at);
+                        } else {
+                            upstreams[i].unpack(value);
+                            base.mask(value, c);
+                            add_or_store(dbase + at, value, fresh_base);
+                        }
                     }
                     if (bypass_gets) {
+                        if (fresh_bypass && !bypass.meets(c, W)) {
+                            upstreams[i].store(dbypass + at);
+                        } else if (fresh_bypass && bypass.holds_all(c, W)) {
+                            Vector<W>{}.store(dbypass + at);
+                        } else {
 #pragma unroll
-                        for (int e = 0; e < W; ++e) value[e] = bypass.holds(c + e) ? 0.0f : upstream[e];
-                        add_or_store(dbypass + at, value, fresh_bypass);
+                            for (int e = 0; e < W; ++e) value[e] = bypass.holds(c + e) ? 0.0f : upstream[e];
+                            add_or_store(dbypass + at, value, fresh_bypass);
+                        }
                     }
                 }
             }
@@ -167,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(32 * COLUMN_WARPS) linear_residual_
 ) {
     Window base(base_windows, blockIdx.y), written(write_windows, blockIdx.y);
     Window bypass = dbypass ? Window(bypass_windows, blockIdx.y) : base;
-    by_width(C, [&](auto vector) {
+    by_width(are_vectors(C), [&](auto vector) {
         split<decltype(vector)::COUNT>(
             dz, dz_sums, dgate, dbase, dbypass, dout, z, gate, base, bypass, written, modulation_stride, fresh_base,
             fresh_bypass, T, C

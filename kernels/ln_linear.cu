@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) ln_linear_fwd_norma
     int T,
     int C
 ) {
-    by_width(C, [&](auto vector) {
+    by_width(are_vectors(C), [&](auto vector) {
         normalise<decltype(vector)::COUNT>(h, mean, rstd, inactive, x, windows, shift, scale, modulation_stride, T, C);
     });
 }
@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(32 * COLUMN_WARPS) ln_linear_bwd_co
     int T,
     int N
 ) {
-    by_width(N, [&](auto vector) {
+    by_width(are_vectors(N), [&](auto vector) {
         sum_columns<decltype(vector)::COUNT>(pq, q, dr, finished, g, mean, rstd, uv, B, T, N);
     });
 }
@@ -198,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) ln_linear_bwd_norma
     int T,
     int C
 ) {
-    by_width(C, [&](auto vector) {
+    by_width(are_vectors(C), [&](auto vector) {
         normalise_backward<decltype(vector)::COUNT>(
             dx, dshift, dscale, parts, finished, dh, x, windows, scale, mean, rstd, dr, dr_parts, inactive_grads,
             modulation_stride, fresh, B, T, C

@@ -34,11 +34,32 @@ struct WindowVectors {
         : window(windows, b), first(window.start / W), count((window.end + W - 1) / W - first) {}
     __device__ bool has(int i) const { return i * 32 + (int)threadIdx.x % 32 < count; }
     __device__ int channel(int i) const { return (first + i * 32 + (int)threadIdx.x % 32) * W; }
-    __device__ void load(Vector<W>& v, const elem* row, int i) const { v.load(row + channel(i)); }
-    // The numbers of a vector, 0 outside of the window.
-    __device__ void unpack(float (&x)[W], const Vector<W>& v, int i) const {
+    // Sets what a vector holds beyond the window to 0.
+    __device__ void trim(Vector<W>& v, int i) const {
+        if (window.holds_all(channel(i), W)) return;
+        float x[W];
         v.unpack(x);
         window.mask(x, channel(i));
+        v.pack(x);
+    }
+    __device__ void load_trimmed(Vector<W>& v, const elem* row, int i) const {
+        v.load(row + channel(i));
+        trim(v, i);
+    }
+
+    // The part of a sample's f32 vector that goes with the held vectors of all lanes, plus `plus` and 0 outside of the window, to
+    // shared memory by all threads of the block.
+    __device__ void stage(float* shared, const float* from, float plus, bool aligned) const {
+        typedef LaneColumns<W> Lanes;
+        constexpr int PIECE = Lanes::PIECE;
+        for (int i = threadIdx.x * PIECE; i < min(count, 32 * HELD) * W; i += 32 * ROW_WARPS * PIECE) {
+            float x[PIECE];
+            load_floats(x, from + first * W + i, aligned);
+#pragma unroll
+            for (int e = 0; e < PIECE; ++e) x[e] += plus;
+            window.mask(x, first * W + i);
+            store_floats(shared + Lanes::of(i), x, true);
+        }
     }
 };
 
@@ -48,24 +69,17 @@ __device__ __forceinline__ void normalise(
     const float* scale, int modulation_stride, int T, int C
 ) {
     typedef WindowVectors<W> Vectors;
+    typedef LaneColumns<W> Lanes;
     constexpr int HELD = Vectors::HELD;
     int b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Vectors vectors(windows, b);
     const float* own_shift = shift + (long long)b * modulation_stride;
     const float* own_scale = scale + (long long)b * modulation_stride;
     bool aligned = is_aligned(own_shift) && is_aligned(own_scale);
-    auto load_modulation = [&](float(&factor)[W], float(&term)[W], int c) {
-        load_floats(factor, own_scale + c, aligned);
-        load_floats(term, own_shift + c, aligned);
-#pragma unroll
-        for (int e = 0; e < W; ++e) factor[e] += 1.0f;
-        vectors.window.mask(factor, c);
-        vectors.window.mask(term, c);
-    };
-    float factors[HELD][W], terms[HELD][W];
-#pragma unroll
-    for (int i = 0; i < HELD; ++i)
-        if (vectors.has(i)) load_modulation(factors[i], terms[i], vectors.channel(i));
+    __shared__ __align__(16) float factors[Lanes::floats(HELD)], terms[Lanes::floats(HELD)];
+    vectors.stage(factors, own_scale, 1.0f, aligned);
+    vectors.stage(terms, own_shift, 0.0f, aligned);
+    __syncthreads();
 
     int end = min(T, ((int)blockIdx.x + 1) * FWD_TOKENS);
     for (int t = blockIdx.x * FWD_TOKENS + warp; t < end; t += ROW_WARPS) {
@@ -74,38 +88,41 @@ __device__ __forceinline__ void normalise(
         Vector<W> held[HELD];
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) vectors.load(held[i], from, i);
+            if (vectors.has(i)) held[i].load(from + vectors.channel(i));
         float sum = 0.0f;
-        auto add = [&](const Vector<W>& v, int i) {
+        auto add = [&](const Vector<W>& v) {
             float values[W];
-            vectors.unpack(values, v, i);
+            v.unpack(values);
 #pragma unroll
             for (int e = 0; e < W; ++e) sum += values[e];
         };
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) add(held[i], i);
+            if (vectors.has(i)) {
+                vectors.trim(held[i], i);
+                add(held[i]);
+            }
         for (int i = HELD; vectors.has(i); ++i) {
             Vector<W> v;
-            vectors.load(v, from, i);
-            add(v, i);
+            vectors.load_trimmed(v, from, i);
+            add(v);
         }
         float mu = warp_sum(sum) / C;
         // The inactive channels are zeros, and differ from the mean by the mean.
         float squares = 0.0f;
-        auto add_square = [&](const Vector<W>& v, int i) {
+        auto add_square = [&](const Vector<W>& v) {
             float values[W];
-            vectors.unpack(values, v, i);
+            v.unpack(values);
 #pragma unroll
             for (int e = 0; e < W; ++e) squares = fmaf(values[e] - mu, values[e] - mu, squares);
         };
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) add_square(held[i], i);
+            if (vectors.has(i)) add_square(held[i]);
         for (int i = HELD; vectors.has(i); ++i) {
             Vector<W> v;
-            vectors.load(v, from, i);
-            add_square(v, i);
+            vectors.load_trimmed(v, from, i);
+            add_square(v);
         }
         float variance = (warp_sum(squares) + (C - vectors.count * W) * mu * mu) / C;
         float r = 1.0f / sqrtf(variance + EPS);
@@ -117,7 +134,7 @@ __device__ __forceinline__ void normalise(
         // Where the window ends inside a vector, factor and term are 0 beyond it.
         auto write = [&](const Vector<W>& v, const float(&factor)[W], const float(&term)[W], int i) {
             float values[W];
-            vectors.unpack(values, v, i);
+            v.unpack(values);
 #pragma unroll
             for (int e = 0; e < W; ++e) values[e] = fmaf((values[e] - mu) * r, factor[e], term[e]);
             Vector<W> result;
@@ -126,12 +143,22 @@ __device__ __forceinline__ void normalise(
         };
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) write(held[i], factors[i], terms[i], i);
+            if (vectors.has(i)) {
+                float factor[W], term[W];
+                Lanes::load(factor, factors, i, lane);
+                Lanes::load(term, terms, i, lane);
+                write(held[i], factor, term, i);
+            }
         for (int i = HELD; vectors.has(i); ++i) {
             Vector<W> v;
             float factor[W], term[W];
-            vectors.load(v, from, i);
-            load_modulation(factor, term, vectors.channel(i));
+            vectors.load_trimmed(v, from, i);
+            load_floats(factor, own_scale + vectors.channel(i), aligned);
+            load_floats(term, own_shift + vectors.channel(i), aligned);
+#pragma unroll
+            for (int e = 0; e < W; ++e) factor[e] += 1.0f;
+            vectors.window.mask(factor, vectors.channel(i));
+            vectors.window.mask(term, vectors.channel(i));
             write(v, factor, term, i);
         }
         Vector<W> zeros = {};
@@ -261,11 +288,7 @@ __device__ __forceinline__ void normalise_backward(
         for (int e = 0; e < W; ++e) factor[e] += 1.0f;
         vectors.window.mask(factor, c);
     };
-    for (int i = warp; i < HELD && vectors.has(i); i += ROW_WARPS) {
-        float factor[W];
-        load_factor(factor, vectors.channel(i));
-        Lanes::store(factors, factor, i, lane);
-    }
+    vectors.stage(factors, own_scale, 1.0f, aligned);
     __syncthreads();
     float scale_sums[HELD][W], shift_sums[HELD][W];
 #pragma unroll
@@ -282,14 +305,14 @@ __device__ __forceinline__ void normalise_backward(
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
             if (vectors.has(i)) {
-                vectors.load(xs[i], own_x, i);
-                vectors.load(dhs[i], own_dh, i);
+                xs[i].load(own_x + vectors.channel(i));
+                dhs[i].load(own_dh + vectors.channel(i));
             }
         float mu = mean[row], r = rstd[row], sum = 0.0f, sum_z = 0.0f;
         // z and dh of a vector.
-        auto unpack = [&](float(&z)[W], float(&d)[W], const Vector<W>& from_x, const Vector<W>& from_dh, int i) {
-            vectors.unpack(z, from_x, i);
-            vectors.unpack(d, from_dh, i);
+        auto unpack = [&](float(&z)[W], float(&d)[W], const Vector<W>& from_x, const Vector<W>& from_dh) {
+            from_x.unpack(z);
+            from_dh.unpack(d);
 #pragma unroll
             for (int e = 0; e < W; ++e) z[e] = (z[e] - mu) * r;
         };
@@ -305,7 +328,9 @@ __device__ __forceinline__ void normalise_backward(
         for (int i = 0; i < HELD; ++i)
             if (vectors.has(i)) {
                 float z[W], d[W], factor[W];
-                unpack(z, d, xs[i], dhs[i], i);
+                vectors.trim(xs[i], i);
+                vectors.trim(dhs[i], i);
+                unpack(z, d, xs[i], dhs[i]);
                 Lanes::load(factor, factors, i, lane);
                 add(z, d, factor);
 #pragma unroll
@@ -317,10 +342,10 @@ __device__ __forceinline__ void normalise_backward(
         for (int i = HELD; vectors.has(i); ++i) {
             Vector<W> from_x, from_dh;
             float z[W], d[W], factor[W];
-            vectors.load(from_x, own_x, i);
-            vectors.load(from_dh, own_dh, i);
+            vectors.load_trimmed(from_x, own_x, i);
+            vectors.load_trimmed(from_dh, own_dh, i);
             load_factor(factor, vectors.channel(i));
-            unpack(z, d, from_x, from_dh, i);
+            unpack(z, d, from_x, from_dh);
             add(z, d, factor);
         }
         if (dr) {
@@ -344,17 +369,17 @@ __device__ __forceinline__ void normalise_backward(
         for (int i = 0; i < HELD; ++i)
             if (vectors.has(i)) {
                 float z[W], d[W], factor[W];
-                unpack(z, d, xs[i], dhs[i], i);
+                unpack(z, d, xs[i], dhs[i]);
                 Lanes::load(factor, factors, i, lane);
                 write(z, d, factor, i);
             }
         for (int i = HELD; vectors.has(i); ++i) {
             Vector<W> from_x, from_dh;
             float z[W], d[W], factor[W];
-            vectors.load(from_x, own_x, i);
-            vectors.load(from_dh, own_dh, i);
+            vectors.load_trimmed(from_x, own_x, i);
+            vectors.load_trimmed(from_dh, own_dh, i);
             load_factor(factor, vectors.channel(i));
-            unpack(z, d, from_x, from_dh, i);
+            unpack(z, d, from_x, from_dh);
             write(z, d, factor, i);
         }
         if (fresh) {
@@ -382,10 +407,10 @@ __device__ __forceinline__ void normalise_backward(
                     if (!vectors.has(beyond)) continue;
                     Vector<W> vector;
                     float z[W], d[W];
-                    vectors.load(vector, x + (long long)row * C, beyond);
-                    vectors.unpack(z, vector, beyond);
-                    vectors.load(vector, dh + (long long)row * C, beyond);
-                    vectors.unpack(d, vector, beyond);
+                    vectors.load_trimmed(vector, x + (long long)row * C, beyond);
+                    vector.unpack(z);
+                    vectors.load_trimmed(vector, dh + (long long)row * C, beyond);
+                    vector.unpack(d);
 #pragma unroll
                     for (int e = 0; e < W; ++e) {
                         shift_sums[i][e] += d[e];

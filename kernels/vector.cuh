@@ -1,6 +1,6 @@
 // Rows read and written 16 bytes a lane.
 //
-//   W   elements of a vector: WIDTH where rows are whole vectors (always in bf16), else 1
+//   W   elements of a vector: WIDTH where rows consist of whole vectors, else 1
 //
 // Windows start anywhere: kernels read the vectors that meet a window, and take what these hold beyond it as 0.
 #pragma once
@@ -12,6 +12,17 @@ constexpr int WIDTH = ELEMS_16B;
 // W elements as they lie in memory.
 template <int W>
 struct Vector;
+
+template <>
+struct Vector<1> {
+    static constexpr int COUNT = 1;
+    elem word;
+
+    __device__ void load(const elem* from) { word = *from; }
+    __device__ void store(elem* to) const { *to = word; }
+    __device__ void unpack(float (&x)[1]) const { x[0] = to_f32(word); }
+    __device__ void pack(const float (&x)[1]) { from_f32(word, x[0]); }
+};
 
 #ifdef ELEM_BF16
 
@@ -48,17 +59,6 @@ struct Vector<4> {
     __device__ void pack(const float (&x)[4]) { words = make_float4(x[0], x[1], x[2], x[3]); }
 };
 
-template <>
-struct Vector<1> {
-    static constexpr int COUNT = 1;
-    float word;
-
-    __device__ void load(const elem* from) { word = *from; }
-    __device__ void store(elem* to) const { *to = word; }
-    __device__ void unpack(float (&x)[1]) const { x[0] = word; }
-    __device__ void pack(const float (&x)[1]) { word = x[0]; }
-};
-
 #endif
 
 // to = x, or to += x.
@@ -83,15 +83,20 @@ struct False {
     static constexpr bool value = false;
 };
 
-// Calls `body` with the widest vector that rows of `length` elements consist of.
-template <typename Body>
-__device__ __forceinline__ void by_width(int length, Body body) {
+// Whether rows of `length` elements consist of whole vectors. In bf16 the launcher has checked it.
+__device__ __forceinline__ constexpr bool are_vectors(int length) {
 #ifdef ELEM_BF16
-    body(Vector<8>{});
+    return true;
 #else
-    if (length % 4 == 0) body(Vector<4>{});
-    else body(Vector<1>{});
+    return length % WIDTH == 0;
 #endif
+}
+
+// Calls `body` with the vector to use: of WIDTH elements, or of one.
+template <typename Body>
+__device__ __forceinline__ void by_width(bool whole, Body body) {
+    if (whole) body(Vector<WIDTH>{});
+    else body(Vector<1>{});
 }
 
 // The channels of a sample that are active.
