@@ -12,11 +12,11 @@
 // channels of a window, or the rows of the samples whose windows meet the tile. What a chunk covers beyond a window is zero
 // in memory: the kernels that write windowed activations promise that. What it covers beyond `limit` is read as zero.
 //
-// A block has THREADS threads and computes TILE_M x TILE_N: in bf16, a warp a quarter of it. An epilogue gets WIDTH columns
+// A block has THREADS threads and computes TILE_M x TILE_N: in bf16, a warp a quarter of it. An epilogue gets OUT_WIDTH columns
 // of a row at a time:  `epilogue(column)` is called once a thread, and what it returns for every row:  `(row, values)`.
 #pragma once
 
-#include "common.cuh"
+#include "vector.cuh"
 
 #ifndef TILE_M
 #define TILE_M 64
@@ -164,7 +164,7 @@ __device__ __forceinline__ void unrolled(F f) {
 
 #ifdef ELEM_BF16
 
-constexpr int WIDTH = 8;  // columns of an epilogue: 16 bytes of elem
+constexpr int OUT_WIDTH = 8;  // columns of an epilogue: 16 bytes of elem
 constexpr int WARP_M = TILE_M / 2, WARP_N = TILE_N / 2;
 constexpr int PARTS_M = WARP_M / 16, PARTS_N = WARP_N / 16;  // of 16 rows or columns
 constexpr unsigned int ALL_M = (1u << PARTS_M) - 1, ALL_N = (1u << PARTS_N) - 1;
@@ -474,22 +474,22 @@ __device__ __forceinline__ void accumulate(
     __syncthreads();
 }
 
-// Calls the epilogue for WIDTH columns of every row inside the matrix. Each warp turns its sums through shared memory, so that
+// Calls the epilogue for OUT_WIDTH columns of every row inside the matrix. Each warp turns its sums through shared memory, so that
 // eight lanes hold a row of 64 columns.
 template <typename Epilogue>
 __device__ __forceinline__ void finish(
     const Accumulators& sums, int row, int rows, int column, int columns, unsigned char* tiles, Epilogue epilogue
 ) {
     constexpr int PITCH = WARP_N + 8;  // floats: four rows of a quarter of the banks each
-    constexpr int LANES = WARP_N / WIDTH, ROWS_AT_ONCE = 32 / LANES;
+    constexpr int LANES = WARP_N / OUT_WIDTH, ROWS_AT_ONCE = 32 / LANES;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* stage = (float*)tiles + warp * 16 * PITCH;
     float* own = stage + lane / 4 * PITCH + lane % 4 * 2;
     int first_row = row + warp % 2 * WARP_M + lane / LANES;
-    int c = column + warp / 2 * WARP_N + lane % LANES * WIDTH;
+    int c = column + warp / 2 * WARP_N + lane % LANES * OUT_WIDTH;
     // Half of the lanes read the second 16 bytes first: eight lanes then read from all banks.
     bool turned = lane & 4;
-    const float* from = stage + lane / LANES * PITCH + lane % LANES * WIDTH;
+    const float* from = stage + lane / LANES * PITCH + lane % LANES * OUT_WIDTH;
     bool is_inside = c < columns;
     auto store = epilogue(is_inside ? c : 0);
 #pragma unroll
@@ -506,7 +506,7 @@ __device__ __forceinline__ void finish(
             float4 one = *(const float4*)(from + r * PITCH + (turned ? 4 : 0));
             float4 other = *(const float4*)(from + r * PITCH + (turned ? 0 : 4));
             float4 low = turned ? other : one, high = turned ? one : other;
-            float values[WIDTH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            float values[OUT_WIDTH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             int at = first_row + i * 16 + r;
             if (is_inside && at < rows) store(at, values);
         }
@@ -515,7 +515,7 @@ __device__ __forceinline__ void finish(
 
 #else
 
-constexpr int WIDTH = 1;
+constexpr int OUT_WIDTH = 1;
 constexpr int FMA_K = 16;  // of TILE_K at a time, so that shared memory suffices
 constexpr int SHARED_BYTES = FMA_K * (TILE_M + 4 + TILE_N + 4) * 4;
 constexpr int LANE_M = TILE_M / 16, LANE_N = TILE_N / 8;  // outputs of a thread
@@ -584,7 +584,7 @@ __device__ __forceinline__ void finish(
 #pragma unroll
         for (int i = 0; i < LANE_M; ++i) {
             int r = row + thread_m + i * 16;
-            float value[WIDTH] = {sums[i][j]};
+            float value[OUT_WIDTH] = {sums[i][j]};
             if (r < rows) store(r, value);
         }
     }
@@ -592,58 +592,35 @@ __device__ __forceinline__ void finish(
 
 #endif
 
-// WIDTH numbers that an epilogue keeps.
+// OUT_WIDTH numbers that an epilogue keeps.
 struct Wide {
-    float x[WIDTH];
+    float x[OUT_WIDTH];
 };
 
-// WIDTH numbers from an address that is a multiple of 16 bytes (bf16 has WIDTH 8, f32 has 1).
-__device__ __forceinline__ void load_wide(float (&x)[WIDTH], const elem* from) {
-#ifdef ELEM_BF16
-    uint4 packed = *(const uint4*)from;
-    unsigned int pairs[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        x[2 * i] = low_bf16(pairs[i]);
-        x[2 * i + 1] = high_bf16(pairs[i]);
-    }
-#else
-    x[0] = *from;
-#endif
+__device__ __forceinline__ void load_wide(float (&x)[OUT_WIDTH], const elem* from) {
+    Vector<OUT_WIDTH> vector;
+    vector.load(from);
+    vector.unpack(x);
 }
 
-__device__ __forceinline__ void store_wide(elem* to, const float (&x)[WIDTH]) {
-#ifdef ELEM_BF16
-    *(uint4*)to = uint4{pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
-#else
-    *to = x[0];
-#endif
+__device__ __forceinline__ void store_wide(elem* to, const float (&x)[OUT_WIDTH]) {
+    Vector<OUT_WIDTH> vector;
+    vector.pack(x);
+    vector.store(to);
 }
-
-#ifdef ELEM_BF16
-__device__ __forceinline__ void load_wide(float (&x)[WIDTH], const float* from) {
-    float4 low = ((const float4*)from)[0], high = ((const float4*)from)[1];
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-}
-
-__device__ __forceinline__ void store_wide(float* to, const float (&x)[WIDTH]) {
-    ((float4*)to)[0] = float4{x[0], x[1], x[2], x[3]};
-    ((float4*)to)[1] = float4{x[4], x[5], x[6], x[7]};
-}
-#endif
 
 // The epilogue of weight gradients [rows, columns]:  = or +=.
 __device__ __forceinline__ auto store_gradient(float* to, int columns, int add) {
     return [=](int c) {
-        return [=](int r, float (&value)[WIDTH]) {
+        return [=](int r, float (&value)[OUT_WIDTH]) {
             float* at = to + (long long)r * columns + c;
             if (add) {
-                float before[WIDTH];
-                load_wide(before, at);
+                float before[OUT_WIDTH];
+                load_floats(before, at, true);
 #pragma unroll
-                for (int e = 0; e < WIDTH; ++e) value[e] += before[e];
+                for (int e = 0; e < OUT_WIDTH; ++e) value[e] += before[e];
             }
-            store_wide(at, value);
+            store_floats(at, value, true);
         };
     };
 }

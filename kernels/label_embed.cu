@@ -3,6 +3,9 @@
 //   base [B, C], labels [B], table [rows, C] -> y = base + table[labels]   [B, C]
 #include "common.cuh"
 
+constexpr int ROWS = 8;       // of the table, in a block
+constexpr int COLUMNS = 256;  // of a warp
+
 // Grid: ceil(B C / 256) blocks of 256 threads.
 extern "C" __global__ void __launch_bounds__(256) label_embed_fwd(
     float* __restrict__ y,                   // [B, C]
@@ -16,9 +19,9 @@ extern "C" __global__ void __launch_bounds__(256) label_embed_fwd(
     if (i < B * C) y[i] = base[i] + table[(long long)labels[i / C] * C + i % C];
 }
 
-// One thread an element of the table, so that the samples of a class are added in their order.
-// Grid: ceil(rows C / 256) blocks of 256 threads.
-extern "C" __global__ void __launch_bounds__(256) label_embed_bwd(
+// A warp looks through the labels for those of its row, in their order; most rows have none.
+// Grid: (ceil(C / 256), ceil(rows / ROWS)) blocks of 32 ROWS threads: a warp 256 columns of a row.
+extern "C" __global__ void __launch_bounds__(32 * ROWS) label_embed_bwd(
     float* __restrict__ dtable,              // [rows, C]  = or +=
     const float* __restrict__ dy,            // [B, C]
     const unsigned int* __restrict__ labels, // [B]
@@ -27,12 +30,31 @@ extern "C" __global__ void __launch_bounds__(256) label_embed_bwd(
     int C,
     int rows
 ) {
-    long long i = (long long)blockIdx.x * 256 + threadIdx.x;
-    if (i >= (long long)rows * C) return;
-    unsigned int row = (unsigned int)(i / C);
-    int c = (int)(i % C);
-    float sum = add ? dtable[i] : 0.0f;
-    for (int b = 0; b < B; ++b)
-        if (labels[b] == row) sum += dy[(long long)b * C + c];
-    dtable[i] = sum;
+    int row = blockIdx.y * ROWS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    float sums[COLUMNS / 32];
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 32; ++i) sums[i] = 0.0f;
+    bool found = false;
+    for (int first = 0; first < B; first += 32) {
+        int b = first + lane;
+        unsigned int own = __ballot_sync(0xffffffffu, b < B && labels[b] == row);
+        found |= own != 0;
+        for (; own != 0; own &= own - 1) {
+            const float* from = dy + (long long)(first + __ffs(own) - 1) * C;
+#pragma unroll
+            for (int i = 0; i < COLUMNS / 32; ++i) {
+                int c = blockIdx.x * COLUMNS + i * 32 + lane;
+                if (c < C) sums[i] += from[c];
+            }
+        }
+    }
+    if (add && !found) return;
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 32; ++i) {
+        int c = blockIdx.x * COLUMNS + i * 32 + lane;
+        if (c >= C) continue;
+        float* to = dtable + (long long)row * C + c;
+        *to = add ? *to + sums[i] : sums[i];
+    }
 }

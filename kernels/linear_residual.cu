@@ -7,22 +7,10 @@
 // weights (dW, db). dz is 0 outside of the write window, so a chunk that sticks out of a window adds nothing.
 // Saved for backward: a, z.
 #include "gemm.cuh"
+#include "vector.cuh"
 
 constexpr int COLUMN_WARPS = 8;  // rows at a time in the kernel that sums over tokens
-constexpr int COLUMNS = 64;      // its columns, two a lane
-
-__device__ __forceinline__ bool inside(const int* windows, int b, int c) {
-    return c >= windows[2 * b] && c < windows[2 * b] + windows[2 * b + 1];
-}
-
-__device__ __forceinline__ Range window_of(const int* windows, int b) {
-    return Range{windows[2 * b], windows[2 * b] + windows[2 * b + 1]};
-}
-
-__device__ __forceinline__ bool holds(Range window, int c) { return c >= window.start && c < window.end; }
-
-// Whether the window holds any of the WIDTH columns from c on.
-__device__ __forceinline__ bool meets(Range window, int c) { return c < window.end && c + WIDTH > window.start; }
+constexpr int COLUMNS = 256;     // its columns
 
 // Grid: tiles of [B T, C]. A tile that no sample writes has no product, but its base and bypass.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fwd(
@@ -55,43 +43,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fw
         );
     finish(sums, row, rows, column, C, tiles, [=](int c) {
         Wide own_bias, own_gate;
-        load_wide(own_bias.x, bias + c);
-        Range kept, own;
+        load_floats(own_bias.x, bias + c, true);
+        Window kept(0, 0), own(0, 0);
         int b = -1;
-        return [=](int i, float (&value)[WIDTH]) mutable {
+        return [=](int i, float (&value)[OUT_WIDTH]) mutable {
             if (i / T != b) {
                 b = i / T;
-                kept = window_of(base_windows, b);
-                own = window_of(write_windows, b);
+                kept = Window(base_windows, b);
+                own = Window(write_windows, b);
                 // One by one: the gate may start anywhere.
 #pragma unroll
-                for (int e = 0; e < WIDTH; ++e) own_gate.x[e] = gate[(long long)b * modulation_stride + c + e];
+                for (int e = 0; e < OUT_WIDTH; ++e) own_gate.x[e] = gate[(long long)b * modulation_stride + c + e];
             }
             long long at = (long long)i * C + c;
             Wide result, other;
 #pragma unroll
-            for (int e = 0; e < WIDTH; ++e) result.x[e] = 0.0f;
-            if (meets(kept, c)) {
+            for (int e = 0; e < OUT_WIDTH; ++e) result.x[e] = 0.0f;
+            if (kept.meets(c, OUT_WIDTH)) {
                 load_wide(other.x, base + at);
 #pragma unroll
-                for (int e = 0; e < WIDTH; ++e)
-                    if (holds(kept, c + e)) result.x[e] = other.x[e];
+                for (int e = 0; e < OUT_WIDTH; ++e)
+                    if (kept.holds(c + e)) result.x[e] = other.x[e];
             }
-            if (meets(own, c)) {
+            if (own.meets(c, OUT_WIDTH)) {
 #pragma unroll
-                for (int e = 0; e < WIDTH; ++e) {
+                for (int e = 0; e < OUT_WIDTH; ++e) {
                     value[e] += own_bias.x[e];
-                    if (holds(own, c + e)) result.x[e] = fmaf(own_gate.x[e], value[e], result.x[e]);
+                    if (own.holds(c + e)) result.x[e] = fmaf(own_gate.x[e], value[e], result.x[e]);
                 }
                 if (z) store_wide(z + at, value);
             }
             if (bypass) {
-                Range passed = window_of(bypass_windows, b);
-                if (!(holds(passed, c) && holds(passed, c + WIDTH - 1))) {
+                Window passed(bypass_windows, b);
+                if (!passed.holds_all(c, OUT_WIDTH)) {
                     load_wide(other.x, bypass + at);
 #pragma unroll
-                    for (int e = 0; e < WIDTH; ++e)
-                        if (!holds(passed, c + e)) result.x[e] += other.x[e];
+                    for (int e = 0; e < OUT_WIDTH; ++e)
+                        if (!passed.holds(c + e)) result.x[e] += other.x[e];
                 }
             }
             store_wide(out + at, result.x);
@@ -99,9 +87,104 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fw
     });
 }
 
+template <int W>
+__device__ __forceinline__ void split(
+    elem* dz, float* dz_sums, float* dgate, elem* dbase, elem* dbypass, const elem* dout, const elem* z, const float* gate,
+    Window base, Window bypass, Window written, int modulation_stride, int fresh_base, int fresh_bypass, int T, int C
+) {
+    constexpr int VECTORS = COLUMNS / 32 / W;
+    constexpr int AT_ONCE = W > 1 ? W / 2 : 1;  // rows that a warp reads before it goes on
+    typedef LaneColumns<W> Lanes;
+    __shared__ __align__(16) float parts[COLUMN_WARPS][2][Lanes::floats(VECTORS)];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.y;
+    const float* all_gates = gate + (long long)b * modulation_stride;
+#pragma unroll 1
+    for (int v = 0; v < VECTORS; ++v) {
+        int c = blockIdx.x * COLUMNS + (v * 32 + lane) * W;
+        float dz_sum[W], dgate_sum[W], gates[W];
+#pragma unroll
+        for (int e = 0; e < W; ++e) dz_sum[e] = dgate_sum[e] = 0.0f;
+        if (c < C) {
+            load_floats(gates, all_gates + c, is_aligned(all_gates));
+            written.mask(gates, c);
+            bool some_written = written.meets(c, W), all_written = written.holds_all(c, W);
+            bool base_gets = dbase && (fresh_base ? dbase != dout || !base.holds_all(c, W) : base.meets(c, W));
+            bool bypass_gets = dbypass && (fresh_bypass || !bypass.holds_all(c, W));
+            for (int first = warp; first < T; first += COLUMN_WARPS * AT_ONCE) {
+                Vector<W> upstreams[AT_ONCE], zs[AT_ONCE];
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    int t = first + i * COLUMN_WARPS;
+                    long long at = ((long long)b * T + t) * C + c;
+                    if (t < T) upstreams[i].load(dout + at);
+                    if (t < T && all_written) zs[i].load(z + at);
+                }
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    int t = first + i * COLUMN_WARPS;
+                    if (t >= T) continue;
+                    long long at = ((long long)b * T + t) * C + c;
+                    float upstream[W], value[W];
+                    Vector<W> vector;
+                    upstreams[i].unpack(upstream);
+                    if (some_written) {
+                        if (all_written) {
+                            zs[i].unpack(value);
+                        } else {
+                            // What z holds outside of the window is not defined.
+#pragma unroll
+                            for (int e = 0; e < W; ++e) value[e] = written.holds(c + e) ? to_f32(z[at + e]) : 0.0f;
+                        }
+#pragma unroll
+                        for (int e = 0; e < W; ++e) dgate_sum[e] = fmaf(upstream[e], value[e], dgate_sum[e]);
+                    }
+#pragma unroll
+                    for (int e = 0; e < W; ++e) {
+                        value[e] = gates[e] * upstream[e];
+                        dz_sum[e] += value[e];
+                    }
+                    vector.pack(value);
+                    vector.store(dz + at);
+                    if (base_gets) {
+                        if (fresh_base && base.holds_all(c, W)) {
+                            upstreams[i].store(dbase + at);
+                        } else {
+                            upstreams[i].unpack(value);
+                            base.mask(value, c);
+                            add_or_store(dbase + at, value, fresh_base);
+                        }
+                    }
+                    if (bypass_gets) {
+                        if (fresh_bypass && !bypass.meets(c, W)) {
+                            upstreams[i].store(dbypass + at);
+                        } else if (fresh_bypass && bypass.holds_all(c, W)) {
+                            Vector<W>{}.store(dbypass + at);
+                        } else {
+#pragma unroll
+                            for (int e = 0; e < W; ++e) value[e] = bypass.holds(c + e) ? 0.0f : upstream[e];
+                            add_or_store(dbypass + at, value, fresh_bypass);
+                        }
+                    }
+                }
+            }
+        }
+        Lanes::store(parts[warp][0], dz_sum, v, lane);
+        Lanes::store(parts[warp][1], dgate_sum, v, lane);
+    }
+    __syncthreads();
+    int c = blockIdx.x * COLUMNS + threadIdx.x;
+    if (c >= C) return;
+    float sums[2] = {0.0f, 0.0f};
+    for (int w = 0; w < COLUMN_WARPS; ++w)
+#pragma unroll
+        for (int which = 0; which < 2; ++which) sums[which] += parts[w][which][Lanes::of(threadIdx.x)];
+    dz_sums[(long long)b * C + c] = sums[0];
+    if (written.holds(c)) dgate[(long long)b * modulation_stride + c] += sums[1];
+}
+
 // dz = gate dout in the write window and 0 outside; dgate = sum_t dout z; the sums of dz over tokens; dout to base and bypass.
 // Grid: (ceil(C / COLUMNS), B) blocks of 32 COLUMN_WARPS threads; warp w takes tokens w, w + COLUMN_WARPS, ..
-extern "C" __global__ void __launch_bounds__(256) linear_residual_bwd_split(
+extern "C" __global__ void __launch_bounds__(32 * COLUMN_WARPS) linear_residual_bwd_split(
     elem* __restrict__ dz,                   // [B, T, C]
     float* __restrict__ dz_sums,             // [B, C]
     float* __restrict__ dgate,               // [B, C] += in the write window (each column belongs to one operation)
@@ -116,51 +199,17 @@ extern "C" __global__ void __launch_bounds__(256) linear_residual_bwd_split(
     int modulation_stride,
     int fresh_base,    // dbase = dout in its window and 0 outside; else += in its window
     int fresh_bypass,  // dbypass = dout outside of its window and 0 inside; else += outside
-    int B,
     int T,
     int C
 ) {
-    __shared__ float parts[COLUMN_WARPS][2][COLUMNS];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.y;
-    float dz_sum[2] = {0.0f, 0.0f}, dgate_sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        int c = blockIdx.x * COLUMNS + i * 32 + lane;
-        if (c >= C) continue;
-        bool written = inside(write_windows, b, c), in_base = inside(base_windows, b, c);
-        bool bypassed = dbypass && !inside(bypass_windows, b, c);
-        float own_gate = gate[(long long)b * modulation_stride + c];
-        for (int t = warp; t < T; t += COLUMN_WARPS) {
-            long long at = ((long long)b * T + t) * C + c;
-            float upstream = to_f32(dout[at]), value = 0.0f;
-            if (written) {
-                value = own_gate * upstream;
-                dz_sum[i] += value;
-                dgate_sum[i] = fmaf(upstream, to_f32(z[at]), dgate_sum[i]);
-            }
-            from_f32(dz[at], value);
-            if (dbase) {
-                if (fresh_base) from_f32(dbase[at], in_base ? upstream : 0.0f);
-                else if (in_base) from_f32(dbase[at], to_f32(dbase[at]) + upstream);
-            }
-            if (dbypass) {
-                if (fresh_bypass) from_f32(dbypass[at], bypassed ? upstream : 0.0f);
-                else if (bypassed) from_f32(dbypass[at], to_f32(dbypass[at]) + upstream);
-            }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        parts[warp][0][i * 32 + lane] = dz_sum[i];
-        parts[warp][1][i * 32 + lane] = dgate_sum[i];
-    }
-    __syncthreads();
-    int which = threadIdx.x / COLUMNS, c = blockIdx.x * COLUMNS + threadIdx.x % COLUMNS;
-    if (which >= 2 || c >= C) return;
-    float sum = 0.0f;
-    for (int w = 0; w < COLUMN_WARPS; ++w) sum += parts[w][which][threadIdx.x % COLUMNS];
-    if (which == 0) dz_sums[(long long)b * C + c] = sum;
-    else if (inside(write_windows, b, c)) dgate[(long long)b * modulation_stride + c] += sum;
+    Window base(base_windows, blockIdx.y), written(write_windows, blockIdx.y);
+    Window bypass = dbypass ? Window(bypass_windows, blockIdx.y) : base;
+    by_width(are_vectors(C), [&](auto vector) {
+        split<decltype(vector)::COUNT>(
+            dz, dz_sums, dgate, dbase, dbypass, dout, z, gate, base, bypass, written, modulation_stride, fresh_base,
+            fresh_bypass, T, C
+        );
+    });
 }
 
 // da = dz W over the write windows, and gelu'(pre) where a = gelu(pre).  Grid: tiles of [B T, K].
@@ -184,13 +233,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
         [=](int) { return Operands{{dz, C, rows}, {weight, K, K}, C}; }, tiles
     );
     finish(sums, row, rows, column, K, tiles, [=](int k) {
-        return [=](int i, float (&value)[WIDTH]) {
+        return [=](int i, float (&value)[OUT_WIDTH]) {
             long long at = (long long)i * K + k;
             if (pre) {
                 Wide before;
                 load_wide(before.x, pre + at);
 #pragma unroll
-                for (int e = 0; e < WIDTH; ++e) value[e] *= gelu_derivative(before.x[e]);
+                for (int e = 0; e < OUT_WIDTH; ++e) value[e] *= gelu_derivative(before.x[e]);
             }
             store_wide(da + at, value);
         };

@@ -5,7 +5,7 @@
 // Saved for backward: c, silu(c). Backward: weight (dW, db), input (parts of d silu(c)), sum_parts (dc).
 #include "rows.cuh"
 
-// Grid: (ceil(N / 8), ceil(B / ROWS)) blocks of ROW_THREADS.
+// Grid: (ceil(N / (ROW_WARPS WARP_OUTPUTS)), ceil(B / ROWS)) blocks of ROW_THREADS.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) modulation_fwd(
     float* __restrict__ y,            // [B, N]
     const float* __restrict__ x,      // [B, K]
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) modulation_fwd_silu(
     if (i < n) y[i] = silu(x[i]);
 }
 
-// Grid: ceil(N K / ROW_THREADS).
+// Grid: (ceil(K / WEIGHT_COLUMNS), ceil(N / (ROW_WARPS WEIGHT_ROWS))) blocks of ROW_THREADS.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) modulation_bwd_weight(
     float* __restrict__ dweight,  // [N, K]  = or +=
     float* __restrict__ dbias,    // [N]     = or +=
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) modulation_bwd_weight(
     rows_backward_weight(dweight, dbias, dy, x, add, B, K, N);
 }
 
-// Grid: (ceil(K / K_LANES), ceil(B / ROWS), splits).
+// Grid: (ceil(K / K_COLUMNS), ceil(B / ROWS), splits).
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) modulation_bwd_input(
     float* __restrict__ parts,        // [splits, B, K]
     const float* __restrict__ dy,     // [B, N]

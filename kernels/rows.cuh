@@ -5,11 +5,16 @@
 //   dx = dy W,  dW = dy^T x,  db = sum_b dy
 #pragma once
 
-#include "common.cuh"
+#include "vector.cuh"
 
-constexpr int ROWS = 8;          // samples at a time
+constexpr int ROWS = 8;           // samples at a time
 constexpr int ROW_THREADS = 256;
-constexpr int K_LANES = 64;      // inputs of a block of dx
+constexpr int ROW_WARPS = ROW_THREADS / 32;
+constexpr int WARP_OUTPUTS = 4;   // of a warp of the forward kernel: what it reads of x serves them all
+constexpr int K_COLUMNS = 256;    // inputs of a block of dx
+constexpr int N_ROWS = 256;       // outputs whose dy a block of dx holds at a time
+constexpr int WEIGHT_ROWS = 8;    // outputs of a warp of dW
+constexpr int WEIGHT_COLUMNS = 128;  // and its inputs
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
@@ -18,72 +23,212 @@ __device__ __forceinline__ float silu_derivative(float x) {
     return s * fmaf(x, 1.0f - s, 1.0f);
 }
 
-// One warp an output.  Grid: (ceil(N / 8), ceil(B / ROWS)) blocks of ROW_THREADS.
+// Sums 32 numbers over the lanes of a warp: lane i gets the sum of x[i].
+__device__ __forceinline__ float warp_sums(float (&x)[32]) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 16; half > 0; half /= 2) {
+        bool upper = lane & half;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            float given = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
+            x[i] = kept + __shfl_xor_sync(0xffffffffu, given, half);
+        }
+    }
+    return x[0];
+}
+
+// Whether rows of K elements of the weight can be read in vectors.
+__device__ __forceinline__ bool rows_are_vectors(const elem* weight, int K) {
+    return K % WIDTH == 0 && is_aligned(weight);
+}
+
+template <int W>
+__device__ __forceinline__ void rows_forward_of(
+    float* y, const float* x, const elem* weight, const float* bias, int B, int K, int N
+) {
+    int lane = threadIdx.x % 32, first = blockIdx.y * ROWS;
+    int first_n = (blockIdx.x * ROW_WARPS + threadIdx.x / 32) * WARP_OUTPUTS;
+    float sums[WARP_OUTPUTS * ROWS];
+#pragma unroll
+    for (int i = 0; i < WARP_OUTPUTS * ROWS; ++i) sums[i] = 0.0f;
+    for (int k = lane * W; k < K; k += 32 * W) {
+        float weights[WARP_OUTPUTS][W];
+#pragma unroll
+        for (int j = 0; j < WARP_OUTPUTS; ++j) {
+            Vector<W> vector;
+            vector.load(weight + (long long)min(first_n + j, N - 1) * K + k);
+            vector.unpack(weights[j]);
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            if (first + r >= B) continue;
+            float inputs[W];
+            load_floats(inputs, x + (long long)(first + r) * K + k, true);
+#pragma unroll
+            for (int j = 0; j < WARP_OUTPUTS; ++j)
+#pragma unroll
+                for (int e = 0; e < W; ++e) sums[r * WARP_OUTPUTS + j] = fmaf(inputs[e], weights[j][e], sums[r * WARP_OUTPUTS + j]);
+        }
+    }
+    float sum = warp_sums(sums);
+    int b = first + lane / WARP_OUTPUTS, n = first_n + lane % WARP_OUTPUTS;
+    if (b < B && n < N) y[(long long)b * N + n] = sum + bias[n];
+}
+
+// Grid: (ceil(N / (ROW_WARPS WARP_OUTPUTS)), ceil(B / ROWS)) blocks of ROW_THREADS.
 __device__ __forceinline__ void rows_forward(
     float* y, const float* x, const elem* weight, const float* bias, int B, int K, int N
 ) {
-    int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * ROWS;
-    if (n >= N) return;
-    float sums[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) sums[r] = 0.0f;
-#pragma unroll 2
-    for (int k = lane; k < K; k += 32) {
-        float w = to_f32(weight[(long long)n * K + k]);
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-            if (first + r < B) sums[r] = fmaf(x[(long long)(first + r) * K + k], w, sums[r]);
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        float sum = warp_sum(sums[r]);
-        if (lane == 0 && first + r < B) y[(long long)(first + r) * N + n] = sum + bias[n];
-    }
+    by_width(rows_are_vectors(weight, K), [&](auto vector) {
+        rows_forward_of<decltype(vector)::COUNT>(y, x, weight, bias, B, K, N);
+    });
 }
 
-// The part of dx that outputs `blockIdx.z` of `splits` give.  Grid: (ceil(K / K_LANES), ceil(B / ROWS), splits).
+template <int W>
+__device__ __forceinline__ void rows_backward_input_of(
+    float* parts, const float* dy, const elem* weight, int B, int K, int N
+) {
+    constexpr int VECTORS = K_COLUMNS / 32 / W;
+    typedef LaneColumns<W> Lanes;
+    __shared__ __align__(16) float upstream[2][N_ROWS][4];
+    __shared__ __align__(16) float shared[ROWS][Lanes::floats(VECTORS)];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * ROWS;
+    int each = (N + gridDim.z - 1) / gridDim.z, end = min(N, ((int)blockIdx.z + 1) * each);
+    float sums[ROWS][VECTORS][W];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v)
+#pragma unroll
+            for (int e = 0; e < W; ++e) sums[r][v][e] = 0.0f;
+    for (int n0 = blockIdx.z * each; n0 < end; n0 += N_ROWS) {
+        int count = min(N_ROWS, end - n0);
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < ROWS; r += 4) {
+            float four[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                bool inside = first + r + j < B && threadIdx.x < count;
+                four[j] = inside ? dy[(long long)(first + r + j) * N + n0 + threadIdx.x] : 0.0f;
+            }
+            store_floats(upstream[r / 4][threadIdx.x], four, true);
+        }
+        __syncthreads();
+#pragma unroll 2
+        for (int i = warp; i < count; i += ROW_WARPS) {
+            float of_rows[2][4];
+            load_floats(of_rows[0], upstream[0][i], true);
+            load_floats(of_rows[1], upstream[1][i], true);
+#pragma unroll
+            for (int v = 0; v < VECTORS; ++v) {
+                int k = blockIdx.x * K_COLUMNS + (v * 32 + lane) * W;
+                if (k >= K) continue;
+                Vector<W> vector;
+                float weights[W];
+                vector.load(weight + (long long)(n0 + i) * K + k);
+                vector.unpack(weights);
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+                    for (int e = 0; e < W; ++e) sums[r][v][e] = fmaf(of_rows[r / 4][r % 4], weights[e], sums[r][v][e]);
+            }
+        }
+    }
+    // One warp after the other adds its sums.
+    for (int turn = 0; turn < ROW_WARPS; ++turn) {
+        __syncthreads();
+        if (warp != turn) continue;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+            for (int v = 0; v < VECTORS; ++v) {
+                if (turn > 0) {
+                    float before[W];
+                    Lanes::load(before, shared[r], v, lane);
+#pragma unroll
+                    for (int e = 0; e < W; ++e) sums[r][v][e] += before[e];
+                }
+                Lanes::store(shared[r], sums[r][v], v, lane);
+            }
+    }
+    __syncthreads();
+    int k = blockIdx.x * K_COLUMNS + threadIdx.x;
+    if (k >= K) return;
+    for (int r = 0; r < ROWS && first + r < B; ++r)
+        parts[((long long)blockIdx.z * B + first + r) * K + k] = shared[r][Lanes::of(threadIdx.x)];
+}
+
+// The part of dx that outputs `blockIdx.z` of `splits` give.  Grid: (ceil(K / K_COLUMNS), ceil(B / ROWS), splits) blocks of
+// ROW_THREADS.
 __device__ __forceinline__ void rows_backward_input(
     float* parts, const float* dy, const elem* weight, int B, int K, int N
 ) {
-    __shared__ float shared[ROW_THREADS / K_LANES][ROWS][K_LANES];
-    int k = blockIdx.x * K_LANES + threadIdx.x % K_LANES, lane = threadIdx.x / K_LANES, first = blockIdx.y * ROWS;
-    int each = (N + gridDim.z - 1) / gridDim.z, end = min(N, ((int)blockIdx.z + 1) * each);
-    float sums[ROWS];
+    by_width(rows_are_vectors(weight, K), [&](auto vector) {
+        rows_backward_input_of<decltype(vector)::COUNT>(parts, dy, weight, B, K, N);
+    });
+}
+
+template <int W>
+__device__ __forceinline__ void rows_backward_weight_of(
+    float* dweight, float* dbias, const float* dy, const float* x, int add, int B, int K, int N
+) {
+    int lane = threadIdx.x % 32, n0 = (blockIdx.y * ROW_WARPS + threadIdx.x / 32) * WEIGHT_ROWS;
+    if (n0 >= N) return;
+    bool whole = N % 4 == 0 && n0 + WEIGHT_ROWS <= N;
+    if (blockIdx.x == 0 && lane < WEIGHT_ROWS && n0 + lane < N) {
+        float sum = 0.0f;
+        for (int b = 0; b < B; ++b) sum += dy[(long long)b * N + n0 + lane];
+        dbias[n0 + lane] = add ? dbias[n0 + lane] + sum : sum;
+    }
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) sums[r] = 0.0f;
-    if (k < K)
-        for (int n = blockIdx.z * each + lane; n < end; n += ROW_THREADS / K_LANES) {
-            float w = to_f32(weight[(long long)n * K + k]);
+    for (int v = 0; v < WEIGHT_COLUMNS / 32 / W; ++v) {
+        int k = blockIdx.x * WEIGHT_COLUMNS + (v * 32 + lane) * W;
+        if (k >= K) continue;
+        float sums[WEIGHT_ROWS][W];
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r)
-                if (first + r < B) sums[r] = fmaf(dy[(long long)(first + r) * N + n], w, sums[r]);
+        for (int i = 0; i < WEIGHT_ROWS; ++i)
+#pragma unroll
+            for (int e = 0; e < W; ++e) sums[i][e] = 0.0f;
+#pragma unroll 2
+        for (int b = 0; b < B; ++b) {
+            float inputs[W], upstream[WEIGHT_ROWS];
+            load_floats(inputs, x + (long long)b * K + k, true);
+            const float* from = dy + (long long)b * N + n0;
+            if (whole) {
+                load_floats(upstream, from, true);
+            } else {
+#pragma unroll
+                for (int i = 0; i < WEIGHT_ROWS; ++i) upstream[i] = n0 + i < N ? from[i] : 0.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < WEIGHT_ROWS; ++i)
+#pragma unroll
+                for (int e = 0; e < W; ++e) sums[i][e] = fmaf(upstream[i], inputs[e], sums[i][e]);
         }
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) shared[lane][r][threadIdx.x % K_LANES] = sums[r];
-    __syncthreads();
-    if (lane > 0 || k >= K) return;
-    for (int r = 0; r < ROWS && first + r < B; ++r) {
-        float sum = 0.0f;
-        for (int l = 0; l < ROW_THREADS / K_LANES; ++l) sum += shared[l][r][threadIdx.x];
-        parts[((long long)blockIdx.z * B + first + r) * K + k] = sum;
+        for (int i = 0; i < WEIGHT_ROWS; ++i) {
+            if (n0 + i >= N) continue;
+            float* to = dweight + (long long)(n0 + i) * K + k;
+            if (add) {
+                float before[W];
+                load_floats(before, to, true);
+#pragma unroll
+                for (int e = 0; e < W; ++e) sums[i][e] += before[e];
+            }
+            store_floats(to, sums[i], true);
+        }
     }
 }
 
-// One thread a weight.  Grid: ceil(N K / ROW_THREADS).
+// A warp computes WEIGHT_ROWS x WEIGHT_COLUMNS.
+// Grid: (ceil(K / WEIGHT_COLUMNS), ceil(N / (ROW_WARPS WEIGHT_ROWS))) blocks of ROW_THREADS.
 __device__ __forceinline__ void rows_backward_weight(
     float* dweight, float* dbias, const float* dy, const float* x, int add, int B, int K, int N
 ) {
-    long long index = (long long)blockIdx.x * ROW_THREADS + threadIdx.x;
-    if (index >= (long long)N * K) return;
-    int n = (int)(index / K), k = (int)(index % K);
-    float sum = 0.0f, bias_sum = 0.0f;
-    for (int b = 0; b < B; ++b) {
-        float upstream = dy[(long long)b * N + n];
-        sum = fmaf(upstream, x[(long long)b * K + k], sum);
-        bias_sum += upstream;
-    }
-    dweight[index] = add ? dweight[index] + sum : sum;
-    if (k == 0) dbias[n] = add ? dbias[n] + bias_sum : bias_sum;
+    if (K % 4 == 0 && is_aligned(dweight)) rows_backward_weight_of<4>(dweight, dbias, dy, x, add, B, K, N);
+    else rows_backward_weight_of<1>(dweight, dbias, dy, x, add, B, K, N);
 }
 
 // dx = silu'(x) times the sum of the parts of dx, or without SiLU.  Grid: ceil(B K / ROW_THREADS).

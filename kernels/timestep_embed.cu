@@ -6,7 +6,7 @@
 // and sum_parts of the second layer, weight of the first.
 #include "rows.cuh"
 
-// Grid: (ceil(N / 8), ceil(B / ROWS)) blocks of ROW_THREADS.
+// Grid: (ceil(N / (ROW_WARPS WARP_OUTPUTS)), ceil(B / ROWS)) blocks of ROW_THREADS.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_fwd(
     float* __restrict__ y,            // [B, N]
     const float* __restrict__ x,      // [B, K]
@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_fwd_sil
     if (i < n) y[i] = silu(x[i]);
 }
 
-// Grid: ceil(N K / ROW_THREADS).
+// Grid: (ceil(K / WEIGHT_COLUMNS), ceil(N / (ROW_WARPS WEIGHT_ROWS))) blocks of ROW_THREADS.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_bwd_weight(
     float* __restrict__ dweight,  // [N, K]  = or +=
     float* __restrict__ dbias,    // [N]     = or +=
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_bwd_wei
     rows_backward_weight(dweight, dbias, dy, x, add, B, K, N);
 }
 
-// Grid: (ceil(K / K_LANES), ceil(B / ROWS), splits).
+// Grid: (ceil(K / K_COLUMNS), ceil(B / ROWS), splits).
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_bwd_input(
     float* __restrict__ parts,        // [splits, B, K]
     const float* __restrict__ dy,     // [B, N]

@@ -1,17 +1,22 @@
 // Puts the patches of the final layer back together (formulas: src/ops/unpatchify/mod.rs).
 //
 //   x [B, T, p p OC] (row, column, channel inside a patch) -> y [B, OC, H, W]
-#include "common.cuh"
+#include "vector.cuh"
 
-// Where element i of the images comes from in the patches.
-__device__ __forceinline__ long long in_patches(long long i, int OC, int H, int W, int p) {
-    int column = (int)(i % W), row = (int)(i / W % H), channel = (int)(i / W / H % OC);
-    long long b = i / W / H / OC;
-    long long token = (b * (H / p) + row / p) * (W / p) + column / p;
-    return ((token * p + row % p) * p + column % p) * OC + channel;
-}
+// The channels of one pixel: one after the other in x, H W apart in y.
+struct Pixel {
+    long long in_patches;
+    long long in_images;
 
-// Grid: ceil(n / 256) blocks of 256 threads.
+    __device__ Pixel(unsigned int i, int OC, int H, int W, int p) {
+        unsigned int column = i % W, row = i / W % H, b = i / W / H;
+        long long token = ((long long)b * (H / p) + row / p) * (W / p) + column / p;
+        in_patches = ((token * p + row % p) * p + column % p) * OC;
+        in_images = ((long long)b * OC * H + row) * W + column;
+    }
+};
+
+// One thread a pixel.  Grid: ceil(pixels / 256) blocks of 256 threads.
 extern "C" __global__ void __launch_bounds__(256) unpatchify_fwd(
     float* __restrict__ y,       // [B, OC, H, W]
     const elem* __restrict__ x,  // [B, T, p p OC]
@@ -19,10 +24,21 @@ extern "C" __global__ void __launch_bounds__(256) unpatchify_fwd(
     int H,
     int W,
     int p,
-    unsigned long long n  // B OC H W
+    unsigned int pixels  // B H W
 ) {
-    unsigned long long i = (unsigned long long)blockIdx.x * 256 + threadIdx.x;
-    if (i < n) y[i] = to_f32(x[in_patches(i, OC, H, W, p)]);
+    unsigned int i = blockIdx.x * 256 + threadIdx.x;
+    if (i >= pixels) return;
+    Pixel pixel(i, OC, H, W, p);
+    by_width(OC % WIDTH == 0, [&](auto vector) {
+        constexpr int COUNT = decltype(vector)::COUNT;
+        for (int channel = 0; channel < OC; channel += COUNT) {
+            float values[COUNT];
+            vector.load(x + pixel.in_patches + channel);
+            vector.unpack(values);
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) y[pixel.in_images + (long long)(channel + e) * H * W] = values[e];
+        }
+    });
 }
 
 // Grid: as the forward pass.
@@ -33,8 +49,19 @@ extern "C" __global__ void __launch_bounds__(256) unpatchify_bwd(
     int H,
     int W,
     int p,
-    unsigned long long n
+    unsigned int pixels
 ) {
-    unsigned long long i = (unsigned long long)blockIdx.x * 256 + threadIdx.x;
-    if (i < n) from_f32(dx[in_patches(i, OC, H, W, p)], dy[i]);
+    unsigned int i = blockIdx.x * 256 + threadIdx.x;
+    if (i >= pixels) return;
+    Pixel pixel(i, OC, H, W, p);
+    by_width(OC % WIDTH == 0, [&](auto vector) {
+        constexpr int COUNT = decltype(vector)::COUNT;
+        for (int channel = 0; channel < OC; channel += COUNT) {
+            float values[COUNT];
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) values[e] = dy[pixel.in_images + (long long)(channel + e) * H * W];
+            vector.pack(values);
+            vector.store(dx + pixel.in_patches + channel);
+        }
+    });
 }

@@ -193,6 +193,11 @@ impl Operands {
         self.keep(memory)
     }
 
+    fn counters(&mut self) -> Arg {
+        let memory = self.device.upload_u32(&[0]).unwrap();
+        self.keep(memory)
+    }
+
     fn keep(&mut self, memory: Allocation) -> Arg {
         self.held.push(memory);
         Arg::Buffer(self.held.last().expect("just pushed").buffer())
@@ -236,6 +241,7 @@ fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
                 "ln_linear_bwd_input" => vec![
                     own.elems(t * n),
                     none(DType::F32),
+                    own.counters(),
                     own.elems(t * length),
                     none(DType::Bf16),
                     own.elems(length * n),

@@ -134,6 +134,15 @@ fn on_cuda_with_sizes_that_only_f32_takes() {
 }
 
 #[test]
+fn on_cuda_with_rows_that_registers_do_not_hold() {
+    for (channels, outputs, elem) in [(1400, 8, DType::Bf16), (1300, 4, DType::F32), (523, 3, DType::F32)] {
+        let read = vec![Window { start: 3, width: channels - 5 }, Window { start: channels - 1, width: 1 }];
+        let case = Case { tokens: 34, channels, outputs, read, activation: Activation::None, mean: 0.0 };
+        cuda::check_on_cuda_in(&format!("C {channels}"), &case, elem);
+    }
+}
+
+#[test]
 fn the_reference_has_the_slopes_it_says() {
     for (name, read) in window_sets(4, 12) {
         for activation in [Activation::None, Activation::Gelu] {

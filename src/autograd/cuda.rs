@@ -412,12 +412,13 @@ impl Tape<'_> {
             self.put_grad_buffer(var, grad);
             return Ok(());
         };
+        let vector = 16 / sum.dtype.bytes();
         let launch = Launch {
             file: "tensor",
             kernel: "tensor_add",
             elem: sum.dtype,
             defines: &[],
-            grid: [sum.len.div_ceil(ADD_BLOCK as usize) as u32, 1, 1],
+            grid: [sum.len.div_ceil(ADD_BLOCK as usize * vector) as u32, 1, 1],
             block: ADD_BLOCK,
             shared: 0,
         };

@@ -6,8 +6,12 @@ use crate::error::Result;
 /// Samples that one block computes.
 const ROWS: usize = 8;
 const THREADS: usize = 256;
+/// Outputs of a block of the forward pass.
+const OUTPUTS: usize = 32;
 /// Inputs of a block of the gradient of the input.
-const K_LANES: usize = 64;
+const K_COLUMNS: usize = 256;
+/// Outputs and inputs of a block of the gradient of the weight.
+const WEIGHT_TILE: [usize; 2] = [64, 128];
 /// Outputs that one part of that gradient sums at least.
 const PART: usize = 256;
 /// Most parts.
@@ -66,7 +70,7 @@ impl Rows {
         dims: Dims,
     ) -> Result<()> {
         let [b, k, n] = dims.args();
-        let launch = self.launch(self.forward, [dims.n.div_ceil(8), dims.b.div_ceil(ROWS), 1]);
+        let launch = self.launch(self.forward, [dims.n.div_ceil(OUTPUTS), dims.b.div_ceil(ROWS), 1]);
         device.launch(&launch, &[y.into(), x.into(), weight.into(), bias.into(), b, k, n])
     }
 
@@ -89,7 +93,8 @@ impl Rows {
         dims: Dims,
     ) -> Result<()> {
         let [b, k, n] = dims.args();
-        let launch = self.launch(self.weight, [(dims.n * dims.k).div_ceil(THREADS), 1, 1]);
+        let [rows, columns] = WEIGHT_TILE;
+        let launch = self.launch(self.weight, [dims.k.div_ceil(columns), dims.n.div_ceil(rows), 1]);
         let add = Arg::I32(i32::from(add));
         device.launch(&launch, &[dweight.into(), dbias.into(), dy.into(), x.into(), add, b, k, n])
     }
@@ -108,7 +113,7 @@ impl Rows {
         dims: Dims,
     ) -> Result<()> {
         let [b, k, n] = dims.args();
-        let launch = self.launch(self.input, [dims.k.div_ceil(K_LANES), dims.b.div_ceil(ROWS), dims.splits()]);
+        let launch = self.launch(self.input, [dims.k.div_ceil(K_COLUMNS), dims.b.div_ceil(ROWS), dims.splits()]);
         device.launch(&launch, &[parts.into(), dy.into(), weight.into(), b, k, n])?;
         let launch = self.launch(self.sum_parts, [(dims.b * dims.k).div_ceil(THREADS), 1, 1]);
         let (splits, add) = (Arg::I32(dims.splits() as i32), Arg::I32(i32::from(add)));

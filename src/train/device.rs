@@ -20,6 +20,8 @@ const STEP_NUMBERS: usize = 9;
 /// Blocks that sum the squares of the gradients: fixed, so that the sum is too.
 const NORM_BLOCKS: usize = 1024;
 const THREADS: usize = 256;
+/// Parameters that one thread of the update takes.
+const AT_ONCE: usize = 4;
 
 /// Noise that the device draws: that of `samples` (numbers in the batch) at `step`.
 #[derive(Clone, Copy, Debug)]
@@ -242,7 +244,7 @@ impl DeviceState {
         let rounded = if elem == DType::Bf16 { self.weights.elem() } else { Buffer::none(elem) };
         let numbers = [self.weights.full(), rounded, self.ema.buffer(), self.m.buffer(), self.v.buffer(), grads];
         let args: Vec<Arg> = numbers.into_iter().chain([factors, decision]).map(Arg::Buffer).chain([len]).collect();
-        device.launch(&launch("adamw", grads.len.div_ceil(THREADS)), &args)
+        device.launch(&launch("adamw", grads.len.div_ceil(AT_ONCE * THREADS)), &args)
     }
 }
 

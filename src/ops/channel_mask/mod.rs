@@ -70,6 +70,9 @@ pub fn channel_mask(tape: &mut Tape, base: Option<Var>, x: Var, mask: Var, keep:
     Ok(y)
 }
 
+/// Threads of a block of the CUDA kernel, which takes a row.
+const THREADS: u32 = 128;
+
 /// `y = base + kept channels of x` on a CUDA device.
 fn launch(
     tape: &Tape,
@@ -80,10 +83,10 @@ fn launch(
     keep: Keep,
     [b, t, c]: [usize; 3],
 ) -> Result<()> {
-    let grid = [y.len.div_ceil(256) as u32, 1, 1];
+    let grid = [(b * t) as u32, 1, 1];
     let kernel = "channel_mask_fwd";
-    let launch = Launch { file: "channel_mask", kernel, elem: y.dtype, defines: &[], grid, block: 256, shared: 0 };
-    let sizes = [usize::from(keep == Keep::Inactive), b, t, c].map(|size| Arg::I32(size as i32));
+    let launch = Launch { file: "channel_mask", kernel, elem: y.dtype, defines: &[], grid, block: THREADS, shared: 0 };
+    let sizes = [usize::from(keep == Keep::Inactive), t, c].map(|size| Arg::I32(size as i32));
     tape.device().launch(&launch, &[&[y.into(), base.into(), x.into(), mask.into()], &sizes[..]].concat())
 }
 

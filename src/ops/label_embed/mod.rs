@@ -48,7 +48,8 @@ pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> 
         let table_buffer = tape.full_buffer(table);
         let args = [y.into(), tape.buffer(base).into(), table_buffer.into(), labels.into()];
         let sizes = [Arg::I32(batch as i32), Arg::I32(c as i32)];
-        device.launch(&launch("label_embed_fwd", tape.elem(), batch * c), &[&args[..], &sizes].concat())?;
+        let grid = [(batch * c).div_ceil(THREADS), 1];
+        device.launch(&launch("label_embed_fwd", tape.elem(), grid), &[&args[..], &sizes].concat())?;
         let y = tape.push([batch, c], y, true);
         let labels = tape.push([batch], labels, false);
         tape.record(y, Node::LabelEmbed(Saved { base, labels, table }));
@@ -68,10 +69,14 @@ pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> 
     Ok(y)
 }
 
-/// One thread for each of `len` elements.
-fn launch(kernel: &'static str, elem: DType, len: usize) -> Launch<'static> {
-    let grid = [len.div_ceil(256) as u32, 1, 1];
-    Launch { file: "label_embed", kernel, elem, defines: &[], grid, block: 256, shared: 0 }
+// As in kernels/label_embed.cu.
+const THREADS: usize = 256;
+/// Columns and rows of the table of a block of the backward pass.
+const TILE: [usize; 2] = [256, 8];
+
+fn launch(kernel: &'static str, elem: DType, [x, y]: [usize; 2]) -> Launch<'static> {
+    let grid = [x as u32, y as u32, 1];
+    Launch { file: "label_embed", kernel, elem, defines: &[], grid, block: THREADS as u32, shared: 0 }
 }
 
 impl Saved {
@@ -79,9 +84,11 @@ impl Saved {
         let device = tape.device();
         let &[batch, c] = tape.shape(self.base) else { unreachable!("checked by the forward pass") };
         let (dtable, add) = tape.grad_buffer(self.table);
-        let sizes = [usize::from(add), batch, c, self.table.len / c].map(|size| Arg::I32(size as i32));
+        let rows = self.table.len / c;
+        let sizes = [usize::from(add), batch, c, rows].map(|size| Arg::I32(size as i32));
         let args = [&[dtable.into(), dy.into(), tape.buffer(self.labels).into()], &sizes[..]].concat();
-        device.launch(&launch("label_embed_bwd", tape.elem(), self.table.len), &args)?;
+        let grid = [c.div_ceil(TILE[0]), rows.div_ceil(TILE[1])];
+        device.launch(&launch("label_embed_bwd", tape.elem(), grid), &args)?;
         tape.add_grad_buffer(self.base, dy)
     }
 

@@ -7,7 +7,7 @@ use crate::ops::tile::{SMALL, THREADS, Tiling, check_sizes, tiling};
 const FILE: &str = "linear_residual";
 const OP: &str = "linear_residual";
 /// Columns of a block of the kernel that sums over tokens.
-const COLUMNS: usize = 64;
+const COLUMNS: usize = 256;
 
 /// Sizes.
 #[derive(Clone, Copy, Debug)]
@@ -127,7 +127,7 @@ pub struct Gradients {
     pub da: Buffer,
     /// As the gate; added to.
     pub dgate: Buffer,
-    /// `[B, T, C]` elem inside the base windows, none where nobody wants it; may be `dout` itself.
+    /// `[B, T, C]` elem inside the base windows, none where nobody wants it; may be `dout` itself, which is then not copied.
     pub dbase: Buffer,
     /// Whether dbase is overwritten (0 outside of the windows); else it is added to.
     pub fresh_base: bool,
@@ -224,7 +224,6 @@ pub fn backward(
             Arg::I32(gate.stride as i32),
             flag(grads.fresh_base),
             flag(grads.fresh_bypass),
-            b32,
             t32,
             c32,
         ],

@@ -163,7 +163,11 @@ impl Saved {
         let (c, elem, device) = (self.linear.outputs, tape.elem(), tape.device());
         let da = tape.take_buffer(b * t * k, elem);
         let dmodulation = tape.take_zeroed_grad_buffer(self.gate.var)?;
-        let (dbase, fresh_base) = tape.take_grad_buffer(self.residual.base);
+        let (mut dbase, fresh_base) = tape.take_grad_buffer(self.residual.base);
+        if fresh_base {
+            // The gradient passes on inside the window, so its buffer does.
+            tape.give_buffer(std::mem::replace(&mut dbase, dout));
+        }
         let (dbypass, fresh_bypass) = match self.residual.bypass {
             Some((x, _)) if x == self.residual.base => (tape.take_buffer(b * t * c, elem), true),
             Some((x, _)) => tape.take_grad_buffer(x),
@@ -198,7 +202,10 @@ impl Saved {
         }
         tape.put_grad_buffer(self.gate.var, dmodulation);
         tape.add_grad_buffer(self.a, da)?;
-        for buffer in [dout, scratch.dz, scratch.dz_sums] {
+        if !fresh_base {
+            tape.give_buffer(dout);
+        }
+        for buffer in [scratch.dz, scratch.dz_sums] {
             tape.give_buffer(buffer);
         }
         Ok(())

@@ -7,10 +7,21 @@ use crate::ops::tile::{SMALL, SPLIT_BF16, THREADS, Tiling, check_sizes, tiling};
 
 const FILE: &str = "ln_linear";
 const OP: &str = "ln_linear";
-/// Rows of a block of the kernels with a warp a row.
-const ROW_WARPS: usize = 8;
-/// Columns of a block of the kernels that sum over tokens.
-const COLUMNS: usize = 64;
+// As in kernels/ln_linear_rows.cuh.
+/// Warps of a block of the kernels with a warp a row.
+const ROW_WARPS: usize = 4;
+/// Tokens of a block of the forward one of them.
+const FWD_TOKENS: usize = 16;
+/// Tokens of a block of the backward one.
+const BWD_TOKENS: usize = 32;
+/// Channels of a row that a warp holds in registers.
+const HELD: usize = 1280;
+/// Columns of a block of the kernel that sums over all tokens.
+const COLUMNS: usize = 256;
+/// Threads of such a block.
+const COLUMN_THREADS: u32 = 256;
+/// Threads of a block of the element-wise kernel.
+const ELEMENTS: usize = 256;
 
 /// Sizes.
 #[derive(Clone, Copy, Debug)]
@@ -91,6 +102,10 @@ pub struct Scratch {
     pub dr: Buffer,
     /// [`inactive_grads_len`] f32; none when every window is full.
     pub inactive_grads: Buffer,
+    /// [`sums_len`] f32
+    pub sums: Buffer,
+    /// `[B]` u32
+    pub finished: Buffer,
 }
 
 /// Where gradients go.
@@ -125,6 +140,11 @@ pub fn dr_len(dims: Dims) -> usize {
 /// Elements of [`Scratch::inactive_grads`].
 pub fn inactive_grads_len(dims: Dims, elem: DType) -> usize {
     Dims::split(elem) * dims.b * 2 * dims.c
+}
+
+/// Elements of [`Scratch::sums`].
+pub fn sums_len(dims: Dims) -> usize {
+    dims.b * dims.t.div_ceil(BWD_TOKENS) * dims.c.div_ceil(HELD) * 2 * HELD
 }
 
 /// Refuses buffers that are too short: each with its name and the length it must have.
@@ -182,7 +202,7 @@ pub fn forward(
         kernel: "ln_linear_fwd_normalise",
         elem,
         defines: &SMALL,
-        grid: [(b * t).div_ceil(ROW_WARPS) as u32, 1, 1],
+        grid: [t.div_ceil(FWD_TOKENS) as u32, b as u32, 1],
         block: 32 * ROW_WARPS as u32,
         shared: 0,
     };
@@ -198,7 +218,6 @@ pub fn forward(
             shift.into(),
             scale.into(),
             Arg::I32(stride as i32),
-            b32,
             t32,
             c32,
         ],
@@ -239,9 +258,10 @@ pub fn gelu_backward(device: &Device, dy: Buffer, pre: Buffer) -> Result<()> {
         let what = format!("a gradient of {} numbers for {} values", dy.len, pre.len);
         return Err(Error::Shape { operation: OP, what });
     }
-    let grid = [dy.len.div_ceil(256) as u32, 1, 1];
+    let grid = [dy.len.div_ceil(ELEMENTS * 16 / dy.dtype.bytes()) as u32, 1, 1];
     let kernel = "ln_linear_bwd_gelu";
-    let launch = Launch { file: FILE, kernel, elem: dy.dtype, defines: &SMALL, grid, block: 256, shared: 0 };
+    let block = ELEMENTS as u32;
+    let launch = Launch { file: FILE, kernel, elem: dy.dtype, defines: &SMALL, grid, block, shared: 0 };
     device.launch(&launch, &[dy.into(), pre.into(), Arg::U64(dy.len as u64)])
 }
 
@@ -275,6 +295,8 @@ pub fn backward(
             ("q", scratch.q, unless_full(b * n)),
             ("dr", scratch.dr, unless_full(dr_len(dims))),
             ("inactive_grads", scratch.inactive_grads, unless_full(inactive_grads_len(dims, elem))),
+            ("sums", scratch.sums, sums_len(dims)),
+            ("finished", scratch.finished, b),
             ("g", g, b * t * n),
             ("x", inputs.x, b * t * c),
             ("windows", inputs.windows, b * 2),
@@ -293,19 +315,19 @@ pub fn backward(
     let [uv, q, dr, inactive_grads] =
         [saved.uv, scratch.q, scratch.dr, scratch.inactive_grads].map(|buffer| if inputs.full { none } else { buffer });
     let pq = if inputs.full { Buffer::none(elem) } else { scratch.pq };
-    let columns = |kernel, columns: usize| Launch {
+    let columns = Launch {
         file: FILE,
-        kernel,
+        kernel: "ln_linear_bwd_columns",
         elem,
         defines: &SMALL,
-        grid: [columns.div_ceil(COLUMNS) as u32, b as u32, 1],
-        block: 256,
+        grid: [n.div_ceil(COLUMNS) as u32, b as u32, 1],
+        block: COLUMN_THREADS,
         shared: 0,
     };
     if !inputs.full {
         let statistics = [saved.mean.into(), saved.rstd.into(), uv.into()];
         let outputs = [pq.into(), q.into(), dr.into(), g.into()];
-        device.launch(&columns("ln_linear_bwd_columns", n), &[&outputs[..], &statistics, &[b32, t32, n32]].concat())?;
+        device.launch(&columns, &[&outputs[..], &statistics, &[b32, t32, n32]].concat())?;
     }
     let mut tiles = tiling(device, b * t, c);
     if !inputs.full {
@@ -316,6 +338,7 @@ pub fn backward(
         &[
             scratch.dh.into(),
             inactive_grads.into(),
+            scratch.finished.into(),
             g.into(),
             pq.into(),
             inputs.weight.into(),
@@ -326,11 +349,20 @@ pub fn backward(
             n32,
         ],
     )?;
-    let rows = Launch { grid: [(b * t).div_ceil(ROW_WARPS) as u32, 1, 1], ..columns("ln_linear_bwd_normalise", c) };
+    let rows = Launch {
+        kernel: "ln_linear_bwd_normalise",
+        grid: [t.div_ceil(BWD_TOKENS) as u32, b as u32, 1],
+        block: 32 * ROW_WARPS as u32,
+        ..columns
+    };
     device.launch(
         &rows,
         &[
             grads.dx.into(),
+            grads.dshift.into(),
+            grads.dscale.into(),
+            scratch.sums.into(),
+            scratch.finished.into(),
             scratch.dh.into(),
             inputs.x.into(),
             inputs.windows.into(),
@@ -338,26 +370,10 @@ pub fn backward(
             saved.mean.into(),
             saved.rstd.into(),
             dr.into(),
+            inactive_grads.into(),
             Arg::I32(dims.dr_parts() as i32),
             stride,
             Arg::I32(i32::from(grads.fresh_dx)),
-            b32,
-            t32,
-            c32,
-        ],
-    )?;
-    device.launch(
-        &columns("ln_linear_bwd_modulation", c),
-        &[
-            grads.dshift.into(),
-            grads.dscale.into(),
-            scratch.dh.into(),
-            inputs.x.into(),
-            inputs.windows.into(),
-            saved.mean.into(),
-            saved.rstd.into(),
-            inactive_grads.into(),
-            stride,
             b32,
             t32,
             c32,

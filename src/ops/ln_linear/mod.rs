@@ -211,6 +211,8 @@ impl Saved {
             q: tape.take_buffer(if full { 0 } else { b * n }, DType::F32),
             dr: tape.take_buffer(if full { 0 } else { cuda::dr_len(dims) }, DType::F32),
             inactive_grads: tape.take_buffer(if full { 0 } else { cuda::inactive_grads_len(dims, elem) }, DType::F32),
+            sums: tape.take_buffer(cuda::sums_len(dims), DType::F32),
+            finished: tape.take_buffer(b, DType::U32),
         };
         let (dweight, add) = tape.grad_buffer(self.linear.weight);
         let (dbias, _) = tape.grad_buffer(self.linear.bias);
@@ -236,7 +238,8 @@ impl Saved {
         cuda::backward(&device, grads, scratch, dy, inputs, saved, dims)?;
         tape.put_grad_buffer(self.x, dx);
         tape.put_grad_buffer(self.shift.var, dmodulation);
-        for buffer in [dy, scratch.dh, scratch.pq, scratch.q, scratch.dr, scratch.inactive_grads] {
+        let cuda::Scratch { dh, pq, q, dr, inactive_grads, sums, finished } = scratch;
+        for buffer in [dy, dh, pq, q, dr, inactive_grads, sums, finished] {
             tape.give_buffer(buffer);
         }
         Ok(())

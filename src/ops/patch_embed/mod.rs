@@ -86,7 +86,14 @@ pub fn patch_embed(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], p
     Ok(y)
 }
 
-/// Tokens whose gradients one thread of the CUDA kernel adds up.
+// As in kernels/patch_embed.cu.
+/// Channels of a block.
+const CHANNELS: usize = 128;
+/// Elements of a patch that a block of the gradient's sums takes.
+const K_PART: usize = 16;
+/// Tokens of a block, forward.
+const ROWS: usize = 64;
+/// Tokens whose gradients a block adds up.
 const PART_ROWS: usize = 128;
 
 fn launch(kernel: &'static str, elem: DType, grid: [u32; 3]) -> Launch<'static> {
@@ -107,7 +114,8 @@ fn on_cuda(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], dims: Dim
     let (weight, bias) = (tape.weight_buffer(linear.weight), tape.full_buffer(linear.bias));
     let sizes = [batch, t, c, k].map(|size| Arg::I32(size as i32));
     let args = [&[y.into(), patches.into(), weight.into(), bias.into(), positions.into()], &sizes[..]].concat();
-    device.launch(&launch("patch_embed_fwd", elem, [(batch * t * c).div_ceil(256) as u32, 1, 1]), &args)?;
+    let grid = [c.div_ceil(CHANNELS) as u32, (batch * t).div_ceil(ROWS) as u32, 1];
+    device.launch(&launch("patch_embed_fwd", elem, grid), &args)?;
     let y = tape.push([batch, t, c], y, true);
     let patches = tape.push([batch, t, k], patches, false);
     tape.record(y, Node::PatchEmbed(Saved { x, patches, linear, dims }));
@@ -122,14 +130,14 @@ impl Saved {
         let parts = tape.take_buffer(count * (k + 1) * c, DType::F32);
         let [rows32, c32, k32, count32] = [rows, c, k, count].map(|size| Arg::I32(size as i32));
         let launch = |kernel, blocks| launch(kernel, elem, blocks);
-        let blocks = ((k + 1) * c).div_ceil(256) as u32;
+        let blocks = [c.div_ceil(CHANNELS), count, k.div_ceil(K_PART)].map(|blocks| blocks as u32);
         let args = [parts.into(), dy.into(), tape.buffer(self.patches).into(), rows32, c32, k32];
-        device.launch(&launch("patch_embed_bwd_parts", [blocks, count as u32, 1]), &args)?;
+        device.launch(&launch("patch_embed_bwd_parts", blocks), &args)?;
         let (dweight, add) = tape.grad_buffer(self.linear.weight);
         let (dbias, _) = tape.grad_buffer(self.linear.bias);
         let add = Arg::I32(i32::from(add));
         let args = [dweight.into(), dbias.into(), parts.into(), count32, add, c32, k32];
-        device.launch(&launch("patch_embed_bwd_weight", [blocks, 1, 1]), &args)?;
+        device.launch(&launch("patch_embed_bwd_weight", [((k + 1) * c).div_ceil(256) as u32, 1, 1]), &args)?;
         if tape.wants_grad(self.x) {
             let (dx, fresh) = tape.take_grad_buffer(self.x);
             let Dims { image_channels, height, width, patch, .. } = self.dims;

@@ -56,10 +56,11 @@ fn launch(
     [height, width]: [usize; 2],
     patch: usize,
 ) -> Result<()> {
-    let grid = [to.len.div_ceil(256) as u32, 1, 1];
+    let pixels = to.len / channels;
+    let grid = [pixels.div_ceil(256) as u32, 1, 1];
     let launch = Launch { file: "unpatchify", kernel, elem: tape.elem(), defines: &[], grid, block: 256, shared: 0 };
     let [oc, h, w, p] = [channels, height, width, patch].map(|size| Arg::I32(size as i32));
-    tape.device().launch(&launch, &[to.into(), from.into(), oc, h, w, p, Arg::U64(to.len as u64)])
+    tape.device().launch(&launch, &[to.into(), from.into(), oc, h, w, p, Arg::U32(pixels as u32)])
 }
 
 impl Saved {
