@@ -22,7 +22,6 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 struct Counted {
     kernel: String,
-    grid: Vec<u64>,
     counters: serde_json::Value,
 }
 
@@ -47,8 +46,7 @@ fn counted(file: &Path, work: impl FnOnce()) -> Vec<Counted> {
     let text = std::fs::read_to_string(file).unwrap();
     let launches = text.lines().map(|line| {
         let value: serde_json::Value = serde_json::from_str(line).unwrap();
-        let grid = value["grid"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
-        Counted { kernel: value["kernel"].as_str().unwrap().into(), grid, counters: value["counters"].clone() }
+        Counted { kernel: value["kernel"].as_str().unwrap().into(), counters: value["counters"].clone() }
     });
     launches.collect()
 }
@@ -337,9 +335,114 @@ fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
     }
 }
 
+/// Activations that the operators of the authors' PyTorch block read and write, in tensors of [B, T, C]; scores, [B, NH, T, T],
+/// are `s` of them. Forward and backward together. What is per sample or per token is left out.
+fn unfused_tensors(s: f64) -> f64 {
+    // (what, read, written)
+    let forward = [
+        ("mask the input", 1.0, 1.0),
+        ("LayerNorm", 1.0, 1.0),
+        ("times 1 + scale", 1.0, 1.0),
+        ("plus shift", 1.0, 1.0),
+        ("qkv", 1.0, 3.0),
+        ("q over the root of HS", 1.0, 1.0),
+        ("q k^T", 2.0, s),
+        ("softmax", s, s),
+        ("times v", s + 1.0, 1.0),
+        ("heads to channels", 1.0, 1.0),
+        ("proj", 1.0, 1.0),
+        ("times gate", 1.0, 1.0),
+        ("plus residual", 2.0, 1.0),
+        ("LayerNorm", 1.0, 1.0),
+        ("times 1 + scale", 1.0, 1.0),
+        ("plus shift", 1.0, 1.0),
+        ("fc1", 1.0, 4.0),
+        ("GELU", 4.0, 4.0),
+        ("fc2", 4.0, 1.0),
+        ("times gate", 1.0, 1.0),
+        ("plus residual", 2.0, 1.0),
+        ("inactive channels", 1.0, 1.0),
+        ("plus inactive channels", 2.0, 1.0),
+    ];
+    let backward = [
+        ("inactive channels", 1.0, 1.0),
+        ("times gate, for the product", 1.0, 1.0),
+        ("times the product, for the gate", 2.0, 1.0),
+        ("sum for the gate", 1.0, 0.0),
+        ("fc2, input", 1.0, 4.0),
+        ("fc2, weight", 5.0, 0.0),
+        ("fc2, bias", 1.0, 0.0),
+        ("GELU", 8.0, 4.0),
+        ("fc1, input", 4.0, 1.0),
+        ("fc1, weight", 5.0, 0.0),
+        ("fc1, bias", 4.0, 0.0),
+        ("sum for shift", 1.0, 0.0),
+        ("times 1 + scale", 1.0, 1.0),
+        ("times the normalised, for scale", 2.0, 1.0),
+        ("sum for scale", 1.0, 0.0),
+        ("LayerNorm", 2.0, 1.0),
+        ("plus the residual's", 2.0, 1.0),
+        ("times gate, for the product", 1.0, 1.0),
+        ("times the product, for the gate", 2.0, 1.0),
+        ("sum for the gate", 1.0, 0.0),
+        ("proj, input", 1.0, 1.0),
+        ("proj, weight", 2.0, 0.0),
+        ("proj, bias", 1.0, 0.0),
+        ("channels to heads", 1.0, 1.0),
+        ("times v, for the probabilities", 2.0, s),
+        ("times v, for v", s + 1.0, 1.0),
+        ("softmax", 2.0 * s, s),
+        ("q k^T, for q", s + 1.0, 1.0),
+        ("q k^T, for k", s + 1.0, 1.0),
+        ("q over the root of HS", 1.0, 1.0),
+        ("q, k and v to qkv", 3.0, 3.0),
+        ("qkv, input", 3.0, 1.0),
+        ("qkv, weight", 4.0, 0.0),
+        ("qkv, bias", 3.0, 0.0),
+        ("sum for shift", 1.0, 0.0),
+        ("times 1 + scale", 1.0, 1.0),
+        ("times the normalised, for scale", 2.0, 1.0),
+        ("sum for scale", 1.0, 0.0),
+        ("LayerNorm", 2.0, 1.0),
+        ("plus the residual's", 2.0, 1.0),
+        ("mask the input", 1.0, 1.0),
+        ("plus the inactive channels'", 2.0, 1.0),
+    ];
+    forward.iter().chain(&backward).map(|(_, read, written)| read + written).sum()
+}
+
+/// The activations of a block of XL/2 that pass through global memory, in [B, T, C] of bf16: one sample more moves them, and the
+/// same weights.
 fn a_block_moves_few_bytes(device: &Arc<Device>, file: &Path) {
     let xl = model(1152, 16, 32, Routing::Paper, 0.8);
-    for l in step(device, file, xl, &[500]) {
-        println!("{:<28} {:>14} {:>9.3} M", l.kernel, format!("{:?}", l.grid), l.number("warp_instructions") / 1e6);
+    let tensor = (xl.tokens() * xl.hidden_size * 2) as f64;
+    let scores = (xl.num_heads * xl.tokens()) as f64 / xl.hidden_size as f64;
+    let bytes = |samples: usize| {
+        let launches = step(device, file, xl.clone(), &vec![500; samples]);
+        let position = |kernel: &str, number: usize| {
+            let of = launches.iter().enumerate().filter(|(_, l)| l.kernel == kernel).map(|(i, _)| i);
+            of.clone().nth(number).unwrap_or_else(|| panic!("launch {number} of {kernel}"))
+        };
+        let forward = position("ln_linear_fwd_normalise", 0)..position("linear_residual_fwd", 1) + 1;
+        let backward = position("linear_residual_bwd_split", 0)..position("patch_embed_bwd_parts", 0);
+        let block: Vec<&Counted> = launches[forward].iter().chain(&launches[backward]).collect();
+        assert!(block.len() <= 24, "{} launches", block.len());
+        let bytes = |l: &&Counted| [l.number("dram_bytes_read"), l.number("dram_bytes_written")];
+        block.iter().map(|l| (l.kernel.clone(), bytes(l))).collect::<Vec<_>>()
+    };
+    let (one, two) = (bytes(1), bytes(2));
+    println!("{:<28} {:>6} {:>8}   [T, C] of bf16 a sample", "activations of a block", "read", "written");
+    let mut sum = 0.0;
+    for ((kernel, one), (same, two)) in one.iter().zip(&two) {
+        assert_eq!(kernel, same);
+        let [read, written] = [0, 1].map(|i| (two[i] - one[i]) / tensor);
+        println!("{kernel:<28} {read:>6.2} {written:>8.2}");
+        sum += read + written;
     }
+    let unfused = unfused_tensors(scores);
+    println!(
+        "{sum:.1} in all; the unfused graph moves {unfused:.1}, {:.1} of them scores",
+        unfused - unfused_tensors(0.0)
+    );
+    assert!(sum <= 0.5 * unfused, "{sum:.1} of {unfused:.1}");
 }

@@ -9,9 +9,12 @@ use crate::backend::cuda::device::Recorded;
 use crate::backend::cuda::{DType, Device, nvrtc};
 use crate::diffusion::{Schedule, ScheduleKind};
 use crate::error::{Error, Result};
-use crate::model::config::TASKS;
+use crate::model::config::{ModelConfig, TASKS};
 use crate::model::dit::Dit;
-use crate::routing::Routing;
+use crate::ops::tile::tiling;
+use crate::ops::work::{self, Flops};
+use crate::rng::{Philox, Stream};
+use crate::routing::{self, Routing, Window};
 use crate::train::TrainConfig;
 use crate::train::config::Precision;
 use crate::train::device::{DeviceState, DeviceUpdate, DrawnNoise};
@@ -95,15 +98,31 @@ struct Row {
     resident_warps: u32,
 }
 
+/// A product of a block, forward or backward: floating-point operations of a step, averaged over batches.
+#[derive(Debug, serde::Serialize)]
+struct ProductRow {
+    product: String,
+    tile: usize,
+    /// Without windows.
+    dense: f64,
+    /// Inside the windows.
+    needed: f64,
+    /// What the tensor cores are given, corrections for inactive channels included.
+    issued: f64,
+    /// `issued` over what they are given without windows and the share of active channels.
+    over_least: f64,
+}
+
 /// A training step of one model.
 #[derive(Debug, serde::Serialize)]
 struct Step {
     model: String,
     launches: usize,
-    launches_per_block: f64,
+    launches_per_block: usize,
     activation_bytes: usize,
     weight_bytes: usize,
     kernels: Vec<Row>,
+    products: Vec<ProductRow>,
 }
 
 pub(super) fn run(args: KernelsArgs) -> Result<()> {
@@ -159,49 +178,13 @@ fn step(
         other => return Err(Error::usage(format!("--precision is '{other}': give f32 or bf16"))),
     };
     let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
-    let dit = Dit::new(config.model_config())?;
-    dit.config.check_cuda(elem)?;
     let device = std::sync::Arc::new(Device::on_paper(arch.name, arch.number, arch.multiprocessors));
-    let state = DeviceState::planned(&device, elem, dit.layout.len())?;
-    let mut memory = Memory::on_device(&device, elem);
-    let schedule = Schedule::new(ScheduleKind::Linear, TASKS)?;
-    let b = args.batch_size;
-    let images = vec![0.0; b * config.in_channels * config.image_size * config.image_size];
-    let t: Vec<u32> = (0..b).map(|i| ((2 * i + 1) * TASKS / (2 * b)) as u32).collect();
-    let samples: Vec<u32> = (0..b as u32).collect();
-    let batch =
-        Batch { x_start: &images, noise: &[], t: &t, labels: &vec![0; b], coefficients: &vec![1.0 / b as f64; b] };
-    let update = Update {
-        lr: 1e-4,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.0,
-        ema_decay: 0.9999,
-        number: 1,
-        grad_scale: 1.0,
-    };
-    let update = DeviceUpdate { update, clip: 1.0, largest_norm: 1e18 };
-    let mut one_pass = || {
-        let noise = DrawnNoise { seed: 0, step: 0, samples: &samples };
-        device.record();
-        let mut losses = Losses::default();
-        state.step(
-            &dit,
-            &schedule,
-            config.loss_weight,
-            &mut memory,
-            batch,
-            Some(noise),
-            false,
-            Some(update),
-            &mut losses,
-        )
-    };
-    // The first pass plans the memory and runs twice for it.
-    one_pass()?;
-    one_pass()?;
-    let recorded = device.record();
+    let model_config = config.model_config();
+    let (recorded, activation_bytes) = launches(&device, &config, model_config.clone(), elem, args.batch_size)?;
+    // One block more has the launches of a block more.
+    let deeper = ModelConfig { depth: model_config.depth + 1, ..model_config.clone() };
+    let (more, _) = launches(&device, &config, deeper, elem, args.batch_size)?;
+    let dit = Dit::new(model_config)?;
     let mut counts: BTreeMap<_, (usize, &Recorded)> = BTreeMap::new();
     for launch in &recorded {
         counts.entry((launch.kernel, launch.defines.clone())).or_insert((0, launch)).0 += 1;
@@ -234,18 +217,128 @@ fn step(
             resident_warps: arch.resident_warps(found.registers, launch.block, shared),
         });
     }
-    // What does not grow with the depth: everything outside of the blocks.
-    let outside = ["diffusion", "adamw", "patch_embed", "timestep_embed", "label_embed", "modulation", "unpatchify"];
-    let in_blocks = recorded.iter().filter(|l| !outside.iter().any(|name| l.kernel.starts_with(name))).count();
     Ok(Step {
         model: model.to_string(),
         launches: recorded.len(),
-        // The final layer's are in them, and spread over all blocks.
-        launches_per_block: in_blocks as f64 / dit.config.depth as f64,
-        activation_bytes: memory.device_bytes(),
+        launches_per_block: more.len() - recorded.len(),
+        activation_bytes,
         weight_bytes: dit.layout.len() * (5 * 4 + if elem == DType::Bf16 { 2 } else { 0 }),
         kernels,
+        products: if elem == DType::Bf16 { products(&device, &dit, args.batch_size) } else { Vec::new() },
     })
+}
+
+/// The launches of a training step, and the bytes that its activations take.
+fn launches(
+    device: &std::sync::Arc<Device>,
+    config: &TrainConfig,
+    model: ModelConfig,
+    elem: DType,
+    b: usize,
+) -> Result<(Vec<Recorded>, usize)> {
+    let dit = Dit::new(model)?;
+    dit.config.check_cuda(elem)?;
+    let state = DeviceState::planned(device, elem, dit.layout.len())?;
+    let mut memory = Memory::on_device(device, elem);
+    let schedule = Schedule::new(ScheduleKind::Linear, TASKS)?;
+    let images = vec![0.0; b * config.in_channels * config.image_size * config.image_size];
+    let t: Vec<u32> = (0..b).map(|i| ((2 * i + 1) * TASKS / (2 * b)) as u32).collect();
+    let samples: Vec<u32> = (0..b as u32).collect();
+    let labels = vec![0; b];
+    let coefficients = vec![1.0 / b as f64; b];
+    let batch = Batch { x_start: &images, noise: &[], t: &t, labels: &labels, coefficients: &coefficients };
+    let update = Update {
+        lr: 1e-4,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.0,
+        ema_decay: 0.9999,
+        number: 1,
+        grad_scale: 1.0,
+    };
+    let update = DeviceUpdate { update, clip: 1.0, largest_norm: 1e18 };
+    let mut one_pass = || {
+        let noise = DrawnNoise { seed: 0, step: 0, samples: &samples };
+        device.record();
+        let mut losses = Losses::default();
+        state.step(
+            &dit,
+            &schedule,
+            config.loss_weight,
+            &mut memory,
+            batch,
+            Some(noise),
+            false,
+            Some(update),
+            &mut losses,
+        )
+    };
+    // The first pass plans the memory and runs twice for it.
+    one_pass()?;
+    one_pass()?;
+    Ok((device.record(), memory.device_bytes()))
+}
+
+/// Batches over which the work of products is averaged.
+const BATCHES: u64 = 32;
+
+/// The products of a block, for timesteps that are drawn uniformly.
+fn products(device: &Device, dit: &Dit, b: usize) -> Vec<ProductRow> {
+    let config = &dit.config;
+    let (c, tokens, mlp) = (config.hidden_size, config.tokens(), config.mlp_size());
+    let beta = match config.routing {
+        Routing::Paper | Routing::Sublayer => config.beta,
+        Routing::Dense | Routing::Random => 1.0,
+    };
+    let all = routing::windows(TASKS, c, config.alpha, beta).expect("the model's routing was checked");
+    let full = vec![Window::all(c); b];
+    let batches: Vec<Vec<Window>> = (0..BATCHES)
+        .map(|batch| {
+            let draw = |i| Philox::new(0, Stream::Timestep).below(TASKS as u64, batch, i, 0) as usize;
+            (0..b as u64).map(|i| all[draw(i)]).collect()
+        })
+        .collect();
+    let row = |name: &str, rows: usize, columns: usize, windowed: bool, work: &dyn Fn(work::Batch) -> (Flops, u64)| {
+        let tile = tiling(device, rows, columns).side;
+        let of = |windows| work(work::Batch { windows, tokens, channels: c, side: tile });
+        let drawn = batches.iter().map(|windows| of(if windowed { windows } else { &full }));
+        let (mut needed, mut issued) = (0.0, 0.0);
+        for (flops, correction) in drawn {
+            needed += flops.needed as f64 / BATCHES as f64;
+            // Without inactive channels there is nothing to correct.
+            let correction = if flops.needed < flops.dense { correction } else { 0 };
+            issued += (flops.issued + correction) as f64 / BATCHES as f64;
+        }
+        let (dense, _) = of(&full);
+        let share = needed / dense.dense as f64;
+        ProductRow {
+            product: name.into(),
+            tile,
+            dense: dense.dense as f64,
+            needed,
+            issued,
+            over_least: issued / (share * dense.issued as f64),
+        }
+    };
+    let rows = b * tokens;
+    let sublayer = config.routing == Routing::Sublayer;
+    let mut table = Vec::new();
+    for (name, outputs, windowed) in [("qkv", 3 * c, true), ("fc1", mlp, sublayer)] {
+        let each = |pass: &str| format!("{name} {pass}");
+        table.push(row(&each("forward"), rows, outputs, windowed, &|b| (b.reads(outputs), 0)));
+        table
+            .push(row(&each("input gradient"), rows, c, windowed, &|b| (b.writes(outputs), b.corrects_input(outputs))));
+        let gradient = |b: work::Batch| (b.meets(outputs), b.corrects_weight(outputs));
+        table.push(row(&each("weight gradient"), outputs, c, windowed, &gradient));
+    }
+    for (name, inputs) in [("proj", c), ("fc2", mlp)] {
+        let each = |pass: &str| format!("{name} {pass}");
+        table.push(row(&each("forward"), rows, c, sublayer, &|b| (b.writes(inputs), 0)));
+        table.push(row(&each("input gradient"), rows, inputs, sublayer, &|b| (b.reads(inputs), 0)));
+        table.push(row(&each("weight gradient"), c, inputs, sublayer, &|b| (b.meets(inputs), 0)));
+    }
+    table
 }
 
 fn show(args: &KernelsArgs, arch: &Arch, step: &Step) {
@@ -264,10 +357,27 @@ fn show(args: &KernelsArgs, arch: &Arch, step: &Step) {
         );
     }
     println!(
-        "{} launches a step, {:.1} a block; {:.2} GB for activations, {:.2} GB for weights, gradients and moments\n",
+        "{} launches a step, {} a block; {:.2} GB for activations, {:.2} GB for weights, gradients and moments\n",
         step.launches,
         step.launches_per_block,
         step.activation_bytes as f64 / 1e9,
         step.weight_bytes as f64 / 1e9
     );
+    if step.products.is_empty() {
+        return;
+    }
+    println!("Products of a block, GFLOP a step, averaged over {BATCHES} batches of uniform timesteps:");
+    println!("{:<22} {:>4} {:>9} {:>9} {:>9} {:>12}", "product", "tile", "dense", "needed", "issued", "issued/least");
+    for row in &step.products {
+        println!(
+            "{:<22} {:>4} {:>9.2} {:>9.2} {:>9.2} {:>12.3}",
+            row.product,
+            row.tile,
+            row.dense / 1e9,
+            row.needed / 1e9,
+            row.issued / 1e9,
+            row.over_least
+        );
+    }
+    println!();
 }
