@@ -68,8 +68,18 @@ fn losses_follow_the_cpu_in_both_precisions_and_every_routing() {
     let folder = tempfile::tempdir().unwrap();
     for routing in ["paper", "sublayer", "dense", "random"] {
         let steps = if routing == "paper" { "20" } else { "6" };
+        // Coefficients that depend on the losses of the step before.
+        let (weight, batch) = if routing == "sublayer" { ("uw", "8") } else { ("constant", "4") };
         let set = |device, precision| {
-            [("routing", routing), ("beta", "0.5"), ("steps", steps), ("device", device), ("precision", precision)]
+            [
+                ("routing", routing),
+                ("beta", "0.5"),
+                ("steps", steps),
+                ("loss_weight", weight),
+                ("batch_size", batch),
+                ("device", device),
+                ("precision", precision),
+            ]
         };
         let run = |name: &str, set: &[(&str, &str)]| train(folder.path().join(format!("{routing}-{name}")), set).1;
         let cpu = run("cpu", &set("cpu", "f32"));
@@ -103,6 +113,25 @@ fn the_same_run_has_the_same_bits_and_resumes_bit_for_bit() {
         trainer::resume(config, &half, Some(&at), &AtomicBool::new(false)).unwrap();
         let [model, ema, optimizer] = [0, 1, 2].map(|i| bytes(&half)[i] == bytes(&whole)[i]);
         assert!(model && ema && optimizer, "{precision}: other bits after resuming");
+    }
+}
+
+#[test]
+fn checkpointed_activations_change_no_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    for (routing, precision) in [("sublayer", "bf16"), ("random", "f32")] {
+        let [without, with] = ["false", "true"].map(|checkpoint| {
+            let set = [
+                ("routing", routing),
+                ("precision", precision),
+                ("beta", "0.5"),
+                ("steps", "3"),
+                ("grad_accumulation", "2"),
+                ("checkpoint_activations", checkpoint),
+            ];
+            train(folder.path().join(format!("{routing}-{checkpoint}")), &set).0
+        });
+        assert!(bytes(&without) == bytes(&with), "{routing}, {precision}: other bits");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::archive::{Archive, widen};
 use super::report::{Check, Report};
-use crate::autograd::cuda::{DeviceWeights, Replay, pass};
+use crate::autograd::cuda::{DeviceWeights, pass};
 use crate::autograd::{Memory, Tape, Weights, infer};
 use crate::backend::Compute;
 use crate::backend::cuda::DType;
@@ -130,7 +130,7 @@ impl Network {
             return work(&mut Tape::new(&self.weights, &mut self.grads, false, &mut self.memory));
         };
         let grads = weights.device().alloc(self.grads.len(), DType::F32)?;
-        let traced = pass(&weights, Some((grads.buffer(), false)), &mut self.memory, Replay::Never, work)?;
+        let traced = pass(&weights, Some((grads.buffer(), false)), &mut self.memory, work)?;
         self.grads = weights.device().download(grads.buffer())?;
         Ok(traced)
     }

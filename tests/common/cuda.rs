@@ -1,7 +1,7 @@
 //! The simulated device, and the error rule.
 
 use super::*;
-use dtr_fused::autograd::cuda::{DeviceWeights, Replay, pass};
+use dtr_fused::autograd::cuda::{DeviceWeights, pass};
 use dtr_fused::backend::cuda::{Allocation, Buffer, DType, Device};
 use dtr_fused::ops::real::InBf16;
 use std::path::{Path, PathBuf};
@@ -223,7 +223,7 @@ fn run_on_cuda(
     let weights = DeviceWeights::upload(device, &weights, elem).unwrap();
     let grads = device.upload(&grads, DType::F32).unwrap();
     let add = start.is_some();
-    let mut found = pass(&weights, Some((grads.buffer(), add)), memory, Replay::Never, |tape| {
+    let mut found = pass(&weights, Some((grads.buffer(), add)), memory, |tape| {
         let (given, modulation) = put(tape, inputs, params.clone());
         let y = op.on_tape(tape, &given)?;
         let output = tape.read(y)?;

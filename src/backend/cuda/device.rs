@@ -23,6 +23,33 @@ pub(crate) fn failed(what: &str, e: DriverError) -> Error {
     Error::Stopped(format!("the CUDA device failed to {what}: {}", text.unwrap_or_else(|| format!("{:?}", e.0))))
 }
 
+/// Compute capability as one number; refuses what is too old.
+fn check_arch(name: &str, major: i32, minor: i32) -> Result<u32> {
+    let arch = (major * 10 + minor) as u32;
+    match arch < OLDEST_ARCH {
+        true => Err(Error::usage(format!(
+            "{name} has compute capability {major}.{minor}, but the kernels need 8.0 or newer (an A100, an RTX 30 card, or \
+             later): give --device cpu"
+        ))),
+        false => Ok(arch),
+    }
+}
+
+/// Numbers that kernels take, as cudarc's slices hold them.
+pub trait Element: cudarc::driver::DeviceRepr {
+    /// Their type.
+    const DTYPE: DType;
+}
+
+macro_rules! element {
+    ($($number:ty: $dtype:ident)+) => {
+        $(impl Element for $number {
+            const DTYPE: DType = DType::$dtype;
+        })+
+    };
+}
+element!(f32: F32 half::bf16: Bf16 f64: F64 u32: U32 i32: I32);
+
 /// Device memory, freed when dropped.
 pub struct Allocation {
     memory: Option<CudaSlice<u8>>, // None on paper
@@ -91,6 +118,7 @@ pub struct Recorded {
 struct Driver {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    copies: Arc<CudaStream>, // of inputs for later
 }
 
 /// A CUDA device.
@@ -103,6 +131,7 @@ pub struct Device {
     recorded: Mutex<Option<Vec<Recorded>>>,
     launches: AtomicUsize,
     dry: AtomicBool,
+    ptx_only: AtomicBool,      // the driver takes no machine code
     next_address: AtomicUsize, // on paper
 }
 
@@ -123,22 +152,49 @@ impl Device {
             return Err(Error::usage(format!("there is no CUDA device {ordinal}: the driver sees {count}")));
         }
         let context = CudaContext::new(ordinal).map_err(refused)?;
-        // SAFETY: all memory of this context is used on one stream, so no events are needed between its users.
+        // SAFETY: all memory of this context is used on one stream, or between events of our own.
         unsafe { context.disable_event_tracking() };
+        // Graphs are captured from a stream of one's own.
+        Self::on_stream(context.new_stream().map_err(refused)?)
+    }
+
+    /// The device of a stream that the caller made: all its work goes there, in order with the caller's.
+    ///
+    /// Memory of the same context can be used with [`Device::buffer`]. cudarc's events do not see this device's work: what
+    /// is used on other streams too must be synchronised by the caller.
+    ///
+    /// # Errors
+    /// When the device is older than an A100 (compute capability 8.0), or the driver refuses.
+    pub fn on_stream(stream: Arc<CudaStream>) -> Result<Self> {
+        let refused = |e| failed("be opened", e);
+        let context = stream.context().clone();
         let name = context.name().map_err(refused)?;
         let (major, minor) = context.compute_capability().map_err(refused)?;
-        let arch = (major * 10 + minor) as u32;
-        if arch < OLDEST_ARCH {
-            return Err(Error::usage(format!(
-                "{name} has compute capability {major}.{minor}, but the kernels need 8.0 or newer"
-            )));
-        }
+        let arch = check_arch(&name, major, minor)?;
         let multiprocessors = context
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(refused)? as u32;
-        // Graphs are captured from a stream of one's own.
-        let stream = context.new_stream().map_err(refused)?;
-        Ok(Device { driver: Some(Driver { context, stream }), ..Device::on_paper(&name, arch, multiprocessors) })
+        let copies = context.new_stream().map_err(refused)?;
+        let driver = Some(Driver { context, stream, copies });
+        Ok(Device { driver, ..Device::on_paper(&name, arch, multiprocessors) })
+    }
+
+    /// The numbers of a cudarc slice, which must outlive their use.
+    ///
+    /// # Errors
+    /// When the slice belongs to another context.
+    pub fn buffer<T: Element>(&self, slice: &CudaSlice<T>) -> Result<Buffer> {
+        match &self.driver {
+            Some(driver) if driver.context == *slice.context() => {
+                let address = slice.device_ptr(&driver.stream).0;
+                Ok(Buffer { address, len: slice.len(), dtype: T::DTYPE })
+            }
+            _ => Err(Error::usage(format!(
+                "the slice of {} numbers belongs to another context than {}",
+                slice.len(),
+                self.name
+            ))),
+        }
     }
 
     /// A device that exists on paper only: passes over it are planned, and their launches recorded, but nothing runs.
@@ -152,6 +208,7 @@ impl Device {
             recorded: Mutex::default(),
             launches: AtomicUsize::new(0),
             dry: AtomicBool::new(false),
+            ptx_only: AtomicBool::new(false),
             next_address: AtomicUsize::new(1 << 20),
         }
     }
@@ -174,6 +231,12 @@ impl Device {
     /// The stream that everything runs on; None on paper.
     pub fn stream(&self) -> Option<&Arc<CudaStream>> {
         self.driver.as_ref().map(|driver| &driver.stream)
+    }
+
+    /// Context, stream of the kernels, stream of copies for later; None on paper, and while nothing is to run.
+    pub(super) fn streams(&self) -> Option<(&Arc<CudaContext>, &Arc<CudaStream>, &Arc<CudaStream>)> {
+        let driver = self.driver.as_ref().filter(|_| !self.dry.load(Ordering::Relaxed))?;
+        Some((&driver.context, &driver.stream, &driver.copies))
     }
 
     /// Whether nothing can run here.
@@ -458,15 +521,19 @@ impl Device {
             defines.push(("ELEM_BF16", 1));
         }
         let compiled = cache::compile(launch.file, &nvrtc::options(self.arch, &defines))?;
-        let cubin = cudarc::nvrtc::Ptx::from_binary(compiled.cubin);
-        driver
-            .context
-            .load_module(cubin)
-            .or_else(|_| {
-                let text = String::from_utf8_lossy(&compiled.ptx).into_owned();
-                driver.context.load_module(cudarc::nvrtc::Ptx::from_src(text))
-            })
-            .map_err(|e| failed(&format!("load kernels/{}.cu", launch.file), e))
+        let cannot = |e| failed(&format!("load kernels/{}.cu", launch.file), e);
+        if !self.ptx_only.load(Ordering::Relaxed) {
+            match driver.context.load_module(cudarc::nvrtc::Ptx::from_binary(compiled.cubin)) {
+                // Not of the kind that this driver runs, and neither will the next one be.
+                Err(DriverError(sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) => {
+                    self.ptx_only.store(true, Ordering::Relaxed);
+                }
+                Err(_) => {}
+                Ok(module) => return Ok(module),
+            }
+        }
+        let text = String::from_utf8_lossy(&compiled.ptx).into_owned();
+        driver.context.load_module(cudarc::nvrtc::Ptx::from_src(text)).map_err(cannot)
     }
 
     /// Captures the launches and copies that `work` makes, without running them.
@@ -503,5 +570,19 @@ impl Device {
         let Some(driver) = self.running()? else { return Ok(()) };
         // SAFETY: the graph lives, and so do the buffers it names: they are the caller's arena.
         unsafe { result::graph::launch(graph.exec, driver.stream.cu_stream()) }.map_err(|e| failed("replay a step", e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_old_is_told_so() {
+        let error = check_arch("Tesla V100", 7, 0).unwrap_err();
+        assert!(matches!(error, Error::Usage(_)));
+        let says = error.to_string();
+        assert!(says.starts_with("Tesla V100 has compute capability 7.0, but the kernels need 8.0"), "{says}");
+        assert_eq!((check_arch("A100", 8, 0).unwrap(), check_arch("RTX 5090", 12, 0).unwrap()), (80, 120));
     }
 }

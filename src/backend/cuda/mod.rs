@@ -6,6 +6,7 @@
 //! nvrtc     kernel text -> CUBIN and PTX;  cache: the same, from disk
 //! launch    a kernel's name and arguments against its signature
 //! device    context, stream, memory, launches, graphs
+//! transfer  copies that do not stop the host: the next inputs, the last results
 //! arena     one block of device memory, cut into the buffers of a step
 //! ```
 
@@ -15,8 +16,9 @@ pub mod device;
 pub mod launch;
 mod library;
 pub mod nvrtc;
+pub mod transfer;
 
-pub use device::{Allocation, Device, Graph};
+pub use device::{Allocation, Device, Element, Graph};
 pub use launch::{Arg, Launch};
 
 /// Type of the numbers in a buffer.
