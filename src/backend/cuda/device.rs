@@ -14,6 +14,9 @@ use std::sync::{Arc, Mutex};
 /// Oldest supported architecture: bf16 products and asynchronous copies came with it.
 const OLDEST_ARCH: u32 = 80;
 
+/// Oldest supported CUDA version of the driver: NVRTC 13.0 compiles for it.
+const OLDEST_DRIVER: i32 = 13_000;
+
 /// Dynamic shared memory that needs no permission.
 const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
 
@@ -21,6 +24,26 @@ const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
 pub(crate) fn failed(what: &str, e: DriverError) -> Error {
     let text = e.error_string().ok().map(|s| s.to_string_lossy().into_owned());
     Error::Stopped(format!("the CUDA device failed to {what}: {}", text.unwrap_or_else(|| format!("{:?}", e.0))))
+}
+
+/// The newest CUDA version that the driver knows: 13000 for 13.0.
+fn driver_version() -> std::result::Result<i32, DriverError> {
+    let mut version = 0;
+    // SAFETY: a valid place to write to.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
+    Ok(version)
+}
+
+/// Refuses drivers that take nothing that NVRTC 13 compiles.
+fn check_driver(version: i32) -> Result<()> {
+    let (major, minor) = (version / 1000, version % 1000 / 10);
+    match version < OLDEST_DRIVER {
+        true => Err(Error::usage(format!(
+            "the CUDA driver of this machine knows CUDA {major}.{minor}, but the kernels are compiled for 13.0: update the \
+             driver to 580 or newer"
+        ))),
+        false => Ok(()),
+    }
 }
 
 /// Compute capability as one number; refuses what is too old.
@@ -147,6 +170,7 @@ impl Device {
             Error::usage(format!("CUDA device {ordinal} cannot be opened: {text}"))
         };
         result::init().map_err(refused)?;
+        check_driver(driver_version().map_err(refused)?)?;
         let count = CudaContext::device_count().map_err(refused)?;
         if ordinal >= count.max(0) as usize {
             return Err(Error::usage(format!("there is no CUDA device {ordinal}: the driver sees {count}")));
@@ -583,6 +607,9 @@ mod tests {
         assert!(matches!(error, Error::Usage(_)));
         let says = error.to_string();
         assert!(says.starts_with("Tesla V100 has compute capability 7.0, but the kernels need 8.0"), "{says}");
+        let says = check_driver(12_040).unwrap_err().to_string();
+        assert!(says.starts_with("the CUDA driver of this machine knows CUDA 12.4, but"), "{says}");
+        check_driver(13_000).unwrap();
         assert_eq!((check_arch("A100", 8, 0).unwrap(), check_arch("RTX 5090", 12, 0).unwrap()), (80, 120));
     }
 }
