@@ -18,8 +18,11 @@ mod library;
 pub mod nvrtc;
 pub mod transfer;
 
+/// The version of cudarc whose contexts, streams and slices [`Device`] takes.
+pub use cudarc;
 pub use device::{Allocation, Device, Element, Graph};
 pub use launch::{Arg, Launch};
+pub use library::load_driver;
 
 /// Type of the numbers in a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
