@@ -320,6 +320,15 @@ impl<'a> Tape<'a> {
         self.backward_from(output, grad)
     }
 
+    /// [`Tape::backward`] with an input of the tape as the upstream gradient, which is used up.
+    ///
+    /// # Errors
+    /// As [`Tape::backward`].
+    pub fn backward_with(&mut self, output: Var, upstream: Var) -> Result<()> {
+        let upstream = std::mem::replace(&mut self.memory.values[upstream.0 as usize].data, Storage::Cpu(Vec::new()));
+        self.backward_from(output, upstream)
+    }
+
     /// [`Tape::backward`] with the upstream gradient where the tape computes.
     pub(crate) fn backward_from(&mut self, output: Var, upstream: Storage) -> Result<()> {
         let len = self.memory.values[output.0 as usize].data.len();

@@ -108,6 +108,14 @@ fn devices_and_sizes_that_do_not_exist_are_usage_errors() {
 }
 
 #[test]
+fn bench_times_no_simulated_device() {
+    let place = tempfile::tempdir().unwrap();
+    drop(device());
+    let output = command(place.path(), &["bench", "--device", "cuda", "--runs", "1"]).output().unwrap();
+    fails(output, 2, &["times mean nothing on the CUDA simulator", "cargo bench --bench cuda"]);
+}
+
+#[test]
 fn every_command_that_computes_says_the_same() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();

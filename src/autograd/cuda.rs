@@ -249,10 +249,15 @@ fn plan<R>(
     memory: &mut Memory,
     work: &mut impl FnMut(&mut Tape) -> Result<R>,
 ) -> Result<R> {
-    let planned = run(weights, grads, memory, Run::Dry, work)?;
-    let Some(own) = memory.cuda.as_mut() else { return Ok(planned) };
-    let moved = [own.work.fit(&weights.device)?, own.inputs.fit(&weights.device)?];
-    if moved.contains(&true) { run(weights, grads, memory, Run::Dry, work) } else { Ok(planned) }
+    loop {
+        let planned = run(weights, grads, memory, Run::Dry, work)?;
+        let Some(own) = memory.cuda.as_mut() else { return Ok(planned) };
+        // A pass that outgrew its memory had addresses beyond it, which may be those of somebody else: what was planned with
+        // them counts for nothing, not even its size.
+        if ![own.work.fit(&weights.device)?, own.inputs.fit(&weights.device)?].contains(&true) {
+            return Ok(planned);
+        }
+    }
 }
 
 /// A pass on a device: `work` is run dry, then for real.

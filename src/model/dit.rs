@@ -120,6 +120,11 @@ impl Dit {
         &self.windows
     }
 
+    /// The masks of random routing, one `[TASKS, C]` a block; none in the others.
+    pub(super) fn masks(&self) -> &[Vec<f32>] {
+        &self.masks
+    }
+
     /// Replaces the masks of random routing by those of another implementation: one `[TASKS, C]` of 0 and 1 a block.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ pub mod plan;
 pub mod plot;
 pub mod progress;
 pub mod run_dir;
+pub mod timing;
 pub mod trainer;
 
 pub use config::TrainConfig;
