@@ -293,7 +293,7 @@ pub fn stage<R>(
     Ok(planned)
 }
 
-/// The second half of the pass that was staged last: `late` writes the inputs of [`Tape::upload_later`], then the kernels of
+/// The second half of the pass that was staged last: `late` writes the inputs that were not known then, and the kernels of
 /// `work` are launched. From the second pass with this `number` on they are replayed as one graph: such passes must launch
 /// the same kernels every time. It returns before the device is done.
 ///
