@@ -4,7 +4,7 @@ mod common;
 #[allow(dead_code)] // every test file uses what it needs
 mod program;
 
-use common::cuda::device;
+use common::cuda::{nvrtc_folder, simulator};
 use program::{command, fails, stderr, succeeds};
 use std::fs;
 use std::path::Path;
@@ -16,10 +16,16 @@ const NVRTC: &str = "DTR_NVRTC_FOLDER";
 
 /// `dtr-fused train` of a tiny model for a step, with the simulated driver and NVRTC but for `variables`.
 fn train(place: &Path, variables: &[(&str, &Path)], args: &[&str]) -> Output {
-    // Opens nothing, but says where the simulator and NVRTC are; the program inherits that.
-    drop(device());
     let few = ["--steps", "1", "--batch-size", "2", "--samples-per-class", "1", "--sample-classes", "1"];
-    command(place, &[&["train"], program::TINY, &few, args].concat())
+    run(place, variables, &[&["train"], program::TINY, &few, args].concat())
+}
+
+/// The program with the simulated driver and NVRTC but for `variables`.
+fn run(place: &Path, variables: &[(&str, &Path)], args: &[&str]) -> Output {
+    command(place, args)
+        .env(DRIVER, simulator())
+        .env(NVRTC, nvrtc_folder())
+        .env("DTR_KERNEL_CACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels"))
         .envs(variables.iter().copied())
         .output()
         .expect("the program starts")
@@ -42,11 +48,7 @@ fn libraries_that_are_missing_or_something_else_are_named() {
     let garbage = place.join("garbage.so");
     fs::write(&garbage, "not a library").unwrap();
     let cut = place.join("cut.so");
-    let whole = fs::read(std::env::var_os(DRIVER).unwrap_or_else(|| {
-        drop(device());
-        std::env::var_os(DRIVER).expect("set by the simulated device")
-    }));
-    fs::write(&cut, &whole.unwrap()[..5000]).unwrap();
+    fs::write(&cut, &fs::read(simulator()).unwrap()[..5000]).unwrap();
     let (nowhere, empty) = (place.join("nowhere.so"), place.join("empty"));
     fs::create_dir(&empty).unwrap();
     let damaged = place.join("damaged");
@@ -54,8 +56,7 @@ fn libraries_that_are_missing_or_something_else_are_named() {
     fs::write(damaged.join("libnvrtc-builtins.so.13.0"), "not a library").unwrap();
     let another = place.join("another");
     fs::create_dir(&another).unwrap();
-    drop(device());
-    let nvrtc = std::path::PathBuf::from(std::env::var_os(NVRTC).expect("set by the simulated device"));
+    let nvrtc = nvrtc_folder();
     for name in ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"] {
         // The builtins under both names: a library without NVRTC's functions.
         fs::copy(nvrtc.join("libnvrtc-builtins.so.13.0"), another.join(name)).unwrap();
@@ -110,8 +111,7 @@ fn devices_and_sizes_that_do_not_exist_are_usage_errors() {
 #[test]
 fn bench_times_no_simulated_device() {
     let place = tempfile::tempdir().unwrap();
-    drop(device());
-    let output = command(place.path(), &["bench", "--device", "cuda", "--runs", "1"]).output().unwrap();
+    let output = run(place.path(), &[], &["bench", "--device", "cuda", "--runs", "1"]);
     fails(output, 2, &["times mean nothing on the CUDA simulator", "cargo bench --bench cuda"]);
 }
 
@@ -127,7 +127,7 @@ fn every_command_that_computes_says_the_same() {
         &["sample", "--checkpoint", "run", "--steps", "2", "--device", "cuda"][..],
         &["parity", golden, "--device", "cuda"],
     ] {
-        let output = command(place, args).env(DRIVER, place.join("garbage.so")).output().unwrap();
+        let output = run(place, &[(DRIVER, &place.join("garbage.so"))], args);
         fails(output, 1, &["garbage.so", "cannot be loaded"]);
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 
 /// Where `scripts/fetch-nvrtc` puts NVRTC.
-fn nvrtc_folder() -> PathBuf {
+pub fn nvrtc_folder() -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/nvrtc");
     assert!(
         folder.join("libnvrtc.so.13").is_file(),
@@ -19,7 +19,7 @@ fn nvrtc_folder() -> PathBuf {
 }
 
 /// The simulated driver: cargo builds examples together with the tests of a workspace.
-fn simulator() -> PathBuf {
+pub fn simulator() -> PathBuf {
     let exe = std::env::current_exe().unwrap();
     let library = exe.parent().unwrap().parent().unwrap().join("examples/libcuda.so");
     assert!(library.is_file(), "there is no {}: run cargo build -p cuda-sim-driver --example cuda", library.display());

@@ -365,15 +365,17 @@ impl Device {
         };
         // SAFETY: u8 has no invalid values, and nothing is read before a kernel or a copy wrote it: a simulated driver checks.
         let memory = unsafe { driver.stream.alloc::<u8>(bytes) }.map_err(|e| {
+            if e.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                return failed("give memory", e);
+            }
             let (free, total) = self.memory().unwrap_or((0, 0));
             let gb = |bytes: usize| bytes as f64 / 1e9;
             Error::usage(format!(
-                "{} has no {:.2} GB left ({:.2} of {:.2} GB are free): choose a smaller --batch-size or model ({:?})",
+                "{} has no {:.2} GB left ({:.2} of {:.2} GB are free): choose a smaller --batch-size or model",
                 self.name,
                 gb(bytes),
                 gb(free),
-                gb(total),
-                e.0
+                gb(total)
             ))
         })?;
         let address = memory.device_ptr(&driver.stream).0;
