@@ -9,6 +9,9 @@
 //!
 //! A tape computes in main memory or on a CUDA device, wherever its weights are; on a device it runs twice, see [`cuda`].
 //!
+//! What is put on the tape inside of [`Tape::checkpointed`] is not kept: backward does it again. So a deep model needs the
+//! memory of its blocks' inputs and of what is inside of one block.
+//!
 //! Gradients of weights go straight into one flat buffer with the layout of the weights. Gradients of activations live
 //! until the operation that made the activation has used them.
 

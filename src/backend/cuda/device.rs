@@ -1,11 +1,9 @@
-//! A CUDA device: its memory, its compiled kernels, launches and graphs. All work goes to one stream, in order.
+//! A CUDA device and its compiled kernels. All work goes to one stream, in order.
 
 use super::launch::{Arg, Launch};
-use super::{Buffer, DType, cache, library, nvrtc};
+use super::{DType, cache, library, nvrtc};
 use crate::error::{Error, Result};
-use cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys,
-};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -58,80 +56,11 @@ fn check_arch(name: &str, major: i32, minor: i32) -> Result<u32> {
     }
 }
 
-/// Numbers that kernels take, as cudarc's slices hold them.
-pub trait Element: cudarc::driver::DeviceRepr {
-    /// Their type.
-    const DTYPE: DType;
-}
-
-macro_rules! element {
-    ($($number:ty: $dtype:ident)+) => {
-        $(impl Element for $number {
-            const DTYPE: DType = DType::$dtype;
-        })+
-    };
-}
-element!(f32: F32 half::bf16: Bf16 f64: F64 u32: U32 i32: I32);
-
-/// Device memory, freed when dropped.
-pub struct Allocation {
-    memory: Option<CudaSlice<u8>>, // None on paper
-    buffer: Buffer,
-}
-
-impl Allocation {
-    /// The numbers in it.
-    pub fn buffer(&self) -> Buffer {
-        self.buffer
-    }
-
-    /// cudarc's handle of the memory; None on a device on paper.
-    pub fn memory(&self) -> Option<&CudaSlice<u8>> {
-        self.memory.as_ref()
-    }
-}
-
-/// Launches that were captured once and are replayed together.
-pub struct Graph {
-    graph: sys::CUgraph,
-    exec: sys::CUgraphExec,
-    context: Arc<CudaContext>,
-}
-
-// SAFETY: the driver takes these handles from any thread that has bound the context, as every use here does first.
-unsafe impl Send for Graph {}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // SAFETY: both were made by the driver, belong to this context and are destroyed once.
-        unsafe {
-            self.context.record_err(self.context.bind_to_thread());
-            self.context.record_err(result::graph::exec_destroy(self.exec));
-            self.context.record_err(result::graph::destroy(self.graph));
-        }
-    }
-}
-
 type ModuleKey = (&'static str, DType, Vec<(&'static str, i64)>);
 
 struct Loaded {
     module: Arc<CudaModule>,
     functions: HashMap<&'static str, (CudaFunction, u32)>, // with the dynamic shared memory it is allowed
-}
-
-/// A point in the work of a device, with its time.
-pub struct Moment {
-    event: CudaEvent,
-}
-
-impl Moment {
-    /// Milliseconds of the device from here to `later`, which is waited for.
-    ///
-    /// # Errors
-    /// When work before failed.
-    pub fn milliseconds_until(&self, later: &Moment) -> Result<f64> {
-        self.event.elapsed_ms(&later.event).map(f64::from).map_err(|e| failed("tell the time", e))
-    }
 }
 
 /// A launch that was made, for those who count them.
@@ -153,24 +82,24 @@ pub struct Recorded {
     pub shared: u32,
 }
 
-struct Driver {
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+pub(super) struct Driver {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) stream: Arc<CudaStream>,
     copies: Arc<CudaStream>, // of inputs for later
 }
 
 /// A CUDA device.
 pub struct Device {
-    driver: Option<Driver>, // None: on paper
-    name: String,
+    pub(super) driver: Option<Driver>, // None: on paper
+    pub(super) name: String,
     arch: u32,
     multiprocessors: u32,
     modules: Mutex<HashMap<ModuleKey, Loaded>>,
     recorded: Mutex<Option<Vec<Recorded>>>,
     launches: AtomicUsize,
     dry: AtomicBool,
-    ptx_only: AtomicBool,      // the driver takes no machine code
-    next_address: AtomicUsize, // on paper
+    ptx_only: AtomicBool,                 // the driver takes no machine code
+    pub(super) next_address: AtomicUsize, // on paper
 }
 
 impl Device {
@@ -216,24 +145,6 @@ impl Device {
         let copies = context.new_stream().map_err(refused)?;
         let driver = Some(Driver { context, stream, copies });
         Ok(Device { driver, ..Device::on_paper(&name, arch, multiprocessors) })
-    }
-
-    /// The numbers of a cudarc slice, which must outlive their use.
-    ///
-    /// # Errors
-    /// When the slice belongs to another context.
-    pub fn buffer<T: Element>(&self, slice: &CudaSlice<T>) -> Result<Buffer> {
-        match &self.driver {
-            Some(driver) if driver.context == *slice.context() => {
-                let address = slice.device_ptr(&driver.stream).0;
-                Ok(Buffer { address, len: slice.len(), dtype: T::DTYPE })
-            }
-            _ => Err(Error::usage(format!(
-                "the slice of {} numbers belongs to another context than {}",
-                slice.len(),
-                self.name
-            ))),
-        }
     }
 
     /// A device that exists on paper only: passes over it are planned, and their launches recorded, but nothing runs.
@@ -288,33 +199,6 @@ impl Device {
         self.name.starts_with("CUDA simulator")
     }
 
-    /// Clock in kHz of the multiprocessors, and bytes a second that the memory moves at best; None where the driver does not
-    /// tell.
-    pub fn rates(&self) -> [Option<f64>; 2] {
-        use sys::CUdevice_attribute as A;
-        let tell = |attribute| {
-            let value = self.driver.as_ref().and_then(|driver| driver.context.attribute(attribute).ok());
-            value.filter(|&value| value > 0).map(f64::from)
-        };
-        let memory_clock = tell(A::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE);
-        let bus_bits = tell(A::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH);
-        // Two transfers a clock.
-        let bandwidth = memory_clock.zip(bus_bits).map(|(khz, bits)| 2.0 * khz * 1e3 * bits / 8.0);
-        [tell(A::CU_DEVICE_ATTRIBUTE_CLOCK_RATE), bandwidth]
-    }
-
-    /// This point in the work of the device; None on paper, and while nothing is to run.
-    ///
-    /// # Errors
-    /// When the driver refuses.
-    pub fn moment(&self) -> Result<Option<Moment>> {
-        let Some((context, stream, _)) = self.streams() else { return Ok(None) };
-        let cannot = |e| failed("note the time", e);
-        let event = context.new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).map_err(cannot)?;
-        event.record(stream).map_err(cannot)?;
-        Ok(Some(Moment { event }))
-    }
-
     /// Starts to record launches, dry ones included; what was recorded so far is returned.
     pub fn record(&self) -> Vec<Recorded> {
         let mut recorded = self.recorded.lock().unwrap_or_else(|e| e.into_inner());
@@ -322,24 +206,13 @@ impl Device {
     }
 
     /// The driver, bound to this thread; None when nothing is to run.
-    fn running(&self) -> Result<Option<&Driver>> {
+    pub(super) fn running(&self) -> Result<Option<&Driver>> {
         match &self.driver {
             Some(driver) if !self.dry.load(Ordering::Relaxed) => {
                 driver.context.bind_to_thread().map_err(|e| failed("be used", e))?;
                 Ok(Some(driver))
             }
             _ => Ok(None),
-        }
-    }
-
-    /// Free and total bytes of its memory.
-    ///
-    /// # Errors
-    /// When the driver does not tell.
-    pub fn memory(&self) -> Result<(usize, usize)> {
-        match &self.driver {
-            Some(driver) => driver.context.mem_get_info().map_err(|e| failed("tell its memory", e)),
-            None => Ok((usize::MAX, usize::MAX)),
         }
     }
 
@@ -351,164 +224,6 @@ impl Device {
     /// While dry (one pass at a time: the device is shared), launches and copies are checked and counted, but nothing runs and nothing is compiled.
     pub fn set_dry(&self, dry: bool) {
         self.dry.store(dry, Ordering::Relaxed);
-    }
-
-    /// Memory for `len` numbers, with arbitrary contents.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
-    pub fn alloc(&self, len: usize, dtype: DType) -> Result<Allocation> {
-        let bytes = (len * dtype.bytes()).max(1);
-        let Some(driver) = &self.driver else {
-            let address = self.next_address.fetch_add(bytes.next_multiple_of(256), Ordering::Relaxed) as u64;
-            return Ok(Allocation { memory: None, buffer: Buffer { address, len, dtype } });
-        };
-        // SAFETY: u8 has no invalid values, and nothing is read before a kernel or a copy wrote it: a simulated driver checks.
-        let memory = unsafe { driver.stream.alloc::<u8>(bytes) }.map_err(|e| {
-            if e.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                return failed("give memory", e);
-            }
-            let (free, total) = self.memory().unwrap_or((0, 0));
-            let gb = |bytes: usize| bytes as f64 / 1e9;
-            Error::usage(format!(
-                "{} has no {:.2} GB left ({:.2} of {:.2} GB are free): choose a smaller --batch-size or model",
-                self.name,
-                gb(bytes),
-                gb(free),
-                gb(total)
-            ))
-        })?;
-        let address = memory.device_ptr(&driver.stream).0;
-        Ok(Allocation { memory: Some(memory), buffer: Buffer { address, len, dtype } })
-    }
-
-    /// Numbers copied to new memory, rounded to `dtype`.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
-    pub fn upload(&self, numbers: &[f32], dtype: DType) -> Result<Allocation> {
-        let allocation = self.alloc(numbers.len(), dtype)?;
-        self.write(allocation.buffer(), numbers)?;
-        Ok(allocation)
-    }
-
-    /// Copies numbers into a buffer of f32, bf16 or f64, rounding to its type.
-    ///
-    /// # Errors
-    /// When the sizes differ, or the copy fails.
-    pub fn write(&self, to: Buffer, numbers: &[f32]) -> Result<()> {
-        match to.dtype {
-            DType::F32 => self.write_bytes(to, bytemuck::cast_slice(numbers)),
-            DType::Bf16 => {
-                let rounded: Vec<u16> = numbers.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect();
-                self.write_bytes(to, bytemuck::cast_slice(&rounded))
-            }
-            DType::F64 => {
-                let wide: Vec<f64> = numbers.iter().map(|&x| f64::from(x)).collect();
-                self.write_bytes(to, bytemuck::cast_slice(&wide))
-            }
-            DType::U32 | DType::I32 => {
-                Err(Error::Shape { operation: "write", what: "floats cannot be written to integers".into() })
-            }
-        }
-    }
-
-    /// Copies bytes into a buffer of that many bytes.
-    ///
-    /// # Errors
-    /// When the sizes differ, or the copy fails.
-    pub fn write_bytes(&self, to: Buffer, bytes: &[u8]) -> Result<()> {
-        if bytes.len() != to.len * to.dtype.bytes() {
-            let what = format!("{} bytes for {} numbers of {:?}", bytes.len(), to.len, to.dtype);
-            return Err(Error::Shape { operation: "write", what });
-        }
-        let Some(driver) = self.running()?.filter(|_| !bytes.is_empty()) else { return Ok(()) };
-        // SAFETY: the buffer holds that many bytes; pageable memory is copied from before the call returns.
-        unsafe { result::memcpy_htod_async(to.address, bytes, driver.stream.cu_stream()) }
-            .map_err(|e| failed("take numbers", e))
-    }
-
-    /// New memory with these unsigned integers.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
-    pub fn upload_u32(&self, numbers: &[u32]) -> Result<Allocation> {
-        let allocation = self.alloc(numbers.len(), DType::U32)?;
-        self.write_bytes(allocation.buffer(), bytemuck::cast_slice(numbers))?;
-        Ok(allocation)
-    }
-
-    /// New memory with these integers.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
-    pub fn upload_i32(&self, numbers: &[i32]) -> Result<Allocation> {
-        let allocation = self.alloc(numbers.len(), DType::I32)?;
-        self.write_bytes(allocation.buffer(), bytemuck::cast_slice(numbers))?;
-        Ok(allocation)
-    }
-
-    /// Waits for all work and copies the numbers of a buffer of floats.
-    ///
-    /// # Errors
-    /// When the copy or any work before it failed.
-    pub fn download(&self, from: Buffer) -> Result<Vec<f32>> {
-        let mut bytes = vec![0u8; from.len * from.dtype.bytes()];
-        self.read_bytes(&mut bytes, from)?;
-        Ok(match from.dtype {
-            DType::F32 => bytemuck::pod_collect_to_vec(&bytes),
-            DType::Bf16 => bytemuck::pod_collect_to_vec::<u8, u16>(&bytes)
-                .into_iter()
-                .map(|bits| half::bf16::from_bits(bits).to_f32())
-                .collect(),
-            DType::F64 => bytemuck::pod_collect_to_vec::<u8, f64>(&bytes).into_iter().map(|x| x as f32).collect(),
-            DType::U32 => bytemuck::pod_collect_to_vec::<u8, u32>(&bytes).into_iter().map(|x| x as f32).collect(),
-            DType::I32 => bytemuck::pod_collect_to_vec::<u8, i32>(&bytes).into_iter().map(|x| x as f32).collect(),
-        })
-    }
-
-    /// Waits for all work and copies the bytes of a buffer.
-    ///
-    /// # Errors
-    /// When the sizes differ, or the copy or any work before it failed.
-    pub fn read_bytes(&self, to: &mut [u8], from: Buffer) -> Result<()> {
-        if to.len() != from.len * from.dtype.bytes() {
-            let what = format!("{} bytes for {} numbers of {:?}", to.len(), from.len, from.dtype);
-            return Err(Error::Shape { operation: "read", what });
-        }
-        let Some(driver) = self.running()?.filter(|_| !to.is_empty()) else { return Ok(()) };
-        // SAFETY: both sides have that many bytes, and the stream is waited for before `to` is used.
-        unsafe { result::memcpy_dtoh_async(to, from.address, driver.stream.cu_stream()) }
-            .map_err(|e| failed("give numbers", e))?;
-        self.synchronize()
-    }
-
-    /// Copies a buffer to another of its size and type.
-    ///
-    /// # Errors
-    /// When they differ, or the copy fails.
-    pub fn copy(&self, to: Buffer, from: Buffer) -> Result<()> {
-        if (to.len, to.dtype) != (from.len, from.dtype) {
-            let what = format!("{} numbers of {:?} to {} of {:?}", from.len, from.dtype, to.len, to.dtype);
-            return Err(Error::Shape { operation: "copy", what });
-        }
-        let Some(driver) = self.running()?.filter(|_| to.len > 0) else { return Ok(()) };
-        // SAFETY: both buffers hold that many bytes.
-        unsafe {
-            result::memcpy_dtod_async(to.address, from.address, to.len * to.dtype.bytes(), driver.stream.cu_stream())
-        }
-        .map_err(|e| failed("copy", e))
-    }
-
-    /// Sets every byte of a buffer.
-    ///
-    /// # Errors
-    /// When the driver refuses.
-    pub fn fill_bytes(&self, to: Buffer, byte: u8) -> Result<()> {
-        let Some(driver) = self.running()?.filter(|_| to.len > 0) else { return Ok(()) };
-        // SAFETY: the buffer holds that many bytes.
-        unsafe { result::memset_d8_async(to.address, byte, to.len * to.dtype.bytes(), driver.stream.cu_stream()) }
-            .map_err(|e| failed("fill memory", e))
     }
 
     /// Waits for all work.
@@ -607,42 +322,6 @@ impl Device {
         }
         let text = String::from_utf8_lossy(&compiled.ptx).into_owned();
         driver.context.load_module(cudarc::nvrtc::Ptx::from_src(text)).map_err(cannot)
-    }
-
-    /// Captures the launches and copies that `work` makes, without running them.
-    ///
-    /// # Errors
-    /// Those of `work`, and when the driver cannot capture.
-    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
-        let cannot = |e| failed("capture a graph", e);
-        let Some(driver) = self.running()? else {
-            return Err(Error::usage("a device on which nothing runs cannot capture a graph"));
-        };
-        driver.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(cannot)?;
-        let worked = work();
-        // SAFETY: the stream is capturing since the call above.
-        let graph = unsafe { result::stream::end_capture(driver.stream.cu_stream()) };
-        worked?;
-        let graph = graph.map_err(cannot)?;
-        // SAFETY: the graph was captured above; no flags.
-        match unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) } {
-            Ok(exec) => Ok(Graph { graph, exec, context: driver.context.clone() }),
-            Err(e) => {
-                // SAFETY: the graph was captured above and is destroyed once.
-                let _ = unsafe { result::graph::destroy(graph) };
-                Err(cannot(e))
-            }
-        }
-    }
-
-    /// Runs what was captured.
-    ///
-    /// # Errors
-    /// When the driver refuses.
-    pub fn replay(&self, graph: &Graph) -> Result<()> {
-        let Some(driver) = self.running()? else { return Ok(()) };
-        // SAFETY: the graph lives, and so do the buffers it names: they are the caller's arena.
-        unsafe { result::graph::launch(graph.exec, driver.stream.cu_stream()) }.map_err(|e| failed("replay a step", e))
     }
 }
 
