@@ -23,13 +23,14 @@ use crate::tensor::Storage;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+/// A gradient of this norm counts as not finite: its square would not fit the second moment, which is f32.
+pub const LARGEST_NORM: f64 = 1e18;
+
 /// Numbers of a sample that `kernels/diffusion_loss.cu` reads, in its order.
 const STEP_NUMBERS: usize = 9;
 /// Blocks that sum the squares of the gradients: fixed, so that the sum is too.
 const NORM_BLOCKS: usize = 1024;
 const THREADS: usize = 256;
-/// A gradient of this norm counts as not finite: its square would not fit the second moment, which is f32.
-pub const LARGEST_NORM: f64 = 1e18;
 
 /// Noise that the device draws: that of `samples` (numbers in the batch) at `step`.
 #[derive(Clone, Copy, Debug)]
@@ -261,6 +262,27 @@ impl DeviceState {
             self.mail.push_back(mail);
         }
         Ok(decision)
+    }
+
+    /// A pass over `batch` from its first kernel to its results: staged, launched and collected.
+    ///
+    /// # Errors
+    /// As those three.
+    #[expect(clippy::too_many_arguments, reason = "what, how, and of which model")]
+    pub fn step(
+        &mut self,
+        dit: &Dit,
+        schedule: &Schedule,
+        loss_weight: LossWeight,
+        memory: &mut Memory,
+        batch: Batch,
+        how: How,
+        update: Option<DeviceUpdate>,
+        found: &mut Losses,
+    ) -> Result<Option<Decision>> {
+        self.stage(dit, memory, batch, how)?;
+        self.launch(dit, schedule, loss_weight, memory, batch, how, update)?;
+        self.collect(found)
     }
 
     /// What the kernels of a pass do.
