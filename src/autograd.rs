@@ -9,6 +9,9 @@
 //!
 //! A tape computes in main memory or on a CUDA device, wherever its weights are; on a device it runs twice, see [`cuda`].
 //!
+//! What is put on the tape inside of [`Tape::checkpointed`] is not kept: backward does it again. So a deep model needs the
+//! memory of its blocks' inputs and of what is inside of one block.
+//!
 //! Gradients of weights go straight into one flat buffer with the layout of the weights. Gradients of activations live
 //! until the operation that made the activation has used them.
 
@@ -36,10 +39,17 @@ pub struct Windows {
     len: u32,
 }
 
-/// What an operation did and which activation came out of it.
-struct Step {
-    node: Node,
-    output: Var,
+/// Makes one activation from others that are on the tape.
+type Work = Box<dyn Fn(&mut Tape) -> Result<Var> + Send + Sync>;
+
+/// What backward has to undo, last first.
+enum Step {
+    /// An operation made `output`.
+    Made { node: Node, output: Var },
+    /// `work` made `output`, and nothing on the way to it was kept: it is done again.
+    Checkpointed { work: Work, output: Var },
+    /// The gradients of everything made since `mark`, when something was done again, are computed.
+    DoneSince { mark: usize },
 }
 
 /// Buffers that outlive a tape. Give the same one to every step.
@@ -172,7 +182,7 @@ impl<'a> From<&'a DeviceWeights> for Weights<'a> {
 pub fn infer<R>(weights: Weights, memory: &mut Memory, mut work: impl FnMut(&mut Tape) -> Result<R>) -> Result<R> {
     match weights {
         Weights::Cpu(weights) => work(&mut Tape::inference(weights, memory)),
-        Weights::Cuda(weights) => cuda::pass(weights, None, memory, cuda::Replay::Never, work),
+        Weights::Cuda(weights) => cuda::pass(weights, None, memory, work),
     }
 }
 
@@ -181,6 +191,7 @@ pub struct Tape<'a> {
     pub(crate) weights: &'a [f32],
     pub(crate) weight_grads: Option<WeightGrads<'a>>,
     cuda: Option<cuda::OnDevice<'a>>,
+    paused: bool, // inside of Tape::checkpointed: nothing is recorded
     memory: &'a mut Memory,
 }
 
@@ -191,18 +202,18 @@ impl<'a> Tape<'a> {
     pub fn new(weights: &'a [f32], grads: &'a mut [f32], add: bool, memory: &'a mut Memory) -> Self {
         assert_eq!(weights.len(), grads.len(), "weights and their gradients have one layout");
         memory.clear();
-        Tape { weights, weight_grads: Some(WeightGrads { data: grads, add }), cuda: None, memory }
+        Tape { weights, weight_grads: Some(WeightGrads { data: grads, add }), cuda: None, paused: false, memory }
     }
 
     /// A tape that records nothing: for sampling.
     pub fn inference(weights: &'a [f32], memory: &'a mut Memory) -> Self {
         memory.clear();
-        Tape { weights, weight_grads: None, cuda: None, memory }
+        Tape { weights, weight_grads: None, cuda: None, paused: false, memory }
     }
 
     /// Whether operations need to save anything for a backward pass.
     pub fn records(&self) -> bool {
-        self.weight_grads.is_some() || self.cuda.as_ref().is_some_and(|cuda| cuda.records())
+        !self.paused && (self.weight_grads.is_some() || self.cuda.as_ref().is_some_and(|cuda| cuda.records()))
     }
 
     /// Puts an input on the tape. Its gradient is only computed when asked for here. On a CUDA device, what has three
@@ -312,6 +323,15 @@ impl<'a> Tape<'a> {
         self.backward_from(output, grad)
     }
 
+    /// [`Tape::backward`] with an input of the tape as the upstream gradient, which is used up.
+    ///
+    /// # Errors
+    /// As [`Tape::backward`].
+    pub fn backward_with(&mut self, output: Var, upstream: Var) -> Result<()> {
+        let upstream = std::mem::replace(&mut self.memory.values[upstream.0 as usize].data, Storage::Cpu(Vec::new()));
+        self.backward_from(output, upstream)
+    }
+
     /// [`Tape::backward`] with the upstream gradient where the tape computes.
     pub(crate) fn backward_from(&mut self, output: Var, upstream: Storage) -> Result<()> {
         let len = self.memory.values[output.0 as usize].data.len();
@@ -323,14 +343,58 @@ impl<'a> Tape<'a> {
             return Err(Error::Shape { operation: "backward", what });
         }
         self.memory.grads[output.0 as usize] = Some(upstream);
-        while let Some(Step { node, output }) = self.memory.steps.pop() {
-            match self.memory.grads[output.0 as usize].take() {
-                Some(Storage::Cpu(grad)) => node.backward(self, grad),
-                Some(Storage::Cuda(grad)) => node.backward_cuda(self, grad)?,
-                None => {}
+        while let Some(step) = self.memory.steps.pop() {
+            match step {
+                Step::Made { node, output } => match self.memory.grads[output.0 as usize].take() {
+                    Some(Storage::Cpu(grad)) => node.backward(self, grad),
+                    Some(Storage::Cuda(grad)) => node.backward_cuda(self, grad)?,
+                    None => {}
+                },
+                Step::Checkpointed { work, output } => {
+                    let Some(grad) = self.memory.grads[output.0 as usize].take() else { continue };
+                    // Below the steps of the work, so that it comes after them.
+                    self.memory.steps.push(Step::DoneSince { mark: self.mark() });
+                    let again = work(self)?;
+                    self.memory.grads[again.0 as usize] = Some(grad);
+                }
+                Step::DoneSince { mark } => self.forget_since(mark),
             }
         }
         Ok(())
+    }
+
+    /// `work(self)`, and of all that it puts on the tape only its result is kept: backward does it again to have the rest.
+    /// So `work` must do the same every time, from what was on the tape before. On an inference tape it is only done.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn checkpointed(&mut self, work: impl Fn(&mut Tape) -> Result<Var> + Send + Sync + 'static) -> Result<Var> {
+        if !self.records() {
+            return work(self);
+        }
+        let mark = self.mark();
+        self.paused = true;
+        let output = work(self);
+        let output = output.inspect(|&output| self.release_since(mark, output));
+        self.paused = false;
+        let output = output?;
+        self.memory.steps.push(Step::Checkpointed { work: Box::new(work), output });
+        Ok(output)
+    }
+
+    /// Takes everything made since `mark`, gradients too, off the tape.
+    fn forget_since(&mut self, mark: usize) {
+        let values = self.memory.values.drain(mark..).map(|value| value.data);
+        let buffers: Vec<Storage> = values.chain(self.memory.grads.drain(mark..).flatten()).collect();
+        self.memory.wants_grad.truncate(mark);
+        buffers.into_iter().for_each(|buffer| self.recycle(buffer));
+    }
+
+    fn recycle(&mut self, storage: Storage) {
+        match storage {
+            Storage::Cpu(buffer) => self.memory.pool.give(buffer),
+            Storage::Cuda(buffer) => self.give_buffer(buffer),
+        }
     }
 
     /// Marks a point of the tape for [`Tape::release_since`].
@@ -347,10 +411,8 @@ impl<'a> Tape<'a> {
             if index == keep.0 as usize {
                 continue;
             }
-            match std::mem::replace(&mut self.memory.values[index].data, Storage::Cpu(Vec::new())) {
-                Storage::Cpu(buffer) => self.memory.pool.give(buffer),
-                Storage::Cuda(buffer) => self.give_buffer(buffer),
-            }
+            let storage = std::mem::replace(&mut self.memory.values[index].data, Storage::Cpu(Vec::new()));
+            self.recycle(storage);
         }
     }
 
@@ -377,7 +439,7 @@ impl<'a> Tape<'a> {
     /// Writes down what an operation did (on an inference tape: nothing).
     pub(crate) fn record(&mut self, output: Var, node: Node) {
         if self.records() {
-            self.memory.steps.push(Step { node, output });
+            self.memory.steps.push(Step::Made { node, output });
         }
     }
 

@@ -4,11 +4,10 @@ mod common;
 
 use common::cuda::device;
 use common::same_bits;
-use dtr_fused::backend::Compute;
 use dtr_fused::backend::cuda::{Arg, DType, Launch};
-use dtr_fused::parity::check_dir;
 use dtr_fused::rng::{Philox, Stream};
 use dtr_fused::train::optimizer::{Update, adamw};
+use dtr_fused::train::timing::time_steps;
 use dtr_fused::train::{TrainConfig, checkpoint, metrics, trainer};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -67,9 +66,19 @@ fn bytes(run: &Path) -> Vec<Vec<u8>> {
 fn losses_follow_the_cpu_in_both_precisions_and_every_routing() {
     let folder = tempfile::tempdir().unwrap();
     for routing in ["paper", "sublayer", "dense", "random"] {
-        let steps = if routing == "paper" { "20" } else { "6" };
+        let steps = if routing == "paper" { "20" } else { "3" };
+        // Coefficients that depend on the losses of the step before.
+        let (weight, batch) = if routing == "sublayer" { ("uw", "8") } else { ("constant", "4") };
         let set = |device, precision| {
-            [("routing", routing), ("beta", "0.5"), ("steps", steps), ("device", device), ("precision", precision)]
+            [
+                ("routing", routing),
+                ("beta", "0.5"),
+                ("steps", steps),
+                ("loss_weight", weight),
+                ("batch_size", batch),
+                ("device", device),
+                ("precision", precision),
+            ]
         };
         let run = |name: &str, set: &[(&str, &str)]| train(folder.path().join(format!("{routing}-{name}")), set).1;
         let cpu = run("cpu", &set("cpu", "f32"));
@@ -103,6 +112,25 @@ fn the_same_run_has_the_same_bits_and_resumes_bit_for_bit() {
         trainer::resume(config, &half, Some(&at), &AtomicBool::new(false)).unwrap();
         let [model, ema, optimizer] = [0, 1, 2].map(|i| bytes(&half)[i] == bytes(&whole)[i]);
         assert!(model && ema && optimizer, "{precision}: other bits after resuming");
+    }
+}
+
+#[test]
+fn checkpointed_activations_change_no_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    for (routing, precision) in [("sublayer", "bf16"), ("random", "f32")] {
+        let [without, with] = ["false", "true"].map(|checkpoint| {
+            let set = [
+                ("routing", routing),
+                ("precision", precision),
+                ("beta", "0.5"),
+                ("steps", "3"),
+                ("grad_accumulation", "2"),
+                ("checkpoint_activations", checkpoint),
+            ];
+            train(folder.path().join(format!("{routing}-{checkpoint}")), &set).0
+        });
+        assert!(bytes(&without) == bytes(&with), "{routing}, {precision}: other bits");
     }
 }
 
@@ -141,15 +169,14 @@ fn steps_that_are_not_finite_change_nothing() {
 }
 
 #[test]
-fn golden_cases_agree() {
-    let compute = Compute::Cuda { device: Arc::new(device()), elem: DType::F32 };
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let mut compared = 0;
-    for (case, report) in check_dir(&golden, &compute).unwrap() {
-        assert!(report.passed(), "{}\n{report}", case.display());
-        compared += report.compared();
-    }
-    assert!(compared > 1000, "{compared} tensors");
+fn steps_can_be_timed() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(&folder.path().join("run"), &[("grad_accumulation", "2"), ("precision", "bf16")]);
+    (config.image_size, config.in_channels, config.num_classes) = (8, 1, 10);
+    let (learner, times) = time_steps(&config, &Arc::new(device()), DType::Bf16, 2).unwrap();
+    // The simulator's times say nothing, but there must be some.
+    assert!(times.device_seconds > 0.0 && times.host_seconds > 0.0 && times.memory > 0);
+    assert_eq!(times.parameters, learner.dit.layout.len());
 }
 
 #[test]

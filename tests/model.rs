@@ -114,6 +114,23 @@ fn routings_differ_where_they_should() {
     }
 }
 
+#[test]
+fn checkpoints_change_memory_and_no_bit() {
+    for routing in ROUTINGS {
+        let mut model = model(routing, 0.5);
+        let weights = weights(&model);
+        let [mut all, mut few] = [Memory::new(), Memory::new()];
+        let (output, grads) = step(&model, &weights, &mut all);
+        model.checkpoint_activations = true;
+        for _ in 0..2 {
+            let (y, g) = step(&model, &weights, &mut few);
+            assert!(same_bits(&y, &output) && same_bits(&g, &grads), "{routing:?}");
+        }
+        // Three blocks: the inside of one is kept at a time.
+        assert!(few.bytes() * 3 < all.bytes() * 2, "{routing:?}: {} of {} bytes", few.bytes(), all.bytes());
+    }
+}
+
 /// Random routing masks and then computes everything. Given the windows of the paper's routing as masks it must agree with
 /// the kernels that skip.
 #[test]

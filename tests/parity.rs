@@ -1,7 +1,7 @@
 //! Golden tensors of the published PyTorch code pass; whatever is off, damaged, unknown or missing fails.
 
 use dtr_fused::backend::Compute;
-use dtr_fused::parity::{Report, Row, check_dir};
+use dtr_fused::parity::{Report, Row, check_dir, check_reference};
 use std::path::{Path, PathBuf};
 
 fn golden() -> PathBuf {
@@ -28,6 +28,16 @@ fn failures(report: &Report) -> Vec<String> {
 fn compared(report: &Report) -> Vec<&str> {
     let name = |row: &'_ Row| matches!(row, Row::Compared { .. });
     report.rows.iter().filter(|row| name(row)).map(|row| row.name()).collect()
+}
+
+#[test]
+fn the_plain_loops_pass_every_golden_case() {
+    let mut compared = 0;
+    for (dir, report) in check_reference(&golden()).unwrap() {
+        assert!(report.passed(), "{}\n{report}", dir.display());
+        compared += report.compared();
+    }
+    assert!(compared > 1000, "{compared} tensors");
 }
 
 #[test]

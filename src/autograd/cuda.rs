@@ -2,11 +2,13 @@
 //!
 //! A pass runs twice. The first time it is dry: nothing is launched, but every buffer is taken and given back, and every
 //! input (images, timesteps, windows) is noted. So the memory that the pass needs is known before it starts, and it is one
-//! block; buffers come in the same order, hence at the same addresses, every time. The second time the kernels are launched;
-//! or the inputs are copied to the device, and the graph of an earlier pass is replayed.
+//! block; buffers come in the same order, hence at the same addresses, every time. The second time the kernels are launched.
+//! A training step does the first half for the next pass while the device computes this one ([`stage`]), and the second
+//! half replays the graph of an earlier pass ([`launch_staged`]).
 
 use super::{Memory, Storage, Tape, Var, Windows};
 use crate::backend::cuda::arena::Arena;
+use crate::backend::cuda::transfer::Staging;
 use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Graph, Launch};
 use crate::error::{Error, Result};
 use crate::params::Param;
@@ -87,6 +89,7 @@ pub(super) struct DeviceMemory {
     elem: DType,
     work: Region,
     inputs: Region,
+    staging: Option<Staging>, // of the inputs of the next pass
     uploads: Vec<(Buffer, Vec<u8>)>,
     run: Run,
     failed: Option<Error>,       // a copy of an input
@@ -101,8 +104,8 @@ enum Run {
     Dry,
     /// Inputs are copied where they are asked for: they may depend on what was read before.
     Live,
-    /// The inputs are on the device already.
-    Captured,
+    /// The inputs were sent to the device before.
+    Sent,
 }
 
 /// A graph and the addresses it was captured with.
@@ -148,7 +151,32 @@ impl Region {
 
 impl DeviceMemory {
     pub(super) fn bytes(&self) -> usize {
-        self.work.bytes() + self.inputs.bytes()
+        self.work.bytes() + self.inputs.bytes() + self.staging.as_ref().map_or(0, Staging::bytes)
+    }
+
+    /// Sends the inputs that a dry pass noted.
+    fn send(&mut self) -> Result<()> {
+        let needed = self.inputs.arena.peak();
+        if self.staging.as_ref().is_none_or(|staging| staging.bytes() < needed) {
+            self.staging = None;
+            self.staging = Staging::new(&self.device, needed)?;
+        }
+        let (Some(staging), base) = (&mut self.staging, self.inputs.arena.base()) else { return Ok(()) };
+        staging.send(&self.device, |room| {
+            for (buffer, bytes) in &self.uploads {
+                room[(buffer.address - base) as usize..][..bytes.len()].copy_from_slice(bytes);
+            }
+        })
+    }
+
+    /// Copies the inputs that were sent to where the kernels read them.
+    fn deliver(&self) -> Result<()> {
+        let inputs = Buffer {
+            address: self.inputs.arena.base(),
+            len: self.inputs.arena.peak() / DType::F32.bytes(),
+            dtype: DType::F32,
+        };
+        self.staging.as_ref().map_or(Ok(()), |staging| staging.deliver(&self.device, inputs))
     }
 
     pub(super) fn clear(&mut self) {
@@ -159,16 +187,6 @@ impl DeviceMemory {
     }
 }
 
-/// How the second run of a pass is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Replay {
-    /// Launch every kernel.
-    Never,
-    /// Capture the launches of the first pass with this number as a graph, and replay that from then on. Such passes must
-    /// launch the same kernels every time, and must not read anything.
-    As(u64),
-}
-
 impl Memory {
     /// A memory for passes on `device`, with activations in `elem` (f32 or bf16).
     pub fn on_device(device: &Arc<Device>, elem: DType) -> Self {
@@ -177,6 +195,7 @@ impl Memory {
             elem,
             work: Region::new(1 << 61),
             inputs: Region::new(1 << 62),
+            staging: None,
             uploads: Vec::new(),
             run: Run::Dry,
             failed: None,
@@ -190,69 +209,123 @@ impl Memory {
     pub fn device_bytes(&self) -> usize {
         self.cuda.as_ref().map_or(0, |cuda| cuda.bytes())
     }
+
+    /// Bytes of device memory for activations and gradients, and for the inputs of one pass.
+    pub fn device_parts(&self) -> [usize; 2] {
+        self.cuda.as_ref().map_or([0; 2], |cuda| [cuda.work.bytes(), cuda.inputs.bytes()])
+    }
 }
 
-/// A pass on a device: `work` is run dry, then for real (or its graph is replayed).
-///
-/// `grads` is `[P]` f32, overwritten, or added to where the flag says so; None for inference.
+/// Gradients of the weights, `[P]` f32, and whether to add to them; None for inference.
+pub type Grads = Option<(Buffer, bool)>;
+
+/// Runs `work` on a tape.
+fn run<R>(
+    weights: &DeviceWeights,
+    grads: Grads,
+    memory: &mut Memory,
+    how: Run,
+    work: &mut impl FnMut(&mut Tape) -> Result<R>,
+) -> Result<R> {
+    memory.clear();
+    let Some(own) = memory.cuda.as_mut() else {
+        return Err(Error::usage("this memory is for passes on the CPU: make it with Memory::on_device"));
+    };
+    own.run = how;
+    weights.device.set_dry(how == Run::Dry);
+    let cuda = Some(OnDevice { weights, grads });
+    let found = work(&mut Tape { weights: &[], weight_grads: None, cuda, paused: false, memory });
+    weights.device.set_dry(false);
+    match memory.cuda.as_mut().and_then(|own| own.failed.take()) {
+        Some(error) => Err(error),
+        None => found,
+    }
+}
+
+/// Runs `work` dry and makes room for what it takes.
+fn plan<R>(
+    weights: &DeviceWeights,
+    grads: Grads,
+    memory: &mut Memory,
+    work: &mut impl FnMut(&mut Tape) -> Result<R>,
+) -> Result<R> {
+    loop {
+        let planned = run(weights, grads, memory, Run::Dry, work)?;
+        let Some(own) = memory.cuda.as_mut() else { return Ok(planned) };
+        // A pass that outgrew its memory had addresses beyond it, which may be those of somebody else: what was planned with
+        // them counts for nothing, not even its size.
+        if ![own.work.fit(&weights.device)?, own.inputs.fit(&weights.device)?].contains(&true) {
+            return Ok(planned);
+        }
+    }
+}
+
+/// A pass on a device: `work` is run dry, then for real.
 ///
 /// # Errors
 /// Those of `work`, and when the device has not enough memory.
 pub fn pass<R>(
     weights: &DeviceWeights,
-    grads: Option<(Buffer, bool)>,
+    grads: Grads,
     memory: &mut Memory,
-    replay: Replay,
     mut work: impl FnMut(&mut Tape) -> Result<R>,
 ) -> Result<R> {
+    let planned = plan(weights, grads, memory, &mut work)?;
+    match weights.device.is_on_paper() {
+        true => Ok(planned),
+        false => run(weights, grads, memory, Run::Live, &mut work),
+    }
+}
+
+/// The first half of a pass that must not read anything: `work` is run dry, and its inputs are sent to the device, which
+/// may still be busy with the pass before.
+///
+/// # Errors
+/// As [`pass`].
+pub fn stage<R>(
+    weights: &DeviceWeights,
+    grads: Grads,
+    memory: &mut Memory,
+    mut work: impl FnMut(&mut Tape) -> Result<R>,
+) -> Result<R> {
+    let planned = plan(weights, grads, memory, &mut work)?;
+    memory.cuda.as_mut().map_or(Ok(()), |own| own.send())?;
+    Ok(planned)
+}
+
+/// The second half of the pass that was staged last: `late` writes the inputs that were not known then, and the kernels of
+/// `work` are launched. From the second pass with this `number` on they are replayed as one graph: such passes must launch
+/// the same kernels every time. It returns before the device is done.
+///
+/// # Errors
+/// As [`pass`], and those of `late`.
+pub fn launch_staged(
+    weights: &DeviceWeights,
+    grads: Grads,
+    memory: &mut Memory,
+    number: u64,
+    late: impl FnOnce() -> Result<()>,
+    mut work: impl FnMut(&mut Tape) -> Result<()>,
+) -> Result<()> {
     let device = weights.device.clone();
-    let mut run = |memory: &mut Memory, how: Run| {
-        memory.clear();
-        memory.cuda.as_mut().expect("checked below").run = how;
-        device.set_dry(how == Run::Dry);
-        let cuda = Some(OnDevice { weights, grads });
-        let found = work(&mut Tape { weights: &[], weight_grads: None, cuda, memory });
-        device.set_dry(false);
-        match memory.cuda.as_mut().and_then(|own| own.failed.take()) {
-            Some(error) => Err(error),
-            None => found,
-        }
-    };
-    if memory.cuda.is_none() {
-        return Err(Error::usage("this memory is for passes on the CPU: make it with Memory::on_device"));
-    }
-    let planned = run(memory, Run::Dry)?;
-    let own = memory.cuda.as_mut().expect("checked above");
-    let moved = [own.work.fit(&device)?, own.inputs.fit(&device)?];
-    if moved.contains(&true) {
-        run(memory, Run::Dry)?;
-    }
-    if device.is_on_paper() {
-        return Ok(planned);
-    }
-    let Replay::As(number) = replay else {
-        return run(memory, Run::Live);
-    };
-    let own = memory.cuda.as_mut().expect("checked above");
-    for (buffer, bytes) in &own.uploads {
-        device.write_bytes(*buffer, bytes)?;
-    }
+    let Some(own) = memory.cuda.as_ref().filter(|_| !device.is_on_paper()) else { return Ok(()) };
+    own.deliver()?;
+    late()?;
     let bases = [own.work.arena.base(), own.inputs.arena.base()];
-    match own.replayed.get(&number) {
-        Some(captured) if captured.bases == bases => match &captured.graph {
-            Some(graph) => device.replay(graph).map(|()| planned),
-            None => run(memory, Run::Live),
-        },
-        // Once by itself, which compiles the kernels, and only then as a graph.
-        _ => {
-            let found = run(memory, Run::Live)?;
-            device.synchronize()?;
-            let graph = device.capture(|| run(memory, Run::Captured).map(|_| ())).ok();
-            let own = memory.cuda.as_mut().expect("checked above");
-            own.replayed.insert(number, Captured { graph, bases });
-            Ok(found)
-        }
+    if let Some(captured) = own.replayed.get(&number).filter(|captured| captured.bases == bases) {
+        return match &captured.graph {
+            Some(graph) => device.replay(graph),
+            None => run(weights, grads, memory, Run::Sent, &mut work),
+        };
     }
+    // Once by itself, which compiles the kernels, and only then as a graph.
+    run(weights, grads, memory, Run::Sent, &mut work)?;
+    device.synchronize()?;
+    let graph = device.capture(|| run(weights, grads, memory, Run::Sent, &mut work)).ok();
+    if let Some(own) = memory.cuda.as_mut() {
+        own.replayed.insert(number, Captured { graph, bases });
+    }
+    Ok(())
 }
 
 impl Tape<'_> {
@@ -293,9 +366,14 @@ impl Tape<'_> {
                 let written = own.device.write_bytes(buffer, bytes);
                 own.failed = own.failed.take().or(written.err());
             }
-            Run::Captured => {}
+            Run::Sent => {}
         }
         buffer
+    }
+
+    /// Room for an input of a staged pass that is only known when the pass is launched.
+    pub(crate) fn upload_later(&mut self, len: usize, dtype: DType) -> Buffer {
+        self.own_mut().inputs.arena.take(len, dtype)
     }
 
     /// [`Tape::elem`]; f32 on a tape in main memory.

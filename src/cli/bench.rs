@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use clap::Args;
 
+use super::bench_cuda;
 use super::knobs::KnobFlags;
 use crate::autograd::{Memory, Tape};
 use crate::error::{Error, Result};
@@ -73,7 +74,7 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     config.num_classes = given(config.num_classes, classes);
     config.validate()?;
     if config.device.starts_with("cuda") {
-        return Err(Error::usage("bench measures the CPU: leave --device out"));
+        return bench_cuda::run(&config, args.runs, args.json);
     }
     let report = trainer::in_pool(&config, || measure(&config, args.runs))?;
     if args.json {

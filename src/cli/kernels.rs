@@ -7,7 +7,6 @@ use clap::Args;
 use crate::autograd::Memory;
 use crate::backend::cuda::device::Recorded;
 use crate::backend::cuda::{DType, Device, nvrtc};
-use crate::diffusion::{Schedule, ScheduleKind};
 use crate::error::{Error, Result};
 use crate::model::config::{ModelConfig, TASKS};
 use crate::model::dit::Dit;
@@ -17,9 +16,7 @@ use crate::rng::{Philox, Stream};
 use crate::routing::{self, Routing, Window};
 use crate::train::TrainConfig;
 use crate::train::config::Precision;
-use crate::train::device::{DeviceState, DeviceUpdate, DrawnNoise};
-use crate::train::learner::{Batch, Losses};
-use crate::train::optimizer::Update;
+use crate::train::plan;
 
 const EXAMPLES: &str = "\
 Needs NVRTC (scripts/fetch-nvrtc, then DTR_NVRTC_FOLDER=target/nvrtc), but no GPU and no driver.
@@ -180,10 +177,10 @@ fn step(
     let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
     let device = std::sync::Arc::new(Device::on_paper(arch.name, arch.number, arch.multiprocessors));
     let model_config = config.model_config();
-    let (recorded, activation_bytes) = launches(&device, &config, model_config.clone(), elem, args.batch_size)?;
+    let (recorded, activation_bytes) = launches(&device, model_config.clone(), elem, args.batch_size)?;
     // One block more has the launches of a block more.
     let deeper = ModelConfig { depth: model_config.depth + 1, ..model_config.clone() };
-    let (more, _) = launches(&device, &config, deeper, elem, args.batch_size)?;
+    let (more, _) = launches(&device, deeper, elem, args.batch_size)?;
     let dit = Dit::new(model_config)?;
     let mut counts: BTreeMap<_, (usize, &Recorded)> = BTreeMap::new();
     for launch in &recorded {
@@ -231,48 +228,16 @@ fn step(
 /// The launches of a training step, and the bytes that its activations take.
 fn launches(
     device: &std::sync::Arc<Device>,
-    config: &TrainConfig,
     model: ModelConfig,
     elem: DType,
-    b: usize,
+    batch_size: usize,
 ) -> Result<(Vec<Recorded>, usize)> {
     let dit = Dit::new(model)?;
     dit.config.check_cuda(elem)?;
-    let state = DeviceState::planned(device, elem, dit.layout.len())?;
     let mut memory = Memory::on_device(device, elem);
-    let schedule = Schedule::new(ScheduleKind::Linear, TASKS)?;
-    let images = vec![0.0; b * config.in_channels * config.image_size * config.image_size];
-    let t: Vec<u32> = (0..b).map(|i| ((2 * i + 1) * TASKS / (2 * b)) as u32).collect();
-    let samples: Vec<u32> = (0..b as u32).collect();
-    let labels = vec![0; b];
-    let coefficients = vec![1.0 / b as f64; b];
-    let batch = Batch { x_start: &images, noise: &[], t: &t, labels: &labels, coefficients: &coefficients };
-    let update = Update {
-        lr: 1e-4,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.0,
-        ema_decay: 0.9999,
-        number: 1,
-        grad_scale: 1.0,
-    };
-    let update = DeviceUpdate { update, clip: 1.0, largest_norm: 1e18 };
     let mut one_pass = || {
-        let noise = DrawnNoise { seed: 0, step: 0, samples: &samples };
         device.record();
-        let mut losses = Losses::default();
-        state.step(
-            &dit,
-            &schedule,
-            config.loss_weight,
-            &mut memory,
-            batch,
-            Some(noise),
-            false,
-            Some(update),
-            &mut losses,
-        )
+        plan::on_paper(&dit, device, elem, batch_size, &mut memory)
     };
     // The first pass plans the memory and runs twice for it.
     one_pass()?;

@@ -1,6 +1,7 @@
 //! The command line: one file per command.
 
 mod bench;
+mod bench_cuda;
 mod completions;
 mod info;
 mod kernels;

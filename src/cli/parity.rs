@@ -13,6 +13,7 @@ const EXAMPLES: &str = "\
 Examples:
   dtr-fused parity tests/golden/a             one case
   dtr-fused parity --quiet tests/golden       every case in it, and of each only what fails
+  dtr-fused parity --device cuda --precision bf16 tests/golden/a
 Exit code 1 when a tensor is off, a file is not understood, or nothing was compared. The format of a case: docs/parity-format.md.
 ";
 
@@ -26,7 +27,7 @@ pub(super) struct ParityArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Precision of the products: f32
+    /// Precision of the products: f32, or on CUDA bf16, which may be off by three times the error of plain loops in bf16
     #[arg(long, default_value = "f32")]
     precision: String,
     /// Print only what fails, and a summary
@@ -35,12 +36,14 @@ pub(super) struct ParityArgs {
 }
 
 pub(super) fn run(args: ParityArgs) -> Result<()> {
-    let (compute, note) = Compute::open(&args.device, false)?;
+    let bf16 = match args.precision.as_str() {
+        "f32" => false,
+        "bf16" => true,
+        other => return Err(Error::usage(format!("precision is '{other}': give f32 or bf16"))),
+    };
+    let (compute, note) = Compute::open(&args.device, bf16)?;
     if let Some(note) = note {
         println!("{note}");
-    }
-    if args.precision != "f32" {
-        return Err(Error::usage(format!("there are no tolerances for precision '{}': give f32", args.precision)));
     }
     let (mut cases, mut compared, mut failed) = (0, 0, Vec::new());
     for dir in &args.dirs {
@@ -52,12 +55,12 @@ pub(super) fn run(args: ParityArgs) -> Result<()> {
             }
             cases += 1;
             compared += report.compared();
-            if !report.passed() {
+            if !report.passed() && !report.left_out() {
                 failed.push(case.display().to_string());
             }
         }
     }
-    if cases == 0 || !failed.is_empty() {
+    if compared == 0 || !failed.is_empty() {
         return Err(Error::Stopped(format!("{} of {cases} cases do not agree: {}", failed.len(), failed.join(", "))));
     }
     println!("ok: {compared} tensors in {cases} cases agree");

@@ -23,6 +23,8 @@ pub struct Dit {
     pub config: ModelConfig,
     /// Names, shapes and places of its parameters.
     pub layout: Layout,
+    /// Keep only the blocks' inputs for backward, and compute what is inside of each block again there.
+    pub checkpoint_activations: bool,
     positions: Vec<f32>,     // [T, C]
     windows: Vec<Window>,    // TASKS
     masks: Vec<Vec<f32>>,    // depth x [TASKS, C], random routing only
@@ -95,6 +97,7 @@ impl Dit {
         Ok(Dit {
             config,
             layout,
+            checkpoint_activations: false,
             positions,
             windows,
             masks,
@@ -115,6 +118,11 @@ impl Dit {
     /// The window of every task.
     pub fn windows(&self) -> &[Window] {
         &self.windows
+    }
+
+    /// The masks of random routing, one `[TASKS, C]` a block; none in the others.
+    pub(super) fn masks(&self) -> &[Vec<f32>] {
+        &self.masks
     }
 
     /// Replaces the masks of random routing by those of another implementation: one `[TASKS, C]` of 0 and 1 a block.
@@ -205,13 +213,17 @@ impl Dit {
         let mark = tape.mark();
         let x_embed = patch_embed(tape, x, self.x_embedder, &self.positions, config.patch_size)?; // [B, T, C]
         let mut stream = x_embed;
-        for (index, block) in self.blocks.iter().enumerate() {
+        for (index, &block) in self.blocks.iter().enumerate() {
+            let through_block = |tape: &mut Tape, x: Var| match self.checkpoint_activations {
+                true => tape.checkpointed(move |tape| block.forward(tape, x, modulation, route)),
+                false => block.forward(tape, x, modulation, route),
+            };
             stream = match self.masks.get(index) {
-                None => block.forward(tape, stream, modulation, route)?,
+                None => through_block(tape, stream)?,
                 Some(masks) => {
                     let mask = tape.gather(masks, t, c);
                     let masked = channel_mask(tape, None, stream, mask, Keep::Active)?;
-                    let inside = block.forward(tape, masked, modulation, route)?;
+                    let inside = through_block(tape, masked)?;
                     channel_mask(tape, Some(inside), stream, mask, Keep::Inactive)?
                 }
             };

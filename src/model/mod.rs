@@ -1,7 +1,9 @@
-//! The diffusion transformer: sizes (`config`), fixed positions (`embed`), arithmetic (`flops`), one block (`block`), the whole (`dit`).
+//! The diffusion transformer: sizes (`config`), fixed positions (`embed`), arithmetic (`flops`), one block (`block`), the whole (`dit`), and that
+//! in plain loops (`reference`).
 
 pub mod block;
 pub mod config;
 pub mod dit;
 pub mod embed;
 pub mod flops;
+pub mod reference;

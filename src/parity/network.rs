@@ -2,7 +2,7 @@
 
 use super::archive::{Archive, widen};
 use super::report::{Check, Report};
-use crate::autograd::cuda::{DeviceWeights, Replay, pass};
+use crate::autograd::cuda::{DeviceWeights, pass};
 use crate::autograd::{Memory, Tape, Weights, infer};
 use crate::backend::Compute;
 use crate::backend::cuda::DType;
@@ -10,6 +10,9 @@ use crate::diffusion::ImageDims;
 use crate::error::Result;
 use crate::model::config::{ModelConfig, TASKS};
 use crate::model::dit::Dit;
+use crate::model::reference::Reference;
+use crate::ops::real::{InBf16, Real};
+use crate::rng::{Philox, Stream};
 use crate::routing::Routing;
 
 /// A model with its weights.
@@ -21,7 +24,31 @@ pub struct Network {
     /// Gradients of the last backward pass, in the same order.
     pub grads: Vec<f32>,
     memory: Memory,
-    compute: Compute,
+    how: Evaluation,
+}
+
+/// What evaluates a network.
+#[derive(Clone)]
+pub enum Evaluation {
+    /// The operations under test.
+    Fused(Compute),
+    /// Plain loops in f64 over weights that are moved by some last bits of bf16, differently in each draw but 0.
+    Truth {
+        /// Number of the draw.
+        draw: u64,
+    },
+    /// The same on tensors in bf16.
+    PlainBf16 {
+        /// Number of the draw.
+        draw: u64,
+    },
+}
+
+impl Evaluation {
+    /// Whether this is a draw beyond the first.
+    pub fn is_further_draw(&self) -> bool {
+        matches!(self, Evaluation::Truth { draw: 1.. } | Evaluation::PlainBf16 { draw: 1.. })
+    }
 }
 
 /// What a forward pass gives besides its output.
@@ -39,7 +66,7 @@ impl Network {
     ///
     /// # Errors
     /// When a tensor is missing or of another shape than the model's, or random routing has no masks.
-    pub fn new(config: ModelConfig, params: &Archive, routing: Option<&Archive>, compute: &Compute) -> Result<Self> {
+    pub fn new(config: ModelConfig, params: &Archive, routing: Option<&Archive>, how: &Evaluation) -> Result<Self> {
         let mut dit = Dit::new(config)?;
         let mut weights = vec![0.0; dit.layout.len()];
         for entry in dit.layout.entries() {
@@ -51,8 +78,11 @@ impl Network {
             };
             dit.set_masks(masks(&dit.config, file)?)?;
         }
-        let (grads, memory) = (vec![0.0; weights.len()], Memory::on(compute));
-        Ok(Network { dit, weights, grads, memory, compute: compute.clone() })
+        if let Evaluation::Truth { draw } | Evaluation::PlainBf16 { draw } = *how {
+            move_weights(&mut weights, draw);
+        }
+        let memory = if let Evaluation::Fused(compute) = how { Memory::on(compute) } else { Memory::new() };
+        Ok(Network { dit, grads: vec![0.0; weights.len()], weights, memory, how: how.clone() })
     }
 
     /// Compares what the parameter file holds besides weights.
@@ -87,7 +117,12 @@ impl Network {
     /// When shapes do not fit, or a timestep or label is out of range.
     pub fn forward(&mut self, x: &[f32], t: &[u32], y: &[u32]) -> Result<Vec<f32>> {
         let images = self.images(t.len());
-        let uploaded = uploaded(&self.compute, &self.weights)?;
+        let compute = match &self.how {
+            Evaluation::Fused(compute) => compute,
+            Evaluation::Truth { .. } => return plain_forward::<f64>(&self.dit, &self.weights, x, t, y),
+            Evaluation::PlainBf16 { .. } => return plain_forward::<InBf16>(&self.dit, &self.weights, x, t, y),
+        };
+        let uploaded = uploaded(compute, &self.weights)?;
         let weights = uploaded.as_ref().map_or(Weights::Cpu(&self.weights), Weights::Cuda);
         infer(weights, &mut self.memory, |tape| {
             let x = tape.input(x, images, false)?;
@@ -107,8 +142,16 @@ impl Network {
         y: &[u32],
         mut upstream: impl FnMut(&[f32]) -> Result<Vec<f32>>,
     ) -> Result<Traced> {
-        let images = self.images(t.len());
-        let dit = &self.dit;
+        let (images, dit) = (self.images(t.len()), &self.dit);
+        let compute = match &self.how {
+            Evaluation::Fused(compute) => compute,
+            Evaluation::Truth { .. } => {
+                return plain::<f64>(dit, &self.weights, &mut self.grads, x, t, y, &mut upstream);
+            }
+            Evaluation::PlainBf16 { .. } => {
+                return plain::<InBf16>(dit, &self.weights, &mut self.grads, x, t, y, &mut upstream);
+            }
+        };
         let mut work = |tape: &mut Tape| {
             let input = tape.input(x, images, true)?;
             let trace = dit.forward_traced(tape, input, t, y)?;
@@ -126,11 +169,11 @@ impl Network {
             let grad_x = tape.read_gradient(input)?.unwrap_or_default();
             Ok(Traced { out, grad_x, activations })
         };
-        let Some(weights) = uploaded(&self.compute, &self.weights)? else {
+        let Some(weights) = uploaded(compute, &self.weights)? else {
             return work(&mut Tape::new(&self.weights, &mut self.grads, false, &mut self.memory));
         };
         let grads = weights.device().alloc(self.grads.len(), DType::F32)?;
-        let traced = pass(&weights, Some((grads.buffer(), false)), &mut self.memory, Replay::Never, work)?;
+        let traced = pass(&weights, Some((grads.buffer(), false)), &mut self.memory, work)?;
         self.grads = weights.device().download(grads.buffer())?;
         Ok(traced)
     }
@@ -141,6 +184,52 @@ impl Network {
         let c = self.dit.config.hidden_size;
         parameter.ends_with(".attn.qkv.bias").then_some(c..2 * c)
     }
+}
+
+/// Moves every weight by up to two last bits of bf16.
+fn move_weights(weights: &mut [f32], draw: u64) {
+    if draw > 0 {
+        let mut random = vec![0.0; weights.len()];
+        Philox::new(draw, Stream::Noise).symmetric(&mut random, 2.0 / 128.0, 0, 0);
+        weights.iter_mut().zip(random).for_each(|(w, r)| *w *= 1.0 + r);
+    }
+}
+
+fn cast<R: Real>(numbers: &[f32]) -> Vec<R> {
+    numbers.iter().map(|&x| R::from_f64(f64::from(x))).collect()
+}
+
+fn narrow<R: Real>(numbers: &[R]) -> Vec<f32> {
+    numbers.iter().map(|x| x.to_f64() as f32).collect()
+}
+
+fn plain_forward<R: Real>(dit: &Dit, weights: &[f32], x: &[f32], t: &[u32], y: &[u32]) -> Result<Vec<f32>> {
+    Ok(narrow(&Reference::<R>::new(dit, weights, &cast(x), t, y)?.forward().out))
+}
+
+/// [`Network::forward_backward`] in plain loops.
+fn plain<R: Real>(
+    dit: &Dit,
+    weights: &[f32],
+    grads: &mut [f32],
+    x: &[f32],
+    t: &[u32],
+    y: &[u32],
+    upstream: &mut impl FnMut(&[f32]) -> Result<Vec<f32>>,
+) -> Result<Traced> {
+    let x = cast::<R>(x);
+    let reference = Reference::new(dit, weights, &x, t, y)?;
+    let trace = reference.forward();
+    let out = narrow(&trace.out);
+    let found = reference.backward(&trace, &cast(&upstream(&out)?));
+    grads.copy_from_slice(&narrow(&found.weights));
+    let (t_emb, c) = (narrow(&trace.t_emb), narrow(&trace.condition));
+    let y_emb = c.iter().zip(&t_emb).map(|(c, t)| c - t).collect();
+    let named = [("t_freq", narrow(&trace.t_freq)), ("x_embed", narrow(&trace.x_embed)), ("y_emb", y_emb)];
+    let named = named.into_iter().chain([("t_emb", t_emb), ("c", c)]);
+    let mut activations: Vec<_> = named.map(|(name, v)| (name.to_string(), v)).collect();
+    activations.extend(trace.blocks.iter().enumerate().map(|(i, block)| (format!("block{i}"), narrow(block))));
+    Ok(Traced { out, grad_x: narrow(&found.x), activations })
 }
 
 /// The weights on the device, where there is one.

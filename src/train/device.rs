@@ -1,19 +1,30 @@
 //! A learner's numbers on a CUDA device, and a whole training step there: noise, forward, loss, backward, update.
 //!
-//! The step is one pass of a tape ([`crate::autograd::cuda`]), replayed as one graph from the second time on. The host sends
-//! images, labels and timesteps, and gets back the losses, the norm of the gradients and whether the update was made.
+//! The step is one pass of a tape ([`crate::autograd::cuda`]) for each part of the batch, replayed as one graph from the second
+//! time on. The host sends images, labels and timesteps, and gets back the losses, the norm of the gradients and whether the
+//! update was made. It does so without waiting:
+//!
+//! ```text
+//! host     stage 0 | launch 0 | stage 1 | collect 0 | launch 1 | stage 2 | ..
+//! device             inputs, kernels, update ..... | inputs, kernels, update ..
+//! ```
 
 use super::learner::{Batch, Losses};
 use super::optimizer::Update;
-use crate::autograd::Memory;
-use crate::autograd::cuda::{DeviceWeights, Replay, pass};
+use crate::autograd::cuda::{DeviceWeights, launch_staged, stage};
+use crate::autograd::{Memory, Tape};
+use crate::backend::cuda::transfer::Mail;
 use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Launch};
 use crate::diffusion::{ImageDims, LossWeight, Schedule};
 use crate::error::{Error, Result};
 use crate::model::dit::Dit;
 use crate::rng::Stream;
 use crate::tensor::Storage;
+use std::collections::VecDeque;
 use std::sync::Arc;
+
+/// A gradient of this norm counts as not finite: its square would not fit the second moment, which is f32.
+pub const LARGEST_NORM: f64 = 1e18;
 
 /// Numbers of a sample that `kernels/diffusion_loss.cu` reads, in its order.
 const STEP_NUMBERS: usize = 9;
@@ -50,8 +61,32 @@ pub struct DeviceUpdate {
     pub update: Update,
     /// Largest norm of the gradients; 0 for no clipping.
     pub clip: f64,
-    /// A norm beyond this counts as not finite.
-    pub largest_norm: f64,
+}
+
+/// What a pass does besides losses and gradients.
+#[derive(Clone, Copy, Debug)]
+pub struct How<'a> {
+    /// Noise that the device draws; None for the batch's own.
+    pub drawn: Option<DrawnNoise<'a>>,
+    /// Whether gradients are added to those of the pass before.
+    pub add: bool,
+    /// Whether an update follows.
+    pub updates: bool,
+}
+
+impl How<'_> {
+    /// Passes over `b` samples with the same number launch the same kernels with the same sizes, and share a graph.
+    fn number(&self, b: usize) -> u64 {
+        (b as u64) << 3 | u64::from(self.add) << 2 | u64::from(self.updates) << 1 | u64::from(self.drawn.is_some())
+    }
+}
+
+/// Where a staged pass has its late inputs and its results.
+#[derive(Clone, Copy)]
+struct Places {
+    steps: Buffer,                    // [B, STEP_NUMBERS]
+    losses: Buffer,                   // [3, B]
+    update: Option<(Buffer, Buffer)>, // factors, and the decision [3]
 }
 
 /// Weights, moving average, moments and gradients on a device, each `[P]`.
@@ -62,6 +97,9 @@ pub struct DeviceState {
     m: Allocation,
     v: Allocation,
     grads: Allocation,
+    staged: Option<Places>,
+    mail: VecDeque<Mail>,
+    under_way: VecDeque<(Mail, usize, bool)>, // with the number of samples, and whether an update was made
 }
 
 impl DeviceState {
@@ -72,7 +110,7 @@ impl DeviceState {
     pub fn new(device: &Arc<Device>, elem: DType, weights: &[f32], rest: [&[f32]; 3]) -> Result<Self> {
         let [ema, m, v] = rest.map(|numbers| device.upload(numbers, DType::F32));
         let grads = device.alloc(weights.len(), DType::F32)?;
-        Ok(DeviceState { weights: DeviceWeights::upload(device, weights, elem)?, ema: ema?, m: m?, v: v?, grads })
+        Self::with(DeviceWeights::upload(device, weights, elem)?, [ema?, m?, v?, grads])
     }
 
     /// Room for a model of `len` parameters, with arbitrary contents: to plan with.
@@ -81,7 +119,12 @@ impl DeviceState {
     /// When it does not fit.
     pub fn planned(device: &Arc<Device>, elem: DType, len: usize) -> Result<Self> {
         let [ema, m, v, grads] = [(); 4].map(|()| device.alloc(len, DType::F32));
-        Ok(DeviceState { weights: DeviceWeights::planned(device, len, elem)?, ema: ema?, m: m?, v: v?, grads: grads? })
+        Self::with(DeviceWeights::planned(device, len, elem)?, [ema?, m?, v?, grads?])
+    }
+
+    fn with(weights: DeviceWeights, [ema, m, v, grads]: [Allocation; 4]) -> Result<Self> {
+        let (mail, under_way) = Default::default();
+        Ok(DeviceState { weights, ema, m, v, grads, staged: None, mail, under_way })
     }
 
     /// The device.
@@ -122,99 +165,182 @@ impl DeviceState {
         self.device().download(self.grads.buffer())
     }
 
-    /// Losses and gradients of `batch` (`add`: on top of those before it), and the update if there is one.
+    /// Plans a pass over `batch` (all but its coefficients) and sends its inputs, while the device may still be busy with the
+    /// pass before.
     ///
     /// # Errors
     /// When sizes do not fit, a timestep or label is out of range, or the device fails.
+    pub fn stage(&mut self, dit: &Dit, memory: &mut Memory, batch: Batch, how: How) -> Result<()> {
+        let config = &dit.config;
+        let (b, side) = (batch.t.len(), config.input_size);
+        let n = config.in_channels * side * side;
+        let noise_len = how.drawn.map_or(batch.noise.len(), |drawn| drawn.samples.len() * n);
+        if batch.x_start.len() != b * n || noise_len != b * n {
+            let what = format!("{b} samples of {n} with {} pixels and {noise_len} of noise", batch.x_start.len());
+            return Err(Error::Shape { operation: "training step", what });
+        }
+        let grads = Some((self.grads.buffer(), how.add));
+        let places = stage(&self.weights, grads, memory, |tape| self.pass(tape, dit, batch, how))?;
+        self.staged = Some(places);
+        Ok(())
+    }
+
+    /// Starts the pass that was staged last, over the same `batch`, and returns before it is done.
+    ///
+    /// # Errors
+    /// When coefficients are missing, a timestep is out of range, nothing was staged, or the device fails.
     #[expect(clippy::too_many_arguments, reason = "what, how, and of which model")]
-    pub fn step(
-        &self,
+    pub fn launch(
+        &mut self,
         dit: &Dit,
         schedule: &Schedule,
         loss_weight: LossWeight,
         memory: &mut Memory,
         batch: Batch,
-        drawn: Option<DrawnNoise>,
-        add: bool,
+        how: How,
+        update: Option<DeviceUpdate>,
+    ) -> Result<()> {
+        let refused = |what| Err(Error::Shape { operation: "training step", what });
+        let (Some(places), true) = (self.staged.take(), how.updates == update.is_some()) else {
+            return refused("a pass is launched that was not staged".into());
+        };
+        if batch.coefficients.len() != batch.t.len() {
+            return refused(format!("{} coefficients for {} samples", batch.coefficients.len(), batch.t.len()));
+        }
+        if let Some(t) = batch.t.iter().find(|&&t| t as usize >= schedule.len()) {
+            return refused(format!("timestep {t} is outside the noise schedule of {} steps", schedule.len()));
+        }
+        let steps = steps(schedule, loss_weight, batch);
+        let factors: Vec<f32> =
+            update.iter().flat_map(|u| u.update.factors().into_iter().chain([u.clip as f32])).collect();
+        let mut late = vec![(places.steps, bytemuck::cast_slice(&steps))];
+        late.extend(places.update.map(|(factors_at, _)| (factors_at, bytemuck::cast_slice(&factors))));
+        let mut results = vec![places.losses];
+        results.extend(places.update.map(|(_, decision)| decision));
+
+        let device = self.device().clone();
+        let bytes = |buffers: &mut dyn Iterator<Item = Buffer>| buffers.map(|b| b.len * b.dtype.bytes()).sum::<usize>();
+        let [out, back] = [bytes(&mut late.iter().map(|l| l.0)), bytes(&mut results.iter().copied())];
+        let mut mail = match self.mail.pop_front().filter(|mail| mail.holds(out, back)) {
+            Some(mail) => Some(mail),
+            None => Mail::new(&device, out, back)?,
+        };
+        let grads = Some((self.grads.buffer(), how.add));
+        launch_staged(
+            &self.weights,
+            grads,
+            memory,
+            how.number(batch.t.len()),
+            || mail.as_mut().map_or(Ok(()), |mail| mail.send(&device, &late)),
+            |tape| self.pass(tape, dit, batch, how).map(|_| ()),
+        )?;
+        if let Some(mut mail) = mail {
+            mail.ask(&device, &results)?;
+            self.under_way.push_back((mail, batch.t.len(), how.updates));
+        }
+        Ok(())
+    }
+
+    /// Waits for every pass that was launched: their losses, one after the other, and what became of the update.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn collect(&mut self, found: &mut Losses) -> Result<Option<Decision>> {
+        for losses in [&mut found.mse, &mut found.vb, &mut found.loss] {
+            losses.clear();
+        }
+        let mut decision = None;
+        while let Some((mail, b, updated)) = self.under_way.pop_front() {
+            let bytes = mail.wait()?;
+            let (losses, rest) = bytes.split_at(3 * b * size_of::<f32>());
+            let terms: Vec<f32> = bytemuck::pod_collect_to_vec(losses);
+            for (to, from) in [&mut found.mse, &mut found.vb, &mut found.loss].into_iter().zip(terms.chunks_exact(b)) {
+                to.extend_from_slice(from);
+            }
+            if updated {
+                let numbers: Vec<f64> = bytemuck::pod_collect_to_vec(&rest[..3 * size_of::<f64>()]);
+                decision = Some(Decision { norm: numbers[0], updated: numbers[2] == 0.0 });
+            }
+            self.mail.push_back(mail);
+        }
+        Ok(decision)
+    }
+
+    /// A pass over `batch` from its first kernel to its results: staged, launched and collected.
+    ///
+    /// # Errors
+    /// As those three.
+    #[expect(clippy::too_many_arguments, reason = "what, how, and of which model")]
+    pub fn step(
+        &mut self,
+        dit: &Dit,
+        schedule: &Schedule,
+        loss_weight: LossWeight,
+        memory: &mut Memory,
+        batch: Batch,
+        how: How,
         update: Option<DeviceUpdate>,
         found: &mut Losses,
     ) -> Result<Option<Decision>> {
+        self.stage(dit, memory, batch, how)?;
+        self.launch(dit, schedule, loss_weight, memory, batch, how, update)?;
+        self.collect(found)
+    }
+
+    /// What the kernels of a pass do.
+    fn pass(&self, tape: &mut Tape, dit: &Dit, batch: Batch, how: How) -> Result<Places> {
         let config = &dit.config;
         let (b, side, channels) = (batch.t.len(), config.input_size, config.in_channels);
         let dims = ImageDims { channels, pixels: side * side, learn_sigma: config.learn_sigma };
         let n = dims.elements();
-        let noise_len = drawn.map_or(batch.noise.len(), |drawn| drawn.samples.len() * n);
-        if batch.x_start.len() != b * n || noise_len != b * n || batch.coefficients.len() != b {
-            let what = format!("{b} samples of {n} with {} pixels and {noise_len} of noise", batch.x_start.len());
-            return Err(Error::Shape { operation: "training step", what });
-        }
-        if let Some(t) = batch.t.iter().find(|&&t| t as usize >= schedule.len()) {
-            let what = format!("timestep {t} is outside the noise schedule of {} steps", schedule.len());
-            return Err(Error::Shape { operation: "training step", what });
-        }
-        let steps = steps(schedule, loss_weight, batch);
         let sizes = [Arg::I32(b as i32), Arg::I32(n as i32)];
-        // Passes that launch the same kernels with the same sizes share a graph.
-        let number =
-            (b as u64) << 3 | u64::from(add) << 2 | u64::from(update.is_some()) << 1 | u64::from(drawn.is_some());
-        let grads = self.grads.buffer();
-        let (losses, decision) = pass(&self.weights, Some((grads, add)), memory, Replay::As(number), |tape| {
-            let (device, elem) = (tape.device(), tape.elem());
-            let launch = |kernel, len: usize| Launch {
-                file: "diffusion_loss",
-                kernel,
-                elem,
-                defines: &[],
-                grid: [len.div_ceil(THREADS) as u32, 1, 1],
-                block: THREADS as u32,
-                shared: 0,
-            };
-            let x_start = tape.upload(bytemuck::cast_slice(batch.x_start), DType::F32);
-            let steps = tape.upload(bytemuck::cast_slice(&steps), DType::F64);
-            let noise = match drawn {
-                None => tape.upload(bytemuck::cast_slice(batch.noise), DType::F32),
-                Some(DrawnNoise { seed, step, samples }) => {
-                    let counters: Vec<u32> = [step as u32].iter().chain(samples).copied().collect();
-                    let counters = tape.upload(bytemuck::cast_slice(&counters), DType::U32);
-                    let noise = tape.take_buffer(b * n, DType::F32);
-                    let [low, high] = [seed as u32, (seed >> 32) as u32].map(Arg::U32);
-                    let args = [noise.into(), counters.into(), low, high, Arg::U32(Stream::Noise as u32)];
-                    let args = [&args[..], &sizes].concat();
-                    device.launch(&launch("diffusion_loss_noise", b * n.div_ceil(4)), &args)?;
-                    noise
-                }
-            };
-            let x_t = tape.take_buffer(b * n, DType::F32);
-            let args = [&[x_t.into(), x_start.into(), noise.into(), steps.into()], &sizes[..]].concat();
-            device.launch(&launch("diffusion_loss_q_sample", b * n), &args)?;
-            let x_t = tape.push([b, channels, side, side], x_t, false);
-            let out = dit.forward(tape, x_t, batch.t, batch.labels)?;
+        let (device, elem) = (tape.device(), tape.elem());
+        let launch = |kernel, len: usize| Launch {
+            file: "diffusion_loss",
+            kernel,
+            elem,
+            defines: &[],
+            grid: [len.div_ceil(THREADS) as u32, 1, 1],
+            block: THREADS as u32,
+            shared: 0,
+        };
+        let x_start = tape.upload(bytemuck::cast_slice(batch.x_start), DType::F32);
+        let steps = tape.upload_later(b * STEP_NUMBERS, DType::F64);
+        let noise = match how.drawn {
+            None => tape.upload(bytemuck::cast_slice(batch.noise), DType::F32),
+            Some(DrawnNoise { seed, step, samples }) => {
+                let counters: Vec<u32> = [step as u32].iter().chain(samples).copied().collect();
+                let counters = tape.upload(bytemuck::cast_slice(&counters), DType::U32);
+                let noise = tape.take_buffer(b * n, DType::F32);
+                let [low, high] = [seed as u32, (seed >> 32) as u32].map(Arg::U32);
+                let args = [noise.into(), counters.into(), low, high, Arg::U32(Stream::Noise as u32)];
+                let args = [&args[..], &sizes].concat();
+                device.launch(&launch("diffusion_loss_noise", b * n.div_ceil(4)), &args)?;
+                noise
+            }
+        };
+        let x_t = tape.take_buffer(b * n, DType::F32);
+        let args = [&[x_t.into(), x_start.into(), noise.into(), steps.into()], &sizes[..]].concat();
+        device.launch(&launch("diffusion_loss_q_sample", b * n), &args)?;
+        let x_t = tape.push([b, channels, side, side], x_t, false);
+        let out = dit.forward(tape, x_t, batch.t, batch.labels)?;
 
-            let losses = tape.take_buffer(3 * b, DType::F32);
-            let d_out = tape.take_buffer(b * dims.out_elements(), DType::F32);
-            let inputs = [tape.buffer(out).into(), x_start.into(), noise.into(), steps.into()];
-            let parts = [Arg::I32(if dims.learn_sigma { 2 } else { 1 })];
-            let args = [&[losses.into(), d_out.into()], &inputs[..], &parts, &sizes].concat();
-            device.launch(&launch("diffusion_loss", b * THREADS), &args)?;
-            tape.backward_from(out, Storage::Cuda(d_out))?;
+        let losses = tape.take_buffer(3 * b, DType::F32);
+        let d_out = tape.take_buffer(b * dims.out_elements(), DType::F32);
+        let inputs = [tape.buffer(out).into(), x_start.into(), noise.into(), steps.into()];
+        let parts = [Arg::I32(if dims.learn_sigma { 2 } else { 1 })];
+        let args = [&[losses.into(), d_out.into()], &inputs[..], &parts, &sizes].concat();
+        device.launch(&launch("diffusion_loss", b * THREADS), &args)?;
+        tape.backward_from(out, Storage::Cuda(d_out))?;
 
-            let Some(update) = update else { return Ok((losses, None)) };
-            let parts = tape.take_buffer(NORM_BLOCKS, DType::F64);
-            let decision = tape.take_buffer(3, DType::F64);
-            let factors: Vec<f32> = update.update.factors().into_iter().chain([update.clip as f32]).collect();
-            let factors = tape.upload(bytemuck::cast_slice(&factors), DType::F32);
-            self.update(&device, elem, losses, [parts, decision, factors], update.largest_norm)?;
-            Ok((losses, Some(decision)))
-        })?;
-        let terms = self.device().download(losses)?;
-        for (to, from) in [&mut found.mse, &mut found.vb, &mut found.loss].into_iter().zip(terms.chunks_exact(b)) {
-            to.clear();
-            to.extend_from_slice(from);
+        if !how.updates {
+            return Ok(Places { steps, losses, update: None });
         }
-        let Some(decision) = decision else { return Ok(None) };
-        let mut numbers = [0.0f64; 3];
-        self.device().read_bytes(bytemuck::cast_slice_mut(&mut numbers), decision)?;
-        Ok(Some(Decision { norm: numbers[0], updated: numbers[2] == 0.0 }))
+        let parts = tape.take_buffer(NORM_BLOCKS, DType::F64);
+        let decision = tape.take_buffer(3, DType::F64);
+        let factors = tape.upload_later(Update::FACTORS + 1, DType::F32);
+        self.update(&device, elem, losses, [parts, decision, factors])?;
+        Ok(Places { steps, losses, update: Some((factors, decision)) })
     }
 
     /// Norm, decision and update (`kernels/adamw.cu`).
@@ -224,7 +350,6 @@ impl DeviceState {
         elem: DType,
         losses: Buffer,
         [parts, decision, factors]: [Buffer; 3],
-        largest_norm: f64,
     ) -> Result<()> {
         let grads = self.grads.buffer();
         let len = Arg::U64(grads.len as u64);
@@ -239,7 +364,7 @@ impl DeviceState {
         };
         device.launch(&launch("adamw_norm", NORM_BLOCKS), &[parts.into(), grads.into(), len])?;
         let counts = [Arg::I32(NORM_BLOCKS as i32), Arg::I32(losses.len as i32)];
-        let args = [decision.into(), parts.into(), losses.into(), factors.into(), Arg::F64(largest_norm)];
+        let args = [decision.into(), parts.into(), losses.into(), factors.into(), Arg::F64(LARGEST_NORM)];
         device.launch(&launch("adamw_decide", 1), &[&args[..], &counts].concat())?;
         let rounded = if elem == DType::Bf16 { self.weights.elem() } else { Buffer::none(elem) };
         let numbers = [self.weights.full(), rounded, self.ema.buffer(), self.m.buffer(), self.v.buffer(), grads];

@@ -2,7 +2,7 @@
 //!
 //! Everything random is drawn by the caller, so that a step can be compared with another implementation's.
 
-use super::device::{Decision, DeviceState, DeviceUpdate, DrawnNoise};
+use super::device::{Decision, DeviceState, DeviceUpdate, How};
 use super::optimizer::{self, Update};
 use crate::autograd::{Memory, Tape};
 use crate::backend::cuda::{DType, Device};
@@ -144,22 +144,31 @@ impl Learner {
         self.on_device.as_ref().map_or(Ok(()), |state| state.write(&self.weights, rest))
     }
 
-    /// Loss and gradients of `batch` on the device (`drawn` noise instead of the batch's), and the update if it is the
-    /// batch's last part.
+    /// Sends `batch` to the device, whatever that is doing.
     ///
     /// # Errors
-    /// As [`DeviceState::step`], and on a learner that is not on a device.
-    pub fn step_on_device(
-        &mut self,
-        batch: Batch,
-        drawn: Option<DrawnNoise>,
-        add: bool,
-        update: Option<DeviceUpdate>,
-        found: &mut Losses,
-    ) -> Result<Option<Decision>> {
+    /// As [`DeviceState::stage`], and on a learner that is not on a device.
+    pub fn stage(&mut self, batch: Batch, how: How) -> Result<()> {
+        let Learner { dit, memory, on_device, .. } = self;
+        on_device.as_mut().ok_or_else(not_on_device)?.stage(dit, memory, batch, how)
+    }
+
+    /// Starts the pass over the batch that was staged, and the update if it is the last part.
+    ///
+    /// # Errors
+    /// As [`DeviceState::launch`], and on a learner that is not on a device.
+    pub fn launch(&mut self, batch: Batch, how: How, update: Option<DeviceUpdate>) -> Result<()> {
         let Learner { dit, schedule, loss_weight, memory, on_device, .. } = self;
-        let state = on_device.as_ref().ok_or_else(|| Error::usage("this learner is not on a CUDA device"))?;
-        state.step(dit, schedule, *loss_weight, memory, batch, drawn, add, update, found)
+        let state = on_device.as_mut().ok_or_else(not_on_device)?;
+        state.launch(dit, schedule, *loss_weight, memory, batch, how, update)
+    }
+
+    /// Waits for what was launched.
+    ///
+    /// # Errors
+    /// As [`DeviceState::collect`], and on a learner that is not on a device.
+    pub fn collect(&mut self, found: &mut Losses) -> Result<Option<Decision>> {
+        self.on_device.as_mut().ok_or_else(not_on_device)?.collect(found)
     }
 
     /// Coefficients of a whole batch of `coefficients.len()` samples in the order they were drawn: 1 / B, or those of
@@ -247,4 +256,8 @@ impl Learner {
             optimizer::adamw(log_variances, &mut [0.0; CLUSTERS], m, v, gradient, update);
         }
     }
+}
+
+fn not_on_device() -> Error {
+    Error::usage("this learner is not on a CUDA device")
 }

@@ -1,5 +1,6 @@
 //! Training: configuration, checkpoints, metrics, and the loop that ties them together.
 
+mod batches;
 pub mod checkpoint;
 pub mod config;
 pub mod device;
@@ -7,9 +8,11 @@ mod events;
 pub mod learner;
 pub mod metrics;
 pub mod optimizer;
+pub mod plan;
 pub mod plot;
 pub mod progress;
 pub mod run_dir;
+pub mod timing;
 pub mod trainer;
 
 pub use config::TrainConfig;

@@ -43,6 +43,9 @@ struct Factors {
 }
 
 impl Update {
+    /// Number of [`Update::factors`].
+    pub const FACTORS: usize = 9;
+
     fn as_factors(&self) -> Factors {
         let exponent = self.number.min(i32::MAX as u64) as i32;
         Factors {
@@ -60,7 +63,7 @@ impl Update {
     }
 
     /// The factors that `kernels/adamw.cu` multiplies by, in its order, but for clipping.
-    pub fn factors(&self) -> [f32; 9] {
+    pub fn factors(&self) -> [f32; Self::FACTORS] {
         let f = self.as_factors();
         [
             f.beta1,

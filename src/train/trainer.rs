@@ -1,11 +1,13 @@
 //! The training loop, top to bottom.
 
+use super::batches::Batches;
 use super::checkpoint::{self, FileOut, Metadata, TensorOut};
 use super::config::{Precision, SamplerKind, TrainConfig};
-use super::device::{DeviceUpdate, DrawnNoise};
-use super::learner::{Batch, Learner, Losses, Uncertainty};
+use super::device::{DeviceUpdate, LARGEST_NORM};
+use super::learner::{Learner, Losses, Uncertainty};
 use super::metrics::{self, Meter, MetricsLog};
 use super::optimizer::Update;
+use super::plan;
 use super::plot;
 use super::progress::Progress;
 use super::run_dir::RunDir;
@@ -13,7 +15,6 @@ use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
 use crate::backend::Compute;
 use crate::backend::cuda::DType;
-use crate::data::loader::{Loader, LoaderOptions};
 use crate::data::{self, Dataset};
 use crate::diffusion::weighting::CLUSTERS;
 use crate::diffusion::{Method, Sampler, Schedule, space_timesteps};
@@ -22,15 +23,11 @@ use crate::generate::generate;
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::picture::grid_png;
-use crate::rng::{Philox, Stream};
 use crate::safetensors_file::SafetensorsFile;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-
-/// A gradient of this norm counts as not finite: its square would not fit the second moment, which is f32.
-const LARGEST_NORM: f64 = 1e18;
 
 /// How a run ended.
 #[derive(Clone, Debug)]
@@ -53,9 +50,9 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
     let dataset = open_data(&mut config)?;
     in_pool(&config, || {
-        let (learner, note) = learner_on(&config)?;
+        let (learner, notes) = learner_on(&config)?;
         let run = RunDir::create(&config)?;
-        let trainer = Trainer::new(&config, dataset, learner, note)?;
+        let trainer = Trainer::new(&config, dataset, learner, notes)?;
         trainer.run(&config, &run, stop)
     })
 }
@@ -68,9 +65,9 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
     config.validate()?;
     let dataset = open_data(&mut config)?;
     in_pool(&config, || {
-        let (learner, note) = learner_on(&config)?;
+        let (learner, notes) = learner_on(&config)?;
         let run = RunDir::open(run)?;
-        let mut trainer = Trainer::new(&config, dataset, learner, note)?;
+        let mut trainer = Trainer::new(&config, dataset, learner, notes)?;
         if let Some(checkpoint) = checkpoint {
             trainer.load(checkpoint)?;
             // Later checkpoints would be taken for the run's newest, and those written from here on pruned before them.
@@ -124,19 +121,38 @@ pub fn compute(config: &TrainConfig) -> Result<(Compute, Option<String>)> {
     Ok((compute, note))
 }
 
-/// The model with its initial weights, where the configuration computes.
-fn learner_on(config: &TrainConfig) -> Result<(Learner, Option<String>)> {
+/// The model with its initial weights, where the configuration computes, and what there is to say about that.
+fn learner_on(config: &TrainConfig) -> Result<(Learner, Vec<String>)> {
     let (compute, note) = compute(config)?;
-    let mut learner = learner(config)?;
-    if let Compute::Cuda { device, elem } = &compute {
-        learner.move_to(device, *elem)?;
-    }
-    Ok((learner, note))
+    let mut notes: Vec<String> = note.into_iter().collect();
+    let mut dit = model(config)?;
+    let Compute::Cuda { device, elem } = &compute else {
+        return Ok((learner_of(config, dit)?, notes));
+    };
+    let plan = plan::check(config, &mut dit, device, *elem)?;
+    let (free, total) = device.memory()?;
+    let precision = config.toml_of("precision");
+    notes.push(format!("computing on {} in {}", device.name(), precision.trim_matches('"')));
+    let [free, total] = [free, total].map(plan::readable);
+    notes.push(format!("memory of the device: {plan}; {free} of {total} were free"));
+    let mut learner = learner_of(config, dit)?;
+    learner.move_to(device, *elem)?;
+    Ok((learner, notes))
+}
+
+/// The model, without weights.
+fn model(config: &TrainConfig) -> Result<Dit> {
+    let mut dit = Dit::new(config.model_config())?;
+    dit.checkpoint_activations = config.checkpoint_activations;
+    Ok(dit)
 }
 
 /// The model with its initial weights, in main memory.
 pub fn learner(config: &TrainConfig) -> Result<Learner> {
-    let dit = Dit::new(config.model_config())?;
+    learner_of(config, model(config)?)
+}
+
+fn learner_of(config: &TrainConfig, dit: Dit) -> Result<Learner> {
     // Weights, gradients, two moments and the moving average.
     let needed = 5 * size_of::<f32>() as u64 * dit.layout.len() as u64;
     if let Some(there) = memory_bytes().filter(|&there| needed > there) {
@@ -179,49 +195,30 @@ pub fn scale_of(side: usize) -> usize {
     (64 / side).max(1)
 }
 
-/// One batch as it is drawn, and the order in which it is computed.
-#[derive(Default)]
-struct Drawn {
-    t: Vec<u32>,            // [B], as drawn
-    order: Vec<u32>,        // [B], sorted by t: neighbours share their windows
-    coefficients: Vec<f64>, // [B], as drawn
-    losses: Vec<f32>,       // [B], as drawn
-}
-
-/// A part of a batch, in the order in which it is computed.
-#[derive(Default)]
-struct Part {
-    x_start: Vec<f32>,
-    noise: Vec<f32>,
-    t: Vec<u32>,
-    labels: Vec<u32>,
-    coefficients: Vec<f64>,
-    losses: Losses,
-}
-
 struct Trainer {
     learner: Learner,
-    loader: Loader,
+    batches: Batches,
     step: u64,
     meter: Meter,
     nonfinite_in_a_row: u64,
-    drawn: Drawn,
-    part: Part,
-    note: Option<String>,
+    coefficients: Vec<f64>, // [B], as drawn
+    losses: Vec<f32>,       // [B], as drawn
+    computed: Losses,       // of a part on the CPU, of all parts on a device; in the order of computation
+    notes: Vec<String>,
 }
 
 impl Trainer {
-    fn new(config: &TrainConfig, dataset: Arc<dyn Dataset>, learner: Learner, note: Option<String>) -> Result<Self> {
-        let options = LoaderOptions { batch: config.batch_size, seed: config.seed, flip: config.flip, threads: 0 };
+    fn new(config: &TrainConfig, dataset: Arc<dyn Dataset>, learner: Learner, notes: Vec<String>) -> Result<Self> {
         Ok(Trainer {
+            batches: Batches::new(config, dataset, learner.on_device.is_some())?,
             learner,
-            loader: Loader::new(dataset, options)?,
             step: 0,
             meter: Meter::default(),
             nonfinite_in_a_row: 0,
-            drawn: Drawn::default(),
-            part: Part::default(),
-            note,
+            coefficients: vec![0.0; config.batch_size],
+            losses: vec![0.0; config.batch_size],
+            computed: Losses::default(),
+            notes,
         })
     }
 
@@ -233,29 +230,20 @@ impl Trainer {
             config.model,
             config.toml_of("routing").trim_matches('"'),
             self.learner.weights.len() as f64 / 1e6,
-            self.loader.dataset().len(),
+            self.batches.loader.dataset().len(),
             config.data,
             run.path().display()
         ));
-        if let Some(note) = self.loader.dataset().note() {
+        if let Some(note) = self.batches.loader.dataset().note() {
             progress.say(note);
         }
-        if let Some(note) = &self.note {
-            progress.say(note);
-        }
-        if let Some(state) = &self.learner.on_device {
-            progress.say(&format!(
-                "computing on {} in {}",
-                state.device().name(),
-                config.toml_of("precision").trim_matches('"')
-            ));
-        }
+        self.notes.iter().for_each(|note| progress.say(note));
         let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
         let (mut samples, mut figures) = (None, String::new());
         let mut since = (Instant::now(), self.step);
         while self.step < config.steps && !stop.load(Ordering::Relaxed) {
             self.train_step(config)?;
-            self.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
+            self.batches.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
             if due(self.step, config.log_every) {
                 let images = (self.step - since.1) * config.batch_size as u64;
                 let line = self.meter.line(
@@ -270,8 +258,8 @@ impl Trainer {
                     line.loss.unwrap_or(f64::NAN),
                     line.images_per_s.unwrap_or(0.0)
                 );
-                if self.loader.bad_samples() > 0 {
-                    figures += &format!("  {} damaged images skipped", self.loader.bad_samples());
+                if self.batches.loader.bad_samples() > 0 {
+                    figures += &format!("  {} damaged images skipped", self.batches.loader.bad_samples());
                 }
             }
             progress.set(self.step, &figures);
@@ -303,46 +291,46 @@ impl Trainer {
         Ok(Outcome { run: run.path().to_path_buf(), step: self.step, finished, samples })
     }
 
-    /// One step: draw, gradients part by part, and the update, unless something is not finite.
+    /// One step: draw, gradients part by part, and the update, unless something is not finite. On a device, the next part is
+    /// gathered and sent while this one is computed.
     fn train_step(&mut self, config: &TrainConfig) -> Result<()> {
-        let images = self.loader.next(self.step)?;
-        self.draw(config);
-        let Trainer { learner, drawn, part, .. } = self;
-        let on_device = learner.on_device.is_some();
+        let on_device = self.learner.on_device.is_some();
         let update = Update {
             lr: config.lr_at(self.step),
             beta1: config.adam_beta1,
             beta2: config.adam_beta2,
             eps: config.adam_eps,
             weight_decay: config.weight_decay,
-            ema_decay: config.ema_decay_at(learner.updates),
-            number: learner.updates + 1,
+            ema_decay: config.ema_decay_at(self.learner.updates),
+            number: self.learner.updates + 1,
             grad_scale: 1.0,
         };
-        let parts = drawn.order.chunks(config.batch_size / config.grad_accumulation);
-        let last = config.grad_accumulation - 1;
-        let mut decision = None;
-        for (index, samples) in parts.enumerate() {
-            part.gather(samples, drawn, &images.pixels, &images.labels, config, self.step, on_device);
-            let Part { x_start, noise, t, labels, coefficients, losses } = part;
-            let batch = Batch { x_start, noise, t, labels, coefficients };
-            if on_device {
-                let noise = DrawnNoise { seed: config.seed, step: self.step, samples };
-                let update = DeviceUpdate { update, clip: config.grad_clip, largest_norm: LARGEST_NORM };
-                let update = (index == last).then_some(update);
-                decision = learner.step_on_device(batch, Some(noise), index > 0, update, losses)?;
-            } else {
-                learner.gradients(batch, index > 0, losses)?;
+        self.learner.coefficients(&mut self.coefficients);
+        let parts = config.grad_accumulation;
+        for index in 0..parts {
+            self.prepare(config, self.step, index)?;
+            let Trainer { learner, batches: Batches { part, .. }, coefficients, computed, .. } = self;
+            part.set_coefficients(coefficients);
+            if !on_device {
+                learner.gradients(part.batch(), index > 0, computed)?;
+                self.note_losses(index * config.batch_size / parts);
+                continue;
             }
-            for (i, &sample) in samples.iter().enumerate() {
-                drawn.losses[sample as usize] = losses.loss[i];
-                if losses.loss[i].is_finite() {
-                    let [mse, vb, loss] = [losses.mse[i], losses.vb[i], losses.loss[i]].map(f64::from);
-                    self.meter.add_sample(t[i] as usize, loss, mse, vb);
-                }
+            let update = (index + 1 == parts).then_some(DeviceUpdate { update, clip: config.grad_clip });
+            learner.launch(part.batch(), part.how(config), update)?;
+            let (step, index) = if index + 1 < parts { (self.step, index + 1) } else { (self.step + 1, 0) };
+            if step < config.steps {
+                // What goes wrong here is met again, and told, when it is this part's turn.
+                let _ = self.prepare(config, step, index);
             }
         }
-        let objective = learner.objective(&drawn.losses);
+        let mut decision = None;
+        if on_device {
+            decision = self.learner.collect(&mut self.computed)?;
+            self.note_losses(0);
+        }
+        let learner = &mut self.learner;
+        let objective = learner.objective(&self.losses);
         let norm = decision.map_or_else(|| learner.gradient_norm(), |decision| decision.norm);
         let fit = decision.map_or(objective.is_finite() && norm < LARGEST_NORM, |decision| decision.updated);
         if fit {
@@ -362,19 +350,27 @@ impl Trainer {
         Ok(())
     }
 
-    /// Draws the timesteps of a batch and sorts it by them.
-    fn draw(&mut self, config: &TrainConfig) {
-        let (batch, step) = (config.batch_size, self.step);
-        let Drawn { t, order, coefficients, losses } = &mut self.drawn;
-        let rng = Philox::new(config.seed, Stream::Timestep);
-        t.clear();
-        t.extend((0..batch).map(|i| config.loss_weight.draw_timestep(&rng, step, i, batch, TASKS)));
-        order.clear();
-        order.extend(0..batch as u32);
-        order.sort_unstable_by_key(|&i| (t[i as usize], i));
-        coefficients.resize(batch, 0.0);
-        self.learner.coefficients(coefficients);
-        losses.resize(batch, 0.0);
+    /// Makes part `index` of the batch of `step` ready, unless it is: collects it, and sends it to the device if there is one.
+    fn prepare(&mut self, config: &TrainConfig, step: u64, index: usize) -> Result<()> {
+        let Trainer { learner, batches, .. } = self;
+        if batches.gather(config, step, index)? && learner.on_device.is_some() {
+            let staged = learner.stage(batches.part.batch(), batches.part.how(config));
+            staged.inspect_err(|_| batches.forget())?;
+        }
+        Ok(())
+    }
+
+    /// Notes the losses that were computed: of the samples of this step from number `first` of its order on.
+    fn note_losses(&mut self, first: usize) {
+        let drawn = self.batches.drawn(self.step);
+        let Losses { mse, vb, loss } = &self.computed;
+        for (i, &sample) in drawn.order[first..].iter().take(loss.len()).enumerate() {
+            self.losses[sample as usize] = loss[i];
+            if loss[i].is_finite() {
+                let [mse, vb, loss] = [mse[i], vb[i], loss[i]].map(f64::from);
+                self.meter.add_sample(drawn.t[sample as usize] as usize, loss, mse, vb);
+            }
+        }
     }
 
     /// Samples of the moving average in a grid, one row a class.
@@ -479,41 +475,4 @@ pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
     let file = SafetensorsFile::open(path)?;
     checkpoint::check_names(&file, &dit.layout, &[""], &["pos_embed"])?;
     checkpoint::read_layout(&file, &dit.layout, "", buffer)
-}
-
-impl Part {
-    /// Collects `samples` of a batch: images and labels from the data, timesteps as drawn, noise and label dropout from
-    /// their number in the batch alone.
-    #[expect(clippy::too_many_arguments, reason = "the batch, the configuration and the step it is drawn for")]
-    fn gather(
-        &mut self,
-        samples: &[u32],
-        drawn: &Drawn,
-        pixels: &[f32],
-        labels: &[u32],
-        config: &TrainConfig,
-        step: u64,
-        noise_elsewhere: bool,
-    ) {
-        let row = pixels.len() / labels.len();
-        let noise = Philox::new(config.seed, Stream::Noise);
-        let dropout = Philox::new(config.seed, Stream::LabelDropout);
-        self.x_start.resize(samples.len() * row, 0.0);
-        self.noise.resize(samples.len() * row, 0.0);
-        self.t.clear();
-        self.labels.clear();
-        self.coefficients.clear();
-        let rows = self.x_start.chunks_exact_mut(row).zip(self.noise.chunks_exact_mut(row));
-        for ((x_start, noise_row), &sample) in rows.zip(samples) {
-            let i = sample as usize;
-            x_start.copy_from_slice(&pixels[i * row..][..row]);
-            if !noise_elsewhere {
-                noise.normal(noise_row, step, u64::from(sample));
-            }
-            self.t.push(drawn.t[i]);
-            let dropped = f64::from(dropout.uniform(step, u64::from(sample), 0)) < config.label_dropout;
-            self.labels.push(if dropped { config.num_classes as u32 } else { labels[i] });
-            self.coefficients.push(drawn.coefficients[i]);
-        }
-    }
 }

@@ -1,14 +1,14 @@
 //! The simulated device, and the error rule.
 
 use super::*;
-use dtr_fused::autograd::cuda::{DeviceWeights, Replay, pass};
+use dtr_fused::autograd::cuda::{DeviceWeights, pass};
 use dtr_fused::backend::cuda::{Allocation, Buffer, DType, Device};
 use dtr_fused::ops::real::InBf16;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 
 /// Where `scripts/fetch-nvrtc` puts NVRTC.
-fn nvrtc_folder() -> PathBuf {
+pub fn nvrtc_folder() -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/nvrtc");
     assert!(
         folder.join("libnvrtc.so.13").is_file(),
@@ -19,7 +19,7 @@ fn nvrtc_folder() -> PathBuf {
 }
 
 /// The simulated driver: cargo builds examples together with the tests of a workspace.
-fn simulator() -> PathBuf {
+pub fn simulator() -> PathBuf {
     let exe = std::env::current_exe().unwrap();
     let library = exe.parent().unwrap().parent().unwrap().join("examples/libcuda.so");
     assert!(library.is_file(), "there is no {}: run cargo build -p cuda-sim-driver --example cuda", library.display());
@@ -223,7 +223,7 @@ fn run_on_cuda(
     let weights = DeviceWeights::upload(device, &weights, elem).unwrap();
     let grads = device.upload(&grads, DType::F32).unwrap();
     let add = start.is_some();
-    let mut found = pass(&weights, Some((grads.buffer(), add)), memory, Replay::Never, |tape| {
+    let mut found = pass(&weights, Some((grads.buffer(), add)), memory, |tape| {
         let (given, modulation) = put(tape, inputs, params.clone());
         let y = op.on_tape(tape, &given)?;
         let output = tape.read(y)?;

@@ -1,11 +1,9 @@
-//! A CUDA device: its memory, its compiled kernels, launches and graphs. All work goes to one stream, in order.
+//! A CUDA device and its compiled kernels. All work goes to one stream, in order.
 
 use super::launch::{Arg, Launch};
-use super::{Buffer, DType, cache, library, nvrtc};
+use super::{DType, cache, library, nvrtc};
 use crate::error::{Error, Result};
-use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys,
-};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -13,6 +11,9 @@ use std::sync::{Arc, Mutex};
 
 /// Oldest supported architecture: bf16 products and asynchronous copies came with it.
 const OLDEST_ARCH: u32 = 80;
+
+/// Oldest supported CUDA version of the driver: NVRTC 13.0 compiles for it.
+const OLDEST_DRIVER: i32 = 13_000;
 
 /// Dynamic shared memory that needs no permission.
 const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
@@ -23,42 +24,35 @@ pub(crate) fn failed(what: &str, e: DriverError) -> Error {
     Error::Stopped(format!("the CUDA device failed to {what}: {}", text.unwrap_or_else(|| format!("{:?}", e.0))))
 }
 
-/// Device memory, freed when dropped.
-pub struct Allocation {
-    memory: Option<CudaSlice<u8>>, // None on paper
-    buffer: Buffer,
+/// The newest CUDA version that the driver knows: 13000 for 13.0.
+fn driver_version() -> std::result::Result<i32, DriverError> {
+    let mut version = 0;
+    // SAFETY: a valid place to write to.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
+    Ok(version)
 }
 
-impl Allocation {
-    /// The numbers in it.
-    pub fn buffer(&self) -> Buffer {
-        self.buffer
+/// Refuses drivers that take nothing that NVRTC 13 compiles.
+fn check_driver(version: i32) -> Result<()> {
+    let (major, minor) = (version / 1000, version % 1000 / 10);
+    match version < OLDEST_DRIVER {
+        true => Err(Error::usage(format!(
+            "the CUDA driver of this machine knows CUDA {major}.{minor}, but the kernels are compiled for 13.0: update the \
+             driver to 580 or newer"
+        ))),
+        false => Ok(()),
     }
-
-    /// cudarc's handle of the memory; None on a device on paper.
-    pub fn memory(&self) -> Option<&CudaSlice<u8>> {
-        self.memory.as_ref()
-    }
 }
 
-/// Launches that were captured once and are replayed together.
-pub struct Graph {
-    graph: sys::CUgraph,
-    exec: sys::CUgraphExec,
-    context: Arc<CudaContext>,
-}
-
-// SAFETY: the driver takes these handles from any thread that has bound the context, as every use here does first.
-unsafe impl Send for Graph {}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // SAFETY: both were made by the driver, belong to this context and are destroyed once.
-        unsafe {
-            self.context.record_err(self.context.bind_to_thread());
-            self.context.record_err(result::graph::exec_destroy(self.exec));
-            self.context.record_err(result::graph::destroy(self.graph));
-        }
+/// Compute capability as one number; refuses what is too old.
+fn check_arch(name: &str, major: i32, minor: i32) -> Result<u32> {
+    let arch = (major * 10 + minor) as u32;
+    match arch < OLDEST_ARCH {
+        true => Err(Error::usage(format!(
+            "{name} has compute capability {major}.{minor}, but the kernels need 8.0 or newer (an A100, an RTX 30 card, or \
+             later): give --device cpu"
+        ))),
+        false => Ok(arch),
     }
 }
 
@@ -88,22 +82,24 @@ pub struct Recorded {
     pub shared: u32,
 }
 
-struct Driver {
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+pub(super) struct Driver {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) stream: Arc<CudaStream>,
+    copies: Arc<CudaStream>, // of inputs for later
 }
 
 /// A CUDA device.
 pub struct Device {
-    driver: Option<Driver>, // None: on paper
-    name: String,
+    pub(super) driver: Option<Driver>, // None: on paper
+    pub(super) name: String,
     arch: u32,
     multiprocessors: u32,
     modules: Mutex<HashMap<ModuleKey, Loaded>>,
     recorded: Mutex<Option<Vec<Recorded>>>,
     launches: AtomicUsize,
     dry: AtomicBool,
-    next_address: AtomicUsize, // on paper
+    ptx_only: AtomicBool,                 // the driver takes no machine code
+    pub(super) next_address: AtomicUsize, // on paper
 }
 
 impl Device {
@@ -118,27 +114,37 @@ impl Device {
             Error::usage(format!("CUDA device {ordinal} cannot be opened: {text}"))
         };
         result::init().map_err(refused)?;
+        check_driver(driver_version().map_err(refused)?)?;
         let count = CudaContext::device_count().map_err(refused)?;
         if ordinal >= count.max(0) as usize {
             return Err(Error::usage(format!("there is no CUDA device {ordinal}: the driver sees {count}")));
         }
         let context = CudaContext::new(ordinal).map_err(refused)?;
-        // SAFETY: all memory of this context is used on one stream, so no events are needed between its users.
+        // SAFETY: all memory of this context is used on one stream, or between events of our own.
         unsafe { context.disable_event_tracking() };
+        // Graphs are captured from a stream of one's own.
+        Self::on_stream(context.new_stream().map_err(refused)?)
+    }
+
+    /// The device of a stream that the caller made: all its work goes there, in order with the caller's.
+    ///
+    /// Memory of the same context can be used with [`Device::buffer`]. cudarc's events do not see this device's work: what
+    /// is used on other streams too must be synchronised by the caller.
+    ///
+    /// # Errors
+    /// When the device is older than an A100 (compute capability 8.0), or the driver refuses.
+    pub fn on_stream(stream: Arc<CudaStream>) -> Result<Self> {
+        let refused = |e| failed("be opened", e);
+        let context = stream.context().clone();
         let name = context.name().map_err(refused)?;
         let (major, minor) = context.compute_capability().map_err(refused)?;
-        let arch = (major * 10 + minor) as u32;
-        if arch < OLDEST_ARCH {
-            return Err(Error::usage(format!(
-                "{name} has compute capability {major}.{minor}, but the kernels need 8.0 or newer"
-            )));
-        }
+        let arch = check_arch(&name, major, minor)?;
         let multiprocessors = context
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(refused)? as u32;
-        // Graphs are captured from a stream of one's own.
-        let stream = context.new_stream().map_err(refused)?;
-        Ok(Device { driver: Some(Driver { context, stream }), ..Device::on_paper(&name, arch, multiprocessors) })
+        let copies = context.new_stream().map_err(refused)?;
+        let driver = Some(Driver { context, stream, copies });
+        Ok(Device { driver, ..Device::on_paper(&name, arch, multiprocessors) })
     }
 
     /// A device that exists on paper only: passes over it are planned, and their launches recorded, but nothing runs.
@@ -152,6 +158,7 @@ impl Device {
             recorded: Mutex::default(),
             launches: AtomicUsize::new(0),
             dry: AtomicBool::new(false),
+            ptx_only: AtomicBool::new(false),
             next_address: AtomicUsize::new(1 << 20),
         }
     }
@@ -176,9 +183,20 @@ impl Device {
         self.driver.as_ref().map(|driver| &driver.stream)
     }
 
+    /// Context, stream of the kernels, stream of copies for later; None on paper, and while nothing is to run.
+    pub(super) fn streams(&self) -> Option<(&Arc<CudaContext>, &Arc<CudaStream>, &Arc<CudaStream>)> {
+        let driver = self.driver.as_ref().filter(|_| !self.dry.load(Ordering::Relaxed))?;
+        Some((&driver.context, &driver.stream, &driver.copies))
+    }
+
     /// Whether nothing can run here.
     pub fn is_on_paper(&self) -> bool {
         self.driver.is_none()
+    }
+
+    /// Whether this is the driver simulator, whose times say nothing about a GPU.
+    pub fn is_simulated(&self) -> bool {
+        self.name.starts_with("CUDA simulator")
     }
 
     /// Starts to record launches, dry ones included; what was recorded so far is returned.
@@ -188,24 +206,13 @@ impl Device {
     }
 
     /// The driver, bound to this thread; None when nothing is to run.
-    fn running(&self) -> Result<Option<&Driver>> {
+    pub(super) fn running(&self) -> Result<Option<&Driver>> {
         match &self.driver {
             Some(driver) if !self.dry.load(Ordering::Relaxed) => {
                 driver.context.bind_to_thread().map_err(|e| failed("be used", e))?;
                 Ok(Some(driver))
             }
             _ => Ok(None),
-        }
-    }
-
-    /// Free and total bytes of its memory.
-    ///
-    /// # Errors
-    /// When the driver does not tell.
-    pub fn memory(&self) -> Result<(usize, usize)> {
-        match &self.driver {
-            Some(driver) => driver.context.mem_get_info().map_err(|e| failed("tell its memory", e)),
-            None => Ok((usize::MAX, usize::MAX)),
         }
     }
 
@@ -217,162 +224,6 @@ impl Device {
     /// While dry (one pass at a time: the device is shared), launches and copies are checked and counted, but nothing runs and nothing is compiled.
     pub fn set_dry(&self, dry: bool) {
         self.dry.store(dry, Ordering::Relaxed);
-    }
-
-    /// Memory for `len` numbers, with arbitrary contents.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
-    pub fn alloc(&self, len: usize, dtype: DType) -> Result<Allocation> {
-        let bytes = (len * dtype.bytes()).max(1);
-        let Some(driver) = &self.driver else {
-            let address = self.next_address.fetch_add(bytes.next_multiple_of(256), Ordering::Relaxed) as u64;
-            return Ok(Allocation { memory: None, buffer: Buffer { address, len, dtype } });
-        };
-        // SAFETY: u8 has no invalid values, and nothing is read before a kernel or a copy wrote it: a simulated driver checks.
-        let memory = unsafe { driver.stream.alloc::<u8>(bytes) }.map_err(|e| {
-            let (free, total) = self.memory().unwrap_or((0, 0));
-            let gb = |bytes: usize| bytes as f64 / 1e9;
-            Error::usage(format!(
-                "{} has no {:.2} GB left ({:.2} of {:.2} GB are free): choose a smaller --batch-size or model ({:?})",
-                self.name,
-                gb(bytes),
-                gb(free),
-                gb(total),
-                e.0
-            ))
-        })?;
-        let address = memory.device_ptr(&driver.stream).0;
-        Ok(Allocation { memory: Some(memory), buffer: Buffer { address, len, dtype } })
-    }
-
-    /// Numbers copied to new memory, rounded to `dtype`.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
-    pub fn upload(&self, numbers: &[f32], dtype: DType) -> Result<Allocation> {
-        let allocation = self.alloc(numbers.len(), dtype)?;
-        self.write(allocation.buffer(), numbers)?;
-        Ok(allocation)
-    }
-
-    /// Copies numbers into a buffer of f32, bf16 or f64, rounding to its type.
-    ///
-    /// # Errors
-    /// When the sizes differ, or the copy fails.
-    pub fn write(&self, to: Buffer, numbers: &[f32]) -> Result<()> {
-        match to.dtype {
-            DType::F32 => self.write_bytes(to, bytemuck::cast_slice(numbers)),
-            DType::Bf16 => {
-                let rounded: Vec<u16> = numbers.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect();
-                self.write_bytes(to, bytemuck::cast_slice(&rounded))
-            }
-            DType::F64 => {
-                let wide: Vec<f64> = numbers.iter().map(|&x| f64::from(x)).collect();
-                self.write_bytes(to, bytemuck::cast_slice(&wide))
-            }
-            DType::U32 | DType::I32 => {
-                Err(Error::Shape { operation: "write", what: "floats cannot be written to integers".into() })
-            }
-        }
-    }
-
-    /// Copies bytes into a buffer of that many bytes.
-    ///
-    /// # Errors
-    /// When the sizes differ, or the copy fails.
-    pub fn write_bytes(&self, to: Buffer, bytes: &[u8]) -> Result<()> {
-        if bytes.len() != to.len * to.dtype.bytes() {
-            let what = format!("{} bytes for {} numbers of {:?}", bytes.len(), to.len, to.dtype);
-            return Err(Error::Shape { operation: "write", what });
-        }
-        let Some(driver) = self.running()?.filter(|_| !bytes.is_empty()) else { return Ok(()) };
-        // SAFETY: the buffer holds that many bytes; pageable memory is copied from before the call returns.
-        unsafe { result::memcpy_htod_async(to.address, bytes, driver.stream.cu_stream()) }
-            .map_err(|e| failed("take numbers", e))
-    }
-
-    /// New memory with these unsigned integers.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
-    pub fn upload_u32(&self, numbers: &[u32]) -> Result<Allocation> {
-        let allocation = self.alloc(numbers.len(), DType::U32)?;
-        self.write_bytes(allocation.buffer(), bytemuck::cast_slice(numbers))?;
-        Ok(allocation)
-    }
-
-    /// New memory with these integers.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
-    pub fn upload_i32(&self, numbers: &[i32]) -> Result<Allocation> {
-        let allocation = self.alloc(numbers.len(), DType::I32)?;
-        self.write_bytes(allocation.buffer(), bytemuck::cast_slice(numbers))?;
-        Ok(allocation)
-    }
-
-    /// Waits for all work and copies the numbers of a buffer of floats.
-    ///
-    /// # Errors
-    /// When the copy or any work before it failed.
-    pub fn download(&self, from: Buffer) -> Result<Vec<f32>> {
-        let mut bytes = vec![0u8; from.len * from.dtype.bytes()];
-        self.read_bytes(&mut bytes, from)?;
-        Ok(match from.dtype {
-            DType::F32 => bytemuck::pod_collect_to_vec(&bytes),
-            DType::Bf16 => bytemuck::pod_collect_to_vec::<u8, u16>(&bytes)
-                .into_iter()
-                .map(|bits| half::bf16::from_bits(bits).to_f32())
-                .collect(),
-            DType::F64 => bytemuck::pod_collect_to_vec::<u8, f64>(&bytes).into_iter().map(|x| x as f32).collect(),
-            DType::U32 => bytemuck::pod_collect_to_vec::<u8, u32>(&bytes).into_iter().map(|x| x as f32).collect(),
-            DType::I32 => bytemuck::pod_collect_to_vec::<u8, i32>(&bytes).into_iter().map(|x| x as f32).collect(),
-        })
-    }
-
-    /// Waits for all work and copies the bytes of a buffer.
-    ///
-    /// # Errors
-    /// When the sizes differ, or the copy or any work before it failed.
-    pub fn read_bytes(&self, to: &mut [u8], from: Buffer) -> Result<()> {
-        if to.len() != from.len * from.dtype.bytes() {
-            let what = format!("{} bytes for {} numbers of {:?}", to.len(), from.len, from.dtype);
-            return Err(Error::Shape { operation: "read", what });
-        }
-        let Some(driver) = self.running()?.filter(|_| !to.is_empty()) else { return Ok(()) };
-        // SAFETY: both sides have that many bytes, and the stream is waited for before `to` is used.
-        unsafe { result::memcpy_dtoh_async(to, from.address, driver.stream.cu_stream()) }
-            .map_err(|e| failed("give numbers", e))?;
-        self.synchronize()
-    }
-
-    /// Copies a buffer to another of its size and type.
-    ///
-    /// # Errors
-    /// When they differ, or the copy fails.
-    pub fn copy(&self, to: Buffer, from: Buffer) -> Result<()> {
-        if (to.len, to.dtype) != (from.len, from.dtype) {
-            let what = format!("{} numbers of {:?} to {} of {:?}", from.len, from.dtype, to.len, to.dtype);
-            return Err(Error::Shape { operation: "copy", what });
-        }
-        let Some(driver) = self.running()?.filter(|_| to.len > 0) else { return Ok(()) };
-        // SAFETY: both buffers hold that many bytes.
-        unsafe {
-            result::memcpy_dtod_async(to.address, from.address, to.len * to.dtype.bytes(), driver.stream.cu_stream())
-        }
-        .map_err(|e| failed("copy", e))
-    }
-
-    /// Sets every byte of a buffer.
-    ///
-    /// # Errors
-    /// When the driver refuses.
-    pub fn fill_bytes(&self, to: Buffer, byte: u8) -> Result<()> {
-        let Some(driver) = self.running()?.filter(|_| to.len > 0) else { return Ok(()) };
-        // SAFETY: the buffer holds that many bytes.
-        unsafe { result::memset_d8_async(to.address, byte, to.len * to.dtype.bytes(), driver.stream.cu_stream()) }
-            .map_err(|e| failed("fill memory", e))
     }
 
     /// Waits for all work.
@@ -458,50 +309,35 @@ impl Device {
             defines.push(("ELEM_BF16", 1));
         }
         let compiled = cache::compile(launch.file, &nvrtc::options(self.arch, &defines))?;
-        let cubin = cudarc::nvrtc::Ptx::from_binary(compiled.cubin);
-        driver
-            .context
-            .load_module(cubin)
-            .or_else(|_| {
-                let text = String::from_utf8_lossy(&compiled.ptx).into_owned();
-                driver.context.load_module(cudarc::nvrtc::Ptx::from_src(text))
-            })
-            .map_err(|e| failed(&format!("load kernels/{}.cu", launch.file), e))
-    }
-
-    /// Captures the launches and copies that `work` makes, without running them.
-    ///
-    /// # Errors
-    /// Those of `work`, and when the driver cannot capture.
-    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
-        let cannot = |e| failed("capture a graph", e);
-        let Some(driver) = self.running()? else {
-            return Err(Error::usage("a device on which nothing runs cannot capture a graph"));
-        };
-        driver.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(cannot)?;
-        let worked = work();
-        // SAFETY: the stream is capturing since the call above.
-        let graph = unsafe { result::stream::end_capture(driver.stream.cu_stream()) };
-        worked?;
-        let graph = graph.map_err(cannot)?;
-        // SAFETY: the graph was captured above; no flags.
-        match unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) } {
-            Ok(exec) => Ok(Graph { graph, exec, context: driver.context.clone() }),
-            Err(e) => {
-                // SAFETY: the graph was captured above and is destroyed once.
-                let _ = unsafe { result::graph::destroy(graph) };
-                Err(cannot(e))
+        let cannot = |e| failed(&format!("load kernels/{}.cu", launch.file), e);
+        if !self.ptx_only.load(Ordering::Relaxed) {
+            match driver.context.load_module(cudarc::nvrtc::Ptx::from_binary(compiled.cubin)) {
+                // Not of the kind that this driver runs, and neither will the next one be.
+                Err(DriverError(sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) => {
+                    self.ptx_only.store(true, Ordering::Relaxed);
+                }
+                Err(_) => {}
+                Ok(module) => return Ok(module),
             }
         }
+        let text = String::from_utf8_lossy(&compiled.ptx).into_owned();
+        driver.context.load_module(cudarc::nvrtc::Ptx::from_src(text)).map_err(cannot)
     }
+}
 
-    /// Runs what was captured.
-    ///
-    /// # Errors
-    /// When the driver refuses.
-    pub fn replay(&self, graph: &Graph) -> Result<()> {
-        let Some(driver) = self.running()? else { return Ok(()) };
-        // SAFETY: the graph lives, and so do the buffers it names: they are the caller's arena.
-        unsafe { result::graph::launch(graph.exec, driver.stream.cu_stream()) }.map_err(|e| failed("replay a step", e))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_old_is_told_so() {
+        let error = check_arch("Tesla V100", 7, 0).unwrap_err();
+        assert!(matches!(error, Error::Usage(_)));
+        let says = error.to_string();
+        assert!(says.starts_with("Tesla V100 has compute capability 7.0, but the kernels need 8.0"), "{says}");
+        let says = check_driver(12_040).unwrap_err().to_string();
+        assert!(says.starts_with("the CUDA driver of this machine knows CUDA 12.4, but"), "{says}");
+        check_driver(13_000).unwrap();
+        assert_eq!((check_arch("A100", 8, 0).unwrap(), check_arch("RTX 5090", 12, 0).unwrap()), (80, 120));
     }
 }

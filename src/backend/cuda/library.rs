@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use cudarc::{driver, nvrtc};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -13,17 +14,50 @@ pub const CUDA_LIBRARY: &str = "DTR_CUDA_LIBRARY";
 /// Folder with `libnvrtc.so.13` and `libnvrtc-builtins.so.13.0`.
 pub const NVRTC_FOLDER: &str = "DTR_NVRTC_FOLDER";
 
-/// Loads a library for good, so that cudarc, which opens it by name, gets this one.
-fn preload(path: &Path, variable: &str) -> Result<()> {
+/// Loads a library for good, so that cudarc, which opens it by name, gets this one. `symbol` tells whether it is the right one.
+fn preload(path: &Path, variable: &str, symbol: Option<&str>) -> Result<()> {
+    let refused = |why: String| Error::file(path, format!("{variable} names it, but {why}"));
+    let size = |e| refused(format!("it cannot be loaded: {e}"));
+    if is_cut(path).map_err(size)? {
+        return Err(refused("it cannot be loaded: its end is missing".into()));
+    }
     // SAFETY: the user named this file as the library to run; NVIDIA's and the simulator's initialisers have no
     // preconditions.
-    match unsafe { libloading::Library::new(path) } {
-        Ok(library) => {
-            std::mem::forget(library);
-            Ok(())
-        }
-        Err(e) => Err(Error::file(path, format!("{variable} names it, but it cannot be loaded: {e}"))),
+    let library =
+        unsafe { libloading::Library::new(path) }.map_err(|e| refused(format!("it cannot be loaded: {e}")))?;
+    if let Some(symbol) = symbol {
+        // SAFETY: the address is not used, so its type does not matter.
+        let found = unsafe { library.get::<*const ()>(symbol.as_bytes()) };
+        found.map_err(|_| refused(format!("it has no {symbol}: it is another library")))?;
     }
+    std::mem::forget(library);
+    Ok(())
+}
+
+/// Whether a 64-bit ELF file ends before what its program header says it holds: the loader would map what is not there, and
+/// the process would be killed on the first touch. False for all other files, which the loader refuses by itself.
+fn is_cut(path: &Path) -> std::io::Result<bool> {
+    const ENTRY: usize = 56;
+    const LOAD: u64 = 1;
+    // A little-endian number of `bytes` bytes.
+    let number = |from: &[u8], at: usize, bytes: usize| {
+        from[at..at + bytes].iter().rev().fold(0u64, |n, &b| n << 8 | u64::from(b))
+    };
+    let mut file = std::fs::File::open(path)?;
+    let len = file.metadata()?.len();
+    let mut header = Vec::new();
+    file.by_ref().take(64).read_to_end(&mut header)?;
+    if header.len() < 64 || !header.starts_with(b"\x7fELF\x02\x01") {
+        return Ok(false);
+    }
+    let (table, count) = (number(&header, 32, 8), number(&header, 56, 2));
+    let mut entries = Vec::new();
+    file.seek(SeekFrom::Start(table))?;
+    file.take(count * ENTRY as u64).read_to_end(&mut entries)?;
+    let end = |entry: &[u8]| number(entry, 8, 8).saturating_add(number(entry, 32, 8));
+    let mut whole = entries.chunks_exact(ENTRY);
+    let missing = (whole.len() as u64) < count;
+    Ok(missing || whole.any(|entry| number(entry, 0, 4) == LOAD && end(entry) > len))
 }
 
 /// Makes the driver library available.
@@ -37,11 +71,13 @@ pub fn load_driver() -> Result<()> {
         return Ok(());
     }
     if let Some(path) = std::env::var_os(CUDA_LIBRARY) {
-        preload(Path::new(&path), CUDA_LIBRARY)?;
+        preload(Path::new(&path), CUDA_LIBRARY, Some("cuInit"))?;
     }
     // SAFETY: only tries to open libraries by their names.
     if !unsafe { driver::sys::is_culib_present() } {
-        return Err(Error::usage("there is no CUDA driver (libcuda.so) on this machine"));
+        return Err(Error::usage(format!(
+            "there is no CUDA driver (libcuda.so) on this machine; {CUDA_LIBRARY} may name one elsewhere"
+        )));
     }
     *loaded = true;
     Ok(())
@@ -59,8 +95,8 @@ pub fn load_nvrtc() -> Result<()> {
     }
     if let Some(folder) = std::env::var_os(NVRTC_FOLDER) {
         // The builtins first: NVRTC opens them by name and has no path to them.
-        for file in ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"] {
-            preload(&Path::new(&folder).join(file), NVRTC_FOLDER)?;
+        for (file, symbol) in [("libnvrtc-builtins.so.13.0", None), ("libnvrtc.so.13", Some("nvrtcVersion"))] {
+            preload(&Path::new(&folder).join(file), NVRTC_FOLDER, symbol)?;
         }
     }
     // SAFETY: only tries to open libraries by their names.

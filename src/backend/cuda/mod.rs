@@ -5,19 +5,29 @@
 //! library   libcuda and NVRTC: where they are, and a sentence when they are not
 //! nvrtc     kernel text -> CUBIN and PTX;  cache: the same, from disk
 //! launch    a kernel's name and arguments against its signature
-//! device    context, stream, memory, launches, graphs
+//! device    context, stream, launches;  memory, graph, clock: what else it does
+//! transfer  copies that do not stop the host: the next inputs, the last results
 //! arena     one block of device memory, cut into the buffers of a step
 //! ```
 
 pub mod arena;
 mod cache;
+pub mod clock;
 pub mod device;
+mod graph;
 pub mod launch;
 mod library;
+mod memory;
 pub mod nvrtc;
+pub mod transfer;
 
-pub use device::{Allocation, Device, Graph};
+/// The version of cudarc whose contexts, streams and slices [`Device`] takes.
+pub use cudarc;
+pub use device::Device;
+pub use graph::Graph;
 pub use launch::{Arg, Launch};
+pub use library::load_driver;
+pub use memory::{Allocation, Element};
 
 /// Type of the numbers in a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

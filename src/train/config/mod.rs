@@ -161,6 +161,8 @@ knobs! {
         device: String;
         /// Number format of products and activations: f32 or bf16
         precision: Precision = fixed;
+        /// Keep only the input of each block for the backward pass and compute the rest again: less memory, a third more work, the same bits
+        checkpoint_activations: bool;
         /// Threads on the CPU; 0 = one per core (the result is the same)
         threads: usize;
     }
@@ -245,6 +247,7 @@ impl Default for TrainConfig {
             seed: 0,
             device: "auto".into(),
             precision: Precision::F32,
+            checkpoint_activations: false,
             threads: 0,
             out: String::new(),
             log_every: 10,

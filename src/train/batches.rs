@@ -1,0 +1,149 @@
+//! What a run computes next: the samples of each step, in parts, in the order in which they are computed.
+//!
+//! All of it depends on the seed, the step and the data alone; so a part can be gathered ahead, and a resumed run sees what
+//! an uninterrupted one sees.
+
+use super::config::TrainConfig;
+use super::device::{DrawnNoise, How};
+use super::learner::Batch;
+use crate::data::Dataset;
+use crate::data::loader::{self, Loader, LoaderOptions};
+use crate::error::Result;
+use crate::model::config::TASKS;
+use crate::rng::{Philox, Stream};
+use std::sync::Arc;
+
+/// The samples of a step as they are drawn, and the order in which they are computed.
+#[derive(Default)]
+pub(super) struct Drawn {
+    of: Option<u64>, // step
+    images: Option<loader::Batch>,
+    pub(super) t: Vec<u32>,     // [B], as drawn
+    pub(super) order: Vec<u32>, // [B], sorted by t: neighbours share their windows
+}
+
+/// A part of a batch, in the order in which it is computed.
+#[derive(Default)]
+pub(super) struct Part {
+    of: Option<(u64, usize)>, // step and number of the part
+    samples: Vec<u32>,        // their numbers in the batch
+    x_start: Vec<f32>,
+    noise: Vec<f32>, // empty where the device draws it
+    t: Vec<u32>,
+    labels: Vec<u32>,
+    coefficients: Vec<f64>,
+}
+
+/// The batches of a run.
+pub(super) struct Batches {
+    pub(super) loader: Loader,
+    pub(super) part: Part,
+    drawn: [Drawn; 2], // of even and of odd steps: one may be drawn ahead
+    noise_elsewhere: bool,
+}
+
+impl Batches {
+    /// The batches of `dataset`; `noise_elsewhere` when a device draws the noise.
+    ///
+    /// # Errors
+    /// As [`Loader::new`].
+    pub(super) fn new(config: &TrainConfig, dataset: Arc<dyn Dataset>, noise_elsewhere: bool) -> Result<Self> {
+        let options = LoaderOptions { batch: config.batch_size, seed: config.seed, flip: config.flip, threads: 0 };
+        let loader = Loader::new(dataset, options)?;
+        Ok(Batches { loader, part: Part::default(), drawn: Default::default(), noise_elsewhere })
+    }
+
+    /// Makes [`Batches::part`] part `index` of `step`; false when it was that already.
+    ///
+    /// # Errors
+    /// When the data cannot be read.
+    pub(super) fn gather(&mut self, config: &TrainConfig, step: u64, index: usize) -> Result<bool> {
+        if self.part.of == Some((step, index)) {
+            return Ok(false);
+        }
+        self.draw(config, step)?;
+        let drawn = &self.drawn[(step % 2) as usize];
+        let size = config.batch_size / config.grad_accumulation;
+        self.part.gather(&drawn.order[index * size..][..size], drawn, config, step, self.noise_elsewhere);
+        self.part.of = Some((step, index));
+        Ok(true)
+    }
+
+    /// Forgets the part, so that it is gathered again.
+    pub(super) fn forget(&mut self) {
+        self.part.of = None;
+    }
+
+    /// What was drawn for `step`, whose parts were gathered.
+    pub(super) fn drawn(&self, step: u64) -> &Drawn {
+        &self.drawn[(step % 2) as usize]
+    }
+
+    /// Loads the batch of `step`, draws its timesteps and sorts it by them, unless that is done.
+    fn draw(&mut self, config: &TrainConfig, step: u64) -> Result<()> {
+        let Drawn { of, images, t, order } = &mut self.drawn[(step % 2) as usize];
+        if *of == Some(step) {
+            return Ok(());
+        }
+        *of = None;
+        *images = Some(self.loader.next(step)?);
+        let batch = config.batch_size;
+        let rng = Philox::new(config.seed, Stream::Timestep);
+        t.clear();
+        t.extend((0..batch).map(|i| config.loss_weight.draw_timestep(&rng, step, i, batch, TASKS)));
+        order.clear();
+        order.extend(0..batch as u32);
+        order.sort_unstable_by_key(|&i| (t[i as usize], i));
+        *of = Some(step);
+        Ok(())
+    }
+}
+
+impl Part {
+    /// Collects `samples` of a batch: images and labels from the data, timesteps as drawn, noise and label dropout from
+    /// their number in the batch alone.
+    fn gather(&mut self, samples: &[u32], drawn: &Drawn, config: &TrainConfig, step: u64, noise_elsewhere: bool) {
+        let Some(loader::Batch { pixels, labels, .. }) = &drawn.images else { unreachable!("loaded when drawn") };
+        let row = pixels.len() / labels.len();
+        let noise = Philox::new(config.seed, Stream::Noise);
+        let dropout = Philox::new(config.seed, Stream::LabelDropout);
+        self.samples.clear();
+        self.samples.extend_from_slice(samples);
+        self.x_start.resize(samples.len() * row, 0.0);
+        self.noise.resize(if noise_elsewhere { 0 } else { samples.len() * row }, 0.0);
+        self.t.clear();
+        self.labels.clear();
+        for (k, &sample) in samples.iter().enumerate() {
+            let (i, place) = (sample as usize, k * row..(k + 1) * row);
+            self.x_start[place.clone()].copy_from_slice(&pixels[i * row..][..row]);
+            if !noise_elsewhere {
+                noise.normal(&mut self.noise[place], step, u64::from(sample));
+            }
+            self.t.push(drawn.t[i]);
+            let dropped = f64::from(dropout.uniform(step, u64::from(sample), 0)) < config.label_dropout;
+            self.labels.push(if dropped { config.num_classes as u32 } else { labels[i] });
+        }
+    }
+
+    /// Takes the coefficients of its samples from those of the batch, as drawn.
+    pub(super) fn set_coefficients(&mut self, of_batch: &[f64]) {
+        self.coefficients.clear();
+        self.coefficients.extend(self.samples.iter().map(|&sample| of_batch[sample as usize]));
+    }
+
+    /// The numbers.
+    pub(super) fn batch(&self) -> Batch<'_> {
+        let Part { x_start, noise, t, labels, coefficients, .. } = self;
+        Batch { x_start, noise, t, labels, coefficients }
+    }
+
+    /// How a device computes this part.
+    pub(super) fn how(&self, config: &TrainConfig) -> How<'_> {
+        let (step, index) = self.of.unwrap_or_default();
+        How {
+            drawn: Some(DrawnNoise { seed: config.seed, step, samples: &self.samples }),
+            add: index > 0,
+            updates: index + 1 == config.grad_accumulation,
+        }
+    }
+}

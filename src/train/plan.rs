@@ -1,0 +1,172 @@
+//! The device memory that training takes, known before anything is trained: passes on paper take every buffer of a real one.
+
+use super::config::TrainConfig;
+use super::device::{DeviceState, DrawnNoise, How};
+use super::learner::Batch;
+use crate::autograd::Memory;
+use crate::autograd::cuda::{DeviceWeights, pass};
+use crate::backend::cuda::{DType, Device};
+use crate::error::{Error, Result};
+use crate::model::config::TASKS;
+use crate::model::dit::Dit;
+use std::fmt;
+use std::sync::Arc;
+
+/// Bytes of device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Weights (and their bf16 copy), moving average, two moments, gradients.
+    pub parameters: usize,
+    /// What a step keeps for its backward pass, and what that computes with, at the worst moment.
+    pub activations: usize,
+    /// Images, noise schedule, timesteps, windows and labels of the part that is computed and of the next one.
+    pub inputs: usize,
+    /// The moving average as products read it, and activations: for grids of samples.
+    pub samples: usize,
+}
+
+impl Plan {
+    /// What training with `config` takes on a device like `device`, in parts of `part` images.
+    ///
+    /// # Errors
+    /// When the kernels do not take these sizes.
+    pub fn new(config: &TrainConfig, dit: &Dit, device: &Device, elem: DType, part: usize) -> Result<Self> {
+        let device = Arc::new(Device::on_paper(device.name(), device.arch(), device.multiprocessors()));
+        let len = dit.layout.len();
+        let of_elem = if elem == DType::Bf16 { elem.bytes() } else { 0 };
+        let mut memory = Memory::on_device(&device, elem);
+        on_paper(dit, &device, elem, part, &mut memory)?;
+        let [activations, inputs] = memory.device_parts();
+
+        let count = config.samples_per_class * config.sample_classes.min(config.num_classes);
+        let halves = if config.sample_cfg == 1.0 { 1 } else { 2 };
+        let mut memory = Memory::on_device(&device, elem);
+        sample_on_paper(dit, &device, elem, halves * count.min(part).min(64), &mut memory)?;
+        Ok(Plan {
+            parameters: len * (5 * DType::F32.bytes() + of_elem),
+            activations,
+            inputs: 2 * inputs,
+            samples: len * (DType::F32.bytes() + of_elem) + memory.device_bytes(),
+        })
+    }
+
+    /// All of it.
+    pub fn total(&self) -> usize {
+        self.parameters + self.activations + self.inputs + self.samples
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Plan { parameters, activations, inputs, samples } = *self;
+        let [total, parameters, activations, inputs, samples] =
+            [self.total(), parameters, activations, inputs, samples].map(readable);
+        write!(
+            f,
+            "{total} (parameters and what goes with them {parameters}, activations {activations}, inputs {inputs}, \
+             samples {samples})"
+        )
+    }
+}
+
+/// The plan of a run on `device`.
+///
+/// # Errors
+/// When it is more than the device has free: by how much, and what would fit.
+pub fn check(config: &TrainConfig, dit: &mut Dit, device: &Device, elem: DType) -> Result<Plan> {
+    let part = config.batch_size / config.grad_accumulation;
+    let plan = Plan::new(config, dit, device, elem, part)?;
+    let (free, _) = device.memory()?;
+    if plan.total() <= free {
+        return Ok(plan);
+    }
+    let mut remedies = Vec::new();
+    let largest = largest_part(config, dit, device, elem, part, free)?;
+    if let Some(largest) = largest {
+        let accumulation = (1..=config.batch_size)
+            .find(|n| config.batch_size.is_multiple_of(*n) && config.batch_size / n <= largest)
+            .unwrap_or(config.batch_size);
+        remedies.push(format!("--batch-size {}", largest * config.grad_accumulation));
+        remedies.push(format!("--grad-accumulation {accumulation} (the same steps, in smaller parts)"));
+    }
+    if !dit.checkpoint_activations {
+        dit.checkpoint_activations = true;
+        let largest = largest_part(config, dit, device, elem, part, free)?;
+        dit.checkpoint_activations = false;
+        remedies.extend(largest.map(|largest| match largest == part {
+            true => "--checkpoint-activations".to_string(),
+            false => format!("--checkpoint-activations with --batch-size {}", largest * config.grad_accumulation),
+        }));
+    }
+    let remedy = match remedies.as_slice() {
+        [] => "not even one image at a time fits: choose a smaller model".to_string(),
+        [only] => format!("{only} fits"),
+        [first @ .., last] => format!("{} or {last} fits", first.join(", ")),
+    };
+    Err(Error::usage(format!(
+        "training {} in parts of {part} images takes {plan}, but {} has only {} free, {} too few: {remedy}",
+        config.model,
+        device.name(),
+        readable(free),
+        readable(plan.total() - free)
+    )))
+}
+
+/// The largest part of up to `part` images that fits; None when not even one does.
+fn largest_part(
+    config: &TrainConfig,
+    dit: &Dit,
+    device: &Device,
+    elem: DType,
+    part: usize,
+    free: usize,
+) -> Result<Option<usize>> {
+    let fits = |part| Ok::<_, Error>(Plan::new(config, dit, device, elem, part)?.total() <= free);
+    if fits(part)? {
+        return Ok(Some(part));
+    }
+    // `low` fits (0 always does), `high` does not.
+    let (mut low, mut high) = (0, part);
+    while high - low > 1 {
+        let middle = low.midpoint(high);
+        if fits(middle)? { low = middle } else { high = middle }
+    }
+    Ok((low > 0).then_some(low))
+}
+
+/// A training step of `part` images on paper: its buffers and launches.
+///
+/// # Errors
+/// When the kernels do not take these sizes.
+pub fn on_paper(dit: &Dit, device: &Arc<Device>, elem: DType, part: usize, memory: &mut Memory) -> Result<()> {
+    let config = &dit.config;
+    let mut state = DeviceState::planned(device, elem, dit.layout.len())?;
+    let x_start = vec![0.0; part * config.in_channels * config.input_size * config.input_size];
+    let t: Vec<u32> = (0..part).map(|i| ((2 * i + 1) * TASKS / (2 * part)) as u32).collect();
+    let samples: Vec<u32> = (0..part as u32).collect();
+    let batch = Batch { x_start: &x_start, noise: &[], t: &t, labels: &vec![0; part], coefficients: &[] };
+    let drawn = Some(DrawnNoise { seed: 0, step: 0, samples: &samples });
+    state.stage(dit, memory, batch, How { drawn, add: false, updates: true })
+}
+
+/// A pass of `count` samples on paper.
+fn sample_on_paper(dit: &Dit, device: &Arc<Device>, elem: DType, count: usize, memory: &mut Memory) -> Result<()> {
+    let config = &dit.config;
+    let shape = [count, config.in_channels, config.input_size, config.input_size];
+    let x = vec![0.0; shape.iter().product()];
+    let weights = DeviceWeights::planned(device, dit.layout.len(), elem)?;
+    pass(&weights, None, memory, |tape| {
+        let x = tape.input(&x, shape, false)?;
+        dit.forward(tape, x, &vec![0; count], &vec![0; count]).map(|_| ())
+    })
+}
+
+/// `1.5 GB`, or the unit that suits.
+pub fn readable(bytes: usize) -> String {
+    let bytes = bytes as f64;
+    match bytes {
+        _ if bytes >= 1e9 => format!("{:.2} GB", bytes / 1e9),
+        _ if bytes >= 1e6 => format!("{:.1} MB", bytes / 1e6),
+        _ => format!("{:.1} kB", bytes / 1e3),
+    }
+}

@@ -1,0 +1,103 @@
+//! How long training steps take on a CUDA device.
+
+use super::config::TrainConfig;
+use super::device::{DeviceUpdate, DrawnNoise, How};
+use super::learner::{Batch, Learner, Losses};
+use super::optimizer::Update;
+use super::trainer;
+use crate::backend::cuda::{DType, Device};
+use crate::error::{Error, Result};
+use crate::model::config::TASKS;
+use crate::rng::{Philox, Stream};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Steps that are not timed: kernels are compiled, and the step is captured as a graph.
+const WARM_UP: usize = 3;
+
+/// What was measured.
+#[derive(Clone, Copy, Debug)]
+pub struct StepTimes {
+    /// Seconds on the device of a step of the whole batch: the median.
+    pub device_seconds: f64,
+    /// Seconds of a step by the clock of the host, when it makes the next one ready meanwhile, as training does.
+    pub host_seconds: f64,
+    /// Bytes of device memory for activations and inputs.
+    pub memory: usize,
+    /// Number of parameters.
+    pub parameters: usize,
+}
+
+/// Times `runs` training steps of `config` on random data, with random weights (adaLN-Zero starts with gates of zero, which
+/// no kernel must profit from).
+///
+/// # Errors
+/// When the model does not fit the device, or the device fails.
+pub fn time_steps(
+    config: &TrainConfig,
+    device: &Arc<Device>,
+    elem: DType,
+    runs: usize,
+) -> Result<(Learner, StepTimes)> {
+    let mut learner = trainer::learner(config)?;
+    let rng = Philox::new(config.seed, Stream::Noise);
+    rng.normal(&mut learner.weights, 0, 2);
+    learner.weights.iter_mut().for_each(|w| *w *= 0.02);
+    learner.move_to(device, elem)?;
+    let b = config.batch_size / config.grad_accumulation;
+    let mut x_start = vec![0.0; b * config.in_channels * config.image_size * config.image_size];
+    rng.normal(&mut x_start, 0, 0);
+    let t: Vec<u32> = (0..b).map(|i| ((2 * i + 1) * TASKS / (2 * b)) as u32).collect();
+    let labels: Vec<u32> = (0..b).map(|i| (i % config.num_classes) as u32).collect();
+    let coefficients = vec![1.0 / config.batch_size as f64; b];
+    let samples: Vec<u32> = (0..b as u32).collect();
+    let batch = Batch { x_start: &x_start, noise: &[], t: &t, labels: &labels, coefficients: &coefficients };
+    let update = Update {
+        lr: config.lr,
+        beta1: config.adam_beta1,
+        beta2: config.adam_beta2,
+        eps: config.adam_eps,
+        weight_decay: config.weight_decay,
+        ema_decay: config.ema_decay,
+        number: 1,
+        grad_scale: 1.0,
+    };
+    let update = DeviceUpdate { update, clip: config.grad_clip };
+    let parts = config.grad_accumulation;
+    let how = |step: u64, part: usize| How {
+        drawn: Some(DrawnNoise { seed: config.seed, step, samples: &samples }),
+        add: part > 0,
+        updates: part + 1 == parts,
+    };
+    let (mut seconds, mut losses) = (Vec::with_capacity(runs), Losses::default());
+    let mut begun = Instant::now();
+    learner.stage(batch, how(0, 0))?;
+    for step in 0..WARM_UP + runs {
+        if step == WARM_UP {
+            begun = Instant::now();
+        }
+        let start = device.moment()?;
+        for part in 0..parts {
+            let last = part + 1 == parts;
+            learner.launch(batch, how(step as u64, part), last.then_some(update))?;
+            if !last {
+                learner.stage(batch, how(step as u64, part + 1))?;
+            }
+        }
+        let end = device.moment()?;
+        learner.stage(batch, how(step as u64 + 1, 0))?;
+        learner.collect(&mut losses)?;
+        if let (Some(start), Some(end), true) = (start, end, step >= WARM_UP) {
+            seconds.push(start.milliseconds_until(&end)? / 1e3);
+        }
+    }
+    let host_seconds = begun.elapsed().as_secs_f64() / runs as f64;
+    if let Some(bad) = losses.loss.iter().find(|loss| !loss.is_finite()) {
+        return Err(Error::Stopped(format!("a loss is {bad}: what was timed is not a training step")));
+    }
+    seconds.sort_by(f64::total_cmp);
+    let device_seconds = seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN);
+    let memory = learner.memory.device_bytes();
+    let parameters = learner.dit.layout.len();
+    Ok((learner, StepTimes { device_seconds, host_seconds, memory, parameters }))
+}
