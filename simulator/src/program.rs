@@ -353,8 +353,12 @@ pub(crate) enum Kind {
     MovMatrix,
     Mma(Box<Mma>),
     Wgmma(Box<Wgmma>),
-    /// Waits and fences of a warpgroup: all lanes of the warp together.
+    /// `wgmma.fence`, and what else needs all lanes of the warp together.
     WarpAligned,
+    /// `wgmma.commit_group`.
+    WgmmaCommit,
+    /// `wgmma.wait_group`: groups that may go on.
+    WgmmaWait(u32),
     Mbar(Box<Mbar>),
     CpAsync(Box<CpAsync>),
     CpCommit,
@@ -367,7 +371,7 @@ pub(crate) enum Kind {
     },
     Bulk(Box<Bulk>),
     BulkCommit,
-    BulkWait,
+    BulkWait(u32),
     /// `tensormap.replace`: byte offset and size of the field.
     MapReplace {
         address: Addr,

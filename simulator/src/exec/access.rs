@@ -436,6 +436,9 @@ impl Block<'_> {
         if self.state[at..at + size].iter().any(|s| s & 2 != 0) {
             self.bad_state(warp, lane, at, size, true);
         }
+        if !self.hazards.readings.is_empty() {
+            self.overwritten(warp, lane, at, size);
+        }
         if self.check_shared {
             let changes = self.shared[at..at + size] != *data || self.state[at..at + size].contains(&0);
             self.shared_record(warp, lane, at, size, Touch { write: true, strong }, changes);
@@ -445,14 +448,17 @@ impl Block<'_> {
     }
 
     #[cold]
-    pub(crate) fn bad_state(&self, warp: u32, lane: u32, at: usize, size: usize, write: bool) {
+    pub(crate) fn bad_state(&mut self, warp: u32, lane: u32, at: usize, size: usize, write: bool) {
         let what = if write { "write" } else { "read" };
         let s = self.l.options.sanitizer;
-        if self.state[at..at + size].iter().any(|s| s & 2 != 0) {
+        if let Some(k) = (at..at + size).find(|k| self.state[*k] & 2 != 0) {
             if s.async_copies {
-                self.note(FaultClass::AsyncCopyHazard, warp, lane, || {
-                    format!("{what} of {size} bytes at {at:#x} of shared memory before the wait for the copy that fills them")
-                });
+                self.touched_in_flight(
+                    warp,
+                    lane,
+                    k,
+                    format!("{what} of {size} bytes at {at:#x} of shared memory that a copy fills"),
+                );
             }
         } else if !write && s.uninitialised {
             self.note(FaultClass::UninitialisedShared, warp, lane, || {
@@ -509,6 +515,12 @@ impl Block<'_> {
 
     #[cold]
     fn shared_race(&self, warp: u32, lane: u32, r: Record, at: usize, does: &str, did: &str) {
+        if r.warp == self.clocks.copier() {
+            let wrote = "an asynchronous copy wrote";
+            return self.note(FaultClass::AsyncCopyHazard, warp, lane, || {
+                format!("{does} {wrote}, without a wait for its mbarrier: {at:#x} of shared memory")
+            });
+        }
         self.note(FaultClass::DataRaceShared, warp, lane, || {
             let who = if r.lane == MANY { "several lanes".to_owned() } else { format!("lane {}", r.lane) };
             let line = self.l.program.line(r.pc);

@@ -7,7 +7,7 @@ use super::atomics::combine;
 use super::barrier::Mbarrier;
 use super::block::{Block, lanes};
 use super::matrix::swizzle;
-use super::race::MANY;
+use super::race::{MANY, Record};
 use super::warp::{Pending, Warp};
 use crate::error::FaultClass;
 use crate::program::{Addr, AtomOp, AtomTy, Bulk, CpAsync, Mbar, MbarOp, NONE, Place};
@@ -73,6 +73,9 @@ impl Block<'_> {
         if self.state[at..at + bytes].iter().any(|s| s & 2 != 0) {
             self.bad_state(warp, lane, at, bytes, true);
         }
+        if !self.hazards.readings.is_empty() {
+            self.overwritten(warp, lane, at, bytes);
+        }
         if self.check_shared {
             self.shared_record(warp, lane, at, bytes, Touch::WRITE, true);
         }
@@ -83,6 +86,7 @@ impl Block<'_> {
 
     fn land(&mut self, warp: u32, p: &Pending) {
         let (at, n) = (p.to as usize, p.bytes as usize);
+        self.landed(warp, at, n);
         self.shared[at..at + n].copy_from_slice(&p.data[..n]);
         for k in 0..n {
             self.state[at + k] = if self.l.options.sanitizer.uninitialised { (p.valid >> k & 1) as u8 } else { 1 };
@@ -254,15 +258,29 @@ impl Block<'_> {
         };
         let (done, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut m.landings).into_iter().partition(|l| l.0 < phase);
         m.landings = rest;
+        if !done.is_empty() {
+            // The copies are the work of nobody in the block; only those who learn of the phase may touch them.
+            let copier = self.clocks.copier();
+            self.clocks.advance(copier);
+            m.done_row.resize(copier as usize + 1, 0);
+            m.done_row[copier as usize] = self.clocks.clock(copier) - 1;
+        }
         let row = m.done_row.clone();
+        let written = Record {
+            warp: self.clocks.copier(),
+            lane: MANY,
+            clock: self.clocks.clock(self.clocks.copier()) - 1,
+            bytes: 15,
+            atomic: false,
+            pc: self.pc,
+        };
         for (_, to, data, valid) in done {
             let (a, n) = (to as usize, data.len());
             self.shared[a..a + n].copy_from_slice(&data);
             self.state[a..a + n].copy_from_slice(&valid);
-            // Written before this phase ended, by nobody of the block: whoever waits may read.
             for word in a / 4..(a + n).div_ceil(4) {
                 if let Some(cell) = self.shadow.get_mut(word) {
-                    *cell = [0; 3];
+                    *cell = [written.pack(), 0, 0];
                 }
             }
         }
@@ -415,6 +433,7 @@ impl Block<'_> {
             self.shared_at(warp, lane, self.l.shared_bytes, 1, false)?;
         }
         self.shared_read(warp.id, lane, at, n, false);
+        self.store_reads(warp.id, lane, at, n);
         let (i, offset) = self.global_span(warp, lane, a, n as u64, true)?;
         if self.l.options.counters {
             self.count_bulk(a, n, true);

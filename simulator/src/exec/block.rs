@@ -1,6 +1,7 @@
 //! A block: its shared memory and barriers, the turns of its warps, and the loop that runs one warp.
 
 use super::barrier::{Barrier, Mbarrier};
+use super::hazard::Hazards;
 use super::race::{Clocks, Shadow};
 use super::stats::Stats;
 use super::warp::Warp;
@@ -49,6 +50,7 @@ pub(crate) struct Block<'a> {
     pub mbarriers: HashMap<u32, Mbarrier>,
     /// Knowledge published at addresses of shared memory.
     pub shared_sync: HashMap<u32, Box<[u32]>>,
+    pub hazards: Hazards,
     pub stats: Stats,
     pub pc: u32,
     /// Records of shared and global accesses are kept.
@@ -69,6 +71,7 @@ impl<'a> Block<'a> {
             barriers: Vec::new(),
             mbarriers: HashMap::new(),
             shared_sync: HashMap::new(),
+            hazards: Hazards::default(),
             stats: Stats::default(),
             pc: 0,
             check_shared: l.options.sanitizer.races_shared,
@@ -96,6 +99,7 @@ impl<'a> Block<'a> {
         self.barriers.resize_with(17, || Barrier::new(l.warps as usize));
         self.mbarriers.clear();
         self.shared_sync.clear();
+        self.hazards.clear();
         for w in &mut self.warps {
             w.start(l, index);
         }
@@ -107,6 +111,9 @@ impl<'a> Block<'a> {
     pub(crate) fn run(&mut self, stats: &mut Stats) -> Step<Outcome> {
         std::mem::swap(&mut self.stats, stats);
         let outcome = self.turns();
+        if !matches!(outcome, Ok(Outcome::Waiting)) {
+            self.never_landed();
+        }
         std::mem::swap(&mut self.stats, stats);
         outcome
     }
@@ -203,6 +210,10 @@ impl<'a> Block<'a> {
                 let count = &mut self.stats.counts[pc as usize];
                 count.0 += 1;
                 count.1 += u64::from(active.count_ones());
+                if warp.products != 0 && active != 0 {
+                    self.pc = pc;
+                    self.unfinished_operands(warp, frame, inst);
+                }
                 if let Kind::Alu = inst.kind {
                     if active != 0 {
                         // SAFETY: `base` is the frame of the function that the instruction belongs to.
@@ -369,7 +380,9 @@ impl<'a> Block<'a> {
             | Kind::MovMatrix
             | Kind::Mma(_)
             | Kind::Wgmma(_)
-            | Kind::WarpAligned => u32::MAX,
+            | Kind::WarpAligned
+            | Kind::WgmmaCommit
+            | Kind::WgmmaWait(_) => u32::MAX,
             _ => return 0,
         };
         mask & warp.live

@@ -161,7 +161,11 @@ impl Block<'_> {
                 self.map_replace(warp, frame, inst.a, active, (*address, *place, *field, *bytes))?
             }
             Kind::MapCopy { dst, src } => self.map_copy(warp, frame, active, *dst, *src)?,
-            // Bulk groups complete at once; the rest never comes here.
+            Kind::BulkCommit => self.bulk_commit(warp, active),
+            Kind::BulkWait(n) => self.bulk_wait(warp, active, *n),
+            Kind::WgmmaCommit => self.product_commit(warp),
+            Kind::WgmmaWait(n) => self.product_wait(warp, *n),
+            // The rest never comes here.
             _ => {}
         }
         Ok(true)

@@ -6,6 +6,7 @@ mod atomics;
 mod barrier;
 mod block;
 mod collective;
+mod hazard;
 mod matrix;
 mod race;
 mod report;

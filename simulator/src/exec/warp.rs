@@ -56,6 +56,12 @@ pub(crate) struct Warp {
     pub copies: Vec<Pending>,
     /// Groups committed by each lane.
     pub groups: [u32; 32],
+    /// Groups of bulk copies committed by each lane.
+    pub bulk_groups: [u32; 32],
+    /// Groups of products committed.
+    pub product_groups: u32,
+    /// Products that have not been waited for.
+    pub products: u32,
     /// Last access to memory since the lane's last barrier, where the warp was split.
     pub effect: [u32; 32],
     /// Lets groups of lanes with higher program counters run, when lower ones go round in circles.
@@ -93,6 +99,9 @@ impl Warp {
             instructions: 0,
             copies: Vec::new(),
             groups: [0; 32],
+            bulk_groups: [0; 32],
+            product_groups: 0,
+            products: 0,
             effect: [0; 32],
             unfair: false,
             turns: 0,
@@ -121,6 +130,9 @@ impl Warp {
         self.instructions = 0;
         self.copies.clear();
         self.groups = [0; 32];
+        self.bulk_groups = [0; 32];
+        self.product_groups = 0;
+        self.products = 0;
         self.effect = [0; 32];
         self.unfair = false;
         self.turns = 0;
@@ -140,6 +152,11 @@ impl Warp {
 
     pub(crate) fn ready(&self) -> u32 {
         self.live & !self.at_barrier & !self.at_sync
+    }
+
+    /// Number of the register at `at` of a frame, among all of the warp.
+    pub(crate) fn line(&self, frame: u16, at: u32) -> u32 {
+        (self.frames[frame as usize].base + at) / 32
     }
 
     /// The first word of a frame.
