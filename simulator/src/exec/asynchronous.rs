@@ -131,6 +131,13 @@ impl Block<'_> {
         }
     }
 
+    /// Operations on a mbarrier are atomic, but its beginning and its end need a barrier like any write.
+    fn mbar_touched(&mut self, warp: &Warp, lane: u32, at: u32, plain: bool) {
+        if self.check_shared {
+            self.shared_record(warp.id, lane, at as usize, 8, Touch { write: true, strong: !plain }, true);
+        }
+    }
+
     /// Does something to a mbarrier that must exist.
     fn with_mbar<T>(&mut self, warp: &Warp, lane: u32, at: u32, f: impl FnOnce(&mut Mbarrier) -> T) -> Step<T> {
         match self.mbarriers.get_mut(&at) {
@@ -176,6 +183,7 @@ impl Block<'_> {
         let mut progress = false;
         for lane in lanes(active) {
             let at = self.mbar_at(warp, lane, m.place, addresses[lane as usize])?;
+            self.mbar_touched(warp, lane, at, matches!(m.op, MbarOp::Init | MbarOp::Inval));
             let count = if m.count == NONE || matches!(m.op, MbarOp::Test | MbarOp::Try) {
                 1
             } else {
@@ -191,9 +199,6 @@ impl Block<'_> {
                     let new = Mbarrier { expected: count, pending: count.into(), ..Mbarrier::default() };
                     self.mbarriers.insert(at, new);
                     self.state[at as usize..at as usize + 8].fill(1);
-                    if self.check_shared {
-                        self.shared_record(warp.id, lane, at as usize, 8, Touch { write: true, strong: true }, true);
-                    }
                     progress = true;
                 }
                 MbarOp::Inval => {
@@ -229,9 +234,14 @@ impl Block<'_> {
                     }
                     progress = true;
                 }
+                MbarOp::Test | MbarOp::Try if !self.mbarriers.contains_key(&at) && self.patient() => {
+                    warp.set_pred(frame, m.d, 0, 1 << lane);
+                }
                 MbarOp::Test | MbarOp::Try => {
-                    let phase = self.with_mbar(warp, lane, at, |b| b.phase)?;
-                    let done = if m.parity {
+                    let (phase, early) = self.with_mbar(warp, lane, at, |b| (b.phase, too_soon(b, warp)))?;
+                    let done = if early {
+                        false
+                    } else if m.parity {
                         // Complete when the phase of that parity is not the current one.
                         phase & 1 != u64::from(warp.get32(frame, m.count, lane)) & 1
                     } else {
@@ -300,6 +310,7 @@ impl Block<'_> {
         let addresses = self.addresses(warp, frame, address);
         for lane in lanes(active) {
             let at = self.mbar_at(warp, lane, place, addresses[lane as usize])?;
+            self.mbar_touched(warp, lane, at, false);
             let mut copies = std::mem::take(&mut warp.copies);
             let mut landed = Vec::new();
             copies.retain(|p| {
@@ -351,6 +362,7 @@ impl Block<'_> {
             let mbar = match &mbars {
                 Some(a) => {
                     let at = self.mbar_at(warp, lane, Place::Shared, a[i])?;
+                    self.mbar_touched(warp, lane, at, false);
                     let phase = self.with_mbar(warp, lane, at, |m| m.phase)?;
                     Some((at, phase))
                 }
@@ -610,6 +622,22 @@ impl Block<'_> {
             m.fill(offset, BYTES, 1);
         }
         Ok(())
+    }
+}
+
+/// Whether copies of an ended phase are still on their way: the first test finds them so, which shows who does not test
+/// again.
+fn too_soon(m: &mut Mbarrier, warp: &Warp) -> bool {
+    let phase = m.phase;
+    if !m.landings.iter().any(|l| l.0 < phase) {
+        return false;
+    }
+    match m.denied {
+        Some((p, w, at)) if p == phase => (w, at) == (warp.id, warp.instructions),
+        _ => {
+            m.denied = Some((phase, warp.id, warp.instructions));
+            true
+        }
     }
 }
 

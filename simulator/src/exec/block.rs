@@ -11,12 +11,15 @@ use crate::error::FaultClass;
 use crate::program::{Call, Inst, Kind, NONE, Slot};
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 /// How a turn of a block ended.
 pub(crate) enum Outcome {
     Done,
-    /// It waits for another block, or has had its share.
+    /// It has had its share.
     Waiting,
+    /// All that it did was to wait for somebody.
+    Spinning,
 }
 
 /// Why a warp stopped running.
@@ -56,7 +59,20 @@ pub(crate) struct Block<'a> {
     /// Records of shared and global accesses are kept.
     pub check_shared: bool,
     order: Vec<u32>,
+    idle: Idle,
 }
+
+/// How long a block has waited without anybody in the launch doing anything.
+struct Idle {
+    progress: u64,
+    turns: u32,
+    since: Instant,
+}
+
+/// Turns in vain, and (where other blocks could still be at work on other threads) the time, after which waiting has
+/// no end.
+const IDLE_TURNS: u32 = 20_000;
+const IDLE_TIME: Duration = Duration::from_secs(2);
 
 impl<'a> Block<'a> {
     pub(crate) fn new(l: &'a Launch<'a>, index: u64) -> Block<'a> {
@@ -76,6 +92,7 @@ impl<'a> Block<'a> {
             pc: 0,
             check_shared: l.options.sanitizer.races_shared,
             order: (0..l.warps).collect(),
+            idle: Idle { progress: 0, turns: 0, since: Instant::now() },
         };
         b.start(index);
         b
@@ -100,6 +117,7 @@ impl<'a> Block<'a> {
         self.mbarriers.clear();
         self.shared_sync.clear();
         self.hazards.clear();
+        self.idle.turns = 0;
         for w in &mut self.warps {
             w.start(l, index);
         }
@@ -111,7 +129,7 @@ impl<'a> Block<'a> {
     pub(crate) fn run(&mut self, stats: &mut Stats) -> Step<Outcome> {
         std::mem::swap(&mut self.stats, stats);
         let outcome = self.turns();
-        if !matches!(outcome, Ok(Outcome::Waiting)) {
+        if !matches!(outcome, Ok(Outcome::Waiting | Outcome::Spinning)) {
             self.never_landed();
         }
         std::mem::swap(&mut self.stats, stats);
@@ -138,6 +156,7 @@ impl<'a> Block<'a> {
                 self.warps[w] = warp;
                 let turn = turn?;
                 spinning &= turn == Turn::Spinning;
+                self.warps[w].spins += u32::from(turn == Turn::Spinning);
                 if turn == Turn::Blocked {
                     self.settle(w as u32)?;
                 }
@@ -148,10 +167,37 @@ impl<'a> Block<'a> {
                 }
                 return self.deadlock();
             }
-            if spinning || spent > BLOCK_SHARE {
+            if spinning {
+                return self.spun();
+            }
+            self.l.progress.fetch_add(1, Relaxed);
+            if spent > BLOCK_SHARE {
                 return Ok(Outcome::Waiting);
             }
         }
+    }
+
+    /// Every warp that could run only waited. Fails when nobody else does anything either, for long.
+    fn spun(&mut self) -> Step<Outcome> {
+        let progress = self.l.progress.load(Relaxed);
+        let idle = &mut self.idle;
+        if idle.turns == 0 || idle.progress != progress {
+            *idle = Idle { progress, turns: 1, since: Instant::now() };
+            return Ok(Outcome::Spinning);
+        }
+        idle.turns += 1;
+        let alone = self.l.unfinished.load(Relaxed) == 1;
+        if idle.turns < IDLE_TURNS || !(alone || idle.since.elapsed() > IDLE_TIME) {
+            return Ok(Outcome::Spinning);
+        }
+        let Some(warp) = self.warps.iter().find(|w| w.ready() != 0) else {
+            return Ok(Outcome::Spinning);
+        };
+        let lane = warp.ready().trailing_zeros();
+        self.pc = warp.pc[lane as usize];
+        self.fault(FaultClass::Timeout, warp, lane, || {
+            "waits for something that never comes: nobody in the launch does anything else any more".into()
+        })
     }
 
     /// The lanes that run next: those of the deepest call, of these the lowest program counter. Also the lowest

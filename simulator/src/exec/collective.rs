@@ -95,7 +95,8 @@ impl Block<'_> {
                 }
             }
             Kind::Clock { wide } => {
-                let now = warp.instructions;
+                // Time passes for those who wait, too.
+                let now = warp.instructions + 1000 * u64::from(warp.spins);
                 warp.saw_sync = true;
                 for lane in lanes(active) {
                     if *wide {

@@ -53,6 +53,8 @@ pub(crate) struct Warp {
     pub local_state: Vec<u8>,
     pub local_stride: u32,
     pub instructions: u64,
+    /// Turns spent waiting.
+    pub spins: u32,
     pub copies: Vec<Pending>,
     /// Groups committed by each lane.
     pub groups: [u32; 32],
@@ -97,6 +99,7 @@ impl Warp {
             local_state: Vec::new(),
             local_stride: 0,
             instructions: 0,
+            spins: 0,
             copies: Vec::new(),
             groups: [0; 32],
             bulk_groups: [0; 32],
@@ -128,6 +131,7 @@ impl Warp {
         self.frame = [0; 32];
         self.frames.clear();
         self.instructions = 0;
+        self.spins = 0;
         self.copies.clear();
         self.groups = [0; 32];
         self.bulk_groups = [0; 32];
