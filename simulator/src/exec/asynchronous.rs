@@ -625,17 +625,19 @@ impl Block<'_> {
     }
 }
 
-/// Whether copies of an ended phase are still on their way: the first test finds them so, which shows who does not test
-/// again.
+/// Whether copies of an ended phase are still on their way: the first test of each warp finds them so, which shows who
+/// does not test again.
 fn too_soon(m: &mut Mbarrier, warp: &Warp) -> bool {
     let phase = m.phase;
     if !m.landings.iter().any(|l| l.0 < phase) {
         return false;
     }
-    match m.denied {
-        Some((p, w, at)) if p == phase => (w, at) == (warp.id, warp.instructions),
-        _ => {
-            m.denied = Some((phase, warp.id, warp.instructions));
+    m.denied.retain(|d| d.1 == phase);
+    match m.denied.iter().find(|d| d.0 == warp.id) {
+        // The other lanes of the same instruction.
+        Some((_, _, at)) => *at == warp.instructions,
+        None => {
+            m.denied.push((warp.id, phase, warp.instructions));
             true
         }
     }
