@@ -2,6 +2,7 @@
 
 use crate::device::Param;
 use crate::ptx::ast::Attributes;
+use std::collections::HashMap;
 use std::fmt::Write;
 
 /// Computes one instruction for the lanes of a mask.
@@ -460,6 +461,8 @@ pub(crate) struct Program {
     pub source: Vec<Source>,
     pub texts: Vec<String>,
     pub funcs: Vec<FuncInfo>,
+    /// Number of a function in the module (function pointers hold it) to its index in `funcs`.
+    pub pointers: HashMap<u32, u32>,
     /// Index of the kernel in `funcs`.
     pub entry: u32,
     /// Alignment of dynamic shared memory.

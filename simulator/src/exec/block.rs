@@ -493,17 +493,18 @@ impl<'a> Block<'a> {
                     let same = lanes(left)
                         .filter(|&i| warp.get64(frame, call.pointer, i) == target)
                         .fold(0u32, |m, i| m | 1 << i);
-                    let index = target.wrapping_sub(CODE_WINDOW);
-                    let fits = (index as usize) < self.l.program.funcs.len()
-                        && index != u64::from(self.l.program.entry)
-                        && self.l.program.funcs[index as usize].params.len() == call.args.len()
-                        && self.l.program.funcs[index as usize].returns.len() == call.returns.len();
-                    if !fits {
+                    let p = self.l.program;
+                    let number = u32::try_from(target.wrapping_sub(CODE_WINDOW)).unwrap_or(u32::MAX);
+                    let fitting = p.pointers.get(&number).copied().filter(|i| {
+                        let f = &p.funcs[*i as usize];
+                        *i != p.entry && f.params.len() == call.args.len() && f.returns.len() == call.returns.len()
+                    });
+                    let Some(index) = fitting else {
                         return self
                             .trap(warp, first, "the address called is not that of a fitting function")
                             .map(|_| ());
-                    }
-                    (index as u32, same)
+                    };
+                    (index, same)
                 }
             };
             let Some(new) = warp.push(self.l, self.index, func, frame, pc) else {
