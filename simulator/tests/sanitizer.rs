@@ -86,12 +86,12 @@ fn uninitialised() {
     let fixed = text(shared, &format!("mov.u32 %r6, s; st.shared.u32 [%r6+4], 3; {read}"));
     pair(FaultClass::UninitialisedShared, 719, &text(shared, read), &fixed, 1, 1);
     let local = ".local .align 4 .b8 l[16];";
-    let faulty = text(local, "st.local.u32 [l], 1; ld.local.u32 %r5, [l+4];");
+    let faulty = text(local, "st.local.u32 [l], 1; ld.local.u32 %r5, [l+4]; add.u32 %r5, %r5, 1;");
     pair(
         FaultClass::UninitialisedLocal,
         719,
         &faulty,
-        &text(local, "st.local.u32 [l+4], 1; ld.local.u32 %r5, [l+4];"),
+        &text(local, "st.local.u32 [l+4], 1; ld.local.u32 %r5, [l+4]; add.u32 %r5, %r5, 1;"),
         1,
         1,
     );

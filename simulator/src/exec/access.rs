@@ -188,7 +188,9 @@ impl Block<'_> {
             for (k, (s, w)) in x.regs.iter().enumerate() {
                 alloc.data.store(offset + k * bytes, bytes, take(warp, frame, lane, *s, *w));
                 if let Some(valid) = &alloc.valid {
-                    valid.store(offset + k * bytes, bytes, 0x0101_0101_0101_0101);
+                    let known = warp.unwritten.is_empty()
+                        || warp.unwritten.get(&warp.line(frame, *s)).is_none_or(|lanes| lanes >> lane & 1 == 0);
+                    valid.store(offset + k * bytes, bytes, if known { 0x0101_0101_0101_0101 } else { 0 });
                 }
             }
             return Ok(());
@@ -565,13 +567,15 @@ impl Block<'_> {
             if x.store {
                 let v = take(warp, frame, lane, *r, *w);
                 warp.local[range.clone()].copy_from_slice(&v.to_le_bytes()[..bytes]);
-                warp.local_state[range].fill(1);
+                let known = warp.unwritten.is_empty()
+                    || warp.unwritten.get(&warp.line(frame, *r)).is_none_or(|lanes| lanes >> lane & 1 == 0);
+                warp.local_state[range].fill(u8::from(known));
                 continue;
             }
+            // Compilers copy whole structures with their padding: only a use of the value is a fault.
             if self.l.options.sanitizer.uninitialised && *r != NONE && warp.local_state[range.clone()].contains(&0) {
-                self.note(FaultClass::UninitialisedLocal, warp.id, lane, || {
-                    format!("read of {bytes} bytes at {a:#x} of local memory that the thread did not write")
-                });
+                let line = warp.line(frame, *r);
+                *warp.unwritten.entry(line).or_default() |= 1 << lane;
             }
             let v = little(&warp.local[range]);
             put(warp, frame, lane, *r, *w, v, x);

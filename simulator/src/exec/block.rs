@@ -139,7 +139,7 @@ impl<'a> Block<'a> {
     fn turns(&mut self) -> Step<Outcome> {
         let mut spent = 0;
         loop {
-            let (mut ran, mut spinning) = (false, true);
+            let (mut ran, mut spinning, mut worked) = (false, true, false);
             for i in 0..self.order.len() {
                 let w = self.order[i] as usize;
                 if self.warps[w].ready() == 0 {
@@ -157,6 +157,7 @@ impl<'a> Block<'a> {
                 let turn = turn?;
                 spinning &= turn == Turn::Spinning;
                 self.warps[w].spins += u32::from(turn == Turn::Spinning);
+                worked |= std::mem::take(&mut self.warps[w].worked) || turn != Turn::Spinning;
                 if turn == Turn::Blocked {
                     self.settle(w as u32)?;
                 }
@@ -167,10 +168,12 @@ impl<'a> Block<'a> {
                 }
                 return self.deadlock();
             }
+            if worked {
+                self.l.progress.fetch_add(1, Relaxed);
+            }
             if spinning {
                 return self.spun();
             }
-            self.l.progress.fetch_add(1, Relaxed);
             if spent > BLOCK_SHARE {
                 return Ok(Outcome::Waiting);
             }
@@ -256,9 +259,9 @@ impl<'a> Block<'a> {
                 let count = &mut self.stats.counts[pc as usize];
                 count.0 += 1;
                 count.1 += u64::from(active.count_ones());
-                if warp.products != 0 && active != 0 {
+                if warp.watched() && active != 0 {
                     self.pc = pc;
-                    self.unfinished_operands(warp, frame, inst);
+                    self.watch_operands(warp, frame, inst, active);
                 }
                 if let Kind::Alu = inst.kind {
                     if active != 0 {
@@ -289,6 +292,7 @@ impl<'a> Block<'a> {
                                 return self.timeout(warp, mask);
                             }
                             let spins = std::mem::take(&mut warp.saw_sync) & !std::mem::take(&mut warp.saw_store);
+                            warp.worked |= !spins;
                             if other != NONE || active != mask {
                                 warp.turns += 1;
                                 if warp.turns > MAX_TURNS {
@@ -339,6 +343,7 @@ impl<'a> Block<'a> {
                         park(warp, mask, pc + 1);
                         warp.live &= !active;
                         warp.unfair = false;
+                        warp.worked |= active != 0;
                         if active != 0 {
                             self.exited(warp);
                             continue 'group;

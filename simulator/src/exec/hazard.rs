@@ -7,7 +7,7 @@ use super::block::{Block, lanes};
 use super::race::{MANY, Record};
 use super::warp::Warp;
 use crate::error::FaultClass;
-use crate::program::{Inst, Kind, NONE};
+use crate::program::{Inst, Kind, NONE, Place};
 
 /// A touch of bytes that a copy of another warp was filling, or a write of bytes that another warp's product or bulk
 /// store was reading. Whether a wait or a barrier is missing shows at the other warp's wait: a touch that comes before
@@ -255,10 +255,74 @@ impl Block<'_> {
         }
     }
 
+    /// Looks at the operands of an instruction before it runs.
+    #[cold]
+    pub(crate) fn watch_operands(&mut self, warp: &mut Warp, frame: u16, inst: &Inst, active: u32) {
+        if warp.products != 0 {
+            self.unfinished_operands(warp, frame, inst);
+        }
+        if !warp.unwritten.is_empty() {
+            self.unwritten_operands(warp, frame, inst, active);
+        }
+    }
+
+    /// Follows values of local memory that nobody wrote. Copies and what puts bytes together hand them on, stores put
+    /// them back; whatever computes with one is at fault.
+    fn unwritten_operands(&mut self, warp: &mut Warp, frame: u16, inst: &Inst, active: u32) {
+        let (mut used, mut set) = (Vec::new(), Vec::new());
+        let known = |o: &&u32| **o != NONE;
+        match &inst.kind {
+            Kind::Access(x) => {
+                used.push(x.address.reg);
+                if !x.store {
+                    set.extend(x.regs.iter().map(|r| r.0));
+                } else if x.place == Place::Shared {
+                    used.extend(x.regs.iter().map(|r| r.0));
+                }
+            }
+            Kind::Atom(x) => {
+                used.push(x.address.reg);
+                used.extend(x.elements.iter().flat_map(|e| [e.1, e.2]));
+                set.extend(x.elements.iter().map(|e| e.0));
+            }
+            Kind::Mma(m) => {
+                used.extend(m.a.iter().chain(&m.b).chain(&m.c));
+                set.extend(&m.d);
+            }
+            Kind::LdMatrix { regs, .. } => set.extend(regs.iter()),
+            Kind::Wgmma(w) => used.extend(&w.a),
+            Kind::Jump(_) | Kind::Call(_) | Kind::Ret | Kind::Exit | Kind::Bar(_) => {}
+            _ => {
+                used.extend([inst.a, inst.b, inst.c].iter().filter(known));
+                set.push(inst.d);
+            }
+        }
+        let line = |at: u32| warp.line(frame, at);
+        let lanes_of = |list: &[u32]| {
+            let of = |o: &u32| warp.unwritten.get(&line(*o)).copied().unwrap_or(0);
+            list.iter().filter(known).map(of).fold(0, |a, b| a | b) & active
+        };
+        let lanes = lanes_of(&used);
+        if lanes != 0 && !hands_on(self.l.program.text(self.pc), &inst.kind) {
+            self.note(FaultClass::UninitialisedLocal, warp.id, lanes.trailing_zeros(), || {
+                "uses a value of local memory that the thread did not write".into()
+            });
+        }
+        let set: Vec<u32> = set.iter().filter(known).map(|o| line(*o)).collect();
+        for register in set {
+            let old = warp.unwritten.get(&register).copied().unwrap_or(0) & !active;
+            let new = if matches!(inst.kind, Kind::Alu) { old | lanes } else { old };
+            if new == 0 {
+                warp.unwritten.remove(&register);
+            } else {
+                warp.unwritten.insert(register, new);
+            }
+        }
+    }
+
     /// Whether an instruction touches results of products that have not been waited for. Compilers copy registers
     /// between a product and its wait: a copy is as unfinished as its source.
-    #[cold]
-    pub(crate) fn unfinished_operands(&mut self, warp: &mut Warp, frame: u16, inst: &Inst) {
+    fn unfinished_operands(&mut self, warp: &mut Warp, frame: u16, inst: &Inst) {
         let line = |at: u32| warp.line(frame, at);
         let mut used: Vec<u32> = Vec::new();
         match &inst.kind {
@@ -291,5 +355,14 @@ impl Block<'_> {
                 "a register that a wgmma may still write: no wgmma.wait_group between".into()
             });
         }
+    }
+}
+
+/// Instructions that only move bytes about.
+fn hands_on(text: &str, kind: &Kind) -> bool {
+    let moves = ["mov.", "prmt.", "and.", "or.", "shl.", "shr.", "bfi.", "bfe.", "selp.", "cvt.u", "cvt.s"];
+    match kind {
+        Kind::Alu => moves.iter().any(|m| text.starts_with(m)),
+        _ => false,
     }
 }

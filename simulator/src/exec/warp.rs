@@ -2,6 +2,7 @@
 
 use super::Launch;
 use crate::program::{FuncInfo, NONE, Special};
+use std::collections::HashMap;
 
 /// 32 registers' worth of words, aligned for vector code.
 #[repr(C, align(128))]
@@ -64,6 +65,8 @@ pub(crate) struct Warp {
     pub product_groups: u32,
     /// Products that have not been waited for.
     pub products: u32,
+    /// Registers with values that nobody wrote, read from local memory: register and lanes.
+    pub unwritten: HashMap<u32, u32>,
     /// Last access to memory since the lane's last barrier, where the warp was split.
     pub effect: [u32; 32],
     /// Lets groups of lanes with higher program counters run, when lower ones go round in circles.
@@ -72,6 +75,8 @@ pub(crate) struct Warp {
     /// Since the last backward branch: a synchronising access was made; a plain store was made.
     pub saw_sync: bool,
     pub saw_store: bool,
+    /// In this turn it did something besides waiting.
+    pub worked: bool,
     /// The allocation that was used last.
     pub hint: usize,
 }
@@ -105,11 +110,13 @@ impl Warp {
             bulk_groups: [0; 32],
             product_groups: 0,
             products: 0,
+            unwritten: HashMap::new(),
             effect: [0; 32],
             unfair: false,
             turns: 0,
             saw_sync: false,
             saw_store: false,
+            worked: false,
             hint: 0,
         }
     }
@@ -137,6 +144,7 @@ impl Warp {
         self.bulk_groups = [0; 32];
         self.product_groups = 0;
         self.products = 0;
+        self.unwritten.clear();
         self.effect = [0; 32];
         self.unfair = false;
         self.turns = 0;
@@ -156,6 +164,12 @@ impl Warp {
 
     pub(crate) fn ready(&self) -> u32 {
         self.live & !self.at_barrier & !self.at_sync
+    }
+
+    /// Whether operands of instructions must be looked at.
+    #[inline(always)]
+    pub(crate) fn watched(&self) -> bool {
+        self.products != 0 || !self.unwritten.is_empty()
     }
 
     /// Number of the register at `at` of a frame, among all of the warp.
@@ -267,6 +281,8 @@ impl Warp {
             let from = (lane * self.local_stride + local_base) as usize;
             self.local_state[from..from + info.local_bytes as usize].fill(0);
         }
+        // Registers of frames that are gone.
+        self.unwritten.retain(|line, _| *line < base / 32);
         self.frames.push(frame);
         self.prepare(l, block, frame, info);
         Some(self.frames.len() as u16 - 1)
