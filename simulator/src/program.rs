@@ -179,6 +179,9 @@ impl MatTy {
             MatTy::F16 | MatTy::Bf16 => "16-bit",
             MatTy::Tf32 | MatTy::F32 | MatTy::S32 => "tf32",
             MatTy::F64 => "f64",
+            MatTy::S8 | MatTy::U8 => "int8",
+            MatTy::S4 | MatTy::U4 => "int4",
+            MatTy::B1 => "1-bit",
             _ => "8-bit",
         }
     }

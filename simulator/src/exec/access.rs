@@ -7,7 +7,7 @@ use super::warp::Warp;
 use crate::compile::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW};
 use crate::error::FaultClass;
 use crate::memory::{HostBytes, describe_nearest};
-use crate::program::{Access, Addr, HALF, NONE, Place, Strength};
+use crate::program::{Access, Addr, HALF, Kind, NONE, Place, Strength};
 use std::sync::atomic::Ordering::Relaxed;
 
 /// Memory that an address lies in, and the address there.
@@ -521,6 +521,12 @@ impl Block<'_> {
             let wrote = "an asynchronous copy wrote";
             return self.note(FaultClass::AsyncCopyHazard, warp, lane, || {
                 format!("{does} {wrote}, without a wait for its mbarrier: {at:#x} of shared memory")
+            });
+        }
+        let wait = matches!(self.l.program.code[r.pc as usize].kind, Kind::CpWait(_) | Kind::CpWaitAll);
+        if wait && !self.has_waited(warp, at) {
+            return self.note(FaultClass::AsyncCopyHazard, warp, lane, || {
+                format!("{does} a copy of warp {} wrote, and has not waited either: {at:#x} of shared memory", r.warp)
             });
         }
         self.note(FaultClass::DataRaceShared, warp, lane, || {

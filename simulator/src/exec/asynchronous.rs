@@ -53,6 +53,7 @@ impl Block<'_> {
                 }
             }
             self.in_flight(warp.id, lane, at, c.bytes as usize);
+            self.copy_issued(warp.id, warp.groups[lane as usize], at, c.bytes as usize);
             warp.copies.push(Pending { lane, to: at as u32, bytes: c.bytes, data, valid, group: NONE });
         }
         Ok(())
@@ -121,6 +122,7 @@ impl Block<'_> {
             !done
         });
         warp.copies = copies;
+        self.copies_waited(warp);
     }
 
     fn mbar_at(&mut self, warp: &mut Warp, lane: u32, place: Place, a: u64) -> Step<u32> {
@@ -131,10 +133,11 @@ impl Block<'_> {
         }
     }
 
-    /// Operations on a mbarrier are atomic, but its beginning and its end need a barrier like any write.
+    /// Operations on a mbarrier are atomic, but its beginning and its end need a barrier like any write. The others
+    /// count as reads, which leave the record of the beginning alone.
     fn mbar_touched(&mut self, warp: &Warp, lane: u32, at: u32, plain: bool) {
         if self.check_shared {
-            self.shared_record(warp.id, lane, at as usize, 8, Touch { write: true, strong: !plain }, true);
+            self.shared_record(warp.id, lane, at as usize, 8, Touch { write: plain, strong: !plain }, true);
         }
     }
 
@@ -320,6 +323,7 @@ impl Block<'_> {
                 p.lane != lane
             });
             warp.copies = copies;
+            self.copies_waited(warp);
             self.contribute(warp.id, at);
             self.with_mbar(warp, lane, at, |m| {
                 for p in &landed {

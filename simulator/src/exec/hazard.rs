@@ -5,13 +5,14 @@
 
 use super::block::{Block, lanes};
 use super::race::{MANY, Record};
-use super::warp::Warp;
+use super::warp::{Pending, Warp};
 use crate::error::FaultClass;
 use crate::program::{Inst, Kind, NONE, Place};
 
 /// A touch of bytes that a copy of another warp was filling, or a write of bytes that another warp's product or bulk
 /// store was reading. Whether a wait or a barrier is missing shows at the other warp's wait: a touch that comes before
-/// it for sure was too early; one without any order to it is a race.
+/// it for sure was too early; one without any order to it is a race. All warps run the same program, so who has not
+/// come to its own wait for the same group of copies lacks a wait, too.
 struct Early {
     warp: u32,
     lane: u32,
@@ -20,6 +21,8 @@ struct Early {
     other: u32,
     /// Number of the [`Reading`], `None` for a copy that fills.
     reading: Option<u64>,
+    /// The warp that touches had waited for its own copies of that group.
+    waited: bool,
     at: usize,
     pc: u32,
     text: String,
@@ -47,6 +50,10 @@ pub(crate) struct Hazards {
     /// Readings per 16 bytes of shared memory.
     readers: Vec<u16>,
     numbers: u64,
+    /// Per four bytes of shared memory: the group of the last copy that filled them.
+    groups: Vec<u32>,
+    /// Per warp: the first group of its copies that it has not waited for, `NONE` if there is none.
+    oldest: Vec<u32>,
     /// Waits for mbarriers that do not exist (yet).
     missing: u32,
 }
@@ -56,6 +63,8 @@ impl Hazards {
         self.early.clear();
         self.readings.clear();
         self.readers.clear();
+        self.groups.clear();
+        self.oldest.clear();
         self.missing = 0;
     }
 }
@@ -81,12 +90,39 @@ impl Block<'_> {
         }
     }
 
-    fn early(&mut self, warp: u32, lane: u32, other: u32, reading: Option<u64>, at: usize, text: String) {
+    /// A copy that belongs to the warp's `group` was issued.
+    pub(crate) fn copy_issued(&mut self, warp: u32, group: u32, at: usize, bytes: usize) {
+        let (words, warps) = (self.shared.len().div_ceil(4), self.l.warps as usize);
         let h = &mut self.hazards;
+        h.groups.resize(words, NONE);
+        h.groups[at / 4..(at + bytes).div_ceil(4)].fill(group);
+        h.oldest.resize(warps, NONE);
+        let oldest = &mut h.oldest[warp as usize];
+        *oldest = group.min(*oldest);
+    }
+
+    /// Copies of a warp have landed.
+    pub(crate) fn copies_waited(&mut self, warp: &Warp) {
+        if let Some(oldest) = self.hazards.oldest.get_mut(warp.id as usize) {
+            let group = |p: &Pending| if p.group == NONE { warp.groups[p.lane as usize] } else { p.group };
+            *oldest = warp.copies.iter().map(group).min().unwrap_or(NONE);
+        }
+    }
+
+    /// Whether a warp has waited for its own copies of the group that filled byte `at`.
+    pub(crate) fn has_waited(&self, warp: u32, at: usize) -> bool {
+        let group = self.hazards.groups.get(at / 4).copied().unwrap_or(NONE);
+        let oldest = self.hazards.oldest.get(warp as usize).copied().unwrap_or(NONE);
+        group == NONE || oldest > group
+    }
+
+    fn early(&mut self, warp: u32, lane: u32, other: u32, reading: Option<u64>, at: usize, text: String) {
+        let h = &self.hazards;
         let known = h.early.iter().any(|e| (e.pc, e.warp, e.other, e.reading) == (self.pc, warp, other, reading));
         if !known && h.early.len() < MAX_EARLY {
-            let clock = self.clocks.clock(warp);
-            h.early.push(Early { warp, lane, clock, other, reading, at, pc: self.pc, text });
+            let (clock, waited) = (self.clocks.clock(warp), reading.is_some() || self.has_waited(warp, at));
+            let early = Early { warp, lane, clock, other, reading, waited, at, pc: self.pc, text };
+            self.hazards.early.push(early);
         }
     }
 
@@ -99,7 +135,7 @@ impl Block<'_> {
                 continue;
             }
             let e = self.hazards.early.swap_remove(i);
-            if self.clocks.knows(e.other, e.warp, e.clock) {
+            if !e.waited || self.clocks.knows(e.other, e.warp, e.clock) {
                 self.too_early(e);
             } else {
                 let text = format!("{}, without a barrier after the wait of warp {}", e.text, e.other);
