@@ -16,7 +16,7 @@ pub struct Counters {
     pub by_class: BTreeMap<String, u64>,
     /// Matrix FLOPs (2 m n k), by operand type: `16-bit`, `tf32`, `f64`, `8-bit` (fp8), `int8`, `int4`, `1-bit`.
     pub matrix_flops: BTreeMap<String, u64>,
-    /// f32 and f64 operations of lanes, an FMA being 2.
+    /// f32 and f64 operations of lanes, an FMA being 2, a special function 1.
     pub float_flops: u64,
     /// Global-memory requests of warps.
     pub global_requests: u64,

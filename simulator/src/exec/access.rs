@@ -480,38 +480,47 @@ impl Block<'_> {
             at = stop;
             let me = Record { bytes, ..me };
             let cell = self.shadow[word];
-            let conflict = |r: u64| match Record::unpack(r) {
-                Some(r) if r.bytes & bytes != 0 && !(r.atomic && me.atomic) && !self.clocks.ordered(r, warp, lane) => {
+            let conflict = |k: usize| match Record::unpack(cell[k]) {
+                Some(r)
+                    if r.bytes & bytes != 0
+                        && !(r.atomic && me.atomic)
+                        && !self.clocks.ordered(r, warp, lane)
+                        && !(r.lane == MANY && r.warp == warp && self.parts.only(word, k, bytes, lane)) =>
+                {
                     Some(r)
                 }
                 _ => None,
             };
-            let merge = |old: u64| match Record::unpack(old) {
+            let merge = |k: usize| match Record::unpack(cell[k]) {
                 Some(o) if o.warp == warp && o.clock == me.clock && o.atomic == me.atomic => {
-                    Record { bytes: o.bytes | bytes, lane: if o.lane == lane { lane } else { MANY }, ..me }
+                    (Record { bytes: o.bytes | bytes, lane: if o.lane == lane { lane } else { MANY }, ..me }, true)
                 }
-                _ => me,
+                _ => (me, false),
             };
             if !touch.write {
-                if let Some(r) = conflict(cell[0]) {
+                if let Some(r) = conflict(0) {
                     self.shared_race(warp, lane, r, 4 * word, "reads what", "wrote");
                 }
                 let mine = |r: u64| Record::unpack(r).is_none_or(|r| r.warp == warp);
                 let slot = if mine(cell[1]) { 1 } else { 2 };
-                self.shadow[word][slot] = merge(cell[slot]).pack();
+                let (record, merged) = merge(slot);
+                self.shadow[word][slot] = record.pack();
+                self.parts.note(word, slot, bytes, lane, merged);
                 continue;
             }
             if changes {
-                if let Some(r) = conflict(cell[0]) {
+                if let Some(r) = conflict(0) {
                     self.shared_race(warp, lane, r, 4 * word, "writes what", "wrote");
                 }
-                for old in [cell[1], cell[2]] {
+                for old in [1, 2] {
                     if let Some(r) = conflict(old) {
                         self.shared_race(warp, lane, r, 4 * word, "writes what", "read");
                     }
                 }
             }
-            self.shadow[word][0] = merge(cell[0]).pack();
+            let (record, merged) = merge(0);
+            self.shadow[word][0] = record.pack();
+            self.parts.note(word, 0, bytes, lane, merged);
         }
     }
 
@@ -524,7 +533,7 @@ impl Block<'_> {
             });
         }
         let wait = matches!(self.l.program.code[r.pc as usize].kind, Kind::CpWait(_) | Kind::CpWaitAll);
-        if wait && !self.has_waited(warp, at) {
+        if wait && self.knows_issue(warp, r.warp, at) && !self.has_waited(warp, at) {
             return self.note(FaultClass::AsyncCopyHazard, warp, lane, || {
                 format!("{does} a copy of warp {} wrote, and has not waited either: {at:#x} of shared memory", r.warp)
             });

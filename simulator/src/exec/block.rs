@@ -2,7 +2,7 @@
 
 use super::barrier::{Barrier, Mbarrier};
 use super::hazard::Hazards;
-use super::race::{Clocks, Shadow};
+use super::race::{Clocks, Parts, Shadow};
 use super::stats::Stats;
 use super::warp::Warp;
 use super::{Launch, Step, Stop, mix};
@@ -48,6 +48,7 @@ pub(crate) struct Block<'a> {
     /// Bit 0: written. Bit 1: target of a copy that has not landed.
     pub state: Vec<u8>,
     pub shadow: Vec<Shadow>,
+    pub parts: Parts,
     pub clocks: Clocks,
     pub barriers: Vec<Barrier>,
     pub mbarriers: HashMap<u32, Mbarrier>,
@@ -83,6 +84,7 @@ impl<'a> Block<'a> {
             shared: Vec::new(),
             state: Vec::new(),
             shadow: Vec::new(),
+            parts: Parts::default(),
             clocks: Clocks::default(),
             barriers: Vec::new(),
             mbarriers: HashMap::new(),
@@ -110,6 +112,7 @@ impl<'a> Block<'a> {
         if self.check_shared {
             self.shadow.clear();
             self.shadow.resize(bytes.div_ceil(4), [0; 3]);
+            self.parts.clear();
         }
         self.clocks.start(l.warps as usize);
         self.barriers.clear();

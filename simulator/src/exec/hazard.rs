@@ -50,8 +50,8 @@ pub(crate) struct Hazards {
     /// Readings per 16 bytes of shared memory.
     readers: Vec<u16>,
     numbers: u64,
-    /// Per four bytes of shared memory: the group of the last copy that filled them.
-    groups: Vec<u32>,
+    /// Per four bytes of shared memory: the last copy that filled them, its group and its issue's clock.
+    filled: Vec<(u32, u32)>,
     /// Per warp: the first group of its copies that it has not waited for, `NONE` if there is none.
     oldest: Vec<u32>,
     /// Waits for mbarriers that do not exist (yet).
@@ -63,7 +63,7 @@ impl Hazards {
         self.early.clear();
         self.readings.clear();
         self.readers.clear();
-        self.groups.clear();
+        self.filled.clear();
         self.oldest.clear();
         self.missing = 0;
     }
@@ -93,9 +93,10 @@ impl Block<'_> {
     /// A copy that belongs to the warp's `group` was issued.
     pub(crate) fn copy_issued(&mut self, warp: u32, group: u32, at: usize, bytes: usize) {
         let (words, warps) = (self.shared.len().div_ceil(4), self.l.warps as usize);
+        let clock = self.clocks.clock(warp);
         let h = &mut self.hazards;
-        h.groups.resize(words, NONE);
-        h.groups[at / 4..(at + bytes).div_ceil(4)].fill(group);
+        h.filled.resize(words, (NONE, 0));
+        h.filled[at / 4..(at + bytes).div_ceil(4)].fill((group, clock));
         h.oldest.resize(warps, NONE);
         let oldest = &mut h.oldest[warp as usize];
         *oldest = group.min(*oldest);
@@ -111,9 +112,14 @@ impl Block<'_> {
 
     /// Whether a warp has waited for its own copies of the group that filled byte `at`.
     pub(crate) fn has_waited(&self, warp: u32, at: usize) -> bool {
-        let group = self.hazards.groups.get(at / 4).copied().unwrap_or(NONE);
+        let group = self.hazards.filled.get(at / 4).map_or(NONE, |f| f.0);
         let oldest = self.hazards.oldest.get(warp as usize).copied().unwrap_or(NONE);
         group == NONE || oldest > group
+    }
+
+    /// Whether a barrier lies between the issue of the copy of warp `copier` that filled byte `at` and what `warp` does.
+    pub(crate) fn knows_issue(&self, warp: u32, copier: u32, at: usize) -> bool {
+        self.hazards.filled.get(at / 4).is_some_and(|f| self.clocks.knows(warp, copier, f.1))
     }
 
     fn early(&mut self, warp: u32, lane: u32, other: u32, reading: Option<u64>, at: usize, text: String) {

@@ -48,6 +48,47 @@ impl Record {
     }
 }
 
+/// Which lane touched which byte, for words whose record stands for several lanes: neighbours in a word are no race.
+/// Empty until something narrower than a word is touched.
+#[derive(Default)]
+pub(crate) struct Parts(Vec<[[u8; 4]; 3]>);
+
+/// No lane yet.
+const NOBODY: u8 = 255;
+
+impl Parts {
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Record `k` of a word was written for some of its bytes; `merged` says that it goes on.
+    #[inline(always)]
+    pub(crate) fn note(&mut self, word: usize, k: usize, bytes: u32, lane: u32, merged: bool) {
+        if bytes != 15 || !self.0.is_empty() {
+            self.set(word, k, bytes, lane, merged);
+        }
+    }
+
+    fn set(&mut self, word: usize, k: usize, bytes: u32, lane: u32, merged: bool) {
+        if self.0.len() <= word {
+            self.0.resize(word + 1, [[NOBODY; 4]; 3]);
+        }
+        let part = &mut self.0[word][k];
+        if !merged {
+            *part = [NOBODY; 4];
+        }
+        for (_, p) in part.iter_mut().enumerate().filter(|(b, _)| bytes >> b & 1 != 0) {
+            *p = if *p == NOBODY || *p == lane as u8 { lane as u8 } else { MANY as u8 };
+        }
+    }
+
+    /// Whether record `k` knows of nobody but `lane` at these bytes.
+    pub(crate) fn only(&self, word: usize, k: usize, bytes: u32, lane: u32) -> bool {
+        let part = self.0.get(word).map_or([NOBODY; 4], |p| p[k]);
+        (0..4).all(|b| bytes >> b & 1 == 0 || part[b] == lane as u8)
+    }
+}
+
 /// What the warps of one block know of each other.
 #[derive(Default)]
 pub(crate) struct Clocks {
