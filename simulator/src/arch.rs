@@ -28,7 +28,7 @@ pub struct Arch {
     pub shared_reserved: u32,
     /// Second-level cache, bytes.
     pub l2_bytes: u32,
-    /// Boost clock, kHz.
+    /// Highest clock of the data sheet, kHz.
     pub clock_khz: u32,
     /// Memory clock, kHz, and bus width, bits.
     pub memory_clock_khz: u32,
@@ -46,8 +46,10 @@ pub struct Arch {
     pub matrix_f16_tflops: f64,
     /// Matrix rate for tf32, TFLOP/s.
     pub matrix_tf32_tflops: f64,
-    /// Matrix rate for 8-bit operands (fp8 where the card has it, else int8), TOP/s.
+    /// Matrix rate for fp8 with f32 accumulation (where there is none, that of int8), TFLOP/s.
     pub matrix_8bit_tops: f64,
+    /// Matrix rate for int8, TOP/s.
+    pub matrix_int8_tops: f64,
     /// Where the figures come from.
     pub source: &'static str,
 }
@@ -87,6 +89,7 @@ impl Arch {
         matrix_f16_tflops: 312.0,
         matrix_tf32_tflops: 156.0,
         matrix_8bit_tops: 624.0,
+        matrix_int8_tops: 624.0,
         source: "NVIDIA A100 Tensor Core GPU Architecture whitepaper (2020): peak rates; L2 5120 bytes/clock",
     };
     /// GeForce RTX 3090.
@@ -112,6 +115,7 @@ impl Arch {
         matrix_f16_tflops: 71.0,
         matrix_tf32_tflops: 35.6,
         matrix_8bit_tops: 284.0,
+        matrix_int8_tops: 284.0,
         source: "NVIDIA Ampere GA102 GPU Architecture whitepaper (2021), table of the RTX 3090",
     };
     /// GeForce RTX 4090.
@@ -137,6 +141,7 @@ impl Arch {
         matrix_f16_tflops: 165.2,
         matrix_tf32_tflops: 82.6,
         matrix_8bit_tops: 330.3,
+        matrix_int8_tops: 660.6,
         source: "NVIDIA Ada GPU Architecture whitepaper (2022), table of the RTX 4090",
     };
     /// H100 (SXM, 80 GB).
@@ -152,7 +157,7 @@ impl Arch {
         shared_per_block_optin: 227 * 1024,
         shared_reserved: 1024,
         l2_bytes: 50 << 20,
-        clock_khz: 1_830_000,
+        clock_khz: 1_980_000,
         memory_clock_khz: 2_619_000,
         memory_bus_bits: 5120,
         memory_bytes: 80 << 30,
@@ -162,6 +167,7 @@ impl Arch {
         matrix_f16_tflops: 989.4,
         matrix_tf32_tflops: 494.7,
         matrix_8bit_tops: 1978.9,
+        matrix_int8_tops: 1978.9,
         source: "NVIDIA H100 Tensor Core GPU Architecture whitepaper (2023), table of the H100 SXM5",
     };
     /// GeForce RTX 5090.
@@ -187,6 +193,7 @@ impl Arch {
         matrix_f16_tflops: 209.5,
         matrix_tf32_tflops: 104.8,
         matrix_8bit_tops: 419.0,
+        matrix_int8_tops: 838.0,
         source: "NVIDIA RTX Blackwell GPU Architecture whitepaper (2025), table of the RTX 5090",
     };
     /// Every architecture that can be simulated.

@@ -14,9 +14,9 @@ pub struct Counters {
     pub lane_instructions: u64,
     /// Warp instructions by class: `integer`, `float`, `matrix`, ...
     pub by_class: BTreeMap<String, u64>,
-    /// Matrix FLOPs (2 m n k), by operand type.
+    /// Matrix FLOPs (2 m n k), by operand type: `16-bit`, `tf32`, `f64`, `8-bit` (fp8), `int8`, `int4`, `1-bit`.
     pub matrix_flops: BTreeMap<String, u64>,
-    /// f32 and f64 operations of lanes, an FMA being 2.
+    /// f32 and f64 operations of lanes, an FMA being 2, a special function 1.
     pub float_flops: u64,
     /// Global-memory requests of warps.
     pub global_requests: u64,
@@ -115,10 +115,15 @@ impl Counters {
             .matrix_flops
             .iter()
             .map(|(kind, &flops)| {
+                // Where cards differ the higher rate counts: the result is a lower bound.
                 let rate = match kind.as_str() {
                     "tf32" => arch.matrix_tf32_tflops,
                     "8-bit" => arch.matrix_8bit_tops,
-                    "f64" => arch.fma_tflops / 2.0,
+                    "int8" => arch.matrix_int8_tops,
+                    "int4" => 2.0 * arch.matrix_int8_tops,
+                    "1-bit" => 8.0 * arch.matrix_int8_tops,
+                    // The rate of f32 FMAs on A100 and H100, far less on the others.
+                    "f64" => arch.fma_tflops,
                     _ => arch.matrix_f16_tflops,
                 };
                 flops as f64 / (rate * 1e6)

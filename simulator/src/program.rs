@@ -2,6 +2,7 @@
 
 use crate::device::Param;
 use crate::ptx::ast::Attributes;
+use std::collections::HashMap;
 use std::fmt::Write;
 
 /// Computes one instruction for the lanes of a mask.
@@ -178,6 +179,9 @@ impl MatTy {
             MatTy::F16 | MatTy::Bf16 => "16-bit",
             MatTy::Tf32 | MatTy::F32 | MatTy::S32 => "tf32",
             MatTy::F64 => "f64",
+            MatTy::S8 | MatTy::U8 => "int8",
+            MatTy::S4 | MatTy::U4 => "int4",
+            MatTy::B1 => "1-bit",
             _ => "8-bit",
         }
     }
@@ -353,8 +357,12 @@ pub(crate) enum Kind {
     MovMatrix,
     Mma(Box<Mma>),
     Wgmma(Box<Wgmma>),
-    /// Waits and fences of a warpgroup: all lanes of the warp together.
+    /// `wgmma.fence`, and what else needs all lanes of the warp together.
     WarpAligned,
+    /// `wgmma.commit_group`.
+    WgmmaCommit,
+    /// `wgmma.wait_group`: groups that may go on.
+    WgmmaWait(u32),
     Mbar(Box<Mbar>),
     CpAsync(Box<CpAsync>),
     CpCommit,
@@ -367,7 +375,7 @@ pub(crate) enum Kind {
     },
     Bulk(Box<Bulk>),
     BulkCommit,
-    BulkWait,
+    BulkWait(u32),
     /// `tensormap.replace`: byte offset and size of the field.
     MapReplace {
         address: Addr,
@@ -456,6 +464,8 @@ pub(crate) struct Program {
     pub source: Vec<Source>,
     pub texts: Vec<String>,
     pub funcs: Vec<FuncInfo>,
+    /// Number of a function in the module (function pointers hold it) to its index in `funcs`.
+    pub pointers: HashMap<u32, u32>,
     /// Index of the kernel in `funcs`.
     pub entry: u32,
     /// Alignment of dynamic shared memory.

@@ -74,6 +74,13 @@ fn shared_races() {
     // A named barrier of the two warps that exchange is enough.
     let named = "and.b32 %r9, %r1, 64; shr.u32 %r9, %r9, 6; add.u32 %r9, %r9, 1; bar.sync %r9, 64;";
     pair(FaultClass::DataRaceShared, 719, &body(named, 64), &body(named, 32), 1, 128);
+    // Neighbours in a word are no race: each lane has its own two bytes, and reads and writes them again.
+    let halves = |step: u32| {
+        text(shared, &format!(
+            "mov.u32 %r6, s; mad.lo.u32 %r5, %r1, {step}, %r6; cvt.u16.u32 %h1, %r1; st.shared.u16 [%r5], %h1; ld.shared.u16 %h2, [%r5]; st.shared.u16 [%r5], %h2; ld.shared.u16 %h2, [%r5]; add.u16 %h2, %h2, 1; st.shared.u16 [%r5], %h2;"
+        )).replace(".reg .pred", ".reg .b16 %h<4>; .reg .pred")
+    };
+    pair(FaultClass::DataRaceShared, 719, &halves(0), &halves(2), 1, 96);
     // Everybody writing the same value is no race; different values are.
     let same = |v: &str| text(shared, &format!("mov.u32 %r6, s; st.shared.u32 [%r6], {v};"));
     pair(FaultClass::DataRaceShared, 719, &same("%r1"), &same("5"), 1, 64);
@@ -86,12 +93,12 @@ fn uninitialised() {
     let fixed = text(shared, &format!("mov.u32 %r6, s; st.shared.u32 [%r6+4], 3; {read}"));
     pair(FaultClass::UninitialisedShared, 719, &text(shared, read), &fixed, 1, 1);
     let local = ".local .align 4 .b8 l[16];";
-    let faulty = text(local, "st.local.u32 [l], 1; ld.local.u32 %r5, [l+4];");
+    let faulty = text(local, "st.local.u32 [l], 1; ld.local.u32 %r5, [l+4]; add.u32 %r5, %r5, 1;");
     pair(
         FaultClass::UninitialisedLocal,
         719,
         &faulty,
-        &text(local, "st.local.u32 [l+4], 1; ld.local.u32 %r5, [l+4];"),
+        &text(local, "st.local.u32 [l+4], 1; ld.local.u32 %r5, [l+4]; add.u32 %r5, %r5, 1;"),
         1,
         1,
     );

@@ -378,7 +378,7 @@ impl<'u, 'a> Body<'u, 'a> {
                 return self.fail("an offset from this variable is not supported here");
             }
             Some((_, Sym::Reg(_))) => return Ok(None),
-            None => match self.unit.indices.get(name) {
+            None => match self.unit.numbers.get(name) {
                 Some(i) => self.constant(2, CODE_WINDOW + u64::from(*i))?,
                 None => return Ok(None),
             },
@@ -714,7 +714,7 @@ impl<'u, 'a> Body<'u, 'a> {
             self.guard = (at, *not);
         }
         let known = self.control()? || self.integer()? || self.float()? || self.convert()? || self.memory()?;
-        let known = known || self.sync()? || self.matrix()? || self.tensor()?;
+        let known = known || self.sync()? || self.matrix()? || self.tensor()? || self.video()?;
         if !known {
             return self.fail("this instruction is not supported");
         }

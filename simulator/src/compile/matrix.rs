@@ -176,18 +176,23 @@ impl Body<'_, '_> {
     }
 
     fn wgmma(&mut self) -> Result<bool> {
-        if self.mods.take("fence") || self.mods.take("commit_group") {
+        let (fence, commit) = (self.mods.take("fence"), self.mods.take("commit_group"));
+        if fence || commit {
             self.mods.any(&["sync", "aligned"]);
             self.class = Class::Barrier;
             self.arity(0, 0)?;
-            self.emit(Inst { kind: Kind::WarpAligned, ..self.blank() })?;
+            let kind = if commit { Kind::WgmmaCommit } else { Kind::WarpAligned };
+            self.emit(Inst { kind, ..self.blank() })?;
             return Ok(true);
         }
         if self.mods.take("wait_group") {
             self.mods.any(&["sync", "aligned"]);
             self.class = Class::Barrier;
             self.arity(1, 1)?;
-            self.emit(Inst { kind: Kind::WarpAligned, ..self.blank() })?;
+            let Operand::Int(n @ 0..=0xffff) = self.operand(0)? else {
+                return self.fail("expected the number of groups");
+            };
+            self.emit(Inst { kind: Kind::WgmmaWait(*n as u32), ..self.blank() })?;
             return Ok(true);
         }
         if !self.mods.take("mma_async") || self.instr.mods.iter().any(|m| m == "sp") {

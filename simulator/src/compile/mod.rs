@@ -9,6 +9,7 @@ mod memory;
 mod mods;
 mod sync;
 mod tensor;
+mod video;
 
 use crate::arch::{Arch, MAX_PARAM_BYTES};
 use crate::device::Param;
@@ -27,7 +28,7 @@ pub(crate) const LOCAL_WINDOW: u64 = 0x7e00_0000_0000;
 pub(crate) const PARAM_WINDOW: u64 = 0x7d00_0000_0000;
 /// Size of each window.
 pub(crate) const WINDOW: u64 = 1 << 32;
-/// Function pointers are this plus the index of the function.
+/// Function pointers are this plus the number of the function in its module.
 pub(crate) const CODE_WINDOW: u64 = 0x7c00_0000_0000;
 
 /// Most bytes of module variables: real modules have kilobytes.
@@ -50,6 +51,8 @@ struct Unit<'a> {
     shared_vars: HashMap<&'a str, &'a Var>,
     /// Function name to index in `funcs`.
     indices: HashMap<&'a str, u32>,
+    /// Function name to number in the module.
+    numbers: &'a HashMap<&'a str, u32>,
     shared: HashMap<String, u32>,
     shared_bytes: u64,
     dynamic_align: u32,
@@ -66,7 +69,8 @@ pub(crate) fn module(
     globals: &mut BTreeMap<String, (u64, u64)>,
 ) -> Result<Vec<Program>> {
     check_target(tree, arch)?;
-    let (addresses, const_bytes) = variables(tree, memory, globals)?;
+    let numbers = function_numbers(tree);
+    let (addresses, const_bytes) = variables(tree, &numbers, memory, globals)?;
     let mut by_name: HashMap<&str, &Func> = HashMap::new();
     for f in &tree.funcs {
         if f.body.is_some() && by_name.insert(&f.name, f).is_some() {
@@ -78,10 +82,12 @@ pub(crate) fn module(
             by_name.insert(alias, f);
         }
     }
+    let taken = address_taken(tree, &by_name);
     let mut programs: Vec<Program> = Vec::new();
     let mut total = 0;
     for f in tree.funcs.iter().filter(|f| f.entry && f.body.is_some()) {
-        let p = kernel(f, tree, arch, &addresses, &by_name, const_bytes)?;
+        let order = reachable(f, &by_name, &taken);
+        let p = kernel(f, &order, tree, &numbers, arch, &addresses, const_bytes)?;
         total += p.code.len();
         if total > MAX_CODE {
             return Err(LoadError::new(f.line, &f.name, format!("the module has more than {MAX_CODE} instructions")));
@@ -110,6 +116,7 @@ fn check_target(tree: &Module, arch: &Arch) -> Result<()> {
 /// Makes the variables in device memory.
 fn variables(
     tree: &Module,
+    numbers: &HashMap<&str, u32>,
     memory: &mut Memory,
     globals: &mut BTreeMap<String, (u64, u64)>,
 ) -> Result<(HashMap<String, u64>, u32)> {
@@ -144,7 +151,6 @@ fn variables(
         addresses.insert(name.clone(), address);
         globals.insert(name.clone(), (address, v.bytes()));
     }
-    let indices: HashMap<&str, usize> = tree.funcs.iter().enumerate().map(|(i, f)| (f.name.as_str(), i)).collect();
     for (name, v) in &all {
         let mut bytes = vec![0u8; v.bytes() as usize];
         let size = v.ty.bytes() as usize;
@@ -156,13 +162,14 @@ fn variables(
                 Init::F32(b) => u64::from(*b),
                 Init::F64(b) if size == 4 => u64::from((f64::from_bits(*b) as f32).to_bits()),
                 Init::F64(b) => *b,
-                Init::Address { name, offset } => match (addresses.get(name.as_str()), indices.get(name.as_str())) {
+                Init::Address { name, offset } => match (addresses.get(name.as_str()), numbers.get(name.as_str())) {
                     (Some(a), _) => a.wrapping_add(*offset as u64),
+                    (None, Some(n)) if *offset == 0 => CODE_WINDOW + u64::from(*n),
                     _ => {
                         return Err(LoadError::new(
                             v.line,
                             &v.name,
-                            format!("its initial value names `{name}`, which is no variable"),
+                            format!("its initial value names `{name}`, which is neither a variable nor a function"),
                         ));
                     }
                 },
@@ -178,22 +185,54 @@ fn variables(
     Ok((addresses, const_bytes as u32))
 }
 
+/// Every function of the module, declared or defined, and every alias, has a number.
+fn function_numbers(tree: &Module) -> HashMap<&str, u32> {
+    let mut numbers = HashMap::new();
+    for (i, f) in tree.funcs.iter().enumerate() {
+        numbers.entry(f.name.as_str()).or_insert(i as u32);
+    }
+    for (alias, target) in &tree.aliases {
+        if let Some(n) = numbers.get(target.as_str()).copied() {
+            numbers.insert(alias, n);
+        }
+    }
+    numbers
+}
+
+/// The function that an operand names.
+fn named<'a>(o: &Operand, by_name: &HashMap<&str, &'a Func>) -> Option<&'a Func> {
+    match o {
+        Operand::Name(n) => by_name.get(n.as_str()).copied(),
+        _ => None,
+    }
+}
+
+/// Functions whose addresses are in variables or registers: a call through a pointer may reach them.
+fn address_taken<'a>(tree: &'a Module, by_name: &HashMap<&str, &'a Func>) -> Vec<&'a Func> {
+    let in_variables = tree.vars.iter().flat_map(|v| &v.init).filter_map(|i| match i {
+        Init::Address { name, .. } => by_name.get(name.as_str()).copied(),
+        _ => None,
+    });
+    let in_code = tree.funcs.iter().flat_map(|f| f.body.iter().flatten()).filter_map(|s| match s {
+        Stmt::Instr(i) if i.opcode != "call" => Some(&i.operands),
+        _ => None,
+    });
+    let in_code = in_code.flatten().filter_map(|o| named(o, by_name));
+    let mut seen = HashSet::new();
+    in_variables.chain(in_code).filter(|f| !f.entry && seen.insert(f.name.as_str())).collect()
+}
+
 /// Functions that `entry` may reach, callees before callers, `entry` last. No recursion: chains may be long.
-fn reachable<'a>(entry: &'a Func, by_name: &HashMap<&str, &'a Func>) -> Vec<&'a Func> {
+fn reachable<'a>(entry: &'a Func, by_name: &HashMap<&str, &'a Func>, taken: &[&'a Func]) -> Vec<&'a Func> {
     let callees = |f: &'a Func| -> Vec<&'a Func> {
         let mut out = Vec::new();
-        let mut names = |operand: &'a Operand| {
-            if let Operand::Name(n) = operand
-                && let Some(f) = by_name.get(n.as_str())
-            {
-                out.push(*f);
-            }
-        };
         for s in f.body.iter().flatten() {
-            if let Stmt::Instr(i) = s
-                && matches!(i.opcode.as_str(), "call" | "mov" | "st" | "selp")
-            {
-                i.operands.iter().for_each(&mut names);
+            if let Stmt::Instr(i) = s {
+                out.extend(i.operands.iter().filter_map(|o| named(o, by_name)));
+                let through_register = |o: &Operand| matches!(o, Operand::Name(n) if n.starts_with('%'));
+                if i.opcode == "call" && i.operands.iter().take(2).any(through_register) {
+                    out.extend(taken);
+                }
             }
         }
         out
@@ -216,15 +255,16 @@ fn reachable<'a>(entry: &'a Func, by_name: &HashMap<&str, &'a Func>) -> Vec<&'a 
     order
 }
 
+/// Compiles one kernel; `order` are the functions that it may reach, itself the last.
 fn kernel(
     entry: &Func,
+    order: &[&Func],
     tree: &Module,
+    numbers: &HashMap<&str, u32>,
     arch: &Arch,
     globals: &HashMap<String, u64>,
-    by_name: &HashMap<&str, &Func>,
     const_bytes: u32,
 ) -> Result<Program> {
-    let order = reachable(entry, by_name);
     let mut indices: HashMap<&str, u32> = order.iter().enumerate().map(|(i, f)| (f.name.as_str(), i as u32)).collect();
     for (alias, target) in &tree.aliases {
         if let Some(i) = indices.get(target.as_str()).copied() {
@@ -238,6 +278,7 @@ fn kernel(
         globals,
         shared_vars,
         indices,
+        numbers,
         shared: HashMap::new(),
         shared_bytes: 0,
         dynamic_align: 16,
@@ -247,12 +288,13 @@ fn kernel(
     };
     let (params, param_bytes) = kernel_params(entry)?;
     let mut funcs: Vec<FuncInfo> = Vec::new();
-    for f in &order {
+    for f in order {
         funcs.push(body::function(&mut unit, f, &params)?);
         if unit.code.len() > MAX_CODE {
             return Err(LoadError::new(f.line, &f.name, format!("the kernel has more than {MAX_CODE} instructions")));
         }
     }
+    let pointers = order.iter().enumerate().map(|(i, f)| (numbers[f.name.as_str()], i as u32)).collect();
     // Nominal: only the assembler knows.
     let registers = 32;
     let local_bytes = funcs.iter().map(|f| f.local_bytes).max().unwrap_or(0);
@@ -269,6 +311,7 @@ fn kernel(
         code: unit.code,
         source: unit.source,
         texts: unit.texts,
+        pointers,
         entry: funcs.len() as u32 - 1,
         funcs,
         dynamic_align: unit.dynamic_align,

@@ -104,8 +104,8 @@ impl Body<'_, '_> {
         if self.mods.take("wait_group") {
             self.mods.take("read");
             return match self.operand(0)? {
-                Operand::Int(0..=0xffff) => {
-                    self.emit(Inst { kind: Kind::BulkWait, ..self.blank() })?;
+                Operand::Int(n @ 0..=0xffff) => {
+                    self.emit(Inst { kind: Kind::BulkWait(*n as u32), ..self.blank() })?;
                     Ok(true)
                 }
                 _ => self.fail("expected the number of groups"),

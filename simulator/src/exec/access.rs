@@ -7,7 +7,7 @@ use super::warp::Warp;
 use crate::compile::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW};
 use crate::error::FaultClass;
 use crate::memory::{HostBytes, describe_nearest};
-use crate::program::{Access, Addr, HALF, NONE, Place, Strength};
+use crate::program::{Access, Addr, HALF, Kind, NONE, Place, Strength};
 use std::sync::atomic::Ordering::Relaxed;
 
 /// Memory that an address lies in, and the address there.
@@ -188,7 +188,9 @@ impl Block<'_> {
             for (k, (s, w)) in x.regs.iter().enumerate() {
                 alloc.data.store(offset + k * bytes, bytes, take(warp, frame, lane, *s, *w));
                 if let Some(valid) = &alloc.valid {
-                    valid.store(offset + k * bytes, bytes, 0x0101_0101_0101_0101);
+                    let known = warp.unwritten.is_empty()
+                        || warp.unwritten.get(&warp.line(frame, *s)).is_none_or(|lanes| lanes >> lane & 1 == 0);
+                    valid.store(offset + k * bytes, bytes, if known { 0x0101_0101_0101_0101 } else { 0 });
                 }
             }
             return Ok(());
@@ -436,6 +438,9 @@ impl Block<'_> {
         if self.state[at..at + size].iter().any(|s| s & 2 != 0) {
             self.bad_state(warp, lane, at, size, true);
         }
+        if !self.hazards.readings.is_empty() {
+            self.overwritten(warp, lane, at, size);
+        }
         if self.check_shared {
             let changes = self.shared[at..at + size] != *data || self.state[at..at + size].contains(&0);
             self.shared_record(warp, lane, at, size, Touch { write: true, strong }, changes);
@@ -445,14 +450,17 @@ impl Block<'_> {
     }
 
     #[cold]
-    pub(crate) fn bad_state(&self, warp: u32, lane: u32, at: usize, size: usize, write: bool) {
+    pub(crate) fn bad_state(&mut self, warp: u32, lane: u32, at: usize, size: usize, write: bool) {
         let what = if write { "write" } else { "read" };
         let s = self.l.options.sanitizer;
-        if self.state[at..at + size].iter().any(|s| s & 2 != 0) {
+        if let Some(k) = (at..at + size).find(|k| self.state[*k] & 2 != 0) {
             if s.async_copies {
-                self.note(FaultClass::AsyncCopyHazard, warp, lane, || {
-                    format!("{what} of {size} bytes at {at:#x} of shared memory before the wait for the copy that fills them")
-                });
+                self.touched_in_flight(
+                    warp,
+                    lane,
+                    k,
+                    format!("{what} of {size} bytes at {at:#x} of shared memory that a copy fills"),
+                );
             }
         } else if !write && s.uninitialised {
             self.note(FaultClass::UninitialisedShared, warp, lane, || {
@@ -472,43 +480,64 @@ impl Block<'_> {
             at = stop;
             let me = Record { bytes, ..me };
             let cell = self.shadow[word];
-            let conflict = |r: u64| match Record::unpack(r) {
-                Some(r) if r.bytes & bytes != 0 && !(r.atomic && me.atomic) && !self.clocks.ordered(r, warp, lane) => {
+            let conflict = |k: usize| match Record::unpack(cell[k]) {
+                Some(r)
+                    if r.bytes & bytes != 0
+                        && !(r.atomic && me.atomic)
+                        && !self.clocks.ordered(r, warp, lane)
+                        && !(r.lane == MANY && r.warp == warp && self.parts.only(word, k, bytes, lane)) =>
+                {
                     Some(r)
                 }
                 _ => None,
             };
-            let merge = |old: u64| match Record::unpack(old) {
+            let merge = |k: usize| match Record::unpack(cell[k]) {
                 Some(o) if o.warp == warp && o.clock == me.clock && o.atomic == me.atomic => {
-                    Record { bytes: o.bytes | bytes, lane: if o.lane == lane { lane } else { MANY }, ..me }
+                    (Record { bytes: o.bytes | bytes, lane: if o.lane == lane { lane } else { MANY }, ..me }, true)
                 }
-                _ => me,
+                _ => (me, false),
             };
             if !touch.write {
-                if let Some(r) = conflict(cell[0]) {
+                if let Some(r) = conflict(0) {
                     self.shared_race(warp, lane, r, 4 * word, "reads what", "wrote");
                 }
                 let mine = |r: u64| Record::unpack(r).is_none_or(|r| r.warp == warp);
                 let slot = if mine(cell[1]) { 1 } else { 2 };
-                self.shadow[word][slot] = merge(cell[slot]).pack();
+                let (record, merged) = merge(slot);
+                self.shadow[word][slot] = record.pack();
+                self.parts.note(word, slot, bytes, lane, merged);
                 continue;
             }
             if changes {
-                if let Some(r) = conflict(cell[0]) {
+                if let Some(r) = conflict(0) {
                     self.shared_race(warp, lane, r, 4 * word, "writes what", "wrote");
                 }
-                for old in [cell[1], cell[2]] {
+                for old in [1, 2] {
                     if let Some(r) = conflict(old) {
                         self.shared_race(warp, lane, r, 4 * word, "writes what", "read");
                     }
                 }
             }
-            self.shadow[word][0] = merge(cell[0]).pack();
+            let (record, merged) = merge(0);
+            self.shadow[word][0] = record.pack();
+            self.parts.note(word, 0, bytes, lane, merged);
         }
     }
 
     #[cold]
     fn shared_race(&self, warp: u32, lane: u32, r: Record, at: usize, does: &str, did: &str) {
+        if r.warp == self.clocks.copier() {
+            let wrote = "an asynchronous copy wrote";
+            return self.note(FaultClass::AsyncCopyHazard, warp, lane, || {
+                format!("{does} {wrote}, without a wait for its mbarrier: {at:#x} of shared memory")
+            });
+        }
+        let wait = matches!(self.l.program.code[r.pc as usize].kind, Kind::CpWait(_) | Kind::CpWaitAll);
+        if wait && self.knows_issue(warp, r.warp, at) && !self.has_waited(warp, at) {
+            return self.note(FaultClass::AsyncCopyHazard, warp, lane, || {
+                format!("{does} a copy of warp {} wrote, and has not waited either: {at:#x} of shared memory", r.warp)
+            });
+        }
         self.note(FaultClass::DataRaceShared, warp, lane, || {
             let who = if r.lane == MANY { "several lanes".to_owned() } else { format!("lane {}", r.lane) };
             let line = self.l.program.line(r.pc);
@@ -553,13 +582,15 @@ impl Block<'_> {
             if x.store {
                 let v = take(warp, frame, lane, *r, *w);
                 warp.local[range.clone()].copy_from_slice(&v.to_le_bytes()[..bytes]);
-                warp.local_state[range].fill(1);
+                let known = warp.unwritten.is_empty()
+                    || warp.unwritten.get(&warp.line(frame, *r)).is_none_or(|lanes| lanes >> lane & 1 == 0);
+                warp.local_state[range].fill(u8::from(known));
                 continue;
             }
+            // Compilers copy whole structures with their padding: only a use of the value is a fault.
             if self.l.options.sanitizer.uninitialised && *r != NONE && warp.local_state[range.clone()].contains(&0) {
-                self.note(FaultClass::UninitialisedLocal, warp.id, lane, || {
-                    format!("read of {bytes} bytes at {a:#x} of local memory that the thread did not write")
-                });
+                let line = warp.line(frame, *r);
+                *warp.unwritten.entry(line).or_default() |= 1 << lane;
             }
             let v = little(&warp.local[range]);
             put(warp, frame, lane, *r, *w, v, x);

@@ -7,7 +7,7 @@ use super::atomics::combine;
 use super::barrier::Mbarrier;
 use super::block::{Block, lanes};
 use super::matrix::swizzle;
-use super::race::MANY;
+use super::race::{MANY, Record};
 use super::warp::{Pending, Warp};
 use crate::error::FaultClass;
 use crate::program::{Addr, AtomOp, AtomTy, Bulk, CpAsync, Mbar, MbarOp, NONE, Place};
@@ -53,6 +53,7 @@ impl Block<'_> {
                 }
             }
             self.in_flight(warp.id, lane, at, c.bytes as usize);
+            self.copy_issued(warp.id, warp.groups[lane as usize], at, c.bytes as usize);
             warp.copies.push(Pending { lane, to: at as u32, bytes: c.bytes, data, valid, group: NONE });
         }
         Ok(())
@@ -73,6 +74,9 @@ impl Block<'_> {
         if self.state[at..at + bytes].iter().any(|s| s & 2 != 0) {
             self.bad_state(warp, lane, at, bytes, true);
         }
+        if !self.hazards.readings.is_empty() {
+            self.overwritten(warp, lane, at, bytes);
+        }
         if self.check_shared {
             self.shared_record(warp, lane, at, bytes, Touch::WRITE, true);
         }
@@ -83,6 +87,7 @@ impl Block<'_> {
 
     fn land(&mut self, warp: u32, p: &Pending) {
         let (at, n) = (p.to as usize, p.bytes as usize);
+        self.landed(warp, at, n);
         self.shared[at..at + n].copy_from_slice(&p.data[..n]);
         for k in 0..n {
             self.state[at + k] = if self.l.options.sanitizer.uninitialised { (p.valid >> k & 1) as u8 } else { 1 };
@@ -117,6 +122,7 @@ impl Block<'_> {
             !done
         });
         warp.copies = copies;
+        self.copies_waited(warp);
     }
 
     fn mbar_at(&mut self, warp: &mut Warp, lane: u32, place: Place, a: u64) -> Step<u32> {
@@ -124,6 +130,14 @@ impl Block<'_> {
             Where::Shared(a) => self.shared_at(warp, lane, a, 8, true).map(|a| a as u32),
             _ => self
                 .fault(FaultClass::OobShared, warp, lane, || format!("the mbarrier at {a:#x} is not in shared memory")),
+        }
+    }
+
+    /// Operations on a mbarrier are atomic, but its beginning and its end need a barrier like any write. The others
+    /// count as reads, which leave the record of the beginning alone.
+    fn mbar_touched(&mut self, warp: &Warp, lane: u32, at: u32, plain: bool) {
+        if self.check_shared {
+            self.shared_record(warp.id, lane, at as usize, 8, Touch { write: plain, strong: !plain }, true);
         }
     }
 
@@ -172,6 +186,7 @@ impl Block<'_> {
         let mut progress = false;
         for lane in lanes(active) {
             let at = self.mbar_at(warp, lane, m.place, addresses[lane as usize])?;
+            self.mbar_touched(warp, lane, at, matches!(m.op, MbarOp::Init | MbarOp::Inval));
             let count = if m.count == NONE || matches!(m.op, MbarOp::Test | MbarOp::Try) {
                 1
             } else {
@@ -187,9 +202,6 @@ impl Block<'_> {
                     let new = Mbarrier { expected: count, pending: count.into(), ..Mbarrier::default() };
                     self.mbarriers.insert(at, new);
                     self.state[at as usize..at as usize + 8].fill(1);
-                    if self.check_shared {
-                        self.shared_record(warp.id, lane, at as usize, 8, Touch { write: true, strong: true }, true);
-                    }
                     progress = true;
                 }
                 MbarOp::Inval => {
@@ -225,9 +237,14 @@ impl Block<'_> {
                     }
                     progress = true;
                 }
+                MbarOp::Test | MbarOp::Try if !self.mbarriers.contains_key(&at) && self.patient() => {
+                    warp.set_pred(frame, m.d, 0, 1 << lane);
+                }
                 MbarOp::Test | MbarOp::Try => {
-                    let phase = self.with_mbar(warp, lane, at, |b| b.phase)?;
-                    let done = if m.parity {
+                    let (phase, early) = self.with_mbar(warp, lane, at, |b| (b.phase, too_soon(b, warp)))?;
+                    let done = if early {
+                        false
+                    } else if m.parity {
                         // Complete when the phase of that parity is not the current one.
                         phase & 1 != u64::from(warp.get32(frame, m.count, lane)) & 1
                     } else {
@@ -254,15 +271,29 @@ impl Block<'_> {
         };
         let (done, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut m.landings).into_iter().partition(|l| l.0 < phase);
         m.landings = rest;
+        if !done.is_empty() {
+            // The copies are the work of nobody in the block; only those who learn of the phase may touch them.
+            let copier = self.clocks.copier();
+            self.clocks.advance(copier);
+            m.done_row.resize(copier as usize + 1, 0);
+            m.done_row[copier as usize] = self.clocks.clock(copier) - 1;
+        }
         let row = m.done_row.clone();
+        let written = Record {
+            warp: self.clocks.copier(),
+            lane: MANY,
+            clock: self.clocks.clock(self.clocks.copier()) - 1,
+            bytes: 15,
+            atomic: false,
+            pc: self.pc,
+        };
         for (_, to, data, valid) in done {
             let (a, n) = (to as usize, data.len());
             self.shared[a..a + n].copy_from_slice(&data);
             self.state[a..a + n].copy_from_slice(&valid);
-            // Written before this phase ended, by nobody of the block: whoever waits may read.
             for word in a / 4..(a + n).div_ceil(4) {
                 if let Some(cell) = self.shadow.get_mut(word) {
-                    *cell = [0; 3];
+                    *cell = [written.pack(), 0, 0];
                 }
             }
         }
@@ -282,6 +313,7 @@ impl Block<'_> {
         let addresses = self.addresses(warp, frame, address);
         for lane in lanes(active) {
             let at = self.mbar_at(warp, lane, place, addresses[lane as usize])?;
+            self.mbar_touched(warp, lane, at, false);
             let mut copies = std::mem::take(&mut warp.copies);
             let mut landed = Vec::new();
             copies.retain(|p| {
@@ -291,6 +323,7 @@ impl Block<'_> {
                 p.lane != lane
             });
             warp.copies = copies;
+            self.copies_waited(warp);
             self.contribute(warp.id, at);
             self.with_mbar(warp, lane, at, |m| {
                 for p in &landed {
@@ -333,6 +366,7 @@ impl Block<'_> {
             let mbar = match &mbars {
                 Some(a) => {
                     let at = self.mbar_at(warp, lane, Place::Shared, a[i])?;
+                    self.mbar_touched(warp, lane, at, false);
                     let phase = self.with_mbar(warp, lane, at, |m| m.phase)?;
                     Some((at, phase))
                 }
@@ -415,6 +449,7 @@ impl Block<'_> {
             self.shared_at(warp, lane, self.l.shared_bytes, 1, false)?;
         }
         self.shared_read(warp.id, lane, at, n, false);
+        self.store_reads(warp.id, lane, at, n);
         let (i, offset) = self.global_span(warp, lane, a, n as u64, true)?;
         if self.l.options.counters {
             self.count_bulk(a, n, true);
@@ -591,6 +626,24 @@ impl Block<'_> {
             m.fill(offset, BYTES, 1);
         }
         Ok(())
+    }
+}
+
+/// Whether copies of an ended phase are still on their way: the first test of each warp finds them so, which shows who
+/// does not test again.
+fn too_soon(m: &mut Mbarrier, warp: &Warp) -> bool {
+    let phase = m.phase;
+    if !m.landings.iter().any(|l| l.0 < phase) {
+        return false;
+    }
+    m.denied.retain(|d| d.1 == phase);
+    match m.denied.iter().find(|d| d.0 == warp.id) {
+        // The other lanes of the same instruction.
+        Some((_, _, at)) => *at == warp.instructions,
+        None => {
+            m.denied.push((warp.id, phase, warp.instructions));
+            true
+        }
     }
 }
 

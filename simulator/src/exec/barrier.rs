@@ -47,6 +47,8 @@ pub(crate) struct Mbarrier {
     pub done_row: Vec<u32>,
     /// Copies that land when somebody has waited for their phase: phase, target, data and what of it is written.
     pub landings: Vec<(u64, u32, Vec<u8>, Vec<u8>)>,
+    /// Warps to whom the end of a phase was first denied: warp, phase, time of the instruction.
+    pub denied: Vec<(u32, u64, u64)>,
 }
 
 impl Block<'_> {

@@ -1,7 +1,8 @@
 //! A block: its shared memory and barriers, the turns of its warps, and the loop that runs one warp.
 
 use super::barrier::{Barrier, Mbarrier};
-use super::race::{Clocks, Shadow};
+use super::hazard::Hazards;
+use super::race::{Clocks, Parts, Shadow};
 use super::stats::Stats;
 use super::warp::Warp;
 use super::{Launch, Step, Stop, mix};
@@ -10,12 +11,15 @@ use crate::error::FaultClass;
 use crate::program::{Call, Inst, Kind, NONE, Slot};
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 /// How a turn of a block ended.
 pub(crate) enum Outcome {
     Done,
-    /// It waits for another block, or has had its share.
+    /// It has had its share.
     Waiting,
+    /// All that it did was to wait for somebody.
+    Spinning,
 }
 
 /// Why a warp stopped running.
@@ -44,17 +48,32 @@ pub(crate) struct Block<'a> {
     /// Bit 0: written. Bit 1: target of a copy that has not landed.
     pub state: Vec<u8>,
     pub shadow: Vec<Shadow>,
+    pub parts: Parts,
     pub clocks: Clocks,
     pub barriers: Vec<Barrier>,
     pub mbarriers: HashMap<u32, Mbarrier>,
     /// Knowledge published at addresses of shared memory.
     pub shared_sync: HashMap<u32, Box<[u32]>>,
+    pub hazards: Hazards,
     pub stats: Stats,
     pub pc: u32,
     /// Records of shared and global accesses are kept.
     pub check_shared: bool,
     order: Vec<u32>,
+    idle: Idle,
 }
+
+/// How long a block has waited without anybody in the launch doing anything.
+struct Idle {
+    progress: u64,
+    turns: u32,
+    since: Instant,
+}
+
+/// Turns in vain, and (where other blocks could still be at work on other threads) the time, after which waiting has
+/// no end.
+const IDLE_TURNS: u32 = 20_000;
+const IDLE_TIME: Duration = Duration::from_secs(2);
 
 impl<'a> Block<'a> {
     pub(crate) fn new(l: &'a Launch<'a>, index: u64) -> Block<'a> {
@@ -65,14 +84,17 @@ impl<'a> Block<'a> {
             shared: Vec::new(),
             state: Vec::new(),
             shadow: Vec::new(),
+            parts: Parts::default(),
             clocks: Clocks::default(),
             barriers: Vec::new(),
             mbarriers: HashMap::new(),
             shared_sync: HashMap::new(),
+            hazards: Hazards::default(),
             stats: Stats::default(),
             pc: 0,
             check_shared: l.options.sanitizer.races_shared,
             order: (0..l.warps).collect(),
+            idle: Idle { progress: 0, turns: 0, since: Instant::now() },
         };
         b.start(index);
         b
@@ -90,12 +112,15 @@ impl<'a> Block<'a> {
         if self.check_shared {
             self.shadow.clear();
             self.shadow.resize(bytes.div_ceil(4), [0; 3]);
+            self.parts.clear();
         }
         self.clocks.start(l.warps as usize);
         self.barriers.clear();
         self.barriers.resize_with(17, || Barrier::new(l.warps as usize));
         self.mbarriers.clear();
         self.shared_sync.clear();
+        self.hazards.clear();
+        self.idle.turns = 0;
         for w in &mut self.warps {
             w.start(l, index);
         }
@@ -107,6 +132,9 @@ impl<'a> Block<'a> {
     pub(crate) fn run(&mut self, stats: &mut Stats) -> Step<Outcome> {
         std::mem::swap(&mut self.stats, stats);
         let outcome = self.turns();
+        if !matches!(outcome, Ok(Outcome::Waiting | Outcome::Spinning)) {
+            self.never_landed();
+        }
         std::mem::swap(&mut self.stats, stats);
         outcome
     }
@@ -114,7 +142,7 @@ impl<'a> Block<'a> {
     fn turns(&mut self) -> Step<Outcome> {
         let mut spent = 0;
         loop {
-            let (mut ran, mut spinning) = (false, true);
+            let (mut ran, mut spinning, mut worked) = (false, true, false);
             for i in 0..self.order.len() {
                 let w = self.order[i] as usize;
                 if self.warps[w].ready() == 0 {
@@ -131,6 +159,8 @@ impl<'a> Block<'a> {
                 self.warps[w] = warp;
                 let turn = turn?;
                 spinning &= turn == Turn::Spinning;
+                self.warps[w].spins += u32::from(turn == Turn::Spinning);
+                worked |= std::mem::take(&mut self.warps[w].worked) || turn != Turn::Spinning;
                 if turn == Turn::Blocked {
                     self.settle(w as u32)?;
                 }
@@ -141,10 +171,39 @@ impl<'a> Block<'a> {
                 }
                 return self.deadlock();
             }
-            if spinning || spent > BLOCK_SHARE {
+            if worked {
+                self.l.progress.fetch_add(1, Relaxed);
+            }
+            if spinning {
+                return self.spun();
+            }
+            if spent > BLOCK_SHARE {
                 return Ok(Outcome::Waiting);
             }
         }
+    }
+
+    /// Every warp that could run only waited. Fails when nobody else does anything either, for long.
+    fn spun(&mut self) -> Step<Outcome> {
+        let progress = self.l.progress.load(Relaxed);
+        let idle = &mut self.idle;
+        if idle.turns == 0 || idle.progress != progress {
+            *idle = Idle { progress, turns: 1, since: Instant::now() };
+            return Ok(Outcome::Spinning);
+        }
+        idle.turns += 1;
+        let alone = self.l.unfinished.load(Relaxed) == 1;
+        if idle.turns < IDLE_TURNS || !(alone || idle.since.elapsed() > IDLE_TIME) {
+            return Ok(Outcome::Spinning);
+        }
+        let Some(warp) = self.warps.iter().find(|w| w.ready() != 0) else {
+            return Ok(Outcome::Spinning);
+        };
+        let lane = warp.ready().trailing_zeros();
+        self.pc = warp.pc[lane as usize];
+        self.fault(FaultClass::Timeout, warp, lane, || {
+            "waits for something that never comes: nobody in the launch does anything else any more".into()
+        })
     }
 
     /// The lanes that run next: those of the deepest call, of these the lowest program counter. Also the lowest
@@ -203,6 +262,10 @@ impl<'a> Block<'a> {
                 let count = &mut self.stats.counts[pc as usize];
                 count.0 += 1;
                 count.1 += u64::from(active.count_ones());
+                if warp.watched() && active != 0 {
+                    self.pc = pc;
+                    self.watch_operands(warp, frame, inst, active);
+                }
                 if let Kind::Alu = inst.kind {
                     if active != 0 {
                         // SAFETY: `base` is the frame of the function that the instruction belongs to.
@@ -232,6 +295,7 @@ impl<'a> Block<'a> {
                                 return self.timeout(warp, mask);
                             }
                             let spins = std::mem::take(&mut warp.saw_sync) & !std::mem::take(&mut warp.saw_store);
+                            warp.worked |= !spins;
                             if other != NONE || active != mask {
                                 warp.turns += 1;
                                 if warp.turns > MAX_TURNS {
@@ -282,6 +346,7 @@ impl<'a> Block<'a> {
                         park(warp, mask, pc + 1);
                         warp.live &= !active;
                         warp.unfair = false;
+                        warp.worked |= active != 0;
                         if active != 0 {
                             self.exited(warp);
                             continue 'group;
@@ -369,7 +434,9 @@ impl<'a> Block<'a> {
             | Kind::MovMatrix
             | Kind::Mma(_)
             | Kind::Wgmma(_)
-            | Kind::WarpAligned => u32::MAX,
+            | Kind::WarpAligned
+            | Kind::WgmmaCommit
+            | Kind::WgmmaWait(_) => u32::MAX,
             _ => return 0,
         };
         mask & warp.live
@@ -434,17 +501,18 @@ impl<'a> Block<'a> {
                     let same = lanes(left)
                         .filter(|&i| warp.get64(frame, call.pointer, i) == target)
                         .fold(0u32, |m, i| m | 1 << i);
-                    let index = target.wrapping_sub(CODE_WINDOW);
-                    let fits = (index as usize) < self.l.program.funcs.len()
-                        && index != u64::from(self.l.program.entry)
-                        && self.l.program.funcs[index as usize].params.len() == call.args.len()
-                        && self.l.program.funcs[index as usize].returns.len() == call.returns.len();
-                    if !fits {
+                    let p = self.l.program;
+                    let number = u32::try_from(target.wrapping_sub(CODE_WINDOW)).unwrap_or(u32::MAX);
+                    let fitting = p.pointers.get(&number).copied().filter(|i| {
+                        let f = &p.funcs[*i as usize];
+                        *i != p.entry && f.params.len() == call.args.len() && f.returns.len() == call.returns.len()
+                    });
+                    let Some(index) = fitting else {
                         return self
                             .trap(warp, first, "the address called is not that of a fitting function")
                             .map(|_| ());
-                    }
-                    (index as u32, same)
+                    };
+                    (index, same)
                 }
             };
             let Some(new) = warp.push(self.l, self.index, func, frame, pc) else {

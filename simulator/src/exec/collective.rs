@@ -95,7 +95,8 @@ impl Block<'_> {
                 }
             }
             Kind::Clock { wide } => {
-                let now = warp.instructions;
+                // Time passes for those who wait, too.
+                let now = warp.instructions + 1000 * u64::from(warp.spins);
                 warp.saw_sync = true;
                 for lane in lanes(active) {
                     if *wide {
@@ -161,7 +162,11 @@ impl Block<'_> {
                 self.map_replace(warp, frame, inst.a, active, (*address, *place, *field, *bytes))?
             }
             Kind::MapCopy { dst, src } => self.map_copy(warp, frame, active, *dst, *src)?,
-            // Bulk groups complete at once; the rest never comes here.
+            Kind::BulkCommit => self.bulk_commit(warp, active),
+            Kind::BulkWait(n) => self.bulk_wait(warp, active, *n),
+            Kind::WgmmaCommit => self.product_commit(warp),
+            Kind::WgmmaWait(n) => self.product_wait(warp, *n),
+            // The rest never comes here.
             _ => {}
         }
         Ok(true)

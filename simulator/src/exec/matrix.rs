@@ -180,13 +180,11 @@ impl Block<'_> {
         let first_row = 16 * (warp.id as usize % 4);
         // A, as raw elements.
         let mut a = vec![0u64; 16 * k];
+        let mut read = Vec::new();
+        let lane = warp.live.trailing_zeros();
         if w.a.is_empty() {
-            let d = Descriptor::new(warp.get64(frame, w.a_desc, warp.live.trailing_zeros()));
-            for r in 0..16 {
-                for c in 0..k {
-                    a[r * k + c] = self.described(warp, d, first_row + r, c, bytes, w.trans_a)?;
-                }
-            }
+            let d = Descriptor::new(warp.get64(frame, w.a_desc, lane));
+            self.described(warp, d, (first_row, 16), k, bytes, w.trans_a, &mut read, |r, c, v| a[r * k + c] = v)?;
         } else {
             let e = 4 / bytes;
             for (i, reg) in w.a.iter().enumerate() {
@@ -199,13 +197,10 @@ impl Block<'_> {
                 }
             }
         }
-        let d = Descriptor::new(warp.get64(frame, w.b_desc, warp.live.trailing_zeros()));
+        let d = Descriptor::new(warp.get64(frame, w.b_desc, lane));
         let mut b = vec![0u64; k * n];
-        for c in 0..n {
-            for r in 0..k {
-                b[r * n + c] = self.described(warp, d, c, r, bytes, w.trans_b)?;
-            }
-        }
+        self.described(warp, d, (0, n), k, bytes, w.trans_b, &mut read, |c, r, v| b[r * n + c] = v)?;
+        self.product_reads(warp, frame, &w.d, read);
         let keep = warp.pred(frame, w.scale_d.0, w.scale_d.1);
         let (mut acc, mut sums) = (vec![[0f32; 8]; 16 * n / 8], vec![0i32; 16 * n]);
         // Element (row, column) of D: register pair column / 8, lane 4 (row % 8) + (column % 8) / 2.
@@ -273,23 +268,40 @@ impl Block<'_> {
         Ok(())
     }
 
-    /// Element of a matrix that a descriptor describes: `mn` counts along M or N, `k` along the depth.
-    fn described(&mut self, warp: &Warp, d: Descriptor, mn: usize, k: usize, bytes: usize, trans: bool) -> Step<u64> {
-        let at = d.address(mn, k, bytes, trans);
-        let at = self.shared_at(warp, 0, at as u32, bytes as u32, false)?;
-        let state = &self.state[at..at + bytes];
-        if state.iter().any(|s| *s != 1) {
-            self.bad_state(warp.id, 0, at, bytes, false);
+    /// Reads a matrix that a descriptor describes, in pieces of 16 bytes: `rows` (first and count) along M or N, `k`
+    /// along the depth. Gives every element to `put(row - first, k, value)` and the pieces read to `read`.
+    #[allow(clippy::too_many_arguments)]
+    fn described(
+        &mut self,
+        warp: &Warp,
+        d: Descriptor,
+        (first, count): (usize, usize),
+        depth: usize,
+        bytes: usize,
+        trans: bool,
+        read: &mut Vec<u32>,
+        mut put: impl FnMut(usize, usize, u64),
+    ) -> Step {
+        let each = 16 / bytes;
+        let (row_step, k_step) = if trans { (each, 1) } else { (1, each) };
+        for r in (0..count).step_by(row_step) {
+            for k in (0..depth).step_by(k_step) {
+                let at = d.address(first + r, k, bytes, trans);
+                let at = self.shared_at(warp, 0, u32::try_from(at).unwrap_or(u32::MAX), 16, false)?;
+                if self.state[at..at + 16].iter().any(|s| *s != 1) {
+                    self.bad_state(warp.id, 0, at, 16, false);
+                }
+                if self.check_shared {
+                    self.shared_record(warp.id, MANY, at, 16, super::access::Touch::READ, true);
+                }
+                read.push(at as u32 / 16);
+                for (j, piece) in self.shared[at..at + 16].chunks_exact(bytes).enumerate() {
+                    let v = super::access::little(piece);
+                    if trans { put(r + j, k, v) } else { put(r, k + j, v) }
+                }
+            }
         }
-        // One record for each four bytes is enough.
-        if self.check_shared && at.is_multiple_of(4) {
-            self.shared_record(warp.id, MANY, at, 4.min(self.state.len() - at), super::access::Touch::READ, true);
-        }
-        let mut v = 0;
-        for (i, b) in self.shared[at..at + bytes].iter().enumerate() {
-            v |= u64::from(*b) << (8 * i);
-        }
-        Ok(v)
+        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@ mod atomics;
 mod barrier;
 mod block;
 mod collective;
+mod hazard;
 mod matrix;
 mod race;
 mod report;
@@ -55,6 +56,9 @@ pub(crate) struct Launch<'a> {
     pub sync: Mutex<SyncTable>,
     pub reports: Mutex<Reports>,
     pub stop: AtomicBool,
+    /// Counts turns of blocks that did more than to wait.
+    pub progress: AtomicU64,
+    pub unfinished: AtomicU64,
 }
 
 impl Launch<'_> {
@@ -143,6 +147,8 @@ pub(crate) fn launch(
         sync: Mutex::new(SyncTable::default()),
         reports: Mutex::new(Reports::new(options.max_reports)),
         stop: AtomicBool::new(false),
+        progress: AtomicU64::new(0),
+        unfinished: AtomicU64::new(blocks),
     };
     let workers = match options.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -151,9 +157,8 @@ pub(crate) fn launch(
     let workers = workers.min(usize::try_from(blocks).unwrap_or(usize::MAX)).max(1);
     let next = AtomicU64::new(0);
     let parked: Mutex<VecDeque<Box<Block<'_>>>> = Mutex::new(VecDeque::new());
-    let unfinished = AtomicU64::new(blocks);
     let total = Mutex::new(Stats::new(program.code.len()));
-    let work = || worker(&l, blocks, &next, &parked, &unfinished, &total);
+    let work = || worker(&l, blocks, &next, &parked, &total);
     if workers == 1 {
         work();
     } else {
@@ -176,14 +181,13 @@ fn worker<'a>(
     blocks: u64,
     next: &AtomicU64,
     parked: &Mutex<VecDeque<Box<Block<'a>>>>,
-    unfinished: &AtomicU64,
     total: &Mutex<Stats>,
 ) {
     let mut stats = Stats::new(l.program.code.len());
     let mut spare: Option<Box<Block<'a>>> = None;
     let queue = || parked.lock().unwrap_or_else(PoisonError::into_inner);
     // Parked blocks wait for others, so new ones come first, up to a limit.
-    while !l.stop.load(Ordering::Relaxed) && unfinished.load(Ordering::Acquire) > 0 {
+    while !l.stop.load(Ordering::Relaxed) && l.unfinished.load(Ordering::Acquire) > 0 {
         let fresh = queue().len() < RESIDENT;
         let started = if fresh { next.fetch_add(1, Ordering::Relaxed) } else { blocks };
         let mut block = if started < blocks {
@@ -211,10 +215,11 @@ fn worker<'a>(
         });
         match ran {
             Ok(Outcome::Done) => {
-                unfinished.fetch_sub(1, Ordering::Release);
+                l.unfinished.fetch_sub(1, Ordering::Release);
+                l.progress.fetch_add(1, Ordering::Relaxed);
                 spare = Some(block);
             }
-            Ok(Outcome::Waiting) => queue().push_back(block),
+            Ok(Outcome::Waiting | Outcome::Spinning) => queue().push_back(block),
             Err(Stop) => l.stop.store(true, Ordering::Relaxed),
         }
     }

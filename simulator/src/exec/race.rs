@@ -14,7 +14,7 @@ pub(crate) const MANY: u32 = 63;
 /// The last write and two last reads of four bytes.
 pub(crate) type Shadow = [u64; 3];
 
-/// A record of shared memory: valid, warp 5, lane 6, clock 27, bytes 4, atomic 1, pc 20 bits.
+/// A record of shared memory: valid, warp 6, lane 6, clock 26, bytes 4, atomic 1, pc 20 bits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Record {
     pub warp: u32,
@@ -28,9 +28,9 @@ pub(crate) struct Record {
 impl Record {
     pub(crate) fn pack(self) -> u64 {
         1 << 63
-            | u64::from(self.warp & 31) << 58
-            | u64::from(self.lane & 63) << 52
-            | u64::from(self.clock & 0x7ff_ffff) << 25
+            | u64::from(self.warp & 63) << 57
+            | u64::from(self.lane & 63) << 51
+            | u64::from(self.clock & 0x3ff_ffff) << 25
             | u64::from(self.bytes & 15) << 21
             | u64::from(self.atomic) << 20
             | u64::from(self.pc & 0xf_ffff)
@@ -38,9 +38,9 @@ impl Record {
 
     pub(crate) fn unpack(x: u64) -> Option<Record> {
         (x >> 63 != 0).then_some(Record {
-            warp: (x >> 58 & 31) as u32,
-            lane: (x >> 52 & 63) as u32,
-            clock: (x >> 25 & 0x7ff_ffff) as u32,
+            warp: (x >> 57 & 63) as u32,
+            lane: (x >> 51 & 63) as u32,
+            clock: (x >> 25 & 0x3ff_ffff) as u32,
             bytes: (x >> 21 & 15) as u32,
             atomic: x >> 20 & 1 != 0,
             pc: (x & 0xf_ffff) as u32,
@@ -48,9 +48,51 @@ impl Record {
     }
 }
 
+/// Which lane touched which byte, for words whose record stands for several lanes: neighbours in a word are no race.
+/// Empty until something narrower than a word is touched.
+#[derive(Default)]
+pub(crate) struct Parts(Vec<[[u8; 4]; 3]>);
+
+/// No lane yet.
+const NOBODY: u8 = 255;
+
+impl Parts {
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Record `k` of a word was written for some of its bytes; `merged` says that it goes on.
+    #[inline(always)]
+    pub(crate) fn note(&mut self, word: usize, k: usize, bytes: u32, lane: u32, merged: bool) {
+        if bytes != 15 || !self.0.is_empty() {
+            self.set(word, k, bytes, lane, merged);
+        }
+    }
+
+    fn set(&mut self, word: usize, k: usize, bytes: u32, lane: u32, merged: bool) {
+        if self.0.len() <= word {
+            self.0.resize(word + 1, [[NOBODY; 4]; 3]);
+        }
+        let part = &mut self.0[word][k];
+        if !merged {
+            *part = [NOBODY; 4];
+        }
+        for (_, p) in part.iter_mut().enumerate().filter(|(b, _)| bytes >> b & 1 != 0) {
+            *p = if *p == NOBODY || *p == lane as u8 { lane as u8 } else { MANY as u8 };
+        }
+    }
+
+    /// Whether record `k` knows of nobody but `lane` at these bytes.
+    pub(crate) fn only(&self, word: usize, k: usize, bytes: u32, lane: u32) -> bool {
+        let part = self.0.get(word).map_or([NOBODY; 4], |p| p[k]);
+        (0..4).all(|b| bytes >> b & 1 == 0 || part[b] == lane as u8)
+    }
+}
+
 /// What the warps of one block know of each other.
 #[derive(Default)]
 pub(crate) struct Clocks {
+    /// Entries of a row: the warps, and one for copies that land by themselves when the phase of a mbarrier ends.
     n: usize,
     /// `rows[w * n + v]`: the last clock of `v` that `w` knows; its own is the last that it finished.
     rows: Vec<u32>,
@@ -64,15 +106,25 @@ pub(crate) struct Clocks {
 
 impl Clocks {
     pub(crate) fn start(&mut self, n: usize) {
-        self.n = n;
+        self.n = n + 1;
         self.rows.clear();
-        self.rows.resize(n * n, 0);
+        self.rows.resize((n + 1) * (n + 1), 0);
         self.fenced.clear();
         self.fenced.resize(n, None);
         self.acquired.clear();
         self.acquired.resize(n, 0);
         self.pending.clear();
         self.pending.resize(n, Vec::new());
+    }
+
+    /// The number that stands for copies which land by themselves.
+    pub(crate) fn copier(&self) -> u32 {
+        self.n as u32 - 1
+    }
+
+    /// Whether `w` has learnt of the access that `v` made at `clock`.
+    pub(crate) fn knows(&self, w: u32, v: u32, clock: u32) -> bool {
+        clock <= self.row(w)[v as usize]
     }
 
     pub(crate) fn row(&self, w: u32) -> &[u32] {
@@ -95,7 +147,7 @@ impl Clocks {
         if r.warp == w {
             return r.lane == lane || r.clock < self.clock(w);
         }
-        r.clock <= self.rows[w as usize * self.n + r.warp as usize]
+        self.knows(w, r.warp, r.clock)
     }
 
     /// `w` learns what `row` says.

@@ -14,14 +14,16 @@ fn is_fatal(class: FaultClass) -> bool {
     matches!(class, OobGlobal | OobShared | OobLocal | Misaligned | Timeout | Trap)
 }
 
-/// A smaller rank explains a larger one: a skipped barrier or wait makes races, a race makes reads of unwritten bytes.
+/// A smaller rank explains a larger one: a skipped barrier or wait makes races, a race within a block makes races
+/// between blocks (its barriers pass on what was acquired), a race makes reads of unwritten bytes.
 fn rank(class: FaultClass) -> u32 {
     use FaultClass::*;
     match class {
         BarrierDivergence => 0,
         AsyncCopyHazard => 1,
-        DataRaceShared | DataRaceGlobal => 2,
-        _ => 3,
+        DataRaceShared => 2,
+        DataRaceGlobal => 3,
+        _ => 4,
     }
 }
 

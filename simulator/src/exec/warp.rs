@@ -2,6 +2,7 @@
 
 use super::Launch;
 use crate::program::{FuncInfo, NONE, Special};
+use std::collections::HashMap;
 
 /// 32 registers' worth of words, aligned for vector code.
 #[repr(C, align(128))]
@@ -53,9 +54,19 @@ pub(crate) struct Warp {
     pub local_state: Vec<u8>,
     pub local_stride: u32,
     pub instructions: u64,
+    /// Turns spent waiting.
+    pub spins: u32,
     pub copies: Vec<Pending>,
     /// Groups committed by each lane.
     pub groups: [u32; 32],
+    /// Groups of bulk copies committed by each lane.
+    pub bulk_groups: [u32; 32],
+    /// Groups of products committed.
+    pub product_groups: u32,
+    /// Products that have not been waited for.
+    pub products: u32,
+    /// Registers with values that nobody wrote, read from local memory: register and lanes.
+    pub unwritten: HashMap<u32, u32>,
     /// Last access to memory since the lane's last barrier, where the warp was split.
     pub effect: [u32; 32],
     /// Lets groups of lanes with higher program counters run, when lower ones go round in circles.
@@ -64,6 +75,8 @@ pub(crate) struct Warp {
     /// Since the last backward branch: a synchronising access was made; a plain store was made.
     pub saw_sync: bool,
     pub saw_store: bool,
+    /// In this turn it did something besides waiting.
+    pub worked: bool,
     /// The allocation that was used last.
     pub hint: usize,
 }
@@ -91,13 +104,19 @@ impl Warp {
             local_state: Vec::new(),
             local_stride: 0,
             instructions: 0,
+            spins: 0,
             copies: Vec::new(),
             groups: [0; 32],
+            bulk_groups: [0; 32],
+            product_groups: 0,
+            products: 0,
+            unwritten: HashMap::new(),
             effect: [0; 32],
             unfair: false,
             turns: 0,
             saw_sync: false,
             saw_store: false,
+            worked: false,
             hint: 0,
         }
     }
@@ -119,8 +138,13 @@ impl Warp {
         self.frame = [0; 32];
         self.frames.clear();
         self.instructions = 0;
+        self.spins = 0;
         self.copies.clear();
         self.groups = [0; 32];
+        self.bulk_groups = [0; 32];
+        self.product_groups = 0;
+        self.products = 0;
+        self.unwritten.clear();
         self.effect = [0; 32];
         self.unfair = false;
         self.turns = 0;
@@ -140,6 +164,17 @@ impl Warp {
 
     pub(crate) fn ready(&self) -> u32 {
         self.live & !self.at_barrier & !self.at_sync
+    }
+
+    /// Whether operands of instructions must be looked at.
+    #[inline(always)]
+    pub(crate) fn watched(&self) -> bool {
+        self.products != 0 || !self.unwritten.is_empty()
+    }
+
+    /// Number of the register at `at` of a frame, among all of the warp.
+    pub(crate) fn line(&self, frame: u16, at: u32) -> u32 {
+        (self.frames[frame as usize].base + at) / 32
     }
 
     /// The first word of a frame.
@@ -246,6 +281,8 @@ impl Warp {
             let from = (lane * self.local_stride + local_base) as usize;
             self.local_state[from..from + info.local_bytes as usize].fill(0);
         }
+        // Registers of frames that are gone.
+        self.unwritten.retain(|line, _| *line < base / 32);
         self.frames.push(frame);
         self.prepare(l, block, frame, info);
         Some(self.frames.len() as u16 - 1)

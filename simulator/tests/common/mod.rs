@@ -106,3 +106,41 @@ pub fn kernel_with(
     device.read(out, &mut raw).unwrap();
     (raw.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect(), result)
 }
+
+/// Launches a whole kernel `k(in, out)` in one block over 32-bit words; `out` starts as zeros.
+pub fn transform(text: &str, block: u32, shared: u32, input: &[u32], words: usize) -> Vec<u32> {
+    let device = Device::new(Arch::SM_90, Options::default());
+    let text = format!(".version 8.5\n.target sm_90a\n.address_size 64\n{text}");
+    let module = device.load_module(&text).unwrap_or_else(|e| panic!("{e}"));
+    let bytes: Vec<u8> = input.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let from = device.alloc_named(bytes.len().max(4) as u64, "in").unwrap();
+    device.write(from, &bytes).unwrap();
+    let out = device.alloc_named(4 * words as u64, "out").unwrap();
+    device.memset(out, &[0], 4 * words as u64).unwrap();
+    let f = module.function("k").unwrap();
+    let params = [from.to_le_bytes(), out.to_le_bytes()].concat();
+    let config = LaunchConfig::new([1; 3], [block, 1, 1]).with_shared(shared);
+    device.launch(&f, &config, &params).unwrap_or_else(|e| panic!("{e}"));
+    let mut raw = vec![0; 4 * words];
+    device.read(out, &mut raw).unwrap();
+    raw.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+/// The start of a kernel for [`transform`]: `%r0` is the thread, `%rd0` and `%rd1` are `in` and `out`.
+pub const PROLOGUE: &str = ".visible .entry k(.param .u64 in, .param .u64 out) {\n\
+    .reg .pred %p<16>; .reg .b16 %h<32>; .reg .b32 %r<512>; .reg .b64 %rd<32>; .reg .f32 %f<32>; .reg .f64 %fd<64>;\n\
+    ld.param.u64 %rd0, [in]; ld.param.u64 %rd1, [out]; mov.u32 %r0, %tid.x;\n";
+
+/// Reproducible random numbers: a multiplicative congruential generator.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as u32
+    }
+
+    pub fn below(&mut self, n: u32) -> u32 {
+        self.next() % n
+    }
+}
