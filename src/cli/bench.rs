@@ -48,6 +48,10 @@ struct Report {
     parameters: usize,
     step_seconds: f64,
     forward_seconds: f64,
+    /// Processor time of all threads in a step and in a forward pass, when the system tells. Less than the time times the
+    /// threads: other processes had the processor, or threads waited.
+    step_cpu_seconds: Option<f64>,
+    forward_cpu_seconds: Option<f64>,
     images_per_s: f64,
     /// Products computed in a step (forward and backward), in 1e9 operations a second.
     step_gflop_per_s: f64,
@@ -128,7 +132,7 @@ fn measure(config: &TrainConfig, runs: usize) -> Result<Report> {
         grad_scale: 1.0,
     };
     let mut losses = Losses::default();
-    let step_seconds = median(runs, || {
+    let (step_seconds, step_cpu_seconds) = median(runs, || {
         learner.gradients(batch, false, &mut losses)?;
         learner.objective(&losses.loss);
         learner.gradient_norm();
@@ -136,7 +140,7 @@ fn measure(config: &TrainConfig, runs: usize) -> Result<Report> {
         Ok(())
     })?;
     let Learner { dit, weights, memory, .. } = &mut learner;
-    let forward_seconds = median(runs, || forward(dit, weights, memory, &x_start, &t, &labels))?;
+    let (forward_seconds, forward_cpu_seconds) = median(runs, || forward(dit, weights, memory, &x_start, &t, &labels))?;
 
     let windows: Vec<_> = t.iter().map(|&t| dit.windows()[t as usize]).collect();
     let flops = forward_flops(&dit.config, &windows);
@@ -149,6 +153,8 @@ fn measure(config: &TrainConfig, runs: usize) -> Result<Report> {
         parameters: dit.layout.len(),
         step_seconds,
         forward_seconds,
+        step_cpu_seconds,
+        forward_cpu_seconds,
         images_per_s: b as f64 / step_seconds,
         step_gflop_per_s: 3.0 * flops.done / step_seconds / 1e9,
         forward_gflop_per_s: flops.done / forward_seconds / 1e9,
@@ -174,18 +180,31 @@ fn forward(
     Ok(())
 }
 
-/// Median seconds of `work` over `runs`, after two that are not timed.
-fn median(runs: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+/// Median seconds of `work` over `runs`, after two that are not timed; and the mean processor time.
+fn median(runs: usize, mut work: impl FnMut() -> Result<()>) -> Result<(f64, Option<f64>)> {
+    for _ in 0..2 {
+        work()?;
+    }
     let mut seconds = Vec::with_capacity(runs);
-    for run in 0..runs + 2 {
+    let before = cpu_seconds();
+    for _ in 0..runs {
         let start = Instant::now();
         work()?;
-        if run >= 2 {
-            seconds.push(start.elapsed().as_secs_f64());
-        }
+        seconds.push(start.elapsed().as_secs_f64());
     }
+    let cpu = before.zip(cpu_seconds()).map(|(before, after)| (after - before) / runs as f64);
     seconds.sort_by(f64::total_cmp);
-    Ok(seconds[runs / 2])
+    Ok((seconds[runs / 2], cpu))
+}
+
+/// Processor time of all threads of this process so far; Linux tells.
+fn cpu_seconds() -> Option<f64> {
+    let tasks = std::fs::read_dir("/proc/self/task").ok()?;
+    let of_task = |entry: std::io::Result<std::fs::DirEntry>| {
+        let text = std::fs::read_to_string(entry.ok()?.path().join("schedstat")).ok()?;
+        text.split_whitespace().next()?.parse::<f64>().ok()
+    };
+    Some(tasks.filter_map(of_task).sum::<f64>() * 1e-9)
 }
 
 /// Highest resident memory of this process so far; Linux tells.

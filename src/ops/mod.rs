@@ -15,6 +15,7 @@ pub mod linear_residual;
 pub mod ln_linear;
 pub mod modulation;
 pub mod patch_embed;
+pub(crate) mod products;
 pub mod real;
 pub(crate) mod rows;
 pub(crate) mod tile;
@@ -25,8 +26,6 @@ pub mod work;
 use crate::autograd::{Tape, Var};
 use crate::backend::cuda::Buffer;
 use crate::error::{Error, Result};
-use crate::routing::{Group, Window, groups};
-use std::ops::Range;
 
 /// One vector a sample: columns `offset..offset + C` of an activation `[B, M]`, such as the shift of one LayerNorm in the
 /// output of [`modulation`].
@@ -123,22 +122,3 @@ pub(crate) fn rows_per_block(rows: usize, tokens: usize) -> usize {
 pub(crate) fn samples_per_block(batch: usize, tokens: usize) -> usize {
     (rows_per_block(batch * tokens, tokens) / tokens).max(1)
 }
-
-/// The groups of the samples that touch `rows`, with the rows of each, relative to `rows.start`.
-pub(crate) fn row_groups<'w>(
-    windows: &'w [Window],
-    tokens: usize,
-    rows: Range<usize>,
-) -> impl Iterator<Item = (Range<usize>, Window)> + 'w {
-    let first = rows.start / tokens;
-    let last = (rows.end - 1) / tokens;
-    groups(&windows[first..=last], tokens).map(move |Group { samples, union }| {
-        let start = ((first + samples.start) * tokens).max(rows.start);
-        let end = ((first + samples.end) * tokens).min(rows.end);
-        (start - rows.start..end - rows.start, union)
-    })
-}
-
-/// Rows of a weight gradient computed as one product: both operands are packed again for each tile, so few and large ones
-/// are fast, and 192 cuts the published sizes (384, 768, 1152, 1536 ..) into even numbers of them.
-pub(crate) const WEIGHT_ROWS: usize = 192;

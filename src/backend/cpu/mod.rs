@@ -1,5 +1,6 @@
-//! The CPU: products (`gemm`), vectorised loops (`simd`) and per-thread scratch memory (`scratch`).
+//! The CPU: products (`tile` for large ones, `gemm` for the rest), vectorised loops (`simd`) and per-thread scratch memory (`scratch`).
 
 pub mod gemm;
 pub mod scratch;
 pub mod simd;
+pub mod tile;

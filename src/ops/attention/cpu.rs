@@ -1,12 +1,16 @@
-//! The CPU version: blocks of query rows against all keys of a head, so that a block of S stays in cache.
+//! The CPU version: a head of a sample at a time, a block of queries against all keys, so that its scores stay in cache.
+//!
+//! Scores are kept transposed, `[keys, queries]`: softmax then runs down columns, a vector of queries at a time, and the
+//! probabilities are where both kinds of products that follow read them (see [`Rows`]).
 
-use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{exp, fma, simd_fn, sum_by};
+use crate::backend::cpu::tile::{
+    A_STRIDE, HALF, PANEL, Rows, STRIP, Segment, Tile, interleave, multiply, pack_panel, panels, row_tiles,
+};
 use rayon::prelude::*;
-
-/// Query rows of one block.
-const ROWS: usize = 128;
+use std::marker::PhantomData;
+use std::ops::Range;
 
 #[derive(Clone, Copy)]
 pub struct Dims {
@@ -14,6 +18,88 @@ pub struct Dims {
     pub t: usize,
     pub c: usize,
     pub heads: usize,
+}
+
+/// Queries of a block: a multiple of [`PANEL`], at most [`STRIP`], fewer when there are many keys.
+fn queries_at_once(keys: usize) -> usize {
+    match keys {
+        0..=384 => 128,
+        385..=768 => 64,
+        _ => PANEL,
+    }
+}
+
+/// Numbers written by several heads at the same time, each its own.
+struct Shared<'a> {
+    data: *mut f32,
+    len: usize,
+    of: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: `slice` is only called for parts that no other thread has, see its contract.
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    fn new(data: &'a mut [f32]) -> Self {
+        Shared { data: data.as_mut_ptr(), len: data.len(), of: PhantomData }
+    }
+
+    /// # Safety
+    /// Nobody else may hold any of these numbers for as long as the result lives.
+    #[expect(clippy::mut_from_ref, reason = "disjoint parts of one borrow, by the contract")]
+    unsafe fn slice(&self, range: Range<usize>) -> &mut [f32] {
+        assert!(range.start <= range.end && range.end <= self.len, "head outside of its data");
+        // SAFETY: in bounds of a slice that stays mutably borrowed; unshared by the contract.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+}
+
+/// Columns of one head of one sample in rows `stride` apart.
+#[derive(Clone, Copy)]
+struct Head {
+    row: usize,    // first row
+    column: usize, // first column
+    stride: usize,
+    size: usize,
+}
+
+impl Head {
+    fn at(self, i: usize) -> Range<usize> {
+        let start = (self.row + i) * self.stride + self.column;
+        start..start + self.size
+    }
+}
+
+/// Halves of a panel of a head's columns.
+fn halves(size: usize, panel: usize) -> usize {
+    (size - panel * PANEL).div_ceil(HALF).min(2)
+}
+
+/// Rows of a head as tiles that multiply: `[tiles, HS, A_STRIDE]`.
+fn pack_rows(to: &mut [f32], from: &[f32], head: Head, rows: usize) {
+    for (tile, to) in row_tiles(rows).zip(to.chunks_exact_mut(head.size * A_STRIDE)) {
+        interleave(to, A_STRIDE, &from[head.at(tile.start).start..], tile.len(), head.size, head.stride);
+    }
+}
+
+/// Rows of a head as columns that are multiplied: `[panels(rows), HS, PANEL]`.
+fn pack_transposed(to: &mut [f32], from: &[f32], head: Head, rows: Range<usize>) {
+    for (first, to) in rows.clone().step_by(PANEL).zip(to.chunks_exact_mut(head.size * PANEL)) {
+        let count = PANEL.min(rows.end - first);
+        interleave(to, PANEL, &from[head.at(first).start..], count, head.size, head.stride);
+    }
+}
+
+/// Rows of a head as they are: `[panels(HS), rows, PANEL]`.
+fn pack_columns(to: &mut [f32], from: &[f32], head: Head, rows: Range<usize>) {
+    for (panel, to) in to.chunks_exact_mut(rows.len() * PANEL).take(panels(head.size)).enumerate() {
+        pack_panel(to, &from[head.at(rows.start).start..], panel, head.size, rows.len(), head.stride);
+    }
+}
+
+/// Splits `buffer` into parts of these sizes.
+fn split<const N: usize>(mut buffer: &mut [f32], sizes: [usize; N]) -> [&mut [f32]; N] {
+    sizes.map(|size| buffer.split_off_mut(..size).expect("the sum of the sizes"))
 }
 
 /// See [`super::attention`].
@@ -28,38 +114,57 @@ pub fn forward(
     }
     let size = c / heads;
     let scale = 1.0 / (size as f32).sqrt();
-    // Blocks inside a sample, all of about one size.
-    let rows = t.div_ceil(t.div_ceil(ROWS));
-    let blocks = t.div_ceil(rows);
-    let tasks = out.par_chunks_mut(t * c).zip(lse.par_chunks_mut(t * heads)).enumerate();
-    tasks.for_each(|(sample, (out, lse))| {
-        let qkv = &qkv[sample * t * 3 * c..][..t * 3 * c];
-        let inner = out.par_chunks_mut(rows * c).zip(lse.par_chunks_mut(rows * heads)).enumerate();
-        let work = |(block, (out, lse)): (usize, (&mut [f32], &mut [f32]))| {
-            let count = out.len() / c;
-            scratch::with(count * t, |s| {
-                for head in 0..heads {
-                    let q = Mat::new(&qkv[block * rows * 3 * c + head * size..], count, size, 3 * c);
-                    let k = Mat::new(&qkv[c + head * size..], t, size, 3 * c);
-                    let v = Mat::new(&qkv[2 * c + head * size..], t, size, 3 * c);
-                    matmul(MatMut::new(s, count, t, t), q, k.t(), Write::Set);
-                    for (i, row) in s.chunks_exact_mut(t).enumerate() {
-                        lse[i * heads + head] = softmax(row, scale);
+    let at_once = queries_at_once(t);
+    let sizes =
+        [row_tiles(t).count() * size * A_STRIDE, panels(size) * t * PANEL, at_once * size, t * STRIP, 2 * at_once];
+    let (out, lse) = (Shared::new(out), Shared::new(lse));
+    (0..b * heads).into_par_iter().for_each(|task| {
+        let (sample, head) = (task / heads, task % heads);
+        let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
+        let of_out = Head { stride: c, ..part(0) };
+        scratch::with(sizes.iter().sum(), |buffer| {
+            let [k, v, q, p, numbers] = split(buffer, sizes);
+            let (inverse, log_sum) = numbers.split_at_mut(at_once);
+            pack_rows(k, qkv, part(1), t);
+            pack_columns(v, qkv, part(2), 0..t);
+            let mut tile = Tile::new();
+            for first in (0..t).step_by(at_once) {
+                let count = at_once.min(t - first);
+                pack_transposed(q, qkv, part(0), first..first + count);
+                for (panel, b) in q.chunks_exact(size * PANEL).take(panels(count)).enumerate() {
+                    for (keys, a) in row_tiles(t).zip(k.chunks_exact(size * A_STRIDE)) {
+                        let segment = Segment { a, b, len: size };
+                        multiply(&mut tile, keys.len(), 2, Rows::Interleaved(A_STRIDE), &[segment]);
+                        for (key, scores) in keys.zip(&tile.rows) {
+                            p[key * STRIP + panel * PANEL..][..PANEL].copy_from_slice(scores);
+                        }
                     }
-                    matmul(
-                        MatMut::new(&mut out[head * size..], count, size, c),
-                        Mat::new(s, count, t, t),
-                        v,
-                        Write::Set,
-                    );
+                    let columns = panel * PANEL..(panel + 1) * PANEL;
+                    softmax(&mut p[columns.start..], t, scale, &mut inverse[columns.clone()], &mut log_sum[columns]);
                 }
-            });
-        };
-        if blocks == 1 {
-            inner.for_each(work);
-        } else {
-            inner.with_max_len(1).for_each(work);
-        }
+                for queries in row_tiles(count) {
+                    for (panel, b) in v.chunks_exact(t * PANEL).enumerate() {
+                        let segment = Segment { a: &p[queries.start..], b, len: t };
+                        let halves = halves(size, panel);
+                        multiply(&mut tile, queries.len(), halves, Rows::Interleaved(STRIP), &[segment]);
+                        let width = PANEL.min(size - panel * PANEL);
+                        for (i, sums) in queries.clone().zip(&tile.rows) {
+                            // SAFETY: this head's columns of a row of this sample: no other task has them.
+                            let out = unsafe { out.slice(of_out.at(first + i)) };
+                            for (out, sum) in out[panel * PANEL..][..width].iter_mut().zip(sums) {
+                                *out = sum * inverse[i];
+                            }
+                        }
+                    }
+                }
+                for (i, log_sum) in log_sum[..count].iter().enumerate() {
+                    let at = (sample * t + first + i) * heads + head;
+                    // SAFETY: one number a head and row.
+                    let lse = unsafe { lse.slice(at..at + 1) };
+                    lse[0] = *log_sum;
+                }
+            }
+        });
     });
 }
 
@@ -77,44 +182,88 @@ pub fn backward(
     }
     let size = c / heads;
     let scale = 1.0 / (size as f32).sqrt();
-    let rows = t.div_ceil(t.div_ceil(ROWS));
-    dqkv.par_chunks_mut(t * 3 * c).enumerate().for_each(|(sample, dqkv)| {
-        let qkv = &qkv[sample * t * 3 * c..][..t * 3 * c];
-        let (dout, out) = (&dout[sample * t * c..][..t * c], &out[sample * t * c..][..t * c]);
-        let lse = &lse[sample * t * heads..][..t * heads];
-        scratch::with(2 * rows * t, |buffer| {
-            for head in 0..heads {
-                let k = Mat::new(&qkv[c + head * size..], t, size, 3 * c);
-                let v = Mat::new(&qkv[2 * c + head * size..], t, size, 3 * c);
-                for first in (0..t).step_by(rows) {
-                    let count = rows.min(t - first);
-                    let (p, ds) = buffer.split_at_mut(rows * t);
-                    let (p, ds) = (&mut p[..count * t], &mut ds[..count * t]);
-                    let q = Mat::new(&qkv[first * 3 * c + head * size..], count, size, 3 * c);
-                    let dy = Mat::new(&dout[first * c + head * size..], count, size, c);
-                    matmul(MatMut::new(p, count, t, t), q, k.t(), Write::Set);
-                    matmul(MatMut::new(ds, count, t, t), dy, v.t(), Write::Set);
-                    for (i, (p, ds)) in p.chunks_exact_mut(t).zip(ds.chunks_exact_mut(t)).enumerate() {
-                        let at = (first + i) * c + head * size;
+    let at_once = queries_at_once(t);
+    let (rows, columns) = (row_tiles(t).count() * size * A_STRIDE, panels(size) * PANEL);
+    let block = [at_once * size, at_once * columns];
+    let sizes =
+        [rows, rows, t * columns, block[0], block[0], block[1], block[1], t * STRIP, t * STRIP, at_once, at_once];
+    let dqkv = Shared::new(dqkv);
+    (0..b * heads).into_par_iter().for_each(|task| {
+        let (sample, head) = (task / heads, task % heads);
+        let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
+        let of_out = Head { stride: c, ..part(0) };
+        scratch::with(sizes.iter().sum(), |buffer| {
+            let [k_rows, v_rows, k, q_transposed, dy_transposed, q, dy, p, ds, log_sum, mean] = split(buffer, sizes);
+            pack_rows(k_rows, qkv, part(1), t);
+            pack_rows(v_rows, qkv, part(2), t);
+            pack_columns(k, qkv, part(1), 0..t);
+            let (mut scores, mut dp) = (Tile::new(), Tile::new());
+            for first in (0..t).step_by(at_once) {
+                let count = at_once.min(t - first);
+                let queries = first..first + count;
+                pack_transposed(q_transposed, qkv, part(0), queries.clone());
+                pack_transposed(dy_transposed, dout, of_out, queries.clone());
+                pack_columns(q, qkv, part(0), queries.clone());
+                pack_columns(dy, dout, of_out, queries.clone());
+                for (i, query) in queries.enumerate() {
+                    log_sum[i] = lse[(sample * t + query) * heads + head];
+                    mean[i] = dot(&dout[of_out.at(query)], &out[of_out.at(query)]);
+                }
+                log_sum[count..].fill(0.0);
+                mean[count..].fill(0.0);
+
+                // P and dS, transposed.
+                let of_panel = q_transposed.chunks_exact(size * PANEL).zip(dy_transposed.chunks_exact(size * PANEL));
+                for (panel, (q, dy)) in of_panel.take(panels(count)).enumerate() {
+                    let columns = panel * PANEL..(panel + 1) * PANEL;
+                    let of_keys = k_rows.chunks_exact(size * A_STRIDE).zip(v_rows.chunks_exact(size * A_STRIDE));
+                    for (keys, (k, v)) in row_tiles(t).zip(of_keys) {
+                        let layout = Rows::Interleaved(A_STRIDE);
+                        multiply(&mut scores, keys.len(), 2, layout, &[Segment { a: k, b: q, len: size }]);
+                        multiply(&mut dp, keys.len(), 2, layout, &[Segment { a: v, b: dy, len: size }]);
+                        let at = keys.start * STRIP + columns.start;
                         softmax_backward(
-                            p,
-                            ds,
-                            &dout[at..][..size],
-                            &out[at..][..size],
-                            lse[(first + i) * heads + head],
+                            &mut p[at..],
+                            &mut ds[at..],
+                            &scores,
+                            &dp,
+                            keys.len(),
+                            &log_sum[columns.clone()],
+                            &mean[columns.clone()],
                             scale,
                         );
                     }
-                    let (p, ds) = (Mat::new(p, count, t, t), Mat::new(ds, count, t, t));
-                    let write = if first == 0 { Write::Set } else { Write::Add };
-                    matmul(
-                        MatMut::new(&mut dqkv[first * 3 * c + head * size..], count, size, 3 * c),
-                        ds,
-                        k,
-                        Write::Set,
-                    );
-                    matmul(MatMut::new(&mut dqkv[c + head * size..], t, size, 3 * c), ds.t(), q, write);
-                    matmul(MatMut::new(&mut dqkv[2 * c + head * size..], t, size, 3 * c), p.t(), dy, write);
+                }
+
+                // dv += P^T dout, dk += dS^T q: sums over the queries of the block; dq = dS k: over all keys.
+                for panel in 0..panels(size) {
+                    let width = PANEL.min(size - panel * PANEL);
+                    let halves = halves(size, panel);
+                    let mut product = |tile: Range<usize>, layout, a: &[f32], b: &[f32], len, to: Head, set: bool| {
+                        multiply(&mut scores, tile.len(), halves, layout, &[Segment { a, b, len }]);
+                        for (i, sums) in tile.zip(&scores.rows) {
+                            // SAFETY: this head's columns of a row of this sample: no other task has them.
+                            let to = unsafe { dqkv.slice(to.at(i)) };
+                            let to = &mut to[panel * PANEL..][..width];
+                            if set {
+                                to.copy_from_slice(&sums[..width]);
+                            } else {
+                                to.iter_mut().zip(sums).for_each(|(to, sum)| *to += sum);
+                            }
+                        }
+                    };
+                    let of_block = panel * count * PANEL..(panel + 1) * count * PANEL;
+                    for keys in row_tiles(t) {
+                        let at = keys.start * STRIP;
+                        let (p, ds) = (&p[at..], &ds[at..]);
+                        product(keys.clone(), Rows::Strided, p, &dy[of_block.clone()], count, part(2), first == 0);
+                        product(keys, Rows::Strided, ds, &q[of_block.clone()], count, part(1), first == 0);
+                    }
+                    let k = &k[panel * t * PANEL..(panel + 1) * t * PANEL];
+                    for queries in row_tiles(count) {
+                        let rows = first + queries.start..first + queries.end;
+                        product(rows, Rows::Interleaved(STRIP), &ds[queries.start..], k, t, part(0), true);
+                    }
                 }
             }
         });
@@ -122,37 +271,58 @@ pub fn backward(
 }
 
 simd_fn! {
-    /// Softmax of `scale * row` in place; returns its log-sum-exp.
-    fn softmax<F>(row: &mut [f32], scale: f32) -> f32 {
-        let n = row.len();
-        let mut lanes = [f32::NEG_INFINITY; 16];
-        let mut chunks = row.chunks_exact(16);
-        for chunk in &mut chunks {
-            for l in 0..16 {
-                lanes[l] = if chunk[l] > lanes[l] { chunk[l] } else { lanes[l] };
-            }
-        }
-        let max = lanes.iter().chain(chunks.remainder()).copied().fold(f32::NEG_INFINITY, f32::max);
-        for x in row.iter_mut() {
-            *x = exp::<F>((*x - max) * scale);
-        }
-        let sum = sum_by(n, |i| row[i]);
-        let inverse = 1.0 / sum;
-        for x in row.iter_mut() {
-            *x *= inverse;
-        }
-        max * scale + sum.ln()
+    fn dot<F>(a: &[f32], b: &[f32]) -> f32 {
+        sum_by(a.len().min(b.len()), |i| a[i] * b[i])
     }
 }
 
 simd_fn! {
-    /// One row: `p` holds S and becomes the probabilities, `ds` holds dP and becomes the gradient of S.
-    fn softmax_backward<F>(p: &mut [f32], ds: &mut [f32], dout: &[f32], out: &[f32], lse: f32, scale: f32) {
-        let size = out.len();
-        let mean = sum_by(size, |i| dout[i] * out[i]);
-        for (p, ds) in p.iter_mut().zip(ds) {
-            *p = exp::<F>(fma::<F>(*p, scale, -lse));
-            *ds = *p * (*ds - mean) * scale;
+    /// Columns of `p` `[keys, PANEL]` (rows [`STRIP`] apart) become `exp(scale (p - max))`; `inverse` is one over their sum,
+    /// `log_sum` the log-sum-exp of `scale p`.
+    fn softmax<F>(p: &mut [f32], keys: usize, scale: f32, inverse: &mut [f32], log_sum: &mut [f32]) {
+        let mut max = [f32::NEG_INFINITY; PANEL];
+        for row in p.chunks(STRIP).take(keys) {
+            for (max, &x) in max.iter_mut().zip(&row[..PANEL]) {
+                *max = if x > *max { x } else { *max };
+            }
+        }
+        let mut sum = [0.0f32; PANEL];
+        for row in p.chunks_mut(STRIP).take(keys) {
+            let row: &mut [f32; PANEL] = (&mut row[..PANEL]).try_into().expect("a row holds a panel");
+            for j in 0..PANEL {
+                row[j] = exp::<F>((row[j] - max[j]) * scale);
+                sum[j] += row[j];
+            }
+        }
+        for j in 0..PANEL {
+            inverse[j] = 1.0 / sum[j];
+            log_sum[j] = max[j] * scale + sum[j].ln();
+        }
+    }
+}
+
+simd_fn! {
+    /// A tile of keys: the probabilities and the gradient of the scores, rows [`STRIP`] apart.
+    fn softmax_backward<F>(
+        p: &mut [f32],
+        ds: &mut [f32],
+        scores: &Tile,
+        dp: &Tile,
+        keys: usize,
+        log_sum: &[f32],
+        mean: &[f32],
+        scale: f32,
+    ) {
+        let log_sum: &[f32; PANEL] = log_sum.try_into().expect("a panel of queries");
+        let mean: &[f32; PANEL] = mean.try_into().expect("a panel of queries");
+        for i in 0..keys {
+            let (p, ds) = (&mut p[i * STRIP..][..PANEL], &mut ds[i * STRIP..][..PANEL]);
+            let (scores, dp) = (&scores.rows[i], &dp.rows[i]);
+            for j in 0..PANEL {
+                let probability = exp::<F>(fma::<F>(scores[j], scale, -log_sum[j]));
+                p[j] = probability;
+                ds[j] = probability * (dp[j] - mean[j]) * scale;
+            }
         }
     }
 }

@@ -1,9 +1,14 @@
-//! The CPU version: one strided product a group of samples, and the epilogue while its rows are in cache.
+//! The CPU version: packed rows times the panels of the weight, of which a window is a range; bias, gate and residual are
+//! applied to each tile while it is in cache.
 
-use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul};
+use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, simd_fn};
-use crate::ops::{WEIGHT_ROWS, row_groups, rows_per_block, samples_per_block};
-use crate::routing::{Group, Window, groups};
+use crate::backend::cpu::tile::{
+    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, interleave, multiply, pack_panel, pack_panel_transposed, panels,
+};
+use crate::ops::products::{Outer, RowTile, batches, columns, packed_len, part, weight_gradient};
+use crate::ops::{rows_per_block, samples_per_block};
+use crate::routing::Window;
 use rayon::prelude::*;
 
 #[derive(Clone, Copy)]
@@ -46,32 +51,48 @@ pub fn forward(
         return;
     }
     let rows = rows_per_block(b * t, t);
-    out.par_chunks_mut(rows * c).zip(z.par_chunks_mut(rows * c)).enumerate().for_each(|(block, (out, z))| {
-        let first = block * rows;
-        let count = out.len() / c;
-        for (rows, union) in row_groups(write, t, first..first + count) {
-            let a = Mat::new(&a[(first + rows.start) * k..], rows.len(), k, k);
-            let w = Mat::new(&weight[union.start * k..], union.width, k, k);
-            let z = &mut z[rows.start * c + union.start..];
-            matmul(MatMut::new(z, rows.len(), union.width, c), a, w.t(), Write::Set);
-        }
-        for i in 0..count {
-            let row = first + i;
-            let sample = row / t;
-            let out = &mut out[i * c..][..c];
-            match bypass {
-                Some((x, windows)) => {
-                    out.copy_from_slice(&x[row * c..][..c]);
-                    out[windows[sample].range()].fill(0.0);
+    scratch::with(panels(c) * k * PANEL, |panels_of_w| {
+        panels_of_w
+            .par_chunks_mut(k * PANEL)
+            .enumerate()
+            .for_each(|(panel, to)| pack_panel_transposed(to, weight, panel, c, k));
+        let panels_of_w = &*panels_of_w;
+        out.par_chunks_mut(rows * c).zip(z.par_chunks_mut(rows * c)).enumerate().for_each(|(block, (out, z))| {
+            let first = block * rows;
+            let rows = first..first + out.len() / c;
+            for (row, out) in rows.clone().zip(out.chunks_exact_mut(c)) {
+                let sample = row / t;
+                match bypass {
+                    Some((x, windows)) => {
+                        out.copy_from_slice(&x[row * c..][..c]);
+                        out[windows[sample].range()].fill(0.0);
+                    }
+                    None => out.fill(0.0),
                 }
-                None => out.fill(0.0),
+                let window = base.1[sample].range();
+                add_assign(&mut out[window.clone()], &base.0[row * c..][window]);
             }
-            let window = base.1[sample].range();
-            add_assign(&mut out[window.clone()], &base.0[row * c..][window]);
-            let window = write[sample].range();
-            let (z, gate) = (&mut z[i * c..][window.clone()], &gate.of(sample, c)[window.clone()]);
-            bias_and_gate(&mut out[window.clone()], z, &bias[window], gate);
-        }
+            let mut tile = Tile::new();
+            scratch::with(packed_len(rows.len(), k), |packed| {
+                batches(rows, t, k, |tiles| {
+                    for (tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(k * A_STRIDE)) {
+                        interleave(packed, A_STRIDE, &a[tile.rows.start * k..], tile.rows.len(), k, k);
+                    }
+                    for (panel, b) in panels_of_w.chunks_exact(k * PANEL).enumerate() {
+                        for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact(k * A_STRIDE)) {
+                            let Some(part) = part(write[*sample], panel) else { continue };
+                            let segment = Segment { a: packed, b: &b[part.first..], len: k };
+                            multiply(&mut tile, rows.len(), part.halves, Rows::Interleaved(A_STRIDE), &[segment]);
+                            let (columns, of_tile) = columns(part, panel, write[*sample].range());
+                            let at = (rows.start - first) * c + columns.start;
+                            let gate = &gate.of(*sample, c)[columns.clone()];
+                            let (out, z) = (&mut out[at..], &mut z[at..]);
+                            finish_tile(out, z, &tile, rows.len(), of_tile.start, c, &bias[columns], gate);
+                        }
+                    }
+                });
+            });
+        });
     });
 }
 
@@ -107,68 +128,115 @@ pub fn backward(
     let Gradients { da, fresh_da, dmodulation, dweight, dbias, add } = grads;
     let Scratch { dz, dbias_parts } = scratch;
     let samples = samples_per_block(b, t);
-    let rows = samples * t;
     let stride = gate.stride;
-    dz.par_chunks_mut(rows * c)
-        .zip(da.par_chunks_mut(rows * k))
-        .zip(dmodulation.par_chunks_mut(samples * stride))
-        .zip(dbias_parts.par_chunks_mut(samples * c))
-        .enumerate()
-        .for_each(|(block, (((dz, da), dmodulation), dbias))| {
-            let first = block * samples;
-            let windows = &write[first..(first + samples).min(b)];
-            for (s, window) in windows.iter().map(|w| w.range()).enumerate() {
-                let dgate = &mut dmodulation[s * stride + gate.offset..][window.clone()];
-                let gate = &gate.of(first + s, c)[window.clone()];
-                let dbias = &mut dbias[s * c..][..c];
-                dbias.fill(0.0);
-                for i in s * t..(s + 1) * t {
-                    let row = (first * t + i) * c;
-                    let dz = &mut dz[i * c..][..c];
-                    dz[..window.start].fill(0.0);
-                    dz[window.end..].fill(0.0);
-                    gate_backward(
-                        &mut dz[window.clone()],
-                        dgate,
-                        &mut dbias[window.clone()],
-                        &dout[row..][window.clone()],
-                        &z[row..][window.clone()],
-                        gate,
-                    );
+    let wide = panels(k) * PANEL;
+    scratch::with(wide * c + b * t * wide, |buffer| {
+        let (panels_of_w, panels_of_a) = buffer.split_at_mut(wide * c);
+        panels_of_w
+            .par_chunks_mut(c * PANEL)
+            .enumerate()
+            .for_each(|(panel, to)| pack_panel(to, weight, panel, k, c, k));
+        let inputs = BackwardInputs { dout, a, panels_of_w, gate, z, write, t, c, k };
+        dz.par_chunks_mut(samples * t * c)
+            .zip(da.par_chunks_mut(samples * t * k))
+            .zip(panels_of_a.par_chunks_mut(samples * t * wide))
+            .zip(dmodulation.par_chunks_mut(samples * stride))
+            .zip(dbias_parts.par_chunks_mut(samples * c))
+            .enumerate()
+            .for_each(|(block, ((((dz, da), panels_of_a), dmodulation), dbias))| {
+                let each = dz
+                    .chunks_exact_mut(t * c)
+                    .zip(da.chunks_exact_mut(t * k))
+                    .zip(panels_of_a.chunks_exact_mut(t * wide))
+                    .zip(dmodulation.chunks_exact_mut(stride))
+                    .zip(dbias.chunks_exact_mut(c));
+                for (s, ((((dz, da), panels_of_a), dmodulation), dbias)) in each.enumerate() {
+                    let dgate = &mut dmodulation[gate.offset..][..c];
+                    inputs.sample(block * samples + s, dz, da, fresh_da, panels_of_a, dgate, dbias);
                 }
-            }
-            for (rows, union) in row_groups(write, t, first * t..(first + windows.len()) * t) {
-                let dz = Mat::new(&dz[rows.start * c + union.start..], rows.len(), union.width, c);
-                let w = Mat::new(&weight[union.start * k..], union.width, k, k);
-                let da = MatMut::new(&mut da[rows.start * k..], rows.len(), k, k);
-                matmul(da, dz, w, if fresh_da { Write::Set } else { Write::Add });
-            }
-        });
-
-    let full = write.iter().all(|w| w.width == c);
-    dweight.par_chunks_mut(WEIGHT_ROWS * k).enumerate().for_each(|(tile, dw)| {
-        let tile = tile * WEIGHT_ROWS..tile * WEIGHT_ROWS + dw.len() / k;
-        if !add && !full {
-            dw.fill(0.0);
-        }
-        for Group { samples, union } in groups(write, t) {
-            let (from, to) = (union.start.max(tile.start), union.end().min(tile.end));
-            if from >= to {
-                continue;
-            }
-            let rows = samples.len() * t;
-            let at = samples.start * t;
-            let dz = Mat::new(&dz[at * c + from..], rows, to - from, c);
-            let a = Mat::new(&a[at * k..], rows, k, k);
-            let write = if add || !full { Write::Add } else { Write::Set };
-            matmul(MatMut::new(&mut dw[(from - tile.start) * k..], to - from, k, k), dz.t(), a, write);
-        }
+            });
+        let outer = Outer { g: dz, h: panels_of_a, samples: b, tokens: t, rows: Some(write), columns: None };
+        weight_gradient(dweight, add, c, k, &[outer]);
     });
     if !add {
         dbias.fill(0.0);
     }
     for part in dbias_parts.chunks_exact(c) {
         add_assign(dbias, part);
+    }
+}
+
+/// What backward reads of all samples.
+struct BackwardInputs<'a> {
+    dout: &'a [f32],
+    a: &'a [f32],
+    panels_of_w: &'a [f32], // [panels(K), C, PANEL]
+    gate: Gate<'a>,
+    z: &'a [f32],
+    write: &'a [Window],
+    t: usize,
+    c: usize,
+    k: usize,
+}
+
+impl BackwardInputs<'_> {
+    /// One sample: `dz`, `da`, the panels of `a`, and the sums over tokens.
+    #[expect(clippy::too_many_arguments, reason = "those of one sample")]
+    fn sample(
+        &self,
+        sample: usize,
+        dz: &mut [f32], // [T, C]
+        da: &mut [f32], // [T, K]
+        fresh_da: bool,
+        panels_of_a: &mut [f32], // [panels(K), T, PANEL]
+        dgate: &mut [f32],       // [C]
+        dbias: &mut [f32],       // [C]
+    ) {
+        let (t, c, k) = (self.t, self.c, self.k);
+        let window = self.write[sample];
+        let range = window.range();
+        let gate = &self.gate.of(sample, c)[range.clone()];
+        dbias.fill(0.0);
+        let mut tile = Tile::new();
+        scratch::with(packed_len(t, window.width), |packed| {
+            batches(0..t, t, window.width, |tiles| {
+                for i in tiles[0].rows.start..tiles[tiles.len() - 1].rows.end {
+                    let row = (sample * t + i) * c;
+                    let dz = &mut dz[i * c..][..c];
+                    dz[..range.start].fill(0.0);
+                    dz[range.end..].fill(0.0);
+                    gate_backward(
+                        &mut dz[range.clone()],
+                        &mut dgate[range.clone()],
+                        &mut dbias[range.clone()],
+                        &self.dout[row..][range.clone()],
+                        &self.z[row..][range.clone()],
+                        gate,
+                    );
+                }
+                for (tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(window.width * A_STRIDE)) {
+                    let from = &dz[tile.rows.start * c + window.start..];
+                    interleave(packed, A_STRIDE, from, tile.rows.len(), window.width, c);
+                }
+                for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
+                    let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
+                    for (tile_of, packed) in tiles.iter().zip(packed.chunks_exact(window.width * A_STRIDE)) {
+                        let rows = &tile_of.rows;
+                        let segment = Segment { a: packed, b: &b[window.start * PANEL..], len: window.width };
+                        let halves = columns.len().div_ceil(HALF);
+                        multiply(&mut tile, rows.len(), halves, Rows::Interleaved(A_STRIDE), &[segment]);
+                        let da = da[rows.start * k..rows.end * k].chunks_exact_mut(k);
+                        for (da, sums) in da.zip(&tile.rows) {
+                            pass(&mut da[columns.clone()], &sums[..columns.len()], fresh_da);
+                        }
+                    }
+                }
+            });
+        });
+        let a = &self.a[sample * t * k..][..t * k];
+        for (panel, to) in panels_of_a.chunks_exact_mut(t * PANEL).enumerate() {
+            pack_panel(to, a, panel, k, t, k);
+        }
     }
 }
 
@@ -216,11 +284,26 @@ fn each_row(
 }
 
 simd_fn! {
-    /// `z += bias; out += gate z`.
-    fn bias_and_gate<F>(out: &mut [f32], z: &mut [f32], bias: &[f32], gate: &[f32]) {
-        for (((out, z), &bias), &gate) in out.iter_mut().zip(z).zip(bias).zip(gate) {
-            *z += bias;
-            *out = fma::<F>(gate, *z, *out);
+    /// A tile of rows from its column `first` on: `z = tile + bias; out += gate z`. Lines are `c` apart, and `bias.len()`
+    /// columns are written.
+    fn finish_tile<F>(
+        out: &mut [f32],
+        z: &mut [f32],
+        tile: &Tile,
+        rows: usize,
+        first: usize,
+        c: usize,
+        bias: &[f32],
+        gate: &[f32],
+    ) {
+        let width = bias.len();
+        for i in 0..rows {
+            let (out, z) = (&mut out[i * c..][..width], &mut z[i * c..][..width]);
+            let (sums, gate) = (&tile.rows[i][first..][..width], &gate[..width]);
+            for j in 0..width {
+                z[j] = sums[j] + bias[j];
+                out[j] = fma::<F>(gate[j], z[j], out[j]);
+            }
         }
     }
 }

@@ -1,12 +1,16 @@
-//! The CPU version: normalised windows go to a block of scratch rows, one strided product a group of samples, and the
-//! correction and GELU while the block is in cache.
+//! The CPU version: rows of a tile are normalised and packed, and multiplied with the panels of the weight, of which a
+//! window is a range; correction, bias and GELU are applied to each tile while it is in cache.
 
 use super::{Activation, EPS};
-use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
-use crate::ops::{WEIGHT_ROWS, row_groups, rows_per_block, samples_per_block};
-use crate::routing::{Group, Window, groups};
+use crate::backend::cpu::tile::{
+    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Tile, interleave, multiply, pack_panel, pack_panel_transposed,
+    panels, tile_rows,
+};
+use crate::ops::products::{Outer, RowTile, batches, packed_len, part, weight_gradient};
+use crate::ops::{rows_per_block, samples_per_block};
+use crate::routing::Window;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -58,6 +62,56 @@ fn inactive_modulation(out: &mut [f32], windows: &[Window], first: usize, modula
     }
 }
 
+/// Samples whose two vectors fill a tile.
+fn samples_per_tile(b: usize) -> usize {
+    b.div_ceil(b.div_ceil(tile_rows() / 2))
+}
+
+/// The halves of `panel` that hold channels of `ranges`.
+fn touched(mut ranges: impl Iterator<Item = Range<usize>>, panel: usize) -> bool {
+    ranges.any(|range| range.start < (panel + 1) * PANEL && panel * PANEL < range.end)
+}
+
+/// u and v + b of every sample: `[B, 2, N]`.
+fn forward_correction(
+    correction: &mut [f32],
+    read: &[Window],
+    modulation: Modulation,
+    panels_of_w: &[f32],
+    bias: &[f32],
+    c: usize,
+) {
+    let n = bias.len();
+    let samples = samples_per_tile(read.len());
+    correction.par_chunks_mut(samples * 2 * n).zip(read.par_chunks(samples)).enumerate().for_each(
+        |(chunk, (uv, windows))| {
+            let m = 2 * windows.len();
+            scratch::with(m * c + c * A_STRIDE, |buffer| {
+                let (rows, packed) = buffer.split_at_mut(m * c);
+                inactive_modulation(rows, windows, chunk * samples, modulation, c);
+                interleave(packed, A_STRIDE, rows, m, c, c);
+                let mut tile = Tile::new();
+                for (panel, b) in panels_of_w.chunks_exact(c * PANEL).enumerate() {
+                    let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
+                    let mut segments = [Segment { a: &[], b: &[], len: 0 }; 2];
+                    for (segment, range) in segments.iter_mut().zip(inactive_ranges(windows, c)) {
+                        let (a, b) = (&packed[range.start * A_STRIDE..], &b[range.start * PANEL..]);
+                        *segment = Segment { a, b, len: range.len() };
+                    }
+                    multiply(&mut tile, m, columns.len().div_ceil(HALF), Rows::Interleaved(A_STRIDE), &segments);
+                    for (i, (uv, sums)) in uv.chunks_exact_mut(n).zip(&tile.rows).enumerate() {
+                        let uv = &mut uv[columns.clone()];
+                        uv.copy_from_slice(&sums[..uv.len()]);
+                        if i % 2 == 1 {
+                            add_assign(uv, &bias[columns.clone()]);
+                        }
+                    }
+                }
+            });
+        },
+    );
+}
+
 /// See [`super::ln_linear`]. `pre` and `correction` are empty when they are not needed.
 #[allow(clippy::too_many_arguments)]
 pub fn forward(
@@ -77,70 +131,97 @@ pub fn forward(
     if b * t == 0 {
         return;
     }
-    if !correction.is_empty() {
-        let samples = samples_per_block(b, t);
-        correction.par_chunks_mut(samples * 2 * n).enumerate().for_each(|(block, uv)| {
-            let first = block * samples;
-            let windows = &read[first..(first + samples).min(b)];
-            let m = 2 * windows.len();
-            scratch::with(m * c, |s| {
-                inactive_modulation(s, windows, first, modulation, c);
-                for (i, uv) in uv.chunks_exact_mut(n).enumerate() {
-                    if i % 2 == 0 { uv.fill(0.0) } else { uv.copy_from_slice(bias) }
+    scratch::with(panels(n) * c * PANEL, |panels_of_w| {
+        panels_of_w
+            .par_chunks_mut(c * PANEL)
+            .enumerate()
+            .for_each(|(panel, to)| pack_panel_transposed(to, weight, panel, n, c));
+        let panels_of_w = &*panels_of_w;
+        if !correction.is_empty() {
+            forward_correction(correction, read, modulation, panels_of_w, bias, c);
+        }
+        let inputs = Inputs { x, read, modulation, panels_of_w, bias, correction, activation, t, c };
+        let rows = rows_per_block(b * t, t);
+        let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
+        let blocks = y.par_chunks_mut(rows * n).zip(stats).enumerate();
+        if pre.is_empty() {
+            blocks.for_each(|(block, (y, (mean, rstd)))| inputs.block(block * rows, y, &mut [], mean, rstd));
+        } else {
+            blocks
+                .zip(pre.par_chunks_mut(rows * n))
+                .for_each(|((block, (y, (mean, rstd))), pre)| inputs.block(block * rows, y, pre, mean, rstd));
+        }
+    });
+}
+
+/// What a block of rows of the forward pass reads.
+struct Inputs<'a> {
+    x: &'a [f32],
+    read: &'a [Window],
+    modulation: Modulation<'a>,
+    panels_of_w: &'a [f32], // [panels(N), C, PANEL]
+    bias: &'a [f32],
+    correction: &'a [f32],
+    activation: Activation,
+    t: usize,
+    c: usize,
+}
+
+impl Inputs<'_> {
+    /// Rows from `first` on, as many as `mean` has.
+    fn block(&self, first: usize, y: &mut [f32], pre: &mut [f32], mean: &mut [f32], rstd: &mut [f32]) {
+        let (c, n) = (self.c, self.bias.len());
+        let rows = first..first + mean.len();
+        let packed_len = packed_len(rows.len(), c);
+        let mut tile = Tile::new();
+        scratch::with(packed_len + MAX_ROWS * c, |buffer| {
+            let (packed, lines) = buffer.split_at_mut(packed_len);
+            batches(rows, self.t, c, |tiles| {
+                for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact_mut(c * A_STRIDE)) {
+                    let window = self.read[*sample];
+                    for (row, line) in rows.clone().zip(lines.chunks_exact_mut(c)) {
+                        (mean[row - first], rstd[row - first]) = normalise(
+                            &mut line[..window.width],
+                            &self.x[row * c..][..c],
+                            window,
+                            self.modulation.shift(*sample, c),
+                            self.modulation.scale(*sample, c),
+                        );
+                    }
+                    interleave(packed, A_STRIDE, lines, rows.len(), window.width, c);
                 }
-                for range in inactive_ranges(windows, c) {
-                    let s = Mat::new(&s[range.start..], m, range.len(), c);
-                    let w = Mat::new(&weight[range.start..], n, range.len(), c);
-                    matmul(MatMut::new(uv, m, n, n), s, w.t(), Write::Add);
+                for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
+                    let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
+                    for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact(c * A_STRIDE)) {
+                        let window = self.read[*sample];
+                        let segment = Segment { a: packed, b: &b[window.start * PANEL..], len: window.width };
+                        let halves = columns.len().div_ceil(HALF);
+                        multiply(&mut tile, rows.len(), halves, Rows::Interleaved(A_STRIDE), &[segment]);
+                        let rows = rows.start - first..rows.end - first;
+                        let mut r = [0.0; MAX_ROWS];
+                        let (u, v) = if self.correction.is_empty() {
+                            (&[][..], &self.bias[columns.clone()])
+                        } else {
+                            for (r, (mean, rstd)) in
+                                r.iter_mut().zip(mean[rows.clone()].iter().zip(&rstd[rows.clone()]))
+                            {
+                                *r = -mean * rstd;
+                            }
+                            let (u, v) = self.correction[sample * 2 * n..][..2 * n].split_at(n);
+                            (&u[columns.clone()], &v[columns.clone()])
+                        };
+                        let y = &mut y[rows.start * n + columns.start..];
+                        let gelu = self.activation == Activation::Gelu;
+                        if pre.is_empty() {
+                            finish_tile(y, &mut [], &tile, rows.len(), n, &r, u, v, gelu);
+                        } else {
+                            let pre = &mut pre[rows.start * n + columns.start..];
+                            finish_tile(y, pre, &tile, rows.len(), n, &r, u, v, gelu);
+                        }
+                    }
                 }
             });
         });
-    }
-    let correction = &*correction;
-    let rows = rows_per_block(b * t, t);
-    let work = |block: usize, y: &mut [f32], pre: &mut [f32], mean: &mut [f32], rstd: &mut [f32]| {
-        let first = block * rows;
-        let count = mean.len();
-        scratch::with(count * c, |h| {
-            for i in 0..count {
-                let sample = (first + i) / t;
-                let (m, r) = normalise(
-                    &mut h[i * c..][..c],
-                    &x[(first + i) * c..][..c],
-                    read[sample],
-                    modulation.shift(sample, c),
-                    modulation.scale(sample, c),
-                );
-                (mean[i], rstd[i]) = (m, r);
-            }
-            let linear = if pre.is_empty() { &mut *y } else { &mut *pre };
-            for (rows, union) in row_groups(read, t, first..first + count) {
-                let h = Mat::new(&h[rows.start * c + union.start..], rows.len(), union.width, c);
-                let w = Mat::new(&weight[union.start..], n, union.width, c);
-                matmul(MatMut::new(&mut linear[rows.start * n..], rows.len(), n, n), h, w.t(), Write::Set);
-            }
-            for i in 0..count {
-                let line = &mut linear[i * n..][..n];
-                if correction.is_empty() {
-                    add_assign(line, bias);
-                } else {
-                    let (u, v) = correction[(first + i) / t * 2 * n..][..2 * n].split_at(n);
-                    add_correction(line, -mean[i] * rstd[i], u, v);
-                }
-            }
-        });
-        if activation == Activation::Gelu {
-            if pre.is_empty() { gelu_in_place(y) } else { gelu_to(y, pre) }
-        }
-    };
-    let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
-    let blocks = y.par_chunks_mut(rows * n).zip(stats).enumerate();
-    if pre.is_empty() {
-        blocks.for_each(|(block, (y, (mean, rstd)))| work(block, y, &mut [], mean, rstd));
-    } else {
-        blocks
-            .zip(pre.par_chunks_mut(rows * n))
-            .for_each(|((block, (y, (mean, rstd))), pre)| work(block, y, pre, mean, rstd));
     }
 }
 
@@ -154,19 +235,11 @@ pub struct Gradients<'a> {
     pub add: bool,                  // add to dweight and dbias
 }
 
-/// Memory for the time of the call.
-pub struct Scratch<'a> {
-    pub h: &'a mut [f32],        // [B, T, C]: the modulated rows again, zero outside the windows
-    pub pq: &'a mut [f32],       // [B, 2, N]: P and Q
-    pub inactive: &'a mut [f32], // [B, 2, C]: 1 + scale and shift, zero on active channels
-}
-
 /// See [`super::ln_linear`]. Multiplies `dy` by the derivative of GELU in place.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     grads: Gradients,
-    dy: &mut [f32], // [B, T, N]
-    scratch: Scratch,
+    dy: &mut [f32],  // [B, T, N]
     x: &[f32],       // [B, T, C]
     read: &[Window], // B
     modulation: Modulation,
@@ -178,115 +251,194 @@ pub fn backward(
     Dims { b, t, c, n }: Dims,
 ) {
     let Gradients { dx, fresh_dx, dmodulation, dweight, dbias, add } = grads;
-    let Scratch { h, pq, inactive } = scratch;
-    let samples = samples_per_block(b, t);
-    let rows = samples * t;
-    let stride = modulation.stride;
-    dy.par_chunks_mut(rows * n)
-        .zip(dx.par_chunks_mut(rows * c))
-        .zip(h.par_chunks_mut(rows * c))
-        .zip(dmodulation.par_chunks_mut(samples * stride))
-        .zip(pq.par_chunks_mut(samples * 2 * n))
-        .enumerate()
-        .for_each(|(block, ((((g, dx), h), dmodulation), pq))| {
-            let first = block * samples;
-            let windows = &read[first..(first + samples).min(b)];
-            let count = windows.len() * t;
-            if let Some(pre) = pre {
-                gelu_backward(g, &pre[first * t * n..][..count * n]);
-            }
-            scratch::with(count * (c + 1), |buffer| {
-                let (dh, dr) = buffer.split_at_mut(count * c);
-                for (s, pq) in pq.chunks_exact_mut(2 * n).enumerate() {
-                    let u = correction.map_or(&[][..], |uv| &uv[(first + s) * 2 * n..][..n]);
-                    let at = (first + s) * t;
-                    let (mean, rstd) = (&mean[at..at + t], &rstd[at..at + t]);
-                    sums_over_tokens(pq, &mut dr[s * t..][..t], &g[s * t * n..][..t * n], mean, rstd, u);
+    let wide = panels(c) * PANEL;
+    scratch::with(wide * n + b * t * wide + b * 2 * n, |buffer| {
+        let (panels_of_w, buffer) = buffer.split_at_mut(wide * n);
+        let (h, pq) = buffer.split_at_mut(b * t * wide);
+        panels_of_w
+            .par_chunks_mut(n * PANEL)
+            .enumerate()
+            .for_each(|(panel, to)| pack_panel(to, weight, panel, c, n, c));
+        let panels_of_w = &*panels_of_w;
+
+        let samples = samples_per_block(b, t);
+        let stride = modulation.stride;
+        let inputs = BackwardInputs { x, read, modulation, panels_of_w, mean, rstd, correction, pre, t, c, n };
+        dy.par_chunks_mut(samples * t * n)
+            .zip(dx.par_chunks_mut(samples * t * c))
+            .zip(h.par_chunks_mut(samples * t * wide))
+            .zip(dmodulation.par_chunks_mut(samples * stride))
+            .zip(pq.par_chunks_mut(samples * 2 * n))
+            .enumerate()
+            .for_each(|(block, ((((g, dx), h), dmodulation), pq))| {
+                let each = g
+                    .chunks_exact_mut(t * n)
+                    .zip(dx.chunks_exact_mut(t * c))
+                    .zip(h.chunks_exact_mut(t * wide))
+                    .zip(dmodulation.chunks_exact_mut(stride))
+                    .zip(pq.chunks_exact_mut(2 * n));
+                for (s, ((((g, dx), h), dmodulation), pq)) in each.enumerate() {
+                    inputs.sample(block * samples + s, g, dx, fresh_dx, h, dmodulation, pq);
                 }
-                for (rows, union) in row_groups(read, t, first * t..first * t + count) {
-                    let g = Mat::new(&g[rows.start * n..], rows.len(), n, n);
-                    let w = Mat::new(&weight[union.start..], n, union.width, c);
-                    let dh = &mut dh[rows.start * c + union.start..];
-                    matmul(MatMut::new(dh, rows.len(), union.width, c), g, w, Write::Set);
+            });
+
+        let (g, h, pq) = (&*dy, &*h, &*pq);
+        let tokens = Outer { g, h, samples: b, tokens: t, rows: None, columns: Some(read) };
+        if correction.is_some() {
+            inactive_gradient(dmodulation, pq, read, modulation, panels_of_w, n, c);
+            scratch::with(2 * b * (c + wide), |buffer| {
+                let (lines, inactive) = buffer.split_at_mut(2 * b * c);
+                inactive_modulation(lines, read, 0, modulation, c);
+                for (panel, to) in inactive.chunks_exact_mut(2 * b * PANEL).enumerate() {
+                    pack_panel(to, lines, panel, c, 2 * b, c);
                 }
-                for (s, &window) in windows.iter().enumerate() {
-                    let (dshift, dscale) =
-                        columns(&mut dmodulation[s * stride..][..stride], modulation.shift, modulation.scale, c);
-                    for i in s * t..(s + 1) * t {
-                        normalise_backward(
-                            &mut dx[i * c..][..c],
-                            fresh_dx,
-                            &mut h[i * c..][..c],
-                            dshift,
-                            dscale,
-                            &dh[i * c..][..c],
-                            dr[i],
-                            &x[(first * t + i) * c..][..c],
-                            modulation.shift(first + s, c),
-                            modulation.scale(first + s, c),
-                            window,
-                            mean[first * t + i],
-                            rstd[first * t + i],
-                        );
+                let outside = Outer { g: pq, h: inactive, samples: 1, tokens: 2 * b, rows: None, columns: None };
+                weight_gradient(dweight, add, n, c, &[tokens, outside]);
+            });
+        } else {
+            weight_gradient(dweight, add, n, c, &[tokens]);
+        }
+        if !add {
+            dbias.fill(0.0);
+        }
+        for pq in pq.chunks_exact(2 * n) {
+            add_assign(dbias, &pq[n..]);
+        }
+    });
+}
+
+/// What backward reads of all samples.
+struct BackwardInputs<'a> {
+    x: &'a [f32],
+    read: &'a [Window],
+    modulation: Modulation<'a>,
+    panels_of_w: &'a [f32], // [panels(C), N, PANEL]
+    mean: &'a [f32],
+    rstd: &'a [f32],
+    correction: Option<&'a [f32]>,
+    pre: Option<&'a [f32]>,
+    t: usize,
+    c: usize,
+    n: usize,
+}
+
+impl BackwardInputs<'_> {
+    /// One sample: `g` before GELU, `dx`, the modulated rows again as panels, the gradients of shift and scale on the
+    /// window, and P and Q.
+    #[expect(clippy::too_many_arguments, reason = "those of one sample")]
+    fn sample(
+        &self,
+        sample: usize,
+        g: &mut [f32],  // [T, N]
+        dx: &mut [f32], // [T, C]
+        fresh_dx: bool,
+        h: &mut [f32], // [panels(C), T, PANEL]
+        dmodulation: &mut [f32],
+        pq: &mut [f32], // [2, N]
+    ) {
+        let (t, c, n) = (self.t, self.c, self.n);
+        let (window, wide) = (self.read[sample], panels(c) * PANEL);
+        let u = self.correction.map_or(&[][..], |uv| &uv[sample * 2 * n..][..n]);
+        let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
+        let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
+        pq.fill(0.0);
+        let packed_len = packed_len(t, n);
+        let mut tile = Tile::new();
+        scratch::with(packed_len + t * (wide + 1) + wide, |buffer| {
+            let (packed, buffer) = buffer.split_at_mut(packed_len);
+            let (dh, buffer) = buffer.split_at_mut(t * wide);
+            let (line, dr) = buffer.split_at_mut(wide);
+            line.fill(0.0);
+            batches(0..t, t, n, |tiles| {
+                let rows = tiles[0].rows.start..tiles[tiles.len() - 1].rows.end;
+                let of_sample = sample * t + rows.start..sample * t + rows.end;
+                let lines = &mut g[rows.start * n..rows.end * n];
+                if let Some(pre) = self.pre {
+                    gelu_backward(lines, &pre[of_sample.start * n..of_sample.end * n]);
+                }
+                let (mean, rstd) = (&self.mean[of_sample.clone()], &self.rstd[of_sample.clone()]);
+                sums_over_tokens(pq, &mut dr[rows.clone()], lines, mean, rstd, u);
+                for (tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(n * A_STRIDE)) {
+                    interleave(packed, A_STRIDE, &g[tile.rows.start * n..], tile.rows.len(), n, n);
+                }
+                for (panel, b) in self.panels_of_w.chunks_exact(n * PANEL).enumerate() {
+                    let Some(part) = part(window, panel) else { continue };
+                    for (RowTile { rows, .. }, packed) in tiles.iter().zip(packed.chunks_exact(n * A_STRIDE)) {
+                        let segment = Segment { a: packed, b: &b[part.first..], len: n };
+                        multiply(&mut tile, rows.len(), part.halves, Rows::Interleaved(A_STRIDE), &[segment]);
+                        let dh = dh[rows.start * wide..rows.end * wide].chunks_exact_mut(wide);
+                        for (dh, sums) in dh.zip(&tile.rows) {
+                            let width = part.halves * HALF;
+                            dh[panel * PANEL + part.first..][..width].copy_from_slice(&sums[..width]);
+                        }
+                    }
+                }
+                for i in rows {
+                    let row = sample * t + i;
+                    normalise_backward(
+                        &mut dx[i * c..][..c],
+                        fresh_dx,
+                        &mut line[..c],
+                        dshift,
+                        dscale,
+                        &dh[i * wide..][..c],
+                        dr[i],
+                        &self.x[row * c..][..c],
+                        shift,
+                        scale,
+                        window,
+                        self.mean[row],
+                        self.rstd[row],
+                    );
+                    for panel in window.start / PANEL..panels(window.end()) {
+                        h[(panel * t + i) * PANEL..][..PANEL].copy_from_slice(&line[panel * PANEL..][..PANEL]);
                     }
                 }
             });
-            if correction.is_some() {
-                let m = 2 * windows.len();
-                scratch::with(m * c, |d| {
-                    for range in inactive_ranges(windows, c) {
-                        let d = MatMut::new(&mut d[range.start..], m, range.len(), c);
-                        matmul(
-                            d,
-                            Mat::new(pq, m, n, n),
-                            Mat::new(&weight[range.start..], n, range.len(), c),
-                            Write::Set,
-                        );
-                    }
-                    for (s, &window) in windows.iter().enumerate() {
-                        let (dshift, dscale) =
-                            columns(&mut dmodulation[s * stride..][..stride], modulation.shift, modulation.scale, c);
-                        let (p, q) = d[s * 2 * c..][..2 * c].split_at(c);
+        });
+    }
+}
+
+/// The gradients of shift and scale outside of the windows: `W[:, I]^T Q` and `W[:, I]^T P`.
+fn inactive_gradient(
+    dmodulation: &mut [f32],
+    pq: &[f32], // [B, 2, N]
+    read: &[Window],
+    modulation: Modulation,
+    panels_of_w: &[f32], // [panels(C), N, PANEL]
+    n: usize,
+    c: usize,
+) {
+    let samples = samples_per_tile(read.len());
+    let stride = modulation.stride;
+    let chunks = dmodulation.par_chunks_mut(samples * stride).zip(pq.par_chunks(samples * 2 * n));
+    chunks.zip(read.par_chunks(samples)).for_each(|((dmodulation, pq), windows)| {
+        let m = 2 * windows.len();
+        scratch::with(n * A_STRIDE, |packed| {
+            interleave(packed, A_STRIDE, pq, m, n, n);
+            let mut tile = Tile::new();
+            for (panel, b) in panels_of_w.chunks_exact(n * PANEL).enumerate() {
+                if !touched(inactive_ranges(windows, c), panel) {
+                    continue;
+                }
+                let end = ((panel + 1) * PANEL).min(c);
+                let segment = Segment { a: packed, b, len: n };
+                let halves = (end - panel * PANEL).div_ceil(HALF);
+                multiply(&mut tile, m, halves, Rows::Interleaved(A_STRIDE), &[segment]);
+                for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
+                    let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
+                    for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {
                         for range in [0..window.start, window.end()..c] {
-                            add_assign(&mut dscale[range.clone()], &p[range.clone()]);
-                            add_assign(&mut dshift[range.clone()], &q[range]);
+                            let (from, to) = (range.start.max(panel * PANEL), range.end.min(end));
+                            if from < to {
+                                add_assign(&mut d[from..to], &sums[from - panel * PANEL..to - panel * PANEL]);
+                            }
                         }
                     }
-                });
+                }
             }
         });
-
-    if correction.is_some() {
-        inactive_modulation(inactive, read, 0, modulation, c);
-    }
-    dweight.par_chunks_mut(WEIGHT_ROWS * c).enumerate().for_each(|(tile, dw)| {
-        let o = tile * WEIGHT_ROWS;
-        let m = dw.len() / c;
-        if !add && correction.is_some() {
-            dw.fill(0.0);
-        }
-        for Group { samples, union } in groups(read, t) {
-            let rows = samples.len() * t;
-            let at = samples.start * t;
-            let g = Mat::new(&dy[at * n + o..], rows, m, n);
-            let h = Mat::new(&h[at * c + union.start..], rows, union.width, c);
-            let write = if add || correction.is_some() { Write::Add } else { Write::Set };
-            matmul(MatMut::new(&mut dw[union.start..], m, union.width, c), g.t(), h, write);
-        }
-        if correction.is_some() {
-            for range in inactive_ranges(read, c) {
-                let pq = Mat::new(&pq[o..], 2 * b, m, n);
-                let s = Mat::new(&inactive[range.start..], 2 * b, range.len(), c);
-                matmul(MatMut::new(&mut dw[range.start..], m, range.len(), c), pq.t(), s, Write::Add);
-            }
-        }
     });
-    if !add {
-        dbias.fill(0.0);
-    }
-    for pq in pq.chunks_exact(2 * n) {
-        add_assign(dbias, &pq[n..]);
-    }
 }
 
 /// Two columns of C numbers of one row, which must not overlap.
@@ -296,13 +448,11 @@ fn columns(row: &mut [f32], a: usize, b: usize, c: usize) -> (&mut [f32], &mut [
 }
 
 simd_fn! {
-    /// One row: mean and rstd of the masked row; `h` = modulated window, zero outside it.
+    /// One row: mean and rstd of the masked row; `h` is its modulated window.
     fn normalise<F>(h: &mut [f32], x: &[f32], window: Window, shift: &[f32], scale: &[f32]) -> (f32, f32) {
         let count = x.len() as f32;
         let (a, w) = (window.range(), window.width);
-        h[..a.start].fill(0.0);
-        h[a.end..].fill(0.0);
-        let (h, x, shift, scale) = (&mut h[a.clone()], &x[a.clone()], &shift[a.clone()], &scale[a]);
+        let (h, x, shift, scale) = (&mut h[..w], &x[a.clone()], &shift[a.clone()], &scale[a]);
         let mean = sum_by(w, |i| x[i]) / count;
         let squares = sum_by(w, |i| (x[i] - mean) * (x[i] - mean));
         // The inactive channels are zeros: each adds mean^2.
@@ -316,26 +466,40 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// `y += r u + v`.
-    fn add_correction<F>(y: &mut [f32], r: f32, u: &[f32], v: &[f32]) {
-        for ((y, &u), &v) in y.iter_mut().zip(u).zip(v) {
-            *y += fma::<F>(r, u, v);
-        }
-    }
-}
-
-simd_fn! {
-    fn gelu_in_place<F>(y: &mut [f32]) {
-        for y in y {
-            *y = gelu::<F>(*y);
-        }
-    }
-}
-
-simd_fn! {
-    fn gelu_to<F>(y: &mut [f32], x: &[f32]) {
-        for (y, &x) in y.iter_mut().zip(x) {
-            *y = gelu::<F>(x);
+    /// A tile of rows: `pre = tile + r u + v` (without `u`: `tile + v`) and `y = gelu(pre)` or `pre`. Lines are `n` apart,
+    /// and `v.len()` columns are written.
+    fn finish_tile<F>(
+        y: &mut [f32],
+        pre: &mut [f32],
+        tile: &Tile,
+        rows: usize,
+        n: usize,
+        r: &[f32; MAX_ROWS],
+        u: &[f32],
+        v: &[f32],
+        with_gelu: bool,
+    ) {
+        let width = v.len();
+        for i in 0..rows {
+            let mut line = tile.rows[i];
+            if u.is_empty() {
+                for (line, &v) in line.iter_mut().zip(v) {
+                    *line += v;
+                }
+            } else {
+                for ((line, &u), &v) in line.iter_mut().zip(u).zip(v) {
+                    *line += fma::<F>(r[i], u, v);
+                }
+            }
+            if !pre.is_empty() {
+                pre[i * n..][..width].copy_from_slice(&line[..width]);
+            }
+            if with_gelu {
+                for x in &mut line {
+                    *x = gelu::<F>(*x);
+                }
+            }
+            y[i * n..][..width].copy_from_slice(&line[..width]);
         }
     }
 }
@@ -349,13 +513,11 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// One sample: `P = sum_t r_t g_t` and `Q = sum_t g_t` to `pq` `[2, N]`, and `dr_t = g_t . u`. With an empty `u`
-    /// (full windows), only Q; `P` and `dr` are zero.
+    /// Rows of one sample: adds `P = sum_t r_t g_t` and `Q = sum_t g_t` to `pq` `[2, N]`, and sets `dr_t = g_t . u`. With an
+    /// empty `u` (full windows), only Q; `dr` is zero.
     fn sums_over_tokens<F>(pq: &mut [f32], dr: &mut [f32], g: &[f32], mean: &[f32], rstd: &[f32], u: &[f32]) {
         let n = pq.len() / 2;
         let (p, q) = pq.split_at_mut(n);
-        p.fill(0.0);
-        q.fill(0.0);
         dr.fill(0.0);
         for (t, g) in g.chunks_exact(n).enumerate() {
             if u.is_empty() {
@@ -375,7 +537,7 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// One row of the LayerNorm backward; also `h` again, and the row's part of `dshift` and `dscale` on the window.
+    /// One row of the LayerNorm backward; also the window of `h` again, and the row's part of `dshift` and `dscale` on the window.
     fn normalise_backward<F>(
         dx: &mut [f32],
         fresh: bool,
@@ -393,8 +555,6 @@ simd_fn! {
     ) {
         let inverse = 1.0 / x.len() as f32;
         let (a, w) = (window.range(), window.width);
-        h[..a.start].fill(0.0);
-        h[a.end..].fill(0.0);
         if fresh {
             dx[..a.start].fill(0.0);
             dx[a.end..].fill(0.0);

@@ -253,9 +253,6 @@ impl Saved {
         if fresh {
             dmodulation.fill(0.0);
         }
-        let mut h = tape.take(b * t * c);
-        let mut pq = tape.take(b * 2 * n);
-        let mut inactive = tape.take(b * 2 * c);
         let (values, grads) = tape.split();
         let modulation = values.value(self.shift.var);
         let add = grads.add;
@@ -263,7 +260,6 @@ impl Saved {
         cpu::backward(
             cpu::Gradients { dx: &mut dx, fresh_dx, dmodulation: &mut dmodulation, dweight, dbias, add },
             &mut dy,
-            cpu::Scratch { h: &mut h, pq: &mut pq, inactive: &mut inactive },
             values.value(self.x),
             values.windows(self.read),
             cpu::Modulation {
@@ -281,8 +277,6 @@ impl Saved {
         );
         tape.put_grad(self.x, dx);
         tape.put_grad(self.shift.var, dmodulation);
-        for buffer in [dy, h, pq, inactive] {
-            tape.give(buffer);
-        }
+        tape.give(dy);
     }
 }
