@@ -41,6 +41,10 @@ __device__ __forceinline__ Head of_activation(int b, int head, int T, int C) {
 #ifndef ROW_TILES
 #define ROW_TILES 2
 #endif
+// Backward by blocks that own a whole head: leaner, for up to 256 tokens and HS up to 72.
+#ifndef WHOLE_HEAD
+#define WHOLE_HEAD 0
+#endif
 
 constexpr int THREADS = WARPS * 32;
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -50,12 +54,6 @@ constexpr int ROW_BYTES = ROW_CHUNKS * 16;
 constexpr int TILE_BYTES = TILE * ROW_BYTES;
 constexpr int STEPS = HS / 16;              // along a row: products of 16 elements,
 constexpr bool HALF_STEP = HS % 16 != 0;    // and one of 8
-// Rows of a tile that backward computes with at a time: as many as registers allow.
-constexpr int KEYS_PART = TILE < 32 ? TILE : 32;
-constexpr int QUERIES_PART = ROW_TILES > 1 || TILE < 32 ? 16 : 32;
-// Long rows of dk and dv do not fit in the registers of one warp: other blocks compute dv then.
-constexpr bool SPLIT = HS > 104;
-
 static_assert(16 * WARPS * ROW_TILES <= 2 * TILE, "a block's own rows take the place of two tiles");
 
 template <int I>
@@ -119,9 +117,16 @@ __device__ __forceinline__ void load_two_matrices(unsigned int (&r)[2], unsigned
                      : "memory");
 }
 
+// threadIdx.x. What is computed from it is not kept in registers from earlier.
+__device__ __forceinline__ unsigned int thread_again() {
+    unsigned int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // Of a tile, where this lane's row of the matrices lies.
-__device__ __forceinline__ unsigned int lane_offset() {
-    int lane = threadIdx.x % 32;
+__device__ __forceinline__ unsigned int lane_offset(unsigned int thread = threadIdx.x) {
+    unsigned int lane = thread % 32;
     return lane % 16 * ROW_BYTES + lane / 16 * 16;
 }
 
@@ -148,6 +153,11 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned int (&a)[2], u
         : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
+template <int OFFSET>
+__device__ __forceinline__ void store_shared(unsigned int address, unsigned int x) {
+    asm volatile("st.shared.u32 [%0+%2], %1;" ::"r"(address), "r"(x), "n"(OFFSET) : "memory");
+}
+
 // 2^x as the hardware computes it, without care for subnormal results.
 __device__ __forceinline__ float power_of_2(float x) {
     float y;
@@ -161,50 +171,59 @@ __device__ __forceinline__ float logarithm_to_2(float x) {
     return y;
 }
 
-// What a thread copies of every tile: one chunk of rows `row`, `row + STEP`, ...
+// A tile to copy: from a thread's element on, with so many elements from row to row, to an address in shared memory.
+struct Copy {
+    const elem* from;
+    int stride;
+    unsigned int to;
+};
+
+// What a thread of THREADS copies of every tile: one chunk of rows `row`, `row + STEP`, ...
+template <int THREADS>
 struct Share {
     // Where rows are no multiple of 8 chunks, one thread more goes over the pad: neighbours stay in different banks.
     static constexpr int LANES = CHUNKS % 8 ? ROW_CHUNKS : CHUNKS;
     static constexpr int STEP = THREADS / LANES;
-    static constexpr bool ALL = STEP * LANES == THREADS;
     int row, chunk;
+    int at;  // of its first chunk in a tile, bytes
 
-    __device__ Share() : row(threadIdx.x / LANES), chunk(threadIdx.x % LANES) {}
+    __device__ Share(unsigned int thread = threadIdx.x)
+        : row(thread / LANES), chunk(thread % LANES),
+          at(LANES == ROW_CHUNKS ? thread * 16 : thread / LANES * ROW_BYTES + thread % LANES * 16) {}
 
-    __device__ bool any() const { return ALL || threadIdx.x < STEP * LANES; }
+    __device__ bool any() const { return STEP * LANES == THREADS || at < STEP * ROW_BYTES; }
 
-    // This thread's first element of rows from token `first` on.
-    __device__ const elem* of(const elem* data, Head rows, int first) const {
-        return data + rows.first + (long long)(first + row) * rows.stride + (chunk < CHUNKS ? chunk * 8 : 0);
+    // Where this thread's first element of rows from token `first` on is.
+    __device__ long long of(Head rows, int first) const {
+        return rows.first + (long long)(first + row) * rows.stride + (LANES == CHUNKS || chunk < CHUNKS ? chunk * 8 : 0);
     }
 
-    // COUNT rows into shared memory, of which `there` are there; zeros for the others.
-    template <int COUNT>
-    __device__ void copy(unsigned int to, const elem* from, int stride, int there) const {
+    // COUNT rows of some tiles into shared memory, of which `there` are there; zeros for the others.
+    template <int COUNT, int TILES>
+    __device__ void copy(const Copy (&tiles)[TILES], int there) const {
         if (!any()) return;
-        int bytes = chunk < CHUNKS ? 16 : 0;
-        to += row * ROW_BYTES + chunk * 16;
-        long long step = (long long)STEP * stride;
-        if (there >= COUNT)
+        int bytes = LANES == CHUNKS || chunk < CHUNKS ? 16 : 0;
+        // With the last rows only if the threads come out at the tile's end.
+        auto rows = [&](auto size) {
             unroll<(COUNT + STEP - 1) / STEP>([&](auto i) {
-                constexpr int at = decltype(i)::value * STEP;
-                if (at + STEP <= COUNT || row < COUNT - at) copy_async<at * ROW_BYTES>(to, from, bytes);
-                from += step;
+                constexpr int first = decltype(i)::value * STEP;
+                if (first + STEP > COUNT && row >= COUNT - first) return;
+                unroll<TILES>([&](auto n) {
+                    const Copy& tile = tiles[decltype(n)::value];
+                    const elem* from = tile.from + (long long)tile.stride * first;
+                    copy_async<first * ROW_BYTES>(tile.to + at, from, size(first));
+                });
             });
-        else
-            unroll<(COUNT + STEP - 1) / STEP>([&](auto i) {
-                constexpr int at = decltype(i)::value * STEP;
-                if (at + STEP <= COUNT || row < COUNT - at)
-                    copy_async<at * ROW_BYTES>(to, from, row < there - at ? bytes : 0);
-                from += step;
-            });
+        };
+        if (there >= COUNT) rows([&](int) { return bytes; });
+        else rows([&](int first) { return row < there - first ? bytes : 0; });
     }
 
     // COUNT rows from shared memory to token `first` on; those beyond T are left out.
     template <int COUNT>
     __device__ void store(elem* data, Head rows, int first, int T, const unsigned char* from) const {
-        if (!any() || chunk >= CHUNKS) return;
-        from += row * ROW_BYTES + chunk * 16;
+        if (!any() || (LANES != CHUNKS && chunk >= CHUNKS)) return;
+        from += at;
         elem* to = data + rows.first + (long long)(first + row) * rows.stride + chunk * 8;
         long long step = (long long)STEP * rows.stride;
         int there = min(T - first, COUNT);
@@ -263,33 +282,80 @@ __device__ __forceinline__ void rows_times_rows(float (&scores)[M][N][4], const 
         });
 }
 
-// sums += weights tile: sums of the tile's rows from FIRST on. The accumulators of a product are the operand of this one.
+// The same where own rows are read from shared memory again: fewer registers.
+template <int FIRST, int M, int N>
+__device__ __forceinline__ void rows_times_rows(float (&scores)[M][N][4], unsigned int own, unsigned int tile) {
+    auto step = [&](auto index) {
+        constexpr int k = decltype(index)::value;
+        Fragments<M> rows;
+        unroll<M>([&](auto m) {
+            constexpr int at = decltype(m)::value * 16 * ROW_BYTES + k * 32;
+            if constexpr (k < STEPS) load_matrices<false, at>(rows.whole[decltype(m)::value][0], own);
+            else load_two_matrices<false, at>(rows.half[decltype(m)::value], own);
+        });
+        unroll<N / 2>([&](auto pair) {
+            constexpr int n = decltype(pair)::value, at = (FIRST + n * 16) * ROW_BYTES + k * 32;
+            if constexpr (k < STEPS) {
+                unsigned int others[4];
+                load_matrices<false, at>(others, tile);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    mma(scores[m][2 * n], rows.whole[m][0], others[0], others[2], scores[m][2 * n]);
+                    mma(scores[m][2 * n + 1], rows.whole[m][0], others[1], others[3], scores[m][2 * n + 1]);
+                }
+            } else {
+                unsigned int others[2];
+                load_two_matrices<false, at>(others, tile);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    mma(scores[m][2 * n], rows.half[m], others[0], scores[m][2 * n]);
+                    mma(scores[m][2 * n + 1], rows.half[m], others[1], scores[m][2 * n + 1]);
+                }
+            }
+        });
+    };
+    unroll<STEPS + HALF_STEP>(step);
+}
+
+// Columns 16 K .. of weights as an operand: the accumulators of a product are that of the next one.
+template <int K, int M, int N>
+__device__ __forceinline__ void pack_weights(unsigned int (&packed)[M][4], const float (&weights)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+            packed[m][r] = pack_bf16(weights[m][2 * K + r / 2][r % 2 * 2], weights[m][2 * K + r / 2][r % 2 * 2 + 1]);
+}
+
+// sums += weights tile: sums of 16 of the tile's rows from FIRST on, and of COUNT chunks.
+template <int FIRST, int M, int COUNT>
+__device__ __forceinline__ void add_weighted(float (&sums)[M][COUNT][4], const unsigned int (&weights)[M][4], unsigned int tile) {
+    unroll<COUNT / 2>([&](auto pair) {
+        constexpr int n = decltype(pair)::value;
+        unsigned int others[4];
+        load_matrices<true, FIRST * ROW_BYTES + n * 32>(others, tile);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            mma(sums[m][2 * n], weights[m], others[0], others[1]);
+            mma(sums[m][2 * n + 1], weights[m], others[2], others[3]);
+        }
+    });
+    if constexpr (COUNT % 2 != 0) {
+        unsigned int others[2];
+        load_two_matrices<true, FIRST * ROW_BYTES + (COUNT - 1) * 16>(others, tile);
+#pragma unroll
+        for (int m = 0; m < M; ++m) mma(sums[m][COUNT - 1], weights[m], others[0], others[1]);
+    }
+}
+
+// The same for all columns of the weights.
 template <int FIRST, int M, int N>
 __device__ __forceinline__ void weighted_rows(float (&sums)[M][CHUNKS][4], const float (&weights)[M][N][4], unsigned int tile) {
     unroll<N / 2>([&](auto step) {
         constexpr int k = decltype(step)::value;
-        unsigned int own[M][4];
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-            for (int r = 0; r < 4; ++r)
-                own[m][r] = pack_bf16(weights[m][2 * k + r / 2][r % 2 * 2], weights[m][2 * k + r / 2][r % 2 * 2 + 1]);
-        unroll<CHUNKS / 2>([&](auto pair) {
-            constexpr int n = decltype(pair)::value;
-            unsigned int others[4];
-            load_matrices<true, (FIRST + k * 16) * ROW_BYTES + n * 32>(others, tile);
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-                mma(sums[m][2 * n], own[m], others[0], others[1]);
-                mma(sums[m][2 * n + 1], own[m], others[2], others[3]);
-            }
-        });
-        if constexpr (CHUNKS % 2 != 0) {
-            unsigned int others[2];
-            load_two_matrices<true, (FIRST + k * 16) * ROW_BYTES + (CHUNKS - 1) * 16>(others, tile);
-#pragma unroll
-            for (int m = 0; m < M; ++m) mma(sums[m][CHUNKS - 1], own[m], others[0], others[1]);
-        }
+        unsigned int packed[M][4];
+        pack_weights<k>(packed, weights);
+        add_weighted<FIRST + k * 16>(sums, packed, tile);
     });
 }
 
@@ -320,6 +386,16 @@ __device__ __forceinline__ void row_products(float (&d)[2], unsigned int dout, u
     int from = lane / 4 * 4 + lane / 8;
     d[0] = __shfl_sync(0xffffffffu, d[0], from);
     d[1] = __shfl_sync(0xffffffffu, d[1], from);
+}
+
+// The same into shared memory, negative, behind two statistics of every two rows.
+__device__ __forceinline__ void store_row_products(float* rows, unsigned int dout, unsigned int out) {
+    float d[2];
+    row_products(d, dout, out);
+    int lane = threadIdx.x % 32, row = lane / 4;
+    if (lane % 4 != 0) return;
+    rows[row / 2 * 4 + 2 + row % 2] = -d[0];
+    rows[row / 2 * 4 + 18 + row % 2] = -d[1];
 }
 
 // This warp's rows of an output, times a factor for each of a lane's rows, into shared memory.
@@ -353,12 +429,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) attention_fwd(
     constexpr float RAISE = 1.8446744e19f;
     int first = blockIdx.x * OWN, head = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned int tiles = shared_address(shared);
-    Share share;
+    Share<THREADS> share;
     Head keys = part_of_qkv(1, b, head, T, C);
-    const elem* key = share.of(qkv, keys, 0);
-    share.copy<OWN>(tiles + 2 * TILE_BYTES, share.of(qkv, part_of_qkv(0, b, head, T, C), first), keys.stride, T - first);
-    share.copy<TILE>(tiles, key, keys.stride, T);
-    share.copy<TILE>(tiles + TILE_BYTES, key + C, keys.stride, T);
+    const elem* key = qkv + share.of(keys, 0);
+    const elem* query = qkv + share.of(part_of_qkv(0, b, head, T, C), first);
+    share.copy<OWN>({Copy{query, keys.stride, tiles + 2 * TILE_BYTES}}, T - first);
+    share.copy<TILE>({Copy{key, keys.stride, tiles}, Copy{key + C, keys.stride, tiles + TILE_BYTES}}, T);
     commit_copies();
     wait_copies<0>();
     __syncthreads();
@@ -379,8 +455,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) attention_fwd(
         __syncthreads();
         if (left > TILE) {
             key += (long long)TILE * keys.stride;
-            share.copy<TILE>(writing, key, keys.stride, left - TILE);
-            share.copy<TILE>(writing + TILE_BYTES, key + C, keys.stride, left - TILE);
+            share.copy<TILE>(
+                {Copy{key, keys.stride, writing}, Copy{key + C, keys.stride, writing + TILE_BYTES}}, left - TILE
+            );
             commit_copies();
         }
         float scores[M][N][4], sum[M][2];
@@ -461,6 +538,179 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) attention_fwd(
     share.store<OWN>(out, of_activation(b, head, T, C), first, T, shared);
 }
 
+#if WHOLE_HEAD
+
+constexpr int HEAD_WARPS = 8;  // of 32 keys each
+constexpr int HEAD_THREADS = HEAD_WARPS * 32;
+constexpr int HEAD_BYTES = HEAD_THREADS * ROW_BYTES;  // a row for each thread
+constexpr int QUERIES = 32;                           // at a time
+constexpr int QUERIES_BYTES = QUERIES * ROW_BYTES;
+constexpr int DS_ROW_BYTES = QUERIES * 2 + 16;        // of a key: an odd number of chunks
+
+// Grid: (1, NH, B) blocks of 256 threads: dk and dv of 32 keys a warp; dS of all passes through shared memory to dq.
+// Shared memory: rows of HS for all keys and 6 times 32 queries, DS_ROW_BYTES
+// and a float a key, and 2 floats for each of 32 queries.
+extern "C" __global__ void __launch_bounds__(HEAD_THREADS) attention_bwd(
+    elem* __restrict__ dqkv,        // [B, T, 3 C]
+    const elem* __restrict__ dout,  // [B, T, C]
+    const elem* __restrict__ qkv,   // [B, T, 3 C]
+    const elem* __restrict__ out,   // [B, T, C]
+    const float* __restrict__ lse,  // [B, NH, T]
+    float scale,                    // 1 / sqrt(HS)
+    int B,
+    int T,
+    int C
+) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    constexpr int M = 2, N = 2;
+    int head = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // Keys; two stages of queries and gradients of outputs; outputs; gradients of queries; dS; statistics.
+    constexpr int STAGES = HEAD_BYTES, OUTPUTS = STAGES + 4 * QUERIES_BYTES, DQ = OUTPUTS + QUERIES_BYTES;
+    constexpr int DS = DQ + QUERIES_BYTES, STATISTICS = DS + HEAD_THREADS * DS_ROW_BYTES;
+    static_assert(STAGES + HEAD_BYTES <= STATISTICS, "values, and later their gradients, take the place of all after keys");
+    unsigned int keys = shared_address(shared), tiles = keys + STAGES;
+    // For every two queries: -lse of both, in powers of 2, and -D of both.
+    float* rows = (float*)(shared + STATISTICS);
+    float* head_lse = rows + 2 * QUERIES;
+    Head queries = part_of_qkv(0, b, head, T, C);
+    {
+        Share<HEAD_THREADS> share;
+        const elem* query = qkv + share.of(queries, 0);
+        share.copy<HEAD_THREADS>({Copy{query + C, queries.stride, keys}, Copy{query + 2 * C, queries.stride, tiles}}, T);
+        commit_copies();
+    }
+    // A query that is not there has no probabilities: 2^-infinity.
+    int t = threadIdx.x;
+    head_lse[t] = t < T ? -lse[((long long)b * gridDim.y + head) * T + t] * LOG2_E : -INFINITY;
+    wait_copies<0>();
+    __syncthreads();
+    Fragments<M> v;
+    unsigned int own_keys = keys + warp * 32 * ROW_BYTES + lane_offset();
+    v.load(own_keys + STAGES);
+    __syncthreads();
+
+    // What copies, stores and dq need is computed for each tile again: there are no registers to keep it in.
+    auto copy_next = [&](unsigned int to, int start) {
+        Share<HEAD_THREADS> share(thread_again());
+        Head upstream = of_activation(b, head, T, C);
+        long long at = share.of(upstream, start);
+        Copy q{qkv + share.of(queries, start), queries.stride, to}, gradients{dout + at, upstream.stride, to + QUERIES_BYTES};
+        share.copy<QUERIES>({q, gradients, Copy{out + at, upstream.stride, keys + OUTPUTS}}, T - start);
+        commit_copies();
+    };
+    auto store_dq = [&](int start) {
+        Share<HEAD_THREADS>(thread_again()).store<QUERIES>(dqkv, queries, start, T, shared + DQ);
+    };
+    unsigned int own_ds = keys + DS + (warp * 32 + lane / 4) * DS_ROW_BYTES + lane % 4 * 4;
+
+    float dk[M][CHUNKS][4] = {}, dv[M][CHUNKS][4] = {};
+    float factor = scale * LOG2_E;
+    unsigned int reading = tiles;
+    copy_next(reading, 0);
+    for (int start = 0; start < T; start += QUERIES) {
+        wait_copies<0>();
+        // The tile is there for every warp, and so is dq of the one before.
+        __syncthreads();
+        if (start) store_dq(start - QUERIES);
+        if (t < QUERIES) rows[t / 2 * 4 + t % 2] = head_lse[start + t];
+        for (int row = warp * 16; row < QUERIES; row += HEAD_WARPS * 16) {
+            unsigned int at = row * ROW_BYTES + lane_offset();
+            store_row_products(rows + row * 2, reading + QUERIES_BYTES + at, keys + OUTPUTS + at);
+        }
+        __syncthreads();
+        if (start + QUERIES < T) copy_next(2 * tiles + 2 * QUERIES_BYTES - reading, start + QUERIES);
+        unsigned int tile_q = reading + lane_offset(), tile_dout = tile_q + QUERIES_BYTES;
+        // One code for all parts: unrolled, they would share registers.
+#pragma unroll 1
+        for (int part = 0; part < QUERIES / 16; ++part, tile_q += 16 * ROW_BYTES, tile_dout += 16 * ROW_BYTES) {
+            float p[M][N][4] = {}, ds[M][N][4];
+            unsigned int packed[M][4];
+            rows_times_rows<0>(p, own_keys, tile_q);
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                float4 row = ((const float4*)rows)[part * 8 + n * 4 + lane % 4];
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        p[m][n][r] = power_of_2(fmaf(p[m][n][r], factor, r % 2 ? row.y : row.x));
+                        ds[m][n][r] = r % 2 ? row.w : row.z;
+                    }
+            }
+            // dS of keys that are not there must be 0, not infinity: they are multiplied with zeros in dq.
+            if (warp * 32 + 32 > T) {
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int r = 0; r < 4; ++r)
+                        if (warp * 32 + m * 16 + lane / 4 + r / 2 * 8 >= T) p[m][0][r] = p[m][1][r] = 0.0f;
+            }
+            pack_weights<0>(packed, p);
+            add_weighted<0>(dv, packed, tile_dout);
+            rows_times_rows<0>(ds, v, tile_dout);
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int n = 0; n < N; ++n)
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) ds[m][n][r] *= p[m][n][r];
+            pack_weights<0>(packed, ds);
+            unroll<M * 4>([&](auto index) {
+                constexpr int m = decltype(index)::value / 4, r = decltype(index)::value % 4;
+                store_shared<(m * 16 + r % 2 * 8) * DS_ROW_BYTES + r / 2 * 16>(own_ds + part * 32, packed[m][r]);
+            });
+            add_weighted<0>(dk, packed, tile_q);
+        }
+        __syncthreads();
+        // Of dq, a warp computes 16 queries and PART chunks.
+        constexpr int PART = (CHUNKS + HEAD_WARPS / 2 - 1) / (HEAD_WARPS / 2);
+        unsigned int thread = thread_again(), first_chunk = thread / 64 * PART;
+        if (first_chunk < CHUNKS) {
+            // The last part may overlap the one before: both store the same.
+            first_chunk = min(first_chunk, CHUNKS - PART);
+            unsigned int lane = thread % 32, first_query = thread / 32 % 2 * 16;
+            unsigned int ds_part = keys + DS + lane % 16 * DS_ROW_BYTES + lane / 16 * 16 + first_query * 2;
+            unsigned int keys_part = keys + lane_offset(thread) + first_chunk * 16;
+            unsigned int own_dq = keys + DQ + (first_query + lane / 4) * ROW_BYTES + first_chunk * 16 + lane % 4 * 4;
+            float dq[1][PART][4] = {};
+            unroll<HEAD_THREADS / 16>([&](auto step) {
+                constexpr int k = decltype(step)::value;
+                unsigned int weights[1][4];
+                load_matrices<true, k * 16 * DS_ROW_BYTES>(weights[0], ds_part);
+                // Transposed, rows become columns.
+                unsigned int second = weights[0][1];
+                weights[0][1] = weights[0][2];
+                weights[0][2] = second;
+                add_weighted<k * 16>(dq, weights, keys_part);
+            });
+            unroll<PART * 2>([&](auto index) {
+                constexpr int n = decltype(index)::value / 2, h = decltype(index)::value % 2;
+                unsigned int packed = pack_bf16(dq[0][n][h * 2] * scale, dq[0][n][h * 2 + 1] * scale);
+                store_shared<h * 8 * ROW_BYTES + n * 16>(own_dq, packed);
+            });
+        }
+        reading = 2 * tiles + 2 * QUERIES_BYTES - reading;
+    }
+    __syncthreads();
+    store_dq((T - 1) / QUERIES * QUERIES);
+    __syncthreads();
+    const float scales[M][2] = {{scale, scale}, {scale, scale}}, ones[M][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
+    stage_rows(shared, dk, scales);
+    stage_rows(shared + STAGES, dv, ones);
+    __syncthreads();
+    Share<HEAD_THREADS> share;
+    share.store<HEAD_THREADS>(dqkv, part_of_qkv(1, b, head, T, C), 0, T, shared);
+    share.store<HEAD_THREADS>(dqkv, part_of_qkv(2, b, head, T, C), 0, T, shared + STAGES);
+}
+
+#else
+
+// Rows of a tile that backward computes with at a time: as many as registers allow.
+constexpr int KEYS_PART = TILE < 32 ? TILE : 32;
+constexpr int QUERIES_PART = ROW_TILES > 1 || TILE < 32 ? 16 : 32;
+// Long rows of dk and dv do not fit in the registers of one warp: other blocks compute dv then.
+constexpr bool SPLIT = HS > 104;
+
 // dk and dv of a block's own keys, from `first` on, or only one of them.
 template <bool DK, bool DV>
 __device__ __forceinline__ void gradients_of_keys(
@@ -482,15 +732,15 @@ __device__ __forceinline__ void gradients_of_keys(
     unsigned int tiles = shared_address(shared), tile_out = tiles + 4 * TILE_BYTES;
     // For every two queries of a tile: -lse of both, in powers of 2, and -D of both.
     float* rows = (float*)(shared + 5 * TILE_BYTES);
-    Share share;
+    Share<THREADS> share;
     Head queries = part_of_qkv(0, b, head, T, C), upstream = of_activation(b, head, T, C);
-    const elem* query = share.of(qkv, queries, 0);
-    const elem* dout_row = share.of(dout, upstream, 0);
+    const elem* query = qkv + share.of(queries, 0);
+    const elem* dout_row = dout + share.of(upstream, 0);
     long long to_out = out - dout;
 
-    const elem* own_key = share.of(qkv, part_of_qkv(1, b, head, T, C), first);
-    share.copy<OWN>(tiles, own_key, queries.stride, T - first);
-    if (DK) share.copy<OWN>(tiles + 2 * TILE_BYTES, own_key + C, queries.stride, T - first);
+    const elem* own_key = qkv + share.of(part_of_qkv(1, b, head, T, C), first);
+    share.copy<OWN>({Copy{own_key, queries.stride, tiles}}, T - first);
+    if (DK) share.copy<OWN>({Copy{own_key + C, queries.stride, tiles + 2 * TILE_BYTES}}, T - first);
     commit_copies();
     wait_copies<0>();
     __syncthreads();
@@ -502,9 +752,10 @@ __device__ __forceinline__ void gradients_of_keys(
 
     float next_lse;
     auto copy_next = [&](unsigned int to, int start) {
-        share.copy<TILE>(to, query, queries.stride, T - start);
-        share.copy<TILE>(to + TILE_BYTES, dout_row, upstream.stride, T - start);
-        if (DK) share.copy<TILE>(tile_out, dout_row + to_out, upstream.stride, T - start);
+        Copy q{query, queries.stride, to}, gradients{dout_row, upstream.stride, to + TILE_BYTES};
+        Copy outputs{dout_row + to_out, upstream.stride, tile_out};
+        if constexpr (DK) share.copy<TILE>({q, gradients, outputs}, T - start);
+        else share.copy<TILE>({q, gradients}, T - start);
         commit_copies();
         query += (long long)TILE * queries.stride;
         dout_row += (long long)TILE * upstream.stride;
@@ -521,14 +772,8 @@ __device__ __forceinline__ void gradients_of_keys(
         __syncthreads();
         if (threadIdx.x < TILE) rows[threadIdx.x / 2 * 4 + threadIdx.x % 2] = next_lse;
         for (int row = warp * 16; DK && row < TILE; row += WARPS * 16) {
-            float d[2];
             unsigned int at = row * ROW_BYTES + lane_offset();
-            row_products(d, reading + TILE_BYTES + at, tile_out + at);
-            if (lane % 4 == 0) {
-                int low = row + lane / 4;
-                rows[low / 2 * 4 + 2 + low % 2] = -d[0];
-                rows[low / 2 * 4 + 18 + low % 2] = -d[1];
-            }
+            store_row_products(rows + row * 2, reading + TILE_BYTES + at, tile_out + at);
         }
         __syncthreads();
         if (start + TILE < T) copy_next(writing, start + TILE);
@@ -588,10 +833,11 @@ __device__ __forceinline__ void gradients_of_queries(
     constexpr int M = ROW_TILES, N = QUERIES_PART / 8, OWN = WARPS * 16 * M;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned int tiles = shared_address(shared);
-    Share share;
+    Share<THREADS> share;
     Head queries = part_of_qkv(0, b, head, T, C), upstream = of_activation(b, head, T, C);
-    share.copy<OWN>(tiles, share.of(dout, upstream, first), upstream.stride, T - first);
-    share.copy<OWN>(tiles + 2 * TILE_BYTES, share.of(out, upstream, first), upstream.stride, T - first);
+    long long own_row = share.of(upstream, first);
+    Copy gradients{dout + own_row, upstream.stride, tiles}, outputs{out + own_row, upstream.stride, tiles + 2 * TILE_BYTES};
+    share.copy<OWN>({gradients, outputs}, T - first);
     commit_copies();
     float row_lse[M][2];
 #pragma unroll
@@ -610,10 +856,9 @@ __device__ __forceinline__ void gradients_of_queries(
 #pragma unroll
     for (int m = 0; m < M; ++m) row_products(row_d[m], own + m * 16 * ROW_BYTES, own + m * 16 * ROW_BYTES + 2 * TILE_BYTES);
     __syncthreads();
-    const elem* key = share.of(qkv, part_of_qkv(1, b, head, T, C), 0);
-    share.copy<OWN>(tiles + 2 * TILE_BYTES, share.of(qkv, queries, first), queries.stride, T - first);
-    share.copy<TILE>(tiles, key, queries.stride, T);
-    share.copy<TILE>(tiles + TILE_BYTES, key + C, queries.stride, T);
+    const elem* key = qkv + share.of(part_of_qkv(1, b, head, T, C), 0);
+    share.copy<OWN>({Copy{qkv + share.of(queries, first), queries.stride, tiles + 2 * TILE_BYTES}}, T - first);
+    share.copy<TILE>({Copy{key, queries.stride, tiles}, Copy{key + C, queries.stride, tiles + TILE_BYTES}}, T);
     commit_copies();
     wait_copies<0>();
     __syncthreads();
@@ -627,8 +872,9 @@ __device__ __forceinline__ void gradients_of_queries(
         __syncthreads();
         if (left > TILE) {
             key += (long long)TILE * queries.stride;
-            share.copy<TILE>(writing, key, queries.stride, left - TILE);
-            share.copy<TILE>(writing + TILE_BYTES, key + C, queries.stride, left - TILE);
+            share.copy<TILE>(
+                {Copy{key, queries.stride, writing}, Copy{key + C, queries.stride, writing + TILE_BYTES}}, left - TILE
+            );
             commit_copies();
         }
         unsigned int tile_k = reading + lane_offset(), tile_v = tile_k + TILE_BYTES;
@@ -692,6 +938,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) attention_bwd(
         gradients_of_queries(dqkv, dout, qkv, out, lse, scale, b, head, T, C, first, shared);
     }
 }
+
+#endif
 
 #else
 

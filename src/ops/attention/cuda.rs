@@ -63,42 +63,55 @@ struct Shape {
 /// Larger heads leave registers and shared memory for fewer rows.
 const LARGE_HEAD: usize = 72;
 
-/// Heads from here on have blocks of their own for the gradients of values.
+/// Heads larger than this have blocks of their own for the gradients of values.
 const SPLIT_HEAD: usize = 104;
 
+/// Warps of a block that owns a whole head.
+const HEAD_WARPS: usize = 8;
+
 impl Dims {
-    /// Blocks no larger than the sample, and at least 8 warps on a multiprocessor.
+    /// Blocks no larger than the sample, small enough for 8 warps on a multiprocessor.
     fn shape(self, elem: DType) -> Shape {
         let shape = |warps, tile, row_tiles| Shape { warps, tile, row_tiles };
         match (elem, self.head_size() > LARGE_HEAD, self.t) {
             (DType::F32, ..) => shape(4, 32, 1),
             (_, _, ..=16) => shape(1, 16, 1),
-            (_, false, ..=32) => shape(1, 32, 2),
-            (_, false, ..=64) => shape(2, 64, 2),
+            (_, _, ..=32) => shape(2, 32, 1),
+            (_, false, ..=64) => shape(2, 32, 2),
             (_, false, _) => shape(4, 64, 2),
-            (_, true, ..=32) => shape(2, 32, 1),
             (_, true, _) => shape(4, 32, 1),
         }
+    }
+
+    /// Whether a block of backward owns a whole head, with 32 keys a warp.
+    fn whole_head(self, elem: DType) -> bool {
+        elem == DType::Bf16 && self.head_size() <= LARGE_HEAD && (129..=32 * HEAD_WARPS).contains(&self.t)
     }
 
     fn defines(self, elem: DType) -> Vec<(&'static str, i64)> {
         let Shape { warps, tile, row_tiles } = self.shape(elem);
         match elem {
             DType::Bf16 => {
-                let sizes = [("HS", self.head_size()), ("WARPS", warps), ("TILE", tile), ("ROW_TILES", row_tiles)];
+                let whole = usize::from(self.whole_head(elem));
+                let sizes = [
+                    ("HS", self.head_size()),
+                    ("WARPS", warps),
+                    ("TILE", tile),
+                    ("ROW_TILES", row_tiles),
+                    ("WHOLE_HEAD", whole),
+                ];
                 sizes.map(|(name, size)| (name, size as i64)).to_vec()
             }
             _ => vec![("HS", self.head_size() as i64)],
         }
     }
 
-    /// Bytes of a tile in shared memory.
-    fn tile_bytes(self, elem: DType) -> usize {
-        let size = self.head_size();
+    /// Bytes of a row in shared memory.
+    fn row_bytes(self, elem: DType) -> usize {
         match elem {
-            // An odd number of 16-byte chunks a row.
-            DType::Bf16 => self.shape(elem).tile * (size / 8 | 1) * 16,
-            _ => 32 * (size + 1) * 4,
+            // An odd number of 16-byte chunks.
+            DType::Bf16 => ((self.head_size() / 8) | 1) * 16,
+            _ => (self.head_size() + 1) * 4,
         }
     }
 }
@@ -106,18 +119,18 @@ impl Dims {
 /// Bytes of a matrix of weights in f32.
 const WEIGHTS: usize = 32 * 33 * 4;
 
+/// Launches `blocks` blocks a head, of `warps` warps and `shared` bytes of shared memory.
 fn launch(
     device: &Device,
     kernel: &'static str,
     elem: DType,
     dims: Dims,
-    blocks: usize,
-    shared: usize,
+    [blocks, warps, shared]: [usize; 3],
     args: &[Arg],
 ) -> Result<()> {
     let defines = dims.defines(elem);
     let grid = [blocks as u32, dims.heads as u32, dims.b as u32];
-    let block = 32 * dims.shape(elem).warps as u32;
+    let block = 32 * warps as u32;
     device.launch(&Launch { file: FILE, kernel, elem, defines: &defines, grid, block, shared: shared as u32 }, args)
 }
 
@@ -129,7 +142,8 @@ pub fn forward(device: &Device, out: Buffer, lse: Buffer, qkv: Buffer, dims: Dim
     let Dims { b, t, c, heads } = dims;
     let elem = qkv.dtype;
     dims.check(elem, &[("out", out, b * t * c), ("lse", lse, b * heads * t), ("qkv", qkv, b * t * 3 * c)])?;
-    let (shape, tile) = (dims.shape(elem), dims.tile_bytes(elem));
+    let shape = dims.shape(elem);
+    let tile = shape.tile * dims.row_bytes(elem);
     let (owned, shared) = match elem {
         // Two tiles of keys and of values each: one is computed with while the other arrives.
         DType::Bf16 => (16 * shape.warps * shape.row_tiles, 4 * tile),
@@ -137,7 +151,7 @@ pub fn forward(device: &Device, out: Buffer, lse: Buffer, qkv: Buffer, dims: Dim
     };
     let [sizes_b, sizes_t, sizes_c] = dims.sizes();
     let args = [out.into(), lse.into(), qkv.into(), dims.scale(), sizes_b, sizes_t, sizes_c];
-    launch(device, "attention_fwd", elem, dims, t.div_ceil(owned), shared, &args)
+    launch(device, "attention_fwd", elem, dims, [t.div_ceil(owned), shape.warps, shared], &args)
 }
 
 /// `dqkv` `[B, T, 3 C]` elem, given that of the output, `dout` `[B, T, C]` elem, and what [`forward`] wrote.
@@ -165,16 +179,23 @@ pub fn backward(
             ("lse", lse, b * heads * t),
         ],
     )?;
-    let (shape, tile) = (dims.shape(elem), dims.tile_bytes(elem));
-    let (blocks, shared) = match elem {
+    let shape = dims.shape(elem);
+    let tile = shape.tile * dims.row_bytes(elem);
+    let (blocks, warps, shared) = match elem {
+        DType::Bf16 if dims.whole_head(elem) => {
+            let keys = 32 * HEAD_WARPS;
+            // Keys and six times 32 rows; dS with 32 queries and one chunk a key, lse of all queries; two statistics of 32.
+            (1, HEAD_WARPS, (keys + 6 * 32) * dims.row_bytes(elem) + keys * (32 * 2 + 16 + 4) + 2 * 4 * 32)
+        }
         DType::Bf16 => {
             let of_keys = t.div_ceil(16 * shape.warps) * if dims.head_size() > SPLIT_HEAD { 2 } else { 1 };
+            let of_queries = t.div_ceil(16 * shape.warps * shape.row_tiles);
             // Two tiles each of what is walked over, one of outputs, and two statistics a row.
-            (of_keys + t.div_ceil(16 * shape.warps * shape.row_tiles), 5 * tile + 2 * 4 * shape.tile)
+            (of_keys + of_queries, shape.warps, 5 * tile + 2 * 4 * shape.tile)
         }
-        _ => (2 * t.div_ceil(shape.tile), 4 * tile + 2 * WEIGHTS + 4 * shape.tile),
+        _ => (2 * t.div_ceil(shape.tile), shape.warps, 4 * tile + 2 * WEIGHTS + 4 * shape.tile),
     };
     let [sizes_b, sizes_t, sizes_c] = dims.sizes();
     let args = [dqkv.into(), dout.into(), qkv.into(), out.into(), lse.into(), dims.scale(), sizes_b, sizes_t, sizes_c];
-    launch(device, "attention_bwd", elem, dims, blocks, shared, &args)
+    launch(device, "attention_bwd", elem, dims, [blocks, warps, shared], &args)
 }
