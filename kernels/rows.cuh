@@ -23,27 +23,6 @@ __device__ __forceinline__ float silu_derivative(float x) {
     return s * fmaf(x, 1.0f - s, 1.0f);
 }
 
-// Halves 2 HALF sums between lanes HALF apart: the lower one goes on with the first HALF of them, the upper one with the others.
-template <int HALF>
-__device__ __forceinline__ void share_sums(float (&x)[32]) {
-    bool upper = threadIdx.x & HALF;
-#pragma unroll
-    for (int i = 0; i < HALF; ++i) {
-        float given = upper ? x[i] : x[i + HALF], kept = upper ? x[i + HALF] : x[i];
-        x[i] = kept + __shfl_xor_sync(0xffffffffu, given, HALF);
-    }
-}
-
-// Sums 32 numbers over the lanes of a warp: lane i gets the sum of x[i].
-__device__ __forceinline__ float warp_sums(float (&x)[32]) {
-    share_sums<16>(x);
-    share_sums<8>(x);
-    share_sums<4>(x);
-    share_sums<2>(x);
-    share_sums<1>(x);
-    return x[0];
-}
-
 // Whether rows of K elements of the weight can be read in vectors.
 __device__ __forceinline__ bool rows_are_vectors(const elem* weight, int K) {
     return K % WIDTH == 0 && is_aligned(weight);
@@ -96,7 +75,7 @@ __device__ __forceinline__ void rows_forward_of(
             }
         }
     }
-    float sum = warp_sums(sums);
+    float sum = warp_sums<WARP_OUTPUTS * ROWS>(sums);
     int b = first + lane / WARP_OUTPUTS, n = first_n + lane % WARP_OUTPUTS;
     if (b < B && n < N) y[(long long)b * N + n] = sum + bias[n];
 }
