@@ -95,7 +95,7 @@ __device__ __forceinline__ void store_rounded(bf16* to, const float (&x)[AT_ONCE
 }
 
 // Grid: ceil(n / (AT_ONCE THREADS)) blocks of THREADS.
-extern "C" __global__ void __launch_bounds__(THREADS) adamw(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) adamw(
     float* __restrict__ weights,          // [n]
     elem* __restrict__ rounded_weights,   // [n], or null: products read `weights`
     float* __restrict__ ema,              // [n]

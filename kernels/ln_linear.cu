@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) ln_linear_fwd_norma
     float* __restrict__ mean,         // [B, T]
     float* __restrict__ rstd,         // [B, T]
     elem* __restrict__ inactive,      // [B, 2, C]  1 + scale and shift outside of the window, 0 inside
-    const elem* __restrict__ x,       // [B, T, C]  what is outside of the window does not matter
+    const elem* __restrict__ x,       // [B, T, C]  any numbers outside of the window
     const int* __restrict__ windows,  // [B, 2]
     const float* __restrict__ shift,  // [B, C]
     const float* __restrict__ scale,  // [B, C]
@@ -195,8 +195,8 @@ extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) ln_linear_bwd_norma
     float* __restrict__ dscale,                // [B, C] +=
     float* parts,                              // [B, blocks, ceil(C / G), 2, G], G = 32 lane_channels
     unsigned int* finished,                    // [B] blocks of the sample that have written their parts; 0 before
-    const elem* __restrict__ dh,               // [B, T, C]
-    const elem* __restrict__ x,                // [B, T, C]
+    const elem* __restrict__ dh,               // [B, T, C]  any numbers outside, in the vectors that meet the window
+    const elem* __restrict__ x,                // [B, T, C]  likewise
     const int* __restrict__ windows,           // [B, 2]
     const float* __restrict__ scale,           // [B, C]
     const float* __restrict__ mean,            // [B, T]

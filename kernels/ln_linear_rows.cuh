@@ -47,8 +47,8 @@ struct WindowVectors {
         trim(v, i);
     }
 
-    // The part of a sample's f32 vector that goes with the held vectors of all lanes, plus `plus` and 0 outside of the window, to
-    // shared memory by all threads of the block.
+    // What goes with the held vectors of all lanes in a sample's f32 vector, plus `plus` and 0 outside of the window, to shared
+    // memory by all threads of the block.
     __device__ void stage(float* shared, const float* from, float plus, bool aligned) const {
         typedef LaneColumns<W> Lanes;
         constexpr int PIECE = Lanes::PIECE;
@@ -191,6 +191,7 @@ __device__ __forceinline__ void sum_columns(
     int B, int T, int N
 ) {
     constexpr int VECTORS = COLUMNS / 32 / W;
+    constexpr int AT_ONCE = W > 1 ? W / 2 : 1;  // rows that a warp reads before it goes on
     typedef LaneColumns<W> Lanes;
     __shared__ __align__(16) float parts[COLUMN_WARPS][2][Lanes::floats(VECTORS)];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.y;
@@ -203,26 +204,38 @@ __device__ __forceinline__ void sum_columns(
         for (int e = 0; e < W; ++e) p_sums[v][e] = q_sums[v][e] = u[v][e] = 0.0f;
         if (n[v] < N) load_floats(u[v], uv + (long long)b * 2 * N + n[v], true);
     }
-#pragma unroll 2
-    for (int t = warp; t < T; t += COLUMN_WARPS) {
-        int row = b * T + t;
-        float r = -mean[row] * rstd[row], dot = 0.0f;
+    for (int first = warp; first < T; first += COLUMN_WARPS * AT_ONCE) {
+        Vector<W> held[AT_ONCE][VECTORS];
+        float dots[AT_ONCE];
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-            if (n[v] >= N) continue;
-            Vector<W> vector;
-            float values[W];
-            vector.load(g + (long long)row * N + n[v]);
-            vector.unpack(values);
+        for (int i = 0; i < AT_ONCE; ++i) {
+            int t = first + i * COLUMN_WARPS;
 #pragma unroll
-            for (int e = 0; e < W; ++e) {
-                q_sums[v][e] += values[e];
-                p_sums[v][e] = fmaf(r, values[e], p_sums[v][e]);
-                dot = fmaf(values[e], u[v][e], dot);
+            for (int v = 0; v < VECTORS; ++v)
+                if (t < T && n[v] < N) held[i][v].load(g + ((long long)b * T + t) * N + n[v]);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            int t = first + i * COLUMN_WARPS;
+            dots[i] = 0.0f;
+            if (t >= T) continue;
+            float r = -mean[b * T + t] * rstd[b * T + t];
+#pragma unroll
+            for (int v = 0; v < VECTORS; ++v) {
+                if (n[v] >= N) continue;
+                float values[W];
+                held[i][v].unpack(values);
+#pragma unroll
+                for (int e = 0; e < W; ++e) {
+                    q_sums[v][e] += values[e];
+                    p_sums[v][e] = fmaf(r, values[e], p_sums[v][e]);
+                    dots[i] = fmaf(values[e], u[v][e], dots[i]);
+                }
             }
         }
-        dot = warp_sum(dot);
-        if (lane == 0) dr[(long long)blockIdx.x * B * T + row] = dot;
+        float dot = warp_sums<AT_ONCE>(dots);
+        int t = first + lane / (32 / AT_ONCE) * COLUMN_WARPS;
+        if (lane % (32 / AT_ONCE) == 0 && t < T) dr[((long long)blockIdx.x * B + b) * T + t] = dot;
     }
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {

@@ -11,7 +11,7 @@ constexpr int ROWS = 8;           // samples at a time
 constexpr int ROW_THREADS = 256;
 constexpr int ROW_WARPS = ROW_THREADS / 32;
 constexpr int WARP_OUTPUTS = 4;   // of a warp of the forward kernel: what it reads of x serves them all
-constexpr int K_COLUMNS = 256;    // inputs of a block of dx
+constexpr int K_COLUMNS = 256;    // inputs that a block reads at a time, or of a block of dx
 constexpr int N_ROWS = 256;       // outputs whose dy a block of dx holds at a time
 constexpr int WEIGHT_ROWS = 8;    // outputs of a warp of dW
 constexpr int WEIGHT_COLUMNS = 128;  // and its inputs
@@ -23,21 +23,6 @@ __device__ __forceinline__ float silu_derivative(float x) {
     return s * fmaf(x, 1.0f - s, 1.0f);
 }
 
-// Sums 32 numbers over the lanes of a warp: lane i gets the sum of x[i].
-__device__ __forceinline__ float warp_sums(float (&x)[32]) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 16; half > 0; half /= 2) {
-        bool upper = lane & half;
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-            float given = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
-            x[i] = kept + __shfl_xor_sync(0xffffffffu, given, half);
-        }
-    }
-    return x[0];
-}
-
 // Whether rows of K elements of the weight can be read in vectors.
 __device__ __forceinline__ bool rows_are_vectors(const elem* weight, int K) {
     return K % WIDTH == 0 && is_aligned(weight);
@@ -47,31 +32,50 @@ template <int W>
 __device__ __forceinline__ void rows_forward_of(
     float* y, const float* x, const elem* weight, const float* bias, int B, int K, int N
 ) {
+    constexpr int VECTORS = K_COLUMNS / 32 / W;
+    typedef LaneColumns<W> Lanes;
+    constexpr int PIECE = Lanes::PIECE;
+    __shared__ __align__(16) float inputs[ROWS][Lanes::floats(VECTORS)];
     int lane = threadIdx.x % 32, first = blockIdx.y * ROWS;
     int first_n = (blockIdx.x * ROW_WARPS + threadIdx.x / 32) * WARP_OUTPUTS;
     float sums[WARP_OUTPUTS * ROWS];
 #pragma unroll
     for (int i = 0; i < WARP_OUTPUTS * ROWS; ++i) sums[i] = 0.0f;
-    for (int k = lane * W; k < K; k += 32 * W) {
-        float weights[WARP_OUTPUTS][W];
-#pragma unroll
-        for (int j = 0; j < WARP_OUTPUTS; ++j) {
-            Vector<W> vector;
-            vector.load(weight + (long long)min(first_n + j, N - 1) * K + k);
-            vector.unpack(weights[j]);
+    for (int k0 = 0; k0 < K; k0 += K_COLUMNS) {
+        __syncthreads();
+        for (int i = threadIdx.x * PIECE; i < ROWS * K_COLUMNS; i += ROW_THREADS * PIECE) {
+            int r = i / K_COLUMNS, k = i % K_COLUMNS;
+            if (first + r >= B || k0 + k >= K) continue;
+            float piece[PIECE];
+            load_floats(piece, x + (long long)(first + r) * K + k0 + k, true);
+            store_floats(inputs[r] + Lanes::of(k), piece, true);
         }
+        __syncthreads();
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            if (first + r >= B) continue;
-            float inputs[W];
-            load_floats(inputs, x + (long long)(first + r) * K + k, true);
+        for (int v = 0; v < VECTORS; ++v) {
+            int k = k0 + (v * 32 + lane) * W;
+            if (k >= K) continue;
+            float weights[WARP_OUTPUTS][W];
 #pragma unroll
-            for (int j = 0; j < WARP_OUTPUTS; ++j)
+            for (int j = 0; j < WARP_OUTPUTS; ++j) {
+                Vector<W> vector;
+                vector.load(weight + (long long)min(first_n + j, N - 1) * K + k);
+                vector.unpack(weights[j]);
+            }
 #pragma unroll
-                for (int e = 0; e < W; ++e) sums[r * WARP_OUTPUTS + j] = fmaf(inputs[e], weights[j][e], sums[r * WARP_OUTPUTS + j]);
+            for (int r = 0; r < ROWS; ++r) {
+                if (first + r >= B) continue;
+                float own[W];
+                Lanes::load(own, inputs[r], v, lane);
+#pragma unroll
+                for (int j = 0; j < WARP_OUTPUTS; ++j)
+#pragma unroll
+                    for (int e = 0; e < W; ++e)
+                        sums[r * WARP_OUTPUTS + j] = fmaf(own[e], weights[j][e], sums[r * WARP_OUTPUTS + j]);
+            }
         }
     }
-    float sum = warp_sums(sums);
+    float sum = warp_sums<WARP_OUTPUTS * ROWS>(sums);
     int b = first + lane / WARP_OUTPUTS, n = first_n + lane % WARP_OUTPUTS;
     if (b < B && n < N) y[(long long)b * N + n] = sum + bias[n];
 }

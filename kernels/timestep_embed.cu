@@ -7,7 +7,7 @@
 #include "rows.cuh"
 
 // Grid: (ceil(N / (ROW_WARPS WARP_OUTPUTS)), ceil(B / ROWS)) blocks of ROW_THREADS.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_fwd(
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2) timestep_embed_fwd(
     float* __restrict__ y,            // [B, N]
     const float* __restrict__ x,      // [B, K]
     const elem* __restrict__ weight,  // [N, K]

@@ -150,8 +150,28 @@ __device__ __forceinline__ void store_floats(float* to, const float (&x)[N], boo
     }
 }
 
-// The sums of a warp over its rows, W columns a lane and vector, in shared memory: four columns of a lane at a time, so that no
-// two lanes of a quarter warp use the same banks.
+// Sums COUNT numbers (a power of two) over the lanes of a warp: lane i gets the sum of x[i / (32 / COUNT)]. Of two lanes that are
+// APART the lower one goes on with the first half of the numbers, the upper one with the others.
+template <int COUNT, int APART = 16, int N>
+__device__ __forceinline__ float warp_sums(float (&x)[N]) {
+    if constexpr (APART == 0) {
+        return x[0];
+    } else if constexpr (COUNT == 1) {
+        x[0] += __shfl_xor_sync(0xffffffffu, x[0], APART);
+        return warp_sums<1, APART / 2>(x);
+    } else {
+        bool upper = threadIdx.x & APART;
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; ++i) {
+            float given = upper ? x[i] : x[i + COUNT / 2], kept = upper ? x[i + COUNT / 2] : x[i];
+            x[i] = kept + __shfl_xor_sync(0xffffffffu, given, APART);
+        }
+        return warp_sums<COUNT / 2, APART / 2>(x);
+    }
+}
+
+// Numbers by column, W columns a lane and vector, in shared memory: four columns of a lane at a time, so that no two lanes of a
+// quarter warp use the same banks.
 template <int W>
 struct LaneColumns {
     static constexpr int PIECE = W < 4 ? W : 4;

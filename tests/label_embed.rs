@@ -49,7 +49,7 @@ fn agrees_with_the_reference() {
 
 #[test]
 fn on_cuda() {
-    for (channels, rows, labels) in [(1, 1, vec![0]), (60, 11, vec![0, 10, 0, 3, 10]), (28, 4, vec![2; 40])] {
+    for (channels, rows, labels) in [(1, 1, vec![0]), (300, 11, vec![0, 10, 0, 3, 10]), (28, 4, vec![2; 40])] {
         cuda::check_on_cuda(&format!("C {channels}, labels {labels:?}"), &Case { channels, rows, labels });
     }
 }

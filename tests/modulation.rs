@@ -49,7 +49,8 @@ fn agrees_with_the_reference() {
 
 #[test]
 fn on_cuda() {
-    for (batch, channels, outputs) in [(1, 8, 8), (7, 64, 136), (33, 16, 304), (2, 8, 1104)] {
+    for (batch, channels, outputs) in [(1, 8, 8), (7, 64, 136), (33, 16, 304), (2, 8, 1104), (3, 13, 37), (9, 300, 70)]
+    {
         cuda::check_on_cuda(&format!("B {batch}, C {channels}, M {outputs}"), &Case { batch, channels, outputs });
     }
 }

@@ -62,7 +62,9 @@ fn agrees_with_the_reference() {
 
 #[test]
 fn on_cuda() {
-    for (b, ic, h, w, p, c) in [(1, 1, 2, 2, 2, 8), (3, 4, 6, 10, 2, 56), (5, 3, 8, 4, 4, 136), (2, 4, 34, 32, 2, 24)] {
+    for (b, ic, h, w, p, c) in
+        [(1, 1, 2, 2, 2, 8), (3, 4, 6, 10, 2, 56), (5, 3, 8, 4, 4, 136), (2, 4, 34, 32, 2, 24), (2, 1, 6, 9, 3, 37)]
+    {
         cuda::check_on_cuda(&format!("B {b}, IC {ic}, {h} x {w}, patch {p}, C {c}"), &case(b, ic, h, w, p, c));
     }
 }
