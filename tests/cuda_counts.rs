@@ -426,6 +426,18 @@ fn a_block_moves_few_bytes(device: &Arc<Device>, file: &Path) {
         let forward = position("ln_linear_fwd_normalise", 0)..position("linear_residual_fwd", 1) + 1;
         let backward = position("linear_residual_bwd_split", 0)..position("patch_embed_bwd_parts", 0);
         let block: Vec<&Counted> = launches[forward].iter().chain(&launches[backward]).collect();
+        if samples == 2 {
+            println!("{:<28} {:>14} {:>6}", "a block of XL/2, batch 2", "instructions", "mma");
+            for l in &block {
+                let instructions = l.number("warp_instructions");
+                println!(
+                    "{:<28} {:>12.3} M {:>5.1}%",
+                    l.kernel,
+                    instructions / 1e6,
+                    100.0 * l.class("matrix") / instructions
+                );
+            }
+        }
         assert!(block.len() <= 24, "{} launches", block.len());
         let bytes = |l: &&Counted| [l.number("dram_bytes_read"), l.number("dram_bytes_written")];
         block.iter().map(|l| (l.kernel.clone(), bytes(l))).collect::<Vec<_>>()

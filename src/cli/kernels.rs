@@ -346,3 +346,50 @@ fn show(args: &KernelsArgs, arch: &Arch, step: &Step) {
     }
     println!();
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(model: &str, routing: Routing, beta: f64) -> TrainConfig {
+        let mut config = TrainConfig::preset(model, "latents.npy").unwrap();
+        (config.image_size, config.in_channels, config.num_classes) = (32, 4, 1000);
+        (config.routing, config.beta) = (routing, beta);
+        config
+    }
+
+    #[test]
+    fn windows_are_hardly_rounded_out() {
+        let device = Device::on_paper("A100", 80, 108);
+        for model in ["DiT-XL/2", "DiT-L/2"] {
+            for (beta, limit) in [(0.8, 1.06), (0.5, 1.10)] {
+                for (routing, windowed) in [(Routing::Paper, 3), (Routing::Sublayer, 12)] {
+                    let dit = Dit::new(config(model, routing, beta).model_config()).unwrap();
+                    let table = products(&device, &dit, 32);
+                    for row in &table {
+                        assert!(
+                            row.over_least >= 0.999 && row.over_least <= limit,
+                            "{model}, {routing:?}, beta {beta}: {row:?}"
+                        );
+                    }
+                    assert_eq!(table.iter().filter(|row| row.needed < 0.9 * row.dense).count(), windowed);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_has_few_launches() {
+        let device = std::sync::Arc::new(Device::on_paper("A100", 80, 108));
+        for (routing, most) in
+            [(Routing::Dense, 20), (Routing::Paper, 22), (Routing::Sublayer, 24), (Routing::Random, 24)]
+        {
+            let of = |depth| {
+                let model = ModelConfig { depth, ..config("DiT-XL/2", routing, 0.8).model_config() };
+                launches(&device, model, DType::Bf16, 8).unwrap().0.len()
+            };
+            let each = of(2) - of(1);
+            assert!(each <= most, "{routing:?}: {each} launches a block");
+        }
+    }
+}
