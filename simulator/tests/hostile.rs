@@ -3,6 +3,7 @@
 use cuda_sim::{Arch, Device, LoadError, Options};
 use proptest::prelude::*;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 fn load(text: &str) -> Result<(), LoadError> {
     Device::new(Arch::SM_90, Options::default()).load_module(text).map(|_| ())
@@ -113,5 +114,187 @@ proptest! {
             _ => format!("{}{}{}", &text[..start], "%r1, 7 ] {".get(..length % 10).unwrap_or(""), &text[end..]),
         };
         let _ = load(&damaged);
+    }
+}
+
+/// A tree of statements that mostly make sense: names that exist, operands of the right kind, now and then not.
+fn statement() -> impl Strategy<Value = String> {
+    let reg = prop::sample::select(vec![
+        "%r1",
+        "%r2",
+        "%r3",
+        "%f1",
+        "%rd1",
+        "%rd2",
+        "%p1",
+        "%h1",
+        "%fd1",
+        "%tid.x",
+        "7",
+        "0f3F800000",
+        "s",
+        "g",
+    ]);
+    let ty = prop::sample::select(vec![
+        "u32", "s32", "b32", "f32", "u64", "f64", "u16", "f16", "b16", "pred", "u8", "f16x2", "bf16",
+    ]);
+    let op = prop::sample::select(vec![
+        "add",
+        "sub.sat",
+        "mul.lo",
+        "mul.wide",
+        "mad.hi",
+        "div",
+        "rem",
+        "min",
+        "abs",
+        "shl",
+        "lop3",
+        "prmt",
+        "cvt.rn.f32",
+        "cvt.rzi.s32",
+        "setp.lt",
+        "selp",
+        "fma.rn",
+        "sqrt.approx",
+        "mov",
+        "ld.global",
+        "st.shared",
+        "ld.local.v2",
+        "atom.global.add",
+        "red.shared.cas",
+        "shfl.sync.idx",
+        "vote.sync.all",
+        "bar.sync",
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "ldmatrix.sync.aligned.m8n8.x4.shared",
+        "bra",
+        "brx.idx",
+        "call",
+        "cp.async.ca.shared.global",
+        "mbarrier.init.shared",
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16",
+        "bfe",
+        "dp4a",
+        "slct",
+        "testp.finite",
+    ]);
+    (op, ty, prop::collection::vec(reg, 0..5), 0u8..6, any::<bool>()).prop_map(|(op, ty, regs, shape, guard)| {
+        let guard = if guard { "@%p1 " } else { "" };
+        let list = regs.join(", ");
+        match shape {
+            0 | 1 => format!("{guard}{op}.{ty} {list};"),
+            2 => format!("{guard}{op}.{ty} {list}, [%rd1+8];"),
+            3 => format!("{guard}{op}.{ty} {{{list}}}, [%r1];"),
+            4 => format!("{guard}{op}.{ty} [s+4], {{{list}}};"),
+            _ => format!("{{ L: {guard}{op}.{ty} {list}; bra L; }}"),
+        }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    /// Whatever loads also runs to some end, within its budget.
+    #[test]
+    fn random_kernels_end(statements in prop::collection::vec(statement(), 1..6)) {
+        let declarations = ".reg .pred %p<4>; .reg .b32 %r<8>; .reg .b64 %rd<8>; .reg .f32 %f<8>; .reg .b16 %h<4>; .reg .f64 %fd<4>; .shared .align 16 .b8 s[64]; mov.u64 %rd1, g; mov.u32 %r1, s;";
+        let text = format!(".version 8.5\n.target sm_90a\n.address_size 64\n.global .align 16 .b8 g[64];\n.visible .entry k() {{\n{declarations}\n{}\nret;\n}}\n", statements.join("\n"));
+        let device = Device::new(Arch::SM_90, Options { budget: 2000, ..Options::default() });
+        if let Ok(module) = device.load_module(&text) {
+            let _ = device.launch(&module.function("k").unwrap(), &cuda_sim::LaunchConfig::new([2, 1, 1], [40, 1, 1]), &[]);
+        }
+    }
+}
+
+/// Loads and launches with a limit on the time.
+fn quickly(text: &str, threads: u32) -> Result<(), String> {
+    let start = Instant::now();
+    let device = Device::new(Arch::SM_80, Options { budget: 100_000, ..Options::default() });
+    let result = device.load_module(text).map_err(|e| e.to_string()).and_then(|m| {
+        let config = cuda_sim::LaunchConfig::new([5000, 1, 1], [threads, 1, 1]);
+        device.launch(&m.function("k").unwrap(), &config, &[]).map(|_| ()).map_err(|e| e.to_string())
+    });
+    assert!(start.elapsed() < Duration::from_secs(60));
+    result
+}
+
+#[test]
+fn greedy_kernels_need_bounded_memory() {
+    // The most local memory, in the most threads, of blocks that all wait for something that never comes.
+    let wait = "L: ld.volatile.global.u32 %r1, [g]; setp.eq.u32 %p1, %r1, 0; @%p1 bra L;";
+    let text = |bytes: u32, body: &str| {
+        format!(
+            ".version 8.0\n.target sm_80\n.address_size 64\n.global .u32 g;\n.visible .entry k() {{ .reg .b32 %r<4>; .reg .pred %p<2>; .local .align 4 .b8 l[{bytes}];\nst.local.u32 [l], 1;\n{body}\nret; }}"
+        )
+    };
+    let error = quickly(&text(500_000, wait), 256).unwrap_err();
+    assert!(error.contains("timeout") || error.contains("host memory"), "{error}");
+    let error = quickly(&text(4096, wait), 32).unwrap_err();
+    assert!(error.contains("timeout"), "{error}");
+    // Recursion without end, each call with much local memory.
+    let deep = ".version 8.0\n.target sm_80\n.address_size 64\n.func f() { .local .b8 l[100000]; call f, (); ret; }\n.visible .entry k() { call f, (); ret; }";
+    assert!(quickly(deep, 64).unwrap_err().contains("stack overflow"));
+    // A label that jumps to itself.
+    let own = ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k() { L: bra L; }";
+    assert!(quickly(own, 32).unwrap_err().contains("timeout"));
+}
+
+/// Case directories that nobody should write.
+#[test]
+fn hostile_cases() {
+    let good = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases/cu_atomics_sm80");
+    let manifest = std::fs::read_to_string(good.join("manifest.json")).unwrap();
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hostile_cases");
+    let _ = std::fs::remove_dir_all(&root);
+    let run = |name: &str, edit: &dyn Fn(&Path)| {
+        let dir = root.join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        for f in ["kernel.ptx", "manifest.json", "inputs.safetensors", "expected.safetensors"] {
+            std::fs::copy(good.join(f), dir.join(f)).unwrap();
+        }
+        edit(&dir);
+        cuda_sim::case::run(&dir, None, Options::default()).is_ok_and(|o| o.passed)
+    };
+    assert!(run("unchanged", &|_| {}));
+    let files = ["kernel.ptx", "manifest.json", "inputs.safetensors", "expected.safetensors"];
+    for file in files {
+        assert!(!run(&format!("without_{file}"), &|d| std::fs::remove_file(d.join(file)).unwrap()), "{file}");
+        assert!(!run(&format!("empty_{file}"), &|d| std::fs::write(d.join(file), "").unwrap()), "{file}");
+        assert!(!run(&format!("noise_{file}"), &|d| std::fs::write(d.join(file), [0xff; 300]).unwrap()), "{file}");
+        assert!(
+            !run(&format!("half_{file}"), &|d| {
+                let bytes = std::fs::read(d.join(file)).unwrap();
+                std::fs::write(d.join(file), &bytes[..bytes.len() / 2]).unwrap();
+            }),
+            "{file}"
+        );
+    }
+    for (i, (key, value)) in [
+        ("grid", "[0, 1, 1]"),
+        ("grid", "[4294967295, 65536, 1]"),
+        ("grid", "[-1, 1, 1]"),
+        ("block", "[2048, 1, 1]"),
+        ("block", "[0, 0, 0]"),
+        ("cluster", "[2, 1, 1]"),
+        ("shared_dynamic_bytes", "4294967295"),
+        ("entry", "\"nothing\""),
+        ("target", "\"sm_20\""),
+        ("params", "[]"),
+        ("buffers", "{}"),
+        ("buffers", "{\"x\": {\"bytes\": 1152921504606846976, \"init\": \"fill_0xFF\"}}"),
+        ("outputs", "{\"nothing\": {\"atol\": 0, \"rtol\": 0}}"),
+        ("negative", "\"oob_global\""),
+        ("negative", "\"no such class\""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let changed = run(&format!("edit_{i}"), &|d| {
+            let mut m: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+            m[key] = serde_json::from_str(value).unwrap();
+            std::fs::write(d.join("manifest.json"), m.to_string()).unwrap();
+        });
+        assert!(!changed, "{key}: {value}");
     }
 }

@@ -11,7 +11,6 @@ use crate::error::FaultClass;
 use crate::program::{Call, Inst, Kind, NONE, Slot};
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
 
 /// How a turn of a block ended.
 pub(crate) enum Outcome {
@@ -60,20 +59,7 @@ pub(crate) struct Block<'a> {
     /// Records of shared and global accesses are kept.
     pub check_shared: bool,
     order: Vec<u32>,
-    idle: Idle,
 }
-
-/// How long a block has waited without anybody in the launch doing anything.
-struct Idle {
-    progress: u64,
-    turns: u32,
-    since: Instant,
-}
-
-/// Turns in vain, and (where other blocks could still be at work on other threads) the time, after which waiting has
-/// no end.
-const IDLE_TURNS: u32 = 20_000;
-const IDLE_TIME: Duration = Duration::from_secs(2);
 
 impl<'a> Block<'a> {
     pub(crate) fn new(l: &'a Launch<'a>, index: u64) -> Block<'a> {
@@ -94,7 +80,6 @@ impl<'a> Block<'a> {
             pc: 0,
             check_shared: l.options.sanitizer.races_shared,
             order: (0..l.warps).collect(),
-            idle: Idle { progress: 0, turns: 0, since: Instant::now() },
         };
         b.start(index);
         b
@@ -120,7 +105,6 @@ impl<'a> Block<'a> {
         self.mbarriers.clear();
         self.shared_sync.clear();
         self.hazards.clear();
-        self.idle.turns = 0;
         for w in &mut self.warps {
             w.start(l, index);
         }
@@ -172,7 +156,7 @@ impl<'a> Block<'a> {
                 return self.deadlock();
             }
             if worked {
-                self.l.progress.fetch_add(1, Relaxed);
+                self.l.worked();
             }
             if spinning {
                 return self.spun();
@@ -185,15 +169,7 @@ impl<'a> Block<'a> {
 
     /// Every warp that could run only waited. Fails when nobody else does anything either, for long.
     fn spun(&mut self) -> Step<Outcome> {
-        let progress = self.l.progress.load(Relaxed);
-        let idle = &mut self.idle;
-        if idle.turns == 0 || idle.progress != progress {
-            *idle = Idle { progress, turns: 1, since: Instant::now() };
-            return Ok(Outcome::Spinning);
-        }
-        idle.turns += 1;
-        let alone = self.l.unfinished.load(Relaxed) == 1;
-        if idle.turns < IDLE_TURNS || !(alone || idle.since.elapsed() > IDLE_TIME) {
+        if !self.l.is_idle() {
             return Ok(Outcome::Spinning);
         }
         let Some(warp) = self.warps.iter().find(|w| w.ready() != 0) else {

@@ -28,6 +28,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
 /// The launch has ended by a fatal report: everything unwinds.
 pub(crate) struct Stop;
@@ -56,12 +57,34 @@ pub(crate) struct Launch<'a> {
     pub sync: Mutex<SyncTable>,
     pub reports: Mutex<Reports>,
     pub stop: AtomicBool,
-    /// Counts turns of blocks that did more than to wait.
-    pub progress: AtomicU64,
     pub unfinished: AtomicU64,
+    started: Instant,
+    /// Milliseconds after the start when a block last did more than to wait, and turns in vain since then.
+    last_work: AtomicU64,
+    idle_turns: AtomicU64,
 }
 
+/// Turns in vain (of all blocks together), and (where other blocks could still be at work on other threads) the time,
+/// after which waiting has no end.
+const IDLE_TURNS: u64 = 20_000;
+const IDLE_MILLISECONDS: u64 = 2000;
+
 impl Launch<'_> {
+    /// A block did something besides waiting.
+    pub(crate) fn worked(&self) {
+        self.idle_turns.store(0, Ordering::Relaxed);
+        self.last_work.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// A block waited once more: whether nobody has done anything else for so long that nobody will.
+    pub(crate) fn is_idle(&self) -> bool {
+        let unfinished = self.unfinished.load(Ordering::Relaxed);
+        let turns = self.idle_turns.fetch_add(1, Ordering::Relaxed);
+        let now = self.started.elapsed().as_millis() as u64;
+        let long = now.saturating_sub(self.last_work.load(Ordering::Relaxed)) > IDLE_MILLISECONDS;
+        turns > IDLE_TURNS.max(16 * unfinished.min(RESIDENT)) && (long || unfinished == 1)
+    }
+
     pub(crate) fn sync(&self) -> MutexGuard<'_, SyncTable> {
         self.sync.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -109,7 +132,16 @@ fn permute(i: u64, n: u64, seed: u64) -> u64 {
 }
 
 /// Blocks that wait for others are put aside; at most this many exist at once.
-const RESIDENT: usize = 4096;
+const RESIDENT: u64 = 4096;
+/// Most host memory for the blocks that exist at once.
+const BLOCK_MEMORY: u64 = 4 << 30;
+
+/// Host memory that a block needs, roughly: registers, local and shared memory with their shadows.
+fn block_bytes(program: &Program, warps: u32, shared: u32) -> u64 {
+    let registers: u64 = program.funcs.iter().map(|f| u64::from(f.frame_words) * 4).max().unwrap_or(0);
+    let local = u64::from(program.local_bytes.next_power_of_two()) * 64;
+    u64::from(warps) * (registers + local) + u64::from(shared) * 10 + 4096
+}
 
 pub(crate) fn launch(
     arch: &Arch,
@@ -147,18 +179,25 @@ pub(crate) fn launch(
         sync: Mutex::new(SyncTable::default()),
         reports: Mutex::new(Reports::new(options.max_reports)),
         stop: AtomicBool::new(false),
-        progress: AtomicU64::new(0),
         unfinished: AtomicU64::new(blocks),
+        started: Instant::now(),
+        last_work: AtomicU64::new(0),
+        idle_turns: AtomicU64::new(0),
     };
+    let each = block_bytes(program, l.warps, l.shared_bytes);
+    let resident = (BLOCK_MEMORY / each).min(RESIDENT);
+    if resident == 0 {
+        return Err(Fault::refused(2, format!("kernel {}: a block needs {each} bytes of host memory", program.name)));
+    }
     let workers = match options.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n,
     };
-    let workers = workers.min(usize::try_from(blocks).unwrap_or(usize::MAX)).max(1);
+    let workers = workers.min(usize::try_from(blocks.min(resident)).unwrap_or(usize::MAX)).max(1);
     let next = AtomicU64::new(0);
     let parked: Mutex<VecDeque<Box<Block<'_>>>> = Mutex::new(VecDeque::new());
     let total = Mutex::new(Stats::new(program.code.len()));
-    let work = || worker(&l, blocks, &next, &parked, &total);
+    let work = || worker(&l, blocks, resident as usize, &next, &parked, &total);
     if workers == 1 {
         work();
     } else {
@@ -179,6 +218,7 @@ pub(crate) fn launch(
 fn worker<'a>(
     l: &'a Launch<'a>,
     blocks: u64,
+    resident: usize,
     next: &AtomicU64,
     parked: &Mutex<VecDeque<Box<Block<'a>>>>,
     total: &Mutex<Stats>,
@@ -188,7 +228,7 @@ fn worker<'a>(
     let queue = || parked.lock().unwrap_or_else(PoisonError::into_inner);
     // Parked blocks wait for others, so new ones come first, up to a limit.
     while !l.stop.load(Ordering::Relaxed) && l.unfinished.load(Ordering::Acquire) > 0 {
-        let fresh = queue().len() < RESIDENT;
+        let fresh = queue().len() < resident;
         let started = if fresh { next.fetch_add(1, Ordering::Relaxed) } else { blocks };
         let mut block = if started < blocks {
             let index = l.options.seed.map_or(started, |s| permute(started, blocks, s));
@@ -216,7 +256,7 @@ fn worker<'a>(
         match ran {
             Ok(Outcome::Done) => {
                 l.unfinished.fetch_sub(1, Ordering::Release);
-                l.progress.fetch_add(1, Ordering::Relaxed);
+                l.worked();
                 spare = Some(block);
             }
             Ok(Outcome::Waiting | Outcome::Spinning) => queue().push_back(block),
