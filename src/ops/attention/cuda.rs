@@ -28,8 +28,8 @@ impl Dims {
         Arg::F32((1.0 / (self.head_size() as f64).sqrt()) as f32)
     }
 
-    fn sizes(self) -> [Arg; 3] {
-        [self.b, self.t, self.c].map(|size| Arg::I32(size as i32))
+    fn sizes(self) -> [Arg; 2] {
+        [self.t, self.c].map(|size| Arg::I32(size as i32))
     }
 
     /// Refuses sizes that the kernels do not know, and buffers that are too short.
@@ -149,8 +149,8 @@ pub fn forward(device: &Device, out: Buffer, lse: Buffer, qkv: Buffer, dims: Dim
         DType::Bf16 => (16 * shape.warps * shape.row_tiles, 4 * tile),
         _ => (shape.tile, 3 * tile + WEIGHTS),
     };
-    let [sizes_b, sizes_t, sizes_c] = dims.sizes();
-    let args = [out.into(), lse.into(), qkv.into(), dims.scale(), sizes_b, sizes_t, sizes_c];
+    let [size_t, size_c] = dims.sizes();
+    let args = [out.into(), lse.into(), qkv.into(), dims.scale(), size_t, size_c];
     launch(device, "attention_fwd", elem, dims, [t.div_ceil(owned), shape.warps, shared], &args)
 }
 
@@ -195,7 +195,7 @@ pub fn backward(
         }
         _ => (2 * t.div_ceil(shape.tile), shape.warps, 4 * tile + 2 * WEIGHTS + 4 * shape.tile),
     };
-    let [sizes_b, sizes_t, sizes_c] = dims.sizes();
-    let args = [dqkv.into(), dout.into(), qkv.into(), out.into(), lse.into(), dims.scale(), sizes_b, sizes_t, sizes_c];
+    let [size_t, size_c] = dims.sizes();
+    let args = [dqkv.into(), dout.into(), qkv.into(), out.into(), lse.into(), dims.scale(), size_t, size_c];
     launch(device, "attention_bwd", elem, dims, [blocks, warps, shared], &args)
 }
