@@ -2,7 +2,8 @@
 """Times a DiT training step in plain, idiomatic PyTorch: what `dtr-fused bench` is compared with.
 
 Usage: scripts/bench_pytorch.py [--hidden-size 384] [--depth 12] [--heads 6] [--patch 2] [--size 32] [--channels 4]
-                                [--batch-size 8] [--threads 2] [--runs 5]
+                                [--classes 1000] [--batch-size 8] [--threads 2] [--runs 5] [--compile] [--json]
+       scripts/bench_pytorch.py --check CASE      runs the dense parity case CASE instead (needs safetensors)
 
 scaled_dot_product_attention, fused AdamW and a foreach moving average, f32 on the CPU. Routing changes nothing in PyTorch
 (masking computes everything), so the model is dense. The loss is the squared error of both halves of the output: the
@@ -10,7 +11,11 @@ variational bound of the real loss, a small part of the time, is left out in PyT
 """
 
 import argparse
+import json
 import math
+import pathlib
+import resource
+import sys
 import time
 
 import torch
@@ -43,7 +48,7 @@ class DiT(nn.Module):
         self.x = nn.Conv2d(a.channels, c, a.patch, a.patch)
         self.register_buffer("positions", torch.randn(1, self.side**2, c) * 0.02)
         self.t = nn.Sequential(nn.Linear(256, c), nn.SiLU(), nn.Linear(c, c))
-        self.y = nn.Embedding(1001, c)
+        self.y = nn.Embedding(a.classes + 1, c)
         self.blocks = nn.ModuleList(Block(c, a.heads) for _ in range(a.depth))
         self.norm = nn.LayerNorm(c, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(c, 2 * c)
@@ -64,35 +69,108 @@ class DiT(nn.Module):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    defaults = {"hidden_size": 384, "depth": 12, "heads": 6, "patch": 2, "size": 32, "channels": 4, "batch_size": 8, "threads": 2, "runs": 5}
+    defaults = {"hidden_size": 384, "depth": 12, "heads": 6, "patch": 2, "size": 32, "channels": 4, "classes": 1000, "batch_size": 8, "threads": 2, "runs": 5}
     for name, value in defaults.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
+    parser.add_argument("--check", metavar="CASE", help="compare the output with that of a dense parity case, and exit")
+    parser.add_argument("--compile", action="store_true", help="compile the model with inductor")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     a = parser.parse_args()
+    imported = peak_memory_mb()
     torch.set_num_threads(a.threads)
+    if a.check:
+        sys.exit(check(a, pathlib.Path(a.check)))
     model = DiT(a)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True, weight_decay=0)
     average = [p.detach().clone() for p in model.parameters()]
+    run_model = torch.compile(model) if a.compile else model
     x_start = torch.randn(a.batch_size, a.channels, a.size, a.size)
-    t, y = torch.randint(0, 1000, (a.batch_size,)), torch.randint(0, 1000, (a.batch_size,))
-    steps, forwards = [], []
-    cpu = 0
-    for run in range(a.runs + 2):
-        if run == 2:
-            cpu = time.process_time()
-        start = time.perf_counter()
+    t, y = torch.randint(0, 1000, (a.batch_size,)), torch.randint(0, a.classes, (a.batch_size,))
+
+    def step():
         noise = torch.randn_like(x_start)
-        out = model(0.6 * x_start + 0.8 * noise, t, y)
-        middle = time.perf_counter()
+        out = run_model(0.6 * x_start + 0.8 * noise, t, y)
         loss = ((out[:, : a.channels] - noise) ** 2).mean() + (out[:, a.channels :] ** 2).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1e-4)
-        if run >= 2:
-            steps.append(time.perf_counter() - start)
-            forwards.append(middle - start)
-    median = lambda seconds: sorted(seconds)[len(seconds) // 2]
-    print(f"PyTorch {torch.__version__}, {a.threads} threads: training step {median(steps) * 1e3:.1f} ms, of it forward {median(forwards) * 1e3:.1f} ms; cpu {(time.process_time() - cpu) / a.runs:.3f} s")
+
+    @torch.inference_mode()
+    def forward():
+        run_model(x_start, t, y)
+
+    step_seconds, step_cpu = median(step, a.runs)
+    forward_seconds, _ = median(forward, a.runs)
+    report = {
+        "torch": torch.__version__,
+        "threads": a.threads,
+        "compiled": a.compile,
+        "step_seconds": step_seconds,
+        "step_cpu_seconds": step_cpu,
+        "forward_seconds": forward_seconds,
+        "peak_memory_mb": peak_memory_mb(),
+        "import_memory_mb": imported,
+    }
+    if a.json:
+        print(json.dumps(report))
+    else:
+        step, forward = step_seconds * 1e3, forward_seconds * 1e3
+        print(f"PyTorch {torch.__version__}, {a.threads} threads: training step {step:.1f} ms, forward pass {forward:.1f} ms")
+
+
+NAMES = {
+    "x.": "x_embedder.proj.",
+    "t.": "t_embedder.mlp.",
+    "y.": "y_embedder.embedding_table.",
+    "modulation.": "final_layer.adaLN_modulation.1.",
+    "out.": "final_layer.linear.",
+}
+BLOCK_NAMES = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2", "modulation": "adaLN_modulation.1"}
+
+
+def official_name(name):
+    if name == "positions":
+        return "pos_embed"
+    if name.startswith("blocks."):
+        _, index, layer, kind = name.split(".")
+        return f"blocks.{index}.{BLOCK_NAMES[layer]}.{kind}"
+    return next(official + name.removeprefix(ours) for ours, official in NAMES.items() if name.startswith(ours))
+
+
+def check(a, case):
+    """Exit status: whether the weights of a dense case give its output and its squared error here."""
+    from safetensors.torch import load_file
+
+    config = json.loads((case / "config.json").read_text())
+    assert config["beta"] == 1, "PyTorch computes the dense model here: give a dense case"
+    a.hidden_size, a.depth, a.heads, a.patch = (config[k] for k in ("hidden_size", "depth", "num_heads", "patch_size"))
+    a.size, a.channels, a.classes = config["input_size"], config["in_channels"], config["num_classes"]
+    model, params = DiT(a), load_file(case / "params.safetensors")
+    model.load_state_dict({name: params[official_name(name)].float() for name in model.state_dict()})
+    given = load_file(case / "forward.safetensors")
+    with torch.inference_mode():
+        out = model(given["x"].float(), given["t"].long(), given["y"].long()).double()
+    error = (out - given["out.f64"]).abs().max().item() / given["out.f64"].abs().max().item()
+    loss, expected = (((o[:, : a.channels] - given["noise"]) ** 2).mean().item() for o in (out, given["out.f64"]))
+    print(f"{case.name}: squared error {loss:.7f}, expected {expected:.7f}; output off by {error:.1e} of its largest number")
+    return 0 if error <= 1e-5 and abs(loss - expected) <= 1e-5 * expected else 1
+
+
+def median(work, runs):
+    """Median seconds of `work`, after two that are not timed, and the mean processor time."""
+    for _ in range(2):
+        work()
+    seconds, cpu = [], time.process_time()
+    for _ in range(runs):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[runs // 2], (time.process_time() - cpu) / runs
+
+
+def peak_memory_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 if __name__ == "__main__":

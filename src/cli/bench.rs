@@ -7,6 +7,7 @@ use clap::Args;
 use super::bench_cuda;
 use super::knobs::KnobFlags;
 use crate::autograd::{Memory, Tape};
+use crate::backend::cpu::profile::{Entry, profile};
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 use crate::model::flops::forward_flops;
@@ -20,6 +21,7 @@ Examples:
   dtr-fused bench                                       the digits model
   dtr-fused bench --model DiT-S/2 --batch-size 8 --routing sublayer --beta 0.5
   dtr-fused bench --model DiT-S/2 --batch-size 8 --threads 1 --json
+  dtr-fused bench --model DiT-S/4 --profile             where the time of a step goes
 DiT models are timed on 32 x 32 x 4 latents of 1000 classes unless --image-size, --in-channels, --num-classes say otherwise.
 ";
 
@@ -33,6 +35,9 @@ pub(super) struct BenchArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// Also print where the time of a step goes, by operation
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     knobs: KnobFlags,
 }
@@ -63,6 +68,9 @@ struct Report {
     step_gflop_saved: f64,
     /// Highest memory use of the process, when the system tells.
     peak_memory_mb: Option<f64>,
+    /// With `--profile`: a step by operation, the mean of the runs.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    profile: Vec<Entry>,
 }
 
 pub(super) fn run(args: BenchArgs) -> Result<()> {
@@ -80,7 +88,7 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     if config.device.starts_with("cuda") {
         return bench_cuda::run(&config, args.runs, args.json);
     }
-    let report = trainer::in_pool(&config, || measure(&config, args.runs))?;
+    let report = trainer::in_pool(&config, || measure(&config, args.runs, args.profile))?;
     if args.json {
         println!("{}", serde_json::to_string(&report).map_err(|e| Error::Stopped(e.to_string()))?);
         return Ok(());
@@ -103,10 +111,11 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     if let Some(peak) = report.peak_memory_mb {
         row("peak memory", format!("{peak:.0} MB"));
     }
+    print_profile(&report);
     Ok(())
 }
 
-fn measure(config: &TrainConfig, runs: usize) -> Result<Report> {
+fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> {
     let mut learner = trainer::learner(config)?;
     let (b, n) = (config.batch_size, config.in_channels * config.image_size * config.image_size);
     let rng = Philox::new(config.seed, Stream::Noise);
@@ -132,13 +141,26 @@ fn measure(config: &TrainConfig, runs: usize) -> Result<Report> {
         grad_scale: 1.0,
     };
     let mut losses = Losses::default();
-    let (step_seconds, step_cpu_seconds) = median(runs, || {
+    let mut step = || {
         learner.gradients(batch, false, &mut losses)?;
         learner.objective(&losses.loss);
         learner.gradient_norm();
         learner.update(update, config.uw_lr);
         Ok(())
-    })?;
+    };
+    let (step_seconds, step_cpu_seconds) = median(runs, &mut step)?;
+    let mut entries = Vec::new();
+    if profiled {
+        let (result, found) = profile(|| (0..runs).try_for_each(|_| step()));
+        result?;
+        entries = found;
+        for entry in &mut entries {
+            entry.calls /= runs;
+            for total in [&mut entry.seconds, &mut entry.flops, &mut entry.bytes] {
+                *total /= runs as f64;
+            }
+        }
+    }
     let Learner { dit, weights, memory, .. } = &mut learner;
     let (forward_seconds, forward_cpu_seconds) = median(runs, || forward(dit, weights, memory, &x_start, &t, &labels))?;
 
@@ -161,7 +183,32 @@ fn measure(config: &TrainConfig, runs: usize) -> Result<Report> {
         step_gflop: 3.0 * flops.done / 1e9,
         step_gflop_saved: 3.0 * (flops.dense - flops.done) / 1e9,
         peak_memory_mb: peak_memory_mb(),
+        profile: entries,
     })
+}
+
+/// The step by operation, and what is left.
+fn print_profile(report: &Report) {
+    if report.profile.is_empty() {
+        return;
+    }
+    println!("\noperation           sizes            pass      calls       ms      %  GFLOP/s   GB/s");
+    let mut rest = report.step_seconds;
+    for e in &report.profile {
+        rest -= e.seconds;
+        let sizes = format!("{} -> {}", e.sizes[0], e.sizes[1]);
+        let pass = format!("{:?}", e.pass).to_lowercase();
+        let share = 100.0 * e.seconds / report.step_seconds;
+        let rate = |work: f64| work / e.seconds / 1e9;
+        let (flops, bytes) = (rate(e.flops), rate(e.bytes));
+        println!(
+            "{:<20}{sizes:<17}{pass:<10}{:>5}{:>9.1}{share:>7.1}{flops:>9.0}{bytes:>7.1}",
+            e.operation,
+            e.calls,
+            e.seconds * 1e3
+        );
+    }
+    println!("{:<52}{:>9.1}{:>7.1}", "everything else", rest * 1e3, 100.0 * rest / report.step_seconds);
 }
 
 fn forward(

@@ -2,7 +2,8 @@
 
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, gather_columns, multiply, panels, row_tiles, tile_rows,
+    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, add_tile, copy_row, gather_columns, multiply, panels, row_tiles,
+    tile_rows,
 };
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -155,14 +156,11 @@ fn rows_of_weight_gradient(
         }
         let columns = panel * PANEL..((panel + 1) * PANEL).min(c);
         multiply(&mut tile, rows.len(), columns.len().div_ceil(HALF), Rows::Interleaved(A_STRIDE), &segments[..count]);
-        for (dw, sums) in dw.chunks_exact_mut(c).zip(&tile.rows) {
-            let dw = &mut dw[columns.clone()];
-            if add {
-                for (dw, sum) in dw.iter_mut().zip(sums) {
-                    *dw += sum;
-                }
-            } else {
-                dw.copy_from_slice(&sums[..dw.len()]);
+        if add {
+            add_tile(&mut dw[columns.start..], &tile, rows.len(), columns.len(), c);
+        } else {
+            for (dw, sums) in dw.chunks_exact_mut(c).zip(&tile.rows) {
+                copy_row(&mut dw[columns.clone()], sums);
             }
         }
     }

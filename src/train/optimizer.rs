@@ -1,5 +1,6 @@
 //! AdamW, the moving average of the weights and gradient clipping in one pass over all parameters.
 
+use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::simd::{fma, simd_fn};
 use rayon::prelude::*;
 
@@ -89,6 +90,7 @@ pub fn adamw(
     u: Update,
 ) {
     let factors = u.as_factors();
+    let _span = span("adamw", Pass::Update, [weights.len(), 1], 0, 9 * weights.len());
     weights
         .par_chunks_mut(BLOCK)
         .zip(ema.par_chunks_mut(BLOCK))
@@ -116,6 +118,7 @@ simd_fn! {
 
 /// L2 norm of `grads`: NaN or infinite when any element is. `partial` is scratch, kept by the caller.
 pub fn norm(grads: &[f32], partial: &mut Vec<f64>) -> f64 {
+    let _span = span("gradient norm", Pass::Update, [grads.len(), 1], 0, grads.len());
     partial.resize(grads.len().div_ceil(BLOCK), 0.0);
     grads.par_chunks(BLOCK).zip(partial.par_iter_mut()).for_each(|(g, sum)| *sum = sum_of_squares(g));
     partial.iter().sum::<f64>().sqrt()

@@ -1,6 +1,8 @@
-//! The CPU: products (`tile` for large ones, `gemm` for the rest), vectorised loops (`simd`) and per-thread scratch memory (`scratch`).
+//! The CPU: products (`tile` for large ones, `gemm` for the rest), vectorised loops (`simd`) per-thread scratch memory (`scratch`), and where
+//! the time goes (`profile`).
 
 pub mod gemm;
+pub mod profile;
 pub mod scratch;
 pub mod simd;
 pub mod tile;

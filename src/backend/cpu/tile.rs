@@ -10,7 +10,7 @@
 //! own, and neither does a window of output channels (a range of panels, to the half). Every element of C is one chain of
 //! additions in the order of k: the result depends on the operands alone, neither on the threads nor on the tile.
 
-use super::simd::{Level, level};
+use super::simd::{Level, level, simd_fn};
 
 /// Columns of a panel of B, and of a tile.
 pub const PANEL: usize = 32;
@@ -62,6 +62,32 @@ impl Tile {
 impl Default for Tile {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// Copies the first numbers of a row of a tile. Whole rows, the rule, need no call.
+#[inline(always)]
+pub fn copy_row(to: &mut [f32], row: &[f32; PANEL]) {
+    match <&mut [f32; PANEL]>::try_from(&mut *to) {
+        Ok(to) => *to = *row,
+        Err(_) => to.copy_from_slice(&row[..to.len()]),
+    }
+}
+
+simd_fn! {
+    /// Adds the first `width` columns of `rows` rows to lines that are `stride` apart.
+    pub fn add_tile<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize) {
+        for (to, row) in to.chunks_mut(stride).zip(&tile.rows).take(rows) {
+            if let Ok(to) = <&mut [f32; PANEL]>::try_from(&mut to[..width]) {
+                for j in 0..PANEL {
+                    to[j] += row[j];
+                }
+            } else {
+                for (to, sum) in to[..width].iter_mut().zip(row) {
+                    *to += sum;
+                }
+            }
+        }
     }
 }
 
@@ -405,7 +431,11 @@ pub fn pack_panel(to: &mut [f32], b: &[f32], panel: usize, n: usize, len: usize,
     let first = panel * PANEL;
     let width = PANEL.min(n - first);
     for (k, to) in to.chunks_exact_mut(PANEL).take(len).enumerate() {
-        to[..width].copy_from_slice(&b[k * stride + first..][..width]);
+        let from = &b[k * stride + first..];
+        match from.first_chunk::<PANEL>() {
+            Some(from) if width == PANEL => copy_row(to, from),
+            _ => to[..width].copy_from_slice(&from[..width]),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Scores are kept transposed, `[keys, queries]`: softmax then runs down columns, a vector of queries at a time, and the
 //! probabilities are where both kinds of products that follow read them (see [`Rows`]).
 
+use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{exp, fma, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
@@ -112,6 +113,7 @@ pub fn forward(
     if b * t == 0 {
         return;
     }
+    let _span = span("attention", Pass::Forward, [c, heads], 4 * b * t * t * c, 4 * b * t * c);
     let size = c / heads;
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
@@ -180,6 +182,7 @@ pub fn backward(
     if b * t == 0 {
         return;
     }
+    let _span = span("attention", Pass::Backward, [c, heads], 10 * b * t * t * c, 8 * b * t * c);
     let size = c / heads;
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);

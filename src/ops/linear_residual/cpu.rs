@@ -1,10 +1,12 @@
 //! The CPU version: packed rows times the panels of the weight, of which a window is a range; bias, gate and residual are
 //! applied to each tile while it is in cache.
 
+use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, simd_fn};
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, interleave, multiply, pack_panel, pack_panel_transposed, panels,
+    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, add_tile, copy_row, interleave, multiply, pack_panel,
+    pack_panel_transposed, panels,
 };
 use crate::ops::products::{Outer, RowTile, batches, columns, packed_len, part, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
@@ -33,6 +35,11 @@ impl<'a> Gate<'a> {
     }
 }
 
+/// Operations of the forward product.
+fn flops(write: &[Window], t: usize, k: usize) -> usize {
+    write.iter().map(|window| 2 * t * k * window.width).sum()
+}
+
 /// See [`super::linear_residual`].
 #[allow(clippy::too_many_arguments)]
 pub fn forward(
@@ -50,6 +57,8 @@ pub fn forward(
     if b * t == 0 {
         return;
     }
+    let numbers = b * t * (k + 3 * c) + c * k;
+    let _span = span("linear_residual", Pass::Forward, [k, c], flops(write, t, k), numbers);
     let rows = rows_per_block(b * t, t);
     scratch::with(panels(c) * k * PANEL, |panels_of_w| {
         panels_of_w
@@ -127,6 +136,8 @@ pub fn backward(
 ) {
     let Gradients { da, fresh_da, dmodulation, dweight, dbias, add } = grads;
     let Scratch { dz, dbias_parts } = scratch;
+    let numbers = b * t * (2 * k + 3 * c) + 2 * c * k;
+    let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
     let samples = samples_per_block(b, t);
     let stride = gate.stride;
     let wide = panels(k) * PANEL;
@@ -225,9 +236,13 @@ impl BackwardInputs<'_> {
                         let segment = Segment { a: packed, b: &b[window.start * PANEL..], len: window.width };
                         let halves = columns.len().div_ceil(HALF);
                         multiply(&mut tile, rows.len(), halves, Rows::Interleaved(A_STRIDE), &[segment]);
-                        let da = da[rows.start * k..rows.end * k].chunks_exact_mut(k);
-                        for (da, sums) in da.zip(&tile.rows) {
-                            pass(&mut da[columns.clone()], &sums[..columns.len()], fresh_da);
+                        let da = &mut da[rows.start * k..rows.end * k];
+                        if fresh_da {
+                            for (da, sums) in da.chunks_exact_mut(k).zip(&tile.rows) {
+                                copy_row(&mut da[columns.clone()], sums);
+                            }
+                        } else {
+                            add_tile(&mut da[columns.start..], &tile, rows.len(), columns.len(), k);
                         }
                     }
                 }
@@ -275,6 +290,7 @@ fn each_row(
     c: usize,
     work: impl Fn(&mut [f32], &[f32], Window) + Sync,
 ) {
+    let _span = span("residual", Pass::Backward, [c, c], 0, 3 * to.len());
     let rows = rows_per_block(windows.len() * t, t);
     to.par_chunks_mut(rows * c).zip(from.par_chunks(rows * c)).enumerate().for_each(|(block, (to, from))| {
         for (i, (to, from)) in to.chunks_exact_mut(c).zip(from.chunks_exact(c)).enumerate() {

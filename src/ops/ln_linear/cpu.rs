@@ -2,11 +2,12 @@
 //! window is a range; correction, bias and GELU are applied to each tile while it is in cache.
 
 use super::{Activation, EPS};
+use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Tile, interleave, multiply, pack_panel, pack_panel_transposed,
-    panels, tile_rows,
+    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Tile, copy_row, interleave, multiply, pack_panel,
+    pack_panel_transposed, panels, tile_rows,
 };
 use crate::ops::products::{Outer, RowTile, batches, packed_len, part, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
@@ -60,6 +61,11 @@ fn inactive_modulation(out: &mut [f32], windows: &[Window], first: usize, modula
         one_plus_scale[window.range()].fill(0.0);
         shift[window.range()].fill(0.0);
     }
+}
+
+/// Operations of the forward product and of the correction.
+fn flops(read: &[Window], t: usize, c: usize, n: usize) -> usize {
+    read.iter().map(|window| 2 * n * (t * window.width + 2 * (c - window.width))).sum()
 }
 
 /// Samples whose two vectors fill a tile.
@@ -131,6 +137,7 @@ pub fn forward(
     if b * t == 0 {
         return;
     }
+    let _span = span("ln_linear", Pass::Forward, [c, n], flops(read, t, c, n), b * t * (c + n) + n * c + pre.len());
     scratch::with(panels(n) * c * PANEL, |panels_of_w| {
         panels_of_w
             .par_chunks_mut(c * PANEL)
@@ -251,6 +258,8 @@ pub fn backward(
     Dims { b, t, c, n }: Dims,
 ) {
     let Gradients { dx, fresh_dx, dmodulation, dweight, dbias, add } = grads;
+    let numbers = b * t * (2 * c + n) + 2 * n * c + pre.map_or(0, <[f32]>::len);
+    let _span = span("ln_linear", Pass::Backward, [c, n], 2 * flops(read, t, c, n), numbers);
     let wide = panels(c) * PANEL;
     scratch::with(wide * n + b * t * wide + b * 2 * n, |buffer| {
         let (panels_of_w, buffer) = buffer.split_at_mut(wide * n);
@@ -368,8 +377,7 @@ impl BackwardInputs<'_> {
                         multiply(&mut tile, rows.len(), part.halves, Rows::Interleaved(A_STRIDE), &[segment]);
                         let dh = dh[rows.start * wide..rows.end * wide].chunks_exact_mut(wide);
                         for (dh, sums) in dh.zip(&tile.rows) {
-                            let width = part.halves * HALF;
-                            dh[panel * PANEL + part.first..][..width].copy_from_slice(&sums[..width]);
+                            copy_row(&mut dh[panel * PANEL + part.first..][..part.halves * HALF], sums);
                         }
                     }
                 }
@@ -492,14 +500,14 @@ simd_fn! {
                 }
             }
             if !pre.is_empty() {
-                pre[i * n..][..width].copy_from_slice(&line[..width]);
+                copy_row(&mut pre[i * n..][..width], &line);
             }
             if with_gelu {
                 for x in &mut line {
                     *x = gelu::<F>(*x);
                 }
             }
-            y[i * n..][..width].copy_from_slice(&line[..width]);
+            copy_row(&mut y[i * n..][..width], &line);
         }
     }
 }

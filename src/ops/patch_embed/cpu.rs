@@ -2,6 +2,7 @@
 
 use super::Dims;
 use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul_parallel};
+use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::simd::{add_assign, column_sums};
 
 /// See [`super::patch_embed`].
@@ -15,6 +16,7 @@ pub fn forward(
     d: Dims,
 ) {
     let (rows, k, c) = (d.batch * d.tokens(), d.patch_len(), bias.len());
+    let _span = span("patch_embed", Pass::Forward, [k, c], 2 * rows * k * c, rows * (2 * k + c));
     each_line(d, |line, pixels| patches[line].copy_from_slice(&x[pixels]));
     for (t, y) in y.chunks_exact_mut(c).enumerate() {
         y.copy_from_slice(bias);
@@ -28,6 +30,7 @@ pub fn forward(
 pub fn backward(dweight: &mut [f32], dbias: &mut [f32], add: bool, dy: &[f32], patches: &[f32]) {
     let c = dbias.len();
     let (rows, k) = (dy.len() / c, dweight.len() / c);
+    let _span = span("patch_embed", Pass::Backward, [k, c], 2 * rows * k * c, rows * (k + c));
     let write = if add { Write::Add } else { Write::Set };
     let (dy_view, patches) = (Mat::new(dy, rows, c, c), Mat::new(patches, rows, k, k));
     matmul_parallel(MatMut::new(dweight, c, k, k), dy_view.t(), patches, write);

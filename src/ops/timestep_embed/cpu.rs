@@ -2,6 +2,7 @@
 
 use super::FREQUENCIES;
 use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul_parallel};
+use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::simd::{column_sums, fma, sigmoid, simd_fn};
 
 /// Cosines, then sines, `[B, 256]`: computed in f64, so that only the last rounding is left of the error that
@@ -21,6 +22,7 @@ pub fn waves(out: &mut [f32], t: &[u32]) {
 pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
     let n = bias.len();
     let (rows, k) = (y.len() / n, weight.len() / n);
+    let _span = span("linear", Pass::Forward, [k, n], 2 * rows * k * n, rows * (k + n) + k * n);
     for y in y.chunks_exact_mut(n) {
         y.copy_from_slice(bias);
     }
@@ -40,6 +42,9 @@ pub fn linear_backward(
 ) {
     let n = dbias.len();
     let (rows, k) = (dy.len() / n, weight.len() / n);
+    let products = if dx.is_empty() { 1 } else { 2 };
+    let flops = 2 * products * rows * k * n;
+    let _span = span("linear", Pass::Backward, [k, n], flops, rows * (products * k + n) + products * k * n);
     let dy_view = Mat::new(dy, rows, n, n);
     if !dx.is_empty() {
         matmul_parallel(MatMut::new(dx, rows, k, k), dy_view, Mat::new(weight, n, k, k), Write::Set);

@@ -1,0 +1,103 @@
+//! Where the time of a step goes: operations note their time and work here while a profile is being made.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Whether anybody wants to know.
+static ON: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    static ENTRIES: RefCell<Vec<Entry>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The direction of a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pass {
+    /// Outputs from inputs.
+    Forward,
+    /// Gradients of inputs and weights.
+    Backward,
+    /// New weights.
+    Update,
+}
+
+/// All calls of one operation with the same sizes.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Entry {
+    /// The operation.
+    pub operation: &'static str,
+    /// Which way.
+    pub pass: Pass,
+    /// Inputs and outputs of its weight, or channels and heads.
+    pub sizes: [usize; 2],
+    /// Number of calls.
+    pub calls: usize,
+    /// Seconds in all of them.
+    pub seconds: f64,
+    /// Floating-point operations of their products.
+    pub flops: f64,
+    /// Bytes of operands and results, each counted once.
+    pub bytes: f64,
+}
+
+/// Notes the time from its making to its end.
+pub struct Span(Option<(Entry, Instant)>);
+
+/// Starts to time an operation that does `flops` operations in products on `numbers` numbers. Nothing without a profile.
+#[inline]
+pub fn span(operation: &'static str, pass: Pass, sizes: [usize; 2], flops: usize, numbers: usize) -> Span {
+    if !ON.load(Ordering::Relaxed) {
+        return Span(None);
+    }
+    let bytes = (numbers * size_of::<f32>()) as f64;
+    let entry = Entry { operation, pass, sizes, calls: 1, seconds: 0.0, flops: flops as f64, bytes };
+    Span(Some((entry, Instant::now())))
+}
+
+impl Drop for Span {
+    fn drop(&mut self) {
+        let Some((mut entry, start)) = self.0.take() else { return };
+        entry.seconds = start.elapsed().as_secs_f64();
+        ENTRIES.with_borrow_mut(|entries| {
+            let same = |e: &&mut Entry| (e.operation, e.pass, e.sizes) == (entry.operation, entry.pass, entry.sizes);
+            match entries.iter_mut().find(same) {
+                Some(all) => {
+                    all.calls += 1;
+                    all.seconds += entry.seconds;
+                    all.flops += entry.flops;
+                    all.bytes += entry.bytes;
+                }
+                None => entries.push(entry),
+            }
+        });
+    }
+}
+
+/// Runs `work` and returns what its operations noted, in the order of their first calls. Only those called from this
+/// thread are seen (they may use others).
+pub fn profile<R>(work: impl FnOnce() -> R) -> (R, Vec<Entry>) {
+    ENTRIES.with_borrow_mut(Vec::clear);
+    ON.store(true, Ordering::Relaxed);
+    let result = work();
+    ON.store(false, Ordering::Relaxed);
+    (result, ENTRIES.with_borrow_mut(std::mem::take))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_of_one_kind_are_summed_and_others_kept_apart() {
+        drop(span("a", Pass::Forward, [1, 2], 10, 1));
+        let ((), entries) = profile(|| {
+            for pass in [Pass::Forward, Pass::Forward, Pass::Backward] {
+                drop(span("a", pass, [1, 2], 10, 1));
+            }
+        });
+        let found: Vec<_> = entries.iter().map(|e| (e.pass, e.calls, e.flops, e.bytes)).collect();
+        assert_eq!(found, [(Pass::Forward, 2, 20.0, 8.0), (Pass::Backward, 1, 10.0, 4.0)]);
+    }
+}
