@@ -161,14 +161,15 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
         proj_dims,
     )?;
 
-    let (dqkv, rows) = (room.bf16(B * T * 3 * C)?, room.f32(B * HEADS * T)?);
-    let [of_dqkv, of_rows, of_da, of_qkv] = [room.of(&dqkv)?, room.of(&rows)?, room.of(&da)?, room.of(&qkv)?];
-    attention::cuda::backward(&device, of_dqkv, of_rows, of_da, of_qkv, room.of(&a)?, room.of(&lse)?, heads)?;
+    let dqkv = room.bf16(B * T * 3 * C)?;
+    let [of_dqkv, of_da, of_qkv] = [room.of(&dqkv)?, room.of(&da)?, room.of(&qkv)?];
+    attention::cuda::backward(&device, of_dqkv, of_da, of_qkv, room.of(&a)?, room.of(&lse)?, heads)?;
 
     let (dw_qkv, db_qkv) = (room.f32(3 * C * C)?, room.f32(3 * C)?);
     let (dh, pq) = (room.bf16(B * T * C)?, room.bf16(ln_linear::cuda::pq_len(qkv_dims, DType::Bf16))?);
     let (q, dr) = (room.f32(B * 3 * C)?, room.f32(ln_linear::cuda::dr_len(qkv_dims))?);
     let inactive_grads = room.f32(ln_linear::cuda::inactive_grads_len(qkv_dims, DType::Bf16))?;
+    let (sums, finished) = (room.f32(ln_linear::cuda::sums_len(qkv_dims))?, stream.alloc_zeros::<u32>(B)?);
     ln_linear::cuda::backward(
         &device,
         ln_linear::cuda::Gradients {
@@ -186,6 +187,8 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
             q: room.of(&q)?,
             dr: room.of(&dr)?,
             inactive_grads: room.of(&inactive_grads)?,
+            sums: room.of(&sums)?,
+            finished: room.of(&finished)?,
         },
         of_dqkv,
         inputs,
