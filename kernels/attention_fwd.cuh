@@ -8,8 +8,6 @@ __device__ __forceinline__ void forward(
     elem* __restrict__ out, float* __restrict__ lse, const elem* __restrict__ qkv, float scale, int T, int C, unsigned char* shared
 ) {
     constexpr int M = ROW_TILES, N = TILE / 8, OWN = WARPS * 16 * M;
-    // A sum of exponentials beyond this one is far from the largest number, and no score is likely to reach it.
-    constexpr float RAISE = 1.8446744e19f;
     int first = blockIdx.x * OWN, head = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned int tiles = shared_address(shared);
     Share<THREADS> share;
@@ -26,11 +24,10 @@ __device__ __forceinline__ void forward(
 
     float sums[M][CHUNKS][4] = {};
     float factor = scale * LOG2_E;
-    // Exponentials are relative to the first tile's highest score, and later to that of a tile that is far higher.
+    // Exponentials are relative to the highest score so far: its weight is 1, which bf16 does not round.
     float reference[M][2], total[M][2] = {};
 #pragma unroll
     for (int m = 0; m < M; ++m) reference[m][0] = reference[m][1] = -INFINITY;
-    bool raise = true;
     unsigned int reading = tiles, writing = tiles + 2 * TILE_BYTES;
     for (int left = T; left > 0; left -= TILE) {
         wait_copies<0>();
@@ -44,54 +41,46 @@ __device__ __forceinline__ void forward(
             commit_copies();
         }
         float scores[M][N][4], sum[M][2];
-        while (true) {
 #pragma unroll
-            for (int m = 0; m < M; ++m)
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int r = 0; r < 4; ++r) scores[m][n][r] = 0.0f;
+        rows_times_rows<0>(scores, q, reading + lane_offset());
+        if (left < TILE) mask<0>(scores, left);
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float highest = -INFINITY;
+#pragma unroll
+                for (int n = 0; n < N; ++n) highest = fmaxf(highest, fmaxf(scores[m][n][h * 2], scores[m][n][h * 2 + 1]));
+                highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+                highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+                highest = fmaxf(reference[m][h], highest * factor);
+                // 0 in the first tile, whose first key is always there.
+                float shrink = power_of_2(reference[m][h] - highest);
+                reference[m][h] = highest;
+                total[m][h] *= shrink;
+#pragma unroll
+                for (int n = 0; n < CHUNKS; ++n) {
+                    sums[m][n][h * 2] *= shrink;
+                    sums[m][n][h * 2 + 1] *= shrink;
+                }
+            }
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
 #pragma unroll
                 for (int n = 0; n < N; ++n)
 #pragma unroll
-                    for (int r = 0; r < 4; ++r) scores[m][n][r] = 0.0f;
-            rows_times_rows<0>(scores, q, reading + lane_offset());
-            if (left < TILE) mask<0>(scores, left);
-            if (raise) {
-#pragma unroll
-                for (int m = 0; m < M; ++m)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        float highest = -INFINITY;
-#pragma unroll
-                        for (int n = 0; n < N; ++n) highest = fmaxf(highest, fmaxf(scores[m][n][h * 2], scores[m][n][h * 2 + 1]));
-                        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-                        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-                        highest = fmaxf(reference[m][h], highest * factor);
-                        // 0 in the first tile, whose first key is always there.
-                        float shrink = power_of_2(reference[m][h] - highest);
-                        reference[m][h] = highest;
-                        total[m][h] *= shrink;
-#pragma unroll
-                        for (int n = 0; n < CHUNKS; ++n) {
-                            sums[m][n][h * 2] *= shrink;
-                            sums[m][n][h * 2 + 1] *= shrink;
-                        }
+                    for (int r = h * 2; r < h * 2 + 2; ++r) {
+                        scores[m][n][r] = power_of_2(fmaf(scores[m][n][r], factor, -reference[m][h]));
+                        sum[m][h] = n == 0 && r == h * 2 ? scores[m][n][r] : sum[m][h] + scores[m][n][r];
                     }
             }
-            float largest = 0.0f;
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-#pragma unroll
-                    for (int n = 0; n < N; ++n)
-#pragma unroll
-                        for (int r = h * 2; r < h * 2 + 2; ++r) {
-                            scores[m][n][r] = power_of_2(fmaf(scores[m][n][r], factor, -reference[m][h]));
-                            sum[m][h] = n == 0 && r == h * 2 ? scores[m][n][r] : sum[m][h] + scores[m][n][r];
-                        }
-                    largest = fmaxf(largest, sum[m][h]);
-                }
-            raise = __any_sync(0xffffffffu, largest > RAISE);
-            if (!raise) break;
-        }
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             total[m][0] += sum[m][0];
