@@ -13,7 +13,7 @@ use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::Dit;
 use dtr_fused::ops::work::Batch;
 use dtr_fused::routing::{Routing, Window};
-use dtr_fused::train::device::DeviceState;
+use dtr_fused::train::device::{DeviceState, How};
 use dtr_fused::train::learner::{Batch as Samples, Losses};
 use std::path::Path;
 use std::sync::Arc;
@@ -74,7 +74,7 @@ fn counts() {
 fn step(device: &Arc<Device>, file: &Path, model: ModelConfig, t: &[u32]) -> Vec<Counted> {
     let dit = Dit::new(model).unwrap();
     let weights: Vec<f32> = numbers(3, dit.layout.len()).iter().map(|x| x * 0.02).collect();
-    let state = DeviceState::new(device, DType::Bf16, &weights, [&weights, &weights, &weights]).unwrap();
+    let mut state = DeviceState::new(device, DType::Bf16, &weights, [&weights, &weights, &weights]).unwrap();
     let mut memory = Memory::on_device(device, DType::Bf16);
     let schedule = Schedule::new(ScheduleKind::Linear, TASKS).unwrap();
     let pixels = t.len() * dit.config.in_channels * dit.config.input_size.pow(2);
@@ -84,7 +84,8 @@ fn step(device: &Arc<Device>, file: &Path, model: ModelConfig, t: &[u32]) -> Vec
     let batch = Samples { x_start: &images, noise: &noise, t, labels: &labels, coefficients: &coefficients };
     counted(file, || {
         let mut losses = Losses::default();
-        state.step(&dit, &schedule, LossWeight::Constant, &mut memory, batch, None, false, None, &mut losses).unwrap();
+        let how = How { drawn: None, add: false, updates: false };
+        state.step(&dit, &schedule, LossWeight::Constant, &mut memory, batch, how, None, &mut losses).unwrap();
         assert!(losses.loss.iter().all(|loss| loss.is_finite()));
     })
 }
