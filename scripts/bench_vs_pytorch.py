@@ -4,9 +4,9 @@
 Usage: scripts/bench_vs_pytorch.py [--dtr-fused target/release/dtr-fused] [--threads 2] [--rounds 3] [--models DiT-S/2,..]
                                    [--no-compile]
 
-First both must compute the output and loss of a golden parity case from its weights. Then the programs take turns, `--rounds` times each; medians are compared. A run counts only when other processes had less than 3 % of
-the processors during it (/proc/stat), else it is repeated. Needs Linux, torch, numpy and safetensors, and a C++ compiler for
-torch.compile.
+First both must compute the output and loss of a golden parity case from its weights. Then the programs take turns, `--rounds`
+times each, and medians are compared. A run counts only when other processes had less than 3 % of the processors during it
+(/proc/stat), else it is repeated. Needs Linux, torch, numpy and safetensors, and a C++ compiler for torch.compile.
 """
 
 import argparse
@@ -61,7 +61,9 @@ def undisturbed(command, attempts):
     for attempt in range(attempts):
         output, others = run(command)
         if others < OTHERS:
-            return json.loads(output)
+            report = json.loads(output)
+            print(f"  {' '.join(command[1:])}: step {report['step_seconds']:.4f} s", file=sys.stderr)
+            return report
         print(f"  repeated: others had {others:.0%} of the processors", file=sys.stderr)
     sys.exit("this machine is too busy to measure on")
 
@@ -90,6 +92,7 @@ def main():
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     a = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
     import torch
 
     check_losses(a.dtr_fused)
