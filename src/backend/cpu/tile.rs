@@ -206,16 +206,19 @@ mod avx512 {
                         for v in 0..VECTORS {
                             sums[i][v] = _mm512_fmadd_ps(row, columns[v], sums[i][v]);
                         }
+                        // Keeps the compiler from loading all rows first, for which there are not enough registers: the sums
+                        // would go to memory and back in every round.
+                        std::arch::asm!("", options(nostack, preserves_flags));
                     }
                 }
                 a = a.wrapping_add(step);
                 b = b.wrapping_add(PANEL);
             }
         }
-        for (row, sums) in tile.rows.iter_mut().zip(&sums) {
-            for (v, &sum) in sums.iter().enumerate() {
+        for i in 0..ROWS {
+            for v in 0..VECTORS {
                 // SAFETY: a row holds two vectors.
-                unsafe { _mm512_storeu_ps(row.as_mut_ptr().add(v * 16), sum) };
+                unsafe { _mm512_storeu_ps(tile.rows[i].as_mut_ptr().add(v * 16), sums[i][v]) };
             }
         }
     }
