@@ -159,7 +159,7 @@ fn tensor_copies() {
                     let want = if inside(x + c, y + r) { words[(64 * (y + r) + x + c) as usize] } else { 0 };
                     // Pieces of four words change places by the row: in every row for 128 bytes, every second, every fourth.
                     let turn = [0, r / 4 % 2, r / 2 % 4, r % 8][swizzle as usize];
-                    let at = r * width as i32 + 4 * (c / 4 ^ turn) + c % 4;
+                    let at = r * width as i32 + 4 * ((c / 4) ^ turn) + c % 4;
                     assert_eq!(shared[at as usize], want, "swizzle {swizzle} at {x}, {y}: row {r} column {c}");
                 }
             }
