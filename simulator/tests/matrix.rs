@@ -93,7 +93,7 @@ fn place_a(shape: (usize, usize), ty: Ty, i: usize, lane: usize) -> (usize, usiz
         ((16, 8), 16) => (low(i < 2), 2 * t + (i & 1)),
         ((16, 8), _) => (low(i == 0 || i == 2), if i < 2 { t } else { t + 4 }),
         ((16, 16), 16) => (low(i < 2 || (4..6).contains(&i)), 2 * t + (i & 1) + if i < 4 { 0 } else { 8 }),
-        ((16, 16), 64) => (low(i % 2 == 0), if i % 2 == 0 { 2 * i + t } else { 2 * i - 2 + t }),
+        ((16, 16), 64) => (low(i.is_multiple_of(2)), if i.is_multiple_of(2) { 2 * i + t } else { 2 * i - 2 + t }),
         ((16, 16), 8) => (low(i < 4), 4 * t + (i & 3)),
         ((16, 32), 8) => (low(i < 4 || (8..12).contains(&i)), 4 * t + (i & 3) + if i < 8 { 0 } else { 16 }),
         ((16, 32), 4) => (low(i < 8), 8 * t + (i & 7)),
@@ -331,7 +331,7 @@ impl Layout {
         let pieces = self.row / 16;
         // Rows of 128 bytes change the piece in every row, of 64 in every second, of 32 in every fourth.
         let turn = across % 8 / (8 / pieces);
-        let in_atom = across % 8 * self.row + (piece % pieces ^ turn) * 16 + within;
+        let in_atom = across % 8 * self.row + ((piece % pieces) ^ turn) * 16 + within;
         in_atom + across / 8 * stride + piece / pieces * leading
     }
 
@@ -367,6 +367,7 @@ fn descriptor(at: usize, leading: usize, stride: usize, l: Layout) -> u64 {
 }
 
 /// One warpgroup product: A from shared memory (`Some`) or registers.
+#[allow(clippy::too_many_arguments)]
 fn check_wgmma(n: usize, a: Ty, b: Ty, d: Acc, la: Option<Layout>, lb: Layout, keep: bool, negate: bool) {
     let (depth, bytes) = (256 / a.bits(), a.bits() / 8);
     let mut r = Random((n + depth) as u64);
