@@ -99,7 +99,14 @@ impl Body<'_, '_> {
                 self.arithmetic(op)
             }
             "and" | "or" | "xor" | "not" | "cnot" | "shl" | "shr" | "shf" | "lop3" | "popc" | "clz" | "bfind"
-            | "brev" | "bfe" | "bfi" | "bmsk" | "szext" | "prmt" | "dp4a" | "dp2a" | "fns" => self.bits(op),
+            | "brev" | "bfe" | "bfi" | "bmsk" | "szext" | "prmt" | "dp4a" | "dp2a" | "fns" => {
+                use Ty::*;
+                // The operations below choose by width and know no other types.
+                if ty.is_some_and(|t| !matches!(t, Pred | B16 | U16 | S16 | B32 | U32 | S32 | B64 | U64 | S64)) {
+                    return Ok(false);
+                }
+                self.bits(op)
+            }
             "mov" => self.mov(),
             "setp" | "set" => self.compare(op),
             "selp" => {

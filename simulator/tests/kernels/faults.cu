@@ -37,7 +37,8 @@ extern "C" __global__ void uninitialised_local(float* y, const float* x, int n) 
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     float mine[8];
     for (int j = FAULTY ? 1 : 0; j < 8; j++) mine[j * n / 128] = x[i];
-    y[i] = mine[i * n / 128 % 8];
+    // A copy alone is no fault: compilers copy what they never use.
+    y[i] = mine[i * n / 128 % 8] * (n / 128);
 }
 
 extern "C" __global__ void race_shared(float* y, const float* x, int n) {
