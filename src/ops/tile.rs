@@ -1,6 +1,6 @@
 //! Tiles of the products on a CUDA device (`kernels/gemm.cuh`).
 
-use crate::backend::cuda::{DType, Device};
+use crate::backend::cuda::{Buffer, DType, Device};
 use crate::error::{Error, Result};
 
 /// Halves into which P and Q are split as operands of products in bf16 (`SPLIT` in `kernels/ln_linear.cu`).
@@ -37,6 +37,22 @@ pub(crate) fn tiling(device: &Device, rows: usize, columns: usize) -> Tiling {
     Tiling { side, defines: [("TILE_M", side as i64), ("TILE_N", side as i64)], grid: [x as u32, y as u32, 1] }
 }
 
+/// Refuses buffers that are too short, or in bf16 start where 16 bytes cannot be read at a time: each with its name and the length
+/// it must have, 0 for one that is left out.
+pub(crate) fn check_buffers(operation: &'static str, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
+    for (name, buffer, len) in buffers {
+        if buffer.len < *len {
+            let what = format!("{name} has {} numbers, expected {len}", buffer.len);
+            return Err(Error::Shape { operation, what });
+        }
+        if buffer.dtype == DType::Bf16 && !buffer.address.is_multiple_of(16) {
+            let what = format!("{name} starts at {:#x}, but kernels in bf16 read 16 bytes at a time", buffer.address);
+            return Err(Error::Shape { operation, what });
+        }
+    }
+    Ok(())
+}
+
 /// Refuses sizes that the bf16 products cannot read 16 bytes at a time, and those that do not fit 32 bits.
 pub(crate) fn check_sizes(operation: &'static str, elem: DType, rows: usize, sizes: &[usize]) -> Result<()> {
     if elem == DType::Bf16
@@ -45,9 +61,38 @@ pub(crate) fn check_sizes(operation: &'static str, elem: DType, rows: usize, siz
         let what = format!("{size} channels or outputs in bf16, where they must be multiples of 8: use f32");
         return Err(Error::Shape { operation, what });
     }
+    if rows == 0 || sizes.contains(&0) {
+        return Err(Error::Shape { operation, what: format!("{rows} rows of {sizes:?}: there is nothing to compute") });
+    }
     let widest = sizes.iter().copied().max().unwrap_or(1);
     if rows > i32::MAX as usize / 2 || widest > 1 << 24 {
         return Err(Error::Shape { operation, what: format!("{rows} rows of {widest} are too many for one launch") });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_that_kernels_cannot_use_are_refused() {
+        let at = |address, len, dtype| Buffer { address, len, dtype };
+        let says = |buffer, len| {
+            check_buffers("product", &[("x", buffer, len)]).map_err(|e| e.to_string()).err().unwrap_or_default()
+        };
+        assert_eq!(says(at(32, 5, DType::Bf16), 5), "");
+        assert_eq!(says(at(36, 5, DType::F32), 5), "");
+        assert_eq!(says(Buffer::none(DType::Bf16), 0), "");
+        assert!(says(at(32, 4, DType::Bf16), 5).contains("x has 4 numbers, expected 5"));
+        assert!(says(Buffer::none(DType::F32), 1).contains("x has 0 numbers, expected 1"));
+        assert!(says(at(40, 5, DType::Bf16), 5).contains("x starts at 0x28"));
+    }
+
+    #[test]
+    fn few_tiles_are_small_ones() {
+        let device = Device::on_paper("A100", 80, 108);
+        let side = |rows, columns| tiling(&device, rows, columns).side;
+        assert_eq!([side(8192, 1152), side(512, 3456), side(512, 1152), side(1, 1)], [128, 128, 64, 64]);
+    }
 }

@@ -2,6 +2,7 @@
 
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
+use crate::ops::tile::check_buffers;
 
 const FILE: &str = "attention";
 const OP: &str = "attention";
@@ -37,18 +38,13 @@ impl Dims {
         let Dims { b, t, c, heads } = self;
         let refused = |what| Err(Error::Shape { operation: OP, what });
         let size = c / heads.max(1);
-        if heads == 0 || c % heads != 0 || size > 128 || elem == DType::Bf16 && size % 8 != 0 {
+        if heads == 0 || c == 0 || c % heads != 0 || size > 128 || elem == DType::Bf16 && size % 8 != 0 {
             return refused(format!("{heads} heads of {c} channels: a head has up to 128, in bf16 a multiple of 8"));
         }
         if b > 65535 || heads > 65535 || b * t > i32::MAX as usize / 2 {
             return refused(format!("{b} samples of {t} tokens and {heads} heads are too many for one launch"));
         }
-        match buffers.iter().find(|(_, buffer, len)| buffer.len < *len) {
-            None => Ok(()),
-            Some((name, buffer, len)) => {
-                refused(format!("{name} has {} numbers, expected {len} for {self:?}", buffer.len))
-            }
-        }
+        check_buffers(OP, buffers)
     }
 }
 

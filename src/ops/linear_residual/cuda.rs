@@ -1,8 +1,8 @@
 //! The CUDA version (`kernels/linear_residual.cu`), on buffers of the caller.
 
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
-use crate::error::{Error, Result};
-use crate::ops::tile::{SMALL, THREADS, Tiling, check_sizes, tiling};
+use crate::error::Result;
+use crate::ops::tile::{SMALL, THREADS, Tiling, check_buffers, check_sizes, tiling};
 
 const FILE: &str = "linear_residual";
 const OP: &str = "linear_residual";
@@ -42,16 +42,15 @@ pub struct Windows {
     pub write: Buffer,
 }
 
-/// Refuses buffers that are too short: each with its name and the length it must have.
+/// Refuses sizes and buffers that the kernels cannot use: each buffer with its name and the length it must have.
 fn check(dims: Dims, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
     check_sizes(OP, elem, dims.b * dims.t, &[dims.c, dims.k])?;
-    match buffers.iter().find(|(_, buffer, len)| !buffer.is_none() && buffer.len < *len) {
-        None => Ok(()),
-        Some((name, buffer, len)) => {
-            let what = format!("{name} has {} numbers, expected {len} for {dims:?}", buffer.len);
-            Err(Error::Shape { operation: OP, what })
-        }
-    }
+    check_buffers(OP, buffers)
+}
+
+/// The length of a buffer that may be left out.
+fn unless_none(buffer: Buffer, len: usize) -> usize {
+    if buffer.is_none() { 0 } else { len }
 }
 
 fn product<'a>(kernel: &'static str, elem: DType, tiles: &'a Tiling) -> Launch<'a> {
@@ -84,15 +83,15 @@ pub fn forward(
         elem,
         &[
             ("out", out, b * t * c),
-            ("z", z, b * t * c),
+            ("z", z, unless_none(z, b * t * c)),
             ("a", a, b * t * k),
             ("weight", weight, c * k),
             ("bias", bias, c),
-            ("gate", gate.gate, (b - 1) * gate.stride + c),
+            ("gate", gate.gate, b.saturating_sub(1) * gate.stride + c),
             ("base", base, b * t * c),
-            ("bypass", bypass, b * t * c),
+            ("bypass", bypass, unless_none(bypass, b * t * c)),
             ("base windows", windows.base, b * 2),
-            ("bypass windows", windows.bypass, b * 2),
+            ("bypass windows", windows.bypass, unless_none(windows.bypass, b * 2)),
             ("write windows", windows.write, b * 2),
         ],
     )?;
@@ -178,21 +177,21 @@ pub fn backward(
         elem,
         &[
             ("da", grads.da, b * t * k),
-            ("dgate", grads.dgate, (b - 1) * gate.stride + c),
-            ("dbase", grads.dbase, b * t * c),
-            ("dbypass", grads.dbypass, b * t * c),
+            ("dgate", grads.dgate, b.saturating_sub(1) * gate.stride + c),
+            ("dbase", grads.dbase, unless_none(grads.dbase, b * t * c)),
+            ("dbypass", grads.dbypass, unless_none(grads.dbypass, b * t * c)),
             ("dweight", grads.dweight, c * k),
             ("dbias", grads.dbias, c),
             ("dz", scratch.dz, b * t * c),
             ("dz_sums", scratch.dz_sums, b * c),
             ("dout", dout, b * t * c),
             ("a", a, b * t * k),
-            ("pre", pre, b * t * k),
+            ("pre", pre, unless_none(pre, b * t * k)),
             ("z", z, b * t * c),
             ("weight", weight, c * k),
-            ("gate", gate.gate, (b - 1) * gate.stride + c),
+            ("gate", gate.gate, b.saturating_sub(1) * gate.stride + c),
             ("base windows", windows.base, b * 2),
-            ("bypass windows", windows.bypass, b * 2),
+            ("bypass windows", windows.bypass, unless_none(windows.bypass, b * 2)),
             ("write windows", windows.write, b * 2),
         ],
     )?;

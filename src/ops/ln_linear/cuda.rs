@@ -3,7 +3,7 @@
 use super::Activation;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
-use crate::ops::tile::{SMALL, SPLIT_BF16, THREADS, Tiling, check_sizes, tiling};
+use crate::ops::tile::{SMALL, SPLIT_BF16, THREADS, Tiling, check_buffers, check_sizes, tiling};
 
 const FILE: &str = "ln_linear";
 const OP: &str = "ln_linear";
@@ -147,16 +147,10 @@ pub fn sums_len(dims: Dims) -> usize {
     dims.b * dims.t.div_ceil(BWD_TOKENS) * dims.c.div_ceil(HELD) * 2 * HELD
 }
 
-/// Refuses buffers that are too short: each with its name and the length it must have.
+/// Refuses sizes and buffers that the kernels cannot use: each buffer with its name and the length it must have.
 fn check(dims: Dims, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
     check_sizes(OP, elem, dims.b * dims.t, &[dims.c, dims.n])?;
-    match buffers.iter().find(|(_, buffer, len)| buffer.len < *len) {
-        None => Ok(()),
-        Some((name, buffer, len)) => {
-            let what = format!("{name} has {} numbers, expected {len} for {dims:?}", buffer.len);
-            Err(Error::Shape { operation: OP, what })
-        }
-    }
+    check_buffers(OP, buffers)
 }
 
 /// `y` `[B, T, N]` elem; with GELU also `pre`, what it was before (none: not kept). `bias` is `[N]` f32.
@@ -189,8 +183,8 @@ pub fn forward(
             ("uv", saved.uv, if inputs.full { 0 } else { b * 2 * n }),
             ("x", inputs.x, b * t * c),
             ("windows", inputs.windows, b * 2),
-            ("shift", inputs.modulation.shift, (b - 1) * inputs.modulation.stride + c),
-            ("scale", inputs.modulation.scale, (b - 1) * inputs.modulation.stride + c),
+            ("shift", inputs.modulation.shift, b.saturating_sub(1) * inputs.modulation.stride + c),
+            ("scale", inputs.modulation.scale, b.saturating_sub(1) * inputs.modulation.stride + c),
             ("weight", inputs.weight, n * c),
             ("bias", bias, n),
         ],
@@ -286,8 +280,8 @@ pub fn backward(
         elem,
         &[
             ("dx", grads.dx, b * t * c),
-            ("dshift", grads.dshift, (b - 1) * inputs.modulation.stride + c),
-            ("dscale", grads.dscale, (b - 1) * inputs.modulation.stride + c),
+            ("dshift", grads.dshift, b.saturating_sub(1) * inputs.modulation.stride + c),
+            ("dscale", grads.dscale, b.saturating_sub(1) * inputs.modulation.stride + c),
             ("dweight", grads.dweight, n * c),
             ("dbias", grads.dbias, n),
             ("dh", scratch.dh, b * t * c),
@@ -300,7 +294,7 @@ pub fn backward(
             ("g", g, b * t * n),
             ("x", inputs.x, b * t * c),
             ("windows", inputs.windows, b * 2),
-            ("scale", inputs.modulation.scale, (b - 1) * inputs.modulation.stride + c),
+            ("scale", inputs.modulation.scale, b.saturating_sub(1) * inputs.modulation.stride + c),
             ("weight", inputs.weight, n * c),
             ("h", saved.h, b * t * c),
             ("mean", saved.mean, b * t),
