@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicBool;
 
 /// `CUresult`.
 pub type CUresult = u32;
@@ -51,11 +52,17 @@ impl From<cuda_sim::MemoryError> for Failure {
 
 /// Runs the body of a driver call. A panic must not cross into C: it becomes `CUDA_ERROR_UNKNOWN`.
 pub fn call(name: &str, body: impl FnOnce() -> Outcome) -> CUresult {
+    /// Programs that try machine code first do so for every module: once is enough.
+    static SAID_NO_BINARY: AtomicBool = AtomicBool::new(false);
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => 0,
         Ok(Err(f)) => {
             if !f.text.is_empty() {
-                crate::report::say(&format!("{name}: {} (error {})", f.text, f.code));
+                let text = format!("{name}: {} (error {})", f.text, f.code);
+                match f.code {
+                    NO_BINARY_FOR_GPU => crate::report::say_once(&SAID_NO_BINARY, &text),
+                    _ => crate::report::say(&text),
+                }
             }
             f.code
         }
