@@ -1,7 +1,7 @@
 // Types and helpers of every kernel. No CUDA headers: NVRTC has none.
 //
 //   elem   type of activations and of the weights that products read: bf16 with -DELEM_BF16, else float
-//   The arithmetic is f32 in both; `load` and `store` convert.
+//   The arithmetic is f32 in both; `to_f32` and `from_f32` convert.
 #pragma once
 
 #define INFINITY __int_as_float(0x7f800000)
@@ -52,11 +52,5 @@ __device__ __forceinline__ float high_bf16(unsigned int packed) { return __uint_
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int lane = 16; lane > 0; lane >>= 1) x += __shfl_xor_sync(0xffffffffu, x, lane);
-    return x;
-}
-
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int lane = 16; lane > 0; lane >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
     return x;
 }

@@ -13,7 +13,7 @@
 // in memory: the kernels that write windowed activations promise that. What it covers beyond `limit` is read as zero.
 //
 // A block has THREADS threads and computes TILE_M x TILE_N: in bf16, a warp a quarter of it. An epilogue gets OUT_WIDTH columns
-// of a row at a time:  `epilogue(column)` is called once a thread, and what it returns for every row:  `(row, values)`.
+// of a row at a time:  `epilogue(column)` is called once for the columns of a thread, and what it returns for every row:  `(row, values)`.
 #pragma once
 
 #include "vector.cuh"

@@ -76,13 +76,6 @@ __device__ __forceinline__ void add_or_store(elem* to, float (&x)[W], bool fresh
     vector.store(to);
 }
 
-struct True {
-    static constexpr bool value = true;
-};
-struct False {
-    static constexpr bool value = false;
-};
-
 // Whether rows of `length` elements consist of whole vectors. In bf16 the launcher has checked it.
 __device__ __forceinline__ constexpr bool are_vectors(int length) {
 #ifdef ELEM_BF16

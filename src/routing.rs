@@ -122,41 +122,6 @@ pub fn random_masks(tasks: usize, channels: usize, beta: f64, seed: u64, block: 
     Ok(masks)
 }
 
-/// A run of consecutive samples computed as one product over the union of their windows.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Group {
-    /// The samples.
-    pub samples: std::ops::Range<usize>,
-    /// Holds the window of each of them; their inactive channels in it are zero-filled.
-    pub union: Window,
-}
-
-/// Rows that computing a product of its own is worth.
-const START_UP_ROWS: usize = 32;
-
-/// Splits a batch (windows in batch order, `tokens` rows each) into groups, so that products stay large and little is
-/// computed in vain: a sample joins when that costs less than a product of its own, start-up included. Batches sorted by timestep need the fewest groups.
-pub fn groups(windows: &[Window], tokens: usize) -> impl Iterator<Item = Group> {
-    let mut next = 0;
-    std::iter::from_fn(move || {
-        let first = next;
-        let mut union = *windows.get(first)?;
-        next += 1;
-        while let Some(&window) = windows.get(next) {
-            let joined = union.union(window);
-            let rows = (next - first) * tokens;
-            let together = (rows + tokens) * joined.width;
-            let apart = rows * union.width + (tokens + START_UP_ROWS) * window.width;
-            if together > apart {
-                break;
-            }
-            union = joined;
-            next += 1;
-        }
-        Some(Group { samples: first..next, union })
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,26 +155,5 @@ mod tests {
         // Every channel is left out about equally often: 50 tasks x 8 of 40 channels = 10 times each.
         let counts: Vec<f32> = (0..40).map(|c| a.iter().skip(c).step_by(40).sum()).collect();
         assert!(counts.iter().all(|&n| (28.0..=49.0).contains(&n)), "{counts:?}");
-    }
-
-    #[test]
-    fn groups_cover_the_batch_and_waste_little() {
-        let all = windows(1000, 384, 4.0, 0.5).unwrap();
-        for tokens in [1, 16, 64, 256] {
-            let batch: Vec<Window> = (0..32).map(|i| all[i * 999 / 31]).collect();
-            let found: Vec<Group> = groups(&batch, tokens).collect();
-            assert_eq!(found.first().unwrap().samples.start, 0);
-            assert_eq!(found.last().unwrap().samples.end, 32);
-            assert!(found.windows(2).all(|pair| pair[0].samples.end == pair[1].samples.start));
-            let computed: usize = found.iter().map(|g| g.samples.len() * g.union.width).sum();
-            let needed: usize = batch.iter().map(|w| w.width).sum();
-            // Never dearer than a product a sample, start-up included; with many tokens, hardly any work in vain.
-            let cost = tokens * computed + START_UP_ROWS * found.iter().map(|g| g.union.width).sum::<usize>();
-            assert!(cost <= (tokens + START_UP_ROWS) * needed, "{tokens} tokens: {cost}");
-            assert!(tokens < 64 || computed * 100 <= needed * 115, "{tokens} tokens: {computed} for {needed}");
-            for g in &found {
-                assert!(batch[g.samples.clone()].iter().all(|w| g.union.union(*w) == g.union));
-            }
-        }
     }
 }

@@ -111,7 +111,7 @@ enum Run {
 /// A graph and the addresses it was captured with.
 struct Captured {
     graph: Option<Graph>, // None: the driver cannot capture
-    bases: [u64; 2],
+    bases: [u64; 4],      // of activations, inputs, weights and gradients
 }
 
 /// An arena and the memory under it.
@@ -311,7 +311,8 @@ pub fn launch_staged(
     let Some(own) = memory.cuda.as_ref().filter(|_| !device.is_on_paper()) else { return Ok(()) };
     own.deliver()?;
     late()?;
-    let bases = [own.work.arena.base(), own.inputs.arena.base()];
+    let gradients = grads.map_or(0, |(buffer, _)| buffer.address);
+    let bases = [own.work.arena.base(), own.inputs.arena.base(), weights.full().address, gradients];
     if let Some(captured) = own.replayed.get(&number).filter(|captured| captured.bases == bases) {
         return match &captured.graph {
             Some(graph) => device.replay(graph),

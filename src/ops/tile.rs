@@ -3,7 +3,7 @@
 use crate::backend::cuda::{Buffer, DType, Device};
 use crate::error::{Error, Result};
 
-/// Halves into which P and Q are split as operands of products in bf16 (`SPLIT` in `kernels/ln_linear.cu`).
+/// Halves into which P and Q are split as operands of products in bf16 (`SPLIT` in `kernels/ln_linear_rows.cuh`).
 pub(crate) const SPLIT_BF16: usize = 2;
 
 /// Threads of a block of a product.
@@ -39,13 +39,15 @@ pub(crate) fn tiling(device: &Device, rows: usize, columns: usize) -> Tiling {
 
 /// Refuses buffers that are too short, or in bf16 start where 16 bytes cannot be read at a time: each with its name and the length
 /// it must have, 0 for one that is left out.
-pub(crate) fn check_buffers(operation: &'static str, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
+pub(crate) fn check_buffers(operation: &'static str, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
     for (name, buffer, len) in buffers {
         if buffer.len < *len {
             let what = format!("{name} has {} numbers, expected {len}", buffer.len);
             return Err(Error::Shape { operation, what });
         }
-        if buffer.dtype == DType::Bf16 && !buffer.address.is_multiple_of(16) {
+        // A sample's modulation may start anywhere, and rows of f32 that are no whole vectors are read one by one.
+        let anywhere = ["shift", "scale", "gate", "dshift", "dscale", "dgate"].contains(name);
+        if (elem == DType::Bf16 && !anywhere || buffer.dtype == DType::Bf16) && !buffer.address.is_multiple_of(16) {
             let what = format!("{name} starts at {:#x}, but kernels in bf16 read 16 bytes at a time", buffer.address);
             return Err(Error::Shape { operation, what });
         }
@@ -78,8 +80,11 @@ mod tests {
     #[test]
     fn buffers_that_kernels_cannot_use_are_refused() {
         let at = |address, len, dtype| Buffer { address, len, dtype };
-        let says = |buffer, len| {
-            check_buffers("product", &[("x", buffer, len)]).map_err(|e| e.to_string()).err().unwrap_or_default()
+        let says = |buffer: Buffer, len| {
+            check_buffers("product", buffer.dtype, &[("x", buffer, len)])
+                .map_err(|e| e.to_string())
+                .err()
+                .unwrap_or_default()
         };
         assert_eq!(says(at(32, 5, DType::Bf16), 5), "");
         assert_eq!(says(at(36, 5, DType::F32), 5), "");
@@ -87,6 +92,8 @@ mod tests {
         assert!(says(at(32, 4, DType::Bf16), 5).contains("x has 4 numbers, expected 5"));
         assert!(says(Buffer::none(DType::F32), 1).contains("x has 0 numbers, expected 1"));
         assert!(says(at(40, 5, DType::Bf16), 5).contains("x starts at 0x28"));
+        let in_bf16 = |name| check_buffers("product", DType::Bf16, &[(name, at(36, 5, DType::F32), 5)]);
+        assert!(in_bf16("gate").is_ok() && in_bf16("bias").is_err());
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::model::dit::Dit;
 use crate::rng::Stream;
 use crate::tensor::Storage;
 use std::collections::VecDeque;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 /// A gradient of this norm counts as not finite: its square would not fit the second moment, which is f32.
@@ -76,8 +77,11 @@ pub struct How<'a> {
 
 impl How<'_> {
     /// Passes over `b` samples with the same number launch the same kernels with the same sizes, and share a graph.
-    fn number(&self, b: usize) -> u64 {
-        (b as u64) << 3 | u64::from(self.add) << 2 | u64::from(self.updates) << 1 | u64::from(self.drawn.is_some())
+    fn number(&self, b: usize, dit: &Dit) -> u64 {
+        let seed = self.drawn.map(|drawn| drawn.seed);
+        let mut hasher = std::hash::DefaultHasher::new();
+        (b, self.add, self.updates, seed, dit.checkpoint_activations).hash(&mut hasher);
+        hasher.finish()
     }
 }
 
@@ -230,7 +234,7 @@ impl DeviceState {
             &self.weights,
             grads,
             memory,
-            how.number(batch.t.len()),
+            how.number(batch.t.len(), dit),
             || mail.as_mut().map_or(Ok(()), |mail| mail.send(&device, &late)),
             |tape| self.pass(tape, dit, batch, how).map(|_| ()),
         )?;

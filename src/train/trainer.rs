@@ -388,8 +388,9 @@ impl Trainer {
         let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
         let memory = own.as_mut().unwrap_or(memory);
         let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
-        let pixels =
-            generate(dit, weights, memory, &sampler, &labels, config.seed, config.batch_size.min(64), |_| Ok(()))?;
+        // As many at once as the plan of the device's memory counts with; how many does not change the samples.
+        let at_once = (config.batch_size / config.grad_accumulation).clamp(1, 64);
+        let pixels = generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, |_| Ok(()))?;
         let path = run.samples(self.step)?;
         let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
         grid_png(&path, &pixels, shape, columns, scale_of(config.image_size))?;

@@ -40,7 +40,11 @@ impl Device {
         let worked = work();
         // SAFETY: the stream is capturing since the call above.
         let graph = unsafe { result::stream::end_capture(driver.stream.cu_stream()) };
-        worked?;
+        if let Err(e) = worked {
+            // SAFETY: the graph was captured above and is destroyed once.
+            let _ = graph.map(|graph| unsafe { result::graph::destroy(graph) });
+            return Err(e);
+        }
         let graph = graph.map_err(cannot)?;
         // SAFETY: the graph was captured above; no flags.
         match unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) } {

@@ -129,6 +129,9 @@ impl Launch<'_> {
                 return wrong(format!("the argument {name} is {arg:?}, expected {kind:?} (elem is {:?})", self.elem));
             }
         }
+        if self.grid[1] > 65_535 || self.grid[2] > 65_535 {
+            return wrong(format!("a grid of {:?} blocks is too large: at most 65535 in y and z", self.grid));
+        }
         if self.grid.contains(&0) || self.block == 0 {
             return wrong(format!("a grid of {:?} blocks of {} threads has no threads", self.grid, self.block));
         }

@@ -154,16 +154,6 @@ impl Device {
         Ok(allocation)
     }
 
-    /// New memory with these integers.
-    ///
-    /// # Errors
-    /// When there is not enough memory.
-    pub fn upload_i32(&self, numbers: &[i32]) -> Result<Allocation> {
-        let allocation = self.alloc(numbers.len(), DType::I32)?;
-        self.write_bytes(allocation.buffer(), bytemuck::cast_slice(numbers))?;
-        Ok(allocation)
-    }
-
     /// Waits for all work and copies the numbers of a buffer of floats.
     ///
     /// # Errors

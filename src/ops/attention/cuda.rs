@@ -44,7 +44,7 @@ impl Dims {
         if b > 65535 || heads > 65535 || b * t > i32::MAX as usize / 2 {
             return refused(format!("{b} samples of {t} tokens and {heads} heads are too many for one launch"));
         }
-        check_buffers(OP, buffers)
+        check_buffers(OP, elem, buffers)
     }
 }
 

@@ -45,7 +45,7 @@ pub struct Windows {
 /// Refuses sizes and buffers that the kernels cannot use: each buffer with its name and the length it must have.
 fn check(dims: Dims, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
     check_sizes(OP, elem, dims.b * dims.t, &[dims.c, dims.k])?;
-    check_buffers(OP, buffers)
+    check_buffers(OP, elem, buffers)
 }
 
 /// The length of a buffer that may be left out.

@@ -150,7 +150,7 @@ pub fn sums_len(dims: Dims) -> usize {
 /// Refuses sizes and buffers that the kernels cannot use: each buffer with its name and the length it must have.
 fn check(dims: Dims, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
     check_sizes(OP, elem, dims.b * dims.t, &[dims.c, dims.n])?;
-    check_buffers(OP, buffers)
+    check_buffers(OP, elem, buffers)
 }
 
 /// `y` `[B, T, N]` elem; with GELU also `pre`, what it was before (none: not kept). `bias` is `[N]` f32.
