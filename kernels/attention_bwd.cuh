@@ -78,7 +78,7 @@ __device__ __forceinline__ void gradients_of_keys(
         __syncthreads();
         if (start + TILE < T) copy_next(writing, start + TILE);
         unsigned int tile_q = reading + lane_offset(), tile_dout = tile_q + TILE_BYTES;
-        unroll<TILE / KEYS_PART>([&](auto part) {
+        unrolled<TILE / KEYS_PART>([&](auto part) {
             constexpr int FIRST = decltype(part)::value * KEYS_PART;
             float p[1][N][4] = {}, ds[1][N][4];
             rows_times_rows<FIRST>(p, k, tile_q);
@@ -178,7 +178,7 @@ __device__ __forceinline__ void gradients_of_queries(
             commit_copies();
         }
         unsigned int tile_k = reading + lane_offset(), tile_v = tile_k + TILE_BYTES;
-        unroll<TILE / QUERIES_PART>([&](auto part) {
+        unrolled<TILE / QUERIES_PART>([&](auto part) {
             constexpr int FIRST = decltype(part)::value * QUERIES_PART;
             float p[M][N][4] = {}, ds[M][N][4];
 #pragma unroll

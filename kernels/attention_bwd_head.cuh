@@ -123,7 +123,7 @@ __device__ __forceinline__ void backward(
                         ds[m][r / 2][r % 2 * 2 + i] *= ROUNDED_P ? rounded_p : p[m][r / 2][r % 2 * 2 + i];
                     }
             pack_weights<0>(packed, ds);
-            unroll<M * 4>([&](auto index) {
+            unrolled<M * 4>([&](auto index) {
                 constexpr int m = decltype(index)::value / 4, r = decltype(index)::value % 4;
                 store_shared<(m * 16 + r % 2 * 8) * DS_ROW_BYTES + r / 2 * 16>(own_ds + part * 32, packed[m][r]);
             });
@@ -141,7 +141,7 @@ __device__ __forceinline__ void backward(
             unsigned int keys_part = keys + lane_offset(thread) + first_chunk * 16;
             unsigned int own_dq = keys + DQ + (first_query + lane / 4) * ROW_BYTES + first_chunk * 16 + lane % 4 * 4;
             float dq[1][PART][4] = {};
-            unroll<HEAD_THREADS / 16>([&](auto step) {
+            unrolled<HEAD_THREADS / 16>([&](auto step) {
                 constexpr int k = decltype(step)::value;
                 unsigned int weights[1][4];
                 load_matrices<true, k * 16 * DS_ROW_BYTES>(weights[0], ds_part);
@@ -151,7 +151,7 @@ __device__ __forceinline__ void backward(
                 weights[0][2] = second;
                 add_weighted<k * 16>(dq, weights, keys_part);
             });
-            unroll<PART * 2>([&](auto index) {
+            unrolled<PART * 2>([&](auto index) {
                 constexpr int n = decltype(index)::value / 2, h = decltype(index)::value % 2;
                 unsigned int packed = pack_bf16(dq[0][n][h * 2] * scale, dq[0][n][h * 2 + 1] * scale);
                 store_shared<h * 8 * ROW_BYTES + n * 16>(own_dq, packed);

@@ -2,7 +2,7 @@
 // half step of a head size that is no multiple of 16), with f32 accumulators. A part of attention.cu, which defines Head.
 #pragma once
 
-#include "common.cuh"
+#include "tensor_core.cuh"
 
 #ifndef WARPS
 #define WARPS 4
@@ -30,53 +30,7 @@ constexpr int STEPS = HS / 16;              // along a row: products of 16 eleme
 constexpr bool HALF_STEP = HS % 16 != 0;    // and one of 8
 static_assert(16 * WARPS * ROW_TILES <= 2 * TILE, "a block's own rows take the place of two tiles");
 
-template <int I>
-struct Index {
-    static constexpr int value = I;
-};
-
-// body(Index<0>()) ... body(Index<N - 1>()): a loop whose counter is a constant, as offsets in instructions must be.
-template <int N, int I = 0, typename Body>
-__device__ __forceinline__ void unroll(Body body) {
-    if constexpr (I < N) {
-        body(Index<I>());
-        unroll<N, I + 1>(body);
-    }
-}
-
-__device__ __forceinline__ unsigned int shared_address(const void* pointer) {
-    return (unsigned int)__cvta_generic_to_shared(pointer);
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int N>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-// 16 bytes from global to shared memory; zeros when `bytes` is 0, and then nothing is read.
-template <int OFFSET>
-__device__ __forceinline__ void copy_async(unsigned int to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0+%3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes), "n"(OFFSET) : "memory");
-}
-
-// Four 8 x 8 matrices: rows 0-7 and 8-15 of a chunk, then of the next chunk, for a lane's address from `lane_offset`.
-template <bool TRANSPOSED, int OFFSET>
-__device__ __forceinline__ void load_matrices(unsigned int (&r)[4], unsigned int address) {
-    if (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4+%5];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(address), "n"(OFFSET)
-                     : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4+%5];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                     : "r"(address), "n"(OFFSET)
-                     : "memory");
-}
-
-// The first two of them.
+// Two 8 x 8 matrices at `address` + OFFSET: rows 0-7 and 8-15 of a chunk.
 template <bool TRANSPOSED, int OFFSET>
 __device__ __forceinline__ void load_two_matrices(unsigned int (&r)[2], unsigned int address) {
     if (TRANSPOSED)
@@ -179,13 +133,13 @@ struct Share {
         int bytes = LANES == CHUNKS || chunk < CHUNKS ? 16 : 0;
         // With the last rows only if the threads come out at the tile's end.
         auto rows = [&](auto size) {
-            unroll<(COUNT + STEP - 1) / STEP>([&](auto i) {
+            unrolled<(COUNT + STEP - 1) / STEP>([&](auto i) {
                 constexpr int first = decltype(i)::value * STEP;
                 if (first + STEP > COUNT && row >= COUNT - first) return;
-                unroll<TILES>([&](auto n) {
+                unrolled<TILES>([&](auto n) {
                     const Copy& tile = tiles[decltype(n)::value];
                     const elem* from = tile.from + (long long)tile.stride * first;
-                    copy_async<first * ROW_BYTES>(tile.to + at, from, size(first));
+                    copy_async_or_zeros<first * ROW_BYTES>(tile.to + at, from, size(first));
                 });
             });
         };
@@ -217,9 +171,9 @@ struct Fragments {
 
     // From a tile's first row on, `tile` with the lane's offset.
     __device__ __forceinline__ void load(unsigned int tile) {
-        unroll<M>([&](auto m) {
+        unrolled<M>([&](auto m) {
             constexpr int row = decltype(m)::value * 16 * ROW_BYTES;
-            unroll<STEPS>([&](auto k) {
+            unrolled<STEPS>([&](auto k) {
                 load_matrices<false, row + decltype(k)::value * 32>(whole[decltype(m)::value][decltype(k)::value], tile);
             });
             if constexpr (HALF_STEP) load_two_matrices<false, row + STEPS * 32>(half[decltype(m)::value], tile);
@@ -230,9 +184,9 @@ struct Fragments {
 // scores += own tile^T, products of rows: 16 M own rows, and 8 N of the tile from row FIRST on.
 template <int FIRST, int M, int N>
 __device__ __forceinline__ void rows_times_rows(float (&scores)[M][N][4], const Fragments<M>& own, unsigned int tile) {
-    unroll<STEPS>([&](auto step) {
+    unrolled<STEPS>([&](auto step) {
         constexpr int k = decltype(step)::value;
-        unroll<N / 2>([&](auto pair) {
+        unrolled<N / 2>([&](auto pair) {
             constexpr int n = decltype(pair)::value;
             unsigned int others[4];
             load_matrices<false, (FIRST + n * 16) * ROW_BYTES + k * 32>(others, tile);
@@ -244,7 +198,7 @@ __device__ __forceinline__ void rows_times_rows(float (&scores)[M][N][4], const 
         });
     });
     if constexpr (HALF_STEP)
-        unroll<N / 2>([&](auto pair) {
+        unrolled<N / 2>([&](auto pair) {
             constexpr int n = decltype(pair)::value;
             unsigned int others[2];
             load_two_matrices<false, (FIRST + n * 16) * ROW_BYTES + STEPS * 32>(others, tile);
@@ -262,12 +216,12 @@ __device__ __forceinline__ void rows_times_rows(float (&scores)[M][N][4], unsign
     auto step = [&](auto index) {
         constexpr int k = decltype(index)::value;
         Fragments<M> rows;
-        unroll<M>([&](auto m) {
+        unrolled<M>([&](auto m) {
             constexpr int at = decltype(m)::value * 16 * ROW_BYTES + k * 32;
             if constexpr (k < STEPS) load_matrices<false, at>(rows.whole[decltype(m)::value][0], own);
             else load_two_matrices<false, at>(rows.half[decltype(m)::value], own);
         });
-        unroll<N / 2>([&](auto pair) {
+        unrolled<N / 2>([&](auto pair) {
             constexpr int n = decltype(pair)::value, at = (FIRST + n * 16) * ROW_BYTES + k * 32;
             if constexpr (k < STEPS) {
                 unsigned int others[4];
@@ -288,7 +242,7 @@ __device__ __forceinline__ void rows_times_rows(float (&scores)[M][N][4], unsign
             }
         });
     };
-    unroll<STEPS + HALF_STEP>(step);
+    unrolled<STEPS + HALF_STEP>(step);
 }
 
 // Columns 16 K .. of weights as an operand: the accumulators of a product are that of the next one.
@@ -304,7 +258,7 @@ __device__ __forceinline__ void pack_weights(unsigned int (&packed)[M][4], const
 // sums += weights tile: sums of 16 of the tile's rows from FIRST on, and of COUNT chunks.
 template <int FIRST, int M, int COUNT>
 __device__ __forceinline__ void add_weighted(float (&sums)[M][COUNT][4], const unsigned int (&weights)[M][4], unsigned int tile) {
-    unroll<COUNT / 2>([&](auto pair) {
+    unrolled<COUNT / 2>([&](auto pair) {
         constexpr int n = decltype(pair)::value;
         unsigned int others[4];
         load_matrices<true, FIRST * ROW_BYTES + n * 32>(others, tile);
@@ -325,7 +279,7 @@ __device__ __forceinline__ void add_weighted(float (&sums)[M][COUNT][4], const u
 // The same for all columns of the weights.
 template <int FIRST, int M, int N>
 __device__ __forceinline__ void weighted_rows(float (&sums)[M][CHUNKS][4], const float (&weights)[M][N][4], unsigned int tile) {
-    unroll<N / 2>([&](auto step) {
+    unrolled<N / 2>([&](auto step) {
         constexpr int k = decltype(step)::value;
         unsigned int packed[M][4];
         pack_weights<k>(packed, weights);
