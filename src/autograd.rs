@@ -18,6 +18,7 @@
 pub mod cuda;
 
 use crate::backend::Compute;
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cuda::DType;
 use crate::error::{Error, Result};
@@ -103,16 +104,16 @@ impl Memory {
 /// Free buffers by length.
 #[derive(Default)]
 pub(crate) struct Pool {
-    free: HashMap<usize, Vec<Vec<f32>>>,
+    free: HashMap<usize, Vec<AlignedVec>>,
     total: usize,
 }
 
 impl Pool {
     /// A buffer of `len` numbers with arbitrary contents (NaN in debug builds, so that reading them shows).
-    pub(crate) fn take(&mut self, len: usize) -> Vec<f32> {
+    pub(crate) fn take(&mut self, len: usize) -> AlignedVec {
         let mut buffer = self.free.get_mut(&len).and_then(Vec::pop).unwrap_or_else(|| {
             self.total += len;
-            vec![0.0; len]
+            AlignedVec::zeros(len)
         });
         if cfg!(debug_assertions) {
             buffer.fill(f32::NAN);
@@ -121,7 +122,7 @@ impl Pool {
     }
 
     /// Takes a buffer back.
-    pub(crate) fn give(&mut self, buffer: Vec<f32>) {
+    pub(crate) fn give(&mut self, buffer: AlignedVec) {
         if !buffer.is_empty() {
             self.free.entry(buffer.len()).or_default().push(buffer);
         }
@@ -165,6 +166,12 @@ impl<'a> From<&'a [f32]> for Weights<'a> {
 
 impl<'a> From<&'a Vec<f32>> for Weights<'a> {
     fn from(weights: &'a Vec<f32>) -> Self {
+        Weights::Cpu(weights)
+    }
+}
+
+impl<'a> From<&'a AlignedVec> for Weights<'a> {
+    fn from(weights: &'a AlignedVec) -> Self {
         Weights::Cpu(weights)
     }
 }
@@ -305,7 +312,7 @@ impl<'a> Tape<'a> {
 
     fn read_storage(&self, storage: &Storage) -> Result<Vec<f32>> {
         match storage {
-            Storage::Cpu(data) => Ok(data.clone()),
+            Storage::Cpu(data) => Ok(data.to_vec()),
             Storage::Cuda(buffer) => self.device().download(*buffer),
         }
     }
@@ -328,7 +335,7 @@ impl<'a> Tape<'a> {
     /// # Errors
     /// As [`Tape::backward`].
     pub fn backward_with(&mut self, output: Var, upstream: Var) -> Result<()> {
-        let upstream = std::mem::replace(&mut self.memory.values[upstream.0 as usize].data, Storage::Cpu(Vec::new()));
+        let upstream = std::mem::replace(&mut self.memory.values[upstream.0 as usize].data, Storage::Cpu(AlignedVec::new()));
         self.backward_from(output, upstream)
     }
 
@@ -411,18 +418,18 @@ impl<'a> Tape<'a> {
             if index == keep.0 as usize {
                 continue;
             }
-            let storage = std::mem::replace(&mut self.memory.values[index].data, Storage::Cpu(Vec::new()));
+            let storage = std::mem::replace(&mut self.memory.values[index].data, Storage::Cpu(AlignedVec::new()));
             self.recycle(storage);
         }
     }
 
     /// A buffer of arbitrary contents; give it back with [`Tape::give`] or [`Tape::push`].
-    pub(crate) fn take(&mut self, len: usize) -> Vec<f32> {
+    pub(crate) fn take(&mut self, len: usize) -> AlignedVec {
         self.memory.pool.take(len)
     }
 
     /// Recycles a buffer.
-    pub(crate) fn give(&mut self, buffer: Vec<f32>) {
+    pub(crate) fn give(&mut self, buffer: AlignedVec) {
         self.memory.pool.give(buffer);
     }
 
@@ -450,7 +457,7 @@ impl<'a> Tape<'a> {
 
     /// Takes the gradient of `var` to add to it, and whether it is still empty (then it must be overwritten).
     /// Return it with [`Tape::put_grad`].
-    pub(crate) fn take_grad(&mut self, var: Var) -> (Vec<f32>, bool) {
+    pub(crate) fn take_grad(&mut self, var: Var) -> (AlignedVec, bool) {
         match self.memory.grads[var.0 as usize].take() {
             Some(Storage::Cpu(grad)) => (grad, false),
             _ => (self.take(self.value(var).len()), true),
@@ -458,16 +465,16 @@ impl<'a> Tape<'a> {
     }
 
     /// Stores the gradient of `var`.
-    pub(crate) fn put_grad(&mut self, var: Var, grad: Vec<f32>) {
+    pub(crate) fn put_grad(&mut self, var: Var, grad: AlignedVec) {
         debug_assert_eq!(grad.len(), self.value(var).len());
         self.memory.grads[var.0 as usize] = Some(grad.into());
     }
 
     /// Adds `grad` to the gradient of `var`, and takes the buffer.
-    pub(crate) fn add_grad(&mut self, var: Var, grad: Vec<f32>) {
+    pub(crate) fn add_grad(&mut self, var: Var, grad: AlignedVec) {
         let (mut sum, fresh) = match self.memory.grads[var.0 as usize].take() {
             Some(Storage::Cpu(sum)) => (sum, false),
-            _ => (Vec::new(), true),
+            _ => (AlignedVec::new(), true),
         };
         if fresh {
             return self.put_grad(var, grad);

@@ -1,5 +1,6 @@
 //! A shape and its numbers.
 
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::Buffer;
 
 /// Sizes of up to four dimensions, outermost first.
@@ -59,7 +60,7 @@ pub struct Tensor {
 #[derive(Clone, Debug)]
 pub enum Storage {
     /// f32 in main memory.
-    Cpu(Vec<f32>),
+    Cpu(AlignedVec),
     /// Memory of a CUDA device, owned by the arena of the tape.
     Cuda(Buffer),
 }
@@ -101,8 +102,8 @@ impl Storage {
     }
 }
 
-impl From<Vec<f32>> for Storage {
-    fn from(data: Vec<f32>) -> Self {
+impl From<AlignedVec> for Storage {
+    fn from(data: AlignedVec) -> Self {
         Storage::Cpu(data)
     }
 }

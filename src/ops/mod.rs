@@ -24,6 +24,7 @@ pub mod unpatchify;
 pub mod work;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::Buffer;
 use crate::error::{Error, Result};
 
@@ -53,7 +54,7 @@ pub(crate) enum Node {
 
 impl Node {
     /// Adds the gradients of the operation's inputs, given that of its output.
-    pub(crate) fn backward(self, tape: &mut Tape, grad: Vec<f32>) {
+    pub(crate) fn backward(self, tape: &mut Tape, grad: AlignedVec) {
         match self {
             Node::Attention(saved) => saved.backward(tape, grad),
             Node::ChannelMask(saved) => saved.backward(tape, grad),

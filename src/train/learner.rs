@@ -5,6 +5,7 @@
 use super::device::{Decision, DeviceState, DeviceUpdate, How};
 use super::optimizer::{self, Update};
 use crate::autograd::{Memory, Tape};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{DType, Device};
 use crate::diffusion::weighting::{CLUSTERS, uncertainty_coefficients, uncertainty_loss};
 use crate::diffusion::{ImageDims, LossTerms, LossWeight, Schedule, losses, q_sample};
@@ -59,15 +60,15 @@ pub struct Learner {
     /// Weight of the loss by timestep.
     pub loss_weight: LossWeight,
     /// `[P]`, in the model's layout, as are the next four.
-    pub weights: Vec<f32>,
+    pub weights: AlignedVec,
     /// Moving average of the weights.
-    pub ema: Vec<f32>,
+    pub ema: AlignedVec,
     /// First moments of AdamW.
-    pub m: Vec<f32>,
+    pub m: AlignedVec,
     /// Second moments of AdamW.
-    pub v: Vec<f32>,
+    pub v: AlignedVec,
     /// Gradients of the last batch.
-    pub grads: Vec<f32>,
+    pub grads: AlignedVec,
     /// Uncertainty weighting, when `loss_weight` asks for it.
     pub uncertainty: Option<Uncertainty>,
     /// Updates made so far.
@@ -87,7 +88,8 @@ impl Learner {
     /// A learner that starts from `weights` (in the layout of `dit`).
     pub fn new(dit: Dit, schedule: Schedule, loss_weight: LossWeight, weights: Vec<f32>) -> Self {
         assert_eq!(weights.len(), dit.layout.len(), "weights have the layout of the model");
-        let zeros = || vec![0.0; weights.len()];
+        let weights = AlignedVec::from(&weights[..]);
+        let zeros = || AlignedVec::zeros(weights.len());
         let none = [0.0; CLUSTERS];
         Learner {
             ema: weights.clone(),
@@ -121,7 +123,7 @@ impl Learner {
     pub fn move_to(&mut self, device: &Arc<Device>, elem: DType) -> Result<()> {
         let state = DeviceState::new(device, elem, &self.weights, [&self.ema, &self.m, &self.v])?;
         self.memory = Memory::on_device(device, elem);
-        self.grads = Vec::new();
+        self.grads = AlignedVec::new();
         self.on_device = Some(state);
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! The CPU: products (`tile` for large ones, `gemm` for the rest), vectorised loops (`simd`) per-thread scratch memory (`scratch`), and where
 //! the time goes (`profile`).
 
+pub mod aligned;
 pub mod gemm;
 pub mod profile;
 pub mod scratch;

@@ -13,6 +13,7 @@ pub mod cuda;
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::{Node, check, dims3};
@@ -65,7 +66,7 @@ impl Saved {
         Ok(())
     }
 
-    pub(crate) fn backward(self, tape: &mut Tape, dout: Vec<f32>) {
+    pub(crate) fn backward(self, tape: &mut Tape, dout: AlignedVec) {
         let &[b, t, c] = tape.shape(self.out) else { unreachable!("made by the forward pass") };
         let mut dqkv = tape.take(b * t * 3 * c);
         cpu::backward(

@@ -8,6 +8,7 @@
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Arg, Buffer, Launch};
 use crate::error::Result;
 use crate::ops::{Node, check, dims3};
@@ -106,7 +107,7 @@ impl Saved {
         }
     }
 
-    pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
+    pub(crate) fn backward(self, tape: &mut Tape, dy: AlignedVec) {
         let &[_, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
         let (mut dx, fresh) = tape.take_grad(self.x);
         if fresh {

@@ -10,6 +10,7 @@
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cuda::{Arg, Buffer, DType, Launch};
 use crate::error::Result;
@@ -58,7 +59,7 @@ pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> 
     let mut y = tape.take(labels.len() * c);
     let mut saved = tape.take(labels.len());
     y.copy_from_slice(tape.value(base));
-    for ((y, saved), &label) in y.chunks_exact_mut(c).zip(&mut saved).zip(labels) {
+    for ((y, saved), &label) in y.chunks_exact_mut(c).zip(saved.iter_mut()).zip(labels) {
         add_assign(y, &tape.weights[table.range()][label as usize * c..][..c]);
         *saved = label as f32;
     }
@@ -92,7 +93,7 @@ impl Saved {
         tape.add_grad_buffer(self.base, dy)
     }
 
-    pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
+    pub(crate) fn backward(self, tape: &mut Tape, dy: AlignedVec) {
         let (values, grads) = tape.split();
         let labels = values.value(self.labels);
         let c = dy.len() / labels.len().max(1);

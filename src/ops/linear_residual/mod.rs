@@ -22,6 +22,7 @@ pub mod cuda;
 pub mod reference;
 
 use crate::autograd::{Tape, Var, Windows};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::{Node, PerSample, check, check_per_sample, dims3};
@@ -211,7 +212,7 @@ impl Saved {
         Ok(())
     }
 
-    pub(crate) fn backward(self, tape: &mut Tape, dout: Vec<f32>) {
+    pub(crate) fn backward(self, tape: &mut Tape, dout: AlignedVec) {
         let &[b, t, k] = tape.shape(self.a) else { unreachable!("checked by the forward pass") };
         let c = self.linear.outputs;
         let (mut da, fresh_da) = tape.take_grad(self.a);

@@ -28,6 +28,7 @@ pub mod cuda;
 pub mod reference;
 
 use crate::autograd::{Tape, Var, Windows};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::{Node, PerSample, check, check_per_sample, dims3};
@@ -98,9 +99,9 @@ pub fn ln_linear(
     let mut y = tape.take(b * t * n);
     let mut mean = tape.take(b * t);
     let mut rstd = tape.take(b * t);
-    let mut correction = if full { Vec::new() } else { tape.take(b * 2 * n) };
+    let mut correction = if full { AlignedVec::new() } else { tape.take(b * 2 * n) };
     let keeps_pre = activation == Activation::Gelu && tape.records();
-    let mut pre = if keeps_pre { tape.take(b * t * n) } else { Vec::new() };
+    let mut pre = if keeps_pre { tape.take(b * t * n) } else { AlignedVec::new() };
     let modulation = tape.value(shift.var);
     let modulation = cpu::Modulation {
         data: modulation,
@@ -245,7 +246,7 @@ impl Saved {
         Ok(())
     }
 
-    pub(crate) fn backward(self, tape: &mut Tape, mut dy: Vec<f32>) {
+    pub(crate) fn backward(self, tape: &mut Tape, mut dy: AlignedVec) {
         let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
         let n = self.linear.outputs;
         let (mut dx, fresh_dx) = tape.take_grad(self.x);

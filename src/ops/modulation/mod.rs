@@ -9,6 +9,7 @@
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::rows::{Dims, Rows};
@@ -87,7 +88,7 @@ impl Saved {
         Ok(())
     }
 
-    pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
+    pub(crate) fn backward(self, tape: &mut Tape, dy: AlignedVec) {
         let mut dc = tape.take(tape.value(self.c).len());
         let (values, grads) = tape.split();
         let add = grads.add;

@@ -10,6 +10,7 @@ pub(crate) mod cpu;
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Arg, Buffer, DType, Launch};
 use crate::error::Result;
 use crate::ops::{Node, check};
@@ -153,10 +154,10 @@ impl Saved {
         Ok(())
     }
 
-    pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
+    pub(crate) fn backward(self, tape: &mut Tape, dy: AlignedVec) {
         let wants_dx = tape.wants_grad(self.x);
-        let mut dx = if wants_dx { tape.take(tape.value(self.x).len()) } else { Vec::new() };
-        let mut dpatches = if wants_dx { tape.take(tape.value(self.patches).len()) } else { Vec::new() };
+        let mut dx = if wants_dx { tape.take(tape.value(self.x).len()) } else { AlignedVec::new() };
+        let mut dpatches = if wants_dx { tape.take(tape.value(self.patches).len()) } else { AlignedVec::new() };
         let (values, grads) = tape.split();
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(self.linear);

@@ -8,6 +8,7 @@ pub(crate) mod cpu;
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::rows::{Dims, Rows};
@@ -109,7 +110,7 @@ impl Saved {
         Ok(())
     }
 
-    pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
+    pub(crate) fn backward(self, tape: &mut Tape, dy: AlignedVec) {
         let mut dhidden = tape.take(tape.value(self.hidden).len());
         let (values, grads) = tape.split();
         let add = grads.add;

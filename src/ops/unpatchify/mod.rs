@@ -9,6 +9,7 @@
 pub mod reference;
 
 use crate::autograd::{Tape, Var};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Arg, Buffer, DType, Launch};
 use crate::error::Result;
 use crate::ops::{Node, check, dims3};
@@ -72,7 +73,7 @@ impl Saved {
         Ok(())
     }
 
-    pub(crate) fn backward(self, tape: &mut Tape, dy: Vec<f32>) {
+    pub(crate) fn backward(self, tape: &mut Tape, dy: AlignedVec) {
         let b = tape.shape(self.x)[0];
         let mut dx = tape.take(dy.len());
         each_pair(b, self.channels, self.size, self.patch, |token, pixel| dx[token] = dy[pixel]);
