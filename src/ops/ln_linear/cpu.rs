@@ -6,8 +6,8 @@ use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Tile, copy_row, interleave, multiply, pack_panel,
-    pack_panel_transposed, panels, tile_rows,
+    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Store, Tile, copy_row, finish_streams, interleave, multiply, pack_panel,
+    pack_panel_transposed, panels, tile_rows, write_tile,
 };
 use crate::ops::products::{Outer, RowTile, batches, packed_len, part, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
@@ -147,7 +147,8 @@ pub fn forward(
         if !correction.is_empty() {
             forward_correction(correction, read, modulation, panels_of_w, bias, c);
         }
-        let inputs = Inputs { x, read, modulation, panels_of_w, bias, correction, activation, t, c };
+        let store = Store::of(y.len());
+        let inputs = Inputs { x, read, modulation, panels_of_w, bias, correction, activation, store, t, c };
         let rows = rows_per_block(b * t, t);
         let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
         let blocks = y.par_chunks_mut(rows * n).zip(stats).enumerate();
@@ -170,6 +171,7 @@ struct Inputs<'a> {
     bias: &'a [f32],
     correction: &'a [f32],
     activation: Activation,
+    store: Store,
     t: usize,
     c: usize,
 }
@@ -205,6 +207,8 @@ impl Inputs<'_> {
                         let halves = columns.len().div_ceil(HALF);
                         multiply(&mut tile, rows.len(), halves, Rows::Interleaved(A_STRIDE), &[segment]);
                         let rows = rows.start - first..rows.end - first;
+                        let at = rows.start * n + columns.start;
+                        let width = columns.len();
                         let mut r = [0.0; MAX_ROWS];
                         let (u, v) = if self.correction.is_empty() {
                             (&[][..], &self.bias[columns.clone()])
@@ -217,16 +221,17 @@ impl Inputs<'_> {
                             let (u, v) = self.correction[sample * 2 * n..][..2 * n].split_at(n);
                             (&u[columns.clone()], &v[columns.clone()])
                         };
-                        let y = &mut y[rows.start * n + columns.start..];
-                        let gelu = self.activation == Activation::Gelu;
-                        if pre.is_empty() {
-                            finish_tile(y, &mut [], &tile, rows.len(), n, &r, u, v, gelu);
-                        } else {
-                            let pre = &mut pre[rows.start * n + columns.start..];
-                            finish_tile(y, pre, &tile, rows.len(), n, &r, u, v, gelu);
+                        correct_tile(&mut tile, rows.len(), &r, u, v);
+                        if !pre.is_empty() {
+                            write_tile(&mut pre[at..], &tile, rows.len(), width, n, self.store);
                         }
+                        if self.activation == Activation::Gelu {
+                            gelu_tile(&mut tile, rows.len());
+                        }
+                        write_tile(&mut y[at..], &tile, rows.len(), width, n, self.store);
                     }
                 }
+                finish_streams();
             });
         });
     }
@@ -474,40 +479,26 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// A tile of rows: `pre = tile + r u + v` (without `u`: `tile + v`) and `y = gelu(pre)` or `pre`. Lines are `n` apart,
-    /// and `v.len()` columns are written.
-    fn finish_tile<F>(
-        y: &mut [f32],
-        pre: &mut [f32],
-        tile: &Tile,
-        rows: usize,
-        n: usize,
-        r: &[f32; MAX_ROWS],
-        u: &[f32],
-        v: &[f32],
-        with_gelu: bool,
-    ) {
-        let width = v.len();
-        for i in 0..rows {
-            let mut line = tile.rows[i];
+    /// `tile += r u + v` (without `u`: `tile += v`), in the columns that `v` has.
+    fn correct_tile<F>(tile: &mut Tile, rows: usize, r: &[f32; MAX_ROWS], u: &[f32], v: &[f32]) {
+        for (line, &r) in tile.rows.iter_mut().zip(r).take(rows) {
             if u.is_empty() {
                 for (line, &v) in line.iter_mut().zip(v) {
                     *line += v;
                 }
             } else {
                 for ((line, &u), &v) in line.iter_mut().zip(u).zip(v) {
-                    *line += fma::<F>(r[i], u, v);
+                    *line += fma::<F>(r, u, v);
                 }
             }
-            if !pre.is_empty() {
-                copy_row(&mut pre[i * n..][..width], &line);
-            }
-            if with_gelu {
-                for x in &mut line {
-                    *x = gelu::<F>(*x);
-                }
-            }
-            copy_row(&mut y[i * n..][..width], &line);
+        }
+    }
+}
+
+simd_fn! {
+    fn gelu_tile<F>(tile: &mut Tile, rows: usize) {
+        for x in tile.rows[..rows].as_flattened_mut() {
+            *x = gelu::<F>(*x);
         }
     }
 }
