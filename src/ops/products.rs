@@ -2,8 +2,8 @@
 
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, add_tile, copy_row, gather_columns, multiply, panels, row_tiles,
-    tile_rows,
+    A_STRIDE, HALF, PANEL, Rows, Segment, Store, Tile, add_tile, gather_columns, multiply, panels, row_tiles, tile_rows,
+    write_tile,
 };
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -54,10 +54,16 @@ pub(crate) fn batches(rows: Range<usize>, tokens: usize, inner: usize, mut work:
 }
 
 /// The part of a panel that a window touches: first column inside the panel (0 or 16), and 16 or 32 columns in halves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Part {
     pub(crate) first: usize,
     pub(crate) halves: usize,
+}
+
+impl Part {
+    fn end(self) -> usize {
+        self.first + self.halves * HALF
+    }
 }
 
 /// The part of `panel` to compute for `window`, if any.
@@ -87,6 +93,19 @@ pub(crate) struct Outer<'a> {
     pub(crate) columns: Option<&'a [Window]>,
 }
 
+impl Outer<'_> {
+    /// Whether `sample` adds to any of `rows`.
+    fn touches(&self, sample: usize, rows: &Range<usize>) -> bool {
+        self.rows.is_none_or(|windows| windows[sample].start < rows.end && rows.start < windows[sample].end())
+    }
+
+    /// The part of `panel` that `sample` adds to.
+    fn part(&self, sample: usize, panel: usize) -> Part {
+        let whole = Part { first: 0, halves: 2 };
+        self.columns.map_or(whole, |windows| part(windows[sample], panel).unwrap_or_default())
+    }
+}
+
 /// Most samples that are summed in registers.
 const MOST_SAMPLES: usize = 16;
 /// Numbers of `h` that stay in a core's cache while rows of the gradient go over them.
@@ -95,6 +114,7 @@ const RESIDENT: usize = 224 << 10;
 /// `dw (+)= sum of terms`, `dw` `[N, C]`. The sums are over whole samples in their order, whatever the number of threads.
 pub(crate) fn weight_gradient(dw: &mut [f32], add: bool, n: usize, c: usize, terms: &[Outer]) {
     let height = 2 * tile_rows();
+    let stride = height.next_multiple_of(A_STRIDE);
     dw.par_chunks_mut(height * c).enumerate().for_each(|(chunk, dw)| {
         let rows = chunk * height..chunk * height + dw.len() / c;
         let mut add = add;
@@ -102,11 +122,18 @@ pub(crate) fn weight_gradient(dw: &mut [f32], add: bool, n: usize, c: usize, ter
             let at_once = (RESIDENT / (term.tokens * panels(c) * PANEL).max(1)).clamp(1, MOST_SAMPLES);
             for first in (0..term.samples).step_by(at_once) {
                 let samples = first..(first + at_once).min(term.samples);
-                scratch::with(samples.len() * term.tokens * A_STRIDE, |packed| {
+                scratch::with(samples.len() * term.tokens * stride, |packed| {
+                    for (sample, to) in samples.clone().zip(packed.chunks_exact_mut(term.tokens * stride)) {
+                        if term.touches(sample, &rows) {
+                            let g = &term.g[sample * term.tokens * n + rows.start..(sample + 1) * term.tokens * n];
+                            gather_columns(to, stride, g, rows.len(), term.tokens, n);
+                        }
+                    }
                     for tile in row_tiles(rows.len()) {
                         let dw = &mut dw[tile.start * c..tile.end * c];
+                        let packed = &packed[tile.start..];
                         let tile = rows.start + tile.start..rows.start + tile.end;
-                        rows_of_weight_gradient(dw, add, n, c, term, samples.clone(), tile, packed);
+                        rows_of_weight_gradient(dw, add, c, term, samples.clone(), tile, packed, stride);
                     }
                 });
                 add = true;
@@ -115,53 +142,54 @@ pub(crate) fn weight_gradient(dw: &mut [f32], add: bool, n: usize, c: usize, ter
     });
 }
 
-/// `packed` is memory for the columns of g.
+/// `packed` holds the columns of g that belong to `rows`, `[samples, T, stride]`.
 #[expect(clippy::too_many_arguments, reason = "one use")]
 fn rows_of_weight_gradient(
     dw: &mut [f32], // [rows, C]
     add: bool,
-    n: usize,
     c: usize,
     term: &Outer,
     samples: Range<usize>,
     rows: Range<usize>,
-    packed: &mut [f32],
+    packed: &[f32],
+    stride: usize,
 ) {
     let tokens = term.tokens;
-    let first = samples.start;
-    let touches = |sample: usize| {
-        term.rows.is_none_or(|windows| windows[sample].start < rows.end && rows.start < windows[sample].end())
-    };
-    for sample in samples.clone().filter(|&sample| touches(sample)) {
-        let to = &mut packed[(sample - first) * tokens * A_STRIDE..][..tokens * A_STRIDE];
-        gather_columns(to, &term.g[sample * tokens * n + rows.start..(sample + 1) * tokens * n], rows.len(), tokens, n);
-    }
     let mut tile = Tile::new();
-    for panel in 0..panels(c) {
-        let empty = Segment { a: &[], b: &[], len: 0 };
-        let mut segments = [empty; MOST_SAMPLES];
+    // Products with the columns of a panel from `first` on.
+    let mut product = |panel: usize, Part { first, halves }: Part| {
+        let mut segments = [Segment { a: &[], b: &[], len: 0 }; MOST_SAMPLES];
         let mut count = 0;
-        for sample in samples.clone().filter(|&sample| touches(sample)) {
-            if term.columns.is_none_or(|windows| part(windows[sample], panel).is_some()) {
+        for sample in samples.clone().filter(|&sample| term.touches(sample, &rows)) {
+            if term.part(sample, panel).first < first + halves * HALF && first < term.part(sample, panel).end() {
                 segments[count] = Segment {
-                    a: &packed[(sample - first) * tokens * A_STRIDE..],
-                    b: &term.h[(sample * panels(c) + panel) * tokens * PANEL..],
+                    a: &packed[(sample - samples.start) * tokens * stride..],
+                    b: &term.h[(sample * panels(c) + panel) * tokens * PANEL + first..],
                     len: tokens,
                 };
                 count += 1;
             }
         }
-        if count == 0 && add {
-            continue;
+        let start = panel * PANEL + first;
+        let columns = start..(start + halves * HALF).min(c);
+        if columns.is_empty() || count == 0 && add {
+            return;
         }
-        let columns = panel * PANEL..((panel + 1) * PANEL).min(c);
-        multiply(&mut tile, rows.len(), columns.len().div_ceil(HALF), Rows::Interleaved(A_STRIDE), &segments[..count]);
+        let halves = columns.len().div_ceil(HALF);
+        multiply(&mut tile, rows.len(), halves, Rows::Interleaved(stride), &segments[..count]);
         if add {
             add_tile(&mut dw[columns.start..], &tile, rows.len(), columns.len(), c);
         } else {
-            for (dw, sums) in dw.chunks_exact_mut(c).zip(&tile.rows) {
-                copy_row(&mut dw[columns.clone()], sums);
-            }
+            write_tile(&mut dw[columns.start..], &tile, rows.len(), columns.len(), c, Store::Cached);
+        }
+    };
+    for panel in 0..panels(c) {
+        let whole = |sample| matches!(term.part(sample, panel).halves, 0 | 2);
+        if samples.clone().all(whole) {
+            product(panel, Part { first: 0, halves: 2 });
+        } else {
+            product(panel, Part { first: 0, halves: 1 });
+            product(panel, Part { first: HALF, halves: 1 });
         }
     }
 }

@@ -466,20 +466,22 @@ mod transpose {
     }
 }
 
-/// Packs rows of a tile that lie side by side in every line: `to[k * A_STRIDE + i] = from[k * stride + i]`, for the
-/// transpose of a row-major matrix.
+/// Packs rows that lie side by side in every line: `to[k * to_stride + i] = from[k * stride + i]`, for the transpose of a
+/// row-major matrix. `to_stride` is [`A_STRIDE`] or twice that.
 #[inline]
-pub fn gather_columns(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
-    if len == 0 {
-        return;
-    }
-    for (to, from) in to.chunks_exact_mut(A_STRIDE).zip(from.chunks(stride)).take(len) {
-        if from.len() >= A_STRIDE {
-            // A copy of constant length; what lies beyond the rows is never read.
-            to.copy_from_slice(&from[..A_STRIDE]);
-        } else {
-            to[..rows].copy_from_slice(&from[..rows]);
+pub fn gather_columns(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, len: usize, stride: usize) {
+    /// Copies of constant length; what lies beyond the rows is never read.
+    fn gather<const N: usize>(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
+        for (to, from) in to.as_chunks_mut::<N>().0.iter_mut().zip(from.chunks(stride)).take(len) {
+            match from.first_chunk() {
+                Some(from) => *to = *from,
+                None => to[..rows].copy_from_slice(&from[..rows]),
+            }
         }
+    }
+    match to_stride {
+        A_STRIDE => gather::<A_STRIDE>(to, from, rows, len, stride),
+        _ => gather::<{ 2 * A_STRIDE }>(to, from, rows, len, stride),
     }
 }
 
@@ -595,7 +597,7 @@ mod tests {
             }
             let rows = n.min(MAX_ROWS);
             let mut columns = vec![f32::NAN; len * A_STRIDE];
-            gather_columns(&mut columns, &w, rows.min(len), n, len);
+            gather_columns(&mut columns, A_STRIDE, &w, rows.min(len), n, len);
             for (k, i) in (0..n.min(len)).flat_map(|k| (0..rows.min(len)).map(move |i| (k, i))) {
                 assert_eq!(columns[k * A_STRIDE + i], w[k * len + i]);
             }

@@ -12,6 +12,7 @@ use crate::ops::products::{Outer, RowTile, batches, columns, packed_len, part, w
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
+use std::ops::Range;
 
 #[derive(Clone, Copy)]
 pub struct Dims {
@@ -60,6 +61,14 @@ pub fn forward(
     let numbers = b * t * (k + 3 * c) + c * k;
     let _span = span("linear_residual", Pass::Forward, [k, c], flops(write, t, k), numbers);
     let rows = rows_per_block(b * t, t);
+    // Whether the whole write window is added to base alone: then that is done tile by tile.
+    let is_base = |sample: usize| {
+        let inside = |windows: &[Window]| {
+            let (outer, inner) = (windows[sample].range(), write[sample].range());
+            outer.start <= inner.start && inner.end <= outer.end
+        };
+        inside(base.1) && bypass.is_none_or(|(_, windows)| inside(windows))
+    };
     scratch::with(panels(c) * k * PANEL, |panels_of_w| {
         panels_of_w
             .par_chunks_mut(k * PANEL)
@@ -71,15 +80,20 @@ pub fn forward(
             let rows = first..first + out.len() / c;
             for (row, out) in rows.clone().zip(out.chunks_exact_mut(c)) {
                 let sample = row / t;
-                match bypass {
-                    Some((x, windows)) => {
-                        out.copy_from_slice(&x[row * c..][..c]);
-                        out[windows[sample].range()].fill(0.0);
+                let later = if is_base(sample) { write[sample].range() } else { 0..0 };
+                for columns in [0..later.start, later.end..c] {
+                    let out = &mut out[columns.clone()];
+                    match bypass {
+                        Some((x, windows)) => {
+                            out.copy_from_slice(&x[row * c..][columns.clone()]);
+                            out[clip(windows[sample].range(), &columns)].fill(0.0);
+                        }
+                        None => out.fill(0.0),
                     }
-                    None => out.fill(0.0),
+                    let of_base = clip(base.1[sample].range(), &columns);
+                    let from = columns.start + of_base.start..columns.start + of_base.end;
+                    add_assign(&mut out[of_base], &base.0[row * c..][from]);
                 }
-                let window = base.1[sample].range();
-                add_assign(&mut out[window.clone()], &base.0[row * c..][window]);
             }
             let mut tile = Tile::new();
             scratch::with(packed_len(rows.len(), k), |packed| {
@@ -96,13 +110,25 @@ pub fn forward(
                             let at = (rows.start - first) * c + columns.start;
                             let gate = &gate.of(*sample, c)[columns.clone()];
                             let (out, z) = (&mut out[at..], &mut z[at..]);
-                            finish_tile(out, z, &tile, rows.len(), of_tile.start, c, &bias[columns], gate);
+                            let bias = &bias[columns.clone()];
+                            if is_base(*sample) {
+                                let base = &base.0[rows.start * c + columns.start..];
+                                finish_tile(out, z, base, &tile, rows.len(), of_tile.start, c, bias, gate);
+                            } else {
+                                finish_tile(out, z, &[], &tile, rows.len(), of_tile.start, c, bias, gate);
+                            }
                         }
                     }
                 });
             });
         });
     });
+}
+
+/// The part of `range` inside `of`, from the start of `of`.
+fn clip(range: Range<usize>, of: &Range<usize>) -> Range<usize> {
+    let start = range.start.clamp(of.start, of.end);
+    start - of.start..range.end.clamp(start, of.end) - of.start
 }
 
 /// What backward writes. `da` and the weights are overwritten or added to as the flags say; `dmodulation` is added to.
@@ -300,11 +326,12 @@ fn each_row(
 }
 
 simd_fn! {
-    /// A tile of rows from its column `first` on: `z = tile + bias; out += gate z`. Lines are `c` apart, and `bias.len()`
-    /// columns are written.
+    /// A tile of rows from its column `first` on: `z = tile + bias; out = base + gate z`, or `out += gate z` when `base` is
+    /// empty. Lines are `c` apart, and `bias.len()` columns are written.
     fn finish_tile<F>(
         out: &mut [f32],
         z: &mut [f32],
+        base: &[f32],
         tile: &Tile,
         rows: usize,
         first: usize,
@@ -316,9 +343,17 @@ simd_fn! {
         for i in 0..rows {
             let (out, z) = (&mut out[i * c..][..width], &mut z[i * c..][..width]);
             let (sums, gate) = (&tile.rows[i][first..][..width], &gate[..width]);
-            for j in 0..width {
-                z[j] = sums[j] + bias[j];
-                out[j] = fma::<F>(gate[j], z[j], out[j]);
+            if base.is_empty() {
+                for j in 0..width {
+                    z[j] = sums[j] + bias[j];
+                    out[j] = fma::<F>(gate[j], z[j], out[j]);
+                }
+            } else {
+                let base = &base[i * c..][..width];
+                for j in 0..width {
+                    z[j] = sums[j] + bias[j];
+                    out[j] = fma::<F>(gate[j], z[j], base[j]);
+                }
             }
         }
     }
