@@ -407,8 +407,8 @@ pub fn interleave(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, l
 #[cfg(target_arch = "x86_64")]
 mod transpose {
     use std::arch::x86_64::{
-        __m256, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_shuffle_ps, _mm256_storeu_ps, _mm256_unpackhi_ps,
-        _mm256_unpacklo_ps,
+        __m256, _mm_loadu_ps, _mm256_castps128_ps256, _mm256_insertf128_ps, _mm256_shuffle_ps, _mm256_storeu_ps,
+        _mm256_unpackhi_ps, _mm256_unpacklo_ps,
     };
 
     /// # Safety
@@ -422,15 +422,17 @@ mod transpose {
         len: usize,
         stride: usize,
     ) {
-        let whole = len / 8 * 8;
+        let whole = len / 4 * 4;
         for first in (0..rows).step_by(8) {
             // Rows beyond the last are the last one again: their place in `to` is of no meaning.
             let row: [usize; 8] = std::array::from_fn(|i| (first + i).min(rows - 1) * stride);
-            for k in (0..whole).step_by(8) {
-                // SAFETY: `row[i] + k + 8 <= (rows - 1) * stride + len`; the last store ends at
-                // `(k + 7) * to_stride + first + 8 <= (len - 1) * to_stride + width`.
+            for k in (0..whole).step_by(4) {
+                // SAFETY: `row[i] + k + 4 <= (rows - 1) * stride + len`; the last store ends at
+                // `(k + 3) * to_stride + first + 8 <= (len - 1) * to_stride + width`.
                 unsafe {
-                    let columns = transpose8(std::array::from_fn(|i| _mm256_loadu_ps(from.as_ptr().add(row[i] + k))));
+                    let four = |i: usize| _mm_loadu_ps(from.as_ptr().add(row[i] + k));
+                    let pair = |i: usize| _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(four(i)), four(i + 4));
+                    let columns = transpose4([pair(0), pair(1), pair(2), pair(3)]);
                     for (i, &column) in columns.iter().enumerate() {
                         _mm256_storeu_ps(to.as_mut_ptr().add((k + i) * to_stride + first), column);
                     }
@@ -444,25 +446,18 @@ mod transpose {
         }
     }
 
+    /// Transposes the 4 x 4 numbers in each half of the vectors.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn transpose8(r: [__m256; 8]) -> [__m256; 8] {
-        let pairs: [[__m256; 2]; 4] = std::array::from_fn(|i| {
-            [_mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1])]
-        });
-        let quad = |a: [__m256; 2], b: [__m256; 2]| {
-            [
-                _mm256_shuffle_ps::<0x44>(a[0], b[0]),
-                _mm256_shuffle_ps::<0xEE>(a[0], b[0]),
-                _mm256_shuffle_ps::<0x44>(a[1], b[1]),
-                _mm256_shuffle_ps::<0xEE>(a[1], b[1]),
-            ]
-        };
-        let (low, high) = (quad(pairs[0], pairs[1]), quad(pairs[2], pairs[3]));
-        std::array::from_fn(|i| match i {
-            0..4 => _mm256_permute2f128_ps::<0x20>(low[i], high[i]),
-            _ => _mm256_permute2f128_ps::<0x31>(low[i - 4], high[i - 4]),
-        })
+    fn transpose4(r: [__m256; 4]) -> [__m256; 4] {
+        let (a, b) = (_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpacklo_ps(r[2], r[3]));
+        let (c, d) = (_mm256_unpackhi_ps(r[0], r[1]), _mm256_unpackhi_ps(r[2], r[3]));
+        [
+            _mm256_shuffle_ps::<0x44>(a, b),
+            _mm256_shuffle_ps::<0xEE>(a, b),
+            _mm256_shuffle_ps::<0x44>(c, d),
+            _mm256_shuffle_ps::<0xEE>(c, d),
+        ]
     }
 }
 
