@@ -1,12 +1,19 @@
 //! The compiler: a tree to one decoded program per kernel. Whatever is unknown is refused with its line and text.
 
+mod bits;
 mod body;
+mod compare;
+mod control;
 mod convert;
 mod float;
+mod float_lane;
 mod integer;
 mod matrix;
 mod memory;
 mod mods;
+mod moves;
+mod names;
+mod operands;
 mod sync;
 mod tensor;
 mod video;
