@@ -159,7 +159,7 @@ impl Body<'_, '_> {
                 };
                 let d = match x.as_ref() {
                     Operand::Sink => self.temp(1)?,
-                    x => self.dst_of(x)?.at,
+                    x => self.dst_as(x, Ty::B32)?,
                 };
                 let p = self.pred_dst(p)?;
                 let o = self.operand(5)?;

@@ -5,7 +5,7 @@ use super::names::{Scope, Sym};
 use super::{MAX_CODE, MAX_FRAME, Result, Unit};
 use crate::device::Param;
 use crate::error::LoadError;
-use crate::lanes;
+use crate::lanes::{self, Alu, Width};
 use crate::program::*;
 use crate::ptx::ast::{Func, Instr, Operand, Stmt, Ty};
 use std::collections::HashMap;
@@ -46,6 +46,8 @@ pub(super) struct Body<'u, 'a> {
     label_pcs: Vec<Option<u32>>,
     pub(super) fixups: Vec<(usize, usize, u32)>,
     words: u32,
+    /// What each line of 32 words of the frame holds; the second half of a wide register is `Nothing`.
+    lines: Vec<Width>,
     pred_page: (u32, u32),
     consts: HashMap<(u32, u64), u32>,
     specials: HashMap<Special, u32>,
@@ -82,6 +84,7 @@ pub(super) fn function<'a>(unit: &mut Unit<'a>, f: &'a Func, kernel_params: &[Pa
         label_pcs: vec![None; labels as usize],
         fixups: Vec::new(),
         words: 32,
+        lines: vec![Width::Nothing],
         pred_page: (0, 0),
         consts: HashMap::new(),
         specials: HashMap::new(),
@@ -144,17 +147,23 @@ impl<'u, 'a> Body<'u, 'a> {
     }
 
     pub(super) fn new_words(&mut self, words: u32) -> Result<u32> {
+        self.new_place(words.max(1), if words == 2 { Width::Double } else { Width::Single })
+    }
+
+    fn new_place(&mut self, words: u32, holds: Width) -> Result<u32> {
         let at = self.words;
-        self.words += words.max(1) * 32;
+        self.words += words * 32;
         if self.words > MAX_FRAME {
             return self.fail(format!("the function {} uses too many registers", self.func_name));
         }
+        self.lines.push(holds);
+        self.lines.resize((self.words / 32) as usize, Width::Nothing);
         Ok(at)
     }
 
     pub(super) fn new_pred(&mut self) -> Result<u32> {
         if self.pred_page.1 == 0 {
-            self.pred_page = (self.new_words(1)?, 32);
+            self.pred_page = (self.new_place(1, Width::Pred)?, 32);
         }
         self.pred_page.1 -= 1;
         Ok(self.pred_page.0 + self.pred_page.1)
@@ -215,8 +224,10 @@ impl<'u, 'a> Body<'u, 'a> {
         self.push(inst, self.class)
     }
 
-    /// A helper before the instruction itself: counted with it.
-    pub(super) fn part(&mut self, inst: Inst) -> Result<()> {
+    /// `d = alu(a)` as a helper before the instruction itself: counted with it.
+    pub(super) fn part(&mut self, alu: Alu, d: u32, a: u32) -> Result<()> {
+        let inst = Inst { alu: alu.run, d, a, ..self.blank() };
+        self.check_widths(&alu, &inst)?;
         self.push(inst, Class::Part)
     }
 
@@ -235,9 +246,29 @@ impl<'u, 'a> Body<'u, 'a> {
     }
 
     /// Emits `alu` with a destination and up to three sources.
-    pub(super) fn alu(&mut self, alu: AluFn, d: u32, s: &[u32], e: u32) -> Result<()> {
+    pub(super) fn alu(&mut self, alu: Alu, d: u32, s: &[u32], e: u32) -> Result<()> {
         let at = |i: usize| s.get(i).copied().unwrap_or(NONE);
-        self.emit(Inst { alu, d, a: at(0), b: at(1), c: at(2), e, ..self.blank() })
+        let inst = Inst { alu: alu.run, d, a: at(0), b: at(1), c: at(2), e, ..self.blank() };
+        self.check_widths(&alu, &inst)?;
+        self.emit(inst)
+    }
+
+    /// Requires that every operand is as wide as the operation takes it for. `types` and the checks of operands see to
+    /// that, so this never fails; but an operation that wrote beyond its register would corrupt the host's memory.
+    fn check_widths(&self, alu: &Alu, inst: &Inst) -> Result<()> {
+        let holds = |at: u32| self.lines.get(at as usize / 32).copied().unwrap_or(Width::Nothing);
+        let fits = |(width, at): (Width, u32)| match width {
+            Width::Nothing => true,
+            Width::Pred => holds(at) == Width::Pred,
+            Width::PredOrNone => at == NONE || holds(at) == Width::Pred,
+            Width::Join => at & 7 == 0 || holds(at >> 4) == Width::Pred,
+            Width::Single | Width::Double => at.is_multiple_of(32) && holds(at) == width,
+        };
+        let operands = [inst.d, inst.a, inst.b, inst.c, inst.e];
+        match alu.widths.into_iter().zip(operands).all(fits) {
+            true => Ok(()),
+            false => self.fail("the operation does not fit its registers: a fault of the simulator, please report it"),
+        }
     }
 
     fn statement(&mut self, s: &'a Stmt) -> Result<()> {
@@ -281,6 +312,7 @@ impl<'u, 'a> Body<'u, 'a> {
             let (at, _) = self.pred(&Operand::Name(name.clone()))?;
             self.guard = (at, *not);
         }
+        self.check_types()?;
         let known = self.control()? || self.integer()? || self.bits()? || self.moves()? || self.compare()?;
         let known = known || self.float()? || self.convert()? || self.memory()?;
         let known = known || self.sync()? || self.matrix()? || self.tensor()? || self.video()?;

@@ -3,7 +3,7 @@
 use super::Result;
 use super::body::Body;
 use super::integer::s16;
-use crate::lanes::{cmp, op2, op2p, spread};
+use crate::lanes::{Alu, cmp, op1p, op2, spread};
 use crate::numeric::{bf16_to_f32, f16_to_f32, flush};
 use crate::program::*;
 use crate::ptx::ast::{Operand, Ty};
@@ -99,7 +99,7 @@ impl Body<'_, '_> {
         };
         let (al, ah, bl, bh) = (self.temp(1)?, self.temp(1)?, self.temp(1)?, self.temp(1)?);
         for (d, s, high) in [(al, a, 0), (ah, a, 16), (bl, b, 0), (bh, b, 16)] {
-            self.alu(op2p(|a: u32, _: u32, e| a >> e & 0xffff), d, &[s, s], high)?;
+            self.alu(op1p(|a: u32, e| a >> e & 0xffff), d, &[s], high)?;
         }
         if op == "setp" {
             let Operand::Pair(p, q) = self.operand(0)? else {
@@ -130,7 +130,7 @@ impl Body<'_, '_> {
 /// The comparison function for a relation and type.
 // Unordered relations are true of NaN: `!(a >= b)` is what `ltu` means.
 #[allow(clippy::neg_cmp_op_on_partial_ord)]
-fn comparison(relation: &str, ty: Ty, ftz: bool) -> Option<AluFn> {
+fn comparison(relation: &str, ty: Ty, ftz: bool) -> Option<Alu> {
     macro_rules! ints {
         ($r:expr, |$a:ident, $b:ident: $t:ty| $x:expr, $y:expr) => {
             match $r {

@@ -123,7 +123,7 @@ impl Body<'_, '_> {
             let (a, t) = (self.src(i, half)?, self.temp(1)?);
             let widen =
                 if half == Ty::F16 { op1(|a: u32| f16_to_f32(a as u16).to_bits()) } else { op1(|a: u32| a << 16) };
-            self.part(Inst { alu: widen, d: t, a, ..self.blank() })?;
+            self.part(widen, t, a)?;
             s.push(t);
         }
         s.push(self.src(n, Ty::F32)?);

@@ -5,9 +5,8 @@
 //! Approximate functions are computed in f64 and rounded, which is within every documented error bound.
 
 use super::convert::round_of;
-use crate::lanes::op1;
+use crate::lanes::{Alu, op1};
 use crate::numeric::{self, Format, Round, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, flush, fma_odd};
-use crate::program::AluFn;
 
 pub(super) fn f(x: u32) -> f32 {
     f32::from_bits(x)
@@ -165,7 +164,7 @@ pub(super) fn extreme64(a: f64, b: f64, max: bool) -> f64 {
 }
 
 /// The approximate functions of f32.
-pub(super) fn function(op: &str, ftz: bool) -> AluFn {
+pub(super) fn function(op: &str, ftz: bool) -> Alu {
     macro_rules! both {
         ($g:expr) => {
             if ftz {

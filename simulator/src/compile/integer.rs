@@ -2,7 +2,7 @@
 
 use super::Result;
 use super::body::Body;
-use crate::lanes::{carry, op1, op2, op3, op3p};
+use crate::lanes::{Alu, carry, op1, op2, op3, op3p};
 use crate::program::*;
 use crate::ptx::ast::Ty;
 
@@ -59,7 +59,7 @@ impl Body<'_, '_> {
     }
 
     /// Three-register form `d = alu(a, b)` of type `ty`.
-    pub(super) fn binary(&mut self, alu: Option<AluFn>, ty: Ty) -> Result<bool> {
+    pub(super) fn binary(&mut self, alu: Option<Alu>, ty: Ty) -> Result<bool> {
         let Some(alu) = alu else {
             return self.fail(format!(".{ty:?} is not supported here").to_lowercase());
         };
@@ -70,7 +70,7 @@ impl Body<'_, '_> {
         Ok(true)
     }
 
-    pub(super) fn unary(&mut self, alu: Option<AluFn>, to: Ty, from: Ty) -> Result<bool> {
+    pub(super) fn unary(&mut self, alu: Option<Alu>, to: Ty, from: Ty) -> Result<bool> {
         let Some(alu) = alu else {
             return self.fail(format!(".{from:?} is not supported here").to_lowercase());
         };

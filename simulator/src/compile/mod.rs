@@ -16,6 +16,7 @@ mod names;
 mod operands;
 mod sync;
 mod tensor;
+mod types;
 mod video;
 
 use crate::arch::{Arch, MAX_PARAM_BYTES};

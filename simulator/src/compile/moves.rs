@@ -2,7 +2,7 @@
 
 use super::Result;
 use super::body::Body;
-use crate::lanes::{choose, op1, op2, op2p, op3, op3p, preds};
+use crate::lanes::{choose, op1, op1p, op2, op2p, op3, op3p, preds};
 use crate::numeric::flush;
 use crate::program::*;
 use crate::ptx::ast::{Operand, Ty};
@@ -81,6 +81,9 @@ impl Body<'_, '_> {
         let Some(ty) = self.mods.ty() else {
             return Ok(false);
         };
+        if ty == Ty::B128 {
+            return self.fail("moves of 128 bits are not supported");
+        }
         self.class = Class::Move;
         self.arity(2, 2)?;
         if ty == Ty::Pred {
@@ -132,7 +135,7 @@ impl Body<'_, '_> {
         // A part may overwrite the source.
         if ty.bytes() < 8 && bits == 8 {
             let t = self.temp(1)?;
-            self.part(Inst { alu: op1(|a: u32| a), d: t, a, ..self.blank() })?;
+            self.part(op1(|a: u32| a), t, a)?;
             a = t;
         }
         for (k, part) in parts.iter().enumerate() {
@@ -144,13 +147,13 @@ impl Body<'_, '_> {
                 return self.fail("a part of the vector does not fit");
             }
             let alu = match (ty.bytes() == 8, bits) {
-                (true, 32) => op2p(|a: u64, _: u32, e| (a >> e) as u32),
-                (true, 16) => op2p(|a: u64, _: u32, e| (a >> e) as u32 & 0xffff),
-                (true, _) => op2p(|a: u64, _: u32, e| (a >> e) as u32 & 0xff),
-                (false, 16) => op2p(|a: u32, _: u32, e| a >> e & 0xffff),
-                (false, _) => op2p(|a: u32, _: u32, e| a >> e & 0xff),
+                (true, 32) => op1p(|a: u64, e| (a >> e) as u32),
+                (true, 16) => op1p(|a: u64, e| (a >> e) as u32 & 0xffff),
+                (true, _) => op1p(|a: u64, e| (a >> e) as u32 & 0xff),
+                (false, 16) => op1p(|a: u32, e| a >> e & 0xffff),
+                (false, _) => op1p(|a: u32, e| a >> e & 0xff),
             };
-            self.alu(alu, d.at, &[a, a], bits * k as u32)?;
+            self.alu(alu, d.at, &[a], bits * k as u32)?;
         }
         Ok(true)
     }

@@ -4,7 +4,7 @@ use super::Result;
 use super::body::{Body, Reg, words_of};
 use super::names::Sym;
 use crate::lanes;
-use crate::program::{Addr, Inst, NONE, Slot};
+use crate::program::{Addr, NONE, Slot};
 use crate::ptx::ast::{Operand, Ty};
 
 impl<'a> Body<'_, 'a> {
@@ -37,7 +37,7 @@ impl<'a> Body<'_, 'a> {
         match o {
             Operand::Name(n) => {
                 if let Some(r) = self.any_register(n)? {
-                    if r.words == words {
+                    if r.words == words && r.ty.bytes() == ty.bytes() {
                         return Ok(r.at);
                     }
                     // Special registers of 32 bits may be read as 64 (`mov.u64 %rd, %clock`).
@@ -68,7 +68,7 @@ impl<'a> Body<'_, 'a> {
     /// The low 32 bits of a 64-bit register, as a part of the current instruction.
     fn low_word(&mut self, at: u32) -> Result<u32> {
         let d = self.temp(1)?;
-        self.part(Inst { alu: lanes::op1(|a: u64| a as u32), d, a: at, ..self.blank() })?;
+        self.part(lanes::op1(|a: u64| a as u32), d, at)?;
         Ok(d)
     }
 
@@ -93,10 +93,16 @@ impl<'a> Body<'_, 'a> {
         Ok(Reg { at: self.value(o, ty)?, words: words_of(ty), ty })
     }
 
-    /// An operand as a destination of `ty`'s width.
+    /// Operand `i` as a destination of `ty`'s width.
     pub(super) fn dst(&mut self, i: usize, ty: Ty) -> Result<u32> {
-        let r = self.dst_any(i)?;
-        if r.words != words_of(ty) {
+        let o = self.operand(i)?;
+        self.dst_as(o, ty)
+    }
+
+    /// An operand as a destination of `ty`'s width.
+    pub(super) fn dst_as(&mut self, o: &Operand, ty: Ty) -> Result<u32> {
+        let r = self.dst_of(o)?;
+        if r.words != words_of(ty) || r.ty.bytes() != ty.bytes() {
             return self.fail(format!("the destination is .{:?}, which does not fit .{ty:?}", r.ty).to_lowercase());
         }
         Ok(r.at)

@@ -98,8 +98,8 @@ impl Body<'_, '_> {
                 self.arity(3, 3)?;
                 let (a, b) = (self.src(1, ty)?, self.src(2, Ty::B32)?);
                 let (d, pred) = match self.operand(0)? {
-                    Operand::Pair(d, p) => (self.dst_of(d)?.at, self.pred_dst(p)?),
-                    d => (self.dst_of(d)?.at, NONE),
+                    Operand::Pair(d, p) => (self.dst_as(d, Ty::B32)?, self.pred_dst(p)?),
+                    d => (self.dst_as(d, Ty::B32)?, NONE),
                 };
                 self.emit(Inst { d, a, b, kind: Kind::Match { all, wide: ty == Ty::B64, pred }, ..self.blank() })?;
                 Ok(true)
@@ -159,7 +159,7 @@ impl Body<'_, '_> {
                 let Operand::Pair(d, p) = self.operand(0)? else {
                     return self.fail("expected `d|p`");
                 };
-                let d = if **d == Operand::Sink { NONE } else { self.dst_of(d)?.at };
+                let d = if **d == Operand::Sink { NONE } else { self.dst_as(d, Ty::B32)? };
                 let pred = self.pred_dst(p)?;
                 self.emit(Inst { d, b, kind: Kind::Elect { pred }, ..self.blank() })?;
                 Ok(true)
@@ -285,8 +285,8 @@ impl Body<'_, '_> {
         let (a, b, c) = (self.src(1, Ty::B32)?, self.src(2, Ty::B32)?, self.src(3, Ty::B32)?);
         let mask = self.src(4, Ty::B32)?;
         let (d, pred) = match self.operand(0)? {
-            Operand::Pair(d, p) => (self.dst_of(d)?.at, self.pred_dst(p)?),
-            d => (self.dst_of(d)?.at, NONE),
+            Operand::Pair(d, p) => (self.dst_as(d, Ty::B32)?, self.pred_dst(p)?),
+            d => (self.dst_as(d, Ty::B32)?, NONE),
         };
         self.emit(Inst { d, a, b: mask, c, e: b, kind: Kind::Shuffle { mode, pred }, ..self.blank() })?;
         Ok(true)

@@ -13,7 +13,7 @@ pub(crate) use kind::*;
 ///
 /// # Safety
 /// The pointer is the frame of a function whose decoder made the instruction: aligned to 128 bytes, and every operand
-/// offset of the instruction with its 32 values lies inside.
+/// offset of the instruction with its 32 values lies inside (the decoder compares the widths, see `lanes::Alu`).
 pub(crate) type AluFn = unsafe fn(*mut u32, &Inst, u32);
 
 /// No operand, no guard.
