@@ -18,6 +18,8 @@ impl Body<'_, '_> {
             "bar" | "barrier" => self.bar(op),
             "membar" | "fence" => {
                 self.class = Class::Barrier;
+                let has = |m: &str| self.instr.mods.iter().any(|x| x == m);
+                let proxy = (has("async") || has("async::generic")) && !has("global");
                 if self.mods.take("proxy") {
                     self.forget(&["alias", "async", "async::generic", "tensormap", "tensormap::generic"]);
                     self.forget(&["generic", "async.global", "async.shared", "acquire", "release", "sync_restrict"]);
@@ -56,7 +58,7 @@ impl Body<'_, '_> {
                 for m in rest {
                     self.mods.take(&m);
                 }
-                self.emit(Inst { kind: Kind::Fence, ..self.blank() })?;
+                self.emit(Inst { kind: Kind::Fence { proxy }, ..self.blank() })?;
                 Ok(true)
             }
             "shfl" => self.shfl(),
@@ -224,7 +226,7 @@ impl Body<'_, '_> {
             }
             let bar =
                 Bar { id: NONE, count: NONE, arrive_only: arrive, aligned, reduce: 0, d: NONE, source: (NONE, false) };
-            let kind = if arrive { Kind::Fence } else { Kind::Bar(Box::new(bar)) };
+            let kind = if arrive { Kind::Fence { proxy: false } } else { Kind::Bar(Box::new(bar)) };
             self.emit(Inst { kind, ..self.blank() })?;
             return Ok(true);
         }

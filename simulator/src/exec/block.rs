@@ -43,6 +43,8 @@ pub(crate) struct Block<'a> {
     pub pc: u32,
     /// Records of shared and global accesses are kept.
     pub check_shared: bool,
+    /// Fences between the proxies are looked at.
+    pub check_proxies: bool,
     order: Vec<u32>,
 }
 
@@ -64,6 +66,7 @@ impl<'a> Block<'a> {
             stats: Stats::default(),
             pc: 0,
             check_shared: l.options.sanitizer.races_shared,
+            check_proxies: l.options.sanitizer.fences && l.options.sanitizer.races_shared && l.program.async_reads,
             order: (0..l.warps).collect(),
         };
         b.start(index);
@@ -84,7 +87,7 @@ impl<'a> Block<'a> {
             self.shadow.resize(bytes.div_ceil(4), [0; 3]);
             self.parts.clear();
         }
-        self.clocks.start(l.warps as usize);
+        self.clocks.start(l.warps as usize, self.check_proxies);
         self.barriers.clear();
         self.barriers.resize_with(17, || Barrier::new(l.warps as usize));
         self.mbarriers.clear();

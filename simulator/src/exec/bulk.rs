@@ -90,6 +90,9 @@ impl Block<'_> {
                     self.shared_at(warp, lane, self.l.shared_bytes, 1, false)?;
                 }
                 self.shared_read(warp.id, lane, from, n, false);
+                if self.check_proxies {
+                    self.async_proxy_reads(warp.id, lane, from, n);
+                }
                 data.copy_from_slice(&self.shared[from..from + n]);
             }
             Some(a) => {
@@ -129,6 +132,9 @@ impl Block<'_> {
             self.shared_at(warp, lane, self.l.shared_bytes, 1, false)?;
         }
         self.shared_read(warp.id, lane, at, n, false);
+        if self.check_proxies {
+            self.async_proxy_reads(warp.id, lane, at, n);
+        }
         self.store_reads(warp.id, lane, at, n);
         let (i, offset) = self.global_span(warp, lane, a, n as u64, true)?;
         if self.l.options.counters {

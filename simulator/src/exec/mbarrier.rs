@@ -181,7 +181,7 @@ impl Block<'_> {
             // The copies are the work of nobody in the block; only those who learn of the phase may touch them.
             let copier = self.clocks.copier();
             self.clocks.advance(copier);
-            m.done_row.resize(copier as usize + 1, 0);
+            m.done_row.resize(self.clocks.row(copier).len(), 0);
             m.done_row[copier as usize] = self.clocks.clock(copier) - 1;
         }
         let row = m.done_row.clone();

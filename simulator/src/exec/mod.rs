@@ -8,6 +8,7 @@ mod bulk;
 mod call;
 mod collective;
 mod copies;
+mod fences;
 mod global;
 mod hazard;
 mod matrix;

@@ -251,7 +251,7 @@ impl Block<'_> {
             | Kind::MovMatrix
             | Kind::Mma(_)
             | Kind::Wgmma(_)
-            | Kind::WarpAligned
+            | Kind::WgmmaFence
             | Kind::WgmmaCommit
             | Kind::WgmmaWait(_) => u32::MAX,
             _ => return 0,

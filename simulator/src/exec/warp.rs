@@ -1,6 +1,7 @@
 //! A warp: 32 lanes with their own program counters, the frames of their functions, their local memory.
 
 use super::Launch;
+use super::fences::ProductRegisters;
 use crate::program::{FuncInfo, NONE, Special};
 use std::collections::HashMap;
 
@@ -65,6 +66,10 @@ pub(crate) struct Warp {
     pub product_groups: u32,
     /// Products that have not been waited for.
     pub products: u32,
+    /// What `wgmma.fence` orders.
+    pub products_fenced: ProductRegisters,
+    /// The program has products of warpgroups whose fences are checked.
+    pub checks_fences: bool,
     /// Registers with values that nobody wrote, read from local memory: register and lanes.
     pub unwritten: HashMap<u32, u32>,
     /// Last access to memory since the lane's last barrier, where the warp was split.
@@ -110,6 +115,8 @@ impl Warp {
             bulk_groups: [0; 32],
             product_groups: 0,
             products: 0,
+            products_fenced: ProductRegisters::default(),
+            checks_fences: false,
             unwritten: HashMap::new(),
             effect: [0; 32],
             unfair: false,
@@ -144,6 +151,8 @@ impl Warp {
         self.bulk_groups = [0; 32];
         self.product_groups = 0;
         self.products = 0;
+        self.products_fenced.clear();
+        self.checks_fences = l.options.sanitizer.fences && !l.program.product_lines.is_empty();
         self.unwritten.clear();
         self.effect = [0; 32];
         self.unfair = false;
@@ -169,7 +178,7 @@ impl Warp {
     /// Whether operands of instructions must be looked at.
     #[inline(always)]
     pub(crate) fn watched(&self) -> bool {
-        self.products != 0 || !self.unwritten.is_empty()
+        self.products != 0 || self.checks_fences || !self.unwritten.is_empty()
     }
 
     /// Number of the register at `at` of a frame, among all of the warp.

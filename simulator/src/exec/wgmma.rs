@@ -12,6 +12,7 @@ impl Block<'_> {
     /// One warp's sixteen rows of a warpgroup's product.
     pub(crate) fn wgmma(&mut self, warp: &mut Warp, frame: u16, w: &Wgmma) -> Step {
         self.clocks.advance(warp.id);
+        self.check_product_fence(warp, frame, w);
         let (n, k) = (w.n as usize, w.k as usize);
         let bytes = (w.a_ty.bits() / 8) as usize;
         let first_row = 16 * (warp.id as usize % 4);
@@ -130,6 +131,9 @@ impl Block<'_> {
                 }
                 if self.check_shared {
                     self.shared_record(warp.id, MANY, at, 16, super::access::Touch::READ, true);
+                }
+                if self.check_proxies {
+                    self.async_proxy_reads(warp.id, 0, at, 16);
                 }
                 read.push(at as u32 / 16);
                 for (j, piece) in self.shared[at..at + 16].chunks_exact(bytes).enumerate() {

@@ -282,7 +282,10 @@ pub(crate) enum Kind {
     },
     Access(Box<Access>),
     Atom(Box<Atom>),
-    Fence,
+    /// A fence of memory; true if it is one between the generic and the asynchronous proxy of shared memory, too.
+    Fence {
+        proxy: bool,
+    },
     Bar(Box<Bar>),
     WarpBar,
     Shuffle {
@@ -323,8 +326,7 @@ pub(crate) enum Kind {
     MovMatrix,
     Mma(Box<Mma>),
     Wgmma(Box<Wgmma>),
-    /// `wgmma.fence`, and what else needs all lanes of the warp together.
-    WarpAligned,
+    WgmmaFence,
     /// `wgmma.commit_group`.
     WgmmaCommit,
     /// `wgmma.wait_group`: groups that may go on.

@@ -4,7 +4,7 @@ mod kind;
 
 use crate::device::Param;
 use crate::ptx::ast::Attributes;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
 pub(crate) use kind::*;
@@ -93,6 +93,11 @@ pub(crate) struct Program {
     pub entry: u32,
     /// Alignment of dynamic shared memory.
     pub dynamic_align: u32,
+    /// Whether the asynchronous proxy may read shared memory: there are products of warpgroups or bulk stores.
+    pub async_reads: bool,
+    /// Per instruction: the lines of its frame that it writes and that products of warpgroups use as accumulators or as
+    /// A, or that are moved there. Empty without such products.
+    pub product_lines: Vec<Box<[u32]>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -154,7 +159,70 @@ impl Class {
     }
 }
 
+impl Inst {
+    /// Gives the registers that an instruction writes to `f`; the accumulators of products are left out.
+    fn results(&self, mut f: impl FnMut(u32)) {
+        let mut list = |regs: &mut dyn Iterator<Item = u32>| regs.filter(|r| *r != NONE).for_each(&mut f);
+        match &self.kind {
+            Kind::Access(x) if x.store => {}
+            Kind::Access(x) => list(&mut x.regs.iter().map(|r| r.0)),
+            Kind::Atom(x) => list(&mut x.elements.iter().map(|e| e.0)),
+            Kind::LdMatrix { regs, .. } => list(&mut regs.iter().copied()),
+            Kind::Mma(m) => list(&mut m.d.iter().copied()),
+            Kind::Call(c) => list(&mut c.returns.iter().map(|s| match s {
+                Slot::Reg(at, _) => *at,
+                _ => NONE,
+            })),
+            Kind::StMatrix { .. } | Kind::Wgmma(_) => {}
+            _ => list(&mut [self.d].into_iter()),
+        }
+    }
+}
+
+/// See [`Program::product_lines`]. `is_move` says which instructions only copy a register.
+pub(crate) fn product_lines(code: &[Inst], funcs: &[FuncInfo], is_move: impl Fn(usize) -> bool) -> Vec<Box<[u32]>> {
+    if !code.iter().any(|i| matches!(i.kind, Kind::Wgmma(_))) {
+        return Vec::new();
+    }
+    let mut out = vec![Box::default(); code.len()];
+    for (k, func) in funcs.iter().enumerate() {
+        let body = func.start as usize..funcs.get(k + 1).map_or(code.len(), |f| f.start as usize);
+        let mut lines: HashSet<u32> = HashSet::new();
+        let mut moves: Vec<(u32, u32)> = Vec::new();
+        for pc in body.clone() {
+            match &code[pc].kind {
+                Kind::Wgmma(w) => lines.extend(w.d.iter().chain(&w.a).map(|r| r / 32)),
+                Kind::Alu if is_move(pc) => moves.push((code[pc].d / 32, code[pc].a / 32)),
+                _ => {}
+            }
+        }
+        // Sources of moves to such registers count as well.
+        loop {
+            let before = lines.len();
+            for (d, a) in &moves {
+                if lines.contains(d) {
+                    lines.insert(*a);
+                }
+            }
+            if lines.len() == before {
+                break;
+            }
+        }
+        for pc in body {
+            let mut written = Vec::new();
+            code[pc].results(|r| written.extend(lines.contains(&(r / 32)).then_some(r / 32)));
+            out[pc] = written.into();
+        }
+    }
+    out
+}
+
 impl Program {
+    /// Whether the instruction only copies registers.
+    pub(crate) fn is_move(&self, pc: u32) -> bool {
+        self.text(pc).starts_with("mov.")
+    }
+
     pub(crate) fn text(&self, pc: u32) -> &str {
         self.source.get(pc as usize).and_then(|s| self.texts.get(s.text as usize)).map_or("", String::as_str)
     }
