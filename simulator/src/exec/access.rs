@@ -49,7 +49,7 @@ impl Block<'_> {
     /// Addresses of all lanes.
     pub(crate) fn addresses(&self, warp: &Warp, frame: u16, a: Addr) -> [u64; 32] {
         if a.wide {
-            std::array::from_fn(|i| warp.get64(frame, a.reg, i as u32).wrapping_add(a.offset as u64))
+            warp.lane_values64(frame, a.reg).map(|r| r.wrapping_add(a.offset as u64))
         } else {
             warp.lane_values(frame, a.reg).map(|r| u64::from(r.wrapping_add(a.offset as u32)))
         }
@@ -75,6 +75,14 @@ impl Block<'_> {
         }
         if x.store && matches!(x.strength, Strength::Release | Strength::AcqRel) {
             self.clocks.fence(warp.id);
+        }
+        if active == u32::MAX
+            && !strong
+            && let Where::Global(a) = resolve(x.place, addresses[0])
+            && addresses.iter().enumerate().all(|(i, b)| *b == addresses[0].wrapping_add(i as u64 * u64::from(size)))
+            && self.coalesced(warp, frame, a, size, x)
+        {
+            return Ok(());
         }
         let touch = Touch { write: x.store, strong };
         for lane in lanes(active) {

@@ -269,7 +269,7 @@ impl Block<'_> {
     }
 }
 
-fn race_map(slot: &std::sync::OnceLock<HostBytes>, words: usize) -> Option<&HostBytes> {
+pub(super) fn race_map(slot: &std::sync::OnceLock<HostBytes>, words: usize) -> Option<&HostBytes> {
     let map = slot.get_or_init(|| HostBytes::zeroed(words * 24).unwrap_or_else(empty));
     (map.len() > 0).then_some(map)
 }

@@ -6,6 +6,7 @@ mod barrier;
 mod block;
 mod bulk;
 mod call;
+mod coalesced;
 mod collective;
 mod copies;
 mod fences;

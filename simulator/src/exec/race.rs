@@ -272,6 +272,11 @@ impl Global {
             | u64::from(self.strong)
     }
 
+    /// Whether two packed records are of the same block.
+    pub(crate) fn same_block(a: u64, b: u64) -> bool {
+        a >> 36 == b >> 36
+    }
+
     pub(crate) fn unpack(x: u64) -> Option<Global> {
         (x >> 36 != 0).then(|| Global {
             block: (x >> 36) as u32 - 1,

@@ -39,29 +39,48 @@ impl Block<'_> {
         touch: Touch,
     ) -> Step {
         let at = self.shared_at(warp, lane, a, size, x.store)?;
-        let bytes = x.bytes as usize;
+        if touch.strong && x.store {
+            self.shared_publish(warp.id, a);
+        } else if touch.strong {
+            self.shared_learn(warp.id, a);
+        }
+        // The common sizes as constants, so that copies and comparisons are single instructions.
+        match (x.bytes, size) {
+            (4, 4) => self.shared_bytes(warp, frame, lane, at, (4, 4), x, touch),
+            (4, 16) => self.shared_bytes(warp, frame, lane, at, (4, 16), x, touch),
+            (2, 2) => self.shared_bytes(warp, frame, lane, at, (2, 2), x, touch),
+            (bytes, size) => self.shared_bytes(warp, frame, lane, at, (bytes as usize, size as usize), x, touch),
+        }
+        Ok(())
+    }
+
+    /// An access of `size` bytes that are in bounds, in elements of `bytes`.
+    #[allow(clippy::too_many_arguments)]
+    #[inline(always)]
+    fn shared_bytes(
+        &mut self,
+        warp: &mut Warp,
+        frame: u16,
+        lane: u32,
+        at: usize,
+        (bytes, size): (usize, usize),
+        x: &Access,
+        touch: Touch,
+    ) {
         if x.store {
             let mut data = [0u8; 32];
             for (k, (s, w)) in x.regs.iter().enumerate() {
                 data[k * bytes..(k + 1) * bytes]
                     .copy_from_slice(&take(warp, frame, lane, *s, *w).to_le_bytes()[..bytes]);
             }
-            if touch.strong {
-                self.shared_publish(warp.id, a);
-            }
-            self.shared_write(warp.id, lane, at, &data[..size as usize], touch.strong);
-            return Ok(());
+            return self.shared_write(warp.id, lane, at, &data[..size], touch.strong);
         }
-        if touch.strong {
-            self.shared_learn(warp.id, a);
-        }
-        self.shared_read(warp.id, lane, at, size as usize, touch.strong);
+        self.shared_read(warp.id, lane, at, size, touch.strong);
         for (k, (d, w)) in x.regs.iter().enumerate() {
             let from = at + k * bytes;
             let v = little(&self.shared[from..from + bytes]);
             put(warp, frame, lane, *d, *w, v, x);
         }
-        Ok(())
     }
 
     /// Checks for reading shared bytes that are in bounds.
@@ -115,58 +134,62 @@ impl Block<'_> {
     }
 
     /// Checks and records an access for races within the block.
+    #[inline(always)]
     pub(crate) fn shared_record(&mut self, warp: u32, lane: u32, at: usize, size: usize, touch: Touch, changes: bool) {
         let me = Record { warp, lane, clock: self.clocks.clock(warp), bytes: 15, atomic: touch.strong, pc: self.pc };
+        if size == 4 && at.is_multiple_of(4) {
+            return self.shared_record_word(at / 4, me, touch.write, changes);
+        }
         let (mut at, end) = (at, at + size);
         while at < end {
             let word = at / 4;
             let stop = end.min(4 * word + 4);
             let bytes = ((1u32 << (stop - at)) - 1) << (at % 4);
             at = stop;
-            let me = Record { bytes, ..me };
-            let cell = self.shadow[word];
-            let conflict = |k: usize| match Record::unpack(cell[k]) {
-                Some(r)
-                    if r.bytes & bytes != 0
-                        && !(r.atomic && me.atomic)
-                        && !self.clocks.ordered(r, warp, lane)
-                        && !(r.lane == MANY && r.warp == warp && self.parts.only(word, k, bytes, lane)) =>
-                {
-                    Some(r)
-                }
-                _ => None,
-            };
-            let merge = |k: usize| match Record::unpack(cell[k]) {
-                Some(o) if o.warp == warp && o.clock == me.clock && o.atomic == me.atomic => {
-                    (Record { bytes: o.bytes | bytes, lane: if o.lane == lane { lane } else { MANY }, ..me }, true)
-                }
-                _ => (me, false),
-            };
-            if !touch.write {
-                if let Some(r) = conflict(0) {
-                    self.shared_race(warp, lane, r, 4 * word, "reads what", "wrote");
-                }
-                let mine = |r: u64| Record::unpack(r).is_none_or(|r| r.warp == warp);
-                let slot = if mine(cell[1]) { 1 } else { 2 };
-                let (record, merged) = merge(slot);
-                self.shadow[word][slot] = record.pack();
-                self.parts.note(word, slot, bytes, lane, merged);
-                continue;
-            }
-            if changes {
-                if let Some(r) = conflict(0) {
-                    self.shared_race(warp, lane, r, 4 * word, "writes what", "wrote");
-                }
-                for old in [1, 2] {
-                    if let Some(r) = conflict(old) {
-                        self.shared_race(warp, lane, r, 4 * word, "writes what", "read");
-                    }
-                }
-            }
-            let (record, merged) = merge(0);
-            self.shadow[word][0] = record.pack();
-            self.parts.note(word, 0, bytes, lane, merged);
+            self.shared_record_word(word, Record { bytes, ..me }, touch.write, changes);
         }
+    }
+
+    fn shared_record_word(&mut self, word: usize, me: Record, write: bool, changes: bool) {
+        let Record { warp, lane, bytes, .. } = me;
+        let cell = self.shadow[word];
+        let conflict = |k: usize| match Record::unpack(cell[k]) {
+            Some(r)
+                if r.bytes & bytes != 0
+                    && !(r.atomic && me.atomic)
+                    && !self.clocks.ordered(r, warp, lane)
+                    && !(r.lane == MANY && r.warp == warp && self.parts.only(word, k, bytes, lane)) =>
+            {
+                Some(r)
+            }
+            _ => None,
+        };
+        let merge = |k: usize| match Record::unpack(cell[k]) {
+            Some(o) if o.warp == warp && o.clock == me.clock && o.atomic == me.atomic => {
+                (Record { bytes: o.bytes | bytes, lane: if o.lane == lane { lane } else { MANY }, ..me }, true)
+            }
+            _ => (me, false),
+        };
+        let slot = match write {
+            true => 0,
+            false if Record::unpack(cell[1]).is_none_or(|r| r.warp == warp) => 1,
+            false => 2,
+        };
+        if write && changes {
+            if let Some(r) = conflict(0) {
+                self.shared_race(warp, lane, r, 4 * word, "writes what", "wrote");
+            }
+            for old in [1, 2] {
+                if let Some(r) = conflict(old) {
+                    self.shared_race(warp, lane, r, 4 * word, "writes what", "read");
+                }
+            }
+        } else if !write && let Some(r) = conflict(0) {
+            self.shared_race(warp, lane, r, 4 * word, "reads what", "wrote");
+        }
+        let (record, merged) = merge(slot);
+        self.shadow[word][slot] = record.pack();
+        self.parts.note(word, slot, bytes, lane, merged);
     }
 
     #[cold]
