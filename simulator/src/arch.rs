@@ -62,8 +62,17 @@ pub const MAX_THREADS_PER_BLOCK: u32 = 1024;
 pub const SHARED_DEFAULT: u32 = 48 * 1024;
 /// Most registers of one thread.
 pub const MAX_REGISTERS: u32 = 255;
+/// Most blocks of a cluster that every GPU with clusters accepts.
+pub const MAX_CLUSTER: u32 = 8;
+/// Parts of a multiprocessor with registers of their own.
+const QUARTERS: u32 = 4;
 /// Most bytes of kernel parameters (PTX 8.1 and newer).
 pub const MAX_PARAM_BYTES: u32 = 32_764;
+
+/// Registers that a warp takes.
+fn per_warp(registers: u32) -> u32 {
+    (registers.max(1) * WARP).next_multiple_of(256)
+}
 
 impl Arch {
     /// A100 (SXM, 40 GB).
@@ -211,16 +220,27 @@ impl Arch {
         self.capability.0 * 10 + self.capability.1
     }
 
+    /// Whether a block of `threads` with `registers` each fits the registers of a multiprocessor. A GPU's check counts
+    /// as if all four quarters of the multiprocessor had as many warps as the fullest one.
+    pub fn registers_fit(&self, threads: u32, registers: u32) -> bool {
+        let warps = threads.div_ceil(WARP).next_multiple_of(QUARTERS);
+        registers <= MAX_REGISTERS && per_warp(registers) * warps <= self.registers_per_sm
+    }
+
     /// Blocks of one multiprocessor that `threads`, `registers` per thread and `shared` bytes per block allow, and
-    /// what limits them. Registers are handed out in units of 256 per warp, shared memory in units of 128 bytes.
+    /// what limits them. Each quarter of the multiprocessor hands out its registers to its own warps, in units of 256 per
+    /// warp; shared memory comes in units of 128 bytes.
     pub fn occupancy(&self, threads: u32, registers: u32, shared: u32) -> (u32, &'static str) {
         let warps = threads.div_ceil(WARP).max(1);
-        let per_warp = (registers.max(1) * WARP).next_multiple_of(256);
+        let by_registers = match self.registers_fit(threads, registers) {
+            true => self.registers_per_sm / QUARTERS / per_warp(registers) * QUARTERS / warps,
+            false => 0,
+        };
         let shared = u64::from(shared).div_ceil(128) * 128 + u64::from(self.shared_reserved);
         [
             (self.blocks_per_sm, "blocks"),
             (self.threads_per_sm / (warps * WARP), "threads"),
-            (self.registers_per_sm / (per_warp * warps), "registers"),
+            (by_registers, "registers"),
             ((u64::from(self.shared_per_sm) / shared) as u32, "shared memory"),
         ]
         .into_iter()
