@@ -4,7 +4,7 @@ use crate::abi::*;
 use crate::capture;
 use crate::device::check;
 use crate::graph::{self, GraphMemory};
-use crate::state::{Handle, State, current, driver, no_such};
+use crate::state::{Handle, Pool, State, current, driver, no_such};
 use crate::stream;
 use crate::work::{Work, submit};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -12,22 +12,31 @@ use std::collections::BTreeMap;
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::Arc;
 
-fn allocate(out: Out<u64>, bytes: usize) -> Outcome {
+fn allocate(out: Out<u64>, bytes: usize) -> Outcome<u64> {
     if bytes == 0 {
         return Err(failure(INVALID_VALUE, "an allocation must have at least one byte"));
     }
     if out.address() == 0 {
         return Err(failure(INVALID_VALUE, "the pointer for the result is null"));
     }
-    out.set(driver()?.device.alloc(bytes as u64)?)
+    let address = driver()?.device.alloc(bytes as u64)?;
+    out.set(address)?;
+    Ok(address)
 }
 
-fn allocate_async(out: Out<u64>, bytes: usize, stream: Handle) -> Outcome {
+/// Memory from `pool`, or from the device's current pool.
+fn allocate_async(out: Out<u64>, bytes: usize, pool: Option<Handle>, stream: Handle) -> Outcome {
     let d = driver()?;
     let mut state = d.ready()?;
     let capturing = capture::of(&mut state, stream)?.is_some();
+    let pool = pool.unwrap_or_else(|| current_pool(&mut state));
+    if !state.pools.contains_key(&pool) {
+        return Err(no_such("memory pool", pool));
+    }
     if !capturing {
-        return allocate(out, bytes);
+        let address = allocate(out, bytes)?;
+        state.take_from_pool(pool, address, bytes as u64);
+        return Ok(());
     }
     if bytes == 0 {
         return Err(failure(INVALID_VALUE, "an allocation must have at least one byte"));
@@ -46,13 +55,16 @@ fn allocate_async(out: Out<u64>, bytes: usize, stream: Handle) -> Outcome {
 
 fn free(address: u64) -> Outcome {
     let d = driver()?;
-    let state = d.in_context()?;
+    let mut state = d.in_context()?;
     if address == 0 {
         return Ok(());
     }
     match graph::memory_at(&state, address) {
         Some(bytes) => d.device.poison(address, bytes)?,
-        None => d.device.free(address)?,
+        None => {
+            d.device.free(address)?;
+            state.give_back_to_pool(address);
+        }
     }
     // Freed also after a kernel failed, so that the program's clean-up does not look like a leak.
     state.sticky.map_or(Ok(()), |code| Err(quiet(code)))
@@ -113,7 +125,8 @@ fn host(address: u64) -> Host {
 
 fn new_pool(state: &mut State) -> Handle {
     let handle = state.handle();
-    state.pools.insert(handle, BTreeMap::from([(1, 1), (2, 1), (3, 1), (4, 0)]));
+    let settings = BTreeMap::from([(1, 1), (2, 1), (3, 1), (4, 0)]);
+    state.pools.insert(handle, Pool { settings, ..Pool::default() });
     handle
 }
 
@@ -128,9 +141,30 @@ fn default_pool(state: &mut State) -> Handle {
     }
 }
 
-fn in_pool(pool: Handle) -> Outcome {
-    let state = driver()?.ready()?;
-    state.pools.get(&pool).map(|_| ()).ok_or_else(|| no_such("memory pool", pool))
+fn current_pool(state: &mut State) -> Handle {
+    match state.current_pool {
+        Some(pool) => pool,
+        None => default_pool(state),
+    }
+}
+
+impl State {
+    fn take_from_pool(&mut self, pool: Handle, address: u64, bytes: u64) {
+        self.pooled.insert(address, (pool, bytes));
+        if let Some(pool) = self.pools.get_mut(&pool) {
+            pool.used += bytes;
+            pool.highs = pool.highs.map(|high| high.max(pool.used));
+        }
+    }
+
+    /// Counts memory as free again, if it came from a pool that still exists.
+    pub fn give_back_to_pool(&mut self, address: u64) {
+        if let Some((pool, bytes)) = self.pooled.remove(&address)
+            && let Some(pool) = self.pools.get_mut(&pool)
+        {
+            pool.used -= bytes;
+        }
+    }
 }
 
 fn host_alloc(out: Out<*mut c_void>, bytes: usize) -> Outcome {
@@ -154,7 +188,7 @@ fn host_alloc(out: Out<*mut c_void>, bytes: usize) -> Outcome {
 driver_calls! {
     fn cuMemAlloc_v2(out: Out<u64>, bytes: usize) {
         capture::forbid(&mut *driver()?.ready()?, "cuMemAlloc")?;
-        allocate(out, bytes)
+        allocate(out, bytes).map(drop)
     }
 
     fn cuMemAllocPitch_v2(out: Out<u64>, pitch: Out<usize>, width: usize, height: usize, _element: c_uint) {
@@ -164,16 +198,15 @@ driver_calls! {
             return Err(quiet(OUT_OF_MEMORY));
         };
         pitch.set(row)?;
-        allocate(out, bytes)
+        allocate(out, bytes).map(drop)
     }
 
     fn cuMemAllocAsync(out: Out<u64>, bytes: usize, stream: Handle) {
-        allocate_async(out, bytes, stream)
+        allocate_async(out, bytes, None, stream)
     }
 
     fn cuMemAllocFromPoolAsync(out: Out<u64>, bytes: usize, pool: Handle, stream: Handle) {
-        in_pool(pool)?;
-        allocate_async(out, bytes, stream)
+        allocate_async(out, bytes, Some(pool), stream)
     }
 
     fn cuMemFree_v2(address: u64) {
@@ -378,12 +411,7 @@ driver_calls! {
 
     fn cuDeviceGetMemPool(pool: Out<Handle>, device: c_int) {
         check(device)?;
-        let mut state = driver()?.lock();
-        let current = match state.current_pool {
-            Some(pool) => pool,
-            None => default_pool(&mut state),
-        };
-        pool.set(current)
+        pool.set(current_pool(&mut driver()?.lock()))
     }
 
     fn cuDeviceSetMemPool(device: c_int, pool: Handle) {
@@ -416,31 +444,38 @@ driver_calls! {
     }
 
     fn cuMemPoolTrimTo(pool: Handle, _keep: usize) {
-        in_pool(pool)
+        let state = driver()?.lock();
+        state.pools.get(&pool).map(|_| ()).ok_or_else(|| no_such("memory pool", pool))
     }
 
     fn cuMemPoolSetAttribute(pool: Handle, attribute: c_uint, value: In<u32>) {
         let mut state = driver()?.lock();
-        let values = state.pools.get_mut(&pool).ok_or_else(|| no_such("memory pool", pool))?;
-        let value = match attribute {
-            1..=3 => value.at(0)?.into(),
-            4 | 6 | 8 => u64::from(value.at(0)?) | u64::from(value.at(1)?) << 32,
+        let pool = state.pools.get_mut(&pool).ok_or_else(|| no_such("memory pool", pool))?;
+        let wide = || -> Outcome<u64> { Ok(u64::from(value.at(0)?) | u64::from(value.at(1)?) << 32) };
+        match attribute {
+            1..=3 => pool.settings.insert(attribute, value.at(0)?.into()),
+            4 => pool.settings.insert(attribute, wide()?),
+            6 | 8 => match wide()? {
+                0 => {
+                    pool.highs[usize::from(attribute == 6)] = pool.used;
+                    None
+                }
+                n => return Err(failure(INVALID_VALUE, format!("pool attribute {attribute} can only be reset to 0, not {n}"))),
+            },
             _ => return Err(failure(INVALID_VALUE, format!("pool attribute {attribute} cannot be set"))),
         };
-        values.insert(attribute, value);
         Ok(())
     }
 
     fn cuMemPoolGetAttribute(pool: Handle, attribute: c_uint, out: Out<u64>) {
-        let d = driver()?;
-        let state = d.lock();
-        let values = state.pools.get(&pool).ok_or_else(|| no_such("memory pool", pool))?;
-        let (free, total) = d.device.mem_info();
+        let state = driver()?.lock();
+        let pool = state.pools.get(&pool).ok_or_else(|| no_such("memory pool", pool))?;
+        let setting = pool.settings.get(&attribute).copied().unwrap_or(0);
         match attribute {
-            1..=3 => out.cast::<u32>().set(values.get(&attribute).copied().unwrap_or(0) as u32),
-            4 => out.set(values.get(&4).copied().unwrap_or(0)),
-            // One memory for all pools: what is used is all there is in use.
-            5..=8 => out.set(total - free),
+            1..=3 => out.cast::<u32>().set(setting as u32),
+            4 => out.set(setting),
+            5 | 7 => out.set(pool.used),
+            6 | 8 => out.set(pool.highs[usize::from(attribute == 6)]),
             _ => Err(failure(INVALID_VALUE, format!("pool attribute {attribute} is not known to the simulator"))),
         }
     }
