@@ -437,13 +437,14 @@ impl Body<'_, '_> {
             (1, Ty::F32) => test(|a: u32| f(a).is_infinite()),
             (2, Ty::F32) => test(|a: u32| !f(a).is_nan()),
             (3, Ty::F32) => test(|a: u32| f(a).is_nan()),
-            (4, Ty::F32) => test(|a: u32| f(a).is_normal()),
+            // Zeros count as normal.
+            (4, Ty::F32) => test(|a: u32| f(a).is_normal() || f(a) == 0.0),
             (5, Ty::F32) => test(|a: u32| f(a).is_subnormal()),
             (0, Ty::F64) => test(|a: u64| d(a).is_finite()),
             (1, Ty::F64) => test(|a: u64| d(a).is_infinite()),
             (2, Ty::F64) => test(|a: u64| !d(a).is_nan()),
             (3, Ty::F64) => test(|a: u64| d(a).is_nan()),
-            (4, Ty::F64) => test(|a: u64| d(a).is_normal()),
+            (4, Ty::F64) => test(|a: u64| d(a).is_normal() || d(a) == 0.0),
             (5, Ty::F64) => test(|a: u64| d(a).is_subnormal()),
             _ => return Ok(false),
         };
