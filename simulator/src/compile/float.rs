@@ -18,6 +18,10 @@ fn f(x: u32) -> f32 {
 fn d(x: u64) -> f64 {
     f64::from_bits(x)
 }
+/// What the approximations of f64 read and write: the upper 32 bits, subnormal numbers as zeros.
+fn upper(x: f64) -> u64 {
+    (if x.is_subnormal() { 0f64.copysign(x) } else { x }).to_bits() & !0xffff_ffff
+}
 
 const ADD: u32 = 0;
 const SUB: u32 = 1;
@@ -375,10 +379,9 @@ impl Body<'_, '_> {
             "fma" | "mad" => (op3(|a: u64, b: u64, c: u64| d(a).mul_add(d(b), d(c)).to_bits()), 0),
             "div" => (op2(|a: u64, b: u64| (d(a) / d(b)).to_bits()), 0),
             "sqrt" => (op1(|a: u64| d(a).sqrt().to_bits()), 0),
-            // The approximation reads and writes only the upper 32 bits.
-            "rcp" if approx => (op1(|a: u64| (1.0 / d(a & !0xffff_ffff)).to_bits() & !0xffff_ffff), 0),
+            "rcp" if approx => (op1(|a: u64| upper(1.0 / d(upper(d(a))))), 0),
             "rcp" => (op1(|a: u64| (1.0 / d(a)).to_bits()), 0),
-            "rsqrt" if p & FTZ != 0 => (op1(|a: u64| (1.0 / d(a & !0xffff_ffff).sqrt()).to_bits() & !0xffff_ffff), 0),
+            "rsqrt" if p & FTZ != 0 => (op1(|a: u64| upper(1.0 / d(upper(d(a))).sqrt())), 0),
             "rsqrt" => (op1(|a: u64| (1.0 / d(a).sqrt()).to_bits()), 0),
             "neg" => (op1(|a: u64| a ^ 1 << 63), 0),
             "abs" => (op1(|a: u64| a & !(1 << 63)), 0),
