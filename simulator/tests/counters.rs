@@ -330,6 +330,57 @@ fn data_sheets_are_consistent() {
     }
 }
 
+/// Blocks of a multiprocessor as the toolkit's own calculator (`cuda_occupancy.h` of CUDA 13, with all shared memory that
+/// an architecture can give) has them, for threads, registers and bytes of shared memory.
+#[test]
+fn occupancy_is_that_of_the_toolkits_calculator() {
+    const KERNELS: [(u32, u32, u32); 30] = [
+        (32, 16, 0),
+        (64, 32, 0),
+        (96, 40, 0),
+        (128, 64, 0),
+        (128, 72, 20000),
+        (128, 128, 49152),
+        (128, 168, 0),
+        (128, 255, 65536),
+        (160, 80, 0),
+        (192, 56, 30000),
+        (224, 96, 0),
+        (256, 32, 0),
+        (256, 48, 40000),
+        (256, 64, 0),
+        (256, 128, 100000),
+        (288, 100, 0),
+        (320, 40, 8000),
+        (384, 168, 0),
+        (512, 40, 0),
+        (512, 128, 0),
+        (513, 128, 0),
+        (640, 80, 0),
+        (768, 80, 0),
+        (800, 80, 0),
+        (1024, 32, 0),
+        (1024, 64, 0),
+        (1024, 65, 0),
+        (33, 33, 1),
+        (32, 32, 101376),
+        (64, 24, 1025),
+    ];
+    let blocks: [(Arch, [u32; 30]); 5] = [
+        (Arch::SM_80, [32, 32, 16, 8, 7, 3, 3, 2, 4, 5, 2, 8, 4, 4, 1, 1, 4, 1, 3, 1, 0, 1, 1, 0, 2, 1, 0, 24, 1, 32]),
+        (Arch::SM_86, [16, 16, 16, 8, 4, 2, 3, 1, 4, 3, 2, 6, 2, 4, 1, 1, 4, 1, 3, 1, 0, 1, 1, 0, 1, 1, 0, 16, 1, 16]),
+        (Arch::SM_89, [24, 24, 16, 8, 4, 2, 3, 1, 4, 3, 2, 6, 2, 4, 1, 1, 4, 1, 3, 1, 0, 1, 1, 0, 1, 1, 0, 24, 1, 24]),
+        (Arch::SM_90, [32, 32, 16, 8, 7, 4, 3, 2, 4, 6, 2, 8, 5, 4, 2, 1, 4, 1, 3, 1, 0, 1, 1, 0, 2, 1, 0, 24, 2, 32]),
+        (Arch::SM_120, [24, 24, 16, 8, 4, 2, 3, 1, 4, 3, 2, 6, 2, 4, 1, 1, 4, 1, 3, 1, 0, 1, 1, 0, 1, 1, 0, 24, 1, 24]),
+    ];
+    for (arch, want) in blocks {
+        for ((threads, registers, shared), want) in KERNELS.into_iter().zip(want) {
+            let got = arch.occupancy(threads, registers, shared).0;
+            assert_eq!(got, want, "{}: {threads} threads, {registers} registers, {shared} bytes", arch.name);
+        }
+    }
+}
+
 #[test]
 fn occupancy_of_known_kernels() {
     // As the vendor's calculator gives it.
