@@ -164,6 +164,25 @@ fn circular_and_hyperbolic_functions() {
     }
 }
 
+/// Pairs of halves: each part is what the single instruction gives.
+#[test]
+fn pairs_are_two_singles() {
+    for (op, name, f, low, high) in [
+        ("ex2.approx", "f16", F16, -13.0, 15.0),
+        ("ex2.approx.ftz", "bf16", BF16, -100.0, 100.0),
+        ("tanh.approx", "f16", F16, -6.0, 6.0),
+        ("tanh.approx", "bf16", BF16, -6.0, 6.0),
+    ] {
+        let singles = between(f, low, high);
+        let results = map(&format!("{op}.{name} %d, %a;"), &[2], 2, &singles);
+        let n = singles.len();
+        let pairs: Vec<Vec<u64>> = (0..n).map(|i| vec![singles[n - 1 - i][0] << 16 | singles[i][0]]).collect();
+        for (i, got) in map(&format!("{op}.{name}x2 %d, %a;"), &[4], 4, &pairs).into_iter().enumerate() {
+            assert_eq!(got, results[n - 1 - i] << 16 | results[i], "{op}.{name}x2 of {:#x}", pairs[i][0]);
+        }
+    }
+}
+
 /// The reference's own limits.
 #[test]
 fn a_unit_in_the_last_place_is_what_it_should_be() {

@@ -370,12 +370,17 @@ fn pairs_of_f32_to_packed_floats() {
 #[test]
 fn packed_halves_to_eight_bits_and_back() {
     let halves: Vec<Vec<u64>> = floats(F16);
-    let rows: Vec<Vec<u64>> = pairs(&halves).iter().map(|r| vec![r[0] << 16 | r[1]]).collect();
+    let packed = |halves: &[Vec<u64>]| pairs(halves).iter().map(|r| vec![r[0] << 16 | r[1]]).collect::<Vec<_>>();
+    let (rows, wide) = (packed(&halves), packed(&floats(BF16)));
     for (name, eight) in [("e4m3x2", E4M3), ("e5m2x2", E5M2)] {
         for (flags, relu) in [("", false), (".relu", true)] {
             let body = format!("cvt.rn.satfinite{flags}.{name}.f16x2 %d, %a;");
             compare_pairs(&body, &[4], eight, &rows, |r, part| {
                 limited(eight, F16.decode(r[0] >> (16 - 16 * part) & 0xffff), Mode::Even, true, relu)
+            });
+            let body = format!("cvt.rn.satfinite{flags}.{name}.bf16x2 %d, %a;");
+            compare_pairs(&body, &[4], eight, &wide, |r, part| {
+                limited(eight, BF16.decode(r[0] >> (16 - 16 * part) & 0xffff), Mode::Even, true, relu)
             });
             // Every pair of a byte and another.
             let all: Vec<Vec<u64>> = (0..256u64).map(|b| vec![b << 8 | (b * 37 + 11) & 0xff]).collect();

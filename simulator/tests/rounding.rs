@@ -210,6 +210,62 @@ fn f16_and_bf16_round_to_nearest() {
     }
 }
 
+/// Two f32 in 64 bits; the parts are different rows.
+#[test]
+fn pairs_of_f32_round_as_they_say() {
+    for (op, n, formula) in &ROUNDED[..4] {
+        let rows = operands(F32, *n, 22);
+        let pairs: Vec<Vec<u64>> = rows
+            .iter()
+            .zip(rows.iter().rev())
+            .map(|(low, high)| low.iter().zip(high).map(|(l, h)| h << 32 | l).collect())
+            .collect();
+        for (suffix, mode) in MODES {
+            for (flag, flush) in [("", false), (".ftz", true)] {
+                let flags = Flags { flush, saturate: false };
+                let body = format!("{op}.{suffix}{flag}.f32x2 {}", list(*n));
+                for (row, got) in pairs.iter().zip(map(&body, &vec![8; *n], 8, &pairs)) {
+                    for part in [0, 32] {
+                        let single: Vec<u64> = row.iter().map(|v| v >> part & 0xffff_ffff).collect();
+                        let want = rounded(F32, &single, mode, flags, |v| formula(v, mode));
+                        let got = got >> part & 0xffff_ffff;
+                        let same = want.map_or(F32.is_nan(got), |w| w == got);
+                        assert!(same, "{body} of {row:x?}, bits {part}: got {got:#x}, expected {want:x?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// f32 sums and products of f16 or bf16 operands, which are exact in f32.
+#[test]
+fn sums_of_halves_and_f32() {
+    for (name, f) in [("f16", F16), ("bf16", BF16)] {
+        let halves = operands(f, 2, 23);
+        let singles = operands(F32, 1, 24);
+        let rows: Vec<Vec<u64>> =
+            halves.iter().zip(singles.iter().cycle()).map(|(h, s)| vec![h[0], h[1], s[0]]).collect();
+        for (suffix, mode) in MODES {
+            for op in ["add", "sub", "fma"] {
+                let arguments = if op == "fma" { "%d, %a, %b, %c;" } else { "%d, %a, %c;" };
+                let body = format!("{op}.{suffix}.f32.{name} {arguments}");
+                for (row, got) in rows.iter().zip(map(&body, &[2, 2, 4], 4, &rows)) {
+                    let (a, b, c) = (f.decode(row[0]), f.decode(row[1]), F32.decode(row[2]));
+                    let exact = match op {
+                        "add" => exact::add(a, c, mode),
+                        "sub" => exact::add(a, c.with_sign(!c.negative()), mode),
+                        _ => exact::fma(a, b, c, mode),
+                    };
+                    let want = F32.encode(exact, mode);
+                    let same = want.map_or(F32.is_nan(got), |w| w == got);
+                    assert!(same, "{body} of {row:x?}: got {got:#x}, expected {want:x?}");
+                }
+            }
+        }
+    }
+}
+
 /// Orders numbers, minus zero below plus zero; `None` where one is a NaN.
 fn order(f: Float, a: u64, b: u64) -> Option<std::cmp::Ordering> {
     let key = |v: u64| {
