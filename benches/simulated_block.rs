@@ -51,7 +51,6 @@ fn main() {
     let mut tape = Tape::inference(&weights, &mut host);
     let y = forward(&mut tape).expect("the shapes fit");
     let expected = tape.value(y).to_vec();
-    drop(tape);
 
     let on_device = DeviceWeights::upload(&device, &weights, DType::Bf16).expect("weights fit");
     let grads = device.alloc(weights.len(), DType::F32).expect("gradients fit");

@@ -190,9 +190,9 @@ fn parameters_in_one_buffer_must_have_the_right_size() {
         let params = params.concat();
         let launch = |mut size: usize, values: *mut *mut c_void| {
             let mut extra: [*mut c_void; 5] = [
-                1 as *mut c_void,
+                std::ptr::without_provenance_mut(1),
                 params[1..].as_ptr().cast_mut().cast(),
-                2 as *mut c_void,
+                std::ptr::without_provenance_mut(2),
                 (&raw mut size).cast(),
                 std::ptr::null_mut(),
             ];
@@ -222,7 +222,7 @@ fn parameters_in_one_buffer_must_have_the_right_size() {
 /// cuGetProcAddress_v2: its result, the address, the status.
 fn look_up(name: &str, version: c_int) -> (CUresult, *mut c_void, u32) {
     let name = CString::new(name).unwrap();
-    let mut address = 1 as *mut c_void;
+    let mut address = std::ptr::without_provenance_mut(99);
     let mut status = MaybeUninit::<sys::CUdriverProcAddressQueryResult>::uninit();
     // SAFETY: the name ends with a NUL, both results outlive the call, and no status but the driver's is assumed.
     unsafe {
@@ -270,7 +270,7 @@ fn calls_are_found_by_name_and_version() {
             type Old = extern "C" fn(*const c_char, *mut *mut c_void, c_int, u64) -> CUresult;
             library.get::<Old>(b"cuGetProcAddress").unwrap()
         };
-        let mut address = 1 as *mut c_void;
+        let mut address = std::ptr::without_provenance_mut(99);
         assert_eq!(old(c"cuNoSuchCall".as_ptr(), &mut address, 12_000, 0), CUresult::CUDA_ERROR_NOT_FOUND);
         assert!(address.is_null());
         assert_eq!(old(c"cuInit".as_ptr(), &mut address, 12_000, 0), OK);
@@ -380,6 +380,7 @@ fn memory_pools_count_what_they_give_out() {
 
 #[test]
 fn fills_write_their_pattern_and_nothing_else() {
+    type Call<'a> = &'a dyn Fn() -> CUresult;
     own_process("fills_write_their_pattern_and_nothing_else", &[], || {
         let (context, _stream) = setup();
         let stream = context.new_stream().unwrap();
@@ -399,7 +400,7 @@ fn fills_write_their_pattern_and_nothing_else() {
         let (p8, p16, p32) = (0xa1u8, 0xb2c3u16, 0xd4e5_f607u32);
         // SAFETY: addresses and sizes lie in the buffer, or the call is refused.
         unsafe {
-            let cases: [(&str, &dyn Fn() -> CUresult, Vec<u8>); 13] = [
+            let cases: [(&str, Call, Vec<u8>); 13] = [
                 ("D8", &|| sys::cuMemsetD8_v2(to, p8, 13), expected(&[p8], 13, 1, 0)),
                 ("D16", &|| sys::cuMemsetD16_v2(to, p16, 13), expected(&p16.to_le_bytes(), 13, 1, 0)),
                 ("D32", &|| sys::cuMemsetD32_v2(to, p32, 13), expected(&p32.to_le_bytes(), 13, 1, 0)),
@@ -426,7 +427,7 @@ fn fills_write_their_pattern_and_nothing_else() {
                 assert_eq!(buffer.read(), want, "{name}");
             }
             buffer.write(&[canary; 256]);
-            let refused: [(&str, &dyn Fn() -> CUresult); 9] = [
+            let refused: [(&str, Call); 9] = [
                 ("past the end", &|| sys::cuMemsetD8_v2(to, p8, 249)),
                 ("past the end, 16", &|| sys::cuMemsetD16Async(to, p16, 125, s)),
                 ("past the end, rows", &|| sys::cuMemsetD2D8_v2(to, 64, p8, 57, 4)),
