@@ -276,7 +276,7 @@ pub fn div(a: Number, b: Number) -> Number {
         (Finite { mantissa: m, exponent: e, .. }, Finite { mantissa: n, exponent: f, .. }) => {
             let up = m.leading_zeros() as i32;
             let m = m << up;
-            Finite { negative, mantissa: m / n, exponent: e - up - f, sticky: m % n != 0 }
+            Finite { negative, mantissa: m / n, exponent: e - up - f, sticky: !m.is_multiple_of(n) }
         }
     }
 }
