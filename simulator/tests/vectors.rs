@@ -98,13 +98,7 @@ fn run(place: &Place, registers: &str, body: &str, data: &[u8], size: usize, out
     let scratch = device.alloc((THREADS * size) as u64).unwrap();
     let output = device.alloc((THREADS * out) as u64).unwrap();
     device.memset(output, &[0xcc], (THREADS * out) as u64).unwrap();
-    let params = [
-        &input.to_le_bytes()[..],
-        &output.to_le_bytes(),
-        &scratch.to_le_bytes(),
-        &vec![0; (32 - 24 % 32) % 32],
-        &data[..size],
-    ];
+    let params = [&input.to_le_bytes()[..], &output.to_le_bytes(), &scratch.to_le_bytes(), &[0; 8], &data[..size]];
     let f = module.function("k").unwrap();
     assert_eq!(f.params()[3].offset, 32);
     let config = LaunchConfig::new([1; 3], [THREADS as u32, 1, 1]);
