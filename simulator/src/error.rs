@@ -76,6 +76,8 @@ pub enum FaultClass {
     UninitialisedLocal,
     BarrierDivergence,
     AsyncCopyHazard,
+    /// No `wgmma.fence` or no `fence.proxy.async` where PTX asks for one.
+    MissingFence,
     Timeout,
     /// `trap`, `__assertfail`, a stack overflow, an invalid operand only known at run time.
     Trap,
@@ -98,6 +100,7 @@ impl FaultClass {
             FaultClass::UninitialisedLocal => "uninitialised_local",
             FaultClass::BarrierDivergence => "barrier_divergence",
             FaultClass::AsyncCopyHazard => "async_copy_hazard",
+            FaultClass::MissingFence => "missing_fence",
             FaultClass::Timeout => "timeout",
             FaultClass::Trap => "trap",
             FaultClass::LaunchRefused => "launch_refused",
@@ -119,7 +122,8 @@ impl FaultClass {
             | FaultClass::UninitialisedGlobal
             | FaultClass::UninitialisedLocal
             | FaultClass::BarrierDivergence
-            | FaultClass::AsyncCopyHazard => 719,
+            | FaultClass::AsyncCopyHazard
+            | FaultClass::MissingFence => 719,
         }
     }
 }

@@ -3,14 +3,47 @@
 //! Every constructor takes a closure without captures and gives a function that loads 32 operands, computes all lanes
 //! (operations have no side effects, so idle lanes may compute too) and stores those of the mask. Where the host has
 //! AVX2 and FMA, a second copy is compiled for them, and the compiler vectorises the loop.
+//!
+//! An operation knows how wide its operands are, from the types of its closure; the compiler of PTX compares that with
+//! the registers that it gives the operation, so none reads or writes beyond them.
 
 use crate::program::{AluFn, Inst, NONE};
 use std::sync::LazyLock;
 
+/// What an operation takes its operand for, and what a place in a frame holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Width {
+    /// No operand, or a number.
+    Nothing,
+    /// A bit per lane.
+    Pred,
+    /// A predicate to write, or [`NONE`].
+    PredOrNone,
+    /// The parameter of [`combine`]: perhaps with a predicate in it.
+    Join,
+    /// 32 bits per lane, also for 8 and 16.
+    Single,
+    /// 64 bits per lane.
+    Double,
+}
+
+/// An operation with the widths of its operands `d`, `a`, `b`, `c`, `e`.
+#[derive(Clone, Copy)]
+pub(crate) struct Alu {
+    pub run: AluFn,
+    pub widths: [Width; 5],
+}
+
 /// What a lane holds: a 32-bit register (also for 8 and 16 bits) or a 64-bit one.
-pub(crate) trait El: Copy + Default + 'static {}
-impl El for u32 {}
-impl El for u64 {}
+pub(crate) trait El: Copy + Default + 'static {
+    const WIDTH: Width;
+}
+impl El for u32 {
+    const WIDTH: Width = Width::Single;
+}
+impl El for u64 {
+    const WIDTH: Width = Width::Double;
+}
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) static WIDE: LazyLock<bool> = LazyLock::new(|| {
@@ -86,9 +119,10 @@ fn conjure<F: Copy>() -> F {
 }
 
 macro_rules! constructor {
-    ($(#[$doc:meta])* $name:ident<$($g:ident),*>($($arg:ty),*) -> $ret:ty, |$regs:ident, $inst:ident, $mask:ident, $f:ident| $body:block) => {
+    ($(#[$doc:meta])* $name:ident<$($g:ident),*>($($arg:ty),*) -> $ret:ty, [$($width:expr),*], |$regs:ident, $inst:ident, $mask:ident, $f:ident| $body:block) => {
         $(#[$doc])*
-        pub(crate) fn $name<$($g: El,)* F: Fn($($arg),*) -> $ret + Copy + 'static>(_: F) -> AluFn {
+        pub(crate) fn $name<$($g: El,)* F: Fn($($arg),*) -> $ret + Copy + 'static>(_: F) -> Alu {
+            let widths = [$($width),*];
             #[inline(always)]
             unsafe fn body<$($g: El,)* F: Fn($($arg),*) -> $ret + Copy + 'static>($regs: *mut u32, $inst: &Inst, $mask: u32) {
                 let $f = conjure::<F>();
@@ -107,15 +141,17 @@ macro_rules! constructor {
             }
             #[cfg(target_arch = "x86_64")]
             if *WIDE {
-                return wide::<$($g,)* F>;
+                return Alu { run: wide::<$($g,)* F>, widths };
             }
-            plain::<$($g,)* F>
+            Alu { run: plain::<$($g,)* F>, widths }
         }
     };
 }
 
+use Width::{Join, Nothing, Pred, PredOrNone, Single};
+
 constructor!(/// `d = f(a)`.
-op1<D, A>(A) -> D, |r, i, mask, f| {
+op1<D, A>(A) -> D, [D::WIDTH, A::WIDTH, Nothing, Nothing, Nothing], |r, i, mask, f| {
     let a: [A; 32] = load(r, i.a);
     let mut d = [D::default(); 32];
     for l in 0..32 {
@@ -125,7 +161,7 @@ op1<D, A>(A) -> D, |r, i, mask, f| {
 });
 
 constructor!(/// `d = f(a, b)`.
-op2<D, A, B>(A, B) -> D, |r, i, mask, f| {
+op2<D, A, B>(A, B) -> D, [D::WIDTH, A::WIDTH, B::WIDTH, Nothing, Nothing], |r, i, mask, f| {
     let (a, b): ([A; 32], [B; 32]) = (load(r, i.a), load(r, i.b));
     let mut d = [D::default(); 32];
     for l in 0..32 {
@@ -135,7 +171,7 @@ op2<D, A, B>(A, B) -> D, |r, i, mask, f| {
 });
 
 constructor!(/// `d = f(a, b, c)`.
-op3<D, A, B, C>(A, B, C) -> D, |r, i, mask, f| {
+op3<D, A, B, C>(A, B, C) -> D, [D::WIDTH, A::WIDTH, B::WIDTH, C::WIDTH, Nothing], |r, i, mask, f| {
     let (a, b, c): ([A; 32], [B; 32], [C; 32]) = (load(r, i.a), load(r, i.b), load(r, i.c));
     let mut d = [D::default(); 32];
     for l in 0..32 {
@@ -145,7 +181,7 @@ op3<D, A, B, C>(A, B, C) -> D, |r, i, mask, f| {
 });
 
 constructor!(/// `d = f(a, parameter)`.
-op1p<D, A>(A, u32) -> D, |r, i, mask, f| {
+op1p<D, A>(A, u32) -> D, [D::WIDTH, A::WIDTH, Nothing, Nothing, Nothing], |r, i, mask, f| {
     let a: [A; 32] = load(r, i.a);
     let mut d = [D::default(); 32];
     for l in 0..32 {
@@ -155,7 +191,7 @@ op1p<D, A>(A, u32) -> D, |r, i, mask, f| {
 });
 
 constructor!(/// `d = f(a, b, parameter)`.
-op2p<D, A, B>(A, B, u32) -> D, |r, i, mask, f| {
+op2p<D, A, B>(A, B, u32) -> D, [D::WIDTH, A::WIDTH, B::WIDTH, Nothing, Nothing], |r, i, mask, f| {
     let (a, b): ([A; 32], [B; 32]) = (load(r, i.a), load(r, i.b));
     let mut d = [D::default(); 32];
     for l in 0..32 {
@@ -165,7 +201,7 @@ op2p<D, A, B>(A, B, u32) -> D, |r, i, mask, f| {
 });
 
 constructor!(/// `d = f(a, b, c, parameter)`.
-op3p<D, A, B, C>(A, B, C, u32) -> D, |r, i, mask, f| {
+op3p<D, A, B, C>(A, B, C, u32) -> D, [D::WIDTH, A::WIDTH, B::WIDTH, C::WIDTH, Nothing], |r, i, mask, f| {
     let (a, b, c): ([A; 32], [B; 32], [C; 32]) = (load(r, i.a), load(r, i.b), load(r, i.c));
     let mut d = [D::default(); 32];
     for l in 0..32 {
@@ -174,8 +210,8 @@ op3p<D, A, B, C>(A, B, C, u32) -> D, |r, i, mask, f| {
     store(r, i.d, &d, mask);
 });
 
-constructor!(/// `d = f(a, b, c, e)`, all 32-bit but `c` and `e` of their own type.
-op4<D, A, C>(A, A, C, C) -> D, |r, i, mask, f| {
+constructor!(/// `d = f(a, b, c, e)`, `a` and `b` of one type, `c` and `e` of another.
+op4<D, A, C>(A, A, C, C) -> D, [D::WIDTH, A::WIDTH, A::WIDTH, C::WIDTH, C::WIDTH], |r, i, mask, f| {
     let (a, b): ([A; 32], [A; 32]) = (load(r, i.a), load(r, i.b));
     let (c, e): ([C; 32], [C; 32]) = (load(r, i.c), load(r, i.e));
     let mut d = [D::default(); 32];
@@ -186,7 +222,7 @@ op4<D, A, C>(A, A, C, C) -> D, |r, i, mask, f| {
 });
 
 constructor!(/// Predicate `d = f(a, b)`; `c` and `e` hold the second result and the combination (see [`combine`]).
-cmp<A>(A, A) -> bool, |r, i, mask, f| {
+cmp<A>(A, A) -> bool, [PredOrNone, A::WIDTH, A::WIDTH, PredOrNone, Join], |r, i, mask, f| {
     let (a, b): ([A; 32], [A; 32]) = (load(r, i.a), load(r, i.b));
     let mut hit = [0u32; 32];
     for l in 0..32 {
@@ -197,7 +233,7 @@ cmp<A>(A, A) -> bool, |r, i, mask, f| {
 });
 
 constructor!(/// Predicate `d = f(a)`.
-test<A>(A) -> bool, |r, i, mask, f| {
+test<A>(A) -> bool, [PredOrNone, A::WIDTH, Nothing, Nothing, Nothing], |r, i, mask, f| {
     let a: [A; 32] = load(r, i.a);
     let mut hit = [0u32; 32];
     for l in 0..32 {
@@ -209,7 +245,7 @@ test<A>(A) -> bool, |r, i, mask, f| {
 
 constructor!(/// `d = carry`-using sum: `f(a, b, carry in) -> (sum, carry out)`; bit 0 of the parameter reads the carry
 /// at `c`, bit 1 writes it.
-carry<A>(A, A, bool) -> (A, bool), |r, i, mask, f| {
+carry<A>(A, A, bool) -> (A, bool), [A::WIDTH, A::WIDTH, A::WIDTH, Pred, Nothing], |r, i, mask, f| {
     let (a, b): ([A; 32], [A; 32]) = (load(r, i.a), load(r, i.b));
     let carry_in = if i.e & 1 != 0 { pred(r, i.c, false) } else { 0 };
     let (mut d, mut out) = ([A::default(); 32], 0u32);
@@ -225,7 +261,7 @@ carry<A>(A, A, bool) -> (A, bool), |r, i, mask, f| {
 });
 
 constructor!(/// `d = f(a, b, predicate at c)`; the parameter's bit 0 negates it.
-choose<A>(A, A, bool) -> A, |r, i, mask, f| {
+choose<A>(A, A, bool) -> A, [A::WIDTH, A::WIDTH, A::WIDTH, Pred, Nothing], |r, i, mask, f| {
     let (a, b): ([A; 32], [A; 32]) = (load(r, i.a), load(r, i.b));
     let p = pred(r, i.c, i.e & 1 != 0);
     let mut d = [A::default(); 32];
@@ -257,7 +293,7 @@ pub(crate) unsafe fn combine(r: *mut u32, i: &Inst, word: u32, mask: u32) {
 }
 
 /// Bitwise operations on predicates: `d = f(a, b)`; the parameter's bits 0 and 1 negate `a` and `b`.
-pub(crate) fn preds<F: Fn(u32, u32) -> u32 + Copy + 'static>(_: F) -> AluFn {
+pub(crate) fn preds<F: Fn(u32, u32) -> u32 + Copy + 'static>(_: F) -> Alu {
     unsafe fn run<F: Fn(u32, u32) -> u32 + Copy + 'static>(r: *mut u32, i: &Inst, mask: u32) {
         // SAFETY: the caller keeps the promise of `AluFn`.
         unsafe {
@@ -265,7 +301,7 @@ pub(crate) fn preds<F: Fn(u32, u32) -> u32 + Copy + 'static>(_: F) -> AluFn {
             set_pred(r, i.d, conjure::<F>()(a, b), mask);
         }
     }
-    run::<F>
+    Alu { run: run::<F>, widths: [PredOrNone, Pred, Pred, Nothing, Nothing] }
 }
 
 /// Does nothing: for instructions that the executor runs itself.
@@ -275,7 +311,7 @@ pub(crate) fn idle() -> AluFn {
 }
 
 /// Sets a register or predicate from predicate `a`: `set.` results. `d = a ? parameter : 0`.
-pub(crate) fn spread() -> AluFn {
+pub(crate) fn spread() -> Alu {
     unsafe fn run(r: *mut u32, i: &Inst, mask: u32) {
         // SAFETY: the caller keeps the promise of `AluFn`.
         unsafe {
@@ -284,5 +320,5 @@ pub(crate) fn spread() -> AluFn {
             store(r, i.d, &d, mask);
         }
     }
-    run
+    Alu { run, widths: [Single, Pred, Nothing, Nothing, Nothing] }
 }

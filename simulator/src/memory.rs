@@ -85,6 +85,23 @@ impl HostBytes {
         }
     }
 
+    /// `n` words of 32 bits from `offset` on, a multiple of 4.
+    #[inline(always)]
+    pub(crate) fn words(&self, offset: usize, n: usize) -> &[AtomicU32] {
+        assert!(offset.is_multiple_of(4) && offset + 4 * n <= self.len);
+        // SAFETY: the assertion keeps the slice inside the allocation, which is aligned to 128; its bytes are only ever
+        // accessed atomically while shared.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(offset).cast(), n) }
+    }
+
+    /// `n` words of 64 bits from `offset` on, a multiple of 8.
+    #[inline(always)]
+    pub(crate) fn double_words(&self, offset: usize, n: usize) -> &[AtomicU64] {
+        assert!(offset.is_multiple_of(8) && offset + 8 * n <= self.len);
+        // SAFETY: as `words`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(offset).cast(), n) }
+    }
+
     /// Sets `bytes` bytes.
     pub(crate) fn fill(&self, offset: usize, bytes: usize, value: u8) {
         for i in offset..offset + bytes {

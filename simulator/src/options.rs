@@ -13,20 +13,29 @@ pub struct Sanitizer {
     pub races_global: bool,
     /// Accesses to the target of an asynchronous copy before its wait.
     pub async_copies: bool,
+    /// `wgmma.fence`, and `fence.proxy.async` between writes of shared memory and asynchronous reads.
+    pub fences: bool,
     /// Part of a warp skipping a barrier that the rest executes.
     pub barriers: bool,
 }
 
 impl Sanitizer {
     /// Every check.
-    pub const ON: Sanitizer =
-        Sanitizer { uninitialised: true, races_shared: true, races_global: true, async_copies: true, barriers: true };
+    pub const ON: Sanitizer = Sanitizer {
+        uninitialised: true,
+        races_shared: true,
+        races_global: true,
+        async_copies: true,
+        fences: true,
+        barriers: true,
+    };
     /// Only what keeps the simulator itself safe.
     pub const OFF: Sanitizer = Sanitizer {
         uninitialised: false,
         races_shared: false,
         races_global: false,
         async_copies: false,
+        fences: false,
         barriers: false,
     };
 }

@@ -3,7 +3,7 @@
 //! | variable | meaning | default |
 //! | --- | --- | --- |
 //! | `CUDA_SIM_ARCH` | the GPU: `sm_80`, `sm_86`, `sm_89`, `sm_90`, `sm_120` | `sm_80` |
-//! | `CUDA_SIM_SANITIZER` | `on`, `off`, or a list of checks to switch off: `-uninitialised`, `-races_shared`, `-races_global`, `-async_copies`, `-barriers`, `-leaks`, `-unwritten_copies` | `on` |
+//! | `CUDA_SIM_SANITIZER` | `on`, `off`, or a list of checks to switch off: `-uninitialised`, `-races_shared`, `-races_global`, `-async_copies`, `-fences`, `-barriers`, `-leaks`, `-unwritten_copies` | `on` |
 //! | `CUDA_SIM_SEED` | permutes the order of blocks and warps | in order |
 //! | `CUDA_SIM_BUDGET` | warp instructions that one warp may execute in a launch | 50000000 |
 //! | `CUDA_SIM_THREADS` | host threads | one per core |
@@ -114,13 +114,14 @@ impl Config {
                 "-races_shared" => &mut checks.races_shared,
                 "-races_global" => &mut checks.races_global,
                 "-async_copies" => &mut checks.async_copies,
+                "-fences" => &mut checks.fences,
                 "-barriers" => &mut checks.barriers,
                 "-leaks" => &mut self.leaks,
                 "-unwritten_copies" => &mut self.unwritten_copies,
                 other => {
                     return Err(format!(
                         "{name}: `{other}` is no check; use on, off, or a list of -uninitialised, -races_shared, \
-                         -races_global, -async_copies, -barriers, -leaks, -unwritten_copies"
+                         -races_global, -async_copies, -fences, -barriers, -leaks, -unwritten_copies"
                     ));
                 }
             }) = false;

@@ -2,7 +2,7 @@
 
 use super::Result;
 use super::body::{Body, Reg};
-use crate::lanes::{op1, op1p, op2p};
+use crate::lanes::{Alu, op1, op1p, op2p};
 use crate::numeric::{self, Format, Round, Value};
 use crate::program::*;
 use crate::ptx::ast::Ty;
@@ -208,6 +208,11 @@ impl Body<'_, '_> {
         };
         let a = self.src_any(1, reg_ty(from_num))?;
         let d = self.dst_any(0)?;
+        // Registers may be wider than the types, never narrower.
+        let bytes = |n: Num| if let Num::Int { bits, .. } = n { bits / 8 } else { reg_ty(n).bytes() };
+        if a.ty.bytes() < bytes(from_num) || d.ty.bytes() < bytes(to_num) {
+            return self.fail("a register is narrower than its type");
+        }
         let round = rni.or(rounding).unwrap_or(match (from_num, to_num) {
             (Num::Float(_), Num::Int { .. }) => Round::Rz,
             _ => Round::Rn,
@@ -356,7 +361,7 @@ impl Body<'_, '_> {
     }
 }
 
-fn general(from_words: u32, to_words: u32, to_bytes: u32) -> AluFn {
+fn general(from_words: u32, to_words: u32, to_bytes: u32) -> Alu {
     match (from_words, to_words, to_bytes) {
         (1, 1, 4) => op1p(|a: u32, p| cvt(a.into(), p) as u32),
         (1, 1, 2) => op1p(|a: u32, p| cvt(a.into(), p) as u32 & 0xffff),
@@ -370,7 +375,7 @@ fn general(from_words: u32, to_words: u32, to_bytes: u32) -> AluFn {
 }
 
 /// The common conversions on the host's own arithmetic.
-fn fast(from: &str, to: &str, round: Round, a: Reg, d: Reg) -> Option<AluFn> {
+fn fast(from: &str, to: &str, round: Round, a: Reg, d: Reg) -> Option<Alu> {
     Some(match (from, to, a.words, d.words) {
         ("u32", "u64" | "s64", 1, 2) => op1(|a: u32| u64::from(a)),
         ("s32", "u64" | "s64", 1, 2) => op1(|a: u32| a as i32 as i64 as u64),

@@ -181,7 +181,7 @@ impl Body<'_, '_> {
             self.mods.any(&["sync", "aligned"]);
             self.class = Class::Barrier;
             self.arity(0, 0)?;
-            let kind = if commit { Kind::WgmmaCommit } else { Kind::WarpAligned };
+            let kind = if commit { Kind::WgmmaCommit } else { Kind::WgmmaFence };
             self.emit(Inst { kind, ..self.blank() })?;
             return Ok(true);
         }

@@ -239,13 +239,7 @@ impl Body<'_, '_> {
             let second = if op == AtomOp::Cas { self.src(first + 2, ty)? } else { NONE };
             let d = match r {
                 Operand::Sink => NONE,
-                r => {
-                    let d = self.dst_of(r)?;
-                    if d.ty.bytes() != ty.bytes() {
-                        return self.fail("the destination does not fit the type");
-                    }
-                    d.at
-                }
+                r => self.dst_as(r, ty)?,
             };
             elements.push((d, value, second));
         }

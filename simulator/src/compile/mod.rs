@@ -1,21 +1,29 @@
 //! The compiler: a tree to one decoded program per kernel. Whatever is unknown is refused with its line and text.
 
+mod bits;
 mod body;
+mod compare;
+mod control;
 mod convert;
 mod float;
+mod float_lane;
 mod integer;
 mod matrix;
 mod memory;
 mod mods;
+mod moves;
+mod names;
+mod operands;
 mod sync;
 mod tensor;
+mod types;
 mod video;
 
 use crate::arch::{Arch, MAX_PARAM_BYTES};
 use crate::device::Param;
 use crate::error::LoadError;
 use crate::memory::Memory;
-use crate::program::{FuncInfo, Inst, Program, Source};
+use crate::program::{FuncInfo, Inst, Kind, Program, Source, product_lines};
 use crate::ptx::ast::{Func, Init, Module, Operand, Space, Stmt, Var};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -298,7 +306,7 @@ fn kernel(
     // Nominal: only the assembler knows.
     let registers = 32;
     let local_bytes = funcs.iter().map(|f| f.local_bytes).max().unwrap_or(0);
-    Ok(Program {
+    let mut program = Program {
         name: entry.name.clone(),
         params,
         param_bytes,
@@ -308,6 +316,12 @@ fn kernel(
         registers: entry.attributes.maxnreg.map_or(registers, |m| registers.min(m)),
         attributes: entry.attributes.clone(),
         ptx_version: tree.version.0 * 10 + tree.version.1,
+        async_reads: unit.code.iter().any(|i| match &i.kind {
+            Kind::Wgmma(_) => true,
+            Kind::Bulk(b) => !b.to_shared || b.shared_both,
+            _ => false,
+        }),
+        product_lines: Vec::new(),
         code: unit.code,
         source: unit.source,
         texts: unit.texts,
@@ -315,7 +329,9 @@ fn kernel(
         entry: funcs.len() as u32 - 1,
         funcs,
         dynamic_align: unit.dynamic_align,
-    })
+    };
+    program.product_lines = product_lines(&program.code, &program.funcs, |pc| program.is_move(pc as u32));
+    Ok(program)
 }
 
 /// Lays kernel parameters out as the driver does: each at its own alignment.

@@ -18,6 +18,8 @@ impl Body<'_, '_> {
             "bar" | "barrier" => self.bar(op),
             "membar" | "fence" => {
                 self.class = Class::Barrier;
+                let has = |m: &str| self.instr.mods.iter().any(|x| x == m);
+                let proxy = (has("async") || has("async::generic")) && !has("global");
                 if self.mods.take("proxy") {
                     self.forget(&["alias", "async", "async::generic", "tensormap", "tensormap::generic"]);
                     self.forget(&["generic", "async.global", "async.shared", "acquire", "release", "sync_restrict"]);
@@ -56,7 +58,7 @@ impl Body<'_, '_> {
                 for m in rest {
                     self.mods.take(&m);
                 }
-                self.emit(Inst { kind: Kind::Fence, ..self.blank() })?;
+                self.emit(Inst { kind: Kind::Fence { proxy }, ..self.blank() })?;
                 Ok(true)
             }
             "shfl" => self.shfl(),
@@ -98,8 +100,8 @@ impl Body<'_, '_> {
                 self.arity(3, 3)?;
                 let (a, b) = (self.src(1, ty)?, self.src(2, Ty::B32)?);
                 let (d, pred) = match self.operand(0)? {
-                    Operand::Pair(d, p) => (self.dst_of(d)?.at, self.pred_dst(p)?),
-                    d => (self.dst_of(d)?.at, NONE),
+                    Operand::Pair(d, p) => (self.dst_as(d, Ty::B32)?, self.pred_dst(p)?),
+                    d => (self.dst_as(d, Ty::B32)?, NONE),
                 };
                 self.emit(Inst { d, a, b, kind: Kind::Match { all, wide: ty == Ty::B64, pred }, ..self.blank() })?;
                 Ok(true)
@@ -159,7 +161,7 @@ impl Body<'_, '_> {
                 let Operand::Pair(d, p) = self.operand(0)? else {
                     return self.fail("expected `d|p`");
                 };
-                let d = if **d == Operand::Sink { NONE } else { self.dst_of(d)?.at };
+                let d = if **d == Operand::Sink { NONE } else { self.dst_as(d, Ty::B32)? };
                 let pred = self.pred_dst(p)?;
                 self.emit(Inst { d, b, kind: Kind::Elect { pred }, ..self.blank() })?;
                 Ok(true)
@@ -224,7 +226,7 @@ impl Body<'_, '_> {
             }
             let bar =
                 Bar { id: NONE, count: NONE, arrive_only: arrive, aligned, reduce: 0, d: NONE, source: (NONE, false) };
-            let kind = if arrive { Kind::Fence } else { Kind::Bar(Box::new(bar)) };
+            let kind = if arrive { Kind::Fence { proxy: false } } else { Kind::Bar(Box::new(bar)) };
             self.emit(Inst { kind, ..self.blank() })?;
             return Ok(true);
         }
@@ -285,8 +287,8 @@ impl Body<'_, '_> {
         let (a, b, c) = (self.src(1, Ty::B32)?, self.src(2, Ty::B32)?, self.src(3, Ty::B32)?);
         let mask = self.src(4, Ty::B32)?;
         let (d, pred) = match self.operand(0)? {
-            Operand::Pair(d, p) => (self.dst_of(d)?.at, self.pred_dst(p)?),
-            d => (self.dst_of(d)?.at, NONE),
+            Operand::Pair(d, p) => (self.dst_as(d, Ty::B32)?, self.pred_dst(p)?),
+            d => (self.dst_as(d, Ty::B32)?, NONE),
         };
         self.emit(Inst { d, a, b: mask, c, e: b, kind: Kind::Shuffle { mode, pred }, ..self.blank() })?;
         Ok(true)

@@ -87,7 +87,7 @@ impl Body<'_, '_> {
         // The swizzle numbers of PTX: 0 none, 1 32, 2 64, 3 128 bytes, the same as in the driver's enumeration.
         if bytes == 8 && a.words == 1 {
             let t = self.temp(2)?;
-            self.part(Inst { alu: crate::lanes::op1(|a: u32| u64::from(a)), d: t, a: a.at, ..self.blank() })?;
+            self.part(crate::lanes::op1(|a: u32| u64::from(a)), t, a.at)?;
             a.at = t;
         }
         let kind = Kind::MapReplace { address, place, field: at as u32, bytes };

@@ -35,22 +35,6 @@ impl Barrier {
     }
 }
 
-/// An mbarrier in shared memory. The 64 bits in memory are its own opaque state: phase and pending count.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Mbarrier {
-    pub expected: u32,
-    pub pending: i64,
-    pub tx: i64,
-    pub phase: u64,
-    /// Knowledge of those who arrived in this phase, and of the phases before.
-    pub row: Vec<u32>,
-    pub done_row: Vec<u32>,
-    /// Copies that land when somebody has waited for their phase: phase, target, data and what of it is written.
-    pub landings: Vec<(u64, u32, Vec<u8>, Vec<u8>)>,
-    /// Warps to whom the end of a phase was first denied: warp, phase, time of the instruction.
-    pub denied: Vec<(u32, u64, u64)>,
-}
-
 impl Block<'_> {
     pub(crate) fn bar(&mut self, warp: &mut Warp, frame: u16, active: u32, bar: &Bar) -> Step {
         let first = active.trailing_zeros();

@@ -34,8 +34,17 @@ impl Block<'_> {
                 }
             }
             Kind::Atom(x) => self.atomic(warp, frame, active, x)?,
-            Kind::Fence => self.fence(warp),
-            Kind::WarpBar | Kind::WarpAligned => self.clocks.advance(warp.id),
+            Kind::Fence { proxy } => {
+                self.fence(warp);
+                if *proxy {
+                    self.clocks.proxy_fence(warp.id);
+                }
+            }
+            Kind::WarpBar => self.clocks.advance(warp.id),
+            Kind::WgmmaFence => {
+                self.clocks.advance(warp.id);
+                warp.products_fenced.fence();
+            }
             Kind::Shuffle { mode, pred } => self.shuffle(warp, frame, inst, active, *mode, *pred),
             Kind::Vote { op, source } => {
                 let members = warp.get32(frame, inst.b, active.trailing_zeros()) & active;

@@ -300,6 +300,9 @@ impl Block<'_> {
     /// Looks at the operands of an instruction before it runs.
     #[cold]
     pub(crate) fn watch_operands(&mut self, warp: &mut Warp, frame: u16, inst: &Inst, active: u32) {
+        if warp.checks_fences {
+            self.note_written(warp, frame, inst);
+        }
         if warp.products != 0 {
             self.unfinished_operands(warp, frame, inst);
         }

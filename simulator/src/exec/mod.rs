@@ -1,17 +1,28 @@
 //! The executor: blocks over host threads, warps of a block in turn, lanes of a warp together.
 
 mod access;
-mod asynchronous;
 mod atomics;
 mod barrier;
 mod block;
+mod bulk;
+mod call;
+mod coalesced;
 mod collective;
+mod copies;
+mod fences;
+mod global;
 mod hazard;
 mod matrix;
+mod mbarrier;
 mod race;
 mod report;
+mod run;
+mod shared;
 mod stats;
+mod tensor;
+mod traffic;
 mod warp;
+mod wgmma;
 
 use crate::arch::{Arch, WARP};
 use crate::counters::LaunchReport;

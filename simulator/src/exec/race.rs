@@ -94,7 +94,11 @@ impl Parts {
 pub(crate) struct Clocks {
     /// Entries of a row: the warps, and one for copies that land by themselves when the phase of a mbarrier ends.
     n: usize,
-    /// `rows[w * n + v]`: the last clock of `v` that `w` knows; its own is the last that it finished.
+    /// Entries of a row in `rows`: `n`, or twice that with what fences of the proxies cover.
+    stride: usize,
+    /// `rows[w * stride + v]`: the last clock of `v` that `w` knows; its own is the last that it finished. Entry
+    /// `n + v`: the last clock of `v` with a fence between the proxies on its way to `w`. Whoever learns a row learns
+    /// both.
     rows: Vec<u32>,
     /// What a fence of `w` made publishable; empty before its first fence.
     fenced: Vec<Option<Box<[u32]>>>,
@@ -105,10 +109,11 @@ pub(crate) struct Clocks {
 }
 
 impl Clocks {
-    pub(crate) fn start(&mut self, n: usize) {
+    pub(crate) fn start(&mut self, n: usize, proxies: bool) {
         self.n = n + 1;
+        self.stride = if proxies { 2 * self.n } else { self.n };
         self.rows.clear();
-        self.rows.resize((n + 1) * (n + 1), 0);
+        self.rows.resize(self.n * self.stride, 0);
         self.fenced.clear();
         self.fenced.resize(n, None);
         self.acquired.clear();
@@ -128,18 +133,18 @@ impl Clocks {
     }
 
     pub(crate) fn row(&self, w: u32) -> &[u32] {
-        &self.rows[w as usize * self.n..(w as usize + 1) * self.n]
+        &self.rows[w as usize * self.stride..(w as usize + 1) * self.stride]
     }
 
     /// The clock of accesses that `w` makes now.
     #[inline(always)]
     pub(crate) fn clock(&self, w: u32) -> u32 {
-        self.rows[w as usize * self.n + w as usize] + 1
+        self.rows[w as usize * self.stride + w as usize] + 1
     }
 
     /// Ends the current interval of `w`.
     pub(crate) fn advance(&mut self, w: u32) {
-        self.rows[w as usize * self.n + w as usize] += 1;
+        self.rows[w as usize * self.stride + w as usize] += 1;
     }
 
     #[inline(always)]
@@ -152,7 +157,7 @@ impl Clocks {
 
     /// `w` learns what `row` says.
     pub(crate) fn learn(&mut self, w: u32, row: &[u32]) {
-        let own = &mut self.rows[w as usize * self.n..(w as usize + 1) * self.n];
+        let own = &mut self.rows[w as usize * self.stride..(w as usize + 1) * self.stride];
         for (a, b) in own.iter_mut().zip(row) {
             *a = (*a).max(*b);
         }
@@ -160,7 +165,7 @@ impl Clocks {
 
     /// A barrier of the given warps.
     pub(crate) fn join(&mut self, warps: &[u32]) {
-        let mut all = vec![0; self.n];
+        let mut all = vec![0; self.stride];
         let (mut time, mut fenced): (u64, Option<Box<[u32]>>) = (0, None);
         for &w in warps {
             self.advance(w);
@@ -184,6 +189,24 @@ impl Clocks {
     pub(crate) fn fence(&mut self, w: u32) {
         self.advance(w);
         self.fenced[w as usize] = Some(self.row(w).into());
+    }
+
+    /// A fence between the proxies: covers what `w` did and knows. It may be anywhere between the write and the
+    /// asynchronous read, by the writer, by the reader, or by a warp that passes the knowledge on.
+    pub(crate) fn proxy_fence(&mut self, w: u32) {
+        if self.stride > self.n {
+            self.advance(w);
+            let (known, covered) = {
+                let n = self.n;
+                self.rows[w as usize * self.stride..(w as usize + 1) * self.stride].split_at_mut(n)
+            };
+            covered.copy_from_slice(known);
+        }
+    }
+
+    /// Whether a fence between the proxies lies between the access that `v` made at `clock` and `w`.
+    pub(crate) fn covered(&self, w: u32, v: u32, clock: u32) -> bool {
+        clock <= self.row(w)[self.n + v as usize]
     }
 
     pub(crate) fn fenced(&self, w: u32) -> Option<Box<[u32]>> {
@@ -247,6 +270,11 @@ impl Global {
             | u64::from(self.clock & 0x3ff_ffff) << 5
             | u64::from(self.bytes & 15) << 1
             | u64::from(self.strong)
+    }
+
+    /// Whether two packed records are of the same block.
+    pub(crate) fn same_block(a: u64, b: u64) -> bool {
+        a >> 36 == b >> 36
     }
 
     pub(crate) fn unpack(x: u64) -> Option<Global> {

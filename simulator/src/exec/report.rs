@@ -15,7 +15,8 @@ fn is_fatal(class: FaultClass) -> bool {
 }
 
 /// A smaller rank explains a larger one: a skipped barrier or wait makes races, a race within a block makes races
-/// between blocks (its barriers pass on what was acquired), a race makes reads of unwritten bytes.
+/// between blocks (its barriers pass on what was acquired), a race makes reads of unwritten bytes. A missing fence explains
+/// nothing else here, since the simulator computes as if it were there.
 fn rank(class: FaultClass) -> u32 {
     use FaultClass::*;
     match class {
@@ -23,7 +24,8 @@ fn rank(class: FaultClass) -> u32 {
         AsyncCopyHazard => 1,
         DataRaceShared => 2,
         DataRaceGlobal => 3,
-        _ => 4,
+        MissingFence => 4,
+        _ => 5,
     }
 }
 

@@ -1,6 +1,7 @@
 //! A warp: 32 lanes with their own program counters, the frames of their functions, their local memory.
 
 use super::Launch;
+use super::fences::ProductRegisters;
 use crate::program::{FuncInfo, NONE, Special};
 use std::collections::HashMap;
 
@@ -65,6 +66,11 @@ pub(crate) struct Warp {
     pub product_groups: u32,
     /// Products that have not been waited for.
     pub products: u32,
+    /// What `wgmma.fence` orders.
+    pub products_fenced: ProductRegisters,
+    /// The program has products of warpgroups, and their fences are checked.
+    pub has_products: bool,
+    pub checks_fences: bool,
     /// Registers with values that nobody wrote, read from local memory: register and lanes.
     pub unwritten: HashMap<u32, u32>,
     /// Last access to memory since the lane's last barrier, where the warp was split.
@@ -77,6 +83,8 @@ pub(crate) struct Warp {
     pub saw_store: bool,
     /// In this turn it did something besides waiting.
     pub worked: bool,
+    /// The constants of the kernel are in its frame, which nothing writes over.
+    prepared: bool,
     /// The allocation that was used last.
     pub hint: usize,
 }
@@ -110,12 +118,16 @@ impl Warp {
             bulk_groups: [0; 32],
             product_groups: 0,
             products: 0,
+            products_fenced: ProductRegisters::default(),
+            has_products: false,
+            checks_fences: false,
             unwritten: HashMap::new(),
             effect: [0; 32],
             unfair: false,
             turns: 0,
             saw_sync: false,
             saw_store: false,
+            prepared: false,
             worked: false,
             hint: 0,
         }
@@ -144,6 +156,9 @@ impl Warp {
         self.bulk_groups = [0; 32];
         self.product_groups = 0;
         self.products = 0;
+        self.products_fenced.clear();
+        self.has_products = !l.program.product_lines.is_empty();
+        self.checks_fences = self.has_products && l.options.sanitizer.fences;
         self.unwritten.clear();
         self.effect = [0; 32];
         self.unfair = false;
@@ -159,7 +174,8 @@ impl Warp {
         self.local_state.fill(0);
         self.local.fill(0xff);
         self.ensure_local(entry.local_bytes);
-        self.prepare(l, block, frame, entry);
+        self.prepare(l, block, frame, entry, self.prepared);
+        self.prepared = true;
     }
 
     pub(crate) fn ready(&self) -> u32 {
@@ -169,7 +185,7 @@ impl Warp {
     /// Whether operands of instructions must be looked at.
     #[inline(always)]
     pub(crate) fn watched(&self) -> bool {
-        self.products != 0 || !self.unwritten.is_empty()
+        self.has_products || !self.unwritten.is_empty()
     }
 
     /// Number of the register at `at` of a frame, among all of the warp.
@@ -211,6 +227,17 @@ impl Warp {
     /// All lanes of a 32-bit register.
     pub(crate) fn lane_values(&self, frame: u16, at: u32) -> [u32; 32] {
         self.lines[((self.frames[frame as usize].base + at) / 32) as usize].0
+    }
+
+    /// All lanes of a 64-bit register.
+    #[inline(always)]
+    pub(crate) fn lane_values64(&self, frame: u16, at: u32) -> [u64; 32] {
+        let line = ((self.frames[frame as usize].base + at) / 32) as usize;
+        let halves = [&self.lines[line].0, &self.lines[line + 1].0];
+        std::array::from_fn(|i| {
+            let half = halves[i / 16];
+            u64::from(half[i % 16 * 2]) | u64::from(half[i % 16 * 2 + 1]) << 32
+        })
     }
 
     /// Sets the lanes of `mask` of a 32-bit register.
@@ -284,7 +311,8 @@ impl Warp {
         // Registers of frames that are gone.
         self.unwritten.retain(|line, _| *line < base / 32);
         self.frames.push(frame);
-        self.prepare(l, block, frame, info);
+        // Frames of other functions come and go in the same place.
+        self.prepare(l, block, frame, info, false);
         Some(self.frames.len() as u16 - 1)
     }
 
@@ -299,10 +327,10 @@ impl Warp {
         }
     }
 
-    /// Writes constants and special registers into a frame.
-    fn prepare(&mut self, l: &Launch<'_>, block: u64, frame: Frame, info: &FuncInfo) {
+    /// Writes constants and special registers into a frame; `again` if only the block is another one.
+    fn prepare(&mut self, l: &Launch<'_>, block: u64, frame: Frame, info: &FuncInfo, again: bool) {
         let base = (frame.base / 32) as usize;
-        for &(at, words, value) in &info.consts {
+        for &(at, words, value) in info.consts.iter().filter(|_| !again) {
             match words {
                 0 => self.lines[base + at as usize / 32].0[at as usize % 32] = value as u32,
                 1 => self.lines[base + at as usize / 32].0 = [value as u32; 32],
@@ -315,7 +343,8 @@ impl Warp {
             }
         }
         let index = l.block_index(block);
-        for &(special, at) in &info.specials {
+        let of_block = |s: Special| matches!(s, Special::Ctaid(_) | Special::SmId);
+        for &(special, at) in info.specials.iter().filter(|s| !again || of_block(s.0)) {
             let thread = |lane: u32| l.thread_index((self.id * 32 + lane).min(l.threads - 1));
             let value = |lane: u32| match special {
                 Special::Tid(a) => thread(lane)[a as usize].into(),
