@@ -1,5 +1,5 @@
-//! How fast kernels run: lane instructions a second of an FMA loop, FLOP/s of `mma.sync`, bytes a second of a copy and of a
-//! transposition through shared memory. Each kernel is validated before it is timed.
+//! How fast kernels run: lane instructions a second of an FMA loop, FLOP/s of `mma.sync`. Each kernel is validated
+//! before it is timed.
 //!
 //! Lane instructions are warp instructions times active lanes; an FMA is one.
 
@@ -60,76 +60,6 @@ fn mma_text() -> String {
     )
 }
 
-/// Side of the matrix that is copied or transposed: 4 MB of f32.
-const SIDE: u32 = 1024;
-
-/// y = x, 16 bytes a thread.
-fn copy_text() -> String {
-    format!(
-        "{HEADER}.visible .entry k(.param .u64 y, .param .u64 x) {{ .reg .f32 %f<4>; .reg .b32 %r<4>; .reg .b64 %rd<4>;\n\
-         ld.param.u64 %rd0, [y]; ld.param.u64 %rd1, [x]; mov.u32 %r0, %ctaid.x; mov.u32 %r1, %tid.x;\n\
-         mad.lo.u32 %r0, %r0, {THREADS}, %r1; mul.wide.u32 %rd2, %r0, 16; add.u64 %rd0, %rd0, %rd2; add.u64 %rd1, %rd1, %rd2;\n\
-         ld.global.v4.f32 {{%f0, %f1, %f2, %f3}}, [%rd1]; st.global.v4.f32 [%rd0], {{%f0, %f1, %f2, %f3}}; ret; }}"
-    )
-}
-
-/// y = x transposed: tiles of 32 x 32 through shared memory, padded by a column; 128 threads move eight rows each.
-fn transpose_text() -> String {
-    let (mut load, mut store) = (String::new(), String::new());
-    for i in 0..8 {
-        load += &format!("ld.global.f32 %f0, [%rd1+{}]; st.shared.f32 [%r6+{}], %f0;\n", 16 * i * SIDE, 4 * i * 4 * 33);
-        store += &format!("ld.shared.f32 %f0, [%r7+{}]; st.global.f32 [%rd0+{}], %f0;\n", 4 * i * 4, 16 * i * SIDE);
-    }
-    format!(
-        "{HEADER}.visible .entry k(.param .u64 y, .param .u64 x) {{ .shared .align 16 .b8 tile[4224]; .reg .f32 %f<2>; .reg .b32 %r<12>; .reg .b64 %rd<4>;\n\
-         ld.param.u64 %rd0, [y]; ld.param.u64 %rd1, [x]; mov.u32 %r0, %ctaid.x; mov.u32 %r1, %tid.x;\n\
-         and.b32 %r2, %r1, 31; shr.u32 %r3, %r1, 5; and.b32 %r4, %r0, {mask}; shr.u32 %r5, %r0, {shift};\n\
-         shl.b32 %r4, %r4, 5; shl.b32 %r5, %r5, 5;\n\
-         add.u32 %r8, %r5, %r3; add.u32 %r9, %r4, %r2; mad.lo.u32 %r8, %r8, {SIDE}, %r9; mul.wide.u32 %rd2, %r8, 4; add.u64 %rd1, %rd1, %rd2;\n\
-         add.u32 %r8, %r4, %r3; add.u32 %r9, %r5, %r2; mad.lo.u32 %r8, %r8, {SIDE}, %r9; mul.wide.u32 %rd2, %r8, 4; add.u64 %rd0, %rd0, %rd2;\n\
-         mov.u32 %r10, tile; mad.lo.u32 %r6, %r3, 33, %r2; mad.lo.u32 %r6, %r6, 4, %r10; mad.lo.u32 %r7, %r2, 33, %r3; mad.lo.u32 %r7, %r7, 4, %r10;\n\
-         {load} bar.sync 0;\n {store} ret; }}",
-        mask = SIDE / 32 - 1,
-        shift = (SIDE / 32).trailing_zeros(),
-    )
-}
-
-/// A kernel that moves a matrix.
-struct Mover {
-    device: Device,
-    _module: Module,
-    function: Function,
-    params: Vec<u8>,
-    out: u64,
-    blocks: u32,
-}
-
-impl Mover {
-    fn new(text: &str, blocks: u32, sanitizer: Sanitizer) -> Mover {
-        let device = Device::new(Arch::SM_80, Options { sanitizer, ..Options::default() });
-        let module = device.load_module(text).expect("the kernel loads");
-        let function = module.function("k").expect("the kernel exists");
-        let bytes = 4 * SIDE * SIDE;
-        let [out, x] = [(); 2].map(|()| device.alloc(bytes.into()).expect("memory"));
-        let numbers: Vec<u8> = (0..SIDE * SIDE).flat_map(u32::to_le_bytes).collect();
-        device.write(x, &numbers).expect("it fits");
-        Mover { device, _module: module, function, params: [out.to_le_bytes(), x.to_le_bytes()].concat(), out, blocks }
-    }
-
-    fn run(&self) {
-        let config = LaunchConfig::new([self.blocks, 1, 1], [THREADS, 1, 1]);
-        self.device.launch(&self.function, &config, &self.params).expect("the kernel runs");
-    }
-
-    fn validate(&self, expected: impl Fn(u32) -> u32) {
-        let mut bytes = vec![0; (4 * SIDE * SIDE) as usize];
-        self.device.read(self.out, &mut bytes).expect("the output is there");
-        for (i, b) in bytes.chunks_exact(4).enumerate() {
-            assert_eq!(u32::from_le_bytes([b[0], b[1], b[2], b[3]]), expected(i as u32));
-        }
-    }
-}
-
 struct Setup {
     device: Device,
     _module: Module,
@@ -179,20 +109,6 @@ fn throughput(c: &mut Criterion) {
         group.sample_size(10).throughput(Throughput::Elements(flops));
         group.bench_function(name, |b| b.iter(|| s.run()));
         group.finish();
-
-        let moved = u64::from(2 * 4 * SIDE * SIDE);
-        let copy = Mover::new(&copy_text(), SIDE * SIDE / 4 / THREADS, sanitizer);
-        copy.run();
-        copy.validate(|i| i);
-        let transpose = Mover::new(&transpose_text(), (SIDE / 32) * (SIDE / 32), sanitizer);
-        transpose.run();
-        transpose.validate(|i| i % SIDE * SIDE + i / SIDE);
-        for (what, kernel) in [("copy", copy), ("transposition through shared memory", transpose)] {
-            let mut group = c.benchmark_group(format!("{what}, bytes read and written"));
-            group.sample_size(10).throughput(Throughput::BytesDecimal(moved));
-            group.bench_function(name, |b| b.iter(|| kernel.run()));
-            group.finish();
-        }
     }
 }
 
