@@ -44,6 +44,8 @@ pub struct Arch {
     pub fma_tflops: f64,
     /// Matrix rate for f16/bf16 with f32 accumulation, TFLOP/s.
     pub matrix_f16_tflops: f64,
+    /// How many times faster the matrix rates for f16 and fp8 are with f16 accumulation.
+    pub half_sums: f64,
     /// Matrix rate for tf32, TFLOP/s.
     pub matrix_tf32_tflops: f64,
     /// Matrix rate for fp8 with f32 accumulation (where there is none, that of int8), TFLOP/s.
@@ -62,8 +64,17 @@ pub const MAX_THREADS_PER_BLOCK: u32 = 1024;
 pub const SHARED_DEFAULT: u32 = 48 * 1024;
 /// Most registers of one thread.
 pub const MAX_REGISTERS: u32 = 255;
+/// Most blocks of a cluster that every GPU with clusters accepts.
+pub const MAX_CLUSTER: u32 = 8;
+/// Parts of a multiprocessor with registers of their own.
+const QUARTERS: u32 = 4;
 /// Most bytes of kernel parameters (PTX 8.1 and newer).
 pub const MAX_PARAM_BYTES: u32 = 32_764;
+
+/// Registers that a warp takes.
+fn per_warp(registers: u32) -> u32 {
+    (registers.max(1) * WARP).next_multiple_of(256)
+}
 
 impl Arch {
     /// A100 (SXM, 40 GB).
@@ -87,10 +98,11 @@ impl Arch {
         l2_gbs: Some(7219.0),
         fma_tflops: 19.5,
         matrix_f16_tflops: 312.0,
+        half_sums: 1.0,
         matrix_tf32_tflops: 156.0,
         matrix_8bit_tops: 624.0,
         matrix_int8_tops: 624.0,
-        source: "NVIDIA A100 Tensor Core GPU Architecture whitepaper (2020): peak rates; L2 5120 bytes/clock",
+        source: "NVIDIA A100 Tensor Core GPU Architecture (2020), comparison of data center GPUs; L2: 5120 bytes a clock, same paper",
     };
     /// GeForce RTX 3090.
     pub const SM_86: Arch = Arch {
@@ -113,10 +125,11 @@ impl Arch {
         l2_gbs: None,
         fma_tflops: 35.6,
         matrix_f16_tflops: 71.0,
+        half_sums: 2.0,
         matrix_tf32_tflops: 35.6,
         matrix_8bit_tops: 284.0,
         matrix_int8_tops: 284.0,
-        source: "NVIDIA Ampere GA102 GPU Architecture whitepaper (2021), table of the RTX 3090",
+        source: "NVIDIA Ampere GA102 GPU Architecture V2.0, appendix A, GeForce RTX 3090",
     };
     /// GeForce RTX 4090.
     pub const SM_89: Arch = Arch {
@@ -139,10 +152,11 @@ impl Arch {
         l2_gbs: None,
         fma_tflops: 82.6,
         matrix_f16_tflops: 165.2,
+        half_sums: 2.0,
         matrix_tf32_tflops: 82.6,
         matrix_8bit_tops: 330.3,
         matrix_int8_tops: 660.6,
-        source: "NVIDIA Ada GPU Architecture whitepaper (2022), table of the RTX 4090",
+        source: "NVIDIA Ada GPU Architecture (2022), appendix A, GeForce RTX 4090",
     };
     /// H100 (SXM, 80 GB).
     pub const SM_90: Arch = Arch {
@@ -165,10 +179,11 @@ impl Arch {
         l2_gbs: None,
         fma_tflops: 66.9,
         matrix_f16_tflops: 989.4,
+        half_sums: 1.0,
         matrix_tf32_tflops: 494.7,
         matrix_8bit_tops: 1978.9,
         matrix_int8_tops: 1978.9,
-        source: "NVIDIA H100 Tensor Core GPU Architecture whitepaper (2023), table of the H100 SXM5",
+        source: "NVIDIA H100 Tensor Core GPU Architecture, final figures of the H100 SXM5; matrix rates are for 1830 MHz",
     };
     /// GeForce RTX 5090.
     pub const SM_120: Arch = Arch {
@@ -191,10 +206,11 @@ impl Arch {
         l2_gbs: None,
         fma_tflops: 104.8,
         matrix_f16_tflops: 209.5,
+        half_sums: 2.0,
         matrix_tf32_tflops: 104.8,
         matrix_8bit_tops: 419.0,
         matrix_int8_tops: 838.0,
-        source: "NVIDIA RTX Blackwell GPU Architecture whitepaper (2025), table of the RTX 5090",
+        source: "NVIDIA RTX Blackwell GPU Architecture (2025), appendix A, GeForce RTX 5090",
     };
     /// Every architecture that can be simulated.
     pub const ALL: [Arch; 5] = [Arch::SM_80, Arch::SM_86, Arch::SM_89, Arch::SM_90, Arch::SM_120];
@@ -211,16 +227,27 @@ impl Arch {
         self.capability.0 * 10 + self.capability.1
     }
 
+    /// Whether a block of `threads` with `registers` each fits the registers of a multiprocessor. A GPU's check counts
+    /// as if all four quarters of the multiprocessor had as many warps as the fullest one.
+    pub fn registers_fit(&self, threads: u32, registers: u32) -> bool {
+        let warps = threads.div_ceil(WARP).next_multiple_of(QUARTERS);
+        registers <= MAX_REGISTERS && per_warp(registers) * warps <= self.registers_per_sm
+    }
+
     /// Blocks of one multiprocessor that `threads`, `registers` per thread and `shared` bytes per block allow, and
-    /// what limits them. Registers are handed out in units of 256 per warp, shared memory in units of 128 bytes.
+    /// what limits them. Each quarter of the multiprocessor hands out its registers to its own warps, in units of 256 per
+    /// warp; shared memory comes in units of 128 bytes.
     pub fn occupancy(&self, threads: u32, registers: u32, shared: u32) -> (u32, &'static str) {
         let warps = threads.div_ceil(WARP).max(1);
-        let per_warp = (registers.max(1) * WARP).next_multiple_of(256);
+        let by_registers = match self.registers_fit(threads, registers) {
+            true => self.registers_per_sm / QUARTERS / per_warp(registers) * QUARTERS / warps,
+            false => 0,
+        };
         let shared = u64::from(shared).div_ceil(128) * 128 + u64::from(self.shared_reserved);
         [
             (self.blocks_per_sm, "blocks"),
             (self.threads_per_sm / (warps * WARP), "threads"),
-            (self.registers_per_sm / (per_warp * warps), "registers"),
+            (by_registers, "registers"),
             ((u64::from(self.shared_per_sm) / shared) as u32, "shared memory"),
         ]
         .into_iter()

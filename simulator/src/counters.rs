@@ -119,6 +119,8 @@ impl Counters {
                 let rate = match kind.as_str() {
                     "tf32" => arch.matrix_tf32_tflops,
                     "8-bit" => arch.matrix_8bit_tops,
+                    "16-bit with 16-bit sums" => arch.matrix_f16_tflops * arch.half_sums,
+                    "8-bit with 16-bit sums" => arch.matrix_8bit_tops * arch.half_sums,
                     "int8" => arch.matrix_int8_tops,
                     "int4" => 2.0 * arch.matrix_int8_tops,
                     "1-bit" => 8.0 * arch.matrix_int8_tops,

@@ -198,7 +198,12 @@ impl Device {
     pub fn check_launch(&self, function: &Function, config: &LaunchConfig) -> Result<(), Fault> {
         let (p, name) = (&function.0, &function.0.name);
         let refuse = |code: u32, text: String| Err(Fault::refused(code, format!("kernel {name}: {text}")));
-        if config.cluster != [1; 3] || p.attributes.cluster.is_some_and(|c| c != [1; 3]) {
+        let cluster = if config.cluster == [1; 3] { p.attributes.cluster.unwrap_or([1; 3]) } else { config.cluster };
+        if cluster != [1; 3] {
+            let blocks = cluster.iter().fold(1u32, |n, &c| n.saturating_mul(c));
+            if !(1..=arch::MAX_CLUSTER).contains(&blocks) {
+                return refuse(912, format!("a cluster of {cluster:?} blocks, at most {}", arch::MAX_CLUSTER));
+            }
             return refuse(801, "clusters larger than one block are not simulated".into());
         }
         let limits = [i32::MAX as u32, 65_535, 65_535];
@@ -224,8 +229,7 @@ impl Device {
         }
         // Only the assembler's number may refuse a launch: the own one is an estimate.
         let registers = config.registers.unwrap_or(32);
-        let per_warp = (registers.max(1) * arch::WARP).next_multiple_of(256);
-        if threads.div_ceil(arch::WARP) * per_warp > self.arch.registers_per_sm {
+        if !self.arch.registers_fit(threads, registers) {
             return refuse(
                 701,
                 format!(

@@ -342,7 +342,7 @@ pub(crate) fn describe_nearest(
             format!("{} bytes after the end of {label} ({size} bytes at {base:#x})", address - base - size)
         }
         Some(&(base, size, label)) => {
-            let over = (address + bytes).saturating_sub(base + size);
+            let over = address.saturating_add(bytes).saturating_sub(base + size);
             format!("{over} bytes past the end of {label} ({size} bytes at {base:#x})")
         }
     }

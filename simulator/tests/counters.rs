@@ -162,6 +162,153 @@ fn the_estimate_is_the_slowest_limit() {
     assert!((e.microseconds - 3.0).abs() < 1e-3 && (e.limits["DRAM bandwidth"] - 1.0).abs() < 1e-3);
 }
 
+/// What a card's documents say, in their units. Rates are without sparsity.
+struct Sheet {
+    arch: Arch,
+    multiprocessors: u32,
+    boost_mhz: f64,
+    fp32: f64,
+    tf32: f64,
+    f16: f64,
+    /// With f16 accumulation.
+    f16_half: f64,
+    fp8: Option<f64>,
+    int8: f64,
+    l2_mb: u32,
+    memory_gb: u64,
+    bus_bits: u32,
+    bandwidth_gbs: f64,
+}
+
+/// Quoted from reprints of the vendor's data sheets and whitepapers, whose own files were not at hand:
+/// A100: Paderborn Center for Parallel Computing, "NVIDIA A100 40GB with NVLINK" (data sheet and device query).
+/// RTX 3090: holynerdvana.blogspot.com, "Nvidia GeForce RTX 3090 Specifications". It gives 142 TFLOPS with f16 sums; f32 sums halve it and tf32 halves
+/// that, int8 is twice 142.
+/// RTX 4090: waredb.com, "NVIDIA GeForce RTX 4090", matrix and vector rates, clock, cache; mobylak.com's table of the Ada
+/// whitepaper for the bus.
+/// H100: glennklockwood.com, "h100" (whitepaper's peak rates, 1.83 and 1.98 GHz); HPC Technologies' table of the data sheet.
+/// RTX 5090: Linux Format, May 2025, and the 838.4 TFLOPS with f16 sums and sparsity of spheron.network's data sheet: half
+/// without sparsity, half of that with f32 sums; fp8 and int8 are twice f16 as on the 4090.
+/// L2 bandwidth was found for the A100 only.
+const SHEETS: [Sheet; 5] = [
+    Sheet {
+        arch: Arch::SM_80,
+        multiprocessors: 108,
+        boost_mhz: 1410.0,
+        fp32: 19.5,
+        tf32: 156.0,
+        f16: 312.0,
+        f16_half: 312.0,
+        fp8: None,
+        int8: 624.0,
+        l2_mb: 40,
+        memory_gb: 40,
+        bus_bits: 5120,
+        bandwidth_gbs: 1555.0,
+    },
+    Sheet {
+        arch: Arch::SM_86,
+        multiprocessors: 82,
+        boost_mhz: 1695.0,
+        fp32: 35.6,
+        tf32: 142.0 / 4.0,
+        f16: 142.0 / 2.0,
+        f16_half: 142.0,
+        fp8: None,
+        int8: 2.0 * 142.0,
+        l2_mb: 6,
+        memory_gb: 24,
+        bus_bits: 384,
+        bandwidth_gbs: 936.0,
+    },
+    Sheet {
+        arch: Arch::SM_89,
+        multiprocessors: 128,
+        boost_mhz: 2520.0,
+        fp32: 82.58,
+        tf32: 82.58,
+        f16: 165.15,
+        f16_half: 330.3,
+        fp8: Some(330.3),
+        int8: 660.6,
+        l2_mb: 72,
+        memory_gb: 24,
+        bus_bits: 384,
+        bandwidth_gbs: 1008.0,
+    },
+    Sheet {
+        arch: Arch::SM_90,
+        multiprocessors: 132,
+        boost_mhz: 1980.0,
+        fp32: 66.9,
+        tf32: 494.7,
+        f16: 989.4,
+        f16_half: 989.4,
+        fp8: Some(1978.9),
+        int8: 1978.9,
+        l2_mb: 50,
+        memory_gb: 80,
+        bus_bits: 5120,
+        bandwidth_gbs: 3350.0,
+    },
+    Sheet {
+        arch: Arch::SM_120,
+        multiprocessors: 170,
+        boost_mhz: 2407.0,
+        fp32: 104.8,
+        tf32: 838.4 / 8.0,
+        f16: 838.4 / 4.0,
+        f16_half: 838.4 / 2.0,
+        fp8: Some(838.4 / 2.0),
+        int8: 838.4,
+        l2_mb: 96,
+        memory_gb: 32,
+        bus_bits: 512,
+        bandwidth_gbs: 1792.0,
+    },
+];
+
+#[test]
+fn figures_are_those_of_the_documents() {
+    for s in &SHEETS {
+        let a = &s.arch;
+        let near = |what: &str, got: f64, want: f64| {
+            assert!((got / want - 1.0).abs() < 0.003, "{}: {what} is {got}, the documents say {want}", a.card);
+        };
+        assert_eq!((a.multiprocessors, a.memory_bus_bits), (s.multiprocessors, s.bus_bits), "{}", a.card);
+        assert_eq!((a.l2_bytes, a.memory_bytes), (s.l2_mb << 20, s.memory_gb << 30), "{}", a.card);
+        near("clock", f64::from(a.clock_khz) / 1e3, s.boost_mhz);
+        near("bandwidth", a.dram_gbs, s.bandwidth_gbs);
+        near("f32", a.fma_tflops, s.fp32);
+        near("tf32", a.matrix_tf32_tflops, s.tf32);
+        near("f16", a.matrix_f16_tflops, s.f16);
+        near("f16 with f16 sums", a.matrix_f16_tflops * a.half_sums, s.f16_half);
+        near("int8", a.matrix_int8_tops, s.int8);
+        near("fp8", a.matrix_8bit_tops, s.fp8.unwrap_or(s.int8));
+    }
+}
+
+/// On cards whose f16 sums are faster the bound counts the faster rate.
+#[test]
+fn products_with_f16_sums_have_their_own_rate() {
+    let product = |sums: &str| {
+        let (d, c) =
+            if sums == "f16" { ("{%r4, %r5}", "{%r6, %r7}") } else { ("{%f0, %f1, %f2, %f3}", "{%f4, %f5, %f6, %f7}") };
+        let body = format!(
+            "mov.b32 %r4, 0; mov.b32 %r5, 0; mov.b32 %r6, 0; mov.b32 %r7, 0; mov.f32 %f4, 0f00000000; mov.f32 %f5, %f4; mov.f32 %f6, %f4; mov.f32 %f7, %f4;\n\
+             mma.sync.aligned.m16n8k16.row.col.{sums}.f16.f16.{sums} {d}, {{%r4, %r5, %r6, %r7}}, {{%r4, %r5}}, {c};"
+        );
+        count(&text("", &body), 1, 32)
+    };
+    let (half, single) = (product("f16"), product("f32"));
+    assert_eq!(half.matrix_flops, BTreeMap::from([("16-bit with 16-bit sums".to_owned(), 4096)]));
+    assert_eq!(single.matrix_flops, BTreeMap::from([("16-bit".to_owned(), 4096)]));
+    for (arch, times) in [(Arch::SM_80, 1.0), (Arch::SM_89, 2.0)] {
+        let limit = |c: &Counters| c.estimate(&arch).limits["matrix rate"];
+        assert!((limit(&single) / limit(&half) - times).abs() < 1e-9, "{}", arch.card);
+    }
+}
+
 /// The figures of each data sheet agree with each other: rates are units times clock, bandwidth is bus times clock.
 #[test]
 fn data_sheets_are_consistent() {
@@ -180,6 +327,57 @@ fn data_sheets_are_consistent() {
         near(2.0 * a.matrix_tf32_tflops, a.matrix_f16_tflops);
         near(a.dram_gbs, f64::from(a.memory_clock_khz) * 2.0 * f64::from(a.memory_bus_bits) / 8.0 / 1e6);
         assert!(a.matrix_int8_tops >= a.matrix_8bit_tops && a.source.len() > 20);
+    }
+}
+
+/// Blocks of a multiprocessor as the toolkit's own calculator (`cuda_occupancy.h` of CUDA 13, with all shared memory that
+/// an architecture can give) has them, for threads, registers and bytes of shared memory.
+#[test]
+fn occupancy_is_that_of_the_toolkits_calculator() {
+    const KERNELS: [(u32, u32, u32); 30] = [
+        (32, 16, 0),
+        (64, 32, 0),
+        (96, 40, 0),
+        (128, 64, 0),
+        (128, 72, 20000),
+        (128, 128, 49152),
+        (128, 168, 0),
+        (128, 255, 65536),
+        (160, 80, 0),
+        (192, 56, 30000),
+        (224, 96, 0),
+        (256, 32, 0),
+        (256, 48, 40000),
+        (256, 64, 0),
+        (256, 128, 100000),
+        (288, 100, 0),
+        (320, 40, 8000),
+        (384, 168, 0),
+        (512, 40, 0),
+        (512, 128, 0),
+        (513, 128, 0),
+        (640, 80, 0),
+        (768, 80, 0),
+        (800, 80, 0),
+        (1024, 32, 0),
+        (1024, 64, 0),
+        (1024, 65, 0),
+        (33, 33, 1),
+        (32, 32, 101376),
+        (64, 24, 1025),
+    ];
+    let blocks: [(Arch, [u32; 30]); 5] = [
+        (Arch::SM_80, [32, 32, 16, 8, 7, 3, 3, 2, 4, 5, 2, 8, 4, 4, 1, 1, 4, 1, 3, 1, 0, 1, 1, 0, 2, 1, 0, 24, 1, 32]),
+        (Arch::SM_86, [16, 16, 16, 8, 4, 2, 3, 1, 4, 3, 2, 6, 2, 4, 1, 1, 4, 1, 3, 1, 0, 1, 1, 0, 1, 1, 0, 16, 1, 16]),
+        (Arch::SM_89, [24, 24, 16, 8, 4, 2, 3, 1, 4, 3, 2, 6, 2, 4, 1, 1, 4, 1, 3, 1, 0, 1, 1, 0, 1, 1, 0, 24, 1, 24]),
+        (Arch::SM_90, [32, 32, 16, 8, 7, 4, 3, 2, 4, 6, 2, 8, 5, 4, 2, 1, 4, 1, 3, 1, 0, 1, 1, 0, 2, 1, 0, 24, 2, 32]),
+        (Arch::SM_120, [24, 24, 16, 8, 4, 2, 3, 1, 4, 3, 2, 6, 2, 4, 1, 1, 4, 1, 3, 1, 0, 1, 1, 0, 1, 1, 0, 24, 1, 24]),
+    ];
+    for (arch, want) in blocks {
+        for ((threads, registers, shared), want) in KERNELS.into_iter().zip(want) {
+            let got = arch.occupancy(threads, registers, shared).0;
+            assert_eq!(got, want, "{}: {threads} threads, {registers} registers, {shared} bytes", arch.name);
+        }
     }
 }
 

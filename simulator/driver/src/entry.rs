@@ -1,6 +1,8 @@
 //! How programs find calls that they do not link: by name, or in tables between NVIDIA's own libraries.
 
 use crate::abi::*;
+use crate::device::VERSION;
+use crate::report;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 /// The address of an exported call of this library.
@@ -35,17 +37,29 @@ fn resolve(name: &str, version: c_int) -> Option<*mut c_void> {
     newest.iter().find_map(|suffix| symbol(&CString::new(format!("{name}{suffix}")).ok()?))
 }
 
+/// Writes the address, or null. That there is none is an error in CUDA 11's version of the call, and in the later one
+/// a status beside success; what is missing is named either way.
 fn get(name: Text, out: Out<*mut c_void>, version: c_int, status: Option<Out<c_int>>) -> Outcome {
     let name = name.utf8()?;
+    if version > VERSION {
+        return Err(failure(INVALID_VALUE, format!("{name} of CUDA {version} from a driver of CUDA {VERSION}")));
+    }
     let found = name.starts_with("cu").then(|| resolve(name, version)).flatten();
     out.set(found.unwrap_or(std::ptr::null_mut()))?;
-    // 0 found, 1 not found.
-    if let Some(status) = status {
-        status.set_if_asked(found.is_none().into());
-    }
-    match found {
-        Some(_) => Ok(()),
-        None => Err(failure(NOT_FOUND, format!("the simulator has no call `{name}`"))),
+    let missing = format!("the simulator has no call `{name}`");
+    match (found, status) {
+        (Some(_), status) => {
+            if let Some(status) = status {
+                status.set_if_asked(0);
+            }
+            Ok(())
+        }
+        (None, Some(status)) => {
+            status.set_if_asked(1);
+            report::say(&format!("cuGetProcAddress: {missing}"));
+            Ok(())
+        }
+        (None, None) => Err(failure(NOT_FOUND, missing)),
     }
 }
 

@@ -76,9 +76,9 @@ fn params(f: &cuda_sim::Function, values: &In<In<u8>>, extra: &In<usize>) -> Out
         let (Some(start), Some(bytes)) = (start, bytes) else {
             return Err(failure(INVALID_VALUE, "the launch's extra options lack the buffer or its length"));
         };
-        if bytes > buffer.len() {
+        if bytes != buffer.len() {
             let text = format!("kernel {} takes {} bytes of parameters, got {bytes}", f.name(), buffer.len());
-            return Err(failure(INVALID_VALUE, text));
+            return Err(failure(LAUNCH_OUT_OF_RESOURCES, text));
         }
         buffer[..bytes].copy_from_slice(Host::new(start).bytes(bytes)?);
         return Ok(buffer);

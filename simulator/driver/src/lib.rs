@@ -7,7 +7,7 @@
 //! so results are those of a correct program; a missing synchronisation between streams is not found.
 //!
 //! - [`config`]: every environment variable, in one place.
-//! - [`device`], [`context`], [`memory`], [`module`], [`launch`], [`stream`], [`event`], [`capture`], [`graph`],
+//! - [`device`], [`context`], [`memory`], [`pool`], [`module`], [`launch`], [`stream`], [`event`], [`capture`], [`graph`],
 //!   [`occupancy`], [`tensor`], [`errors`], [`entry`]: the calls, by the chapters of the driver's manual.
 //! - [`unsupported`]: all other calls; each is an error that names it.
 #![warn(missing_docs)]
@@ -25,6 +25,7 @@ pub mod launch;
 pub mod memory;
 pub mod module;
 pub mod occupancy;
+pub mod pool;
 pub mod report;
 pub mod state;
 pub mod stream;

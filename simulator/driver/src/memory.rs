@@ -1,33 +1,41 @@
-//! Device memory, copies, fills, pools, and host memory.
+//! Device memory, copies, fills, and host memory.
 
 use crate::abi::*;
 use crate::capture;
-use crate::device::check;
 use crate::graph::{self, GraphMemory};
-use crate::state::{Handle, State, current, driver, no_such};
+use crate::pool;
+use crate::state::{Handle, current, driver, no_such};
 use crate::stream;
 use crate::work::{Work, submit};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::collections::BTreeMap;
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{c_uint, c_void};
 use std::sync::Arc;
 
-fn allocate(out: Out<u64>, bytes: usize) -> Outcome {
+fn allocate(out: Out<u64>, bytes: usize) -> Outcome<u64> {
     if bytes == 0 {
         return Err(failure(INVALID_VALUE, "an allocation must have at least one byte"));
     }
     if out.address() == 0 {
         return Err(failure(INVALID_VALUE, "the pointer for the result is null"));
     }
-    out.set(driver()?.device.alloc(bytes as u64)?)
+    let address = driver()?.device.alloc(bytes as u64)?;
+    out.set(address)?;
+    Ok(address)
 }
 
-fn allocate_async(out: Out<u64>, bytes: usize, stream: Handle) -> Outcome {
+/// Memory from `pool`, or from the device's current pool.
+fn allocate_async(out: Out<u64>, bytes: usize, pool: Option<Handle>, stream: Handle) -> Outcome {
     let d = driver()?;
     let mut state = d.ready()?;
     let capturing = capture::of(&mut state, stream)?.is_some();
+    let pool = pool.unwrap_or_else(|| pool::current(&mut state));
+    if !state.pools.contains_key(&pool) {
+        return Err(no_such("memory pool", pool));
+    }
     if !capturing {
-        return allocate(out, bytes);
+        let address = allocate(out, bytes)?;
+        state.take_from_pool(pool, address, bytes as u64);
+        return Ok(());
     }
     if bytes == 0 {
         return Err(failure(INVALID_VALUE, "an allocation must have at least one byte"));
@@ -46,13 +54,16 @@ fn allocate_async(out: Out<u64>, bytes: usize, stream: Handle) -> Outcome {
 
 fn free(address: u64) -> Outcome {
     let d = driver()?;
-    let state = d.in_context()?;
+    let mut state = d.in_context()?;
     if address == 0 {
         return Ok(());
     }
     match graph::memory_at(&state, address) {
         Some(bytes) => d.device.poison(address, bytes)?,
-        None => d.device.free(address)?,
+        None => {
+            d.device.free(address)?;
+            state.give_back_to_pool(address);
+        }
     }
     // Freed also after a kernel failed, so that the program's clean-up does not look like a leak.
     state.sticky.map_or(Ok(()), |code| Err(quiet(code)))
@@ -111,28 +122,6 @@ fn host(address: u64) -> Host {
     Host::new(address as usize)
 }
 
-fn new_pool(state: &mut State) -> Handle {
-    let handle = state.handle();
-    state.pools.insert(handle, BTreeMap::from([(1, 1), (2, 1), (3, 1), (4, 0)]));
-    handle
-}
-
-fn default_pool(state: &mut State) -> Handle {
-    match state.default_pool {
-        Some(pool) => pool,
-        None => {
-            let pool = new_pool(state);
-            state.default_pool = Some(pool);
-            pool
-        }
-    }
-}
-
-fn in_pool(pool: Handle) -> Outcome {
-    let state = driver()?.ready()?;
-    state.pools.get(&pool).map(|_| ()).ok_or_else(|| no_such("memory pool", pool))
-}
-
 fn host_alloc(out: Out<*mut c_void>, bytes: usize) -> Outcome {
     let mut state = driver()?.ready()?;
     if bytes == 0 {
@@ -154,7 +143,7 @@ fn host_alloc(out: Out<*mut c_void>, bytes: usize) -> Outcome {
 driver_calls! {
     fn cuMemAlloc_v2(out: Out<u64>, bytes: usize) {
         capture::forbid(&mut *driver()?.ready()?, "cuMemAlloc")?;
-        allocate(out, bytes)
+        allocate(out, bytes).map(drop)
     }
 
     fn cuMemAllocPitch_v2(out: Out<u64>, pitch: Out<usize>, width: usize, height: usize, _element: c_uint) {
@@ -164,16 +153,15 @@ driver_calls! {
             return Err(quiet(OUT_OF_MEMORY));
         };
         pitch.set(row)?;
-        allocate(out, bytes)
+        allocate(out, bytes).map(drop)
     }
 
     fn cuMemAllocAsync(out: Out<u64>, bytes: usize, stream: Handle) {
-        allocate_async(out, bytes, stream)
+        allocate_async(out, bytes, None, stream)
     }
 
     fn cuMemAllocFromPoolAsync(out: Out<u64>, bytes: usize, pool: Handle, stream: Handle) {
-        in_pool(pool)?;
-        allocate_async(out, bytes, stream)
+        allocate_async(out, bytes, Some(pool), stream)
     }
 
     fn cuMemFree_v2(address: u64) {
@@ -368,80 +356,6 @@ driver_calls! {
             (11, Some((base, _))) => out.set(base),
             (12, Some((_, bytes))) => out.set(bytes),
             _ => Err(failure(INVALID_VALUE, format!("attribute {attribute} of {address:#x} is not known to the simulator"))),
-        }
-    }
-
-    fn cuDeviceGetDefaultMemPool(pool: Out<Handle>, device: c_int) {
-        check(device)?;
-        pool.set(default_pool(&mut driver()?.lock()))
-    }
-
-    fn cuDeviceGetMemPool(pool: Out<Handle>, device: c_int) {
-        check(device)?;
-        let mut state = driver()?.lock();
-        let current = match state.current_pool {
-            Some(pool) => pool,
-            None => default_pool(&mut state),
-        };
-        pool.set(current)
-    }
-
-    fn cuDeviceSetMemPool(device: c_int, pool: Handle) {
-        check(device)?;
-        let mut state = driver()?.lock();
-        if !state.pools.contains_key(&pool) {
-            return Err(no_such("memory pool", pool));
-        }
-        state.current_pool = Some(pool);
-        Ok(())
-    }
-
-    fn cuMemPoolCreate(out: Out<Handle>, properties: In<u8>) {
-        let mut state = driver()?.lock();
-        if properties.is_null() || out.address() == 0 {
-            return Err(failure(INVALID_VALUE, "an argument is a null pointer"));
-        }
-        out.set(new_pool(&mut state))
-    }
-
-    fn cuMemPoolDestroy(pool: Handle) {
-        let mut state = driver()?.lock();
-        if state.default_pool == Some(pool) {
-            return Err(failure(INVALID_VALUE, "the default pool cannot be destroyed"));
-        }
-        if state.current_pool == Some(pool) {
-            state.current_pool = None;
-        }
-        state.pools.remove(&pool).map(drop).ok_or_else(|| no_such("memory pool", pool))
-    }
-
-    fn cuMemPoolTrimTo(pool: Handle, _keep: usize) {
-        in_pool(pool)
-    }
-
-    fn cuMemPoolSetAttribute(pool: Handle, attribute: c_uint, value: In<u32>) {
-        let mut state = driver()?.lock();
-        let values = state.pools.get_mut(&pool).ok_or_else(|| no_such("memory pool", pool))?;
-        let value = match attribute {
-            1..=3 => value.at(0)?.into(),
-            4 | 6 | 8 => u64::from(value.at(0)?) | u64::from(value.at(1)?) << 32,
-            _ => return Err(failure(INVALID_VALUE, format!("pool attribute {attribute} cannot be set"))),
-        };
-        values.insert(attribute, value);
-        Ok(())
-    }
-
-    fn cuMemPoolGetAttribute(pool: Handle, attribute: c_uint, out: Out<u64>) {
-        let d = driver()?;
-        let state = d.lock();
-        let values = state.pools.get(&pool).ok_or_else(|| no_such("memory pool", pool))?;
-        let (free, total) = d.device.mem_info();
-        match attribute {
-            1..=3 => out.cast::<u32>().set(values.get(&attribute).copied().unwrap_or(0) as u32),
-            4 => out.set(values.get(&4).copied().unwrap_or(0)),
-            // One memory for all pools: what is used is all there is in use.
-            5..=8 => out.set(total - free),
-            _ => Err(failure(INVALID_VALUE, format!("pool attribute {attribute} is not known to the simulator"))),
         }
     }
 

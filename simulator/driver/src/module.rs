@@ -2,6 +2,8 @@
 
 use crate::abi::*;
 use crate::state::{Function, Handle, State, driver, no_such};
+use cuda_sim::Arch;
+use cuda_sim::arch::{MAX_THREADS_PER_BLOCK, WARP};
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 
 /// First bytes of what is not PTX: an ELF CUBIN, a fat binary, the wrapper of one.
@@ -45,12 +47,19 @@ fn get(state: &mut State, module: Handle, name: &str) -> Outcome<Handle> {
     Ok(handle)
 }
 
+/// The most threads of a block: whole warps where the assembler's number of registers limits it.
+fn most_threads(arch: &Arch, p: &cuda_sim::Function, registers: Option<u32>) -> u32 {
+    let warps = (1..=MAX_THREADS_PER_BLOCK / WARP).rev();
+    let fits = |threads: &u32| registers.is_none_or(|r| arch.registers_fit(*threads, r));
+    p.max_threads().min(warps.map(|w| w * WARP).find(fits).unwrap_or(0))
+}
+
 fn attribute(f: &Function, id: c_uint) -> Outcome<c_int> {
     let d = driver()?;
     let p = &f.program;
     let int = |n: u32| c_int::try_from(n).unwrap_or(c_int::MAX);
     Ok(match id {
-        0 => int(p.max_threads()),
+        0 => int(most_threads(&d.config.arch, p, d.config.registers.get(p.name()).copied())),
         1 => int(p.static_shared()),
         2 => int(p.const_bytes()),
         3 => int(p.local_bytes()),

@@ -66,6 +66,17 @@ pub struct Function {
     pub carveout: i32,
 }
 
+/// A memory pool. It keeps nothing back: what is reserved is what is in use.
+#[derive(Default)]
+pub struct Pool {
+    /// `CUmemPool_attribute` 1 to 4, which nothing heeds: reuse (int) and the release threshold (bytes).
+    pub settings: BTreeMap<u32, u64>,
+    /// Bytes in use.
+    pub used: u64,
+    /// Most bytes in use since the last reset of attribute 8 (used) and of attribute 6 (reserved).
+    pub highs: [u64; 2],
+}
+
 /// Handles and the sticky error.
 #[derive(Default)]
 pub struct State {
@@ -88,8 +99,10 @@ pub struct State {
     pub graphs: BTreeMap<Handle, Arc<Graph>>,
     /// Instantiated graphs.
     pub execs: BTreeMap<Handle, Arc<Graph>>,
-    /// Memory pools and their attributes.
-    pub pools: BTreeMap<Handle, BTreeMap<u32, u64>>,
+    /// Memory pools.
+    pub pools: BTreeMap<Handle, Pool>,
+    /// Pool and bytes of what was allocated from pools, by address.
+    pub pooled: BTreeMap<u64, (Handle, u64)>,
     /// The device's default pool and current pool, once asked for.
     pub default_pool: Option<Handle>,
     /// The pool that `cuMemAllocAsync` uses.

@@ -107,5 +107,5 @@ unsupported! {
     cuTexRefSetAddress_v2, cuTexRefSetArray, cuTexRefSetBorderColor, cuTexRefSetFilterMode, cuTexRefSetFlags,
     cuTexRefSetFormat, cuTexRefSetMaxAnisotropy, cuTexRefSetMipmapFilterMode, cuTexRefSetMipmapLevelBias,
     cuTexRefSetMipmapLevelClamp, cuTexRefSetMipmappedArray, cuUserObjectCreate, cuUserObjectRelease,
-    cuUserObjectRetain, cuWaitExternalSemaphoresAsync, culib,
+    cuUserObjectRetain, cuWaitExternalSemaphoresAsync,
 }

@@ -116,13 +116,23 @@ pub fn run(d: &Driver, work: &Work) -> Outcome {
             if !to.is_multiple_of(size as u64) || rows > 1 && !pitch.is_multiple_of(size) {
                 return Err(failure(INVALID_VALUE, format!("{to:#x} or pitch {pitch} is not a multiple of {size}")));
             }
-            for row in 0..rows as u64 {
-                let at = to.saturating_add(row.saturating_mul(pitch as u64));
-                d.device.memset(at, &pattern[..size], count as u64)?;
+            // All rows or none.
+            let last = to.saturating_add((rows.saturating_sub(1) as u64).saturating_mul(pitch as u64));
+            if rows > 1 && d.device.address_range(to).is_none_or(|(base, n)| last >= base + n) {
+                return Err(failure(
+                    INVALID_VALUE,
+                    format!("{rows} rows at {to:#x} and pitch {pitch} leave the allocation"),
+                ));
+            }
+            for row in (0..rows as u64).rev() {
+                d.device.memset(to + row * pitch as u64, &pattern[..size], count as u64)?;
             }
         }
         &Work::Forget { address, bytes } => d.device.poison(address, bytes)?,
-        &Work::Free(address) => d.device.free(address)?,
+        &Work::Free(address) => {
+            d.device.free(address)?;
+            d.lock().give_back_to_pool(address);
+        }
         &Work::Call(function, data) => function(std::ptr::with_exposed_provenance_mut(data.address())),
     }
     Ok(())

@@ -44,6 +44,21 @@ fn lines(path: &PathBuf) -> Vec<serde_json::Value> {
     text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
 }
 
+/// What the right kernel makes of x.
+fn expected(kernel: &str) -> Vec<f32> {
+    let mut want = random(128, 9);
+    match kernel {
+        "race_shared" | "race_shared_reuse" => want.chunks_mut(64).for_each(<[f32]>::reverse),
+        "race_global" => want[0] += want[0],
+        "warp_hazard" => want.chunks_mut(2).for_each(<[f32]>::reverse),
+        "lock" => want[0] += want[64],
+        "last_block" => want[0] = want.chunks(64).map(|block| block.iter().sum::<f32>()).sum(),
+        "release_acquire" => want.copy_within(..64, 64),
+        _ => {}
+    }
+    want
+}
+
 /// The wrong kernel gives `code`, once from the launch and from then on from every call, and one report of `class`
 /// with `words`; the right one gives x back and no report.
 fn twins(test: &str, kernel: &str, code: u32, class: &str, words: &[&str]) {
@@ -51,14 +66,7 @@ fn twins(test: &str, kernel: &str, code: u32, class: &str, words: &[&str]) {
         if std::env::var_os("FAULTY").is_some() {
             assert_eq!(launch(kernel, true), Err((code, code)));
         } else {
-            let y = launch(kernel, false).unwrap();
-            let mut want = random(128, 9);
-            match kernel {
-                "race_shared" => want.chunks_mut(64).for_each(<[f32]>::reverse),
-                "race_global" => want[0] += want[0],
-                _ => {}
-            }
-            assert_eq!(y, want);
+            assert_eq!(launch(kernel, false).unwrap(), expected(kernel));
         }
         return;
     }
@@ -101,16 +109,47 @@ macro_rules! fault {
 
 fault!(out_of_bounds, 700, "oob_global", "block", "thread", "512 bytes");
 fault!(out_of_bounds_shared, 700, "oob_shared", "block", "thread");
+fault!(out_of_bounds_local, 700, "oob_local", "block", "thread");
 fault!(misaligned, 716, "misaligned", "block", "thread");
+fault!(misaligned_shared, 716, "misaligned", "block", "thread");
 fault!(uninitialised_global, 719, "uninitialised_global", "block", "thread");
 fault!(uninitialised_shared, 719, "uninitialised_shared", "block", "thread");
 fault!(uninitialised_local, 719, "uninitialised_local", "block", "thread");
 fault!(race_shared, 719, "data_race_shared", "block");
+fault!(race_shared_reuse, 719, "data_race_shared", "block");
+fault!(warp_hazard, 719, "data_race_shared", "block", "warp");
 fault!(race_global, 719, "data_race_global", "block");
+fault!(lock, 719, "data_race_global", "block");
+fault!(last_block, 719, "data_race_global", "block");
+fault!(release_acquire, 719, "data_race_global", "block");
 fault!(barrier_divergence, 719, "barrier_divergence", "block");
+fault!(barrier_too_large, 719, "barrier_divergence", "block");
+fault!(deadlock, 719, "barrier_divergence", "block");
+fault!(waits_for_ever, 702, "timeout", "block");
 fault!(async_copy, 719, "async_copy_hazard", "block");
+fault!(async_copy_groups, 719, "async_copy_hazard", "block");
 fault!(endless, 702, "timeout", "block");
 fault!(trap, 719, "trap", "block");
+
+/// Locks, the block that finishes last, releases and acquires, barriers of parts of a block: right code is not accused,
+/// whatever the order of blocks and warps.
+#[test]
+fn correct_synchronisation_is_not_accused_in_any_order() {
+    let test = "correct_synchronisation_is_not_accused_in_any_order";
+    if is_child() {
+        for kernel in
+            ["lock", "last_block", "release_acquire", "waits_for_ever", "deadlock", "warp_hazard", "async_copy_groups"]
+        {
+            assert_eq!(launch(kernel, false).unwrap(), expected(kernel), "{kernel}");
+        }
+        return;
+    }
+    for seed in 1..=6 {
+        let out = child(test, &[("CUDA_SIM_SEED", &seed.to_string()), ("CUDA_SIM_EXIT_CODE", "97")], true);
+        let stderr = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success(), "seed {seed}: {}\n{stderr}", String::from_utf8_lossy(&out.stdout));
+    }
+}
 
 #[test]
 fn a_leak_is_reported_when_the_context_ends() {

@@ -86,9 +86,10 @@ fn cvt(a: u64, p: u32) -> u64 {
     match to {
         Num::Int { bits, signed } => {
             let (low, high) = limits(bits, signed);
-            // NaN becomes 0; 64-bit targets get the top bit alone.
+            // NaN becomes 0; from f64, or to 64 bits, it becomes the target's top bit alone.
             if value == Value::Nan {
-                return if bits == 64 { 1 << 63 } else { 0 };
+                let wide = bits == 64 || from == Num::Float(numeric::F64);
+                return if wide { wrap(1 << (bits - 1), bits, signed) } else { 0 };
             }
             wrap(value.to_int(round, low, high) as u64, bits, signed)
         }

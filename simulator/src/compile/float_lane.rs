@@ -14,6 +14,10 @@ pub(super) fn f(x: u32) -> f32 {
 pub(super) fn d(x: u64) -> f64 {
     f64::from_bits(x)
 }
+/// What the approximations of f64 read and write: the upper 32 bits, subnormal numbers as zeros.
+pub(super) fn upper(x: f64) -> u64 {
+    (if x.is_subnormal() { 0f64.copysign(x) } else { x }).to_bits() & !0xffff_ffff
+}
 
 pub(super) const ADD: u32 = 0;
 pub(super) const SUB: u32 = 1;

@@ -2,6 +2,7 @@
 
 use super::body::{Body, Reg, words_of};
 use super::{CODE_WINDOW, MAX_LOCAL, PARAM_WINDOW, Result};
+use crate::arch::SHARED_DEFAULT;
 use crate::error::LoadError;
 use crate::program::{Slot, Special};
 use crate::ptx::ast::{Operand, Space, Ty, Var};
@@ -106,9 +107,13 @@ impl Body<'_, '_> {
     fn shared_var(&mut self, v: &Var) -> Result<u32> {
         let at = self.unit.shared_bytes.next_multiple_of(v.align.max(1).into());
         self.unit.shared_bytes = at.saturating_add(v.bytes());
-        let most = u64::from(self.unit.arch.shared_per_block_optin);
+        // The assembler's limit: all that a block can have only where the target is one architecture alone.
+        let most = match self.unit.tree.target.ends_with('a') {
+            true => u64::from(self.unit.arch.shared_per_block_optin),
+            false => u64::from(SHARED_DEFAULT),
+        };
         if self.unit.shared_bytes > most {
-            return Err(LoadError::new(v.line, &v.name, format!("more than {most} bytes of shared memory")));
+            return Err(LoadError::new(v.line, &v.name, format!("more than {most} bytes of static shared memory")));
         }
         Ok(at as u32)
     }

@@ -58,11 +58,13 @@ impl Stats {
             }
             match &p.code[pc].kind {
                 Kind::Mma(m) => {
-                    *c.matrix_flops.entry(m.a_ty.kind().to_owned()).or_default() += n * 2 * u64::from(m.m * m.n * m.k)
+                    *c.matrix_flops.entry(m.a_ty.kind(m.d_ty).to_owned()).or_default() +=
+                        n * 2 * u64::from(m.m * m.n * m.k)
                 }
                 // Each of the four warps of a group does 16 of the 64 rows.
                 Kind::Wgmma(w) => {
-                    *c.matrix_flops.entry(w.a_ty.kind().to_owned()).or_default() += n * 2 * u64::from(16 * w.n * w.k)
+                    *c.matrix_flops.entry(w.a_ty.kind(w.d_ty).to_owned()).or_default() +=
+                        n * 2 * u64::from(16 * w.n * w.k)
                 }
                 Kind::Bar(_) | Kind::Mbar(_) => c.barriers += n,
                 Kind::Atom(_) => c.atomics += n,

@@ -140,8 +140,11 @@ impl MatTy {
             MatTy::F64 => 64,
         }
     }
-    pub(crate) fn kind(self) -> &'static str {
+    /// The rate that products of this type are counted against, with sums of type `sums`.
+    pub(crate) fn kind(self, sums: MatTy) -> &'static str {
         match self {
+            MatTy::F16 if sums == MatTy::F16 => "16-bit with 16-bit sums",
+            MatTy::E4m3 | MatTy::E5m2 if sums == MatTy::F16 => "8-bit with 16-bit sums",
             MatTy::F16 | MatTy::Bf16 => "16-bit",
             MatTy::Tf32 | MatTy::F32 | MatTy::S32 => "tf32",
             MatTy::F64 => "f64",

@@ -1,6 +1,8 @@
 //! Runs a few PTX instructions on lists of operands, one thread an element.
 #![allow(dead_code)]
 
+pub mod exact;
+
 use cuda_sim::{Arch, Device, Fault, LaunchConfig, LaunchReport, LoadError, Options};
 
 /// Declarations that snippets may use besides `%a %b %c` and `%d`.

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses a part
 
 pub mod kernels;
+pub mod raw;
 
 use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use std::path::{Path, PathBuf};
