@@ -73,11 +73,11 @@ const ARCHS: [Arch; 5] = [
 ];
 
 impl Arch {
-    /// Warps of a kernel that fit a multiprocessor at once: 65536 registers handed out in 256s a warp, and 1 KB of shared
-    /// memory a block for the system.
+    /// Warps of a kernel that fit a multiprocessor at once: each of its quarters has 16384 registers, handed out in 256s a
+    /// warp, and 1 KB of shared memory a block is the system's.
     fn resident_warps(&self, registers: u32, threads: u32, shared: u32) -> u32 {
         let warps = threads.div_ceil(32);
-        let by_registers = 65536 / ((registers * 32).next_multiple_of(256).max(256) * warps);
+        let by_registers = 4 * (16384 / (registers * 32).next_multiple_of(256).max(256)) / warps;
         let by_shared = self.shared / (shared + 1024);
         by_registers.min(by_shared).min(self.warps / warps).min(self.blocks) * warps
     }

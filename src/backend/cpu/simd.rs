@@ -3,6 +3,8 @@
 //! A body is written once, as plain Rust over slices that the compiler vectorises. Its const parameter says whether fused
 //! multiply-add is an instruction (then [`fma`] is one) or not (then it is two operations, not a library call).
 
+use std::sync::OnceLock;
+
 /// Defines a function once for every instruction set.
 macro_rules! simd_fn {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<$fma:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
@@ -49,17 +51,20 @@ pub enum Level {
 /// The best instruction set of this processor.
 #[inline]
 pub fn level() -> Level {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::is_x86_feature_detected as has;
-        if has!("avx512f") && has!("avx512vl") && has!("avx512bw") && has!("avx512dq") && has!("avx2") && has!("fma") {
-            return Level::Avx512;
+    static LEVEL: OnceLock<Level> = OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            if has!("avx512f") && has!("avx512vl") && has!("avx512bw") && has!("avx512dq") && has!("avx2") && has!("fma") {
+                return Level::Avx512;
+            }
+            if has!("avx2") && has!("fma") {
+                return Level::Avx2;
+            }
         }
-        if has!("avx2") && has!("fma") {
-            return Level::Avx2;
-        }
-    }
-    Level::Baseline
+        Level::Baseline
+    })
 }
 
 /// `a * b + c`, in one rounding where that is one instruction.

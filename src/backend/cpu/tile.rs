@@ -125,8 +125,14 @@ pub fn write_tile(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride
         unsafe { avx512::stream(to, tile, rows, stride) };
         return;
     }
-    for (i, row) in tile.rows[..rows].iter().enumerate() {
-        copy_row(&mut to[i * stride..][..width], row);
+    copy_tile(to, tile, rows, width, stride);
+}
+
+simd_fn! {
+    fn copy_tile<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize) {
+        for (i, row) in tile.rows[..rows].iter().enumerate() {
+            copy_row(&mut to[i * stride..][..width], row);
+        }
     }
 }
 
@@ -461,22 +467,25 @@ mod transpose {
     }
 }
 
-/// Packs rows that lie side by side in every line: `to[k * to_stride + i] = from[k * stride + i]`, for the transpose of a
-/// row-major matrix. `to_stride` is [`A_STRIDE`] or twice that.
-#[inline]
-pub fn gather_columns(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, len: usize, stride: usize) {
-    /// Copies of constant length; what lies beyond the rows is never read.
-    fn gather<const N: usize>(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
-        for (to, from) in to.as_chunks_mut::<N>().0.iter_mut().zip(from.chunks(stride)).take(len) {
-            match from.first_chunk() {
-                Some(from) => *to = *from,
-                None => to[..rows].copy_from_slice(&from[..rows]),
-            }
+simd_fn! {
+    /// Packs rows that lie side by side in every line: `to[k * to_stride + i] = from[k * stride + i]`, for the transpose of a
+    /// row-major matrix. `to_stride` is [`A_STRIDE`] or twice that.
+    pub fn gather_columns<F>(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, len: usize, stride: usize) {
+        match to_stride {
+            A_STRIDE => gather::<A_STRIDE>(to, from, rows, len, stride),
+            _ => gather::<{ 2 * A_STRIDE }>(to, from, rows, len, stride),
         }
     }
-    match to_stride {
-        A_STRIDE => gather::<A_STRIDE>(to, from, rows, len, stride),
-        _ => gather::<{ 2 * A_STRIDE }>(to, from, rows, len, stride),
+}
+
+/// Copies of constant length; what lies beyond the rows is never read.
+#[inline(always)]
+fn gather<const N: usize>(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
+    for (to, from) in to.as_chunks_mut::<N>().0.iter_mut().zip(from.chunks(stride)).take(len) {
+        match from.first_chunk() {
+            Some(from) => *to = *from,
+            None => to[..rows].copy_from_slice(&from[..rows]),
+        }
     }
 }
 
@@ -489,15 +498,17 @@ pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, 
     }
 }
 
-/// Packs panel `panel` of a row-major B `[len, n]` (lines `stride` apart): a copy of its lines.
-pub fn pack_panel(to: &mut [f32], b: &[f32], panel: usize, n: usize, len: usize, stride: usize) {
-    let first = panel * PANEL;
-    let width = PANEL.min(n - first);
-    for (k, to) in to.chunks_exact_mut(PANEL).take(len).enumerate() {
-        let from = &b[k * stride + first..];
-        match from.first_chunk::<PANEL>() {
-            Some(from) if width == PANEL => copy_row(to, from),
-            _ => to[..width].copy_from_slice(&from[..width]),
+simd_fn! {
+    /// Packs panel `panel` of a row-major B `[len, n]` (lines `stride` apart): a copy of its lines.
+    pub fn pack_panel<F>(to: &mut [f32], b: &[f32], panel: usize, n: usize, len: usize, stride: usize) {
+        let first = panel * PANEL;
+        let width = PANEL.min(n - first);
+        for (k, to) in to.as_chunks_mut::<PANEL>().0.iter_mut().take(len).enumerate() {
+            let from = &b[k * stride + first..];
+            match from.first_chunk() {
+                Some(from) if width == PANEL => *to = *from,
+                _ => to[..width].copy_from_slice(&from[..width]),
+            }
         }
     }
 }

@@ -71,7 +71,7 @@ impl Head {
     }
 }
 
-/// Halves of a panel of a head's columns.
+/// Halves of a panel of `size` columns.
 fn halves(size: usize, panel: usize) -> usize {
     (size - panel * PANEL).div_ceil(HALF).min(2)
 }
@@ -136,7 +136,7 @@ pub fn forward(
                 for (panel, b) in q.chunks_exact(size * PANEL).take(panels(count)).enumerate() {
                     for (keys, a) in row_tiles(t).zip(k.chunks_exact(size * A_STRIDE)) {
                         let segment = Segment { a, b, len: size };
-                        multiply(&mut tile, keys.len(), 2, Rows::Interleaved(A_STRIDE), &[segment]);
+                        multiply(&mut tile, keys.len(), halves(count, panel), Rows::Interleaved(A_STRIDE), &[segment]);
                         for (key, scores) in keys.zip(&tile.rows) {
                             p[key * STRIP + panel * PANEL..][..PANEL].copy_from_slice(scores);
                         }
@@ -222,8 +222,9 @@ pub fn backward(
                     let of_keys = k_rows.chunks_exact(size * A_STRIDE).zip(v_rows.chunks_exact(size * A_STRIDE));
                     for (keys, (k, v)) in row_tiles(t).zip(of_keys) {
                         let layout = Rows::Interleaved(A_STRIDE);
-                        multiply(&mut scores, keys.len(), 2, layout, &[Segment { a: k, b: q, len: size }]);
-                        multiply(&mut dp, keys.len(), 2, layout, &[Segment { a: v, b: dy, len: size }]);
+                        let halves = halves(count, panel);
+                        multiply(&mut scores, keys.len(), halves, layout, &[Segment { a: k, b: q, len: size }]);
+                        multiply(&mut dp, keys.len(), halves, layout, &[Segment { a: v, b: dy, len: size }]);
                         let at = keys.start * STRIP + columns.start;
                         softmax_backward(
                             &mut p[at..],

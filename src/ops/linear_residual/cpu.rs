@@ -5,8 +5,8 @@ use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, simd_fn};
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, add_tile, copy_row, interleave, multiply, pack_panel,
-    pack_panel_transposed, panels,
+    A_STRIDE, HALF, PANEL, Rows, Segment, Store, Tile, add_tile, interleave, multiply, pack_panel,
+    pack_panel_transposed, panels, write_tile,
 };
 use crate::ops::products::{Outer, RowTile, batches, columns, packed_len, part, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
@@ -264,9 +264,8 @@ impl BackwardInputs<'_> {
                         multiply(&mut tile, rows.len(), halves, Rows::Interleaved(A_STRIDE), &[segment]);
                         let da = &mut da[rows.start * k..rows.end * k];
                         if fresh_da {
-                            for (da, sums) in da.chunks_exact_mut(k).zip(&tile.rows) {
-                                copy_row(&mut da[columns.clone()], sums);
-                            }
+                            let width = columns.len();
+                            write_tile(&mut da[columns.start..], &tile, rows.len(), width, k, Store::Cached);
                         } else {
                             add_tile(&mut da[columns.start..], &tile, rows.len(), columns.len(), k);
                         }

@@ -6,7 +6,7 @@ use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Store, Tile, copy_row, finish_streams, interleave, multiply, pack_panel,
+    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Store, Tile, finish_streams, interleave, multiply, pack_panel,
     pack_panel_transposed, panels, tile_rows, write_tile,
 };
 use crate::ops::products::{Outer, RowTile, batches, packed_len, part, weight_gradient};
@@ -380,10 +380,8 @@ impl BackwardInputs<'_> {
                     for (RowTile { rows, .. }, packed) in tiles.iter().zip(packed.chunks_exact(n * A_STRIDE)) {
                         let segment = Segment { a: packed, b: &b[part.first..], len: n };
                         multiply(&mut tile, rows.len(), part.halves, Rows::Interleaved(A_STRIDE), &[segment]);
-                        let dh = dh[rows.start * wide..rows.end * wide].chunks_exact_mut(wide);
-                        for (dh, sums) in dh.zip(&tile.rows) {
-                            copy_row(&mut dh[panel * PANEL + part.first..][..part.halves * HALF], sums);
-                        }
+                        let dh = &mut dh[rows.start * wide + panel * PANEL + part.first..];
+                        write_tile(dh, &tile, rows.len(), part.halves * HALF, wide, Store::Cached);
                     }
                 }
                 for i in rows {
@@ -403,9 +401,7 @@ impl BackwardInputs<'_> {
                         self.mean[row],
                         self.rstd[row],
                     );
-                    for panel in window.start / PANEL..panels(window.end()) {
-                        h[(panel * t + i) * PANEL..][..PANEL].copy_from_slice(&line[panel * PANEL..][..PANEL]);
-                    }
+                    scatter(h, &line[window.start / PANEL * PANEL..], window.start / PANEL, panels(window.end()), i, t);
                 }
             });
         });
@@ -499,6 +495,15 @@ simd_fn! {
     fn gelu_tile<F>(tile: &mut Tile, rows: usize) {
         for x in tile.rows[..rows].as_flattened_mut() {
             *x = gelu::<F>(*x);
+        }
+    }
+}
+
+simd_fn! {
+    /// Row `i` of panels `first..end` `[t, PANEL]` from a line.
+    fn scatter<F>(to: &mut [f32], line: &[f32], first: usize, end: usize, i: usize, t: usize) {
+        for (panel, line) in (first..end).zip(line.as_chunks::<PANEL>().0) {
+            to[(panel * t + i) * PANEL..][..PANEL].copy_from_slice(line);
         }
     }
 }
