@@ -335,7 +335,8 @@ impl<'a> Tape<'a> {
     /// # Errors
     /// As [`Tape::backward`].
     pub fn backward_with(&mut self, output: Var, upstream: Var) -> Result<()> {
-        let upstream = std::mem::replace(&mut self.memory.values[upstream.0 as usize].data, Storage::Cpu(AlignedVec::new()));
+        let upstream =
+            std::mem::replace(&mut self.memory.values[upstream.0 as usize].data, Storage::Cpu(AlignedVec::new()));
         self.backward_from(output, upstream)
     }
 

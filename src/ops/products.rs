@@ -2,8 +2,8 @@
 
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, Segment, Store, Tile, add_tile, gather_columns, multiply, panels, row_tiles, tile_rows,
-    write_tile,
+    A_STRIDE, HALF, PANEL, Rows, Segment, Store, Tile, add_tile, gather_columns, multiply, panels, row_tiles,
+    tile_rows, write_tile,
 };
 use crate::routing::Window;
 use rayon::prelude::*;

@@ -56,7 +56,13 @@ pub fn level() -> Level {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
-            if has!("avx512f") && has!("avx512vl") && has!("avx512bw") && has!("avx512dq") && has!("avx2") && has!("fma") {
+            if has!("avx512f")
+                && has!("avx512vl")
+                && has!("avx512bw")
+                && has!("avx512dq")
+                && has!("avx2")
+                && has!("fma")
+            {
                 return Level::Avx512;
             }
             if has!("avx2") && has!("fma") {

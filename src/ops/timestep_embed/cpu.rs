@@ -131,19 +131,10 @@ fn add_scaled<const FMA: bool>(y: &mut [f32], factors: impl ExactSizeIterator<It
     let (k, count) = (y.len(), factors.len());
     let mut f = [0.0f32; GROUP];
     f.iter_mut().zip(factors).for_each(|(f, factor)| *f = factor);
-    let [x0, x1, x2, x3]: [&[f32]; GROUP] =
-        std::array::from_fn(|i| &x[if i < count { i * stride } else { 0 }..][..k]);
-    let at = |j: usize| {
+    let [x0, x1, x2, x3]: [&[f32]; GROUP] = std::array::from_fn(|i| &x[if i < count { i * stride } else { 0 }..][..k]);
+    for j in 0..k {
         let pair = fma::<FMA>(f[0], x0[j], f[1] * x1[j]);
-        fma::<FMA>(f[2], x2[j], fma::<FMA>(f[3], x3[j], pair))
-    };
-    let whole = k / LANES * LANES;
-    for first in (0..whole).step_by(LANES) {
-        let sums: [f32; LANES] = std::array::from_fn(|l| at(first + l));
-        y[first..first + LANES].iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
-    }
-    for j in whole..k {
-        y[j] += at(j);
+        y[j] += fma::<FMA>(f[2], x2[j], fma::<FMA>(f[3], x3[j], pair));
     }
 }
 
