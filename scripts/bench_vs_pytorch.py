@@ -92,6 +92,10 @@ def main():
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     a = parser.parse_args()
+    models = a.models.split(",")
+    unknown = [model for model in models if model not in MODELS]
+    if unknown:
+        parser.error(f"--models has {unknown[0]!r}; known are {', '.join(MODELS)}")
     sys.stdout.reconfigure(line_buffering=True)
     import torch
 
@@ -100,7 +104,7 @@ def main():
     common = ["--threads", str(a.threads), "--runs", str(a.runs)]
     peers = {"eager": []} | ({} if a.no_compile else {"compiled": ["--compile"]})
     rows = []
-    for model in a.models.split(","):
+    for model in models:
         ours, theirs = MODELS[model]
         found = {name: [] for name in [*peers, *ROUTES]}
         for _ in range(a.rounds):
