@@ -32,7 +32,7 @@ pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
     let n = bias.len();
     let (rows, k) = (y.len() / n, weight.len() / n);
     let _span = span("linear", Pass::Forward, [k, n], 2 * rows * k * n, rows * (k + n) + k * n);
-    if rows <= FEW_ROWS {
+    if (1..=FEW_ROWS).contains(&rows) {
         const OUTPUTS: usize = 64;
         scratch::with(n * rows, |transposed| {
             transposed
@@ -69,7 +69,7 @@ pub fn linear_backward(
     let products = if dx.is_empty() { 1 } else { 2 };
     let flops = 2 * products * rows * k * n;
     let _span = span("linear", Pass::Backward, [k, n], flops, rows * (products * k + n) + products * k * n);
-    if rows <= FEW_ROWS {
+    if (1..=FEW_ROWS).contains(&rows) {
         // As many parts on every machine: their sums are added in order.
         const PARTS: usize = 32;
         let outputs = n.div_ceil(PARTS).next_multiple_of(GROUP);
