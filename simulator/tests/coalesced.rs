@@ -88,3 +88,32 @@ fn races_between_blocks() {
         Some(FaultClass::DataRaceGlobal)
     );
 }
+
+/// Block 0 writes parts of what all lanes of block 1 write side by side: bytes that stay as they are make no race, a lane
+/// that changes any of its bytes writes all of them. With and without the last lane, which takes the access to the way of
+/// single lanes, the answer is the same.
+#[test]
+fn races_of_parts_of_words() {
+    let run = |first: &str, second: &str, guard: &str| {
+        let text = format!(
+            ".visible .entry k(.param .u64 out) {{ .reg .b32 %r<8>; .reg .b16 %h<4>; .reg .b64 %rd<4>; .reg .pred %p<2>; ld.param.u64 %rd0, [out]; mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x; setp.eq.u32 %p0, %r2, 0; setp.ne.u32 %p1, %r1, 31;\n\
+             and.b32 %r3, %r1, 1; mad.lo.u32 %r3, %r3, 2, 7; cvt.u16.u32 %h1, %r3; mov.u16 %h0, 7; mov.u32 %r4, 7; mov.u32 %r5, 9;\n\
+             @%p0 bra A; {second} ret; A: {first} ret; }}",
+            second = second.replace("st.", &format!("{guard} st."))
+        );
+        let options = Options { threads: 1, ..Options::default() };
+        common::kernel_with(&text, Arch::SM_90, 2, 32, 0, 128, options).1.err().map(|e| e.class)
+    };
+    // The even halves, then 7 and 9 in turns: only odd halves change. Then 9 in turns with 9, over the sevens.
+    let evens = "mad.wide.u32 %rd1, %r1, 4, %rd0; st.global.u16 [%rd1], %h0;";
+    let same = "mad.wide.u32 %rd1, %r1, 2, %rd0; st.global.u16 [%rd1], %h1;";
+    let other = "mad.wide.u32 %rd1, %r1, 2, %rd0; cvt.u16.u32 %h2, %r5; st.global.u16 [%rd1], %h2;";
+    // The first word of every four, then all four.
+    let firsts = "mad.wide.u32 %rd1, %r1, 16, %rd0; st.global.u32 [%rd1], %r4;";
+    let fours = "mad.wide.u32 %rd1, %r1, 16, %rd0; st.global.v4.u32 [%rd1], {%r4, %r5, %r5, %r5};";
+    for guard in ["", "@%p1"] {
+        assert_eq!(run(evens, same, guard), None, "{guard}");
+        assert_eq!(run(evens, other, guard), Some(FaultClass::DataRaceGlobal), "{guard}");
+        assert_eq!(run(firsts, fours, guard), Some(FaultClass::DataRaceGlobal), "{guard}");
+    }
+}

@@ -35,11 +35,11 @@ fn faulty(text: &str, words: &str) {
 /// `%rd4` descriptors of A (2 KB at `s`) and B (256 bytes at `s + 2048`), which are zeros. `%f0..%f3` are zeros.
 fn text(zeros: &str, body: &str) -> String {
     format!(
-        ".visible .entry k(.param .u64 out) {{ .reg .b32 %r<64>; .reg .b64 %rd<16>; .reg .pred %p<8>; .reg .f32 %f<16>; .shared .align 128 .b8 s[8192]; .shared .align 8 .b64 bar;\n\
+        ".visible .entry k(.param .u64 out) {{ .reg .b32 %r<64>; .reg .b64 %rd<16>; .reg .pred %p<8>; .reg .f32 %f<16>; .reg .b16 %h<2>; .reg .b8 %b<4>; .shared .align 128 .b8 s[8192]; .shared .align 8 .b64 bar;\n\
          mov.u32 %r1, %tid.x; mov.u32 %r2, s; mad.lo.u32 %r3, %r1, 16, %r2; mov.u32 %r4, %ctaid.x; mov.u32 %r5, %ntid.x; mad.lo.u32 %r6, %r4, %r5, %r1; mov.u32 %r9, bar;\n\
          ld.param.u64 %rd0, [out]; mad.wide.u32 %rd1, %r6, 16, %rd0; mov.u32 %r7, 0; setp.ne.u32 %p0, %r1, 0; setp.ne.u32 %p1, %r1, %r1;\n\
          cvt.u64.u32 %rd2, %r2; shr.u64 %rd2, %rd2, 4; or.b64 %rd3, %rd2, 68720001024; add.u64 %rd4, %rd3, 128;\n\
-         mov.f32 %f0, 0f00000000; mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0; mov.b32 %r10, 0; mov.b32 %r11, 0; mov.b32 %r12, 0; mov.b32 %r13, 0;\n\
+         mov.f32 %f0, 0f00000000; mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0; mov.b32 %r10, 0; mov.b32 %r11, 0; mov.b32 %r12, 0; mov.b32 %r13, 0; mov.b16 %h0, 0; mov.b16 %h1, 0; mov.b32 {{%b0, %b1, %b2, %b3}}, %r7;\n\
          {zeros}\n{body}\nret; }}"
     )
 }
@@ -80,6 +80,9 @@ fn accumulators_written_by_others() {
     let moved = "add.f32 %f8, %f1, %f1; mov.f32 %f1, %f8;\n";
     faulty(&products(&[FENCE, PRODUCT, WAIT, moved, PRODUCT, WAIT]), "an accumulator is written at line");
     right(&products(&[FENCE, PRODUCT, WAIT, moved, FENCE, PRODUCT, WAIT]));
+    // A move of zero in most lanes does not undo what the first lane wrote.
+    let partly = "mov.f32 %f9, 0f00000000; add.f32 %f1, %f1, %f1; @!%p0 bra Z; mov.f32 %f1, %f9; Z:\n";
+    faulty(&products(&[FENCE, PRODUCT, WAIT, partly, PRODUCT, WAIT]), "an accumulator is written at line");
 }
 
 #[test]
@@ -87,6 +90,17 @@ fn fragments_written_by_others() {
     let write = "or.b32 %r11, %r11, %r7;\n";
     faulty(&products(&[FENCE, write, PRODUCT_OF_REGISTERS, WAIT]), "a register of A is written at line");
     right(&products(&[write, FENCE, PRODUCT_OF_REGISTERS, WAIT]));
+    // Any part of what a move packs.
+    for part in ["%h0", "%h1"] {
+        let packed = format!("or.b16 {part}, {part}, 0; mov.b32 %r11, {{%h0, %h1}};\n");
+        faulty(&products(&[FENCE, &packed, PRODUCT_OF_REGISTERS, WAIT]), "a register of A is written at line");
+        right(&products(&[&packed, FENCE, PRODUCT_OF_REGISTERS, WAIT]));
+    }
+    for part in ["%b0", "%b1", "%b2", "%b3"] {
+        let packed = format!("cvt.u8.u32 {part}, %r7; mov.b32 %r11, {{%b0, %b1, %b2, %b3}};\n");
+        faulty(&products(&[FENCE, &packed, PRODUCT_OF_REGISTERS, WAIT]), "a register of A is written at line");
+        right(&products(&[&packed, FENCE, PRODUCT_OF_REGISTERS, WAIT]));
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use super::body::Body;
 
 /// Modifiers that are types of operands.
 const TYPES: &str = "pred b8 b16 b32 b64 b128 u8 u16 u32 u64 s8 s16 s32 s64 u16x2 s16x2 f16 f16x2 bf16 bf16x2 tf32 f32 \
-                     f32x2 f64 e4m3x2 e5m2x2";
+                     f32x2 f64 e4m3x2 e5m2x2 e2m1x2 e2m3x2 e3m2x2 e4m3x4 e5m2x4 e2m1x4 e2m3x4 e3m2x4 ue8m0x2";
 
 const INT: &str = "u16 u32 u64 s16 s32 s64";
 const INT32_64: &str = "u32 u64 s32 s64";

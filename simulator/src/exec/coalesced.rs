@@ -1,7 +1,7 @@
 //! The most common access to global memory, in one go: all 32 lanes, each beside the one before, in one allocation. What
-//! is not plain here is left to the way of single lanes, which does the same.
+//! is not plain here, such as memory that another block has touched, is left to the way of single lanes.
 
-use super::access::{Touch, put, take};
+use super::access::{put, take};
 use super::block::Block;
 use super::global::race_map;
 use super::race::Global;
@@ -15,7 +15,7 @@ const WRITTEN: u32 = 0x0101_0101;
 const MOST: usize = 256;
 
 impl Block<'_> {
-    /// Does a plain access of all lanes if they lie side by side from `a` on. False: nothing was done.
+    /// Does a plain access of all lanes if they lie side by side from `a` on. False: the access is still to be done.
     pub(crate) fn coalesced(&mut self, warp: &mut Warp, frame: u16, a: u64, size: u32, x: &Access) -> bool {
         match 8 * size as usize {
             n @ ..=32 => self.coalesced_words(warp, frame, a, size, x, &mut [0; 32][..n]),
@@ -59,8 +59,8 @@ impl Block<'_> {
                 return false;
             }
             gather(warp, frame, x, words);
-            if l.races_global {
-                self.record_words(warp.id, index, offset, size, true, |k| data[k].load(Relaxed) != words[k]);
+            if l.races_global && !self.record_words(warp.id, index, offset, n, true) {
+                return false;
             }
             data.iter().zip(words.iter()).for_each(|(d, w)| d.store(*w, Relaxed));
             for v in valid.into_iter().flatten() {
@@ -73,43 +73,33 @@ impl Block<'_> {
         if valid.is_some_and(|v| v.iter().any(|v| v.load(Relaxed) != WRITTEN)) {
             return false;
         }
-        if l.races_global && !alloc.constant {
-            self.record_words(warp.id, index, offset, size, false, |_| true);
+        if l.races_global && !alloc.constant && !self.record_words(warp.id, index, offset, n, false) {
+            return false;
         }
         words.iter_mut().zip(data).for_each(|(w, d)| *w = d.load(Relaxed));
         scatter(warp, frame, x, words);
         true
     }
 
-    /// As `global_record` for all words of an access of `size` bytes a lane: quick where only this block has been.
-    fn record_words(
-        &mut self,
-        warp: u32,
-        index: usize,
-        offset: usize,
-        size: u32,
-        write: bool,
-        changes: impl Fn(usize) -> bool,
-    ) {
+    /// As `global_record` for `n` words that this warp alone accesses whole, where only its block has been. False: another
+    /// block has touched one of them, and what is recorded so far will be so again.
+    fn record_words(&mut self, warp: u32, index: usize, offset: usize, n: usize, write: bool) -> bool {
         let l = self.l;
-        let n = 8 * size as usize;
         let Some(map) = race_map(&l.races[index], (l.allocations[index].bytes as usize).div_ceil(4)) else {
-            return;
+            return true;
         };
         let clock = self.clocks.clock(warp);
         let me = Global { block: self.index as u32, warp, clock, bytes: 15, strong: false }.pack();
         // Nobody's, or this block's.
         let own = |record: u64| record == 0 || Global::same_block(record, me);
-        for (k, cell) in map.double_words(6 * offset, 3 * n).chunks_exact(3).enumerate() {
+        for cell in map.double_words(6 * offset, 3 * n).chunks_exact(3) {
             let [written, read, read_too] = [&cell[0], &cell[1], &cell[2]];
             let quick = match write {
                 false => own(written.load(Relaxed)),
                 true => [written, read, read_too].into_iter().all(|c| own(c.load(Relaxed))),
             };
             if !quick {
-                let (lane, touch) = (4 * k as u32 / size, Touch { write, strong: false });
-                self.global_record(warp, lane, index, offset + 4 * k, 4, touch, changes(k));
-                continue;
+                return false;
             }
             let slot = match write {
                 true => written,
@@ -120,6 +110,7 @@ impl Block<'_> {
                 slot.store(me, Relaxed);
             }
         }
+        true
     }
 }
 

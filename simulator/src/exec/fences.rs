@@ -46,19 +46,23 @@ impl ProductRegisters {
 }
 
 impl Block<'_> {
-    /// Keeps which registers of products the instruction at `self.pc` writes.
-    pub(crate) fn note_written(&mut self, warp: &mut Warp, frame: u16, inst: &Inst) {
+    /// Keeps which registers of products the instruction at `self.pc` writes, in the lanes of `active`.
+    pub(crate) fn note_written(&mut self, warp: &mut Warp, frame: u16, inst: &Inst, active: u32) {
         let p = self.l.program;
         for line in &p.product_lines[self.pc as usize] {
             let line = warp.line(frame, line * 32);
             let how = match p.is_move(self.pc) && inst.a != NONE {
-                true => warp.products_fenced.written.get(&warp.line(frame, inst.a)).copied(),
+                true => [inst.a, inst.b]
+                    .into_iter()
+                    .filter(|source| *source != NONE)
+                    .find_map(|source| warp.products_fenced.written.get(&warp.line(frame, source)).copied()),
                 false => Some(Written::Ordinary(self.pc)),
             };
-            match how {
-                Some(how) => warp.products_fenced.written.insert(line, how),
-                None => warp.products_fenced.written.remove(&line),
-            };
+            if let Some(how) = how {
+                warp.products_fenced.written.insert(line, how);
+            } else if active == warp.live {
+                warp.products_fenced.written.remove(&line);
+            }
         }
     }
 

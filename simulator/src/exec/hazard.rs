@@ -301,7 +301,7 @@ impl Block<'_> {
     #[cold]
     pub(crate) fn watch_operands(&mut self, warp: &mut Warp, frame: u16, inst: &Inst, active: u32) {
         if warp.checks_fences {
-            self.note_written(warp, frame, inst);
+            self.note_written(warp, frame, inst, active);
         }
         if warp.products != 0 {
             self.unfinished_operands(warp, frame, inst);

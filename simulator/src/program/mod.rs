@@ -179,7 +179,7 @@ impl Inst {
     }
 }
 
-/// See [`Program::product_lines`]. `is_move` says which instructions only copy a register.
+/// See [`Program::product_lines`]. `is_move` says which instructions only copy registers, at most two into one.
 pub(crate) fn product_lines(code: &[Inst], funcs: &[FuncInfo], is_move: impl Fn(usize) -> bool) -> Vec<Box<[u32]>> {
     if !code.iter().any(|i| matches!(i.kind, Kind::Wgmma(_))) {
         return Vec::new();
@@ -188,20 +188,20 @@ pub(crate) fn product_lines(code: &[Inst], funcs: &[FuncInfo], is_move: impl Fn(
     for (k, func) in funcs.iter().enumerate() {
         let body = func.start as usize..funcs.get(k + 1).map_or(code.len(), |f| f.start as usize);
         let mut lines: HashSet<u32> = HashSet::new();
-        let mut moves: Vec<(u32, u32)> = Vec::new();
+        let mut moves: Vec<(u32, [u32; 2])> = Vec::new();
         for pc in body.clone() {
             match &code[pc].kind {
                 Kind::Wgmma(w) => lines.extend(w.d.iter().chain(&w.a).map(|r| r / 32)),
-                Kind::Alu if is_move(pc) => moves.push((code[pc].d / 32, code[pc].a / 32)),
+                Kind::Alu if is_move(pc) => moves.push((code[pc].d / 32, [code[pc].a / 32, code[pc].b / 32])),
                 _ => {}
             }
         }
         // Sources of moves to such registers count as well.
         loop {
             let before = lines.len();
-            for (d, a) in &moves {
+            for (d, sources) in &moves {
                 if lines.contains(d) {
-                    lines.insert(*a);
+                    lines.extend(sources);
                 }
             }
             if lines.len() == before {
