@@ -1,9 +1,9 @@
 //! What the linear layers on the CPU share: tiles of rows that never cross samples, and the gradient of a weight.
 
+use crate::backend::cpu::pack::gather_columns;
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, Segment, Store, Tile, add_tile, gather_columns, multiply, panels, row_tiles,
-    tile_rows, write_tile,
+    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, add_tile, multiply, panels, row_tiles, tile_rows, write_tile,
 };
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -180,7 +180,7 @@ fn rows_of_weight_gradient(
         if add {
             add_tile(&mut dw[columns.start..], &tile, rows.len(), columns.len(), c);
         } else {
-            write_tile(&mut dw[columns.start..], &tile, rows.len(), columns.len(), c, Store::Cached);
+            write_tile(&mut dw[columns.start..], &tile, rows.len(), columns.len(), c);
         }
     };
     for panel in 0..panels(c) {

@@ -27,6 +27,18 @@ fn attribute(id: Id, words: &[u32]) -> sys::CUlaunchAttribute {
     sys::CUlaunchAttribute { id, pad: [0; 4], value: sys::CUlaunchAttributeValue { pad } }
 }
 
+/// Arguments of scale_add, y = x * 3 + 1 over 100 numbers; valid as long as the buffers.
+fn arguments(y: &Buffer, x: &Buffer) -> [*mut c_void; 5] {
+    static NUMBERS: (f32, f32, i32) = (3.0, 1.0, 100);
+    [
+        (&raw const y.0).cast_mut().cast(),
+        (&raw const x.0).cast_mut().cast(),
+        (&raw const NUMBERS.0).cast_mut().cast(),
+        (&raw const NUMBERS.1).cast_mut().cast(),
+        (&raw const NUMBERS.2).cast_mut().cast(),
+    ]
+}
+
 /// scale_add through cuLaunchKernelEx: y = x * 3 + 1 over 100 numbers in blocks of 32.
 fn launch_ex(
     f: &CudaFunction,
@@ -35,14 +47,7 @@ fn launch_ex(
     grid: u32,
     attributes: &mut [sys::CUlaunchAttribute],
 ) -> CUresult {
-    let (scale, add, n) = (3.0f32, 1.0f32, 100i32);
-    let mut values: [*mut c_void; 5] = [
-        (&raw const y.0).cast_mut().cast(),
-        (&raw const x.0).cast_mut().cast(),
-        (&raw const scale).cast_mut().cast(),
-        (&raw const add).cast_mut().cast(),
-        (&raw const n).cast_mut().cast(),
-    ];
+    let mut values = arguments(y, x);
     let config = sys::CUlaunchConfig {
         gridDimX: grid,
         gridDimY: 1,
@@ -261,14 +266,7 @@ fn graphs_hold_every_kind_of_work_and_can_be_launched_copied_and_destroyed() {
             assert_eq!(sys::cuStreamIsCapturing(s, &mut status), OK);
             assert_eq!(status, sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE);
             assert_eq!(sys::cuMemcpyHtoDAsync_v2(x.0, source.as_ptr().cast(), 400, s), OK);
-            let (scale, add, n) = (3.0f32, 1.0f32, 100i32);
-            let mut values: [*mut c_void; 5] = [
-                (&raw const y.0).cast_mut().cast(),
-                (&raw const x.0).cast_mut().cast(),
-                (&raw const scale).cast_mut().cast(),
-                (&raw const add).cast_mut().cast(),
-                (&raw const n).cast_mut().cast(),
-            ];
+            let mut values = arguments(&y, &x);
             let none = std::ptr::null_mut();
             assert_eq!(sys::cuLaunchKernel(f.cu_function(), 4, 1, 1, 32, 1, 1, 0, s, values.as_mut_ptr(), none), OK);
             assert_eq!(sys::cuMemsetD32Async(y.0 + 40, 2.5f32.to_bits(), 2, s), OK);

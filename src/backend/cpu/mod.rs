@@ -3,6 +3,7 @@
 
 pub mod aligned;
 pub mod gemm;
+pub mod pack;
 pub mod profile;
 pub mod scratch;
 pub mod simd;

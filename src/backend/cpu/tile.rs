@@ -91,58 +91,58 @@ simd_fn! {
     }
 }
 
-/// How a tile is written to memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Store {
-    /// Through the caches.
-    Cached,
-    /// Past the caches, which do not have to read the lines first: for results too large to stay there.
-    Streamed,
-}
-
-impl Store {
-    /// The best way to write `len` numbers that are read after all of them have been written.
-    pub fn of(len: usize) -> Store {
-        // Measured: 12 MB gain 3 % of a forward pass, 3 MB nothing; much less is read back from a cache.
-        const LARGE: usize = (8 << 20) / size_of::<f32>();
-        if len >= LARGE { Store::Streamed } else { Store::Cached }
-    }
-}
-
-/// Writes the first `width` columns of `rows` rows to lines that are `stride` apart. What is streamed may be read by others
-/// only after [`finish_streams`].
-#[inline]
-pub fn write_tile(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize, store: Store) {
-    assert!(rows <= MAX_ROWS && width <= PANEL && (rows == 0 || (rows - 1) * stride + width <= to.len()));
-    #[cfg(target_arch = "x86_64")]
-    if store == Store::Streamed
-        && width == PANEL
-        && stride.is_multiple_of(HALF)
-        && to.as_ptr().addr().is_multiple_of(64)
-        && level() == Level::Avx512
-    {
-        // SAFETY: the processor has AVX-512; the rows are in bounds, and each starts at a cache line.
-        unsafe { avx512::stream(to, tile, rows, stride) };
-        return;
-    }
-    copy_tile(to, tile, rows, width, stride);
-}
-
 simd_fn! {
-    fn copy_tile<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize) {
+    /// Writes the first `width` columns of `rows` rows to lines that are `stride` apart.
+    pub fn write_tile<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize) {
         for (i, row) in tile.rows[..rows].iter().enumerate() {
             copy_row(&mut to[i * stride..][..width], row);
         }
     }
 }
 
-/// Makes what this thread has streamed visible to others.
-#[inline]
-pub fn finish_streams() {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: SSE is part of x86-64.
-    unsafe {
-        std::arch::x86_64::_mm_sfence();
+/// Writes tiles past the caches, which then need not read the lines first: for results too large to stay there. What was
+/// written is there when this is dropped.
+pub struct Streams(());
+
+impl Streams {
+    /// For a result of `len` numbers that are read after all of them have been written, if it is large enough.
+    pub fn of(len: usize) -> Option<Streams> {
+        // Measured: 12 MB gain 3 % of a forward pass, 3 MB nothing; much less is read back from a cache.
+        const LARGE: usize = (8 << 20) / size_of::<f32>();
+        (len >= LARGE).then_some(Streams(()))
+    }
+
+    /// As [`write_tile`]. Rows that do not start at cache lines are written through the caches.
+    ///
+    /// # Safety
+    /// Until `self` is dropped, nobody, this thread included, may access what was written.
+    #[inline]
+    pub unsafe fn write_tile(&self, to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if width == PANEL
+            && stride >= PANEL
+            && stride.is_multiple_of(HALF)
+            && to.as_ptr().addr().is_multiple_of(64)
+            && level() == Level::Avx512
+        {
+            for (line, row) in to.chunks_mut(stride).zip(&tile.rows[..rows]) {
+                // SAFETY: the processor has AVX-512; each line starts at a cache line, since the first does and they are a
+                // multiple of 16 numbers apart; nobody reads them before the fence, by this function's contract.
+                unsafe { avx512::stream(line.first_chunk_mut().expect("a line holds a panel"), row) };
+            }
+            return;
+        }
+        write_tile(to, tile, rows, width, stride);
+    }
+}
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: SSE is part of x86-64.
+        unsafe {
+            std::arch::x86_64::_mm_sfence();
+        }
     }
 }
 
@@ -206,16 +206,12 @@ mod avx512 {
     };
 
     /// # Safety
-    /// The processor has AVX-512F; `to` holds `rows` rows of a panel that are `stride` apart, each at a cache line.
+    /// The processor has AVX-512F; `to` starts at a cache line, and nobody accesses it before this thread's next fence.
     #[target_feature(enable = "avx512f,avx2,fma")]
-    pub(super) unsafe fn stream(to: &mut [f32], tile: &Tile, rows: usize, stride: usize) {
-        for (i, row) in tile.rows[..rows].iter().enumerate() {
-            for v in (0..PANEL).step_by(16) {
-                // SAFETY: in bounds and aligned by the contract.
-                unsafe {
-                    _mm512_stream_ps(to.as_mut_ptr().add(i * stride + v), _mm512_loadu_ps(row.as_ptr().add(v)));
-                }
-            }
+    pub(super) unsafe fn stream(to: &mut [f32; PANEL], row: &[f32; PANEL]) {
+        for v in (0..PANEL).step_by(16) {
+            // SAFETY: in bounds; aligned by the contract.
+            unsafe { _mm512_stream_ps(to.as_mut_ptr().add(v), _mm512_loadu_ps(row.as_ptr().add(v))) };
         }
     }
 
@@ -387,132 +383,6 @@ mod plain {
     }
 }
 
-/// Interleaves `rows` rows (`stride` apart) of `len` elements: `to[k * to_stride + i] = from[i * stride + k]`. Elements of
-/// `to` that belong to no row, up to the next multiple of 8, may be overwritten.
-#[inline]
-pub fn interleave(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, len: usize, stride: usize) {
-    if rows == 0 || len == 0 {
-        return;
-    }
-    let width = rows.next_multiple_of(8);
-    assert!(width <= to_stride && (len - 1) * to_stride + width <= to.len(), "too small for interleaved rows");
-    assert!((rows - 1) * stride + len <= from.len(), "interleaved rows exceed their data");
-    #[cfg(target_arch = "x86_64")]
-    if level() != Level::Baseline {
-        // SAFETY: the processor has AVX2, and the bounds were checked.
-        unsafe { transpose::interleave(to, to_stride, from, rows, len, stride) };
-        return;
-    }
-    for i in 0..rows {
-        for k in 0..len {
-            to[k * to_stride + i] = from[i * stride + k];
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod transpose {
-    use std::arch::x86_64::{
-        __m256, _mm_loadu_ps, _mm256_castps128_ps256, _mm256_insertf128_ps, _mm256_shuffle_ps, _mm256_storeu_ps,
-        _mm256_unpackhi_ps, _mm256_unpacklo_ps,
-    };
-
-    /// # Safety
-    /// The processor has AVX2; see [`super::interleave`] for the bounds.
-    #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn interleave(
-        to: &mut [f32],
-        to_stride: usize,
-        from: &[f32],
-        rows: usize,
-        len: usize,
-        stride: usize,
-    ) {
-        let whole = len / 4 * 4;
-        for first in (0..rows).step_by(8) {
-            // Rows beyond the last are the last one again: their place in `to` is of no meaning.
-            let row: [usize; 8] = std::array::from_fn(|i| (first + i).min(rows - 1) * stride);
-            for k in (0..whole).step_by(4) {
-                // SAFETY: `row[i] + k + 4 <= (rows - 1) * stride + len`; the last store ends at
-                // `(k + 3) * to_stride + first + 8 <= (len - 1) * to_stride + width`.
-                unsafe {
-                    let four = |i: usize| _mm_loadu_ps(from.as_ptr().add(row[i] + k));
-                    let pair = |i: usize| _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(four(i)), four(i + 4));
-                    let columns = transpose4([pair(0), pair(1), pair(2), pair(3)]);
-                    for (i, &column) in columns.iter().enumerate() {
-                        _mm256_storeu_ps(to.as_mut_ptr().add((k + i) * to_stride + first), column);
-                    }
-                }
-            }
-            for k in whole..len {
-                for i in first..(first + 8).min(rows) {
-                    to[k * to_stride + i] = from[i * stride + k];
-                }
-            }
-        }
-    }
-
-    /// Transposes the 4 x 4 numbers in each half of the vectors.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn transpose4(r: [__m256; 4]) -> [__m256; 4] {
-        let (a, b) = (_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpacklo_ps(r[2], r[3]));
-        let (c, d) = (_mm256_unpackhi_ps(r[0], r[1]), _mm256_unpackhi_ps(r[2], r[3]));
-        [
-            _mm256_shuffle_ps::<0x44>(a, b),
-            _mm256_shuffle_ps::<0xEE>(a, b),
-            _mm256_shuffle_ps::<0x44>(c, d),
-            _mm256_shuffle_ps::<0xEE>(c, d),
-        ]
-    }
-}
-
-simd_fn! {
-    /// Packs rows that lie side by side in every line: `to[k * to_stride + i] = from[k * stride + i]`, for the transpose of a
-    /// row-major matrix. `to_stride` is [`A_STRIDE`] or twice that.
-    pub fn gather_columns<F>(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, len: usize, stride: usize) {
-        match to_stride {
-            A_STRIDE => gather::<A_STRIDE>(to, from, rows, len, stride),
-            _ => gather::<{ 2 * A_STRIDE }>(to, from, rows, len, stride),
-        }
-    }
-}
-
-/// Copies of constant length; what lies beyond the rows is never read.
-#[inline(always)]
-fn gather<const N: usize>(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
-    for (to, from) in to.as_chunks_mut::<N>().0.iter_mut().zip(from.chunks(stride)).take(len) {
-        match from.first_chunk() {
-            Some(from) => *to = *from,
-            None => to[..rows].copy_from_slice(&from[..rows]),
-        }
-    }
-}
-
-/// Packs panel `panel` of `B = W^T`, W row-major `[n, len]`: `to[k * PANEL + j] = w[(panel * PANEL + j) * len + k]`.
-pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, len: usize) {
-    let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-    for half in columns.clone().step_by(HALF) {
-        let rows = HALF.min(columns.end - half);
-        interleave(&mut to[half - columns.start..], PANEL, &w[half * len..], rows, len, len);
-    }
-}
-
-simd_fn! {
-    /// Packs panel `panel` of a row-major B `[len, n]` (lines `stride` apart): a copy of its lines.
-    pub fn pack_panel<F>(to: &mut [f32], b: &[f32], panel: usize, n: usize, len: usize, stride: usize) {
-        let first = panel * PANEL;
-        let width = PANEL.min(n - first);
-        for (k, to) in to.as_chunks_mut::<PANEL>().0.iter_mut().take(len).enumerate() {
-            let from = &b[k * stride + first..];
-            match from.first_chunk() {
-                Some(from) if width == PANEL => *to = *from,
-                _ => to[..width].copy_from_slice(&from[..width]),
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::aligned::AlignedVec;
@@ -584,21 +454,26 @@ mod tests {
             *x = i as f32 + 1.0;
         }
         for (first, width, stride) in [(0, PANEL, 64), (16, PANEL, 48), (3, PANEL, 64), (0, PANEL, 37), (0, 5, 64)] {
-            for store in [Store::Cached, Store::Streamed] {
+            for streams in [None, Streams::of(usize::MAX)] {
                 for rows in [0, 1, MAX_ROWS] {
                     let mut to = AlignedVec::zeros(first + MAX_ROWS * stride);
-                    write_tile(&mut to[first..], &tile, rows, width, stride, store);
-                    finish_streams();
+                    let what =
+                        format!("{rows} rows from {first}, {width} of {stride}, streamed: {}", streams.is_some());
+                    match &streams {
+                        None => write_tile(&mut to[first..], &tile, rows, width, stride),
+                        // SAFETY: `to` is read after the fence of another `Streams`.
+                        Some(streams) => unsafe { streams.write_tile(&mut to[first..], &tile, rows, width, stride) },
+                    }
+                    drop(Streams(()));
                     for (at, &x) in to.iter().enumerate() {
                         let (i, j) = (at.wrapping_sub(first) / stride, at.wrapping_sub(first) % stride);
                         let inside = at >= first && i < rows && j < width;
-                        let expected = if inside { tile.rows[i][j] } else { 0.0 };
-                        assert_eq!(x, expected, "{at} of {rows} rows from {first}, {width} of {stride}, {store:?}");
+                        assert_eq!(x, if inside { tile.rows[i][j] } else { 0.0 }, "{at} of {what}");
                     }
                 }
             }
         }
-        assert_eq!((Store::of(1 << 20), Store::of(1 << 22)), (Store::Cached, Store::Streamed));
+        assert!(Streams::of(1 << 20).is_none() && Streams::of(1 << 22).is_some());
     }
 
     #[test]
@@ -606,34 +481,6 @@ mod tests {
     fn operands_that_are_too_short_are_refused() {
         let segment = Segment { a: &[0.0; 20], b: &[0.0; 2 * PANEL - 1], len: 2 };
         multiply(&mut Tile::new(), 3, 2, Rows::Interleaved(16), &[segment]);
-    }
-
-    #[test]
-    fn packed_operands_hold_the_matrix() {
-        for (n, len) in [(1, 1), (3, 8), (16, 9), (33, 24), (70, 13)] {
-            let w = numbers(3, n * len);
-            for panel in 0..panels(n) {
-                let (mut transposed, mut copied) = (vec![f32::NAN; len * PANEL], vec![f32::NAN; len * PANEL]);
-                let b: Vec<f32> =
-                    (0..len).flat_map(|k| (0..n).map(move |j| (j, k))).map(|(j, k)| w[j * len + k]).collect();
-                pack_panel_transposed(&mut transposed, &w, panel, n, len);
-                pack_panel(&mut copied, &b, panel, n, len, n);
-                for (k, j) in (0..len).flat_map(|k| (0..PANEL.min(n - panel * PANEL)).map(move |j| (k, j))) {
-                    let expected = w[(panel * PANEL + j) * len + k];
-                    assert_eq!(
-                        [transposed[k * PANEL + j], copied[k * PANEL + j]],
-                        [expected; 2],
-                        "panel {panel} of {n} x {len}"
-                    );
-                }
-            }
-            let rows = n.min(MAX_ROWS);
-            let mut columns = vec![f32::NAN; len * A_STRIDE];
-            gather_columns(&mut columns, A_STRIDE, &w, rows.min(len), n, len);
-            for (k, i) in (0..n.min(len)).flat_map(|k| (0..rows.min(len)).map(move |i| (k, i))) {
-                assert_eq!(columns[k * A_STRIDE + i], w[k * len + i]);
-            }
-        }
     }
 
     #[test]

@@ -3,12 +3,11 @@
 //! Scores are kept transposed, `[keys, queries]`: softmax then runs down columns, a vector of queries at a time, and the
 //! probabilities are where both kinds of products that follow read them (see [`Rows`]).
 
+use crate::backend::cpu::pack::{interleave, pack_panel};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{exp, fma, simd_fn, sum_by};
-use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, STRIP, Segment, Tile, interleave, multiply, pack_panel, panels, row_tiles,
-};
+use crate::backend::cpu::tile::{A_STRIDE, HALF, PANEL, Rows, STRIP, Segment, Tile, multiply, panels, row_tiles};
 use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;

@@ -1,13 +1,11 @@
 //! The CPU version: packed rows times the panels of the weight, of which a window is a range; bias, gate and residual are
 //! applied to each tile while it is in cache.
 
+use crate::backend::cpu::pack::{interleave, pack_panel, pack_panel_transposed};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, simd_fn};
-use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, Segment, Store, Tile, add_tile, interleave, multiply, pack_panel,
-    pack_panel_transposed, panels, write_tile,
-};
+use crate::backend::cpu::tile::{A_STRIDE, HALF, PANEL, Rows, Segment, Tile, add_tile, multiply, panels, write_tile};
 use crate::ops::products::{Outer, RowTile, batches, columns, packed_len, part, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -265,7 +263,7 @@ impl BackwardInputs<'_> {
                         let da = &mut da[rows.start * k..rows.end * k];
                         if fresh_da {
                             let width = columns.len();
-                            write_tile(&mut da[columns.start..], &tile, rows.len(), width, k, Store::Cached);
+                            write_tile(&mut da[columns.start..], &tile, rows.len(), width, k);
                         } else {
                             add_tile(&mut da[columns.start..], &tile, rows.len(), columns.len(), k);
                         }

@@ -2,12 +2,12 @@
 //! window is a range; correction, bias and GELU are applied to each tile while it is in cache.
 
 use super::{Activation, EPS};
+use crate::backend::cpu::pack::{interleave, pack_panel, pack_panel_transposed};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Store, Tile, finish_streams, interleave, multiply, pack_panel,
-    pack_panel_transposed, panels, tile_rows, write_tile,
+    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, panels, tile_rows, write_tile,
 };
 use crate::ops::products::{Outer, RowTile, batches, packed_len, part, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
@@ -147,8 +147,7 @@ pub fn forward(
         if !correction.is_empty() {
             forward_correction(correction, read, modulation, panels_of_w, bias, c);
         }
-        let store = Store::of(y.len());
-        let inputs = Inputs { x, read, modulation, panels_of_w, bias, correction, activation, store, t, c };
+        let inputs = Inputs { x, read, modulation, panels_of_w, bias, correction, activation, t, c, len: y.len() };
         let rows = rows_per_block(b * t, t);
         let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
         let blocks = y.par_chunks_mut(rows * n).zip(stats).enumerate();
@@ -171,9 +170,9 @@ struct Inputs<'a> {
     bias: &'a [f32],
     correction: &'a [f32],
     activation: Activation,
-    store: Store,
     t: usize,
     c: usize,
+    len: usize, // of y
 }
 
 impl Inputs<'_> {
@@ -183,6 +182,12 @@ impl Inputs<'_> {
         let rows = first..first + mean.len();
         let packed_len = packed_len(rows.len(), c);
         let mut tile = Tile::new();
+        let streams = Streams::of(self.len);
+        let write = |to: &mut [f32], tile: &Tile, rows: usize, width: usize| match &streams {
+            // SAFETY: each place of `y` and `pre` is written once and read by nobody before this block is done.
+            Some(streams) => unsafe { streams.write_tile(to, tile, rows, width, n) },
+            None => write_tile(to, tile, rows, width, n),
+        };
         scratch::with(packed_len + MAX_ROWS * c, |buffer| {
             let (packed, lines) = buffer.split_at_mut(packed_len);
             batches(rows, self.t, c, |tiles| {
@@ -223,15 +228,14 @@ impl Inputs<'_> {
                         };
                         correct_tile(&mut tile, rows.len(), &r, u, v);
                         if !pre.is_empty() {
-                            write_tile(&mut pre[at..], &tile, rows.len(), width, n, self.store);
+                            write(&mut pre[at..], &tile, rows.len(), width);
                         }
                         if self.activation == Activation::Gelu {
                             gelu_tile(&mut tile, rows.len());
                         }
-                        write_tile(&mut y[at..], &tile, rows.len(), width, n, self.store);
+                        write(&mut y[at..], &tile, rows.len(), width);
                     }
                 }
-                finish_streams();
             });
         });
     }
@@ -381,7 +385,7 @@ impl BackwardInputs<'_> {
                         let segment = Segment { a: packed, b: &b[part.first..], len: n };
                         multiply(&mut tile, rows.len(), part.halves, Rows::Interleaved(A_STRIDE), &[segment]);
                         let dh = &mut dh[rows.start * wide + panel * PANEL + part.first..];
-                        write_tile(dh, &tile, rows.len(), part.halves * HALF, wide, Store::Cached);
+                        write_tile(dh, &tile, rows.len(), part.halves * HALF, wide);
                     }
                 }
                 for i in rows {

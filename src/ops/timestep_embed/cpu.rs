@@ -125,13 +125,21 @@ simd_fn! {
     }
 }
 
-/// `y += sum over i of factors[i] x[i]`. Fewer than [`GROUP`] are filled up with the first one times zero.
+/// `y += sum over i of factors[i] x[i]`, for rows of x `[_, y.len()]`.
 #[inline(always)]
-fn add_scaled<const FMA: bool>(y: &mut [f32], factors: impl ExactSizeIterator<Item = f32>, x: &[f32], stride: usize) {
-    let (k, count) = (y.len(), factors.len());
+fn add_scaled<const FMA: bool>(y: &mut [f32], factors: impl ExactSizeIterator<Item = f32>, x: &[f32]) {
+    let k = y.len();
+    if factors.len() < GROUP {
+        for (factor, x) in factors.zip(x.chunks_exact(k)) {
+            for j in 0..k {
+                y[j] = fma::<FMA>(factor, x[j], y[j]);
+            }
+        }
+        return;
+    }
     let mut f = [0.0f32; GROUP];
     f.iter_mut().zip(factors).for_each(|(f, factor)| *f = factor);
-    let [x0, x1, x2, x3]: [&[f32]; GROUP] = std::array::from_fn(|i| &x[if i < count { i * stride } else { 0 }..][..k]);
+    let [x0, x1, x2, x3]: [&[f32]; GROUP] = std::array::from_fn(|i| &x[i * k..][..k]);
     for j in 0..k {
         let pair = fma::<FMA>(f[0], x0[j], f[1] * x1[j]);
         y[j] += fma::<FMA>(f[2], x2[j], fma::<FMA>(f[3], x3[j], pair));
@@ -159,11 +167,11 @@ simd_fn! {
             for (i, dw) in dw.chunks_exact_mut(k).enumerate() {
                 for (part, x) in x.chunks(GROUP * k).enumerate() {
                     let rows = part * GROUP..part * GROUP + x.len() / k;
-                    add_scaled::<F>(dw, rows.map(|b| dy[b * n + first + i]), x, k);
+                    add_scaled::<F>(dw, rows.map(|b| dy[b * n + first + i]), x);
                 }
             }
             for (b, dx) in dx.chunks_exact_mut(k).enumerate() {
-                add_scaled::<F>(dx, dy[b * n + first..][..w.len() / k].iter().copied(), w, k);
+                add_scaled::<F>(dx, dy[b * n + first..][..w.len() / k].iter().copied(), w);
             }
         }
     }

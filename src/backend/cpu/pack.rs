@@ -1,0 +1,168 @@
+//! Operands of products in the layouts that [`super::tile`] reads.
+
+use super::simd::{Level, level, simd_fn};
+use super::tile::{A_STRIDE, HALF, PANEL};
+
+/// Interleaves `rows` rows (`stride` apart) of `len` elements: `to[k * to_stride + i] = from[i * stride + k]`. Elements of
+/// `to` that belong to no row, up to the next multiple of 8, may be overwritten.
+#[inline]
+pub fn interleave(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, len: usize, stride: usize) {
+    if rows == 0 || len == 0 {
+        return;
+    }
+    let width = rows.next_multiple_of(8);
+    assert!(width <= to_stride && (len - 1) * to_stride + width <= to.len(), "too small for interleaved rows");
+    assert!((rows - 1) * stride + len <= from.len(), "interleaved rows exceed their data");
+    #[cfg(target_arch = "x86_64")]
+    if level() != Level::Baseline {
+        // SAFETY: the processor has AVX2, and the bounds were checked.
+        unsafe { transpose::interleave(to, to_stride, from, rows, len, stride) };
+        return;
+    }
+    for i in 0..rows {
+        for k in 0..len {
+            to[k * to_stride + i] = from[i * stride + k];
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod transpose {
+    use std::arch::x86_64::{
+        __m256, _mm_loadu_ps, _mm256_castps128_ps256, _mm256_insertf128_ps, _mm256_shuffle_ps, _mm256_storeu_ps,
+        _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    };
+
+    /// # Safety
+    /// The processor has AVX2; see [`super::interleave`] for the bounds.
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn interleave(
+        to: &mut [f32],
+        to_stride: usize,
+        from: &[f32],
+        rows: usize,
+        len: usize,
+        stride: usize,
+    ) {
+        let whole = len / 4 * 4;
+        for first in (0..rows).step_by(8) {
+            // Rows beyond the last are the last one again: their place in `to` is of no meaning.
+            let row: [usize; 8] = std::array::from_fn(|i| (first + i).min(rows - 1) * stride);
+            for k in (0..whole).step_by(4) {
+                // SAFETY: `row[i] + k + 4 <= (rows - 1) * stride + len`; the last store ends at
+                // `(k + 3) * to_stride + first + 8 <= (len - 1) * to_stride + width`.
+                unsafe {
+                    let four = |i: usize| _mm_loadu_ps(from.as_ptr().add(row[i] + k));
+                    let pair = |i: usize| _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(four(i)), four(i + 4));
+                    let columns = transpose4([pair(0), pair(1), pair(2), pair(3)]);
+                    for (i, &column) in columns.iter().enumerate() {
+                        _mm256_storeu_ps(to.as_mut_ptr().add((k + i) * to_stride + first), column);
+                    }
+                }
+            }
+            for k in whole..len {
+                for i in first..(first + 8).min(rows) {
+                    to[k * to_stride + i] = from[i * stride + k];
+                }
+            }
+        }
+    }
+
+    /// Transposes the 4 x 4 numbers in each half of the vectors.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn transpose4(r: [__m256; 4]) -> [__m256; 4] {
+        let (a, b) = (_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpacklo_ps(r[2], r[3]));
+        let (c, d) = (_mm256_unpackhi_ps(r[0], r[1]), _mm256_unpackhi_ps(r[2], r[3]));
+        [
+            _mm256_shuffle_ps::<0x44>(a, b),
+            _mm256_shuffle_ps::<0xEE>(a, b),
+            _mm256_shuffle_ps::<0x44>(c, d),
+            _mm256_shuffle_ps::<0xEE>(c, d),
+        ]
+    }
+}
+
+simd_fn! {
+    /// Packs rows that lie side by side in every line: `to[k * to_stride + i] = from[k * stride + i]`, for the transpose of a
+    /// row-major matrix. `to_stride` is [`A_STRIDE`] or twice that.
+    pub fn gather_columns<F>(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, len: usize, stride: usize) {
+        match to_stride {
+            A_STRIDE => gather::<A_STRIDE>(to, from, rows, len, stride),
+            _ => gather::<{ 2 * A_STRIDE }>(to, from, rows, len, stride),
+        }
+    }
+}
+
+/// Copies of constant length; what lies beyond the rows is never read.
+#[inline(always)]
+fn gather<const N: usize>(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
+    for (to, from) in to.as_chunks_mut::<N>().0.iter_mut().zip(from.chunks(stride)).take(len) {
+        match from.first_chunk() {
+            Some(from) => *to = *from,
+            None => to[..rows].copy_from_slice(&from[..rows]),
+        }
+    }
+}
+
+/// Packs panel `panel` of `B = W^T`, W row-major `[n, len]`: `to[k * PANEL + j] = w[(panel * PANEL + j) * len + k]`.
+pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, len: usize) {
+    let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
+    for half in columns.clone().step_by(HALF) {
+        let rows = HALF.min(columns.end - half);
+        interleave(&mut to[half - columns.start..], PANEL, &w[half * len..], rows, len, len);
+    }
+}
+
+simd_fn! {
+    /// Packs panel `panel` of a row-major B `[len, n]` (lines `stride` apart): a copy of its lines.
+    pub fn pack_panel<F>(to: &mut [f32], b: &[f32], panel: usize, n: usize, len: usize, stride: usize) {
+        let first = panel * PANEL;
+        let width = PANEL.min(n - first);
+        for (k, to) in to.as_chunks_mut::<PANEL>().0.iter_mut().take(len).enumerate() {
+            let from = &b[k * stride + first..];
+            match from.first_chunk() {
+                Some(from) if width == PANEL => *to = *from,
+                _ => to[..width].copy_from_slice(&from[..width]),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tile::{MAX_ROWS, panels};
+    use super::*;
+
+    fn numbers(seed: usize, n: usize) -> Vec<f32> {
+        (0..n).map(|i| (((i + seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 250.0).collect()
+    }
+
+    #[test]
+    fn packed_operands_hold_the_matrix() {
+        for (n, len) in [(1, 1), (3, 8), (16, 9), (33, 24), (70, 13)] {
+            let w = numbers(3, n * len);
+            for panel in 0..panels(n) {
+                let (mut transposed, mut copied) = (vec![f32::NAN; len * PANEL], vec![f32::NAN; len * PANEL]);
+                let b: Vec<f32> =
+                    (0..len).flat_map(|k| (0..n).map(move |j| (j, k))).map(|(j, k)| w[j * len + k]).collect();
+                pack_panel_transposed(&mut transposed, &w, panel, n, len);
+                pack_panel(&mut copied, &b, panel, n, len, n);
+                for (k, j) in (0..len).flat_map(|k| (0..PANEL.min(n - panel * PANEL)).map(move |j| (k, j))) {
+                    let expected = w[(panel * PANEL + j) * len + k];
+                    assert_eq!(
+                        [transposed[k * PANEL + j], copied[k * PANEL + j]],
+                        [expected; 2],
+                        "panel {panel} of {n} x {len}"
+                    );
+                }
+            }
+            let rows = n.min(MAX_ROWS);
+            let mut columns = vec![f32::NAN; len * A_STRIDE];
+            gather_columns(&mut columns, A_STRIDE, &w, rows.min(len), n, len);
+            for (k, i) in (0..n.min(len)).flat_map(|k| (0..rows.min(len)).map(move |i| (k, i))) {
+                assert_eq!(columns[k * A_STRIDE + i], w[k * len + i]);
+            }
+        }
+    }
+}
