@@ -1,9 +1,11 @@
 //! What the linear layers on the CPU share: tiles of rows that never cross samples, and the gradient of a weight.
 
-use crate::backend::cpu::pack::gather_columns;
+use crate::backend::cpu::pack::pack_panel;
 use crate::backend::cpu::scratch;
+use crate::backend::cpu::shared::Shared;
+use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, add_tile, multiply, panels, row_tiles, tile_rows, write_tile,
+    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, copy_row, multiply, panels, row_tiles, tile_rows, write_transposed,
 };
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -60,12 +62,6 @@ pub(crate) struct Part {
     pub(crate) halves: usize,
 }
 
-impl Part {
-    fn end(self) -> usize {
-        self.first + self.halves * HALF
-    }
-}
-
 /// The part of `panel` to compute for `window`, if any.
 pub(crate) fn part(window: Window, panel: usize) -> Option<Part> {
     let (from, to) = (window.start / HALF, window.end().div_ceil(HALF));
@@ -80,117 +76,144 @@ pub(crate) fn columns(part: Part, panel: usize, range: Range<usize>) -> (Range<u
     (from..to.max(from), from - first..to.max(from) - first)
 }
 
-/// Operands of a weight gradient `sum over samples and tokens of g (outer product) h`.
+/// One sample of a weight gradient: `sum over its tokens of routed (outer product) other`.
 #[derive(Clone, Copy)]
 pub(crate) struct Outer<'a> {
-    pub(crate) g: &'a [f32], // [B, T, N], zero outside of the rows
-    pub(crate) h: &'a [f32], // [B, panels(C), T, PANEL], zero outside of the columns in panels that they touch
-    pub(crate) samples: usize,
-    pub(crate) tokens: usize,
-    /// Of each sample: the rows of the gradient that it adds to, inside 0..N. None for all.
-    pub(crate) rows: Option<&'a [Window]>,
-    /// Of each sample: the columns of the gradient that it adds to, inside 0..C. None for all.
-    pub(crate) columns: Option<&'a [Window]>,
+    pub(crate) routed: &'a [f32], // [panels(C), T, PANEL], zero outside of the window in the panels that it meets
+    pub(crate) window: Window,    // inside 0..C
+    pub(crate) other: &'a [f32],  // [T, M]
 }
 
-impl Outer<'_> {
-    /// Whether `sample` adds to any of `rows`.
-    fn touches(&self, sample: usize, rows: &Range<usize>) -> bool {
-        self.rows.is_none_or(|windows| windows[sample].start < rows.end && rows.start < windows[sample].end())
-    }
-
-    /// The part of `panel` that `sample` adds to.
-    fn part(&self, sample: usize, panel: usize) -> Part {
-        let whole = Part { first: 0, halves: 2 };
-        self.columns.map_or(whole, |windows| part(windows[sample], panel).unwrap_or_default())
-    }
+/// How a weight lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lies {
+    /// `[C, M]`: it writes the windows.
+    RoutedRows,
+    /// `[M, C]`: it reads the windows.
+    RoutedColumns,
 }
 
-/// Most samples that are summed in registers.
-const MOST_SAMPLES: usize = 16;
-/// Numbers of `h` that stay in a core's cache while rows of the gradient go over them.
-const RESIDENT: usize = 224 << 10;
+/// Most samples that are summed in registers: bits of a set.
+const MOST_SAMPLES: usize = u64::BITS as usize;
+/// Most tokens that are summed in registers: a panel of them stays in a core's cache.
+const MOST_TOKENS: usize = 4096;
+/// Fewest channels of a tile, where there are more: a smaller one is bound by the latency of its sums.
+const FEWEST_CHANNELS: usize = 4;
 
-/// `dw (+)= sum of terms`, `dw` `[N, C]`. The sums are over whole samples in their order, whatever the number of threads.
-pub(crate) fn weight_gradient(dw: &mut [f32], add: bool, n: usize, c: usize, terms: &[Outer]) {
-    let height = 2 * tile_rows();
-    let stride = height.next_multiple_of(A_STRIDE);
-    dw.par_chunks_mut(height * c).enumerate().for_each(|(chunk, dw)| {
-        let rows = chunk * height..chunk * height + dw.len() / c;
-        let mut add = add;
-        for term in terms {
-            let at_once = (RESIDENT / (term.tokens * panels(c) * PANEL).max(1)).clamp(1, MOST_SAMPLES);
-            for first in (0..term.samples).step_by(at_once) {
-                let samples = first..(first + at_once).min(term.samples);
-                scratch::with(samples.len() * term.tokens * stride, |packed| {
-                    for (sample, to) in samples.clone().zip(packed.chunks_exact_mut(term.tokens * stride)) {
-                        if term.touches(sample, &rows) {
-                            let g = &term.g[sample * term.tokens * n + rows.start..(sample + 1) * term.tokens * n];
-                            gather_columns(to, stride, g, rows.len(), term.tokens, n);
-                        }
-                    }
-                    for tile in row_tiles(rows.len()) {
-                        let dw = &mut dw[tile.start * c..tile.end * c];
-                        let packed = &packed[tile.start..];
-                        let tile = rows.start + tile.start..rows.start + tile.end;
-                        rows_of_weight_gradient(dw, add, c, term, samples.clone(), tile, packed, stride);
-                    }
-                });
-                add = true;
+/// `dw (+)= sum over samples`. The channels are the rows of a tile, so that a window is rounded by a few channels at most;
+/// the sums are over whole samples in their order, whatever the number of threads.
+pub(crate) fn weight_gradient<'a>(
+    dw: &mut [f32],
+    add: bool,
+    lies: Lies,
+    [c, m]: [usize; 2],
+    samples: usize,
+    sample: impl Fn(usize) -> Outer<'a> + Sync,
+) {
+    assert!(dw.len() == c * m, "a gradient of another size than its weight");
+    let dw = Shared::new(dw);
+    (0..panels(m)).into_par_iter().for_each(|panel| {
+        let (mut add, mut first) = (add, 0);
+        while first < samples {
+            let mut group = [Outer { routed: &[], window: Window { start: 0, width: 0 }, other: &[] }; MOST_SAMPLES];
+            let (mut count, mut tokens) = (0, 0);
+            while count < MOST_SAMPLES && first + count < samples {
+                let next = sample(first + count);
+                if count > 0 && tokens + next.other.len() / m > MOST_TOKENS {
+                    break;
+                }
+                group[count] = next;
+                tokens += next.other.len() / m;
+                count += 1;
             }
+            panel_of_weight_gradient(&dw, add, lies, [c, m], panel, &group[..count], tokens);
+            first += count;
+            add = true;
         }
     });
 }
 
-/// `packed` holds the columns of g that belong to `rows`, `[samples, T, stride]`.
-#[expect(clippy::too_many_arguments, reason = "one use")]
-fn rows_of_weight_gradient(
-    dw: &mut [f32], // [rows, C]
+/// Columns `panel` of M.
+fn panel_of_weight_gradient(
+    dw: &Shared,
     add: bool,
-    c: usize,
-    term: &Outer,
-    samples: Range<usize>,
-    rows: Range<usize>,
-    packed: &[f32],
-    stride: usize,
+    lies: Lies,
+    [c, m]: [usize; 2],
+    panel: usize,
+    group: &[Outer],
+    tokens: usize,
 ) {
-    let tokens = term.tokens;
-    let mut tile = Tile::new();
-    // Products with the columns of a panel from `first` on.
-    let mut product = |panel: usize, Part { first, halves }: Part| {
-        let mut segments = [Segment { a: &[], b: &[], len: 0 }; MOST_SAMPLES];
-        let mut count = 0;
-        for sample in samples.clone().filter(|&sample| term.touches(sample, &rows)) {
-            if term.part(sample, panel).first < first + halves * HALF && first < term.part(sample, panel).end() {
-                segments[count] = Segment {
-                    a: &packed[(sample - samples.start) * tokens * stride..],
-                    b: &term.h[(sample * panels(c) + panel) * tokens * PANEL + first..],
-                    len: tokens,
-                };
-                count += 1;
-            }
+    let columns = panel * PANEL..((panel + 1) * PANEL).min(m);
+    scratch::with(tokens * PANEL, |mut packed| {
+        let mut others = [&[][..]; MOST_SAMPLES];
+        for (sample, other) in group.iter().zip(&mut others) {
+            let tokens = sample.other.len() / m;
+            let to = packed.split_off_mut(..tokens * PANEL).expect("room for all tokens");
+            pack_panel(to, sample.other, panel, m, tokens, m);
+            *other = to;
         }
-        let start = panel * PANEL + first;
-        let columns = start..(start + halves * HALF).min(c);
-        if columns.is_empty() || count == 0 && add {
-            return;
+        let mut tile = Tile::new();
+        for first in (0..c).step_by(PANEL) {
+            channel_tiles(first..(first + PANEL).min(c), group, |channels, set| {
+                if set == 0 && add {
+                    return;
+                }
+                let mut segments = [Segment { a: &[], b: &[], len: 0 }; MOST_SAMPLES];
+                let (mut count, mut rest) = (0, set);
+                while rest != 0 {
+                    let sample = rest.trailing_zeros() as usize;
+                    let b = others[sample];
+                    let a = &group[sample].routed[first / PANEL * b.len() + channels.start - first..];
+                    segments[count] = Segment { a, b, len: b.len() / PANEL };
+                    (count, rest) = (count + 1, rest & (rest - 1));
+                }
+                let halves = columns.len().div_ceil(HALF);
+                multiply(&mut tile, channels.len(), halves, Rows::Interleaved(PANEL), &segments[..count]);
+                match lies {
+                    Lies::RoutedRows => {
+                        for (channel, sums) in channels.zip(&tile.rows) {
+                            // SAFETY: these columns of all rows belong to this panel's task alone.
+                            let to = unsafe { dw.slice(channel * m + columns.start..channel * m + columns.end) };
+                            if add { add_assign(to, &sums[..to.len()]) } else { copy_row(to, sums) }
+                        }
+                    }
+                    Lies::RoutedColumns => {
+                        // SAFETY: these rows belong to this panel's task alone.
+                        let to = unsafe { dw.slice(columns.start * c + channels.start..columns.end * c) };
+                        write_transposed(to, &tile, channels.len(), columns.len(), c, add);
+                    }
+                }
+            });
         }
-        let halves = columns.len().div_ceil(HALF);
-        multiply(&mut tile, rows.len(), halves, Rows::Interleaved(stride), &segments[..count]);
-        if add {
-            add_tile(&mut dw[columns.start..], &tile, rows.len(), columns.len(), c);
-        } else {
-            write_tile(&mut dw[columns.start..], &tile, rows.len(), columns.len(), c);
+    });
+}
+
+/// Calls `work` with tiles of the channels of a panel, and for each the set of samples whose windows meet it.
+fn channel_tiles(panel: Range<usize>, group: &[Outer], mut work: impl FnMut(Range<usize>, u64)) {
+    // Samples whose windows start or end at a channel; then those that hold it.
+    let mut sets = [0u64; PANEL + 1];
+    for (i, sample) in group.iter().enumerate() {
+        let (start, end) = (sample.window.start.max(panel.start), sample.window.end().min(panel.end));
+        if start < end {
+            sets[start - panel.start] ^= 1 << i;
+            sets[end - panel.start] ^= 1 << i;
         }
-    };
-    for panel in 0..panels(c) {
-        let whole = |sample| matches!(term.part(sample, panel).halves, 0 | 2);
-        if samples.clone().all(whole) {
-            product(panel, Part { first: 0, halves: 2 });
-        } else {
-            product(panel, Part { first: 0, halves: 1 });
-            product(panel, Part { first: HALF, halves: 1 });
+    }
+    for i in 1..PANEL {
+        sets[i] ^= sets[i - 1];
+    }
+    let (mut start, end) = (0, panel.len());
+    while start < end {
+        let (mut stop, mut set) = (start + 1, sets[start]);
+        while stop < end && (sets[stop] == set || stop - start < FEWEST_CHANNELS) {
+            set |= sets[stop];
+            stop += 1;
         }
+        for tile in row_tiles(stop - start) {
+            let start = panel.start + start;
+            work(start + tile.start..start + tile.end, set);
+        }
+        start = stop;
     }
 }
 

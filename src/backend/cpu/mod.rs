@@ -6,5 +6,6 @@ pub mod gemm;
 pub mod pack;
 pub mod profile;
 pub mod scratch;
+pub mod shared;
 pub mod simd;
 pub mod tile;

@@ -1,7 +1,8 @@
 //! Operands of products in the layouts that [`super::tile`] reads.
 
 use super::simd::{Level, level, simd_fn};
-use super::tile::{A_STRIDE, HALF, PANEL};
+use super::tile::{HALF, PANEL, panels};
+use crate::routing::Window;
 
 /// Interleaves `rows` rows (`stride` apart) of `len` elements: `to[k * to_stride + i] = from[i * stride + k]`. Elements of
 /// `to` that belong to no row, up to the next multiple of 8, may be overwritten.
@@ -83,28 +84,6 @@ mod transpose {
     }
 }
 
-simd_fn! {
-    /// Packs rows that lie side by side in every line: `to[k * to_stride + i] = from[k * stride + i]`, for the transpose of a
-    /// row-major matrix. `to_stride` is [`A_STRIDE`] or twice that.
-    pub fn gather_columns<F>(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, len: usize, stride: usize) {
-        match to_stride {
-            A_STRIDE => gather::<A_STRIDE>(to, from, rows, len, stride),
-            _ => gather::<{ 2 * A_STRIDE }>(to, from, rows, len, stride),
-        }
-    }
-}
-
-/// Copies of constant length; what lies beyond the rows is never read.
-#[inline(always)]
-fn gather<const N: usize>(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
-    for (to, from) in to.as_chunks_mut::<N>().0.iter_mut().zip(from.chunks(stride)).take(len) {
-        match from.first_chunk() {
-            Some(from) => *to = *from,
-            None => to[..rows].copy_from_slice(&from[..rows]),
-        }
-    }
-}
-
 /// Packs panel `panel` of `B = W^T`, W row-major `[n, len]`: `to[k * PANEL + j] = w[(panel * PANEL + j) * len + k]`.
 pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, len: usize) {
     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
@@ -129,9 +108,18 @@ simd_fn! {
     }
 }
 
+simd_fn! {
+    /// Row `i` of panels `[panels, t, PANEL]` from a line: of those panels that the window meets, all columns.
+    pub fn scatter<F>(to: &mut [f32], line: &[f32], window: Window, i: usize, t: usize) {
+        let lines = line.as_chunks::<PANEL>().0;
+        for panel in window.start / PANEL..panels(window.end()) {
+            to[(panel * t + i) * PANEL..][..PANEL].copy_from_slice(&lines[panel]);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::tile::{MAX_ROWS, panels};
     use super::*;
 
     fn numbers(seed: usize, n: usize) -> Vec<f32> {
@@ -156,12 +144,6 @@ mod tests {
                         "panel {panel} of {n} x {len}"
                     );
                 }
-            }
-            let rows = n.min(MAX_ROWS);
-            let mut columns = vec![f32::NAN; len * A_STRIDE];
-            gather_columns(&mut columns, A_STRIDE, &w, rows.min(len), n, len);
-            for (k, i) in (0..n.min(len)).flat_map(|k| (0..rows.min(len)).map(move |i| (k, i))) {
-                assert_eq!(columns[k * A_STRIDE + i], w[k * len + i]);
             }
         }
     }

@@ -10,6 +10,7 @@
 //! own, and neither does a window of output channels (a range of panels, to the half). Every element of C is one chain of
 //! additions in the order of k: the result depends on the operands alone, neither on the threads nor on the tile.
 
+use super::pack::interleave;
 use super::simd::{Level, level, simd_fn};
 
 /// Columns of a panel of B, and of a tile.
@@ -43,6 +44,16 @@ pub fn panels(columns: usize) -> usize {
 pub fn row_tiles(rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> + Clone {
     let count = rows.div_ceil(tile_rows());
     (0..count).map(move |i| i * rows / count..(i + 1) * rows / count)
+}
+
+/// Calls `$kernel::<ROWS, STRIDE>` with the number of rows as a constant.
+macro_rules! by_rows {
+    ($rows:expr, $kernel:ident::<$stride:tt> $args:tt, [$($n:literal)*]) => {
+        match $rows {
+            $($n => $kernel::<$n, $stride> $args,)*
+            _ => unreachable!("more rows than a tile has"),
+        }
+    };
 }
 
 /// The result of a kernel: row i is `rows[i]`, of which only the columns asked for are defined.
@@ -96,6 +107,35 @@ simd_fn! {
     pub fn write_tile<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize) {
         for (i, row) in tile.rows[..rows].iter().enumerate() {
             copy_row(&mut to[i * stride..][..width], row);
+        }
+    }
+}
+
+simd_fn! {
+    /// Writes (`add`: adds) the first `width` columns of `rows` rows as lines: column j to `to[j * stride..][..rows]`.
+    pub fn write_transposed<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize, add: bool) {
+        let mut columns = Columns([[0.0; A_STRIDE]; PANEL]);
+        interleave(columns.0.as_flattened_mut(), A_STRIDE, tile.rows.as_flattened(), rows, width, PANEL);
+        let columns = &columns.0[..width];
+        if add {
+            by_rows!(rows, narrow::<true>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
+        } else {
+            by_rows!(rows, narrow::<false>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
+        }
+    }
+}
+
+/// A transposed tile.
+#[repr(align(64))]
+struct Columns([[f32; A_STRIDE]; PANEL]);
+
+/// Writes the first `N` numbers of each column; a constant length needs no call.
+#[inline(always)]
+fn narrow<const N: usize, const ADD: bool>(to: &mut [f32], columns: &[[f32; A_STRIDE]], stride: usize) {
+    for (to, column) in to.chunks_mut(stride).zip(columns) {
+        let to = to.first_chunk_mut::<N>().expect("a line holds the rows of a tile");
+        for i in 0..N {
+            to[i] = if ADD { to[i] + column[i] } else { column[i] };
         }
     }
 }
@@ -186,16 +226,6 @@ pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, segme
         Level::Baseline => {}
     }
     plain::multiply(tile, rows, halves, layout, segments);
-}
-
-/// Calls `$kernel::<ROWS, STRIDE>` with the number of rows as a constant.
-macro_rules! by_rows {
-    ($rows:expr, $kernel:ident::<$stride:tt> $args:tt, [$($n:literal)*]) => {
-        match $rows {
-            $($n => $kernel::<$n, $stride> $args,)*
-            _ => unreachable!("more rows than a tile has"),
-        }
-    };
 }
 
 #[cfg(target_arch = "x86_64")]

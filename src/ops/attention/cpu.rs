@@ -6,10 +6,10 @@
 use crate::backend::cpu::pack::{interleave, pack_panel};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
+use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{exp, fma, simd_fn, sum_by};
 use crate::backend::cpu::tile::{A_STRIDE, HALF, PANEL, Rows, STRIP, Segment, Tile, multiply, panels, row_tiles};
 use rayon::prelude::*;
-use std::marker::PhantomData;
 use std::ops::Range;
 
 #[derive(Clone, Copy)]
@@ -26,31 +26,6 @@ fn queries_at_once(keys: usize) -> usize {
         0..=384 => 128,
         385..=768 => 64,
         _ => PANEL,
-    }
-}
-
-/// Numbers written by several heads at the same time, each its own.
-struct Shared<'a> {
-    data: *mut f32,
-    len: usize,
-    of: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: `slice` is only called for parts that no other thread has, see its contract.
-unsafe impl Sync for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    fn new(data: &'a mut [f32]) -> Self {
-        Shared { data: data.as_mut_ptr(), len: data.len(), of: PhantomData }
-    }
-
-    /// # Safety
-    /// Nobody else may hold any of these numbers for as long as the result lives.
-    #[expect(clippy::mut_from_ref, reason = "disjoint parts of one borrow, by the contract")]
-    unsafe fn slice(&self, range: Range<usize>) -> &mut [f32] {
-        assert!(range.start <= range.end && range.end <= self.len, "head outside of its data");
-        // SAFETY: in bounds of a slice that stays mutably borrowed; unshared by the contract.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
     }
 }
 

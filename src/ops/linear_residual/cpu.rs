@@ -1,12 +1,14 @@
 //! The CPU version: packed rows times the panels of the weight, of which a window is a range; bias, gate and residual are
 //! applied to each tile while it is in cache.
 
-use crate::backend::cpu::pack::{interleave, pack_panel, pack_panel_transposed};
+use crate::backend::cpu::pack::{interleave, pack_panel, pack_panel_transposed, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, simd_fn};
-use crate::backend::cpu::tile::{A_STRIDE, HALF, PANEL, Rows, Segment, Tile, add_tile, multiply, panels, write_tile};
-use crate::ops::products::{Outer, RowTile, batches, columns, packed_len, part, weight_gradient};
+use crate::backend::cpu::tile::{
+    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Tile, add_tile, multiply, panels, write_tile,
+};
+use crate::ops::products::{Lies, Outer, RowTile, batches, columns, packed_len, part, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -139,59 +141,54 @@ pub struct Gradients<'a> {
     pub add: bool,                  // add to dweight and dbias
 }
 
-/// Memory for the time of the call.
-pub struct Scratch<'a> {
-    pub dz: &'a mut [f32],          // [B, T, C]
-    pub dbias_parts: &'a mut [f32], // [B, C]
-}
-
 /// The gradients of `a`, the gate, weight and bias; those of base and bypass are `dout` itself.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     grads: Gradients,
-    scratch: Scratch,
-    dout: &[f32],   // [B, T, C]
-    a: &[f32],      // [B, T, K]
-    weight: &[f32], // [C, K]
+    dbias_parts: &mut [f32], // [B, C], for the time of the call
+    dout: &[f32],            // [B, T, C]
+    a: &[f32],               // [B, T, K]
+    weight: &[f32],          // [C, K]
     gate: Gate,
     z: &[f32],        // [B, T, C]
     write: &[Window], // B
     Dims { b, t, c, k }: Dims,
 ) {
     let Gradients { da, fresh_da, dmodulation, dweight, dbias, add } = grads;
-    let Scratch { dz, dbias_parts } = scratch;
     let numbers = b * t * (2 * k + 3 * c) + 2 * c * k;
     let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
     let samples = samples_per_block(b, t);
     let stride = gate.stride;
-    let wide = panels(k) * PANEL;
-    scratch::with(wide * c + b * t * wide, |buffer| {
-        let (panels_of_w, panels_of_a) = buffer.split_at_mut(wide * c);
+    let (wide_c, wide_k) = (panels(c) * PANEL, panels(k) * PANEL);
+    scratch::with(wide_k * c + b * t * wide_c, |buffer| {
+        let (panels_of_w, dz) = buffer.split_at_mut(wide_k * c);
         panels_of_w
             .par_chunks_mut(c * PANEL)
             .enumerate()
             .for_each(|(panel, to)| pack_panel(to, weight, panel, k, c, k));
-        let inputs = BackwardInputs { dout, a, panels_of_w, gate, z, write, t, c, k };
-        dz.par_chunks_mut(samples * t * c)
+        let inputs = BackwardInputs { dout, panels_of_w, gate, z, write, t, c, k };
+        dz.par_chunks_mut(samples * t * wide_c)
             .zip(da.par_chunks_mut(samples * t * k))
-            .zip(panels_of_a.par_chunks_mut(samples * t * wide))
             .zip(dmodulation.par_chunks_mut(samples * stride))
             .zip(dbias_parts.par_chunks_mut(samples * c))
             .enumerate()
-            .for_each(|(block, ((((dz, da), panels_of_a), dmodulation), dbias))| {
+            .for_each(|(block, (((dz, da), dmodulation), dbias))| {
                 let each = dz
-                    .chunks_exact_mut(t * c)
+                    .chunks_exact_mut(t * wide_c)
                     .zip(da.chunks_exact_mut(t * k))
-                    .zip(panels_of_a.chunks_exact_mut(t * wide))
                     .zip(dmodulation.chunks_exact_mut(stride))
                     .zip(dbias.chunks_exact_mut(c));
-                for (s, ((((dz, da), panels_of_a), dmodulation), dbias)) in each.enumerate() {
+                for (s, (((dz, da), dmodulation), dbias)) in each.enumerate() {
                     let dgate = &mut dmodulation[gate.offset..][..c];
-                    inputs.sample(block * samples + s, dz, da, fresh_da, panels_of_a, dgate, dbias);
+                    inputs.sample(block * samples + s, dz, da, fresh_da, dgate, dbias);
                 }
             });
-        let outer = Outer { g: dz, h: panels_of_a, samples: b, tokens: t, rows: Some(write), columns: None };
-        weight_gradient(dweight, add, c, k, &[outer]);
+        let dz = &*dz;
+        weight_gradient(dweight, add, Lies::RoutedRows, [c, k], b, |i| Outer {
+            routed: &dz[i * t * wide_c..][..t * wide_c],
+            window: write[i],
+            other: &a[i * t * k..][..t * k],
+        });
     });
     if !add {
         dbias.fill(0.0);
@@ -204,7 +201,6 @@ pub fn backward(
 /// What backward reads of all samples.
 struct BackwardInputs<'a> {
     dout: &'a [f32],
-    a: &'a [f32],
     panels_of_w: &'a [f32], // [panels(K), C, PANEL]
     gate: Gate<'a>,
     z: &'a [f32],
@@ -215,43 +211,41 @@ struct BackwardInputs<'a> {
 }
 
 impl BackwardInputs<'_> {
-    /// One sample: `dz`, `da`, the panels of `a`, and the sums over tokens.
-    #[expect(clippy::too_many_arguments, reason = "those of one sample")]
+    /// One sample: `dz` in the panels that its window meets, `da`, and the sums over tokens.
     fn sample(
         &self,
         sample: usize,
-        dz: &mut [f32], // [T, C]
+        dz: &mut [f32], // [panels(C), T, PANEL]
         da: &mut [f32], // [T, K]
         fresh_da: bool,
-        panels_of_a: &mut [f32], // [panels(K), T, PANEL]
-        dgate: &mut [f32],       // [C]
-        dbias: &mut [f32],       // [C]
+        dgate: &mut [f32], // [C]
+        dbias: &mut [f32], // [C]
     ) {
         let (t, c, k) = (self.t, self.c, self.k);
         let window = self.write[sample];
-        let range = window.range();
+        let (range, wide) = (window.range(), panels(c) * PANEL);
         let gate = &self.gate.of(sample, c)[range.clone()];
         dbias.fill(0.0);
         let mut tile = Tile::new();
-        scratch::with(packed_len(t, window.width), |packed| {
+        let packed_len = packed_len(t, window.width);
+        scratch::with(packed_len + MAX_ROWS * wide, |buffer| {
+            let (packed, lines) = buffer.split_at_mut(packed_len);
+            lines.fill(0.0);
             batches(0..t, t, window.width, |tiles| {
-                for i in tiles[0].rows.start..tiles[tiles.len() - 1].rows.end {
-                    let row = (sample * t + i) * c;
-                    let dz = &mut dz[i * c..][..c];
-                    dz[..range.start].fill(0.0);
-                    dz[range.end..].fill(0.0);
-                    gate_backward(
-                        &mut dz[range.clone()],
-                        &mut dgate[range.clone()],
-                        &mut dbias[range.clone()],
-                        &self.dout[row..][range.clone()],
-                        &self.z[row..][range.clone()],
-                        gate,
-                    );
-                }
                 for (tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(window.width * A_STRIDE)) {
-                    let from = &dz[tile.rows.start * c + window.start..];
-                    interleave(packed, A_STRIDE, from, tile.rows.len(), window.width, c);
+                    for (i, line) in tile.rows.clone().zip(lines.chunks_exact_mut(wide)) {
+                        let row = (sample * t + i) * c;
+                        gate_backward(
+                            &mut line[range.clone()],
+                            &mut dgate[range.clone()],
+                            &mut dbias[range.clone()],
+                            &self.dout[row..][range.clone()],
+                            &self.z[row..][range.clone()],
+                            gate,
+                        );
+                        scatter(dz, line, window, i, t);
+                    }
+                    interleave(packed, A_STRIDE, &lines[window.start..], tile.rows.len(), window.width, wide);
                 }
                 for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
@@ -271,10 +265,6 @@ impl BackwardInputs<'_> {
                 }
             });
         });
-        let a = &self.a[sample * t * k..][..t * k];
-        for (panel, to) in panels_of_a.chunks_exact_mut(t * PANEL).enumerate() {
-            pack_panel(to, a, panel, k, t, k);
-        }
     }
 }
 

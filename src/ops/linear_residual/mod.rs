@@ -220,7 +220,6 @@ impl Saved {
         if fresh {
             dmodulation.fill(0.0);
         }
-        let mut dz = tape.take(b * t * c);
         let mut dbias_parts = tape.take(b * c);
         let (values, grads) = tape.split();
         let add = grads.add;
@@ -228,7 +227,7 @@ impl Saved {
         let modulation = values.value(self.gate.var);
         cpu::backward(
             cpu::Gradients { da: &mut da, fresh_da, dmodulation: &mut dmodulation, dweight, dbias, add },
-            cpu::Scratch { dz: &mut dz, dbias_parts: &mut dbias_parts },
+            &mut dbias_parts,
             &dout,
             values.value(self.a),
             values.weight(self.linear.weight),
@@ -239,7 +238,6 @@ impl Saved {
         );
         tape.put_grad(self.a, da);
         tape.put_grad(self.gate.var, dmodulation);
-        tape.give(dz);
         tape.give(dbias_parts);
 
         if let Some((x, windows)) = self.residual.bypass {

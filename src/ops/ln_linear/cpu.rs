@@ -2,14 +2,14 @@
 //! window is a range; correction, bias and GELU are applied to each tile while it is in cache.
 
 use super::{Activation, EPS};
-use crate::backend::cpu::pack::{interleave, pack_panel, pack_panel_transposed};
+use crate::backend::cpu::pack::{interleave, pack_panel, pack_panel_transposed, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
     A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, panels, tile_rows, write_tile,
 };
-use crate::ops::products::{Outer, RowTile, batches, packed_len, part, weight_gradient};
+use crate::ops::products::{Lies, Outer, RowTile, batches, packed_len, part, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -301,7 +301,11 @@ pub fn backward(
             });
 
         let (g, h, pq) = (&*dy, &*h, &*pq);
-        let tokens = Outer { g, h, samples: b, tokens: t, rows: None, columns: Some(read) };
+        let of_sample = |i: usize| Outer {
+            routed: &h[i * t * wide..][..t * wide],
+            window: read[i],
+            other: &g[i * t * n..][..t * n],
+        };
         if correction.is_some() {
             inactive_gradient(dmodulation, pq, read, modulation, panels_of_w, n, c);
             scratch::with(2 * b * (c + wide), |buffer| {
@@ -310,11 +314,12 @@ pub fn backward(
                 for (panel, to) in inactive.chunks_exact_mut(2 * b * PANEL).enumerate() {
                     pack_panel(to, lines, panel, c, 2 * b, c);
                 }
-                let outside = Outer { g: pq, h: inactive, samples: 1, tokens: 2 * b, rows: None, columns: None };
-                weight_gradient(dweight, add, n, c, &[tokens, outside]);
+                let outside = Outer { routed: inactive, window: Window { start: 0, width: c }, other: pq };
+                let sample = |i| if i < b { of_sample(i) } else { outside };
+                weight_gradient(dweight, add, Lies::RoutedColumns, [c, n], b + 1, sample);
             });
         } else {
-            weight_gradient(dweight, add, n, c, &[tokens]);
+            weight_gradient(dweight, add, Lies::RoutedColumns, [c, n], b, of_sample);
         }
         if !add {
             dbias.fill(0.0);
@@ -405,7 +410,7 @@ impl BackwardInputs<'_> {
                         self.mean[row],
                         self.rstd[row],
                     );
-                    scatter(h, &line[window.start / PANEL * PANEL..], window.start / PANEL, panels(window.end()), i, t);
+                    scatter(h, line, window, i, t);
                 }
             });
         });
@@ -499,15 +504,6 @@ simd_fn! {
     fn gelu_tile<F>(tile: &mut Tile, rows: usize) {
         for x in tile.rows[..rows].as_flattened_mut() {
             *x = gelu::<F>(*x);
-        }
-    }
-}
-
-simd_fn! {
-    /// Row `i` of panels `first..end` `[t, PANEL]` from a line.
-    fn scatter<F>(to: &mut [f32], line: &[f32], first: usize, end: usize, i: usize, t: usize) {
-        for (panel, line) in (first..end).zip(line.as_chunks::<PANEL>().0) {
-            to[(panel * t + i) * PANEL..][..PANEL].copy_from_slice(line);
         }
     }
 }

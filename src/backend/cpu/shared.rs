@@ -1,0 +1,30 @@
+//! Numbers of which several threads write different parts, where the parts are no chunks.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// A mutable slice that is handed out in parts.
+pub struct Shared<'a> {
+    data: *mut f32,
+    len: usize,
+    of: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: `slice` is only called for parts that no other thread has, see its contract.
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    /// All of `data`.
+    pub fn new(data: &'a mut [f32]) -> Self {
+        Shared { data: data.as_mut_ptr(), len: data.len(), of: PhantomData }
+    }
+
+    /// # Safety
+    /// Nobody else may hold any of these numbers for as long as the result lives.
+    #[expect(clippy::mut_from_ref, reason = "disjoint parts of one borrow, by the contract")]
+    pub unsafe fn slice(&self, range: Range<usize>) -> &mut [f32] {
+        assert!(range.start <= range.end && range.end <= self.len, "a part outside of its data");
+        // SAFETY: in bounds of a slice that stays mutably borrowed; unshared by the contract.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+}
