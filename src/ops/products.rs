@@ -5,7 +5,7 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, copy_row, multiply, panels, row_tiles, tile_rows, write_transposed,
+    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, copy_row, multiply, panels, row_tiles, write_transposed,
 };
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -153,12 +153,12 @@ fn panel_of_weight_gradient(
             *other = to;
         }
         let mut tile = Tile::new();
+        let mut segments = [Segment { a: &[], b: &[], len: 0 }; MOST_SAMPLES];
         for first in (0..c).step_by(PANEL) {
             channel_tiles(first..(first + PANEL).min(c), group, |channels, set| {
                 if set == 0 && add {
                     return;
                 }
-                let mut segments = [Segment { a: &[], b: &[], len: 0 }; MOST_SAMPLES];
                 let (mut count, mut rest) = (0, set);
                 while rest != 0 {
                     let sample = rest.trailing_zeros() as usize;

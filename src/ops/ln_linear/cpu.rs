@@ -522,20 +522,23 @@ simd_fn! {
     fn sums_over_tokens<F>(pq: &mut [f32], dr: &mut [f32], g: &[f32], mean: &[f32], rstd: &[f32], u: &[f32]) {
         let n = pq.len() / 2;
         let (p, q) = pq.split_at_mut(n);
-        dr.fill(0.0);
-        for (t, g) in g.chunks_exact(n).enumerate() {
-            if u.is_empty() {
+        if u.is_empty() {
+            dr.fill(0.0);
+            for g in g.chunks_exact(n) {
                 for (q, &g) in q.iter_mut().zip(g) {
                     *q += g;
                 }
-                continue;
             }
-            let r = -mean[t] * rstd[t];
+            return;
+        }
+        let u = &u[..n];
+        for (((g, dr), mean), rstd) in g.chunks_exact(n).zip(dr).zip(mean).zip(rstd) {
+            let r = -mean * rstd;
             for ((q, p), &g) in q.iter_mut().zip(&mut *p).zip(g) {
                 *q += g;
                 *p = fma::<F>(r, g, *p);
             }
-            dr[t] = sum_by(n, |i| g[i] * u[i]);
+            *dr = sum_by(n, |i| g[i] * u[i]);
         }
     }
 }
