@@ -128,29 +128,51 @@ pub fn gelu_derivative<const FMA: bool>(x: f32) -> f32 {
 /// Partial sums of a vectorised reduction.
 pub const LANES: usize = 16;
 
-/// `sum f(i)` over `0..n` in [`LANES`] interleaved partial sums: a fixed order that vectorises.
+/// The sum of the lanes of a vector, halves first.
 #[inline(always)]
-pub fn sum_by(n: usize, f: impl Fn(usize) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let whole = n / LANES * LANES;
-    let mut i = 0;
-    while i < whole {
-        for (l, lane) in lanes.iter_mut().enumerate() {
-            *lane += f(i + l);
+pub fn sum_lanes(lanes: [f32; LANES]) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|l| lanes[l] + lanes[l + 8]);
+    let four: [f32; 4] = std::array::from_fn(|l| eight[l] + eight[l + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
+}
+
+/// Adds `f` of the first `count` elements of some vectors to the lanes of each sum.
+#[inline(always)]
+fn add_lanes<const N: usize, const M: usize>(
+    lanes: &mut [[f32; LANES]; M],
+    vectors: [&[f32; LANES]; N],
+    count: usize,
+    f: &impl Fn([f32; N]) -> [f32; M],
+) {
+    for l in 0..LANES {
+        let terms = f(vectors.map(|vector| vector[l]));
+        for (lanes, term) in lanes.iter_mut().zip(terms) {
+            lanes[l] += if l < count { term } else { 0.0 };
         }
-        i += LANES;
     }
-    for (l, lane) in lanes.iter_mut().enumerate().take(n - whole) {
-        *lane += f(whole + l);
+}
+
+/// `M` sums of `f(slices[0][i], slices[1][i], ..)` over the elements of slices of one length, in [`LANES`] interleaved
+/// partial sums: a fixed order that vectorises.
+#[inline(always)]
+pub fn sum_by<const N: usize, const M: usize>(slices: [&[f32]; N], f: impl Fn([f32; N]) -> [f32; M]) -> [f32; M] {
+    // Arrays, since a check of bounds inside of the loop keeps it scalar.
+    let chunks = slices.map(|slice| slice.as_chunks::<LANES>());
+    let whole = chunks.iter().map(|(whole, _)| whole.len()).min().unwrap_or(0);
+    let mut lanes = [[0.0f32; LANES]; M];
+    for i in 0..whole {
+        add_lanes(&mut lanes, chunks.map(|(whole, _)| &whole[i]), LANES, &f);
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for l in 0..width {
-            lanes[l] += lanes[l + width];
-        }
-        width /= 2;
+    let count = chunks.iter().map(|(_, rest)| rest.len()).min().unwrap_or(0);
+    if count > 0 {
+        let rest = chunks.map(|(_, rest)| {
+            let mut vector = [0.0; LANES];
+            vector[..rest.len()].copy_from_slice(rest);
+            vector
+        });
+        add_lanes(&mut lanes, rest.each_ref(), count, &f);
     }
-    lanes[0]
+    lanes.map(sum_lanes)
 }
 
 simd_fn! {
@@ -217,9 +239,13 @@ mod tests {
 
     #[test]
     fn sums_add_every_element_once() {
-        for n in [0, 1, 15, 16, 17, 100] {
-            assert_eq!(sum_by(n, |i| (i + 1) as f32), (n * (n + 1) / 2) as f32);
+        for n in [0, 1, 15, 16, 17, 31, 100] {
+            let (x, y) = ((1..=n).map(|i| i as f32).collect::<Vec<_>>(), vec![2.0; n]);
+            // Infinite where a vector has no element.
+            let [sum, product, one] = sum_by([&x, &y], |[x, y]| [x, x * y, x / x]);
+            assert_eq!([sum, product, one], [n * (n + 1) / 2, n * (n + 1), n].map(|expected| expected as f32));
         }
+        assert_eq!(sum_lanes(std::array::from_fn(|l| (1 << l) as f32)), 65535.0);
         let mut sums = vec![1.0; 5];
         let x: Vec<f32> = (0..15).map(|v| v as f32).collect();
         column_sums(&mut sums, &x, true);

@@ -250,7 +250,8 @@ pub fn backward(
 
 simd_fn! {
     fn dot<F>(a: &[f32], b: &[f32]) -> f32 {
-        sum_by(a.len().min(b.len()), |i| a[i] * b[i])
+        let [dot] = sum_by([a, b], |[a, b]| [a * b]);
+        dot
     }
 }
 

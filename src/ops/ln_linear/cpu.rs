@@ -471,8 +471,9 @@ simd_fn! {
         let count = x.len() as f32;
         let (a, w) = (window.range(), window.width);
         let (h, x, shift, scale) = (&mut h[..w], &x[a.clone()], &shift[a.clone()], &scale[a]);
-        let mean = sum_by(w, |i| x[i]) / count;
-        let squares = sum_by(w, |i| (x[i] - mean) * (x[i] - mean));
+        let [sum] = sum_by([x], |[x]| [x]);
+        let mean = sum / count;
+        let [squares] = sum_by([x], |[x]| [(x - mean) * (x - mean)]);
         // The inactive channels are zeros: each adds mean^2.
         let variance = (squares + (count - w as f32) * mean * mean) / count;
         let rstd = 1.0 / (variance + EPS as f32).sqrt();
@@ -538,7 +539,7 @@ simd_fn! {
                 *q += g;
                 *p = fma::<F>(r, g, *p);
             }
-            *dr = sum_by(n, |i| g[i] * u[i]);
+            [*dr] = sum_by([g, u], |[g, u]| [g * u]);
         }
     }
 }
@@ -575,8 +576,10 @@ simd_fn! {
             dshift[i] += dh[i];
             dscale[i] = fma::<F>(dh[i], z, dscale[i]);
         }
-        let sum = sum_by(w, |i| dh[i] * (1.0 + scale[i]));
-        let product = sum_by(w, |i| dh[i] * (1.0 + scale[i]) * ((x[i] - mean) * rstd));
+        let [sum, product] = sum_by([dh, scale, x], |[dh, scale, x]| {
+            let dz = dh * (1.0 + scale);
+            [dz, dz * ((x - mean) * rstd)]
+        });
         let s1 = (sum + dr) * inverse;
         let s2 = (product - mean * rstd * dr) * inverse;
         for i in 0..w {

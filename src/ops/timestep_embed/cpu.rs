@@ -4,7 +4,7 @@ use super::FREQUENCIES;
 use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul_parallel};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
-use crate::backend::cpu::simd::{add_assign, column_sums, fma, sigmoid, simd_fn, sum_by};
+use crate::backend::cpu::simd::{add_assign, column_sums, fma, sigmoid, simd_fn, sum_lanes};
 use rayon::prelude::*;
 
 /// Cosines, then sines, `[B, 256]`: computed in f64, so that only the last rounding is left of the error that
@@ -118,7 +118,7 @@ simd_fn! {
                 }
                 for (r, y) in y.iter_mut().enumerate() {
                     let rest: f32 = (whole..k).map(|i| w[i] * row[r][i]).sum();
-                    *y = sum_by(LANES, |l| sums[r][l]) + rest;
+                    *y = sum_lanes(sums[r]) + rest;
                 }
             }
         }
