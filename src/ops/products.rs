@@ -5,7 +5,7 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, PANEL, Rows, Segment, Tile, copy_row, multiply, panels, row_tiles, write_transposed,
+    HALF, PANEL, Rows, Segment, Tile, copy_row, line_stride, multiply, panels, row_tiles, tile_rows, write_transposed,
 };
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -19,21 +19,39 @@ pub(crate) struct RowTile {
     pub(crate) rows: Range<usize>,
 }
 
-/// Most tiles whose rows are packed at a time.
+/// Most tiles of a batch.
 const MOST_TILES: usize = 24;
-/// Numbers of packed rows that leave room in a core's cache for the panels.
-const PACKED: usize = 1 << 17;
+/// Numbers of the rows of a batch that leave room in a core's cache for the panels.
+const RESIDENT: usize = 1 << 17;
 
-/// Numbers that the packed rows of [`batches`] take.
-pub(crate) fn packed_len(rows: usize, inner: usize) -> usize {
-    tiles_at_once(inner).min(rows) * inner * A_STRIDE
+/// Numbers that the rows of a batch of [`batches`] take as lines [`line_stride`] apart.
+pub(crate) fn lines_len(rows: usize, inner: usize) -> usize {
+    (tiles_at_once(inner) * tile_rows()).min(rows) * line_stride(inner)
 }
 
 fn tiles_at_once(inner: usize) -> usize {
-    (PACKED / (inner * A_STRIDE).max(1)).clamp(1, MOST_TILES)
+    (RESIDENT / (inner * tile_rows()).max(1)).clamp(1, MOST_TILES)
 }
 
-/// Calls `work` with the tiles of `rows`, as many at a time as can stay in cache when packed with `inner` numbers a row.
+/// Numbers that [`spread`] needs for the rows of a batch.
+pub(crate) fn spread_len(rows: usize, inner: usize) -> usize {
+    if line_stride(inner) == inner { 0 } else { lines_len(rows, inner) }
+}
+
+/// Rows of `inner` numbers as lines [`line_stride`] apart: where they are, or copied to `room`.
+pub(crate) fn spread<'a>(room: &'a mut [f32], rows: &'a [f32], inner: usize) -> &'a [f32] {
+    let stride = line_stride(inner);
+    if stride == inner {
+        return rows;
+    }
+    for (line, row) in room.chunks_exact_mut(stride).zip(rows.chunks_exact(inner)) {
+        line[..inner].copy_from_slice(row);
+    }
+    room
+}
+
+/// Calls `work` with the tiles of `rows`, as many at a time as can stay in cache with `inner` numbers a row. Those of a call
+/// follow each other.
 pub(crate) fn batches(rows: Range<usize>, tokens: usize, inner: usize, mut work: impl FnMut(&[RowTile])) {
     let samples = rows.start / tokens..rows.end.div_ceil(tokens);
     let mut tiles = samples.flat_map(|sample| {
@@ -168,7 +186,7 @@ fn panel_of_weight_gradient(
                     (count, rest) = (count + 1, rest & (rest - 1));
                 }
                 let halves = columns.len().div_ceil(HALF);
-                multiply(&mut tile, channels.len(), halves, Rows::Interleaved(PANEL), &segments[..count]);
+                multiply(&mut tile, channels.len(), halves, Rows::interleaved(PANEL), &segments[..count]);
                 match lies {
                     Lies::RoutedRows => {
                         for (channel, sums) in channels.zip(&tile.rows) {
@@ -226,7 +244,8 @@ mod tests {
         for (rows, tokens, inner) in [(0..10, 5, 3), (7..61, 9, 1 << 13), (3..4, 1, 1), (128..256, 256, 384)] {
             let mut seen = Vec::new();
             batches(rows.clone(), tokens, inner, |tiles| {
-                assert!(tiles.len() * inner * A_STRIDE <= packed_len(rows.len(), inner));
+                let of_batch = tiles[tiles.len() - 1].rows.end - tiles[0].rows.start;
+                assert!(of_batch * line_stride(inner) <= lines_len(rows.len(), inner));
                 for tile in tiles {
                     assert!(!tile.rows.is_empty() && tile.rows.len() <= tile_rows());
                     assert!(tile.rows.clone().all(|row| row / tokens == tile.sample));

@@ -1,7 +1,7 @@
 //! Matrix products by tiles that stay in registers: the kernels, and the layouts they read.
 //!
 //! ```text
-//! A   rows of a tile, interleaved: element (row i, inner k) at k * A_STRIDE + i       up to `tile_rows()` rows
+//! A   up to `tile_rows()` rows, at any two distances: see `Rows`
 //! B   panels of 32 columns: element (inner k, column j) at k * PANEL + j
 //! C   a tile of rows x 32 in a small buffer; what to do with it is the caller's epilogue
 //! ```
@@ -17,9 +17,7 @@ use super::simd::{Level, level, simd_fn};
 pub const PANEL: usize = 32;
 /// Columns of half a panel: what a tile is rounded to.
 pub const HALF: usize = PANEL / 2;
-/// Distance between the inner elements of interleaved rows.
-pub const A_STRIDE: usize = 16;
-/// Distance between the rows of a [`Rows::Strided`] operand: 9 cache lines, so that the rows of a tile fall into different
+/// Distance between the rows of a matrix of at most 128 columns: 9 cache lines, so that the rows of a tile fall into different
 /// sets of the cache.
 pub const STRIP: usize = 144;
 /// Most rows of a tile, of all processors.
@@ -40,17 +38,27 @@ pub fn panels(columns: usize) -> usize {
     columns.div_ceil(PANEL)
 }
 
+/// Distance for rows of `len` numbers in scratch memory.
+///
+/// The rows of a tile are read side by side. At a multiple of 4 KB they would all fall into one set of the first cache, which
+/// holds 8 lines: a product took 1.3 times as long.
+#[inline]
+pub fn line_stride(len: usize) -> usize {
+    const WORST: usize = 4096 / size_of::<f32>();
+    if len.is_multiple_of(WORST) { len + HALF } else { len }
+}
+
 /// Splits `rows` into as few tiles as there can be, all of about one size.
 pub fn row_tiles(rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> + Clone {
     let count = rows.div_ceil(tile_rows());
     (0..count).map(move |i| i * rows / count..(i + 1) * rows / count)
 }
 
-/// Calls `$kernel::<ROWS, STRIDE>` with the number of rows as a constant.
+/// Calls `$kernel::<ROWS, ..>` with the number of rows as a constant.
 macro_rules! by_rows {
-    ($rows:expr, $kernel:ident::<$stride:tt> $args:tt, [$($n:literal)*]) => {
+    ($rows:expr, $kernel:ident::<$other:tt> $args:tt, [$($n:literal)*]) => {
         match $rows {
-            $($n => $kernel::<$n, $stride> $args,)*
+            $($n => $kernel::<$n, $other> $args,)*
             _ => unreachable!("more rows than a tile has"),
         }
     };
@@ -114,8 +122,8 @@ simd_fn! {
 simd_fn! {
     /// Writes (`add`: adds) the first `width` columns of `rows` rows as lines: column j to `to[j * stride..][..rows]`.
     pub fn write_transposed<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize, add: bool) {
-        let mut columns = Columns([[0.0; A_STRIDE]; PANEL]);
-        interleave(columns.0.as_flattened_mut(), A_STRIDE, tile.rows.as_flattened(), rows, width, PANEL);
+        let mut columns = Columns([[0.0; HALF]; PANEL]);
+        interleave(columns.0.as_flattened_mut(), HALF, tile.rows.as_flattened(), rows, width, PANEL);
         let columns = &columns.0[..width];
         if add {
             by_rows!(rows, narrow::<true>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
@@ -127,11 +135,11 @@ simd_fn! {
 
 /// A transposed tile.
 #[repr(align(64))]
-struct Columns([[f32; A_STRIDE]; PANEL]);
+struct Columns([[f32; HALF]; PANEL]);
 
 /// Writes the first `N` numbers of each column; a constant length needs no call.
 #[inline(always)]
-fn narrow<const N: usize, const ADD: bool>(to: &mut [f32], columns: &[[f32; A_STRIDE]], stride: usize) {
+fn narrow<const N: usize, const ADD: bool>(to: &mut [f32], columns: &[[f32; HALF]], stride: usize) {
     for (to, column) in to.chunks_mut(stride).zip(columns) {
         let to = to.first_chunk_mut::<N>().expect("a line holds the rows of a tile");
         for i in 0..N {
@@ -186,13 +194,23 @@ impl Drop for Streams {
     }
 }
 
-/// How the rows of A lie in memory.
+/// How the rows of A lie in memory: element (row i, inner k) at `i * row + k * inner`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rows {
-    /// (i, k) at `k * stride + i`.
-    Interleaved(usize),
-    /// (i, k) at `i * STRIP + k`.
-    Strided,
+pub struct Rows {
+    row: usize,
+    inner: usize,
+}
+
+impl Rows {
+    /// Rows side by side: (i, k) at `k * stride + i`.
+    pub fn interleaved(stride: usize) -> Rows {
+        Rows { row: 1, inner: stride }
+    }
+
+    /// Rows of a row-major matrix: (i, k) at `i * stride + k`.
+    pub fn lines(stride: usize) -> Rows {
+        Rows { row: stride, inner: 1 }
+    }
 }
 
 /// A part of the inner dimension: `len` elements of rows of A and of a panel of B.
@@ -211,10 +229,7 @@ pub struct Segment<'a> {
 pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, segments: &[Segment]) {
     assert!((1..=tile_rows()).contains(&rows) && (1..=2).contains(&halves));
     for &Segment { a, b, len } in segments {
-        let last = match layout {
-            Rows::Interleaved(stride) => len.saturating_sub(1) * stride + rows - 1,
-            Rows::Strided => (rows - 1) * STRIP + len.saturating_sub(1),
-        };
+        let last = (rows - 1) * layout.row + len.saturating_sub(1) * layout.inner;
         assert!(len == 0 || last < a.len() && (len - 1) * PANEL + halves * HALF <= b.len(), "an operand is too short");
     }
     #[cfg(target_arch = "x86_64")]
@@ -230,7 +245,7 @@ pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, segme
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{PANEL, Rows, STRIP, Segment, Tile};
+    use super::{PANEL, Rows, Segment, Tile};
     use std::arch::x86_64::{
         __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_stream_ps,
     };
@@ -251,62 +266,36 @@ mod avx512 {
     pub(super) unsafe fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, segments: &[Segment]) {
         // SAFETY: the contract is the same.
         unsafe {
-            match (layout, halves) {
-                (Rows::Interleaved(stride), 1) => {
-                    by_rows!(rows, one::<1> (tile, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
-                }
-                (Rows::Interleaved(stride), _) => {
-                    by_rows!(rows, two::<1> (tile, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
-                }
-                (Rows::Strided, 1) => {
-                    by_rows!(rows, one::<STRIP> (tile, 1, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
-                }
-                (Rows::Strided, _) => {
-                    by_rows!(rows, two::<STRIP> (tile, 1, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
-                }
+            match halves {
+                1 => by_rows!(rows, kernel::<1> (tile, layout, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
+                _ => by_rows!(rows, kernel::<2> (tile, layout, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
             }
         }
     }
 
     #[target_feature(enable = "avx512f,avx2,fma")]
-    unsafe fn one<const ROWS: usize, const STRIDE: usize>(tile: &mut Tile, step: usize, segments: &[Segment]) {
-        // SAFETY: the caller's contract.
-        unsafe { kernel::<ROWS, 1, STRIDE>(tile, step, segments) }
-    }
-
-    #[target_feature(enable = "avx512f,avx2,fma")]
-    unsafe fn two<const ROWS: usize, const STRIDE: usize>(tile: &mut Tile, step: usize, segments: &[Segment]) {
-        // SAFETY: the caller's contract.
-        unsafe { kernel::<ROWS, 2, STRIDE>(tile, step, segments) }
-    }
-
-    /// Row i, inner k of A at `k * step + i * STRIDE`.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx2,fma")]
-    unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const STRIDE: usize>(
-        tile: &mut Tile,
-        step: usize,
-        segments: &[Segment],
-    ) {
+    unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(tile: &mut Tile, layout: Rows, segments: &[Segment]) {
         let mut sums: [[__m512; VECTORS]; ROWS] = [[_mm512_setzero_ps(); VECTORS]; ROWS];
         for segment in segments {
             let (mut a, mut b) = (segment.a.as_ptr(), segment.b.as_ptr());
             for _ in 0..segment.len {
+                let mut row = a;
                 // SAFETY: `multiply` checked the last element that these reach; the pointers move past it only after the
-                // last round, by wrapping arithmetic.
+                // last row and round, by wrapping arithmetic.
                 unsafe {
                     let columns: [__m512; VECTORS] = std::array::from_fn(|v| _mm512_loadu_ps(b.add(v * 16)));
-                    for i in 0..ROWS {
-                        let row = _mm512_set1_ps(*a.add(i * STRIDE));
+                    for sums in &mut sums {
+                        let factor = _mm512_set1_ps(*row);
                         for v in 0..VECTORS {
-                            sums[i][v] = _mm512_fmadd_ps(row, columns[v], sums[i][v]);
+                            sums[v] = _mm512_fmadd_ps(factor, columns[v], sums[v]);
                         }
+                        row = row.wrapping_add(layout.row);
                         // Keeps the compiler from loading all rows first, for which there are not enough registers: the sums
                         // would go to memory and back in every round.
                         std::arch::asm!("", options(nostack, preserves_flags));
                     }
                 }
-                a = a.wrapping_add(step);
+                a = a.wrapping_add(layout.inner);
                 b = b.wrapping_add(PANEL);
             }
         }
@@ -321,7 +310,7 @@ mod avx512 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use super::{HALF, PANEL, Rows, STRIP, Segment, Tile};
+    use super::{HALF, PANEL, Rows, Segment, Tile};
     use std::arch::x86_64::{
         __m256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
     };
@@ -332,40 +321,35 @@ mod avx2 {
     pub(super) unsafe fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, segments: &[Segment]) {
         for half in 0..halves {
             // SAFETY: the contract is the same.
-            unsafe {
-                match layout {
-                    Rows::Interleaved(stride) => {
-                        by_rows!(rows, kernel::<1> (tile, half, stride, segments), [1 2 3 4 5 6])
-                    }
-                    Rows::Strided => by_rows!(rows, kernel::<STRIP> (tile, half, 1, segments), [1 2 3 4 5 6]),
-                }
-            }
+            unsafe { by_rows!(rows, kernel::<2> (tile, half, layout, segments), [1 2 3 4 5 6]) }
         }
     }
 
-    /// Half a panel. Row i, inner k of A at `k * step + i * STRIDE`.
+    /// Half a panel, in two vectors.
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn kernel<const ROWS: usize, const STRIDE: usize>(
+    unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
         tile: &mut Tile,
         half: usize,
-        step: usize,
+        layout: Rows,
         segments: &[Segment],
     ) {
-        let mut sums: [[__m256; 2]; ROWS] = [[_mm256_setzero_ps(); 2]; ROWS];
+        let mut sums: [[__m256; VECTORS]; ROWS] = [[_mm256_setzero_ps(); VECTORS]; ROWS];
         for segment in segments {
             let (mut a, mut b) = (segment.a.as_ptr(), segment.b.as_ptr().wrapping_add(half * HALF));
             for _ in 0..segment.len {
+                let mut row = a;
                 // SAFETY: as in the AVX-512 kernel.
                 unsafe {
-                    let columns = [_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8))];
-                    for i in 0..ROWS {
-                        let row = _mm256_set1_ps(*a.add(i * STRIDE));
-                        for v in 0..2 {
-                            sums[i][v] = _mm256_fmadd_ps(row, columns[v], sums[i][v]);
+                    let columns: [__m256; VECTORS] = std::array::from_fn(|v| _mm256_loadu_ps(b.add(v * 8)));
+                    for sums in &mut sums {
+                        let factor = _mm256_set1_ps(*row);
+                        for v in 0..VECTORS {
+                            sums[v] = _mm256_fmadd_ps(factor, columns[v], sums[v]);
                         }
+                        row = row.wrapping_add(layout.row);
                     }
                 }
-                a = a.wrapping_add(step);
+                a = a.wrapping_add(layout.inner);
                 b = b.wrapping_add(PANEL);
             }
         }
@@ -380,35 +364,35 @@ mod avx2 {
 
 mod plain {
     use super::super::simd::fma;
-    use super::{HALF, PANEL, Rows, STRIP, Segment, Tile};
+    use super::{HALF, PANEL, Rows, Segment, Tile};
 
     pub(super) fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, segments: &[Segment]) {
         for half in 0..halves {
-            match layout {
-                Rows::Interleaved(stride) => {
-                    by_rows!(rows, kernel::<1> (tile, half, stride, segments), [1 2 3 4 5 6])
-                }
-                Rows::Strided => by_rows!(rows, kernel::<STRIP> (tile, half, 1, segments), [1 2 3 4 5 6]),
-            }
+            by_rows!(rows, kernel::<HALF> (tile, half, layout, segments), [1 2 3 4 5 6])
         }
     }
 
-    fn kernel<const ROWS: usize, const STRIDE: usize>(tile: &mut Tile, half: usize, step: usize, segments: &[Segment]) {
-        let mut sums = [[0.0f32; HALF]; ROWS];
+    fn kernel<const ROWS: usize, const COLUMNS: usize>(
+        tile: &mut Tile,
+        half: usize,
+        layout: Rows,
+        segments: &[Segment],
+    ) {
+        let mut sums = [[0.0f32; COLUMNS]; ROWS];
         for segment in segments {
             for k in 0..segment.len {
-                let columns: &[f32; HALF] =
-                    segment.b[k * PANEL + half * HALF..][..HALF].try_into().expect("a slice of HALF");
-                let a = &segment.a[k * step..];
+                let columns = segment.b[k * PANEL + half * HALF..].first_chunk::<COLUMNS>().expect("half a panel");
+                let a = &segment.a[k * layout.inner..];
                 for i in 0..ROWS {
-                    for j in 0..HALF {
-                        sums[i][j] = fma::<{ cfg!(target_arch = "aarch64") }>(a[i * STRIDE], columns[j], sums[i][j]);
+                    for j in 0..COLUMNS {
+                        sums[i][j] =
+                            fma::<{ cfg!(target_arch = "aarch64") }>(a[i * layout.row], columns[j], sums[i][j]);
                     }
                 }
             }
         }
         for (row, sums) in tile.rows.iter_mut().zip(&sums) {
-            row[half * HALF..][..HALF].copy_from_slice(sums);
+            row[half * HALF..][..COLUMNS].copy_from_slice(sums);
         }
     }
 }
@@ -429,7 +413,7 @@ mod tests {
         let (a, b) = (numbers(1, MAX_ROWS * STRIP + 700), numbers(2, 40 * PANEL));
         for rows in 1..=most_rows {
             for (halves, layout) in
-                [(1, Rows::Strided), (2, Rows::Strided), (1, Rows::Interleaved(16)), (2, Rows::Interleaved(17))]
+                [(1, Rows::lines(STRIP)), (2, Rows::lines(45)), (1, Rows::interleaved(16)), (2, Rows::interleaved(17))]
             {
                 for lens in [vec![1], vec![37], vec![3, 0, 11], vec![]] {
                     let mut tile = Tile { rows: [[f32::NAN; PANEL]; MAX_ROWS] };
@@ -443,11 +427,8 @@ mod tests {
                         let mut expected = 0.0f64;
                         for segment in &segments {
                             for k in 0..segment.len {
-                                let at = match layout {
-                                    Rows::Interleaved(stride) => k * stride + i,
-                                    Rows::Strided => i * STRIP + k,
-                                };
-                                expected += f64::from(segment.a[at]) * f64::from(segment.b[k * PANEL + j]);
+                                expected += f64::from(segment.a[i * layout.row + k * layout.inner])
+                                    * f64::from(segment.b[k * PANEL + j]);
                             }
                         }
                         let got = f64::from(tile.rows[i][j]);
@@ -510,7 +491,7 @@ mod tests {
     #[should_panic(expected = "an operand is too short")]
     fn operands_that_are_too_short_are_refused() {
         let segment = Segment { a: &[0.0; 20], b: &[0.0; 2 * PANEL - 1], len: 2 };
-        multiply(&mut Tile::new(), 3, 2, Rows::Interleaved(16), &[segment]);
+        multiply(&mut Tile::new(), 3, 2, Rows::interleaved(16), &[segment]);
     }
 
     #[test]

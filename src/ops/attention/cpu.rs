@@ -8,7 +8,7 @@ use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{exp, fma, simd_fn, sum_by};
-use crate::backend::cpu::tile::{A_STRIDE, HALF, PANEL, Rows, STRIP, Segment, Tile, multiply, panels, row_tiles};
+use crate::backend::cpu::tile::{HALF, PANEL, Rows, STRIP, Segment, Tile, multiply, panels, row_tiles};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -50,13 +50,6 @@ fn halves(size: usize, panel: usize) -> usize {
     (size - panel * PANEL).div_ceil(HALF).min(2)
 }
 
-/// Rows of a head as tiles that multiply: `[tiles, HS, A_STRIDE]`.
-fn pack_rows(to: &mut [f32], from: &[f32], head: Head, rows: usize) {
-    for (tile, to) in row_tiles(rows).zip(to.chunks_exact_mut(head.size * A_STRIDE)) {
-        interleave(to, A_STRIDE, &from[head.at(tile.start).start..], tile.len(), head.size, head.stride);
-    }
-}
-
 /// Rows of a head as columns that are multiplied: `[panels(rows), HS, PANEL]`.
 fn pack_transposed(to: &mut [f32], from: &[f32], head: Head, rows: Range<usize>) {
     for (first, to) in rows.clone().step_by(PANEL).zip(to.chunks_exact_mut(head.size * PANEL)) {
@@ -91,26 +84,25 @@ pub fn forward(
     let size = c / heads;
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
-    let sizes =
-        [row_tiles(t).count() * size * A_STRIDE, panels(size) * t * PANEL, at_once * size, t * STRIP, 2 * at_once];
+    let sizes = [panels(size) * t * PANEL, at_once * size, t * STRIP, 2 * at_once];
     let (out, lse) = (Shared::new(out), Shared::new(lse));
     (0..b * heads).into_par_iter().for_each(|task| {
         let (sample, head) = (task / heads, task % heads);
         let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
         let of_out = Head { stride: c, ..part(0) };
         scratch::with(sizes.iter().sum(), |buffer| {
-            let [k, v, q, p, numbers] = split(buffer, sizes);
+            let [v, q, p, numbers] = split(buffer, sizes);
             let (inverse, log_sum) = numbers.split_at_mut(at_once);
-            pack_rows(k, qkv, part(1), t);
             pack_columns(v, qkv, part(2), 0..t);
             let mut tile = Tile::new();
             for first in (0..t).step_by(at_once) {
                 let count = at_once.min(t - first);
                 pack_transposed(q, qkv, part(0), first..first + count);
                 for (panel, b) in q.chunks_exact(size * PANEL).take(panels(count)).enumerate() {
-                    for (keys, a) in row_tiles(t).zip(k.chunks_exact(size * A_STRIDE)) {
+                    for keys in row_tiles(t) {
+                        let a = &qkv[part(1).at(keys.start).start..];
                         let segment = Segment { a, b, len: size };
-                        multiply(&mut tile, keys.len(), halves(count, panel), Rows::Interleaved(A_STRIDE), &[segment]);
+                        multiply(&mut tile, keys.len(), halves(count, panel), Rows::lines(3 * c), &[segment]);
                         for (key, scores) in keys.zip(&tile.rows) {
                             p[key * STRIP + panel * PANEL..][..PANEL].copy_from_slice(scores);
                         }
@@ -122,7 +114,7 @@ pub fn forward(
                     for (panel, b) in v.chunks_exact(t * PANEL).enumerate() {
                         let segment = Segment { a: &p[queries.start..], b, len: t };
                         let halves = halves(size, panel);
-                        multiply(&mut tile, queries.len(), halves, Rows::Interleaved(STRIP), &[segment]);
+                        multiply(&mut tile, queries.len(), halves, Rows::interleaved(STRIP), &[segment]);
                         let width = PANEL.min(size - panel * PANEL);
                         for (i, sums) in queries.clone().zip(&tile.rows) {
                             // SAFETY: this head's columns of a row of this sample: no other task has them.
@@ -160,19 +152,16 @@ pub fn backward(
     let size = c / heads;
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
-    let (rows, columns) = (row_tiles(t).count() * size * A_STRIDE, panels(size) * PANEL);
+    let columns = panels(size) * PANEL;
     let block = [at_once * size, at_once * columns];
-    let sizes =
-        [rows, rows, t * columns, block[0], block[0], block[1], block[1], t * STRIP, t * STRIP, at_once, at_once];
+    let sizes = [t * columns, block[0], block[0], block[1], block[1], t * STRIP, t * STRIP, at_once, at_once];
     let dqkv = Shared::new(dqkv);
     (0..b * heads).into_par_iter().for_each(|task| {
         let (sample, head) = (task / heads, task % heads);
         let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
         let of_out = Head { stride: c, ..part(0) };
         scratch::with(sizes.iter().sum(), |buffer| {
-            let [k_rows, v_rows, k, q_transposed, dy_transposed, q, dy, p, ds, log_sum, mean] = split(buffer, sizes);
-            pack_rows(k_rows, qkv, part(1), t);
-            pack_rows(v_rows, qkv, part(2), t);
+            let [k, q_transposed, dy_transposed, q, dy, p, ds, log_sum, mean] = split(buffer, sizes);
             pack_columns(k, qkv, part(1), 0..t);
             let (mut scores, mut dp) = (Tile::new(), Tile::new());
             for first in (0..t).step_by(at_once) {
@@ -193,9 +182,9 @@ pub fn backward(
                 let of_panel = q_transposed.chunks_exact(size * PANEL).zip(dy_transposed.chunks_exact(size * PANEL));
                 for (panel, (q, dy)) in of_panel.take(panels(count)).enumerate() {
                     let columns = panel * PANEL..(panel + 1) * PANEL;
-                    let of_keys = k_rows.chunks_exact(size * A_STRIDE).zip(v_rows.chunks_exact(size * A_STRIDE));
-                    for (keys, (k, v)) in row_tiles(t).zip(of_keys) {
-                        let layout = Rows::Interleaved(A_STRIDE);
+                    for keys in row_tiles(t) {
+                        let [k, v] = [1, 2].map(|i| &qkv[part(i).at(keys.start).start..]);
+                        let layout = Rows::lines(3 * c);
                         let halves = halves(count, panel);
                         multiply(&mut scores, keys.len(), halves, layout, &[Segment { a: k, b: q, len: size }]);
                         multiply(&mut dp, keys.len(), halves, layout, &[Segment { a: v, b: dy, len: size }]);
@@ -234,13 +223,13 @@ pub fn backward(
                     for keys in row_tiles(t) {
                         let at = keys.start * STRIP;
                         let (p, ds) = (&p[at..], &ds[at..]);
-                        product(keys.clone(), Rows::Strided, p, &dy[of_block.clone()], count, part(2), first == 0);
-                        product(keys, Rows::Strided, ds, &q[of_block.clone()], count, part(1), first == 0);
+                        product(keys.clone(), Rows::lines(STRIP), p, &dy[of_block.clone()], count, part(2), first == 0);
+                        product(keys, Rows::lines(STRIP), ds, &q[of_block.clone()], count, part(1), first == 0);
                     }
                     let k = &k[panel * t * PANEL..(panel + 1) * t * PANEL];
                     for queries in row_tiles(count) {
                         let rows = first + queries.start..first + queries.end;
-                        product(rows, Rows::Interleaved(STRIP), &ds[queries.start..], k, t, part(0), true);
+                        product(rows, Rows::interleaved(STRIP), &ds[queries.start..], k, t, part(0), true);
                     }
                 }
             }

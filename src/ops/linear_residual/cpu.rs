@@ -1,14 +1,16 @@
 //! The CPU version: packed rows times the panels of the weight, of which a window is a range; bias, gate and residual are
 //! applied to each tile while it is in cache.
 
-use crate::backend::cpu::pack::{interleave, pack_panel, pack_panel_transposed, scatter};
+use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, simd_fn};
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Tile, add_tile, multiply, panels, write_tile,
+    HALF, PANEL, Rows, Segment, Tile, add_tile, line_stride, multiply, panels, write_tile,
 };
-use crate::ops::products::{Lies, Outer, RowTile, batches, columns, packed_len, part, weight_gradient};
+use crate::ops::products::{
+    Lies, Outer, RowTile, batches, columns, lines_len, part, spread, spread_len, weight_gradient,
+};
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -96,16 +98,17 @@ pub fn forward(
                 }
             }
             let mut tile = Tile::new();
-            scratch::with(packed_len(rows.len(), k), |packed| {
+            scratch::with(spread_len(rows.len(), k), |room| {
                 batches(rows, t, k, |tiles| {
-                    for (tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(k * A_STRIDE)) {
-                        interleave(packed, A_STRIDE, &a[tile.rows.start * k..], tile.rows.len(), k, k);
-                    }
+                    let start = tiles[0].rows.start;
+                    let lines = spread(room, &a[start * k..tiles[tiles.len() - 1].rows.end * k], k);
+                    let stride = line_stride(k);
                     for (panel, b) in panels_of_w.chunks_exact(k * PANEL).enumerate() {
-                        for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact(k * A_STRIDE)) {
+                        for RowTile { sample, rows } in tiles {
                             let Some(part) = part(write[*sample], panel) else { continue };
-                            let segment = Segment { a: packed, b: &b[part.first..], len: k };
-                            multiply(&mut tile, rows.len(), part.halves, Rows::Interleaved(A_STRIDE), &[segment]);
+                            let of_tile = &lines[(rows.start - start) * stride..];
+                            let segment = Segment { a: of_tile, b: &b[part.first..], len: k };
+                            multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), &[segment]);
                             let (columns, of_tile) = columns(part, panel, write[*sample].range());
                             let at = (rows.start - first) * c + columns.start;
                             let gate = &gate.of(*sample, c)[columns.clone()];
@@ -227,33 +230,36 @@ impl BackwardInputs<'_> {
         let gate = &self.gate.of(sample, c)[range.clone()];
         dbias.fill(0.0);
         let mut tile = Tile::new();
-        let packed_len = packed_len(t, window.width);
-        scratch::with(packed_len + MAX_ROWS * wide, |buffer| {
-            let (packed, lines) = buffer.split_at_mut(packed_len);
-            lines.fill(0.0);
-            batches(0..t, t, window.width, |tiles| {
-                for (tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(window.width * A_STRIDE)) {
-                    for (i, line) in tile.rows.clone().zip(lines.chunks_exact_mut(wide)) {
-                        let row = (sample * t + i) * c;
-                        gate_backward(
-                            &mut line[range.clone()],
-                            &mut dgate[range.clone()],
-                            &mut dbias[range.clone()],
-                            &self.dout[row..][range.clone()],
-                            &self.z[row..][range.clone()],
-                            gate,
-                        );
-                        scatter(dz, line, window, i, t);
-                    }
-                    interleave(packed, A_STRIDE, &lines[window.start..], tile.rows.len(), window.width, wide);
+        let stride = line_stride(wide);
+        // The columns of the panels that the window meets.
+        let (start, end) = (window.start / PANEL * PANEL, panels(window.end()) * PANEL);
+        scratch::with(lines_len(t, wide), |lines| {
+            for line in lines.chunks_exact_mut(stride) {
+                line[start..window.start].fill(0.0);
+                line[window.end()..end].fill(0.0);
+            }
+            batches(0..t, t, wide, |tiles| {
+                let first = tiles[0].rows.start;
+                let rows = first..tiles[tiles.len() - 1].rows.end;
+                for (i, line) in rows.zip(lines.chunks_exact_mut(stride)) {
+                    let row = (sample * t + i) * c;
+                    gate_backward(
+                        &mut line[range.clone()],
+                        &mut dgate[range.clone()],
+                        &mut dbias[range.clone()],
+                        &self.dout[row..][range.clone()],
+                        &self.z[row..][range.clone()],
+                        gate,
+                    );
+                    scatter(dz, line, window, i, t);
                 }
                 for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
-                    for (tile_of, packed) in tiles.iter().zip(packed.chunks_exact(window.width * A_STRIDE)) {
-                        let rows = &tile_of.rows;
-                        let segment = Segment { a: packed, b: &b[window.start * PANEL..], len: window.width };
+                    for RowTile { rows, .. } in tiles {
+                        let a = &lines[(rows.start - first) * stride + window.start..];
+                        let segment = Segment { a, b: &b[window.start * PANEL..], len: window.width };
                         let halves = columns.len().div_ceil(HALF);
-                        multiply(&mut tile, rows.len(), halves, Rows::Interleaved(A_STRIDE), &[segment]);
+                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), &[segment]);
                         let da = &mut da[rows.start * k..rows.end * k];
                         if fresh_da {
                             let width = columns.len();

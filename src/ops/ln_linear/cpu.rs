@@ -2,14 +2,14 @@
 //! window is a range; correction, bias and GELU are applied to each tile while it is in cache.
 
 use super::{Activation, EPS};
-use crate::backend::cpu::pack::{interleave, pack_panel, pack_panel_transposed, scatter};
+use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    A_STRIDE, HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, panels, tile_rows, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, panels, tile_rows, write_tile,
 };
-use crate::ops::products::{Lies, Outer, RowTile, batches, packed_len, part, weight_gradient};
+use crate::ops::products::{Lies, Outer, RowTile, batches, lines_len, part, spread, spread_len, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -92,19 +92,17 @@ fn forward_correction(
     correction.par_chunks_mut(samples * 2 * n).zip(read.par_chunks(samples)).enumerate().for_each(
         |(chunk, (uv, windows))| {
             let m = 2 * windows.len();
-            scratch::with(m * c + c * A_STRIDE, |buffer| {
-                let (rows, packed) = buffer.split_at_mut(m * c);
-                inactive_modulation(rows, windows, chunk * samples, modulation, c);
-                interleave(packed, A_STRIDE, rows, m, c, c);
+            scratch::with(m * c, |lines| {
+                inactive_modulation(lines, windows, chunk * samples, modulation, c);
                 let mut tile = Tile::new();
                 for (panel, b) in panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
                     let mut segments = [Segment { a: &[], b: &[], len: 0 }; 2];
                     for (segment, range) in segments.iter_mut().zip(inactive_ranges(windows, c)) {
-                        let (a, b) = (&packed[range.start * A_STRIDE..], &b[range.start * PANEL..]);
+                        let (a, b) = (&lines[range.start..], &b[range.start * PANEL..]);
                         *segment = Segment { a, b, len: range.len() };
                     }
-                    multiply(&mut tile, m, columns.len().div_ceil(HALF), Rows::Interleaved(A_STRIDE), &segments);
+                    multiply(&mut tile, m, columns.len().div_ceil(HALF), Rows::lines(c), &segments);
                     for (i, (uv, sums)) in uv.chunks_exact_mut(n).zip(&tile.rows).enumerate() {
                         let uv = &mut uv[columns.clone()];
                         uv.copy_from_slice(&sums[..uv.len()]);
@@ -180,7 +178,7 @@ impl Inputs<'_> {
     fn block(&self, first: usize, y: &mut [f32], pre: &mut [f32], mean: &mut [f32], rstd: &mut [f32]) {
         let (c, n) = (self.c, self.bias.len());
         let rows = first..first + mean.len();
-        let packed_len = packed_len(rows.len(), c);
+        let stride = line_stride(c);
         let mut tile = Tile::new();
         let streams = Streams::of(self.len);
         let write = |to: &mut [f32], tile: &Tile, rows: usize, width: usize| match &streams {
@@ -188,12 +186,13 @@ impl Inputs<'_> {
             Some(streams) => unsafe { streams.write_tile(to, tile, rows, width, n) },
             None => write_tile(to, tile, rows, width, n),
         };
-        scratch::with(packed_len + MAX_ROWS * c, |buffer| {
-            let (packed, lines) = buffer.split_at_mut(packed_len);
+        scratch::with(lines_len(rows.len(), c), |lines| {
             batches(rows, self.t, c, |tiles| {
-                for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact_mut(c * A_STRIDE)) {
+                let start = tiles[0].rows.start;
+                for RowTile { sample, rows } in tiles {
                     let window = self.read[*sample];
-                    for (row, line) in rows.clone().zip(lines.chunks_exact_mut(c)) {
+                    for row in rows.clone() {
+                        let line = &mut lines[(row - start) * stride..];
                         (mean[row - first], rstd[row - first]) = normalise(
                             &mut line[..window.width],
                             &self.x[row * c..][..c],
@@ -202,15 +201,15 @@ impl Inputs<'_> {
                             self.modulation.scale(*sample, c),
                         );
                     }
-                    interleave(packed, A_STRIDE, lines, rows.len(), window.width, c);
                 }
                 for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-                    for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact(c * A_STRIDE)) {
+                    for RowTile { sample, rows } in tiles {
                         let window = self.read[*sample];
-                        let segment = Segment { a: packed, b: &b[window.start * PANEL..], len: window.width };
+                        let a = &lines[(rows.start - start) * stride..];
+                        let segment = Segment { a, b: &b[window.start * PANEL..], len: window.width };
                         let halves = columns.len().div_ceil(HALF);
-                        multiply(&mut tile, rows.len(), halves, Rows::Interleaved(A_STRIDE), &[segment]);
+                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), &[segment]);
                         let rows = rows.start - first..rows.end - first;
                         let at = rows.start * n + columns.start;
                         let width = columns.len();
@@ -365,10 +364,10 @@ impl BackwardInputs<'_> {
         let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
         let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
         pq.fill(0.0);
-        let packed_len = packed_len(t, n);
+        let (room, stride) = (spread_len(t, n), line_stride(n));
         let mut tile = Tile::new();
-        scratch::with(packed_len + t * (wide + 1) + wide, |buffer| {
-            let (packed, buffer) = buffer.split_at_mut(packed_len);
+        scratch::with(room + t * (wide + 1) + wide, |buffer| {
+            let (room, buffer) = buffer.split_at_mut(room);
             let (dh, buffer) = buffer.split_at_mut(t * wide);
             let (line, dr) = buffer.split_at_mut(wide);
             line.fill(0.0);
@@ -381,16 +380,15 @@ impl BackwardInputs<'_> {
                 }
                 let (mean, rstd) = (&self.mean[of_sample.clone()], &self.rstd[of_sample.clone()]);
                 sums_over_tokens(pq, &mut dr[rows.clone()], lines, mean, rstd, u);
-                for (tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(n * A_STRIDE)) {
-                    interleave(packed, A_STRIDE, &g[tile.rows.start * n..], tile.rows.len(), n, n);
-                }
+                let lines = spread(room, lines, n);
                 for (panel, b) in self.panels_of_w.chunks_exact(n * PANEL).enumerate() {
                     let Some(part) = part(window, panel) else { continue };
-                    for (RowTile { rows, .. }, packed) in tiles.iter().zip(packed.chunks_exact(n * A_STRIDE)) {
-                        let segment = Segment { a: packed, b: &b[part.first..], len: n };
-                        multiply(&mut tile, rows.len(), part.halves, Rows::Interleaved(A_STRIDE), &[segment]);
-                        let dh = &mut dh[rows.start * wide + panel * PANEL + part.first..];
-                        write_tile(dh, &tile, rows.len(), part.halves * HALF, wide);
+                    for RowTile { rows: of_tile, .. } in tiles {
+                        let a = &lines[(of_tile.start - rows.start) * stride..];
+                        let segment = Segment { a, b: &b[part.first..], len: n };
+                        multiply(&mut tile, of_tile.len(), part.halves, Rows::lines(stride), &[segment]);
+                        let dh = &mut dh[of_tile.start * wide + panel * PANEL + part.first..];
+                        write_tile(dh, &tile, of_tile.len(), part.halves * HALF, wide);
                     }
                 }
                 for i in rows {
@@ -432,30 +430,27 @@ fn inactive_gradient(
     let chunks = dmodulation.par_chunks_mut(samples * stride).zip(pq.par_chunks(samples * 2 * n));
     chunks.zip(read.par_chunks(samples)).for_each(|((dmodulation, pq), windows)| {
         let m = 2 * windows.len();
-        scratch::with(n * A_STRIDE, |packed| {
-            interleave(packed, A_STRIDE, pq, m, n, n);
-            let mut tile = Tile::new();
-            for (panel, b) in panels_of_w.chunks_exact(n * PANEL).enumerate() {
-                if !touched(inactive_ranges(windows, c), panel) {
-                    continue;
-                }
-                let end = ((panel + 1) * PANEL).min(c);
-                let segment = Segment { a: packed, b, len: n };
-                let halves = (end - panel * PANEL).div_ceil(HALF);
-                multiply(&mut tile, m, halves, Rows::Interleaved(A_STRIDE), &[segment]);
-                for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
-                    let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
-                    for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {
-                        for range in [0..window.start, window.end()..c] {
-                            let (from, to) = (range.start.max(panel * PANEL), range.end.min(end));
-                            if from < to {
-                                add_assign(&mut d[from..to], &sums[from - panel * PANEL..to - panel * PANEL]);
-                            }
+        let mut tile = Tile::new();
+        for (panel, b) in panels_of_w.chunks_exact(n * PANEL).enumerate() {
+            if !touched(inactive_ranges(windows, c), panel) {
+                continue;
+            }
+            let end = ((panel + 1) * PANEL).min(c);
+            let segment = Segment { a: pq, b, len: n };
+            let halves = (end - panel * PANEL).div_ceil(HALF);
+            multiply(&mut tile, m, halves, Rows::lines(n), &[segment]);
+            for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
+                let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
+                for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {
+                    for range in [0..window.start, window.end()..c] {
+                        let (from, to) = (range.start.max(panel * PANEL), range.end.min(end));
+                        if from < to {
+                            add_assign(&mut d[from..to], &sums[from - panel * PANEL..to - panel * PANEL]);
                         }
                     }
                 }
             }
-        });
+        }
     });
 }
 
