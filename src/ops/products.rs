@@ -73,7 +73,7 @@ pub(crate) fn batches(rows: Range<usize>, tokens: usize, inner: usize, mut work:
     }
 }
 
-/// The part of a panel that a window touches: first column inside the panel (0 or 16), and 16 or 32 columns in halves.
+/// Columns to compute: the first, of a panel (0 or 16) or of a matrix, and 16 or 32 columns in halves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Part {
     pub(crate) first: usize,
@@ -85,6 +85,15 @@ pub(crate) fn part(window: Window, panel: usize) -> Option<Part> {
     let (from, to) = (window.start / HALF, window.end().div_ceil(HALF));
     let (from, to) = (from.max(2 * panel), to.min(2 * panel + 2));
     (window.width > 0 && from < to).then(|| Part { first: (from - 2 * panel) * HALF, halves: to - from })
+}
+
+/// A window's columns of a matrix with rows of `stride`, in parts of a panel: the first column of each, and its halves. Columns
+/// beyond the window fill the last part, or columns before it where the row ends.
+pub(crate) fn parts_of(window: Window, stride: usize) -> impl Iterator<Item = Part> {
+    window.range().step_by(PANEL).map(move |first| {
+        let halves = (window.end() - first).div_ceil(HALF).min(2);
+        Part { first: first.min(stride - halves * HALF), halves }
+    })
 }
 
 /// The columns of `panel` that are computed and lie in `range`: of the matrix, and of the tile.
@@ -162,13 +171,20 @@ fn panel_of_weight_gradient(
     tokens: usize,
 ) {
     let columns = panel * PANEL..((panel + 1) * PANEL).min(m);
-    scratch::with(tokens * PANEL, |mut packed| {
+    // Rows that end inside of half a panel would be read beyond the last.
+    let packs = !m.is_multiple_of(HALF);
+    let stride = if packs { PANEL } else { m };
+    scratch::with(if packs { tokens * PANEL } else { 0 }, |mut packed| {
         let mut others = [&[][..]; MOST_SAMPLES];
         for (sample, other) in group.iter().zip(&mut others) {
             let tokens = sample.other.len() / m;
-            let to = packed.split_off_mut(..tokens * PANEL).expect("room for all tokens");
-            pack_panel(to, sample.other, panel, m, tokens, m);
-            *other = to;
+            *other = if packs {
+                let to = packed.split_off_mut(..tokens * PANEL).expect("room for all tokens");
+                pack_panel(to, sample.other, panel, m, tokens, m);
+                to
+            } else {
+                &sample.other[columns.start..]
+            };
         }
         let mut tile = Tile::new();
         let mut segments = [Segment { a: &[], b: &[], len: 0 }; MOST_SAMPLES];
@@ -180,13 +196,14 @@ fn panel_of_weight_gradient(
                 let (mut count, mut rest) = (0, set);
                 while rest != 0 {
                     let sample = rest.trailing_zeros() as usize;
-                    let b = others[sample];
-                    let a = &group[sample].routed[first / PANEL * b.len() + channels.start - first..];
-                    segments[count] = Segment { a, b, len: b.len() / PANEL };
+                    let Outer { routed, other, .. } = group[sample];
+                    let len = other.len() / m;
+                    let a = &routed[first * len + channels.start - first..];
+                    segments[count] = Segment { a, b: others[sample], len };
                     (count, rest) = (count + 1, rest & (rest - 1));
                 }
                 let halves = columns.len().div_ceil(HALF);
-                multiply(&mut tile, channels.len(), halves, Rows::interleaved(PANEL), &segments[..count]);
+                multiply(&mut tile, channels.len(), halves, Rows::interleaved(PANEL), stride, &segments[..count]);
                 match lies {
                     Lies::RoutedRows => {
                         for (channel, sums) in channels.zip(&tile.rows) {

@@ -108,6 +108,25 @@ simd_fn! {
     }
 }
 
+/// Numbers that [`whole_halves`] needs.
+pub fn whole_halves_len(rows: usize, columns: usize) -> usize {
+    if columns.is_multiple_of(HALF) { 0 } else { rows * columns.next_multiple_of(HALF) }
+}
+
+/// A row-major matrix whose rows hold a multiple of [`HALF`] columns, as operand B, and the distance between its rows: where
+/// it is, or copied to `room` with longer rows.
+pub fn whole_halves<'a>(room: &'a mut [f32], matrix: &'a [f32], columns: usize) -> (&'a [f32], usize) {
+    if columns.is_multiple_of(HALF) {
+        return (matrix, columns);
+    }
+    let stride = columns.next_multiple_of(HALF);
+    for (to, row) in room.chunks_exact_mut(stride).zip(matrix.chunks_exact(columns)) {
+        to[..columns].copy_from_slice(row);
+        to[columns..].fill(0.0);
+    }
+    (room, stride)
+}
+
 simd_fn! {
     /// Row `i` of panels `[panels, t, PANEL]` from a line: of those panels that the window meets, all columns.
     pub fn scatter<F>(to: &mut [f32], line: &[f32], window: Window, i: usize, t: usize) {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! A   up to `tile_rows()` rows, at any two distances: see `Rows`
-//! B   panels of 32 columns: element (inner k, column j) at k * PANEL + j
+//! B   32 columns of a row-major matrix, or a panel: element (inner k, column j) at k * stride + j
 //! C   a tile of rows x 32 in a small buffer; what to do with it is the caller's epilogue
 //! ```
 //!
@@ -218,29 +218,30 @@ impl Rows {
 pub struct Segment<'a> {
     /// Rows, in the layout the call names.
     pub a: &'a [f32],
-    /// Rows of a panel, from the first column asked for.
+    /// Rows of a matrix or of a panel, from the first column asked for.
     pub b: &'a [f32],
     /// Inner elements.
     pub len: usize,
 }
 
-/// `tile[i, j] = sum over segments and their k of a[i, k] b[k, j]` for `rows` rows and `halves` times 16 columns.
+/// `tile[i, j] = sum over segments and their k of a[i, k] b[k, j]` for `rows` rows and `halves` times 16 columns; `stride` is
+/// the distance between the rows of B: [`PANEL`] in a panel.
 #[inline]
-pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, segments: &[Segment]) {
+pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
     assert!((1..=tile_rows()).contains(&rows) && (1..=2).contains(&halves));
     for &Segment { a, b, len } in segments {
         let last = (rows - 1) * layout.row + len.saturating_sub(1) * layout.inner;
-        assert!(len == 0 || last < a.len() && (len - 1) * PANEL + halves * HALF <= b.len(), "an operand is too short");
+        assert!(len == 0 || last < a.len() && (len - 1) * stride + halves * HALF <= b.len(), "an operand is too short");
     }
     #[cfg(target_arch = "x86_64")]
     match level() {
         // SAFETY: the processor has the features; rows, halves and the segments' lengths were checked above.
-        Level::Avx512 => return unsafe { avx512::multiply(tile, rows, halves, layout, segments) },
+        Level::Avx512 => return unsafe { avx512::multiply(tile, rows, halves, layout, stride, segments) },
         // SAFETY: as above.
-        Level::Avx2 => return unsafe { avx2::multiply(tile, rows, halves, layout, segments) },
+        Level::Avx2 => return unsafe { avx2::multiply(tile, rows, halves, layout, stride, segments) },
         Level::Baseline => {}
     }
-    plain::multiply(tile, rows, halves, layout, segments);
+    plain::multiply(tile, rows, halves, layout, stride, segments);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -263,18 +264,30 @@ mod avx512 {
     /// # Safety
     /// The processor has AVX-512F; `rows`, `halves` and the segments are as [`super::multiply`] checks.
     #[target_feature(enable = "avx512f,avx2,fma")]
-    pub(super) unsafe fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, segments: &[Segment]) {
+    pub(super) unsafe fn multiply(
+        tile: &mut Tile,
+        rows: usize,
+        halves: usize,
+        layout: Rows,
+        stride: usize,
+        segments: &[Segment],
+    ) {
         // SAFETY: the contract is the same.
         unsafe {
             match halves {
-                1 => by_rows!(rows, kernel::<1> (tile, layout, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
-                _ => by_rows!(rows, kernel::<2> (tile, layout, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
+                1 => by_rows!(rows, kernel::<1> (tile, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
+                _ => by_rows!(rows, kernel::<2> (tile, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
             }
         }
     }
 
     #[target_feature(enable = "avx512f,avx2,fma")]
-    unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(tile: &mut Tile, layout: Rows, segments: &[Segment]) {
+    unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
+        tile: &mut Tile,
+        layout: Rows,
+        stride: usize,
+        segments: &[Segment],
+    ) {
         let mut sums: [[__m512; VECTORS]; ROWS] = [[_mm512_setzero_ps(); VECTORS]; ROWS];
         for segment in segments {
             let (mut a, mut b) = (segment.a.as_ptr(), segment.b.as_ptr());
@@ -296,7 +309,7 @@ mod avx512 {
                     }
                 }
                 a = a.wrapping_add(layout.inner);
-                b = b.wrapping_add(PANEL);
+                b = b.wrapping_add(stride);
             }
         }
         for i in 0..ROWS {
@@ -310,7 +323,7 @@ mod avx512 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use super::{HALF, PANEL, Rows, Segment, Tile};
+    use super::{HALF, Rows, Segment, Tile};
     use std::arch::x86_64::{
         __m256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
     };
@@ -318,10 +331,17 @@ mod avx2 {
     /// # Safety
     /// The processor has AVX2 and FMA; `rows`, `halves` and the segments are as [`super::multiply`] checks.
     #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, segments: &[Segment]) {
+    pub(super) unsafe fn multiply(
+        tile: &mut Tile,
+        rows: usize,
+        halves: usize,
+        layout: Rows,
+        stride: usize,
+        segments: &[Segment],
+    ) {
         for half in 0..halves {
             // SAFETY: the contract is the same.
-            unsafe { by_rows!(rows, kernel::<2> (tile, half, layout, segments), [1 2 3 4 5 6]) }
+            unsafe { by_rows!(rows, kernel::<2> (tile, half, layout, stride, segments), [1 2 3 4 5 6]) }
         }
     }
 
@@ -331,6 +351,7 @@ mod avx2 {
         tile: &mut Tile,
         half: usize,
         layout: Rows,
+        stride: usize,
         segments: &[Segment],
     ) {
         let mut sums: [[__m256; VECTORS]; ROWS] = [[_mm256_setzero_ps(); VECTORS]; ROWS];
@@ -350,7 +371,7 @@ mod avx2 {
                     }
                 }
                 a = a.wrapping_add(layout.inner);
-                b = b.wrapping_add(PANEL);
+                b = b.wrapping_add(stride);
             }
         }
         for (row, sums) in tile.rows.iter_mut().zip(&sums) {
@@ -364,11 +385,18 @@ mod avx2 {
 
 mod plain {
     use super::super::simd::fma;
-    use super::{HALF, PANEL, Rows, Segment, Tile};
+    use super::{HALF, Rows, Segment, Tile};
 
-    pub(super) fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, segments: &[Segment]) {
+    pub(super) fn multiply(
+        tile: &mut Tile,
+        rows: usize,
+        halves: usize,
+        layout: Rows,
+        stride: usize,
+        segments: &[Segment],
+    ) {
         for half in 0..halves {
-            by_rows!(rows, kernel::<HALF> (tile, half, layout, segments), [1 2 3 4 5 6])
+            by_rows!(rows, kernel::<HALF> (tile, half, layout, stride, segments), [1 2 3 4 5 6])
         }
     }
 
@@ -376,12 +404,13 @@ mod plain {
         tile: &mut Tile,
         half: usize,
         layout: Rows,
+        stride: usize,
         segments: &[Segment],
     ) {
         let mut sums = [[0.0f32; COLUMNS]; ROWS];
         for segment in segments {
             for k in 0..segment.len {
-                let columns = segment.b[k * PANEL + half * HALF..].first_chunk::<COLUMNS>().expect("half a panel");
+                let columns = segment.b[k * stride + half * HALF..].first_chunk::<COLUMNS>().expect("half a panel");
                 let a = &segment.a[k * layout.inner..];
                 for i in 0..ROWS {
                     for j in 0..COLUMNS {
@@ -406,7 +435,7 @@ mod tests {
         (0..n).map(|i| (((i + seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 250.0).collect()
     }
 
-    type Kernel = fn(&mut Tile, usize, usize, Rows, &[Segment]);
+    type Kernel = fn(&mut Tile, usize, usize, Rows, usize, &[Segment]);
 
     /// All sizes of a tile in both layouts, with the inner dimension in one, two and three parts, an empty one too.
     fn check(kernel: Kernel, most_rows: usize) {
@@ -415,26 +444,28 @@ mod tests {
             for (halves, layout) in
                 [(1, Rows::lines(STRIP)), (2, Rows::lines(45)), (1, Rows::interleaved(16)), (2, Rows::interleaved(17))]
             {
-                for lens in [vec![1], vec![37], vec![3, 0, 11], vec![]] {
+                for (stride, lens) in
+                    [(PANEL, vec![1]), (PANEL, vec![37]), (33, vec![3, 0, 11]), (45, vec![25]), (50, vec![])]
+                {
                     let mut tile = Tile { rows: [[f32::NAN; PANEL]; MAX_ROWS] };
                     let segments: Vec<_> = lens
                         .iter()
                         .enumerate()
-                        .map(|(s, &len)| Segment { a: &a[5 * s..], b: &b[PANEL * s..], len })
+                        .map(|(s, &len)| Segment { a: &a[5 * s..], b: &b[7 * s..], len })
                         .collect();
-                    kernel(&mut tile, rows, halves, layout, &segments);
+                    kernel(&mut tile, rows, halves, layout, stride, &segments);
                     for (i, j) in (0..rows).flat_map(|i| (0..halves * HALF).map(move |j| (i, j))) {
                         let mut expected = 0.0f64;
                         for segment in &segments {
                             for k in 0..segment.len {
                                 expected += f64::from(segment.a[i * layout.row + k * layout.inner])
-                                    * f64::from(segment.b[k * PANEL + j]);
+                                    * f64::from(segment.b[k * stride + j]);
                             }
                         }
                         let got = f64::from(tile.rows[i][j]);
                         assert!(
                             (got - expected).abs() <= 1e-4,
-                            "({i}, {j}) of {rows} rows, {halves}, {layout:?}, {lens:?}: {got} for {expected}"
+                            "({i}, {j}) of {rows} rows, {halves}, {layout:?}, {stride}, {lens:?}: {got} for {expected}"
                         );
                     }
                     assert!(tile.rows[rows..].iter().flatten().all(|x| x.is_nan()), "rows beyond the tile are written");
@@ -451,7 +482,9 @@ mod tests {
         if level() != Level::Baseline {
             // SAFETY: the processor has AVX2; `check` keeps to what `multiply` checks.
             check(
-                |tile, rows, halves, layout, segments| unsafe { avx2::multiply(tile, rows, halves, layout, segments) },
+                |tile, rows, halves, layout, stride, segments| unsafe {
+                    avx2::multiply(tile, rows, halves, layout, stride, segments)
+                },
                 6,
             );
         }
@@ -491,7 +524,7 @@ mod tests {
     #[should_panic(expected = "an operand is too short")]
     fn operands_that_are_too_short_are_refused() {
         let segment = Segment { a: &[0.0; 20], b: &[0.0; 2 * PANEL - 1], len: 2 };
-        multiply(&mut Tile::new(), 3, 2, Rows::interleaved(16), &[segment]);
+        multiply(&mut Tile::new(), 3, 2, Rows::interleaved(16), PANEL, &[segment]);
     }
 
     #[test]

@@ -102,7 +102,7 @@ pub fn forward(
                     for keys in row_tiles(t) {
                         let a = &qkv[part(1).at(keys.start).start..];
                         let segment = Segment { a, b, len: size };
-                        multiply(&mut tile, keys.len(), halves(count, panel), Rows::lines(3 * c), &[segment]);
+                        multiply(&mut tile, keys.len(), halves(count, panel), Rows::lines(3 * c), PANEL, &[segment]);
                         for (key, scores) in keys.zip(&tile.rows) {
                             p[key * STRIP + panel * PANEL..][..PANEL].copy_from_slice(scores);
                         }
@@ -114,7 +114,7 @@ pub fn forward(
                     for (panel, b) in v.chunks_exact(t * PANEL).enumerate() {
                         let segment = Segment { a: &p[queries.start..], b, len: t };
                         let halves = halves(size, panel);
-                        multiply(&mut tile, queries.len(), halves, Rows::interleaved(STRIP), &[segment]);
+                        multiply(&mut tile, queries.len(), halves, Rows::interleaved(STRIP), PANEL, &[segment]);
                         let width = PANEL.min(size - panel * PANEL);
                         for (i, sums) in queries.clone().zip(&tile.rows) {
                             // SAFETY: this head's columns of a row of this sample: no other task has them.
@@ -186,8 +186,8 @@ pub fn backward(
                         let [k, v] = [1, 2].map(|i| &qkv[part(i).at(keys.start).start..]);
                         let layout = Rows::lines(3 * c);
                         let halves = halves(count, panel);
-                        multiply(&mut scores, keys.len(), halves, layout, &[Segment { a: k, b: q, len: size }]);
-                        multiply(&mut dp, keys.len(), halves, layout, &[Segment { a: v, b: dy, len: size }]);
+                        multiply(&mut scores, keys.len(), halves, layout, PANEL, &[Segment { a: k, b: q, len: size }]);
+                        multiply(&mut dp, keys.len(), halves, layout, PANEL, &[Segment { a: v, b: dy, len: size }]);
                         let at = keys.start * STRIP + columns.start;
                         softmax_backward(
                             &mut p[at..],
@@ -207,7 +207,7 @@ pub fn backward(
                     let width = PANEL.min(size - panel * PANEL);
                     let halves = halves(size, panel);
                     let mut product = |tile: Range<usize>, layout, a: &[f32], b: &[f32], len, to: Head, set: bool| {
-                        multiply(&mut scores, tile.len(), halves, layout, &[Segment { a, b, len }]);
+                        multiply(&mut scores, tile.len(), halves, layout, PANEL, &[Segment { a, b, len }]);
                         for (i, sums) in tile.zip(&scores.rows) {
                             // SAFETY: this head's columns of a row of this sample: no other task has them.
                             let to = unsafe { dqkv.slice(to.at(i)) };

@@ -1,7 +1,7 @@
 //! The CPU version: packed rows times the panels of the weight, of which a window is a range; bias, gate and residual are
 //! applied to each tile while it is in cache.
 
-use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed, scatter};
+use crate::backend::cpu::pack::{pack_panel_transposed, scatter, whole_halves, whole_halves_len};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, simd_fn};
@@ -108,7 +108,7 @@ pub fn forward(
                             let Some(part) = part(write[*sample], panel) else { continue };
                             let of_tile = &lines[(rows.start - start) * stride..];
                             let segment = Segment { a: of_tile, b: &b[part.first..], len: k };
-                            multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), &[segment]);
+                            multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), PANEL, &[segment]);
                             let (columns, of_tile) = columns(part, panel, write[*sample].range());
                             let at = (rows.start - first) * c + columns.start;
                             let gate = &gate.of(*sample, c)[columns.clone()];
@@ -162,14 +162,11 @@ pub fn backward(
     let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
     let samples = samples_per_block(b, t);
     let stride = gate.stride;
-    let (wide_c, wide_k) = (panels(c) * PANEL, panels(k) * PANEL);
-    scratch::with(wide_k * c + b * t * wide_c, |buffer| {
-        let (panels_of_w, dz) = buffer.split_at_mut(wide_k * c);
-        panels_of_w
-            .par_chunks_mut(c * PANEL)
-            .enumerate()
-            .for_each(|(panel, to)| pack_panel(to, weight, panel, k, c, k));
-        let inputs = BackwardInputs { dout, panels_of_w, gate, z, write, t, c, k };
+    let (wide_c, room) = (panels(c) * PANEL, whole_halves_len(c, k));
+    scratch::with(room + b * t * wide_c, |buffer| {
+        let (room, dz) = buffer.split_at_mut(room);
+        let weight = whole_halves(room, weight, k);
+        let inputs = BackwardInputs { dout, weight, gate, z, write, t, c, k };
         dz.par_chunks_mut(samples * t * wide_c)
             .zip(da.par_chunks_mut(samples * t * k))
             .zip(dmodulation.par_chunks_mut(samples * stride))
@@ -204,7 +201,7 @@ pub fn backward(
 /// What backward reads of all samples.
 struct BackwardInputs<'a> {
     dout: &'a [f32],
-    panels_of_w: &'a [f32], // [panels(K), C, PANEL]
+    weight: (&'a [f32], usize), // [C, K], and the distance between its rows
     gate: Gate<'a>,
     z: &'a [f32],
     write: &'a [Window],
@@ -253,13 +250,15 @@ impl BackwardInputs<'_> {
                     );
                     scatter(dz, line, window, i, t);
                 }
-                for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
+                let (weight, weight_stride) = self.weight;
+                for panel in 0..panels(k) {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
                     for RowTile { rows, .. } in tiles {
                         let a = &lines[(rows.start - first) * stride + window.start..];
-                        let segment = Segment { a, b: &b[window.start * PANEL..], len: window.width };
+                        let b = &weight[window.start * weight_stride + columns.start..];
+                        let segment = Segment { a, b, len: window.width };
                         let halves = columns.len().div_ceil(HALF);
-                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), &[segment]);
+                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), weight_stride, &[segment]);
                         let da = &mut da[rows.start * k..rows.end * k];
                         if fresh_da {
                             let width = columns.len();
