@@ -2,7 +2,7 @@
 //! the time goes (`profile`).
 
 pub mod aligned;
-pub mod gemm;
+pub mod linear;
 pub mod pack;
 pub mod profile;
 pub mod scratch;

@@ -1,7 +1,7 @@
 //! The CPU version: patches are gathered, the rest is products.
 
 use super::Dims;
-use crate::backend::cpu::gemm::{Mat, MatMut, Write, matmul_parallel};
+use crate::backend::cpu::linear::{input_gradient, linear, weight_gradient};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::simd::{add_assign, column_sums};
 
@@ -18,12 +18,10 @@ pub fn forward(
     let (rows, k, c) = (d.batch * d.tokens(), d.patch_len(), bias.len());
     let _span = span("patch_embed", Pass::Forward, [k, c], 2 * rows * k * c, rows * (2 * k + c));
     each_line(d, |line, pixels| patches[line].copy_from_slice(&x[pixels]));
+    linear(y, patches, weight, bias);
     for (t, y) in y.chunks_exact_mut(c).enumerate() {
-        y.copy_from_slice(bias);
         add_assign(y, &positions[t % d.tokens() * c..][..c]);
     }
-    let (a, w) = (Mat::new(patches, rows, k, k), Mat::new(weight, c, k, k));
-    matmul_parallel(MatMut::new(y, rows, c, c), a, w.t(), Write::Add);
 }
 
 /// Gradients of weight and bias; `add` adds to them.
@@ -31,18 +29,13 @@ pub fn backward(dweight: &mut [f32], dbias: &mut [f32], add: bool, dy: &[f32], p
     let c = dbias.len();
     let (rows, k) = (dy.len() / c, dweight.len() / c);
     let _span = span("patch_embed", Pass::Backward, [k, c], 2 * rows * k * c, rows * (k + c));
-    let write = if add { Write::Add } else { Write::Set };
-    let (dy_view, patches) = (Mat::new(dy, rows, c, c), Mat::new(patches, rows, k, k));
-    matmul_parallel(MatMut::new(dweight, c, k, k), dy_view.t(), patches, write);
+    weight_gradient(dweight, add, dy, patches, k);
     column_sums(dbias, dy, add);
 }
 
 /// Gradient of the images.
 pub fn image_gradient(dx: &mut [f32], dpatches: &mut [f32], dy: &[f32], weight: &[f32], d: Dims) {
-    let (rows, k) = (d.batch * d.tokens(), d.patch_len());
-    let c = weight.len() / k;
-    let dst = MatMut::new(dpatches, rows, k, k);
-    matmul_parallel(dst, Mat::new(dy, rows, c, c), Mat::new(weight, c, k, k), Write::Set);
+    input_gradient(dpatches, dy, weight, d.patch_len());
     each_line(d, |line, pixels| dx[pixels].copy_from_slice(&dpatches[line]));
 }
 
