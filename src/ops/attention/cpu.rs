@@ -58,10 +58,34 @@ fn pack_transposed(to: &mut [f32], from: &[f32], head: Head, rows: Range<usize>)
     }
 }
 
-/// Rows of a head as they are: `[panels(HS), rows, PANEL]`.
-fn pack_columns(to: &mut [f32], from: &[f32], head: Head, rows: Range<usize>) {
-    for (panel, to) in to.chunks_exact_mut(rows.len() * PANEL).take(panels(head.size)).enumerate() {
-        pack_panel(to, &from[head.at(rows.start).start..], panel, head.size, rows.len(), head.stride);
+/// Rows of a head as operand B.
+#[derive(Clone, Copy)]
+struct Columns<'a> {
+    data: &'a [f32],
+    stride: usize, // between rows
+    panel: usize,  // between panels
+}
+
+impl<'a> Columns<'a> {
+    /// Numbers of room that `rows` rows take: none where half a panel cannot reach beyond them.
+    fn room(size: usize, rows: usize) -> usize {
+        if size.is_multiple_of(HALF) { 0 } else { panels(size) * rows * PANEL }
+    }
+
+    /// Where they are, or copied to `room`.
+    fn new(room: &'a mut [f32], from: &'a [f32], head: Head, rows: Range<usize>) -> Self {
+        let from = &from[head.at(rows.start).start..];
+        if room.is_empty() {
+            return Columns { data: from, stride: head.stride, panel: PANEL };
+        }
+        for (panel, to) in room.chunks_exact_mut(rows.len() * PANEL).take(panels(head.size)).enumerate() {
+            pack_panel(to, from, panel, head.size, rows.len(), head.stride);
+        }
+        Columns { data: room, stride: PANEL, panel: rows.len() * PANEL }
+    }
+
+    fn panel(self, panel: usize) -> &'a [f32] {
+        &self.data[panel * self.panel..]
     }
 }
 
@@ -84,7 +108,7 @@ pub fn forward(
     let size = c / heads;
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
-    let sizes = [panels(size) * t * PANEL, at_once * size, t * STRIP, 2 * at_once];
+    let sizes = [Columns::room(size, t), at_once * size, t * STRIP, 2 * at_once];
     let (out, lse) = (Shared::new(out), Shared::new(lse));
     (0..b * heads).into_par_iter().for_each(|task| {
         let (sample, head) = (task / heads, task % heads);
@@ -93,7 +117,7 @@ pub fn forward(
         scratch::with(sizes.iter().sum(), |buffer| {
             let [v, q, p, numbers] = split(buffer, sizes);
             let (inverse, log_sum) = numbers.split_at_mut(at_once);
-            pack_columns(v, qkv, part(2), 0..t);
+            let v = Columns::new(v, qkv, part(2), 0..t);
             let mut tile = Tile::new();
             for first in (0..t).step_by(at_once) {
                 let count = at_once.min(t - first);
@@ -111,10 +135,10 @@ pub fn forward(
                     softmax(&mut p[columns.start..], t, scale, &mut inverse[columns.clone()], &mut log_sum[columns]);
                 }
                 for queries in row_tiles(count) {
-                    for (panel, b) in v.chunks_exact(t * PANEL).enumerate() {
-                        let segment = Segment { a: &p[queries.start..], b, len: t };
+                    for panel in 0..panels(size) {
+                        let segment = Segment { a: &p[queries.start..], b: v.panel(panel), len: t };
                         let halves = halves(size, panel);
-                        multiply(&mut tile, queries.len(), halves, Rows::interleaved(STRIP), PANEL, &[segment]);
+                        multiply(&mut tile, queries.len(), halves, Rows::interleaved(STRIP), v.stride, &[segment]);
                         let width = PANEL.min(size - panel * PANEL);
                         for (i, sums) in queries.clone().zip(&tile.rows) {
                             // SAFETY: this head's columns of a row of this sample: no other task has them.
@@ -152,9 +176,9 @@ pub fn backward(
     let size = c / heads;
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
-    let columns = panels(size) * PANEL;
-    let block = [at_once * size, at_once * columns];
-    let sizes = [t * columns, block[0], block[0], block[1], block[1], t * STRIP, t * STRIP, at_once, at_once];
+    let block = [at_once * size, Columns::room(size, at_once)];
+    let sizes =
+        [Columns::room(size, t), block[0], block[0], block[1], block[1], t * STRIP, t * STRIP, at_once, at_once];
     let dqkv = Shared::new(dqkv);
     (0..b * heads).into_par_iter().for_each(|task| {
         let (sample, head) = (task / heads, task % heads);
@@ -162,15 +186,15 @@ pub fn backward(
         let of_out = Head { stride: c, ..part(0) };
         scratch::with(sizes.iter().sum(), |buffer| {
             let [k, q_transposed, dy_transposed, q, dy, p, ds, log_sum, mean] = split(buffer, sizes);
-            pack_columns(k, qkv, part(1), 0..t);
+            let k = Columns::new(k, qkv, part(1), 0..t);
             let (mut scores, mut dp) = (Tile::new(), Tile::new());
             for first in (0..t).step_by(at_once) {
                 let count = at_once.min(t - first);
                 let queries = first..first + count;
                 pack_transposed(q_transposed, qkv, part(0), queries.clone());
                 pack_transposed(dy_transposed, dout, of_out, queries.clone());
-                pack_columns(q, qkv, part(0), queries.clone());
-                pack_columns(dy, dout, of_out, queries.clone());
+                let q = Columns::new(q, qkv, part(0), queries.clone());
+                let dy = Columns::new(dy, dout, of_out, queries.clone());
                 for (i, query) in queries.enumerate() {
                     log_sum[i] = lse[(sample * t + query) * heads + head];
                     mean[i] = dot(&dout[of_out.at(query)], &out[of_out.at(query)]);
@@ -206,8 +230,9 @@ pub fn backward(
                 for panel in 0..panels(size) {
                     let width = PANEL.min(size - panel * PANEL);
                     let halves = halves(size, panel);
-                    let mut product = |tile: Range<usize>, layout, a: &[f32], b: &[f32], len, to: Head, set: bool| {
-                        multiply(&mut scores, tile.len(), halves, layout, PANEL, &[Segment { a, b, len }]);
+                    let mut product = |tile: Range<usize>, layout, a: &[f32], b: Columns, len, to: Head, set: bool| {
+                        let segment = Segment { a, b: b.panel(panel), len };
+                        multiply(&mut scores, tile.len(), halves, layout, b.stride, &[segment]);
                         for (i, sums) in tile.zip(&scores.rows) {
                             // SAFETY: this head's columns of a row of this sample: no other task has them.
                             let to = unsafe { dqkv.slice(to.at(i)) };
@@ -219,14 +244,12 @@ pub fn backward(
                             }
                         }
                     };
-                    let of_block = panel * count * PANEL..(panel + 1) * count * PANEL;
                     for keys in row_tiles(t) {
                         let at = keys.start * STRIP;
                         let (p, ds) = (&p[at..], &ds[at..]);
-                        product(keys.clone(), Rows::lines(STRIP), p, &dy[of_block.clone()], count, part(2), first == 0);
-                        product(keys, Rows::lines(STRIP), ds, &q[of_block.clone()], count, part(1), first == 0);
+                        product(keys.clone(), Rows::lines(STRIP), p, dy, count, part(2), first == 0);
+                        product(keys, Rows::lines(STRIP), ds, q, count, part(1), first == 0);
                     }
-                    let k = &k[panel * t * PANEL..(panel + 1) * t * PANEL];
                     for queries in row_tiles(count) {
                         let rows = first + queries.start..first + queries.end;
                         product(rows, Rows::interleaved(STRIP), &ds[queries.start..], k, t, part(0), true);
