@@ -368,6 +368,8 @@ mod avx2 {
                             sums[v] = _mm256_fmadd_ps(factor, columns[v], sums[v]);
                         }
                         row = row.wrapping_add(layout.row);
+                        // As in the AVX-512 kernel.
+                        std::arch::asm!("", options(nostack, preserves_flags));
                     }
                 }
                 a = a.wrapping_add(layout.inner);
