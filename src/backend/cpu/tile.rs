@@ -230,8 +230,11 @@ pub struct Segment<'a> {
 pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
     assert!((1..=tile_rows()).contains(&rows) && (1..=2).contains(&halves));
     for &Segment { a, b, len } in segments {
-        let last = (rows - 1) * layout.row + len.saturating_sub(1) * layout.inner;
-        assert!(len == 0 || last < a.len() && (len - 1) * stride + halves * HALF <= b.len(), "an operand is too short");
+        // Saturated, so that no stride wraps round to a place inside: no slice is that long.
+        let before = len.saturating_sub(1);
+        let last = (rows - 1).saturating_mul(layout.row).saturating_add(before.saturating_mul(layout.inner));
+        let end = before.saturating_mul(stride).saturating_add(halves * HALF);
+        assert!(len == 0 || last < a.len() && end <= b.len(), "an operand is too short");
     }
     #[cfg(target_arch = "x86_64")]
     match level() {
@@ -525,6 +528,24 @@ mod tests {
     fn operands_that_are_too_short_are_refused() {
         let segment = Segment { a: &[0.0; 20], b: &[0.0; 2 * PANEL - 1], len: 2 };
         multiply(&mut Tile::new(), 3, 2, Rows::interleaved(16), PANEL, &[segment]);
+    }
+
+    /// Distances whose product is 0, were it to wrap.
+    #[test]
+    fn strides_that_overflow_are_refused() {
+        const FAR: usize = 1 << (usize::BITS - 1);
+        let numbers = [0.0; 4 * PANEL];
+        for (layout, stride) in [
+            (Rows::lines(FAR), PANEL),
+            (Rows::interleaved(FAR), PANEL),
+            (Rows::lines(1), FAR),
+            (Rows::interleaved(1), FAR),
+        ] {
+            let segment = Segment { a: &numbers, b: &numbers, len: 3 };
+            let refused = std::panic::catch_unwind(|| multiply(&mut Tile::new(), 3, 2, layout, stride, &[segment]));
+            let message = *refused.expect_err("refused").downcast::<&str>().expect("a message without numbers");
+            assert_eq!(message, "an operand is too short", "{layout:?}, {stride}");
+        }
     }
 
     #[test]
