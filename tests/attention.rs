@@ -131,6 +131,15 @@ fn blocks_of_queries_that_do_not_divide_the_tokens() {
     check(1, 300, 2, 12);
 }
 
+/// With many keys, blocks have fewer queries.
+#[test]
+fn more_tokens_than_a_full_block_of_queries_takes() {
+    for (tokens, heads, size) in [(384, 1, 5), (385, 1, 16), (449, 2, 5), (770, 1, 4)] {
+        let case = Case { batch: 1, tokens, heads, size, sharpness: 1.0, shift: 0.0 };
+        check_operation(&format!("T {tokens}, NH {heads}, HS {size}"), &case);
+    }
+}
+
 #[test]
 fn head_sizes_of_the_large_models() {
     check(1, 33, 2, 64);

@@ -97,6 +97,20 @@ fn channels_and_outputs_beyond_the_tiles() {
     every_window(3, 5, 36, 300, 0.0);
 }
 
+/// Lines of 1024 numbers are put further apart in scratch memory: with more rows than a tile, and than are kept at once.
+#[test]
+fn lines_of_a_multiple_of_4_kb() {
+    for (b, tokens, channels, outputs) in [(2, 15, 1024, 33), (4, 128, 1024, 5), (1, 130, 28, 1024)] {
+        for (name, read) in window_sets(b, channels) {
+            if !["all", "one at the right end", "random"].contains(&name) {
+                continue;
+            }
+            let label = format!("B {b}, T {tokens}, C {channels}, N {outputs}, {name}");
+            check_operation(&label, &Case { tokens, channels, outputs, read, activation: Activation::Gelu, mean: 0.0 });
+        }
+    }
+}
+
 #[test]
 fn the_variance_of_numbers_far_from_zero() {
     every_window(3, 9, 60, 45, 1000.0);

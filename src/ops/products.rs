@@ -73,11 +73,11 @@ pub(crate) fn batches(rows: Range<usize>, tokens: usize, inner: usize, mut work:
     }
 }
 
-/// Columns to compute: the first, of a panel (0 or 16) or of a matrix, and 16 or 32 columns in halves.
+/// Columns that a tile computes of a panel or of a matrix.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Part {
-    pub(crate) first: usize,
-    pub(crate) halves: usize,
+    pub(crate) first: usize,  // in a panel 0 or 16
+    pub(crate) halves: usize, // 1 or 2 of 16 columns
 }
 
 /// The part of `panel` to compute for `window`, if any.
@@ -288,6 +288,111 @@ mod tests {
                 }
             }
             assert_eq!(seen, window.range().collect::<Vec<_>>());
+        }
+    }
+
+    /// Numbers around 0, with no pattern.
+    fn numbers(seed: usize, n: usize) -> Vec<f32> {
+        (0..n).map(|i| (((i + 7919 * seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 400.0).collect()
+    }
+
+    /// A sample of `t` tokens: its window, its routed numbers `[T, C]`, those as panels with NaN wherever nobody may look,
+    /// and the others `[T, M]`.
+    struct Sample {
+        window: Window,
+        dense: Vec<f32>,
+        routed: Vec<f32>,
+        other: Vec<f32>,
+    }
+
+    fn sample(seed: usize, window: Window, t: usize, [c, m]: [usize; 2]) -> Sample {
+        let (mut dense, mut routed) = (vec![0.0; t * c], vec![f32::NAN; panels(c) * t * PANEL]);
+        let values = numbers(seed, t * c);
+        for panel in window.start / PANEL..panels(window.end()) {
+            for (i, channel) in (0..t).flat_map(|i| (panel * PANEL..((panel + 1) * PANEL).min(c)).map(move |c| (i, c)))
+            {
+                if window.range().contains(&channel) {
+                    dense[i * c + channel] = values[i * c + channel];
+                }
+                routed[(panel * t + i) * PANEL + channel % PANEL] = dense[i * c + channel];
+            }
+        }
+        Sample { window, dense, routed, other: numbers(seed + 1000, t * m) }
+    }
+
+    /// Windows at both ends and of one channel, all, and any.
+    fn window(seed: usize, c: usize) -> Window {
+        let any = |n: usize, of: usize| (seed + 31 * n) * 2_654_435_761 % 1009 % of;
+        match seed % 7 {
+            0 => Window { start: 0, width: 1 },
+            1 => Window { start: c - 1, width: 1 },
+            2 => Window::all(c),
+            3 => Window { start: c - 1 - any(1, c), width: 1 + any(1, c) },
+            _ => {
+                let width = 1 + any(2, c);
+                Window { start: any(3, c - width + 1), width }
+            }
+        }
+    }
+
+    fn check_weight_gradient([c, m]: [usize; 2], tokens: &[usize], seed: usize) {
+        let samples: Vec<_> =
+            tokens.iter().enumerate().map(|(i, &t)| sample(seed + i, window(seed + i, c), t, [c, m])).collect();
+        // The sums, and those of their terms' sizes.
+        let mut expected = vec![[0.0f64; 2]; c * m];
+        for Sample { window, dense, other, .. } in &samples {
+            for (dense, other) in dense.chunks_exact(c).zip(other.chunks_exact(m)) {
+                for (channel, j) in window.range().flat_map(|channel| (0..m).map(move |j| (channel, j))) {
+                    let term = f64::from(dense[channel]) * f64::from(other[j]);
+                    expected[channel * m + j][0] += term;
+                    expected[channel * m + j][1] += term.abs();
+                }
+            }
+        }
+        for (lies, add) in
+            [Lies::RoutedRows, Lies::RoutedColumns].into_iter().flat_map(|lies| [false, true].map(|add| (lies, add)))
+        {
+            let run = |threads: usize| {
+                let mut dw = vec![if add { 3.0 } else { f32::NAN }; c * m];
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    weight_gradient(&mut dw, add, lies, [c, m], samples.len(), |i| {
+                        let Sample { window, routed, other, .. } = &samples[i];
+                        Outer { routed, window: *window, other }
+                    });
+                });
+                dw
+            };
+            let dw = run(1);
+            let what = format!("C {c}, M {m}, tokens {:?} x {}, {lies:?}, add {add}", &tokens[..1], tokens.len());
+            for (channel, j) in (0..c).flat_map(|channel| (0..m).map(move |j| (channel, j))) {
+                let at = if lies == Lies::RoutedRows { channel * m + j } else { j * c + channel };
+                let [sum, size] = expected[channel * m + j];
+                let err = (f64::from(dw[at]) - sum - if add { 3.0 } else { 0.0 }).abs();
+                assert!(err <= 1e-6 * (size + 3.0), "{what}: {} for {sum} at channel {channel}, {j}", dw[at]);
+            }
+            assert!(dw.iter().zip(run(3)).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}: threads change bits");
+        }
+    }
+
+    #[test]
+    fn weight_gradients_agree_with_loops() {
+        for (i, dims) in
+            [[1, 1], [4, 3], [12, 20], [20, 16], [33, 48], [60, 45], [64, 33], [97, 64]].into_iter().enumerate()
+        {
+            check_weight_gradient(dims, &[1], i);
+            check_weight_gradient(dims, &[5, 1, 17, 2, 9, 3, 4, 8], 3 * i);
+        }
+    }
+
+    /// Groups of samples: of 64, and of about 4096 tokens or one sample of more.
+    #[test]
+    fn weight_gradients_of_many_samples_add_up() {
+        for dims in [[36, 20], [33, 32]] {
+            check_weight_gradient(dims, &[3; 65], 1);
+            check_weight_gradient(dims, &[1; 200], 2);
+            check_weight_gradient(dims, &[1500, 1500, 1500, 1096, 1], 3);
+            check_weight_gradient(dims, &[4100, 7, 4096, 3], 4);
         }
     }
 }

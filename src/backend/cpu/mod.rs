@@ -1,5 +1,5 @@
-//! The CPU: products (`tile`, and `linear` for layers without windows), vectorised loops (`simd`), scratch memory of a thread
-//! (`scratch`), and where the time goes (`profile`).
+//! The CPU: products (`tile` is their kernel, `pack` its operands, `linear` the layers without windows), vectorised loops
+//! (`simd`), scratch memory of a thread (`scratch`), and where the time goes (`profile`).
 
 pub mod aligned;
 pub mod linear;

@@ -11,9 +11,11 @@ pub fn interleave(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, l
     if rows == 0 || len == 0 {
         return;
     }
-    let width = rows.next_multiple_of(8);
-    assert!(width <= to_stride && (len - 1) * to_stride + width <= to.len(), "too small for interleaved rows");
-    assert!((rows - 1) * stride + len <= from.len(), "interleaved rows exceed their data");
+    // Saturated, so that no stride wraps round to a place inside: no slice is that long.
+    let end = |lines: usize, stride: usize, last: usize| (lines - 1).saturating_mul(stride).saturating_add(last);
+    let width = rows.div_ceil(8).saturating_mul(8);
+    assert!(width <= to_stride && end(len, to_stride, width) <= to.len(), "too small for interleaved rows");
+    assert!(end(rows, stride, len) <= from.len(), "interleaved rows exceed their data");
     #[cfg(target_arch = "x86_64")]
     if level() != Level::Baseline {
         // SAFETY: the processor has AVX2, and the bounds were checked.
@@ -164,6 +166,17 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    /// Distances whose product is 0, were it to wrap.
+    #[test]
+    fn strides_that_overflow_are_refused() {
+        const FAR: usize = 1 << (usize::BITS - 1);
+        for [to_stride, stride] in [[FAR, 4], [8, FAR]] {
+            let refused = std::panic::catch_unwind(|| interleave(&mut [0.0; 64], to_stride, &[0.0; 64], 3, 3, stride));
+            let message = *refused.expect_err("refused").downcast::<&str>().expect("a message without numbers");
+            assert!(message.contains("interleaved rows"), "{to_stride}, {stride}: {message}");
         }
     }
 }

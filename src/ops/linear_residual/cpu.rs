@@ -1,5 +1,5 @@
-//! The CPU version: packed rows times the panels of the weight, of which a window is a range; bias, gate and residual are
-//! applied to each tile while it is in cache.
+//! The CPU version: rows where they lie times the panels of the weight, of which a window is a range; bias, gate and residual
+//! are applied to each tile while it is in cache.
 
 use crate::backend::cpu::pack::{pack_panel_transposed, scatter, whole_halves, whole_halves_len};
 use crate::backend::cpu::profile::{Pass, span};

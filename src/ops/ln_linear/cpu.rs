@@ -1,5 +1,5 @@
-//! The CPU version: rows of a tile are normalised and packed, and multiplied with the panels of the weight, of which a
-//! window is a range; correction, bias and GELU are applied to each tile while it is in cache.
+//! The CPU version: the windows of a few rows are normalised, and multiplied with the panels of the weight, of which a window
+//! is a range; correction, bias and GELU are applied to each tile while it is in cache.
 
 use super::{Activation, EPS};
 use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed, scatter, whole_halves, whole_halves_len};
@@ -73,7 +73,7 @@ fn samples_per_tile(b: usize) -> usize {
     b.div_ceil(b.div_ceil(tile_rows() / 2))
 }
 
-/// The halves of `panel` that hold channels of `ranges`.
+/// Whether `panel` holds channels of `ranges`.
 fn touched(mut ranges: impl Iterator<Item = Range<usize>>, panel: usize) -> bool {
     ranges.any(|range| range.start < (panel + 1) * PANEL && panel * PANEL < range.end)
 }
