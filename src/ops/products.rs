@@ -111,9 +111,9 @@ pub(crate) struct Outer<'a> {
     pub(crate) other: &'a [f32],  // [T, M]
 }
 
-/// How a weight lies in memory.
+/// How a weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Lies {
+pub(crate) enum Layout {
     /// `[C, M]`: it writes the windows.
     RoutedRows,
     /// `[M, C]`: it reads the windows.
@@ -132,7 +132,7 @@ const FEWEST_CHANNELS: usize = 4;
 pub(crate) fn weight_gradient<'a>(
     dw: &mut [f32],
     add: bool,
-    lies: Lies,
+    layout: Layout,
     [c, m]: [usize; 2],
     samples: usize,
     sample: impl Fn(usize) -> Outer<'a> + Sync,
@@ -153,7 +153,7 @@ pub(crate) fn weight_gradient<'a>(
                 tokens += next.other.len() / m;
                 count += 1;
             }
-            panel_of_weight_gradient(&dw, add, lies, [c, m], panel, &group[..count], tokens);
+            panel_of_weight_gradient(&dw, add, layout, [c, m], panel, &group[..count], tokens);
             first += count;
             add = true;
         }
@@ -164,7 +164,7 @@ pub(crate) fn weight_gradient<'a>(
 fn panel_of_weight_gradient(
     dw: &Shared,
     add: bool,
-    lies: Lies,
+    layout: Layout,
     [c, m]: [usize; 2],
     panel: usize,
     group: &[Outer],
@@ -204,15 +204,15 @@ fn panel_of_weight_gradient(
                 }
                 let halves = columns.len().div_ceil(HALF);
                 multiply(&mut tile, channels.len(), halves, Rows::interleaved(PANEL), stride, &segments[..count]);
-                match lies {
-                    Lies::RoutedRows => {
+                match layout {
+                    Layout::RoutedRows => {
                         for (channel, sums) in channels.zip(&tile.rows) {
                             // SAFETY: these columns of all rows belong to this panel's task alone.
                             let to = unsafe { dw.slice(channel * m + columns.start..channel * m + columns.end) };
                             if add { add_assign(to, &sums[..to.len()]) } else { copy_row(to, sums) }
                         }
                     }
-                    Lies::RoutedColumns => {
+                    Layout::RoutedColumns => {
                         // SAFETY: these rows belong to this panel's task alone.
                         let to = unsafe { dw.slice(columns.start * c + channels.start..columns.end * c) };
                         write_transposed(to, &tile, channels.len(), columns.len(), c, add);
@@ -349,14 +349,15 @@ mod tests {
                 }
             }
         }
-        for (lies, add) in
-            [Lies::RoutedRows, Lies::RoutedColumns].into_iter().flat_map(|lies| [false, true].map(|add| (lies, add)))
+        for (layout, add) in [Layout::RoutedRows, Layout::RoutedColumns]
+            .into_iter()
+            .flat_map(|layout| [false, true].map(|add| (layout, add)))
         {
             let run = |threads: usize| {
                 let mut dw = vec![if add { 3.0 } else { f32::NAN }; c * m];
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
-                    weight_gradient(&mut dw, add, lies, [c, m], samples.len(), |i| {
+                    weight_gradient(&mut dw, add, layout, [c, m], samples.len(), |i| {
                         let Sample { window, routed, other, .. } = &samples[i];
                         Outer { routed, window: *window, other }
                     });
@@ -364,9 +365,9 @@ mod tests {
                 dw
             };
             let dw = run(1);
-            let what = format!("C {c}, M {m}, tokens {:?} x {}, {lies:?}, add {add}", &tokens[..1], tokens.len());
+            let what = format!("C {c}, M {m}, tokens {:?} x {}, {layout:?}, add {add}", &tokens[..1], tokens.len());
             for (channel, j) in (0..c).flat_map(|channel| (0..m).map(move |j| (channel, j))) {
-                let at = if lies == Lies::RoutedRows { channel * m + j } else { j * c + channel };
+                let at = if layout == Layout::RoutedRows { channel * m + j } else { j * c + channel };
                 let [sum, size] = expected[channel * m + j];
                 let err = (f64::from(dw[at]) - sum - if add { 3.0 } else { 0.0 }).abs();
                 assert!(err <= 1e-6 * (size + 3.0), "{what}: {} for {sum} at channel {channel}, {j}", dw[at]);

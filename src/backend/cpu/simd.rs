@@ -126,11 +126,11 @@ pub fn gelu_derivative<const FMA: bool>(x: f32) -> f32 {
 }
 
 /// Partial sums of a vectorised reduction.
-pub const LANES: usize = 16;
+const LANES: usize = 16;
 
 /// The sum of the lanes of a vector, halves first.
 #[inline(always)]
-pub fn sum_lanes(lanes: [f32; LANES]) -> f32 {
+fn sum_lanes(lanes: [f32; LANES]) -> f32 {
     let eight: [f32; 8] = std::array::from_fn(|l| lanes[l] + lanes[l + 8]);
     let four: [f32; 4] = std::array::from_fn(|l| eight[l] + eight[l + 4]);
     (four[0] + four[2]) + (four[1] + four[3])
@@ -241,7 +241,7 @@ mod tests {
     fn sums_add_every_element_once() {
         for n in [0, 1, 15, 16, 17, 31, 100] {
             let (x, y) = ((1..=n).map(|i| i as f32).collect::<Vec<_>>(), vec![2.0; n]);
-            // Infinite where a vector has no element.
+            // NaN where a vector has no element.
             let [sum, product, one] = sum_by([&x, &y], |[x, y]| [x, x * y, x / x]);
             assert_eq!([sum, product, one], [n * (n + 1) / 2, n * (n + 1), n].map(|expected| expected as f32));
         }

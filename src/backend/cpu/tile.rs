@@ -248,6 +248,53 @@ pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, strid
     plain::multiply(tile, rows, halves, layout, stride, segments);
 }
 
+/// The kernel for one vector type: `ROWS` rows and `VECTORS` vectors of columns, from the column `first` of B and of the tile.
+#[cfg(target_arch = "x86_64")]
+macro_rules! vector_kernel {
+    ($features:literal, $lanes:literal, $vector:ty, $zero:ident, $load:ident, $splat:ident, $fma:ident, $store:ident) => {
+        #[target_feature(enable = $features)]
+        unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
+            tile: &mut Tile,
+            first: usize,
+            layout: Rows,
+            stride: usize,
+            segments: &[Segment],
+        ) {
+            let mut sums: [[$vector; VECTORS]; ROWS] = [[$zero(); VECTORS]; ROWS];
+            for segment in segments {
+                let (mut a, mut b) = (segment.a.as_ptr(), segment.b.as_ptr().wrapping_add(first));
+                for _ in 0..segment.len {
+                    let mut row = a;
+                    // SAFETY: `multiply` checked the last element that these reach; the pointers move past it only after the
+                    // last row and round, by wrapping arithmetic.
+                    unsafe {
+                        let columns: [$vector; VECTORS] = std::array::from_fn(|v| $load(b.add(v * $lanes)));
+                        for sums in &mut sums {
+                            let factor = $splat(*row);
+                            for v in 0..VECTORS {
+                                sums[v] = $fma(factor, columns[v], sums[v]);
+                            }
+                            row = row.wrapping_add(layout.row);
+                            // Keeps the compiler from loading all rows first, for which there are not enough registers: the
+                            // sums would go to memory and back in every round, which takes twice as long.
+                            std::arch::asm!("", options(nostack, preserves_flags));
+                        }
+                    }
+                    a = a.wrapping_add(layout.inner);
+                    b = b.wrapping_add(stride);
+                }
+            }
+            // By index: iterators here put the sums into memory in the loop above.
+            for i in 0..ROWS {
+                for v in 0..VECTORS {
+                    // SAFETY: the columns asked for lie inside of a row.
+                    unsafe { $store(tile.rows[i].as_mut_ptr().add(first + v * $lanes), sums[i][v]) };
+                }
+            }
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use super::{PANEL, Rows, Segment, Tile};
@@ -279,50 +326,26 @@ mod avx512 {
         // SAFETY: the contract is the same.
         unsafe {
             match halves {
-                1 => by_rows!(rows, kernel::<1> (tile, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
-                _ => by_rows!(rows, kernel::<2> (tile, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
+                1 => {
+                    by_rows!(rows, kernel::<1> (tile, 0, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
+                }
+                _ => {
+                    by_rows!(rows, kernel::<2> (tile, 0, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
+                }
             }
         }
     }
 
-    #[target_feature(enable = "avx512f,avx2,fma")]
-    unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
-        tile: &mut Tile,
-        layout: Rows,
-        stride: usize,
-        segments: &[Segment],
-    ) {
-        let mut sums: [[__m512; VECTORS]; ROWS] = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-        for segment in segments {
-            let (mut a, mut b) = (segment.a.as_ptr(), segment.b.as_ptr());
-            for _ in 0..segment.len {
-                let mut row = a;
-                // SAFETY: `multiply` checked the last element that these reach; the pointers move past it only after the
-                // last row and round, by wrapping arithmetic.
-                unsafe {
-                    let columns: [__m512; VECTORS] = std::array::from_fn(|v| _mm512_loadu_ps(b.add(v * 16)));
-                    for sums in &mut sums {
-                        let factor = _mm512_set1_ps(*row);
-                        for v in 0..VECTORS {
-                            sums[v] = _mm512_fmadd_ps(factor, columns[v], sums[v]);
-                        }
-                        row = row.wrapping_add(layout.row);
-                        // Keeps the compiler from loading all rows first, for which there are not enough registers: the sums
-                        // would go to memory and back in every round.
-                        std::arch::asm!("", options(nostack, preserves_flags));
-                    }
-                }
-                a = a.wrapping_add(layout.inner);
-                b = b.wrapping_add(stride);
-            }
-        }
-        for i in 0..ROWS {
-            for v in 0..VECTORS {
-                // SAFETY: a row holds two vectors.
-                unsafe { _mm512_storeu_ps(tile.rows[i].as_mut_ptr().add(v * 16), sums[i][v]) };
-            }
-        }
-    }
+    vector_kernel!(
+        "avx512f,avx2,fma",
+        16,
+        __m512,
+        _mm512_setzero_ps,
+        _mm512_loadu_ps,
+        _mm512_set1_ps,
+        _mm512_fmadd_ps,
+        _mm512_storeu_ps
+    );
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -345,48 +368,20 @@ mod avx2 {
     ) {
         for half in 0..halves {
             // SAFETY: the contract is the same.
-            unsafe { by_rows!(rows, kernel::<2> (tile, half, layout, stride, segments), [1 2 3 4 5 6]) }
+            unsafe { by_rows!(rows, kernel::<2> (tile, half * HALF, layout, stride, segments), [1 2 3 4 5 6]) }
         }
     }
 
-    /// Half a panel, in two vectors.
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
-        tile: &mut Tile,
-        half: usize,
-        layout: Rows,
-        stride: usize,
-        segments: &[Segment],
-    ) {
-        let mut sums: [[__m256; VECTORS]; ROWS] = [[_mm256_setzero_ps(); VECTORS]; ROWS];
-        for segment in segments {
-            let (mut a, mut b) = (segment.a.as_ptr(), segment.b.as_ptr().wrapping_add(half * HALF));
-            for _ in 0..segment.len {
-                let mut row = a;
-                // SAFETY: as in the AVX-512 kernel.
-                unsafe {
-                    let columns: [__m256; VECTORS] = std::array::from_fn(|v| _mm256_loadu_ps(b.add(v * 8)));
-                    for sums in &mut sums {
-                        let factor = _mm256_set1_ps(*row);
-                        for v in 0..VECTORS {
-                            sums[v] = _mm256_fmadd_ps(factor, columns[v], sums[v]);
-                        }
-                        row = row.wrapping_add(layout.row);
-                        // As in the AVX-512 kernel.
-                        std::arch::asm!("", options(nostack, preserves_flags));
-                    }
-                }
-                a = a.wrapping_add(layout.inner);
-                b = b.wrapping_add(stride);
-            }
-        }
-        for (row, sums) in tile.rows.iter_mut().zip(&sums) {
-            for (v, &sum) in sums.iter().enumerate() {
-                // SAFETY: a row holds two halves of two vectors.
-                unsafe { _mm256_storeu_ps(row.as_mut_ptr().add(half * HALF + v * 8), sum) };
-            }
-        }
-    }
+    vector_kernel!(
+        "avx2,fma",
+        8,
+        __m256,
+        _mm256_setzero_ps,
+        _mm256_loadu_ps,
+        _mm256_set1_ps,
+        _mm256_fmadd_ps,
+        _mm256_storeu_ps
+    );
 }
 
 mod plain {

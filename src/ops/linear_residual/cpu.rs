@@ -9,7 +9,7 @@ use crate::backend::cpu::tile::{
     HALF, PANEL, Rows, Segment, Tile, add_tile, line_stride, multiply, panels, write_tile,
 };
 use crate::ops::products::{
-    Lies, Outer, RowTile, batches, columns, lines_len, part, spread, spread_len, weight_gradient,
+    Layout, Outer, RowTile, batches, columns, lines_len, part, spread, spread_len, weight_gradient,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -184,7 +184,7 @@ pub fn backward(
                 }
             });
         let dz = &*dz;
-        weight_gradient(dweight, add, Lies::RoutedRows, [c, k], b, |i| Outer {
+        weight_gradient(dweight, add, Layout::RoutedRows, [c, k], b, |i| Outer {
             routed: &dz[i * t * wide_c..][..t * wide_c],
             window: write[i],
             other: &a[i * t * k..][..t * k],

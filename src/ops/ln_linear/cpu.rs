@@ -9,7 +9,7 @@ use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn,
 use crate::backend::cpu::tile::{
     HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, panels, tile_rows, write_tile,
 };
-use crate::ops::products::{Lies, Outer, RowTile, batches, lines_len, parts_of, spread, spread_len, weight_gradient};
+use crate::ops::products::{Layout, Outer, RowTile, batches, lines_len, parts_of, spread, spread_len, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -312,10 +312,10 @@ pub fn backward(
                 }
                 let outside = Outer { routed: inactive, window: Window { start: 0, width: c }, other: pq };
                 let sample = |i| if i < b { of_sample(i) } else { outside };
-                weight_gradient(dweight, add, Lies::RoutedColumns, [c, n], b + 1, sample);
+                weight_gradient(dweight, add, Layout::RoutedColumns, [c, n], b + 1, sample);
             });
         } else {
-            weight_gradient(dweight, add, Lies::RoutedColumns, [c, n], b, of_sample);
+            weight_gradient(dweight, add, Layout::RoutedColumns, [c, n], b, of_sample);
         }
         if !add {
             dbias.fill(0.0);
