@@ -152,7 +152,7 @@ fn add_lanes<const N: usize, const M: usize>(
     }
 }
 
-/// `M` sums of `f(slices[0][i], slices[1][i], ..)` over the elements of slices of one length, in [`LANES`] interleaved
+/// `M` sums of `f(slices[0][i], slices[1][i], ..)` over the elements of slices of one length, in 16 interleaved
 /// partial sums: a fixed order that vectorises.
 #[inline(always)]
 pub fn sum_by<const N: usize, const M: usize>(slices: [&[f32]; N], f: impl Fn([f32; N]) -> [f32; M]) -> [f32; M] {
