@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::autograd::Memory;
 use crate::backend::cuda::device::Recorded;
-use crate::backend::cuda::{DType, Device, nvrtc};
+use crate::backend::cuda::{DType, Device, cache, nvrtc};
 use crate::error::{Error, Result};
 use crate::model::config::{ModelConfig, TASKS};
 use crate::model::dit::Dit;
@@ -196,7 +196,7 @@ fn step(
                 if elem == DType::Bf16 {
                     all.push(("ELEM_BF16", 1));
                 }
-                let found = nvrtc::compile(launch.file, &nvrtc::options(arch.number, &all))?;
+                let found = cache::compile(launch.file, &nvrtc::options(arch.number, &all))?;
                 entry.insert(nvrtc::resources(&found.log))
             }
         };

@@ -11,7 +11,7 @@
 //! ```
 
 pub mod arena;
-mod cache;
+pub(crate) mod cache;
 pub mod clock;
 pub mod device;
 mod graph;
