@@ -57,7 +57,7 @@ class DiT(nn.Module):
         self.out = nn.Linear(c, a.patch**2 * 2 * a.channels)
 
     def forward(self, x, t, y):
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         angles = t[:, None].float() * frequencies
         condition = F.silu(self.t(torch.cat([angles.cos(), angles.sin()], 1)) + self.y(y))
         x = self.x(x).flatten(2).transpose(1, 2) + self.positions
