@@ -31,60 +31,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fw
     int K,
     int C
 ) {
-    __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
     Range written = window_of_rows(write_windows, row, rows, T);
-    Accumulators sums;
-    clear(sums);
-    if (column < written.end && column + TILE_N > written.start)
-        accumulate<K_INNER, K_INNER>(
-            sums, row, column, windowed_columns(K, written, column),
-            [=](int) { return Operands{{a, K, rows}, {weight, K, C}, K}; }, tiles
-        );
-    finish(sums, row, rows, column, C, tiles, [=](int c) {
-        Wide own_bias, own_gate;
-        load_floats(own_bias.x, bias + c, true);
-        Window kept(0, 0), own(0, 0);
-        int b = -1;
-        return [=](int i, float (&value)[OUT_WIDTH]) mutable {
-            if (i / T != b) {
-                b = i / T;
-                kept = Window(base_windows, b);
-                own = Window(write_windows, b);
-                // One by one: the gate may start anywhere.
-#pragma unroll
-                for (int e = 0; e < OUT_WIDTH; ++e) own_gate.x[e] = gate[(long long)b * modulation_stride + c + e];
-            }
-            long long at = (long long)i * C + c;
-            Wide result, other;
-#pragma unroll
-            for (int e = 0; e < OUT_WIDTH; ++e) result.x[e] = 0.0f;
-            if (kept.meets(c, OUT_WIDTH)) {
-                load_wide(other.x, base + at);
-#pragma unroll
-                for (int e = 0; e < OUT_WIDTH; ++e)
-                    if (kept.holds(c + e)) result.x[e] = other.x[e];
-            }
-            if (own.meets(c, OUT_WIDTH)) {
-#pragma unroll
-                for (int e = 0; e < OUT_WIDTH; ++e) {
-                    value[e] += own_bias.x[e];
-                    if (own.holds(c + e)) result.x[e] = fmaf(own_gate.x[e], value[e], result.x[e]);
+    product<K_INNER, K_INNER>(
+        row, rows, column, C, windowed_columns(K, written, column),
+        [=](int) { return Operands{{a, K, rows}, {weight, K, C}, K}; },
+        tiles,
+        [=](int c) {
+            Wide own_bias, own_gate;
+            load_floats(own_bias.x, bias + c, true);
+            Window kept(0, 0), own(0, 0);
+            int b = -1;
+            return [=](int i, float (&value)[OUT_WIDTH]) mutable {
+                if (i / T != b) {
+                    b = i / T;
+                    kept = Window(base_windows, b);
+                    own = Window(write_windows, b);
+                    // One by one: the gate may start anywhere.
+    #pragma unroll
+                    for (int e = 0; e < OUT_WIDTH; ++e) own_gate.x[e] = gate[(long long)b * modulation_stride + c + e];
                 }
-                if (z) store_wide(z + at, value);
-            }
-            if (bypass) {
-                Window passed(bypass_windows, b);
-                if (!passed.holds_all(c, OUT_WIDTH)) {
-                    load_wide(other.x, bypass + at);
-#pragma unroll
+                long long at = (long long)i * C + c;
+                Wide result, other;
+    #pragma unroll
+                for (int e = 0; e < OUT_WIDTH; ++e) result.x[e] = 0.0f;
+                if (kept.meets(c, OUT_WIDTH)) {
+                    load_wide(other.x, base + at);
+    #pragma unroll
                     for (int e = 0; e < OUT_WIDTH; ++e)
-                        if (!passed.holds(c + e)) result.x[e] += other.x[e];
+                        if (kept.holds(c + e)) result.x[e] = other.x[e];
                 }
-            }
-            store_wide(out + at, result.x);
-        };
-    });
+                if (own.meets(c, OUT_WIDTH)) {
+    #pragma unroll
+                    for (int e = 0; e < OUT_WIDTH; ++e) {
+                        value[e] += own_bias.x[e];
+                        if (own.holds(c + e)) result.x[e] = fmaf(own_gate.x[e], value[e], result.x[e]);
+                    }
+                    if (z) store_wide(z + at, value);
+                }
+                if (bypass) {
+                    Window passed(bypass_windows, b);
+                    if (!passed.holds_all(c, OUT_WIDTH)) {
+                        load_wide(other.x, bypass + at);
+    #pragma unroll
+                        for (int e = 0; e < OUT_WIDTH; ++e)
+                            if (!passed.holds(c + e)) result.x[e] += other.x[e];
+                    }
+                }
+                store_wide(out + at, result.x);
+            };
+        }
+    );
 }
 
 template <int W>
@@ -224,26 +221,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
     int K,
     int C
 ) {
-    __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
-    Accumulators sums;
-    clear(sums);
-    accumulate<K_INNER, K_OUTER>(
-        sums, row, column, window_steps(window_of_rows(write_windows, row, rows, T)),
-        [=](int) { return Operands{{dz, C, rows}, {weight, K, K}, C}; }, tiles
+    product<K_INNER, K_OUTER>(
+        row, rows, column, K, window_steps(window_of_rows(write_windows, row, rows, T)),
+        [=](int) { return Operands{{dz, C, rows}, {weight, K, K}, C}; },
+        tiles,
+        [=](int k) {
+            return [=](int i, float (&value)[OUT_WIDTH]) {
+                long long at = (long long)i * K + k;
+                if (pre) {
+                    Wide before;
+                    load_wide(before.x, pre + at);
+    #pragma unroll
+                    for (int e = 0; e < OUT_WIDTH; ++e) value[e] *= gelu_derivative(before.x[e]);
+                }
+                store_wide(da + at, value);
+            };
+        }
     );
-    finish(sums, row, rows, column, K, tiles, [=](int k) {
-        return [=](int i, float (&value)[OUT_WIDTH]) {
-            long long at = (long long)i * K + k;
-            if (pre) {
-                Wide before;
-                load_wide(before.x, pre + at);
-#pragma unroll
-                for (int e = 0; e < OUT_WIDTH; ++e) value[e] *= gelu_derivative(before.x[e]);
-            }
-            store_wide(da + at, value);
-        };
-    });
 }
 
 // dW = dz^T a over the samples whose windows meet the tile's rows; db = sums of dz.  Grid: tiles of [C, K].
@@ -260,15 +255,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
     int K,
     int C
 ) {
-    __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
-    Accumulators sums;
-    clear(sums);
-    accumulate<K_OUTER, K_OUTER>(
-        sums, row, column, MeetingRows<ROWS_OF_C>{write_windows, T, B * T, {row, min(row + TILE_M, C)}, 0, 0},
-        [=](int) { return Operands{{dz, C, C}, {a, K, K}, B * T}; }, tiles
+    product<K_OUTER, K_OUTER>(
+        row, C, column, K, MeetingRows<ROWS_OF_C>{write_windows, T, B * T, {row, min(row + TILE_M, C)}, 0, 0},
+        [=](int) { return Operands{{dz, C, C}, {a, K, K}, B * T}; },
+        tiles, store_gradient(dweight, K, add)
     );
-    finish(sums, row, C, column, K, tiles, store_gradient(dweight, K, add));
     int c = row + threadIdx.x;
     if (blockIdx.x == 0 && threadIdx.x < TILE_M && c < C) {
         float sum = 0.0f;

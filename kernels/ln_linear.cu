@@ -39,15 +39,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd_inac
     int C,
     int N
 ) {
-    __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
-    Accumulators sums;
-    clear(sums);
-    accumulate<K_INNER, K_INNER>(
-        sums, row, column, all_of(0, C),
-        [=](int) { return Operands{{inactive, C, 2 * B}, {weight, C, N}, C}; }, tiles
+    product<K_INNER, K_INNER>(
+        row, 2 * B, column, N, all_of(0, C),
+        [=](int) { return Operands{{inactive, C, 2 * B}, {weight, C, N}, C}; },
+        tiles, store_gradient(uv, N, 0)
     );
-    finish(sums, row, 2 * B, column, N, tiles, store_gradient(uv, N, 0));
 }
 
 // y = h W^T over the window + r u + v + b, and GELU.  Grid: tiles of [B T, N].
@@ -67,39 +64,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd(
     int C,
     int N
 ) {
-    __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
-    Accumulators sums;
-    clear(sums);
-    accumulate<K_INNER, K_INNER>(
-        sums, row, column, window_steps(window_of_rows(windows, row, rows, T)),
-        [=](int) { return Operands{{h, C, rows}, {weight, C, N}, C}; }, tiles
-    );
-    finish(sums, row, rows, column, N, tiles, [=](int n) {
-        Wide own_bias, u, v;
-        load_floats(own_bias.x, bias + n, true);
-        int sample = -1;
-        return [=](int i, float (&value)[OUT_WIDTH]) mutable {
-            float r = 0.0f;
-            if (uv) {
-                if (i / T != sample) {
-                    sample = i / T;
-                    load_floats(u.x, uv + (long long)sample * 2 * N + n, true);
-                    load_floats(v.x, uv + ((long long)sample * 2 + 1) * N + n, true);
+    product<K_INNER, K_INNER>(
+        row, rows, column, N, window_steps(window_of_rows(windows, row, rows, T)),
+        [=](int) { return Operands{{h, C, rows}, {weight, C, N}, C}; },
+        tiles,
+        [=](int n) {
+            Wide own_bias, u, v;
+            load_floats(own_bias.x, bias + n, true);
+            int sample = -1;
+            return [=](int i, float (&value)[OUT_WIDTH]) mutable {
+                float r = 0.0f;
+                if (uv) {
+                    if (i / T != sample) {
+                        sample = i / T;
+                        load_floats(u.x, uv + (long long)sample * 2 * N + n, true);
+                        load_floats(v.x, uv + ((long long)sample * 2 + 1) * N + n, true);
+                    }
+                    r = -mean[i] * rstd[i];
                 }
-                r = -mean[i] * rstd[i];
-            }
-#pragma unroll
-            for (int e = 0; e < OUT_WIDTH; ++e) value[e] += own_bias.x[e] + (uv ? fmaf(r, u.x[e], v.x[e]) : 0.0f);
-            long long at = (long long)i * N + n;
-            if (gelu_follows) {
-                if (pre) store_wide(pre + at, value);
-#pragma unroll
-                for (int e = 0; e < OUT_WIDTH; ++e) value[e] = gelu(value[e]);
-            }
-            store_wide(y + at, value);
-        };
-    });
+    #pragma unroll
+                for (int e = 0; e < OUT_WIDTH; ++e) value[e] += own_bias.x[e] + (uv ? fmaf(r, u.x[e], v.x[e]) : 0.0f);
+                long long at = (long long)i * N + n;
+                if (gelu_follows) {
+                    if (pre) store_wide(pre + at, value);
+    #pragma unroll
+                    for (int e = 0; e < OUT_WIDTH; ++e) value[e] = gelu(value[e]);
+                }
+                store_wide(y + at, value);
+            };
+        }
+    );
 }
 
 // g = dy gelu'(pre), in place, where nobody did it on the way.  Grid: ceil(n / (256 WIDTH)) blocks of 256 threads.
@@ -159,7 +154,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_inpu
     int C,
     int N
 ) {
-    __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
     if (blockIdx.x == 0 && blockIdx.y == 0)
         for (int b = threadIdx.x; b < B; b += THREADS) finished[b] = 0;
@@ -173,18 +167,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_inpu
         window = window_of_rows(windows, row, rows, T);
         if (column >= window.end || column + TILE_N <= window.start) return;
     }
-    Accumulators sums;
-    clear(sums);
-    accumulate<K_INNER, K_OUTER>(
-        sums, row, column, windowed_columns(N, window, column),
-        [=](int) { return Operands{{is_pq ? pq : g, N, rows}, {weight, C, C}, N}; }, tiles
+    product<K_INNER, K_OUTER>(
+        row, rows, column, C, windowed_columns(N, window, column),
+        [=](int) { return Operands{{is_pq ? pq : g, N, rows}, {weight, C, C}, N}; },
+        tiles,
+        [=](int c) {
+            return [=](int i, float (&value)[OUT_WIDTH]) {
+                if (is_pq) store_floats(inactive_grads + (long long)i * C + c, value, true);
+                else store_wide(dh + (long long)i * C + c, value);
+            };
+        }
     );
-    finish(sums, row, rows, column, C, tiles, [=](int c) {
-        return [=](int i, float (&value)[OUT_WIDTH]) {
-            if (is_pq) store_floats(inactive_grads + (long long)i * C + c, value, true);
-            else store_wide(dh + (long long)i * C + c, value);
-        };
-    });
 }
 
 // LayerNorm backward: dx inside the window, dshift and dscale.  One warp a row; a block sums dshift and dscale over its
@@ -259,24 +252,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weig
     int C,
     int N
 ) {
-    __shared__ __align__(128) unsigned char tiles[SHARED_BYTES];
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
     if (!pq) {
         if (blockIdx.x == 0) return sum_rows(dbias, g, row, add, B * T, N, (float(*)[TILE_M])tiles);
         column -= TILE_N;
     }
-    Accumulators sums;
-    clear(sums);
-    accumulate<K_OUTER, K_OUTER>(
-        sums, row, column,
+    product<K_OUTER, K_OUTER>(
+        row, N, column, C,
         MeetingRows<COLUMNS_OF_C>{windows, T, B * T, {column, min(column + TILE_N, C)}, pq ? SPLIT : 0, 2 * B},
         [=](int source) {
             if (source == 0) return Operands{{g, N, N}, {h, C, C}, B * T};
             return Operands{{pq + (long long)(source - 1) * B * 2 * N, N, N}, {inactive, C, C}, 2 * B};
         },
-        tiles
+        tiles, store_gradient(dweight, C, add)
     );
-    finish(sums, row, N, column, C, tiles, store_gradient(dweight, C, add));
     int n = row + threadIdx.x;
     if (pq && blockIdx.x == 0 && threadIdx.x < TILE_M && n < N) {
         float sum = 0.0f;

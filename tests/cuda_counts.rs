@@ -11,7 +11,7 @@ use dtr_fused::backend::cuda::{Allocation, Arg, DType, Device, Launch};
 use dtr_fused::diffusion::{LossWeight, Schedule, ScheduleKind};
 use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::Dit;
-use dtr_fused::ops::work::Batch;
+use dtr_fused::ops::work::{Batch, SQUARE};
 use dtr_fused::routing::{Routing, Window};
 use dtr_fused::train::device::{DeviceState, How};
 use dtr_fused::train::learner::{Batch as Samples, Losses};
@@ -129,10 +129,10 @@ fn issued_work_is_what_is_said(device: &Arc<Device>, file: &Path) {
         };
         let found = step(device, file, model.clone(), &t);
         // Few rows: every product takes the small tile.
-        let of = |windows| Batch { windows, tokens, channels: c, side: 64 };
+        let of = |windows| Batch { windows, tokens, channels: c, tile: SQUARE[1] };
         let corrected = |windows: &[Window], outputs| {
             let needs = windows.iter().any(|w| w.width < c);
-            let own = Batch { windows, tokens, channels: c, side: 64 };
+            let own = Batch { windows, tokens, channels: c, tile: SQUARE[1] };
             if needs { [own.corrects_input(outputs), own.corrects_weight(outputs)] } else { [0, 0] }
         };
         let (qkv, fc1) = (corrected(&windows, 3 * c), corrected(masked, mlp));
@@ -315,7 +315,8 @@ fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
                 defines: &[("TILE_M", 128), ("TILE_N", 128)],
                 grid: [1, 1, 1],
                 block: 128,
-                shared: 0,
+                // Three stages of two tiles of 128 by 32.
+                shared: 3 * 2 * 128 * 32 * 2,
             };
             let mut found = counted(file, || device.launch(&launch, &args).unwrap());
             assert_eq!(found.len(), 1);

@@ -103,6 +103,22 @@ fn on_cuda() {
     }
 }
 
+/// As many columns as each of the tiles has, rows that no tile divides, samples that end inside of a chunk.
+#[test]
+fn on_cuda_with_large_tiles() {
+    for (b, tokens, inputs, channels) in [(3, 100, 128, 232), (2, 65, 184, 136), (5, 64, 248, 120)] {
+        // Every third: all of them would take minutes.
+        for (label, case) in cases(b, tokens, inputs, channels).into_iter().skip(b % 3).step_by(3) {
+            cuda::check_with_large_tiles(&label, &case);
+        }
+    }
+}
+
+#[test]
+fn on_sm_90() {
+    cuda::again_on_sm_90("on_cuda_with_large_tiles");
+}
+
 #[test]
 fn one_sample_of_one_token() {
     check(1, 1, 37, 60);

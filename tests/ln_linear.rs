@@ -139,6 +139,24 @@ fn on_cuda() {
     }
 }
 
+/// As many outputs as each of the tiles has columns, rows that no tile divides, samples that end inside of a chunk.
+#[test]
+fn on_cuda_with_large_tiles() {
+    for (b, tokens, channels, outputs) in [(3, 100, 232, 128), (2, 65, 136, 184), (5, 64, 120, 248)] {
+        for (i, (name, read)) in window_sets(b, channels).into_iter().enumerate() {
+            let label = format!("B {b}, T {tokens}, C {channels}, N {outputs}, {name}");
+            let activation = if i == 0 { Activation::Gelu } else { Activation::None };
+            let case = Case { tokens, channels, outputs, read, activation, mean: 0.0 };
+            cuda::check_with_large_tiles(&label, &case);
+        }
+    }
+}
+
+#[test]
+fn on_sm_90() {
+    cuda::again_on_sm_90("on_cuda_with_large_tiles");
+}
+
 #[test]
 fn on_cuda_with_sizes_that_only_f32_takes() {
     for (name, read) in window_sets(4, 37) {

@@ -99,7 +99,7 @@ struct Row {
 #[derive(Debug, serde::Serialize)]
 struct ProductRow {
     product: String,
-    tile: usize,
+    tile: String,
     /// Without windows.
     dense: f64,
     /// Inside the windows.
@@ -265,8 +265,8 @@ fn products(device: &Device, dit: &Dit, b: usize) -> Vec<ProductRow> {
         })
         .collect();
     let row = |name: &str, rows: usize, columns: usize, windowed: bool, work: &dyn Fn(work::Batch) -> (Flops, u64)| {
-        let tile = tiling(device, rows, columns).side;
-        let of = |windows| work(work::Batch { windows, tokens, channels: c, side: tile });
+        let tile = tiling(device, DType::Bf16, rows, columns).tile;
+        let of = |windows| work(work::Batch { windows, tokens, channels: c, tile });
         let drawn = batches.iter().map(|windows| of(if windowed { windows } else { &full }));
         let (mut needed, mut issued) = (0.0, 0.0);
         for (flops, correction) in drawn {
@@ -279,7 +279,7 @@ fn products(device: &Device, dit: &Dit, b: usize) -> Vec<ProductRow> {
         let share = needed / dense.dense as f64;
         ProductRow {
             product: name.into(),
-            tile,
+            tile: format!("{} x {}", tile.m, tile.n),
             dense: dense.dense as f64,
             needed,
             issued,
@@ -332,10 +332,10 @@ fn show(args: &KernelsArgs, arch: &Arch, step: &Step) {
         return;
     }
     println!("Products of a block, GFLOP a step, averaged over {BATCHES} batches of uniform timesteps:");
-    println!("{:<22} {:>4} {:>9} {:>9} {:>9} {:>12}", "product", "tile", "dense", "needed", "issued", "issued/least");
+    println!("{:<22} {:>9} {:>9} {:>9} {:>9} {:>12}", "product", "tile", "dense", "needed", "issued", "issued/least");
     for row in &step.products {
         println!(
-            "{:<22} {:>4} {:>9.2} {:>9.2} {:>9.2} {:>12.3}",
+            "{:<22} {:>9} {:>9.2} {:>9.2} {:>9.2} {:>12.3}",
             row.product,
             row.tile,
             row.dense / 1e9,

@@ -1,40 +1,81 @@
 //! Tiles of the products on a CUDA device (`kernels/gemm.cuh`).
 
-use crate::backend::cuda::{Buffer, DType, Device};
+use crate::backend::cuda::{Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
 
 /// Halves into which P and Q are split as operands of products in bf16 (`SPLIT` in `kernels/ln_linear_rows.cuh`).
 pub(crate) const SPLIT_BF16: usize = 2;
 
-/// Threads of a block of a product.
-pub(crate) const THREADS: u32 = 128;
-
 /// Definitions for kernels that have no product: those of the small tile, so that a file is not compiled once more.
 pub(crate) const SMALL: [(&str, i64); 2] = [("TILE_M", 64), ("TILE_N", 64)];
+
+/// A tile of a product (`kernels/gemm_steps.cuh`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Rows.
+    pub m: usize,
+    /// Columns.
+    pub n: usize,
+    /// Chunk of the reduction.
+    pub chunk: usize,
+    /// Of the reduction in one instruction.
+    pub step: usize,
+    /// Rows and columns of the parts that are left out where a window misses them.
+    pub part: usize,
+    /// What a multiply-add costs, as against the other tiles: a small one loads more for each.
+    cost: usize,
+    threads: u32,
+    shared: u32,
+}
+
+/// A tile for `mma.sync`, or for FMA in f32.
+const fn square(side: usize, cost: usize) -> Tile {
+    let shared = 3 * 2 * side * 32 * 2;
+    Tile { m: side, n: side, chunk: 32, step: 32, part: 16, cost, threads: 128, shared: shared as u32 }
+}
+
+/// A tile for `wgmma`.
+const fn wide(m: usize, n: usize, cost: usize) -> Tile {
+    let stages = if m * n > 128 * 128 { 4 } else { 3 };
+    let shared = stages * (m + n) * 64 * 2;
+    Tile { m, n, chunk: 64, step: 16, part: 64, cost, threads: 256, shared: shared as u32 }
+}
+
+/// The tiles of `mma.sync`, and of f32.
+pub const SQUARE: [Tile; 2] = [square(128, 4), square(64, 6)];
+/// Those of bf16 on sm_90; the small one is one of `mma.sync`.
+pub const WGMMA: [Tile; 4] = [wide(128, 256, 8), wide(128, 192, 9), wide(128, 128, 10), square(64, 24)];
 
 /// The tile of a product, and its grid.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tiling {
+    /// The tile.
+    pub(crate) tile: Tile,
     /// Definitions of the kernel.
     pub(crate) defines: [(&'static str, i64); 2],
-    /// Rows and columns of a tile.
-    pub(crate) side: usize,
     /// Tiles along the columns, tiles along the rows.
     pub(crate) grid: [u32; 3],
 }
 
-/// Side of a large and of a small tile, and what a multiply-add costs in them: a small tile loads more for each.
-const SIDES: [(usize, usize); 2] = [(128, 2), (64, 3)];
+impl Tiling {
+    /// The launch of a product.
+    pub(crate) fn launch(&self, file: &'static str, kernel: &'static str, elem: DType) -> Launch<'_> {
+        let Tile { threads: block, shared, .. } = self.tile;
+        Launch { file, kernel, elem, defines: &self.defines, grid: self.grid, block, shared }
+    }
+}
 
 /// A product of `rows` x `columns`: the tiles that keep the busiest multiprocessor for the least time.
-pub(crate) fn tiling(device: &Device, rows: usize, columns: usize) -> Tiling {
-    let tiles = |side: usize| [columns.div_ceil(side), rows.div_ceil(side)];
-    let time = |&(side, cost): &(usize, usize)| {
-        tiles(side).iter().product::<usize>().div_ceil(device.multiprocessors() as usize) * side * side * cost
+pub(crate) fn tiling(device: &Device, elem: DType, rows: usize, columns: usize) -> Tiling {
+    let tiles: &[Tile] = if device.arch() == 90 && elem == DType::Bf16 { &WGMMA } else { &SQUARE };
+    let counts = |tile: &Tile| [columns.div_ceil(tile.n), rows.div_ceil(tile.m)];
+    let time = |tile: &&Tile| {
+        let all: usize = counts(tile).iter().product();
+        all.div_ceil(device.multiprocessors() as usize) * tile.m * tile.n * tile.cost
     };
-    let (side, _) = SIDES.into_iter().min_by_key(time).expect("there are two");
-    let [x, y] = tiles(side);
-    Tiling { side, defines: [("TILE_M", side as i64), ("TILE_N", side as i64)], grid: [x as u32, y as u32, 1] }
+    let tile = *tiles.iter().min_by_key(time).expect("there are some");
+    let [x, y] = counts(&tile).map(|count| count as u32);
+    Tiling { tile, defines: [("TILE_M", tile.m as i64), ("TILE_N", tile.n as i64)], grid: [x, y, 1] }
 }
 
 /// Refuses buffers that are too short, or in bf16 start where 16 bytes cannot be read at a time: each with its name and the length
@@ -99,7 +140,22 @@ mod tests {
     #[test]
     fn few_tiles_are_small_ones() {
         let device = Device::on_paper("A100", 80, 108);
-        let side = |rows, columns| tiling(&device, rows, columns).side;
+        let side = |rows, columns| tiling(&device, DType::Bf16, rows, columns).tile.m;
         assert_eq!([side(8192, 1152), side(512, 3456), side(512, 1152), side(1, 1)], [128, 128, 64, 64]);
+    }
+
+    #[test]
+    fn wide_tiles_are_chosen_by_how_they_fill_the_device() {
+        let device = Device::on_paper("H100", 90, 132);
+        let tile = |elem, rows, columns| {
+            let tile = tiling(&device, elem, rows, columns).tile;
+            [tile.m, tile.n]
+        };
+        // 1152 columns are 6 tiles of 192 columns: 384 tiles are just under 3 for each multiprocessor.
+        assert_eq!(tile(DType::Bf16, 8192, 1152), [128, 192]);
+        assert_eq!(tile(DType::Bf16, 8192, 4608), [128, 256]);
+        assert_eq!(tile(DType::Bf16, 1152, 1152), [128, 128]);
+        assert_eq!(tile(DType::Bf16, 64, 3456), [64, 64]);
+        assert_eq!(tile(DType::F32, 8192, 4608), [128, 128]);
     }
 }

@@ -1,16 +1,12 @@
 //! Matrix work of the products on a CUDA device (`kernels/gemm.cuh` in bf16): how much of it the tensor cores are given, as
 //! against what the windows need.
 //!
-//! A product works in chunks of 32 along its reduction, and in parts of 16 x 16 outputs that are left out where a window
-//! misses them. So a window is rounded out, and the numbers here say by how much.
+//! A product works in steps along its reduction, and in parts of the output that are left out where a window misses them. So a
+//! window is rounded out, and the numbers here say by how much.
 
 use crate::ops::tile::SPLIT_BF16;
+pub use crate::ops::tile::{SQUARE, Tile, WGMMA};
 use crate::routing::Window;
-
-/// Chunk of a reduction.
-const CHUNK: usize = 32;
-/// Side of a part of the output.
-const PART: usize = 16;
 
 /// Floating-point operations of a product, 2 for a multiply-add.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,24 +28,21 @@ pub struct Batch<'a> {
     pub tokens: usize,
     /// C: what the windows are windows of.
     pub channels: usize,
-    /// Rows and columns of a tile, 64 or 128.
-    pub side: usize,
-}
-
-fn parts(len: usize) -> usize {
-    len.div_ceil(PART)
-}
-
-fn chunks(len: usize) -> usize {
-    len.div_ceil(CHUNK)
-}
-
-/// Operations of `chunks` chunks for `parts` parts of the output.
-fn of_parts(parts: usize, chunks: usize) -> u64 {
-    2 * (parts * PART * PART) as u64 * (chunks * CHUNK) as u64
+    /// The product's tile.
+    pub tile: Tile,
 }
 
 impl Batch<'_> {
+    fn parts(&self, len: usize) -> usize {
+        len.div_ceil(self.tile.part)
+    }
+
+    /// Operations of a reduction over `len` numbers for `parts` parts of the output.
+    fn of_parts(&self, parts: usize, len: usize) -> u64 {
+        let Tile { part, step, .. } = self.tile;
+        2 * (parts * part * part) as u64 * (len.div_ceil(step) * step) as u64
+    }
+
     fn rows(&self) -> usize {
         self.windows.len() * self.tokens
     }
@@ -63,16 +56,16 @@ impl Batch<'_> {
     /// Tiles of rows: how many rows, and the window of their samples.
     fn row_tiles(&self) -> impl Iterator<Item = (usize, Window)> {
         let rows = self.rows();
-        (0..rows).step_by(self.side).map(move |row| {
-            let end = (row + self.side).min(rows);
+        (0..rows).step_by(self.tile.m).map(move |row| {
+            let end = (row + self.tile.m).min(rows);
             (end - row, self.union(row..end))
         })
     }
 
-    /// Columns of parts in the tiles that `window` meets.
-    fn parts_that_meet(&self, tile: usize, window: Window) -> usize {
-        let end = (tile + self.side).min(self.channels);
-        (tile..end).step_by(PART).filter(|&part| part < window.end() && part + PART > window.start).count()
+    /// Parts of the channels that `window` meets.
+    fn parts_that_meet(&self, window: Window) -> usize {
+        let part = self.tile.part;
+        (0..self.channels).step_by(part).filter(|&at| at < window.end() && at + part > window.start).count()
     }
 
     fn of(&self, other: usize, issued: u64) -> Flops {
@@ -86,27 +79,25 @@ impl Batch<'_> {
     pub fn reads(&self, outputs: usize) -> Flops {
         let issued = self.row_tiles().map(|(rows, window)| {
             // Copies of 16 bytes start at multiples of 8 channels.
-            of_parts(parts(rows) * parts(outputs), chunks(window.end() - window.start / 8 * 8))
+            self.of_parts(self.parts(rows) * self.parts(outputs), window.end() - window.start / 8 * 8)
         });
         self.of(outputs, issued.sum())
     }
 
     /// `[B T, inputs] x [inputs, C]`, writing the windows: `linear_residual_fwd`, `ln_linear_bwd_input`.
     pub fn writes(&self, inputs: usize) -> Flops {
-        let issued = self.row_tiles().flat_map(|(rows, window)| {
-            let tiles = (0..self.channels).step_by(self.side);
-            tiles.map(move |tile| of_parts(parts(rows) * self.parts_that_meet(tile, window), chunks(inputs)))
-        });
+        let issued = self
+            .row_tiles()
+            .map(|(rows, window)| self.of_parts(self.parts(rows) * self.parts_that_meet(window), inputs));
         self.of(inputs, issued.sum())
     }
 
     /// `[C, B T] x [B T, other]`: gradients of weights, `ln_linear_bwd_weight` and `linear_residual_bwd_weight`.
     pub fn meets(&self, other: usize) -> Flops {
         let rows = self.rows();
-        let issued = (0..rows).step_by(CHUNK).map(|row| {
-            let window = self.union(row..(row + CHUNK).min(rows));
-            let tiles = (0..self.channels).step_by(self.side).map(|tile| self.parts_that_meet(tile, window));
-            of_parts(parts(other) * tiles.sum::<usize>(), 1)
+        let issued = (0..rows).step_by(self.tile.chunk).map(|row| {
+            let end = (row + self.tile.chunk).min(rows);
+            self.of_parts(self.parts(other) * self.parts_that_meet(self.union(row..end)), end - row)
         });
         self.of(other, issued.sum())
     }
@@ -114,12 +105,12 @@ impl Batch<'_> {
     /// What the correction for inactive channels adds to `ln_linear_bwd_input` over `outputs`: P W and Q W.
     pub fn corrects_input(&self, outputs: usize) -> u64 {
         let rows = SPLIT_BF16 * 2 * self.windows.len();
-        let parts_m: usize = (0..rows).step_by(self.side).map(|row| parts(self.side.min(rows - row))).sum();
-        of_parts(parts_m * parts(self.channels), chunks(outputs))
+        let parts_m: usize = (0..rows).step_by(self.tile.m).map(|row| self.parts(self.tile.m.min(rows - row))).sum();
+        self.of_parts(parts_m * self.parts(self.channels), outputs)
     }
 
     /// What it adds to `ln_linear_bwd_weight`: P (x) (1 + scale) + Q (x) shift.
     pub fn corrects_weight(&self, outputs: usize) -> u64 {
-        of_parts(parts(outputs) * parts(self.channels), SPLIT_BF16 * chunks(2 * self.windows.len()))
+        SPLIT_BF16 as u64 * self.of_parts(self.parts(outputs) * self.parts(self.channels), 2 * self.windows.len())
     }
 }

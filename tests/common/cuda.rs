@@ -107,7 +107,30 @@ pub fn check_on_cuda(label: &str, op: &impl Operation) {
 
 #[track_caller]
 pub fn check_on_cuda_in(label: &str, op: &impl Operation, elem: DType) {
-    let device = Arc::new(device());
+    check_on(device(), label, op, elem);
+}
+
+/// The test of this name in another process, on the simulator as a GPU of sm_90: its products have kernels of their own.
+pub fn again_on_sm_90(test: &str) {
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    let output = command.args([test, "--exact"]).env("CUDA_SIM_ARCH", "sm_90").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "on sm_90: {said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// [`check_on_cuda`] with the tiles that large products take.
+#[track_caller]
+pub fn check_with_large_tiles(label: &str, op: &impl Operation) {
+    check_on(device().with_multiprocessors(1), label, op, DType::Bf16);
+}
+
+#[track_caller]
+fn check_on(device: Device, label: &str, op: &impl Operation, elem: DType) {
+    let device = Arc::new(device);
     let mut inputs = op.inputs();
     for input in &mut inputs {
         if in_elem(input) {

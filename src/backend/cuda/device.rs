@@ -173,6 +173,12 @@ impl Device {
         self.arch
     }
 
+    /// The device as if it had this many multiprocessors: with few of them small products take the tiles of large ones.
+    #[must_use]
+    pub fn with_multiprocessors(self, multiprocessors: u32) -> Self {
+        Device { multiprocessors, ..self }
+    }
+
     /// Number of multiprocessors.
     pub fn multiprocessors(&self) -> u32 {
         self.multiprocessors

@@ -56,8 +56,10 @@ pub fn source(file: &str) -> Option<&'static str> {
 
 /// The options of a compilation: `-D` for each of `defines`.
 pub fn options(arch: u32, defines: &[(&str, i64)]) -> Vec<String> {
+    // wgmma is not among what newer architectures take over.
+    let own = if arch == 90 { "a" } else { "" };
     let mut options = vec![
-        format!("--gpu-architecture=sm_{arch}"),
+        format!("--gpu-architecture=sm_{arch}{own}"),
         "--std=c++17".to_string(),
         "--ptxas-options=-v".to_string(),
         "-default-device".to_string(),

@@ -2,7 +2,7 @@
 
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::Result;
-use crate::ops::tile::{SMALL, THREADS, Tiling, check_buffers, check_sizes, tiling};
+use crate::ops::tile::{SMALL, check_buffers, check_sizes, tiling};
 
 const FILE: &str = "linear_residual";
 const OP: &str = "linear_residual";
@@ -53,10 +53,6 @@ fn unless_none(buffer: Buffer, len: usize) -> usize {
     if buffer.is_none() { 0 } else { len }
 }
 
-fn product<'a>(kernel: &'static str, elem: DType, tiles: &'a Tiling) -> Launch<'a> {
-    Launch { file: FILE, kernel, elem, defines: &tiles.defines, grid: tiles.grid, block: THREADS, shared: 0 }
-}
-
 /// `out` `[B, T, C]` elem, and `z`, the linear layer's output in the write windows (none: not kept), of `a` `[B, T, K]`,
 /// `weight` `[C, K]` (elem), `bias` `[C]` (f32), `base` and `bypass` (none: nothing) `[B, T, C]` elem.
 ///
@@ -95,9 +91,9 @@ pub fn forward(
             ("write windows", windows.write, b * 2),
         ],
     )?;
-    let tiles = tiling(device, b * t, c);
+    let tiles = tiling(device, elem, b * t, c);
     device.launch(
-        &product("linear_residual_fwd", elem, &tiles),
+        &tiles.launch(FILE, "linear_residual_fwd", elem),
         &[
             out.into(),
             z.into(),
@@ -227,14 +223,14 @@ pub fn backward(
             c32,
         ],
     )?;
-    let tiles = tiling(device, b * t, k);
+    let tiles = tiling(device, elem, b * t, k);
     device.launch(
-        &product("linear_residual_bwd_input", elem, &tiles),
+        &tiles.launch(FILE, "linear_residual_bwd_input", elem),
         &[grads.da.into(), scratch.dz.into(), weight.into(), pre.into(), windows.write.into(), b32, t32, k32, c32],
     )?;
-    let tiles = tiling(device, c, k);
+    let tiles = tiling(device, elem, c, k);
     device.launch(
-        &product("linear_residual_bwd_weight", elem, &tiles),
+        &tiles.launch(FILE, "linear_residual_bwd_weight", elem),
         &[
             grads.dweight.into(),
             grads.dbias.into(),

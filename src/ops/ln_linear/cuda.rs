@@ -3,7 +3,7 @@
 use super::Activation;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
-use crate::ops::tile::{SMALL, SPLIT_BF16, THREADS, Tiling, check_buffers, check_sizes, tiling};
+use crate::ops::tile::{SMALL, SPLIT_BF16, check_buffers, check_sizes, tiling};
 
 const FILE: &str = "ln_linear";
 const OP: &str = "ln_linear";
@@ -217,13 +217,13 @@ pub fn forward(
         ],
     )?;
     if !inputs.full {
-        let tiles = tiling(device, 2 * b, n);
+        let tiles = tiling(device, elem, 2 * b, n);
         let args = [saved.uv.into(), saved.inactive.into(), inputs.weight.into(), b32, c32, n32];
-        device.launch(&product("ln_linear_fwd_inactive", elem, &tiles), &args)?;
+        device.launch(&tiles.launch(FILE, "ln_linear_fwd_inactive", elem), &args)?;
     }
-    let tiles = tiling(device, b * t, n);
+    let tiles = tiling(device, elem, b * t, n);
     device.launch(
-        &product("ln_linear_fwd", elem, &tiles),
+        &tiles.launch(FILE, "ln_linear_fwd", elem),
         &[
             y.into(),
             pre.into(),
@@ -323,12 +323,12 @@ pub fn backward(
         let outputs = [pq.into(), q.into(), dr.into(), g.into()];
         device.launch(&columns, &[&outputs[..], &statistics, &[b32, t32, n32]].concat())?;
     }
-    let mut tiles = tiling(device, b * t, c);
+    let mut tiles = tiling(device, elem, b * t, c);
     if !inputs.full {
-        tiles.grid[1] += (Dims::split(elem) * 2 * b).div_ceil(tiles.side) as u32;
+        tiles.grid[1] += (Dims::split(elem) * 2 * b).div_ceil(tiles.tile.m) as u32;
     }
     device.launch(
-        &product("ln_linear_bwd_input", elem, &tiles),
+        &tiles.launch(FILE, "ln_linear_bwd_input", elem),
         &[
             scratch.dh.into(),
             inactive_grads.into(),
@@ -373,13 +373,13 @@ pub fn backward(
             c32,
         ],
     )?;
-    let mut tiles = tiling(device, n, c);
+    let mut tiles = tiling(device, elem, n, c);
     if inputs.full {
         // A column of blocks for the bias.
         tiles.grid[0] += 1;
     }
     device.launch(
-        &product("ln_linear_bwd_weight", elem, &tiles),
+        &tiles.launch(FILE, "ln_linear_bwd_weight", elem),
         &[
             grads.dweight.into(),
             grads.dbias.into(),
@@ -396,8 +396,4 @@ pub fn backward(
             n32,
         ],
     )
-}
-
-fn product<'a>(kernel: &'static str, elem: DType, tiles: &'a Tiling) -> Launch<'a> {
-    Launch { file: FILE, kernel, elem, defines: &tiles.defines, grid: tiles.grid, block: THREADS, shared: 0 }
 }
