@@ -99,10 +99,10 @@ fn table(kernels: &[KernelTime]) -> String {
         return String::new();
     }
     let line = |kernel: &str, launches: usize, seconds: f64, share: f64| {
-        format!("{kernel:<44}{launches:>8}{:>10.3}{:>7.1}\n", seconds * 1e3, 100.0 * share)
+        format!("{kernel:<32}{launches:>8}{:>10.3}{:>7.1}\n", seconds * 1e3, 100.0 * share)
     };
     let (launches, seconds) = kernels.iter().fold((0, 0.0), |sum, k| (sum.0 + k.launches, sum.1 + k.seconds));
-    let mut text = format!("\n{:<44}launches        ms      %\n", "kernel");
+    let mut text = format!("\n{:<32}launches        ms      %\n", "kernel");
     for k in kernels {
         text += &line(k.kernel, k.launches, k.seconds, k.seconds / seconds);
     }
