@@ -32,6 +32,30 @@ fn a_kernel_runs_and_a_graph_replays_it() {
 }
 
 #[test]
+fn launches_are_timed_and_graphs_then_refused() {
+    let device = device();
+    let (to, from) = [1, 2].map(|seed| Output::with(&device, &numbers(seed, 1000), DType::F32)).into();
+    let add = || add(&device, &to, &from, DType::F32);
+    let kernels = device
+        .time_launches(|| {
+            let says = device.capture(add).err().unwrap().to_string();
+            assert!(says.contains("while launches are timed"), "{says}");
+            add().and_then(|()| add())
+        })
+        .unwrap();
+    let [only] = &kernels[..] else { panic!("one kernel was launched, not {kernels:?}") };
+    assert_eq!((only.file, only.kernel, only.launches), ("tensor", "tensor_add", 2));
+    assert!(only.seconds > 0.0);
+
+    // Neither a failure nor what was launched before or after is left behind.
+    let error = device.time_launches(|| add().and(Err(dtr_fused::Error::usage("stop")))).unwrap_err();
+    assert!(error.to_string().contains("stop"));
+    add().unwrap();
+    assert!(device.time_launches(|| Ok(())).unwrap().is_empty());
+    device.capture(add).unwrap();
+}
+
+#[test]
 fn wrong_arguments_are_refused() {
     let device = device();
     let x = Output::with(&device, &[1.0; 8], DType::F32);

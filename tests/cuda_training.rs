@@ -4,11 +4,16 @@ mod common;
 
 use common::cuda::device;
 use common::same_bits;
-use dtr_fused::backend::cuda::{Arg, DType, Launch};
+use dtr_fused::autograd::Memory;
+use dtr_fused::backend::cuda::{Arg, DType, Device, Launch};
+use dtr_fused::model::dit::Dit;
 use dtr_fused::rng::{Philox, Stream};
+use dtr_fused::train::device::{DeviceState, DrawnNoise, How};
+use dtr_fused::train::learner::Batch;
 use dtr_fused::train::optimizer::{Update, adamw};
 use dtr_fused::train::timing::time_steps;
 use dtr_fused::train::{TrainConfig, checkpoint, metrics, trainer};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -168,15 +173,45 @@ fn steps_that_are_not_finite_change_nothing() {
     drop(file);
 }
 
+/// Launches by file and kernel of a step in two parts of `samples` each, planned on paper.
+fn launches_on_paper(dit: &Dit, like: &Device, samples: usize) -> BTreeMap<(&'static str, &'static str), usize> {
+    let paper = Arc::new(Device::on_paper(like.name(), like.arch(), like.multiprocessors()));
+    let mut state = DeviceState::planned(&paper, DType::Bf16, dit.layout.len()).unwrap();
+    let mut memory = Memory::on_device(&paper, DType::Bf16);
+    let x_start = vec![0.0; samples * dit.config.in_channels * dit.config.input_size.pow(2)];
+    let numbers: Vec<u32> = (0..samples as u32).collect();
+    let drawn = Some(DrawnNoise { seed: 0, step: 0, samples: &numbers });
+    let batch = Batch { x_start: &x_start, noise: &[], t: &numbers, labels: &numbers, coefficients: &[] };
+    let mut launches = BTreeMap::new();
+    for updates in [false, true] {
+        let how = How { drawn, add: updates, updates };
+        // The first pass finds how much memory there must be, and may be planned more than once.
+        state.stage(dit, &mut memory, batch, how).unwrap();
+        paper.record();
+        state.stage(dit, &mut memory, batch, how).unwrap();
+        for launch in paper.record() {
+            *launches.entry((launch.file, launch.kernel)).or_default() += 1;
+        }
+    }
+    launches
+}
+
 #[test]
 fn steps_can_be_timed() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = config(&folder.path().join("run"), &[("grad_accumulation", "2"), ("precision", "bf16")]);
     (config.image_size, config.in_channels, config.num_classes) = (8, 1, 10);
-    let (learner, times) = time_steps(&config, &Arc::new(device()), DType::Bf16, 2).unwrap();
+    let device = Arc::new(device());
+    let (learner, times) = time_steps(&config, &device, DType::Bf16, 2, true).unwrap();
     // The simulator's times say nothing, but there must be some.
     assert!(times.device_seconds > 0.0 && times.host_seconds > 0.0 && times.memory > 0);
     assert_eq!(times.parameters, learner.dit.layout.len());
+
+    let timed: BTreeMap<_, _> = times.kernels.iter().map(|k| ((k.file, k.kernel), k.launches)).collect();
+    assert_eq!(timed.len(), times.kernels.len(), "a kernel has two rows");
+    assert_eq!(timed, launches_on_paper(&learner.dit, &device, 2));
+    assert!(times.kernels.iter().all(|k| k.seconds > 0.0), "{:?}", times.kernels);
+    assert!(times.kernels.is_sorted_by(|a, b| a.seconds >= b.seconds), "{:?}", times.kernels);
 }
 
 #[test]

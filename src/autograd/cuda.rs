@@ -295,7 +295,7 @@ pub fn stage<R>(
 
 /// The second half of the pass that was staged last: `late` writes the inputs that were not known then, and the kernels of
 /// `work` are launched. From the second pass with this `number` on they are replayed as one graph: such passes must launch
-/// the same kernels every time. It returns before the device is done.
+/// the same kernels every time. It returns before the device is done. While launches are timed there is no graph.
 ///
 /// # Errors
 /// As [`pass`], and those of `late`.
@@ -311,6 +311,9 @@ pub fn launch_staged(
     let Some(own) = memory.cuda.as_ref().filter(|_| !device.is_on_paper()) else { return Ok(()) };
     own.deliver()?;
     late()?;
+    if device.times_launches() {
+        return run(weights, grads, memory, Run::Sent, &mut work);
+    }
     let gradients = grads.map_or(0, |(buffer, _)| buffer.address);
     let bases = [own.work.arena.base(), own.inputs.arena.base(), weights.full().address, gradients];
     if let Some(captured) = own.replayed.get(&number).filter(|captured| captured.bases == bases) {

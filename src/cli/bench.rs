@@ -35,7 +35,7 @@ pub(super) struct BenchArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-    /// Also print where the time of a step goes, by operation
+    /// Also print where the time of a step goes, by operation; on a GPU, by kernel
     #[arg(long)]
     profile: bool,
     #[command(flatten)]
@@ -86,7 +86,7 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     config.num_classes = given(config.num_classes, classes);
     config.validate()?;
     if config.device.starts_with("cuda") {
-        return bench_cuda::run(&config, args.runs, args.json);
+        return bench_cuda::run(&config, args.runs, args.json, args.profile);
     }
     let report = trainer::in_pool(&config, || measure(&config, args.runs, args.profile))?;
     if args.json {

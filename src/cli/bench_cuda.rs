@@ -1,6 +1,7 @@
 //! `dtr-fused bench --device cuda`: a training step by the device's own clock.
 
 use crate::backend::Compute;
+use crate::backend::cuda::clock::KernelTime;
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 use crate::model::flops::forward_flops;
@@ -29,13 +30,16 @@ struct Report {
     step_gflop_saved: f64,
     /// Device memory for activations and inputs, in bytes.
     activation_bytes: usize,
+    /// With `--profile`: one more step by kernel.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    profile: Vec<KernelTime>,
 }
 
 /// Measures, and prints a table or one JSON object.
 ///
 /// # Errors
 /// On the simulated device, whose times say nothing; and as training.
-pub(super) fn run(config: &TrainConfig, runs: usize, json: bool) -> Result<()> {
+pub(super) fn run(config: &TrainConfig, runs: usize, json: bool, profiled: bool) -> Result<()> {
     let (compute, _) = trainer::compute(config)?;
     let Compute::Cuda { device, elem } = compute else {
         return Err(Error::usage(format!("'{}' is no CUDA device", config.device)));
@@ -46,7 +50,7 @@ pub(super) fn run(config: &TrainConfig, runs: usize, json: bool) -> Result<()> {
             device.name()
         )));
     }
-    let (learner, times) = timing::time_steps(config, &device, elem, runs)?;
+    let (learner, times) = timing::time_steps(config, &device, elem, runs, profiled)?;
     let b = config.batch_size;
     let windows: Vec<_> = (0..b).map(|i| learner.dit.windows()[(2 * i + 1) * TASKS / (2 * b)]).collect();
     let flops = forward_flops(&learner.dit.config, &windows);
@@ -65,6 +69,7 @@ pub(super) fn run(config: &TrainConfig, runs: usize, json: bool) -> Result<()> {
         step_gflop: 3.0 * flops.done / 1e9,
         step_gflop_saved: 3.0 * (flops.dense - flops.done) / 1e9,
         activation_bytes: times.memory,
+        profile: times.kernels,
     };
     if json {
         println!("{}", serde_json::to_string(&report).map_err(|e| Error::Stopped(e.to_string()))?);
@@ -84,5 +89,42 @@ pub(super) fn run(config: &TrainConfig, runs: usize, json: bool) -> Result<()> {
         format!("{:.1} GFLOP a step, {saved:.1} % of the dense model's saved by skipping", report.step_gflop),
     );
     row("activations", plan::readable(report.activation_bytes));
+    print!("{}", table(&report.profile));
     Ok(())
+}
+
+/// `profile`: a row for each kernel, and their sum; nothing for none.
+fn table(kernels: &[KernelTime]) -> String {
+    if kernels.is_empty() {
+        return String::new();
+    }
+    let line = |kernel: &str, launches: usize, seconds: f64, share: f64| {
+        format!("{kernel:<32}{launches:>8}{:>10.3}{:>7.1}\n", seconds * 1e3, 100.0 * share)
+    };
+    let (launches, seconds) = kernels.iter().fold((0, 0.0), |sum, k| (sum.0 + k.launches, sum.1 + k.seconds));
+    let mut text = format!("\n{:<32}launches        ms      %\n", "kernel");
+    for k in kernels {
+        text += &line(k.kernel, k.launches, k.seconds, k.seconds / seconds);
+    }
+    text += &line("sum", launches, seconds, 1.0);
+    text + "One more step, launched kernel by kernel: gaps between launches make it slower than the step above, which is a graph.\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_has_each_kernel_and_their_sum() {
+        assert_eq!(table(&[]), "");
+        let time = |kernel, launches, seconds| KernelTime { file: "x", kernel, launches, seconds };
+        let text = table(&[time("attention_fwd", 28, 0.075), time("adamw", 1, 0.025)]);
+        let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[1], ["kernel", "launches", "ms", "%"]);
+        assert_eq!(rows[2], ["attention_fwd", "28", "75.000", "75.0"]);
+        assert_eq!(rows[3], ["adamw", "1", "25.000", "25.0"]);
+        assert_eq!(rows[4], ["sum", "29", "100.000", "100.0"]);
+        let widths: Vec<usize> = text.lines().skip(1).take(4).map(str::len).collect();
+        assert_eq!(widths, [widths[0]; 4], "columns are not aligned:\n{text}");
+    }
 }

@@ -5,6 +5,7 @@ use super::device::{DeviceUpdate, DrawnNoise, How};
 use super::learner::{Batch, Learner, Losses};
 use super::optimizer::Update;
 use super::trainer;
+use crate::backend::cuda::clock::KernelTime;
 use crate::backend::cuda::{DType, Device};
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
@@ -16,7 +17,7 @@ use std::time::Instant;
 const WARM_UP: usize = 3;
 
 /// What was measured.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct StepTimes {
     /// Seconds on the device of a step of the whole batch: the median.
     pub device_seconds: f64,
@@ -26,10 +27,12 @@ pub struct StepTimes {
     pub memory: usize,
     /// Number of parameters.
     pub parameters: usize,
+    /// One more step by kernel, when asked for; those that took longest first.
+    pub kernels: Vec<KernelTime>,
 }
 
 /// Times `runs` training steps of `config` on random data, with random weights (adaLN-Zero starts with gates of zero, which
-/// no kernel must profit from).
+/// no kernel must profit from); and when `profiled`, the kernels of one more step.
 ///
 /// # Errors
 /// When the model does not fit the device, or the device fails.
@@ -38,6 +41,7 @@ pub fn time_steps(
     device: &Arc<Device>,
     elem: DType,
     runs: usize,
+    profiled: bool,
 ) -> Result<(Learner, StepTimes)> {
     let mut learner = trainer::learner(config)?;
     let rng = Philox::new(config.seed, Stream::Noise);
@@ -69,21 +73,26 @@ pub fn time_steps(
         add: part > 0,
         updates: part + 1 == parts,
     };
+    let launch = |learner: &mut Learner, step: u64| {
+        for part in 0..parts {
+            let last = part + 1 == parts;
+            learner.launch(batch, how(step, part), last.then_some(update))?;
+            if !last {
+                learner.stage(batch, how(step, part + 1))?;
+            }
+        }
+        Ok(())
+    };
     let (mut seconds, mut losses) = (Vec::with_capacity(runs), Losses::default());
     let mut begun = Instant::now();
     learner.stage(batch, how(0, 0))?;
-    for step in 0..WARM_UP + runs {
+    let steps = WARM_UP + runs;
+    for step in 0..steps {
         if step == WARM_UP {
             begun = Instant::now();
         }
         let start = device.moment()?;
-        for part in 0..parts {
-            let last = part + 1 == parts;
-            learner.launch(batch, how(step as u64, part), last.then_some(update))?;
-            if !last {
-                learner.stage(batch, how(step as u64, part + 1))?;
-            }
-        }
+        launch(&mut learner, step as u64)?;
         let end = device.moment()?;
         learner.stage(batch, how(step as u64 + 1, 0))?;
         learner.collect(&mut losses)?;
@@ -92,6 +101,16 @@ pub fn time_steps(
         }
     }
     let host_seconds = begun.elapsed().as_secs_f64() / runs as f64;
+    let mut kernels = Vec::new();
+    // Twice: the first time memory for two steps' results is taken, which may wait for the device.
+    for step in (steps as u64..).step_by(2).take(if profiled { 2 } else { 0 }) {
+        // A graph keeps the device busy while the host launches the step after it, or kernels would be charged for the host.
+        launch(&mut learner, step)?;
+        learner.stage(batch, how(step + 1, 0))?;
+        kernels = device.time_launches(|| launch(&mut learner, step + 1))?;
+        learner.stage(batch, how(step + 2, 0))?;
+        learner.collect(&mut losses)?;
+    }
     if let Some(bad) = losses.loss.iter().find(|loss| !loss.is_finite()) {
         return Err(Error::Stopped(format!("a loss is {bad}: what was timed is not a training step")));
     }
@@ -99,5 +118,5 @@ pub fn time_steps(
     let device_seconds = seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN);
     let memory = learner.memory.device_bytes();
     let parameters = learner.dit.layout.len();
-    Ok((learner, StepTimes { device_seconds, host_seconds, memory, parameters }))
+    Ok((learner, StepTimes { device_seconds, host_seconds, memory, parameters, kernels }))
 }

@@ -1,5 +1,6 @@
 //! A CUDA device and its compiled kernels. All work goes to one stream, in order.
 
+use super::clock::Timed;
 use super::launch::{Arg, Launch};
 use super::{DType, cache, library, nvrtc};
 use crate::error::{Error, Result};
@@ -96,6 +97,7 @@ pub struct Device {
     multiprocessors: u32,
     modules: Mutex<HashMap<ModuleKey, Loaded>>,
     recorded: Mutex<Option<Vec<Recorded>>>,
+    pub(super) timed: Mutex<Option<Vec<Timed>>>, // None: launches are not timed
     launches: AtomicUsize,
     dry: AtomicBool,
     ptx_only: AtomicBool,                 // the driver takes no machine code
@@ -156,6 +158,7 @@ impl Device {
             multiprocessors,
             modules: Mutex::default(),
             recorded: Mutex::default(),
+            timed: Mutex::default(),
             launches: AtomicUsize::new(0),
             dry: AtomicBool::new(false),
             ptx_only: AtomicBool::new(false),
@@ -265,19 +268,15 @@ impl Device {
             })
             .collect();
         let grid = (launch.grid[0], launch.grid[1], launch.grid[2]);
-        // SAFETY: number, kinds and order of the arguments are those of the kernel (checked above), and they live until the
-        // call has copied them. What the kernel may touch is its launcher's promise.
-        unsafe {
-            result::launch_kernel(
-                function.cu_function(),
-                grid,
-                (launch.block, 1, 1),
-                launch.shared,
-                driver.stream.cu_stream(),
-                &mut parameters,
-            )
-        }
-        .map_err(|e| failed(&format!("run {}", launch.kernel), e))
+        self.between_moments(launch, || {
+            let (block, stream) = ((launch.block, 1, 1), driver.stream.cu_stream());
+            // SAFETY: number, kinds and order of the arguments are those of the kernel (checked above), and they live until the
+            // call has copied them. What the kernel may touch is its launcher's promise.
+            unsafe {
+                result::launch_kernel(function.cu_function(), grid, block, launch.shared, stream, &mut parameters)
+            }
+            .map_err(|e| failed(&format!("run {}", launch.kernel), e))
+        })
     }
 
     /// The compiled kernel of a launch.

@@ -36,6 +36,9 @@ impl Device {
         let Some(driver) = self.running()? else {
             return Err(Error::usage("a device on which nothing runs cannot capture a graph"));
         };
+        if self.times_launches() {
+            return Err(Error::usage("a graph cannot be captured while launches are timed"));
+        }
         driver.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(cannot)?;
         let worked = work();
         // SAFETY: the stream is capturing since the call above.
