@@ -12,11 +12,32 @@
 // channels of a window, or the rows of the samples whose windows meet the tile. What a chunk covers beyond a window is zero
 // in memory: the kernels that write windowed activations promise that. What it covers beyond `limit` is read as zero.
 //
-// A block has THREADS threads and computes TILE_M x TILE_N. An epilogue gets OUT_WIDTH columns of a row at a time:
-// `epilogue(column)` is called once for the columns of a thread, and what it returns for every row:  `(row, values)`.
+// A block has THREADS threads and computes TILE_M x TILE_N. `epilogue(column)` is called once for the OUT_WIDTH columns of a thread
+// and returns an Epilogue, which is given them for every row.
 #pragma once
 
 #include "gemm_steps.cuh"
+
+// What becomes of a row's sums. `fetch(row)` reads what `store(row, sums, fetched)` needs: of several rows before the first is
+// stored, so that the reads of one are not waited for before the next.
+template <typename Fetch, typename Store>
+struct Epilogue {
+    Fetch fetch;
+    Store store;
+};
+
+template <typename Fetch, typename Store>
+__device__ __forceinline__ Epilogue<Fetch, Store> epilogue_of(Fetch fetch, Store store) {
+    return {fetch, store};
+}
+
+struct Nothing {};
+
+// Without anything to read.
+template <typename Store>
+__device__ __forceinline__ auto epilogue_of(Store store) {
+    return epilogue_of([](int) { return Nothing{}; }, [=](int i, float (&value)[OUT_WIDTH], Nothing) mutable { store(i, value); });
+}
 
 #if defined(WGMMA)
 #include "gemm_wgmma.cuh"
@@ -62,16 +83,18 @@ __device__ __forceinline__ void store_wide(elem* to, const float (&x)[OUT_WIDTH]
 // The epilogue of weight gradients [rows, columns]:  = or +=.
 __device__ __forceinline__ auto store_gradient(float* to, int columns, int add) {
     return [=](int c) {
-        return [=](int r, float (&value)[OUT_WIDTH]) {
-            float* at = to + (long long)r * columns + c;
-            if (add) {
-                float before[OUT_WIDTH];
-                load_floats(before, at, true);
+        return epilogue_of(
+            [=](int r) {
+                Wide before;
+                if (add) load_floats(before.x, to + (long long)r * columns + c, true);
+                return before;
+            },
+            [=](int r, float (&value)[OUT_WIDTH], Wide before) {
 #pragma unroll
-                for (int e = 0; e < OUT_WIDTH; ++e) value[e] += before[e];
+                for (int e = 0; e < OUT_WIDTH; ++e) value[e] += add ? before.x[e] : 0.0f;
+                store_floats(to + (long long)r * columns + c, value, true);
             }
-            store_floats(at, value, true);
-        };
+        );
     };
 }
 

@@ -3,7 +3,6 @@
 
 #include "gemm_steps.cuh"
 
-constexpr int OUT_WIDTH = 1;
 constexpr int FMA_K = 16;  // of TILE_K at a time, so that shared memory suffices
 constexpr int SHARED_BYTES = FMA_K * (TILE_M + 4 + TILE_N + 4) * 4;
 constexpr int LANE_M = TILE_M / 16, LANE_N = TILE_N / 8;  // outputs of a thread
@@ -68,12 +67,12 @@ __device__ __forceinline__ void finish(
     for (int j = 0; j < LANE_N; ++j) {
         int c = column + thread_n + j * 8;
         if (c >= columns) continue;
-        auto store = epilogue(c);
+        auto row_of = epilogue(c);
 #pragma unroll
         for (int i = 0; i < LANE_M; ++i) {
             int r = row + thread_m + i * 16;
             float value[OUT_WIDTH] = {sums[i][j]};
-            if (r < rows) store(r, value);
+            if (r < rows) row_of.store(r, value, row_of.fetch(r));
         }
     }
 }

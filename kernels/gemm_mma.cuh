@@ -4,7 +4,6 @@
 
 #include "gemm_steps.cuh"
 
-constexpr int OUT_WIDTH = 8;  // columns of an epilogue: 16 bytes of elem
 constexpr int WARP_M = TILE_M / 2, WARP_N = TILE_N / 2;
 constexpr int PARTS_M = WARP_M / PART, PARTS_N = WARP_N / PART;
 constexpr unsigned int ALL_M = (1u << PARTS_M) - 1, ALL_N = (1u << PARTS_N) - 1;
@@ -298,7 +297,7 @@ __device__ __forceinline__ void finish(
     bool turned = lane & 4;
     const float* from = stage + lane / LANES * PITCH + lane % LANES * OUT_WIDTH;
     bool is_inside = c < columns;
-    auto store = epilogue(is_inside ? c : 0);
+    auto row_of = epilogue(is_inside ? c : 0);
 #pragma unroll
     for (int i = 0; i < PARTS_M; ++i) {
         __syncwarp();
@@ -315,7 +314,7 @@ __device__ __forceinline__ void finish(
             float4 low = turned ? other : one, high = turned ? one : other;
             float values[OUT_WIDTH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             int at = first_row + i * 16 + r;
-            if (is_inside && at < rows) store(at, values);
+            if (is_inside && at < rows) row_of.store(at, values, row_of.fetch(at));
         }
     }
 }

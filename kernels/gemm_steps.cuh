@@ -19,15 +19,24 @@ enum Layout { K_INNER, K_OUTER };
 #define WGMMA
 constexpr int TILE_K = 64;
 constexpr int THREADS = 256;
-constexpr int STAGES = TILE_M * TILE_N > 128 * 128 ? 4 : 3;
-constexpr int BLOCKS = TILE_M * TILE_N > 128 * 128 ? 1 : 2;
-constexpr int PART = 64;  // columns that a tile is cut by
+constexpr int STAGES = (227 << 10) / ((TILE_M + TILE_N) * TILE_K * 2);  // as many as shared memory holds
+constexpr int BLOCKS = 1;
+constexpr int PART = 64;   // columns that a tile is cut by
+constexpr int ALIGN = 16;  // channels: a row's copies start with a sector of 32 bytes
 #else
 constexpr int TILE_K = 32;
 constexpr int THREADS = 128;
 constexpr int STAGES = 3;
 constexpr int BLOCKS = TILE_M * TILE_N > 64 * 64 ? 0 : 4;
 constexpr int PART = 16;  // rows and columns of the parts of a tile that are left out
+constexpr int ALIGN = 8;  // channels: copies are of 16 bytes
+#endif
+
+// Columns of an epilogue: 16 bytes of elem in bf16.
+#ifdef ELEM_BF16
+constexpr int OUT_WIDTH = 8;
+#else
+constexpr int OUT_WIDTH = 1;
 #endif
 
 // A matrix of elem, `count` rows (or columns) of it along i.
@@ -100,7 +109,7 @@ __device__ __forceinline__ Range window_of_rows(const int* windows, int row, int
 }
 
 // The reduction over the channels of a window, from an aligned one on.
-__device__ __forceinline__ OneRun<NEITHER> window_steps(Range window) { return all_of(window.start & ~7, window.end); }
+__device__ __forceinline__ OneRun<NEITHER> window_steps(Range window) { return all_of(window.start & -ALIGN, window.end); }
 
 // The reduction over the rows [B T] of a batch that leaves out samples whose windows miss the tile's channels, start .. end,
 // which are its rows or its columns. Then, over all of `more_rows` rows of `more` other pairs of operands.

@@ -7,7 +7,6 @@
 
 #include "gemm_steps.cuh"
 
-constexpr int OUT_WIDTH = 8;  // columns of an epilogue: 16 bytes of elem
 constexpr int GROUP_M = TILE_M / 2, PARTS_M = GROUP_M / 64;  // rows of a group, 64 for each instruction
 constexpr int STEP_K = 16, STEPS = TILE_K / STEP_K;          // k of an instruction
 constexpr int SQUARE_BYTES = 64 * 128;
@@ -191,6 +190,7 @@ __device__ __forceinline__ void finish(
 ) {
     constexpr int PITCH = N + 8;  // floats: four rows of a quarter of the banks each
     constexpr int LANES = TILE_N / OUT_WIDTH, ROWS_AT_ONCE = 32 / LANES;
+    constexpr int FETCHED = 4;  // rows of a lane that are read before the first is stored
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* stage = (float*)tiles + warp * 16 * PITCH;
     float* own = stage + lane / 4 * PITCH + lane % 4 * 2;
@@ -200,7 +200,7 @@ __device__ __forceinline__ void finish(
     bool turned = lane & 4;
     const float* from = stage + lane / LANES * PITCH + min(max(c - first, 0), N - OUT_WIDTH);
     bool is_inside = c < columns && lane < LANES * ROWS_AT_ONCE;
-    auto store = epilogue(is_inside ? c : 0);
+    auto row_of = epilogue(is_inside ? c : 0);
 #pragma unroll
     for (int i = 0; i < PARTS_M; ++i) {
         __syncwarp();
@@ -211,14 +211,23 @@ __device__ __forceinline__ void finish(
         }
         __syncwarp();
 #pragma unroll 1
-        for (int r = 0; r < 16; r += ROWS_AT_ONCE) {
-            int at = first_row + i * 64 + r;
-            if (!is_inside || at >= rows) continue;
-            float4 one = *(const float4*)(from + r * PITCH + (turned ? 4 : 0));
-            float4 other = *(const float4*)(from + r * PITCH + (turned ? 0 : 4));
-            float4 low = turned ? other : one, high = turned ? one : other;
-            float values[OUT_WIDTH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-            store(at, values);
+        for (int begin = 0; begin < 16; begin += FETCHED * ROWS_AT_ONCE) {
+            decltype(row_of.fetch(0)) fetched[FETCHED];
+#pragma unroll
+            for (int f = 0; f < FETCHED; ++f) {
+                int at = first_row + i * 64 + begin + f * ROWS_AT_ONCE;
+                if (is_inside && at < rows) fetched[f] = row_of.fetch(at);
+            }
+#pragma unroll
+            for (int f = 0; f < FETCHED; ++f) {
+                int r = begin + f * ROWS_AT_ONCE, at = first_row + i * 64 + r;
+                if (!is_inside || at >= rows) continue;
+                float4 one = *(const float4*)(from + r * PITCH + (turned ? 4 : 0));
+                float4 other = *(const float4*)(from + r * PITCH + (turned ? 0 : 4));
+                float4 low = turned ? other : one, high = turned ? one : other;
+                float values[OUT_WIDTH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+                row_of.store(at, values, fetched[f]);
+            }
         }
     }
 }
@@ -243,8 +252,7 @@ __device__ __forceinline__ void product(
     int row, int rows, int column, int columns, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
 ) {
     if constexpr (Steps::IS_CUT) {
-        // Copies of 16 bytes start at multiples of 8 columns.
-        int first = max(column, steps.run.window.start & ~7);
+        int first = max(column, steps.run.window.start & -ALIGN);
         int parts = (min(column + TILE_N, steps.run.window.end) - first + PART - 1) / PART;
         // From a lane, so that the compiler sees that all go the same way.
         parts = max(__shfl_sync(0xffffffffu, parts, 0), 1);

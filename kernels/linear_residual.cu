@@ -12,6 +12,38 @@
 constexpr int COLUMN_WARPS = 8;  // rows at a time in the kernel that sums over tokens
 constexpr int COLUMNS = 256;     // its columns
 
+// What base and bypass hold of a row's columns from c on.
+struct Kept {
+    Window base_window, bypass_window;  // base counts inside of its own, bypass outside
+    Vector<OUT_WIDTH> base, bypass;
+
+    __device__ Kept() : base_window(0, 0), bypass_window(0, 0) {}
+    __device__ Kept(
+        const elem* from_base, const elem* from_bypass, const int* base_windows, const int* bypass_windows, int b, long long at, int c
+    )
+        : base_window(base_windows, b), bypass_window(0, INT_MAX) {
+        if (from_bypass) bypass_window = Window(bypass_windows, b);
+        if (base_window.meets(c, OUT_WIDTH)) base.load(from_base + at);
+        if (!bypass_window.holds_all(c, OUT_WIDTH)) bypass.load(from_bypass + at);
+    }
+
+    __device__ void unpack(float (&x)[OUT_WIDTH], int c) const {
+        bool meets = base_window.meets(c, OUT_WIDTH);
+        base.unpack(x);
+#pragma unroll
+        for (int e = 0; e < OUT_WIDTH; ++e)
+            if (!meets || !base_window.holds(c + e)) x[e] = 0.0f;
+    }
+
+    __device__ void add_bypass(float (&sum)[OUT_WIDTH], int c) const {
+        if (bypass_window.holds_all(c, OUT_WIDTH)) return;
+        Wide x;
+        bypass.unpack(x.x);
+#pragma unroll
+        for (int e = 0; e < OUT_WIDTH; ++e) sum[e] += bypass_window.holds(c + e) ? 0.0f : x.x[e];
+    }
+};
+
 // Grid: tiles of [B T, C]. A tile that no sample writes has no product, but its base and bypass.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fwd(
     elem* __restrict__ out,                  // [B, T, C]
@@ -40,46 +72,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fw
         [=](int c) {
             Wide own_bias, own_gate;
             load_floats(own_bias.x, bias + c, true);
-            Window kept(0, 0), own(0, 0);
+            Window own(0, 0);
             int b = -1;
-            return [=](int i, float (&value)[OUT_WIDTH]) mutable {
-                if (i / T != b) {
-                    b = i / T;
-                    kept = Window(base_windows, b);
-                    own = Window(write_windows, b);
-                    // One by one: the gate may start anywhere.
-    #pragma unroll
-                    for (int e = 0; e < OUT_WIDTH; ++e) own_gate.x[e] = gate[(long long)b * modulation_stride + c + e];
-                }
-                long long at = (long long)i * C + c;
-                Wide result, other;
-    #pragma unroll
-                for (int e = 0; e < OUT_WIDTH; ++e) result.x[e] = 0.0f;
-                if (kept.meets(c, OUT_WIDTH)) {
-                    load_wide(other.x, base + at);
-    #pragma unroll
-                    for (int e = 0; e < OUT_WIDTH; ++e)
-                        if (kept.holds(c + e)) result.x[e] = other.x[e];
-                }
-                if (own.meets(c, OUT_WIDTH)) {
-    #pragma unroll
-                    for (int e = 0; e < OUT_WIDTH; ++e) {
-                        value[e] += own_bias.x[e];
-                        if (own.holds(c + e)) result.x[e] = fmaf(own_gate.x[e], value[e], result.x[e]);
+            return epilogue_of(
+                [=](int i) { return Kept(base, bypass, base_windows, bypass_windows, i / T, (long long)i * C + c, c); },
+                [=](int i, float (&value)[OUT_WIDTH], const Kept& kept) mutable {
+                    if (i / T != b) {
+                        b = i / T;
+                        own = Window(write_windows, b);
+                        // One by one: the gate may start anywhere.
+#pragma unroll
+                        for (int e = 0; e < OUT_WIDTH; ++e) own_gate.x[e] = gate[(long long)b * modulation_stride + c + e];
                     }
-                    if (z) store_wide(z + at, value);
-                }
-                if (bypass) {
-                    Window passed(bypass_windows, b);
-                    if (!passed.holds_all(c, OUT_WIDTH)) {
-                        load_wide(other.x, bypass + at);
-    #pragma unroll
-                        for (int e = 0; e < OUT_WIDTH; ++e)
-                            if (!passed.holds(c + e)) result.x[e] += other.x[e];
+                    long long at = (long long)i * C + c;
+                    Wide result;
+                    kept.unpack(result.x, c);
+                    if (own.meets(c, OUT_WIDTH)) {
+#pragma unroll
+                        for (int e = 0; e < OUT_WIDTH; ++e) {
+                            value[e] += own_bias.x[e];
+                            if (own.holds(c + e)) result.x[e] = fmaf(own_gate.x[e], value[e], result.x[e]);
+                        }
+                        if (z) store_wide(z + at, value);
                     }
+                    kept.add_bypass(result.x, c);
+                    store_wide(out + at, result.x);
                 }
-                store_wide(out + at, result.x);
-            };
+            );
         }
     );
 }
@@ -227,16 +246,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
         [=](int) { return Operands{{dz, C, rows}, {weight, K, K}, C}; },
         tiles,
         [=](int k) {
-            return [=](int i, float (&value)[OUT_WIDTH]) {
-                long long at = (long long)i * K + k;
-                if (pre) {
-                    Wide before;
-                    load_wide(before.x, pre + at);
-    #pragma unroll
-                    for (int e = 0; e < OUT_WIDTH; ++e) value[e] *= gelu_derivative(before.x[e]);
+            return epilogue_of(
+                [=](int i) {
+                    Vector<OUT_WIDTH> before;
+                    if (pre) before.load(pre + (long long)i * K + k);
+                    return before;
+                },
+                [=](int i, float (&value)[OUT_WIDTH], Vector<OUT_WIDTH> before) {
+                    if (pre) {
+                        Wide x;
+                        before.unpack(x.x);
+#pragma unroll
+                        for (int e = 0; e < OUT_WIDTH; ++e) value[e] *= gelu_derivative(x.x[e]);
+                    }
+                    store_wide(da + (long long)i * K + k, value);
                 }
-                store_wide(da + at, value);
-            };
+            );
         }
     );
 }

@@ -73,26 +73,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd(
             Wide own_bias, u, v;
             load_floats(own_bias.x, bias + n, true);
             int sample = -1;
-            return [=](int i, float (&value)[OUT_WIDTH]) mutable {
-                float r = 0.0f;
-                if (uv) {
-                    if (i / T != sample) {
+            return epilogue_of(
+                [=](int i) { return uv ? -mean[i] * rstd[i] : 0.0f; },
+                [=](int i, float (&value)[OUT_WIDTH], float r) mutable {
+                    if (uv && i / T != sample) {
                         sample = i / T;
                         load_floats(u.x, uv + (long long)sample * 2 * N + n, true);
                         load_floats(v.x, uv + ((long long)sample * 2 + 1) * N + n, true);
                     }
-                    r = -mean[i] * rstd[i];
+#pragma unroll
+                    for (int e = 0; e < OUT_WIDTH; ++e) value[e] += own_bias.x[e] + (uv ? fmaf(r, u.x[e], v.x[e]) : 0.0f);
+                    long long at = (long long)i * N + n;
+                    if (gelu_follows) {
+                        if (pre) store_wide(pre + at, value);
+#pragma unroll
+                        for (int e = 0; e < OUT_WIDTH; ++e) value[e] = gelu(value[e]);
+                    }
+                    store_wide(y + at, value);
                 }
-    #pragma unroll
-                for (int e = 0; e < OUT_WIDTH; ++e) value[e] += own_bias.x[e] + (uv ? fmaf(r, u.x[e], v.x[e]) : 0.0f);
-                long long at = (long long)i * N + n;
-                if (gelu_follows) {
-                    if (pre) store_wide(pre + at, value);
-    #pragma unroll
-                    for (int e = 0; e < OUT_WIDTH; ++e) value[e] = gelu(value[e]);
-                }
-                store_wide(y + at, value);
-            };
+            );
         }
     );
 }
@@ -172,10 +171,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_inpu
         [=](int) { return Operands{{is_pq ? pq : g, N, rows}, {weight, C, C}, N}; },
         tiles,
         [=](int c) {
-            return [=](int i, float (&value)[OUT_WIDTH]) {
+            return epilogue_of([=](int i, float (&value)[OUT_WIDTH]) {
                 if (is_pq) store_floats(inactive_grads + (long long)i * C + c, value, true);
                 else store_wide(dh + (long long)i * C + c, value);
-            };
+            });
         }
     );
 }
@@ -219,6 +218,7 @@ __device__ __forceinline__ void sum_rows(
     int n = first + threadIdx.x % LANES * OUT_WIDTH, line = threadIdx.x / LANES;
     float sums[OUT_WIDTH] = {};
     if (n < N)
+#pragma unroll 8
         for (int row = line; row < rows; row += LINES) {
             float value[OUT_WIDTH];
             load_wide(value, g + (long long)row * N + n);

@@ -10,7 +10,7 @@ use crate::backend::cuda::{DType, Device, cache, nvrtc};
 use crate::error::{Error, Result};
 use crate::model::config::{ModelConfig, TASKS};
 use crate::model::dit::Dit;
-use crate::ops::tile::tiling;
+use crate::ops::tile::{Tiling, tall_tiling, tiling};
 use crate::ops::work::{self, Flops};
 use crate::rng::{Philox, Stream};
 use crate::routing::{self, Routing, Window};
@@ -248,6 +248,11 @@ fn launches(
 /// Batches over which the work of products is averaged.
 const BATCHES: u64 = 32;
 
+/// Chooses tiles.
+type Tiles = fn(&Device, DType, usize, usize) -> Tiling;
+/// Counts the work of a product, and that of its correction for inactive channels.
+type Work<'a> = dyn Fn(work::Batch) -> (Flops, u64) + 'a;
+
 /// The products of a block, for timesteps that are drawn uniformly.
 fn products(device: &Device, dit: &Dit, b: usize) -> Vec<ProductRow> {
     let config = &dit.config;
@@ -264,8 +269,8 @@ fn products(device: &Device, dit: &Dit, b: usize) -> Vec<ProductRow> {
             (0..b as u64).map(|i| all[draw(i)]).collect()
         })
         .collect();
-    let row = |name: &str, rows: usize, columns: usize, windowed: bool, work: &dyn Fn(work::Batch) -> (Flops, u64)| {
-        let tile = tiling(device, DType::Bf16, rows, columns).tile;
+    let tiled = |tiles: Tiles, name: &str, [rows, columns]: [usize; 2], windowed: bool, work: &Work| {
+        let tile = tiles(device, DType::Bf16, rows, columns).tile;
         let of = |windows| work(work::Batch { windows, tokens, channels: c, tile });
         let drawn = batches.iter().map(|windows| of(if windowed { windows } else { &full }));
         let (mut needed, mut issued) = (0.0, 0.0);
@@ -286,6 +291,9 @@ fn products(device: &Device, dit: &Dit, b: usize) -> Vec<ProductRow> {
             over_least: issued / (share * dense.issued as f64),
         }
     };
+    let row = |name: &str, rows: usize, columns: usize, windowed: bool, work: &Work| {
+        tiled(tiling, name, [rows, columns], windowed, work)
+    };
     let rows = b * tokens;
     let sublayer = config.routing == Routing::Sublayer;
     let mut table = Vec::new();
@@ -294,14 +302,14 @@ fn products(device: &Device, dit: &Dit, b: usize) -> Vec<ProductRow> {
         table.push(row(&each("forward"), rows, outputs, windowed, &|b| (b.reads(outputs), 0)));
         table
             .push(row(&each("input gradient"), rows, c, windowed, &|b| (b.writes(outputs), b.corrects_input(outputs))));
-        let gradient = |b: work::Batch| (b.meets(outputs), b.corrects_weight(outputs));
-        table.push(row(&each("weight gradient"), outputs, c, windowed, &gradient));
+        let gradient = |b: work::Batch| (b.meets_columns(outputs), b.corrects_weight(outputs));
+        table.push(tiled(tall_tiling, &each("weight gradient"), [outputs, c], windowed, &gradient));
     }
     for (name, inputs) in [("proj", c), ("fc2", mlp)] {
         let each = |pass: &str| format!("{name} {pass}");
         table.push(row(&each("forward"), rows, c, sublayer, &|b| (b.writes(inputs), 0)));
         table.push(row(&each("input gradient"), rows, inputs, sublayer, &|b| (b.reads(inputs), 0)));
-        table.push(row(&each("weight gradient"), c, inputs, sublayer, &|b| (b.meets(inputs), 0)));
+        table.push(row(&each("weight gradient"), c, inputs, sublayer, &|b| (b.meets_rows(inputs), 0)));
     }
     table
 }

@@ -9,42 +9,52 @@ pub(crate) const SPLIT_BF16: usize = 2;
 /// Definitions for kernels that have no product: those of the small tile, so that a file is not compiled once more.
 pub(crate) const SMALL: [(&str, i64); 2] = [("TILE_M", 64), ("TILE_N", 64)];
 
+/// Instructions that a product is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `mma.sync`, or FMA in f32: leaves out parts of 16 rows and columns that no window meets.
+    Mma,
+    /// `wgmma`: whole tiles, cut to a multiple of 64 columns where a window of columns ends.
+    Wgmma,
+}
+
 /// A tile of a product (`kernels/gemm_steps.cuh`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
+    /// What multiplies.
+    pub kind: Kind,
     /// Rows.
     pub m: usize,
     /// Columns.
     pub n: usize,
     /// Chunk of the reduction.
     pub chunk: usize,
-    /// Of the reduction in one instruction.
-    pub step: usize,
-    /// Rows and columns of the parts that are left out where a window misses them.
-    pub part: usize,
+    /// Channels that a window's first one is rounded down to a multiple of.
+    pub align: usize,
     /// What a multiply-add costs, as against the other tiles: a small one loads more for each.
     cost: usize,
     threads: u32,
     shared: u32,
 }
 
-/// A tile for `mma.sync`, or for FMA in f32.
 const fn square(side: usize, cost: usize) -> Tile {
-    let shared = 3 * 2 * side * 32 * 2;
-    Tile { m: side, n: side, chunk: 32, step: 32, part: 16, cost, threads: 128, shared: shared as u32 }
+    let (chunk, stages) = (32, 3);
+    let shared = stages * 2 * side * chunk * 2;
+    Tile { kind: Kind::Mma, m: side, n: side, chunk, align: 8, cost, threads: 128, shared: shared as u32 }
 }
 
-/// A tile for `wgmma`.
 const fn wide(m: usize, n: usize, cost: usize) -> Tile {
-    let stages = if m * n > 128 * 128 { 4 } else { 3 };
-    let shared = stages * (m + n) * 64 * 2;
-    Tile { m, n, chunk: 64, step: 16, part: 64, cost, threads: 256, shared: shared as u32 }
+    let chunk = 64;
+    let stage = (m + n) * chunk * 2;
+    // As many stages as a multiprocessor's shared memory holds.
+    let shared = (227 << 10) / stage * stage;
+    Tile { kind: Kind::Wgmma, m, n, chunk, align: 16, cost, threads: 256, shared: shared as u32 }
 }
 
-/// The tiles of `mma.sync`, and of f32.
+/// The tiles of [`Kind::Mma`].
 pub const SQUARE: [Tile; 2] = [square(128, 4), square(64, 6)];
-/// Those of bf16 on sm_90; the small one is one of `mma.sync`.
-pub const WGMMA: [Tile; 4] = [wide(128, 256, 8), wide(128, 192, 9), wide(128, 128, 10), square(64, 24)];
+/// Those of bf16 on sm_90. The last is for products whose rows no window cuts: it leaves out the least of the other kind.
+pub const WGMMA: [Tile; 4] = [wide(128, 256, 8), wide(128, 192, 9), wide(128, 128, 10), wide(256, 128, 8)];
 
 /// The tile of a product, and its grid.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +77,19 @@ impl Tiling {
 
 /// A product of `rows` x `columns`: the tiles that keep the busiest multiprocessor for the least time.
 pub(crate) fn tiling(device: &Device, elem: DType, rows: usize, columns: usize) -> Tiling {
-    let tiles: &[Tile] = if device.arch() == 90 && elem == DType::Bf16 { &WGMMA } else { &SQUARE };
+    best(device, if has_wgmma(device, elem) { &WGMMA[..3] } else { &SQUARE }, rows, columns)
+}
+
+/// The same where no window names rows: tall tiles too.
+pub(crate) fn tall_tiling(device: &Device, elem: DType, rows: usize, columns: usize) -> Tiling {
+    best(device, if has_wgmma(device, elem) { &WGMMA } else { &SQUARE }, rows, columns)
+}
+
+fn has_wgmma(device: &Device, elem: DType) -> bool {
+    device.arch() == 90 && elem == DType::Bf16
+}
+
+fn best(device: &Device, tiles: &[Tile], rows: usize, columns: usize) -> Tiling {
     let counts = |tile: &Tile| [columns.div_ceil(tile.n), rows.div_ceil(tile.m)];
     let time = |tile: &&Tile| {
         let all: usize = counts(tile).iter().product();
@@ -155,7 +177,9 @@ mod tests {
         assert_eq!(tile(DType::Bf16, 8192, 1152), [128, 192]);
         assert_eq!(tile(DType::Bf16, 8192, 4608), [128, 256]);
         assert_eq!(tile(DType::Bf16, 1152, 1152), [128, 128]);
-        assert_eq!(tile(DType::Bf16, 64, 3456), [64, 64]);
+        assert_eq!(tile(DType::Bf16, 64, 3456), [128, 128]);
+        let tall = tall_tiling(&device, DType::Bf16, 3456, 1152);
+        assert_eq!((tall.tile.m, tall.tile.n, tall.grid), (256, 128, [9, 14, 1]));
         assert_eq!(tile(DType::F32, 8192, 4608), [128, 128]);
     }
 }

@@ -3,7 +3,7 @@
 use super::Activation;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
-use crate::ops::tile::{SMALL, SPLIT_BF16, check_buffers, check_sizes, tiling};
+use crate::ops::tile::{SMALL, SPLIT_BF16, check_buffers, check_sizes, tall_tiling, tiling};
 
 const FILE: &str = "ln_linear";
 const OP: &str = "ln_linear";
@@ -373,7 +373,7 @@ pub fn backward(
             c32,
         ],
     )?;
-    let mut tiles = tiling(device, elem, n, c);
+    let mut tiles = tall_tiling(device, elem, n, c);
     if inputs.full {
         // A column of blocks for the bias.
         tiles.grid[0] += 1;
