@@ -18,12 +18,6 @@ __device__ __forceinline__ unsigned int meeting_parts(Range window, int origin) 
     return parts;
 }
 
-// 16 bytes from `from` + SOURCE in global memory to `to` + TARGET in shared memory.
-template <int TARGET, int SOURCE>
-__device__ __forceinline__ void copy_async(unsigned int to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(TARGET), "n"(SOURCE) : "memory");
-}
-
 // Keeps a number in its register, where the compiler would rather compute it again in a loop.
 __device__ __forceinline__ void keep(unsigned int& x) { asm volatile("" : "+r"(x)); }
 

@@ -78,6 +78,7 @@ template <Side SIDE>
 struct OneRun {
     static constexpr Side WINDOWED = SIDE;
     static constexpr bool IS_CUT = SIDE == COLUMNS_OF_C;  // the same columns for all of the reduction
+    static constexpr bool IS_ONE_RUN = true;
     Run run;
     __device__ Run first() const { return run; }
     __device__ Run after(Run) const { return Run{0, 0, {0, 0}, false, 0}; }
@@ -117,6 +118,7 @@ template <Side SIDE>
 struct MeetingRows {
     static constexpr Side WINDOWED = SIDE;
     static constexpr bool IS_CUT = false;
+    static constexpr bool IS_ONE_RUN = false;
     const int* windows;
     int tokens;
     int end;  // B T
@@ -128,18 +130,24 @@ struct MeetingRows {
     __device__ Range window(int k) const { return union_of(windows, k / tokens, (min(k + TILE_K, end) - 1) / tokens); }
 
     __device__ bool holds(Range window) const { return window.start <= channels.start && channels.end <= window.end; }
+    __device__ bool meets(Range window) const { return window.start < channels.end && window.end > channels.start; }
 
     // The run that starts with the first chunk from k on that some sample in it needs.
     __device__ Run from(int k) const {
         for (; k < end; k += TILE_K) {
             Range own = window(k);
-            if (own.start < channels.end && own.end > channels.start) {
+            if (meets(own)) {
                 Run run{k, k + TILE_K, own, holds(own), 0};
                 // On with the chunks that are as good as this one: of the same sample, or needed by the whole tile too.
                 while (run.end < end) {
                     Range next = window(run.end);
+#ifdef WGMMA
+                    bool goes_on = meets(next);  // it computes whole tiles
+#else
                     bool same = next.start == own.start && next.end == own.end;
-                    if (!same && !(run.whole && holds(next))) break;
+                    bool goes_on = same || run.whole && holds(next);
+#endif
+                    if (!goes_on) break;
                     // To the last chunk that lies in that chunk's first sample alone.
                     run.end = max(run.end + TILE_K, (run.end / tokens + 1) * tokens / TILE_K * TILE_K);
                 }

@@ -33,6 +33,11 @@ __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// How wgmma finds a tile: squares SQUARE_BYTES apart, of which 8 rows are 1024 bytes, with the 128-byte swizzle. The low half of the
+// descriptor has the place, in units of 16 bytes; the high half is the same for all.
+#define HIGH "0x40000040"
+__device__ __forceinline__ unsigned int descriptor(unsigned int shared) { return shared >> 4 | SQUARE_BYTES >> 4 << 16; }
+
 // Names of 32 registers in a list of operands, and the registers.
 #define NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAMES_32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -43,14 +48,16 @@ __device__ __forceinline__ void wait_products() {
 #define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
 // d += a b for 64 rows and SHAPE columns; A, B, TURNED_A, TURNED_B are the names of the operands after the sums.
 #define PRODUCT(SHAPE, NAMES, A, B, TURNED_A, TURNED_B, ...)                                                          \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" SHAPE              \
-                 "k16.f32.bf16.bf16 {" NAMES "}, " A ", " B ", add, 1, 1, " TURNED_A ", " TURNED_B ";\n}"            \
+    asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, 1, 0;\n"                                      \
+                 "mov.b64 a, {" A ", " HIGH "};\nmov.b64 b, {" B ", " HIGH "};\n"                                    \
+                 "wgmma.mma_async.sync.aligned.m64n" SHAPE "k16.f32.bf16.bf16 {" NAMES "}, a, b, add, 1, 1, " TURNED_A \
+                 ", " TURNED_B ";\n}"                                                                                \
                  : __VA_ARGS__                                                                                        \
-                 : "l"(a), "l"(b), "n"(IS_TURNED_A), "n"(IS_TURNED_B))
+                 : "r"(a), "r"(b), "n"(IS_TURNED_A), "n"(IS_TURNED_B))
 
-// d += a b:  a 64 x 16, b 16 x N, where descriptors say; `d` is N / 2 registers. Turned: k is outer.
+// d += a b:  a 64 x 16, b 16 x N, where descriptors' low halves say; `d` is N / 2 registers. Turned: k is outer.
 template <int N, int IS_TURNED_A, int IS_TURNED_B>
-__device__ __forceinline__ void multiply(float* d, unsigned long long a, unsigned long long b) {
+__device__ __forceinline__ void multiply(float* d, unsigned int a, unsigned int b) {
     if constexpr (N == 64) PRODUCT("64", NAMES_0, "%32", "%33", "%34", "%35", SUMS_32(0));
     if constexpr (N == 128) PRODUCT("128", NAMES_0 ", " NAMES_32, "%64", "%65", "%66", "%67", SUMS_32(0), SUMS_32(32));
     if constexpr (N == 192)
@@ -60,30 +67,21 @@ __device__ __forceinline__ void multiply(float* d, unsigned long long a, unsigne
                 SUMS_32(32), SUMS_32(64), SUMS_32(96));
 }
 
-// An operand's tiles in shared memory.
+// From the k of an instruction to the next, in bytes.
 template <Layout LAYOUT>
-struct SharedTile {
-    // From the k of an instruction to the next, in bytes.
-    static constexpr int STEP_BYTES = LAYOUT == K_INNER ? STEP_K * 2 : STEP_K * 128;
-
-    // How wgmma finds it: 8 rows of 128 bytes are 1024, the next square is SQUARE_BYTES away; 128-byte swizzle.
-    __device__ static unsigned long long descriptor(unsigned int shared) {
-        return (unsigned long long)(shared >> 4) | (unsigned long long)(SQUARE_BYTES >> 4) << 16 | (1024ull >> 4) << 32 | 1ull << 62;
-    }
-};
+constexpr int STEP_BYTES = LAYOUT == K_INNER ? STEP_K * 2 : STEP_K * 128;
 
 // What one thread copies of an operand's tiles, from the next chunk on.
 template <Layout LAYOUT, int EXTENT>
 struct Copier {
     static constexpr int COPIES = EXTENT / 32;  // of all THREADS: 32 rows of a square
     const unsigned char* from[COPIES];
-    const void* somewhere;   // for copies of nothing
     long long chunk_stride;  // bytes from one chunk to the next
     unsigned int to;
     int own_k;  // along k, in the chunk, of the first copy
 
     // Rows and columns beyond the matrix are replaced by others: their products are never stored.
-    __device__ Copier(Operand operand, int origin, int k, unsigned int shared) : somewhere(operand.data) {
+    __device__ Copier(Operand operand, int origin, int k, unsigned int shared) {
         int piece = threadIdx.x % 8, row = threadIdx.x / 8;
         to = shared + row * 128 + (piece ^ row & 7) * 16;
         own_k = LAYOUT == K_INNER ? piece * 8 : row;
@@ -100,11 +98,16 @@ struct Copier {
 
     // The next chunk, at k, with zeros from `limit` on.
     __device__ void copy(int limit, int k, unsigned int stage) {
-        unrolled<COPIES>([&](auto c) {
-            int bytes = k + own_k + (LAYOUT == K_INNER ? 0 : c.value % 2 * 32) < limit ? 16 : 0;
-            copy_async_or_zeros<c.value * 32 * 128>(to + stage, bytes ? from[c.value] : somewhere, bytes);
-            from[c.value] += chunk_stride;
-        });
+        unsigned int target = to + stage;
+        if (k + TILE_K <= limit)
+            unrolled<COPIES>([&](auto c) { copy_async<c.value * 32 * 128>(target, from[c.value]); });
+        else
+            unrolled<COPIES>([&](auto c) {
+                int bytes = k + own_k + (LAYOUT == K_INNER ? 0 : c.value % 2 * 32) < limit ? 16 : 0;
+                copy_async_or_zeros<c.value * 32 * 128>(target, from[c.value], bytes);
+            });
+#pragma unroll
+        for (int c = 0; c < COPIES; ++c) from[c] += LAYOUT == K_INNER ? TILE_K * 2 : chunk_stride;
     }
 };
 
@@ -114,8 +117,9 @@ __device__ __forceinline__ void accumulate(
     Accumulators<N>& sums, int row, int column, Steps steps, Sources operands, unsigned char* tiles
 ) {
     unsigned int shared = shared_address(tiles);
-    unsigned long long tile_a = SharedTile<A>::descriptor(shared + threadIdx.x / 128 * (PARTS_M * SQUARE_BYTES));
-    unsigned long long tile_b = SharedTile<B>::descriptor(shared + TILE_A_BYTES);
+    // From a lane, so that the compiler sees that it is the same for all.
+    int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+    unsigned int tile_a = descriptor(shared + group * (PARTS_M * SQUARE_BYTES)), tile_b = descriptor(shared + TILE_A_BYTES);
     Run run = steps.first();
     int k = run.k;
     Operands of_run = operands(run.source);
@@ -124,7 +128,7 @@ __device__ __forceinline__ void accumulate(
     Copier<B, N> copier_b(of_run.b, column, k, shared + TILE_A_BYTES);
     // Starts the copy of the next chunk, and says whether there is one.
     auto start_copy = [&](unsigned int stage) {
-        if (k >= run.end && !run.empty()) {
+        if (!Steps::IS_ONE_RUN && k >= run.end && !run.empty()) {
             run = steps.after(run);
             k = run.k;
             Operands of_run = operands(run.source);
@@ -132,7 +136,7 @@ __device__ __forceinline__ void accumulate(
             copier_a = Copier<A, TILE_M>(of_run.a, row, k, shared);
             copier_b = Copier<B, N>(of_run.b, column, k, shared + TILE_A_BYTES);
         }
-        bool there = !run.empty();
+        bool there = k < run.end;
         if (there) {
             copier_a.copy(limit, k, stage);
             copier_b.copy(limit, k, stage);
@@ -164,8 +168,8 @@ __device__ __forceinline__ void accumulate(
 #pragma unroll
             for (int i = 0; i < PARTS_M; ++i)
                 multiply<N, A == K_OUTER, B == K_OUTER>(
-                    sums[i], tile_a + (reading + step * SharedTile<A>::STEP_BYTES + i * SQUARE_BYTES >> 4),
-                    tile_b + (reading + step * SharedTile<B>::STEP_BYTES >> 4)
+                    sums[i], tile_a + (reading >> 4) + (step * STEP_BYTES<A> + i * SQUARE_BYTES >> 4),
+                    tile_b + (reading >> 4) + (step * STEP_BYTES<B> >> 4)
                 );
         commit_products();
         bool last = start_copy(writing);

@@ -21,6 +21,12 @@ __device__ __forceinline__ unsigned int shared_address(const void* pointer) {
     return (unsigned int)__cvta_generic_to_shared(pointer);
 }
 
+// 16 bytes from `from` + SOURCE in global memory to `to` + TARGET in shared memory.
+template <int TARGET, int SOURCE = 0>
+__device__ __forceinline__ void copy_async(unsigned int to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(TARGET), "n"(SOURCE) : "memory");
+}
+
 // 16 bytes from global memory to `to` + TARGET in shared memory; zeros when `bytes` is 0, and then nothing is read.
 template <int TARGET>
 __device__ __forceinline__ void copy_async_or_zeros(unsigned int to, const void* from, int bytes) {
