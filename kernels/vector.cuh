@@ -164,12 +164,12 @@ __device__ __forceinline__ float warp_sums(float (&x)[N]) {
 }
 
 // Numbers by column, W columns a lane and vector, in shared memory: four columns of a lane at a time, so that no two lanes of a
-// quarter warp use the same banks.
-template <int W>
+// quarter warp use the same banks. LANES lanes share a row.
+template <int W, int LANES = 32>
 struct LaneColumns {
     static constexpr int PIECE = W < 4 ? W : 4;
-    static constexpr int PIECES = W / PIECE;                           // of a vector
-    static constexpr int STRIDE = 32 * PIECE + (PIECES > 1 ? 16 : 0);  // from piece to piece
+    static constexpr int PIECES = W / PIECE;                              // of a vector
+    static constexpr int STRIDE = LANES * PIECE + (PIECES > 1 ? 16 : 0);  // from piece to piece
 
     // Floats of `vectors` vectors of each lane.
     static constexpr int floats(int vectors) { return vectors * PIECES * STRIDE; }
@@ -213,7 +213,7 @@ struct LaneColumns {
 
     // Where it lies in shared memory.
     __device__ static int of(int column) {
-        int vector = column / (32 * W), lane = column / W % 32, e = column % W;
+        int vector = column / (LANES * W), lane = column / W % LANES, e = column % W;
         return (vector * PIECES + e / PIECE) * STRIDE + lane * PIECE + e % PIECE;
     }
 };
