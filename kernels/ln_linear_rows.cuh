@@ -1,20 +1,22 @@
-// The kernels of ln_linear that go over rows: a warp a row, or a warp a row of COLUMNS columns.
+// The kernels of ln_linear that go over rows: a thread a vector of the row, or lines of threads over COLUMNS columns.
 //
-// A row is read from memory once: a lane holds `lane_channels` of its channels in registers. What is beyond that many a lane
-// (more than 1280 active channels) is read again for each use.
+// A row is read from memory once: a thread holds a vector of some rows at a time in registers. Where a thread has more than one
+// vector of a row (rows of more than 5 KB, or that are no vectors), it is at one row, and reads all but the first again for each
+// use: such rows need not be fast.
 #pragma once
 
 #include "vector.cuh"
 
 constexpr float EPS = 1e-6f;
-constexpr int ROW_WARPS = 4;       // of a block of the kernels with a warp a row
-constexpr int FWD_TOKENS = 16;     // of one sample: those of a block, forward
-constexpr int BWD_TOKENS = 32;     // and backward
-constexpr int COLUMN_WARPS = 8;    // rows at a time in the kernel that sums over all tokens
-constexpr int COLUMNS = 256;       // its columns
-
-// Channels of a row in a lane's registers. Rows that cannot be read in vectors are rare: they need not be fast.
-constexpr int lane_channels(int w) { return w == 1 ? 8 : 40; }
+constexpr int ROW_THREADS = 320;   // of a block of the kernels with a thread a vector: at most
+constexpr int ROW_BLOCKS = 2;      // of a multiprocessor, at least: twice as many of the usual 160 threads
+constexpr int FWD_ROWS = 4;        // that such a block is at, forward
+constexpr int BWD_ROWS = 2;        // and backward
+constexpr int ROW_TOKENS = 16;     // of one sample: those of a block
+// Of the kernel that sums over all tokens: few columns a block, so that all blocks are resident at the same time.
+constexpr int COLUMNS = 128;
+constexpr int COLUMN_THREADS = 128;
+constexpr int COLUMN_BLOCKS = 9;   // of a multiprocessor
 
 #ifdef ELEM_BF16
 constexpr int SPLIT = 2;  // P and Q are sums of many numbers: as products' operands they are split into high and low halves
@@ -22,158 +24,189 @@ constexpr int SPLIT = 2;  // P and Q are sums of many numbers: as products' oper
 constexpr int SPLIT = 1;
 #endif
 
-// The vectors of a sample's rows that meet its window: vector i of a lane starts at channel `channel(i)`.
-template <int W>
-struct WindowVectors {
-    static constexpr int HELD = lane_channels(W) / W;
-    Window window;
-    int first;  // vector of the row
-    int count;  // of the warp
-
-    __device__ WindowVectors(const int* windows, int b)
-        : window(windows, b), first(window.start / W), count((window.end + W - 1) / W - first) {}
-    __device__ bool has(int i) const { return i * 32 + (int)threadIdx.x % 32 < count; }
-    __device__ int channel(int i) const { return (first + i * 32 + (int)threadIdx.x % 32) * W; }
-    // Sets what a vector holds beyond the window to 0.
-    __device__ void trim(Vector<W>& v, int i) const {
-        if (window.holds_all(channel(i), W)) return;
-        float x[W];
-        v.unpack(x);
-        window.mask(x, channel(i));
-        v.pack(x);
-    }
-    __device__ void load_trimmed(Vector<W>& v, const elem* row, int i) const {
-        v.load(row + channel(i));
-        trim(v, i);
-    }
-
-    // What goes with the held vectors of all lanes in a sample's f32 vector, plus `plus` and 0 outside of the window, to shared
-    // memory by all threads of the block.
-    __device__ void stage(float* shared, const float* from, float plus, bool aligned) const {
-        typedef LaneColumns<W> Lanes;
-        constexpr int PIECE = Lanes::PIECE;
-        for (int i = threadIdx.x * PIECE; i < min(count, 32 * HELD) * W; i += 32 * ROW_WARPS * PIECE) {
-            float x[PIECE];
-            load_floats(x, from + first * W + i, aligned);
+// Sums each of COUNT numbers over the threads of the block, in a fixed order; every thread gets the sums. `shared` may be
+// written again after the block's next barrier.
+template <int COUNT>
+__device__ __forceinline__ void block_sums(float (&x)[COUNT], float (*shared)[COUNT]) {
+    constexpr int LANES = 32 / COUNT;  // that get the same sum
+    float sum = warp_sums<COUNT>(x);
+    if (threadIdx.x % LANES == 0) shared[threadIdx.x / 32][threadIdx.x % 32 / LANES] = sum;
+    __syncthreads();
+    load_floats(x, shared[0], true);
+#pragma unroll 4
+    for (int w = 1; w < blockDim.x / 32; ++w) {
+        float part[COUNT];
+        load_floats(part, shared[w], true);
 #pragma unroll
-            for (int e = 0; e < PIECE; ++e) x[e] += plus;
-            window.mask(x, first * W + i);
-            store_floats(shared + Lanes::of(i), x, true);
+        for (int i = 0; i < COUNT; ++i) x[i] += part[i];
+    }
+}
+
+template <int ROWS>
+struct Rows {
+    static constexpr int COUNT = ROWS;
+};
+
+// A block's rows of one sample, of which a thread has the vector from channel `c` on.
+template <int W, int ROWS>
+struct SampleRows {
+    static constexpr bool ONE_VECTOR = ROWS > 1;  // is all that a thread has of a row
+    Window window;
+    int c;        // of the thread's first vector
+    bool active;  // whether that is one of the row that meets the window
+    int first;    // token of the block
+    int end;
+
+    __device__ SampleRows(const int* windows, int b, int T, int C)
+        : window(windows, b), c(threadIdx.x * W), active(c < C && window.meets(c, W)), first(blockIdx.x * ROW_TOKENS),
+          end(min(T, first + ROW_TOKENS)) {}
+
+    // Calls `body` with the channel of each vector of the thread but the first.
+    template <typename Body>
+    __device__ void each_beyond(int C, Body body) const {
+        if constexpr (!ONE_VECTOR)
+            for (int beyond = c + blockDim.x * W; beyond < C; beyond += blockDim.x * W) body(beyond);
+    }
+
+    // The thread's vectors of ROWS rows from t on; zeros where there is none.
+    __device__ void load(Vector<W> (&to)[ROWS], const elem* from, int t, long long row, int C) const {
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            to[i] = Vector<W>{};
+            if (active && t + i < end) to[i].load(from + (row + i) * C + c);
         }
     }
 };
 
+// Calls `body` with the vector to use and the rows that a block is at: ROWS, or one where a thread has several vectors of it.
+template <int ROWS, typename Body>
+__device__ __forceinline__ void by_row(int C, Body body) {
+    by_width(are_vectors(C), [&](auto vector) {
+        constexpr int W = decltype(vector)::COUNT;
+        if constexpr (W > 1)
+            if (C <= blockDim.x * W) return body(vector, Rows<ROWS>{});
+        body(vector, Rows<1>{});
+    });
+}
+
+// x as W numbers from channel c on, 0 outside of the window.
 template <int W>
+__device__ __forceinline__ void load_trimmed(float (&x)[W], const elem* row, int c, Window window) {
+    Vector<W> v;
+    v.load(row + c);
+    v.unpack(x);
+    window.mask(x, c);
+}
+
+template <int W, int ROWS>
 __device__ __forceinline__ void normalise(
     elem* h, float* mean, float* rstd, elem* inactive, const elem* x, const int* windows, const float* shift,
     const float* scale, int modulation_stride, int T, int C
 ) {
-    typedef WindowVectors<W> Vectors;
-    typedef LaneColumns<W> Lanes;
-    constexpr int HELD = Vectors::HELD;
-    int b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Vectors vectors(windows, b);
+    __shared__ __align__(16) float shared[2][ROW_THREADS / 32][ROWS];
+    int b = blockIdx.y;
+    SampleRows<W, ROWS> rows(windows, b, T, C);
+    Window window = rows.window;
     const float* own_shift = shift + (long long)b * modulation_stride;
     const float* own_scale = scale + (long long)b * modulation_stride;
     bool aligned = is_aligned(own_shift) && is_aligned(own_scale);
-    __shared__ __align__(16) float factors[Lanes::floats(HELD)], terms[Lanes::floats(HELD)];
-    vectors.stage(factors, own_scale, 1.0f, aligned);
-    vectors.stage(terms, own_shift, 0.0f, aligned);
-    __syncthreads();
+    // Both 0 outside of the window.
+    auto load_modulation = [&](float(&factor)[W], float(&term)[W], int c) {
+        load_floats(factor, own_scale + c, aligned);
+        load_floats(term, own_shift + c, aligned);
+#pragma unroll
+        for (int e = 0; e < W; ++e) factor[e] += 1.0f;
+        window.mask(factor, c);
+        window.mask(term, c);
+    };
+    int outside = C - ((window.end + W - 1) / W - window.start / W) * W;  // channels of no vector that is read
+    Vector<W> next[ROWS];
+    rows.load(next, x, rows.first, (long long)b * T + rows.first, C);
+    float factor[W], term[W];
+#pragma unroll
+    for (int e = 0; e < W; ++e) factor[e] = term[e] = 0.0f;
+    if (rows.active) load_modulation(factor, term, rows.c);
 
-    int end = min(T, ((int)blockIdx.x + 1) * FWD_TOKENS);
-    for (int t = blockIdx.x * FWD_TOKENS + warp; t < end; t += ROW_WARPS) {
-        int row = b * T + t;
-        const elem* from = x + (long long)row * C;
-        Vector<W> held[HELD];
+    for (int t = rows.first; t < rows.end; t += ROWS) {
+        long long row = (long long)b * T + t;
+        int count = min(ROWS, rows.end - t);
+        float values[ROWS][W], mu[ROWS], r[ROWS];
 #pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) held[i].load(from + vectors.channel(i));
-        float sum = 0.0f;
-        auto add = [&](const Vector<W>& v) {
-            float values[W];
-            v.unpack(values);
+        for (int i = 0; i < ROWS; ++i) {
+            next[i].unpack(values[i]);
+            window.mask(values[i], rows.c);
+            mu[i] = 0.0f;
 #pragma unroll
-            for (int e = 0; e < W; ++e) sum += values[e];
-        };
+            for (int e = 0; e < W; ++e) mu[i] += values[i][e];
+        }
+        // Under way while these rows are worked on.
+        rows.load(next, x, t + ROWS, row + ROWS, C);
+        rows.each_beyond(C, [&](int c) {
+            if (!window.meets(c, W)) return;
+            float beyond[W];
+            load_trimmed(beyond, x + row * C, c, window);
 #pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) {
-                vectors.trim(held[i], i);
-                add(held[i]);
+            for (int e = 0; e < W; ++e) mu[0] += beyond[e];
+        });
+        block_sums(mu, shared[0]);
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            mu[i] /= C;
+            r[i] = 0.0f;
+            if (!rows.active) continue;
+#pragma unroll
+            for (int e = 0; e < W; ++e) {
+                values[i][e] -= mu[i];
+                r[i] = fmaf(values[i][e], values[i][e], r[i]);
             }
-        for (int i = HELD; vectors.has(i); ++i) {
-            Vector<W> v;
-            vectors.load_trimmed(v, from, i);
-            add(v);
         }
-        float mu = warp_sum(sum) / C;
-        // The inactive channels are zeros, and differ from the mean by the mean.
-        float squares = 0.0f;
-        auto add_square = [&](const Vector<W>& v) {
-            float values[W];
-            v.unpack(values);
+        rows.each_beyond(C, [&](int c) {
+            if (!window.meets(c, W)) return;
+            float beyond[W];
+            load_trimmed(beyond, x + row * C, c, window);
 #pragma unroll
-            for (int e = 0; e < W; ++e) squares = fmaf(values[e] - mu, values[e] - mu, squares);
-        };
+            for (int e = 0; e < W; ++e) r[0] = fmaf(beyond[e] - mu[0], beyond[e] - mu[0], r[0]);
+        });
+        block_sums(r, shared[1]);
 #pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) add_square(held[i]);
-        for (int i = HELD; vectors.has(i); ++i) {
-            Vector<W> v;
-            vectors.load_trimmed(v, from, i);
-            add_square(v);
-        }
-        float variance = (warp_sum(squares) + (C - vectors.count * W) * mu * mu) / C;
-        float r = 1.0f / sqrtf(variance + EPS);
-        if (lane == 0) {
-            mean[row] = mu;
-            rstd[row] = r;
-        }
-        elem* to = h + (long long)row * C;
-        // Where the window ends inside a vector, factor and term are 0 beyond it.
-        auto write = [&](const Vector<W>& v, const float(&factor)[W], const float(&term)[W], int i) {
-            float values[W];
-            v.unpack(values);
-#pragma unroll
-            for (int e = 0; e < W; ++e) values[e] = fmaf((values[e] - mu) * r, factor[e], term[e]);
-            Vector<W> result;
-            result.pack(values);
-            result.store(to + vectors.channel(i));
-        };
-#pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) {
-                float factor[W], term[W];
-                Lanes::load(factor, factors, i, lane);
-                Lanes::load(term, terms, i, lane);
-                write(held[i], factor, term, i);
+        for (int i = 0; i < ROWS; ++i) {
+            // The inactive channels are zeros, and differ from the mean by the mean.
+            r[i] = 1.0f / sqrtf((r[i] + outside * mu[i] * mu[i]) / C + EPS);
+            if (i >= count) continue;
+            if (threadIdx.x == 0) {
+                mean[row + i] = mu[i];
+                rstd[row + i] = r[i];
             }
-        for (int i = HELD; vectors.has(i); ++i) {
-            Vector<W> v;
-            float factor[W], term[W];
-            vectors.load_trimmed(v, from, i);
-            load_floats(factor, own_scale + vectors.channel(i), aligned);
-            load_floats(term, own_shift + vectors.channel(i), aligned);
+            if (rows.c >= C) continue;
+            Vector<W> result = {};
+            if (rows.active) {
 #pragma unroll
-            for (int e = 0; e < W; ++e) factor[e] += 1.0f;
-            vectors.window.mask(factor, vectors.channel(i));
-            vectors.window.mask(term, vectors.channel(i));
-            write(v, factor, term, i);
+                for (int e = 0; e < W; ++e) values[i][e] = fmaf(values[i][e] * r[i], factor[e], term[e]);
+                result.pack(values[i]);
+            }
+            result.store(h + (row + i) * C + rows.c);
         }
-        Vector<W> zeros = {};
-        for (int i = lane; i < vectors.first; i += 32) zeros.store(to + i * W);
-        for (int i = vectors.first + vectors.count + lane; i < C / W; i += 32) zeros.store(to + i * W);
+        rows.each_beyond(C, [&](int c) {
+            Vector<W> result = {};
+            if (window.meets(c, W)) {
+                float beyond[W], own_factor[W], own_term[W];
+                load_trimmed(beyond, x + row * C, c, window);
+                load_modulation(own_factor, own_term, c);
+#pragma unroll
+                for (int e = 0; e < W; ++e) beyond[e] = fmaf((beyond[e] - mu[0]) * r[0], own_factor[e], own_term[e]);
+                result.pack(beyond);
+            }
+            result.store(h + row * C + c);
+        });
     }
     if (blockIdx.x > 0) return;
     elem* both = inactive + (long long)b * 2 * C;
-    for (int c = threadIdx.x * W; c < C; c += 32 * ROW_WARPS * W) {
-        float factor[W], term[W];
+    for (int c = rows.c; c < C; c += blockDim.x * W) {
         load_floats(factor, own_scale + c, aligned);
         load_floats(term, own_shift + c, aligned);
 #pragma unroll
         for (int e = 0; e < W; ++e) {
-            bool active = vectors.window.holds(c + e);
+            bool active = window.holds(c + e);
             factor[e] = active ? 0.0f : 1.0f + factor[e];
             term[e] = active ? 0.0f : term[e];
         }
@@ -190,39 +223,47 @@ __device__ __forceinline__ void sum_columns(
     elem* pq, float* q, float* dr, const elem* g, const float* mean, const float* rstd, const float* uv,
     int B, int T, int N
 ) {
-    constexpr int VECTORS = COLUMNS / 32 / W;
-    constexpr int AT_ONCE = W > 1 ? W / 2 : 1;  // rows that a warp reads before it goes on
-    typedef LaneColumns<W> Lanes;
-    __shared__ __align__(16) float parts[COLUMN_WARPS][2][Lanes::floats(VECTORS)];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.y;
+    constexpr int LANES = COLUMNS / W < 32 ? COLUMNS / W : 32;  // of a row
+    constexpr int VECTORS = COLUMNS / LANES / W;                // of a lane
+    constexpr int LINES = COLUMN_THREADS / LANES;               // rows that the block's threads are at
+    constexpr int AT_ONCE = W > 1 ? 2 : 1;                      // rows that a thread reads before it goes on
+    typedef LaneColumns<W, LANES> Lanes;
+    __shared__ __align__(16) float parts[LINES][2][Lanes::floats(VECTORS)];
+    int line = threadIdx.x / LANES, lane = threadIdx.x % LANES, b = blockIdx.y;
+    int n = blockIdx.x * COLUMNS + lane * W;  // of the first vector
+    g += ((long long)b * T + line) * N + n;
+    mean += (long long)b * T + line;
+    rstd += (long long)b * T + line;
+    dr += ((long long)blockIdx.x * B + b) * T + line;
     float p_sums[VECTORS][W], q_sums[VECTORS][W], u[VECTORS][W];
-    int n[VECTORS];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-        n[v] = blockIdx.x * COLUMNS + (v * 32 + lane) * W;
 #pragma unroll
         for (int e = 0; e < W; ++e) p_sums[v][e] = q_sums[v][e] = u[v][e] = 0.0f;
-        if (n[v] < N) load_floats(u[v], uv + (long long)b * 2 * N + n[v], true);
+        if (n + v * LANES * W < N) load_floats(u[v], uv + (long long)b * 2 * N + n + v * LANES * W, true);
     }
-    for (int first = warp; first < T; first += COLUMN_WARPS * AT_ONCE) {
+    // A warp is at several lines: it ends its loop as one.
+    for (int t = line; t - line < T; t += LINES * AT_ONCE) {
         Vector<W> held[AT_ONCE][VECTORS];
-        float dots[AT_ONCE];
+        float dots[AT_ONCE], means[AT_ONCE], rstds[AT_ONCE];
+        // No use of what is read in between: all is under way at once.
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            int t = first + i * COLUMN_WARPS;
+            bool inside = t + i * LINES < T;
+            means[i] = inside ? mean[i * LINES] : 0.0f;
+            rstds[i] = inside ? rstd[i * LINES] : 0.0f;
 #pragma unroll
-            for (int v = 0; v < VECTORS; ++v)
-                if (t < T && n[v] < N) held[i][v].load(g + ((long long)b * T + t) * N + n[v]);
+            for (int v = 0; v < VECTORS; ++v) {
+                held[i][v] = Vector<W>{};
+                if (inside && n + v * LANES * W < N) held[i][v].load(g + (long long)i * LINES * N + v * LANES * W);
+            }
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            int t = first + i * COLUMN_WARPS;
+            float r = -means[i] * rstds[i];
             dots[i] = 0.0f;
-            if (t >= T) continue;
-            float r = -mean[b * T + t] * rstd[b * T + t];
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v) {
-                if (n[v] >= N) continue;
                 float values[W];
                 held[i][v].unpack(values);
 #pragma unroll
@@ -233,14 +274,18 @@ __device__ __forceinline__ void sum_columns(
                 }
             }
         }
-        float dot = warp_sums<AT_ONCE>(dots);
-        int t = first + lane / (32 / AT_ONCE) * COLUMN_WARPS;
-        if (lane % (32 / AT_ONCE) == 0 && t < T) dr[((long long)blockIdx.x * B + b) * T + t] = dot;
+        float dot = warp_sums<AT_ONCE, LANES / 2>(dots);
+        int of = lane / (LANES / AT_ONCE) * LINES;
+        if (lane % (LANES / AT_ONCE) == 0 && t + of < T) dr[of] = dot;
+        g += (long long)LINES * AT_ONCE * N;
+        mean += LINES * AT_ONCE;
+        rstd += LINES * AT_ONCE;
+        dr += LINES * AT_ONCE;
     }
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-        Lanes::store(parts[warp][0], p_sums[v], v, lane);
-        Lanes::store(parts[warp][1], q_sums[v], v, lane);
+        Lanes::store(parts[line][0], p_sums[v], v, lane);
+        Lanes::store(parts[line][1], q_sums[v], v, lane);
     }
     __syncthreads();
     int column = blockIdx.x * COLUMNS + threadIdx.x;
@@ -248,7 +293,8 @@ __device__ __forceinline__ void sum_columns(
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
         float sum = 0.0f;
-        for (int w = 0; w < COLUMN_WARPS; ++w) sum += parts[w][which][Lanes::of(threadIdx.x)];
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) sum += parts[l][which][Lanes::of(threadIdx.x)];
         if (which == 1) q[(long long)b * N + column] = sum;
         long long at = ((long long)b * 2 + which) * N + column;
 #pragma unroll
@@ -267,220 +313,196 @@ __device__ __forceinline__ unsigned int count_up(unsigned int* counter) {
     return before;
 }
 
-template <int W>
+template <int W, int ROWS>
 __device__ __forceinline__ void normalise_backward(
     elem* dx, float* dshift, float* dscale, float* parts, unsigned int* finished, const elem* dh, const elem* x,
     const int* windows, const float* scale, const float* mean, const float* rstd, const float* dr, int dr_parts,
     const float* inactive_grads, int modulation_stride, int fresh, int B, int T, int C
 ) {
-    typedef WindowVectors<W> Vectors;
-    typedef LaneColumns<W> Lanes;
-    constexpr int HELD = Vectors::HELD, PIECE = Lanes::PIECE;
-    constexpr int GROUP = 32 * W * HELD;  // channels of the warp in registers
-    __shared__ __align__(16) float shared[2][Lanes::floats(HELD)];
-    __shared__ __align__(16) float factors[Lanes::floats(HELD)];  // 1 + scale, 0 outside of the window
+    constexpr int PIECE = W < 4 ? W : 4, PIECES = W / PIECE;
+    __shared__ __align__(16) float shared[2][ROW_THREADS / 32][2 * ROWS];
     __shared__ bool is_last;
-    int b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Vectors vectors(windows, b);
+    int b = blockIdx.y;
+    SampleRows<W, ROWS> rows(windows, b, T, C);
+    Window window = rows.window;
     const float* own_scale = scale + (long long)b * modulation_stride;
     bool aligned = is_aligned(own_scale);
     auto load_factor = [&](float(&factor)[W], int c) {
         load_floats(factor, own_scale + c, aligned);
 #pragma unroll
         for (int e = 0; e < W; ++e) factor[e] += 1.0f;
-        vectors.window.mask(factor, c);
+        window.mask(factor, c);
     };
-    vectors.stage(factors, own_scale, 1.0f, aligned);
-    __syncthreads();
-    float scale_sums[HELD][W], shift_sums[HELD][W];
+    // z and dh of a vector that the thread does not hold.
+    auto load_beyond = [&](float(&z)[W], float(&d)[W], long long row, int c) {
+        load_trimmed(z, x + row * C, c, window);
+        load_trimmed(d, dh + row * C, c, window);
+        float mu = mean[row], r = rstd[row];
 #pragma unroll
-    for (int i = 0; i < HELD; ++i)
+        for (int e = 0; e < W; ++e) z[e] = (z[e] - mu) * r;
+    };
+    // The block's sums of a vector, in pieces: so are threads next to each other in memory.
+    float* own_parts = parts + (long long)b * gridDim.x * 2 * C;
+    auto part = [&](int which, int c) { return ((which * PIECES + c % W / PIECE) * (C / W) + c / W) * PIECE; };
+    auto store_parts = [&](const float(&scale_sums)[W], const float(&shift_sums)[W], int c) {
+        float* to = own_parts + (long long)blockIdx.x * 2 * C;
 #pragma unroll
-        for (int e = 0; e < W; ++e) scale_sums[i][e] = shift_sums[i][e] = 0.0f;
+        for (int e = 0; e < W; e += PIECE) {
+            float piece[2][PIECE];
+#pragma unroll
+            for (int i = 0; i < PIECE; ++i) piece[0][i] = scale_sums[e + i], piece[1][i] = shift_sums[e + i];
+            store_floats(to + part(0, c + e), piece[0], true);
+            store_floats(to + part(1, c + e), piece[1], true);
+        }
+    };
+    float part_of_row = 1.0f / C;
+    float factor[W], scale_sums[W], shift_sums[W];
+#pragma unroll
+    for (int e = 0; e < W; ++e) factor[e] = scale_sums[e] = shift_sums[e] = 0.0f;
+    if (rows.active) load_factor(factor, rows.c);
 
-    int first_token = blockIdx.x * BWD_TOKENS + warp, end = min(T, ((int)blockIdx.x + 1) * BWD_TOKENS);
-    for (int t = first_token; t < end; t += ROW_WARPS) {
-        int row = b * T + t;
-        const elem* own_x = x + (long long)row * C;
-        const elem* own_dh = dh + (long long)row * C;
-        Vector<W> xs[HELD], dhs[HELD];
+    int turn = 0;
+    for (int t = rows.first; t < rows.end; t += ROWS, turn ^= 1) {
+        long long row = (long long)b * T + t;
+        int count = min(ROWS, rows.end - t);
+        Vector<W> xs[ROWS], dhs[ROWS], befores[ROWS];
+        rows.load(xs, x, t, row, C);
+        rows.load(dhs, dh, t, row, C);
+        float mu[ROWS], r[ROWS], sums[2 * ROWS];  // of dz, then of dz z
 #pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) {
-                xs[i].load(own_x + vectors.channel(i));
-                dhs[i].load(own_dh + vectors.channel(i));
-            }
-        float mu = mean[row], r = rstd[row], sum = 0.0f, sum_z = 0.0f;
-        // z and dh of a vector.
-        auto unpack = [&](float(&z)[W], float(&d)[W], const Vector<W>& from_x, const Vector<W>& from_dh) {
-            from_x.unpack(z);
-            from_dh.unpack(d);
+        for (int i = 0; i < ROWS; ++i) {
+            mu[i] = i < count ? mean[row + i] : 0.0f;
+            r[i] = i < count ? rstd[row + i] : 0.0f;
+            sums[i] = 0.0f;
+            if (dr && i < count)
+#pragma unroll 1
+                for (int p = threadIdx.x; p < dr_parts; p += blockDim.x) sums[i] += dr[(long long)p * B * T + row + i];
+            sums[ROWS + i] = -mu[i] * r[i] * sums[i];
+        }
+        // z and dh of a row.
+        auto unpack = [&](float(&z)[W], float(&d)[W], int i) {
+            xs[i].unpack(z);
+            dhs[i].unpack(d);
+            window.mask(z, rows.c);
+            window.mask(d, rows.c);
 #pragma unroll
-            for (int e = 0; e < W; ++e) z[e] = (z[e] - mu) * r;
+            for (int e = 0; e < W; ++e) z[e] = (z[e] - mu[i]) * r[i];
         };
-        auto add = [&](const float(&z)[W], const float(&d)[W], const float(&factor)[W]) {
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            float z[W], d[W];
+            unpack(z, d, i);
 #pragma unroll
             for (int e = 0; e < W; ++e) {
                 float dz = d[e] * factor[e];
-                sum += dz;
-                sum_z = fmaf(dz, z[e], sum_z);
+                sums[i] += dz;
+                sums[ROWS + i] = fmaf(dz, z[e], sums[ROWS + i]);
+                shift_sums[e] += d[e];
+                scale_sums[e] = fmaf(d[e], z[e], scale_sums[e]);
             }
-        };
+        }
+        // Under way while the block sums.
+        if (!fresh) rows.load(befores, dx, t, row, C);
+        rows.each_beyond(C, [&](int c) {
+            if (!window.meets(c, W)) return;
+            float z[W], d[W], own_factor[W];
+            load_beyond(z, d, row, c);
+            load_factor(own_factor, c);
 #pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) {
-                float z[W], d[W], factor[W];
-                vectors.trim(xs[i], i);
-                vectors.trim(dhs[i], i);
-                unpack(z, d, xs[i], dhs[i]);
-                Lanes::load(factor, factors, i, lane);
-                add(z, d, factor);
+            for (int e = 0; e < W; ++e) {
+                float dz = d[e] * own_factor[e];
+                sums[0] += dz;
+                sums[ROWS] = fmaf(dz, z[e], sums[ROWS]);
+            }
+        });
+        block_sums(sums, shared[turn]);
 #pragma unroll
-                for (int e = 0; e < W; ++e) {
-                    shift_sums[i][e] += d[e];
-                    scale_sums[i][e] = fmaf(d[e], z[e], scale_sums[i][e]);
+        for (int i = 0; i < 2 * ROWS; ++i) sums[i] *= part_of_row;
+        if (rows.c < C && (fresh || rows.active)) {
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i) {
+                if (i >= count) continue;
+                Vector<W> result = {};
+                if (rows.active) {
+                    float z[W], d[W];
+                    unpack(z, d, i);
+#pragma unroll
+                    for (int e = 0; e < W; ++e) z[e] = r[i] * (d[e] * factor[e] - sums[i] - z[e] * sums[ROWS + i]);
+                    window.mask(z, rows.c);
+                    if (!fresh) {
+                        befores[i].unpack(d);
+#pragma unroll
+                        for (int e = 0; e < W; ++e) z[e] += d[e];
+                    }
+                    result.pack(z);
                 }
+                result.store(dx + (row + i) * C + rows.c);
             }
-        for (int i = HELD; vectors.has(i); ++i) {
-            Vector<W> from_x, from_dh;
-            float z[W], d[W], factor[W];
-            vectors.load_trimmed(from_x, own_x, i);
-            vectors.load_trimmed(from_dh, own_dh, i);
-            load_factor(factor, vectors.channel(i));
-            unpack(z, d, from_x, from_dh);
-            add(z, d, factor);
         }
-        if (dr) {
-            float own_dr = 0.0f;
-            for (int part = lane; part < dr_parts; part += 32) own_dr += dr[(long long)part * B * T + row];
-            sum += own_dr;
-            sum_z = fmaf(-mu * r, own_dr, sum_z);
-        }
-        sum = warp_sum(sum) / C;
-        sum_z = warp_sum(sum_z) / C;
-        elem* to = dx + (long long)row * C;
-        auto write = [&](const float(&z)[W], const float(&d)[W], const float(&factor)[W], int i) {
-            float values[W];
+        rows.each_beyond(C, [&](int c) {
+            elem* to = dx + row * C + c;
+            if (window.meets(c, W)) {
+                float z[W], d[W], own_factor[W];
+                load_beyond(z, d, row, c);
+                load_factor(own_factor, c);
 #pragma unroll
-            for (int e = 0; e < W; ++e) values[e] = r * (d[e] * factor[e] - sum - z[e] * sum_z);
-            int c = vectors.channel(i);
-            vectors.window.mask(values, c);
-            add_or_store(to + c, values, fresh);
-        };
-#pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (vectors.has(i)) {
-                float z[W], d[W], factor[W];
-                unpack(z, d, xs[i], dhs[i]);
-                Lanes::load(factor, factors, i, lane);
-                write(z, d, factor, i);
+                for (int e = 0; e < W; ++e) z[e] = r[0] * (d[e] * own_factor[e] - sums[0] - z[e] * sums[ROWS]);
+                window.mask(z, c);
+                add_or_store(to, z, fresh);
+            } else if (fresh) {
+                Vector<W>{}.store(to);
             }
-        for (int i = HELD; vectors.has(i); ++i) {
-            Vector<W> from_x, from_dh;
-            float z[W], d[W], factor[W];
-            vectors.load_trimmed(from_x, own_x, i);
-            vectors.load_trimmed(from_dh, own_dh, i);
-            load_factor(factor, vectors.channel(i));
-            unpack(z, d, from_x, from_dh);
-            write(z, d, factor, i);
-        }
-        if (fresh) {
-            Vector<W> zeros = {};
-            for (int i = lane; i < vectors.first; i += 32) zeros.store(to + i * W);
-            for (int i = vectors.first + vectors.count + lane; i < C / W; i += 32) zeros.store(to + i * W);
-        }
+        });
     }
 
-    // The block's sums: one warp after the other adds its own, the last one writes them.
-    int groups = (C + GROUP - 1) / GROUP;
-    float* own_parts = parts + (long long)b * gridDim.x * groups * 2 * GROUP;
-    for (int group = 0; group < groups; ++group) {
-        if (group > 0) {
+    if (rows.active) store_parts(scale_sums, shift_sums, rows.c);
+    rows.each_beyond(C, [&](int c) {
+        if (!window.meets(c, W)) return;
 #pragma unroll
-            for (int i = 0; i < HELD; ++i)
+        for (int e = 0; e < W; ++e) scale_sums[e] = shift_sums[e] = 0.0f;
+        for (int t = rows.first; t < rows.end; ++t) {
+            float z[W], d[W];
+            load_beyond(z, d, (long long)b * T + t, c);
 #pragma unroll
-                for (int e = 0; e < W; ++e) scale_sums[i][e] = shift_sums[i][e] = 0.0f;
-            for (int t = first_token; t < end; t += ROW_WARPS) {
-                int row = b * T + t;
-                float mu = mean[row], r = rstd[row];
-#pragma unroll
-                for (int i = 0; i < HELD; ++i) {
-                    int beyond = group * HELD + i;
-                    if (!vectors.has(beyond)) continue;
-                    Vector<W> vector;
-                    float z[W], d[W];
-                    vectors.load_trimmed(vector, x + (long long)row * C, beyond);
-                    vector.unpack(z);
-                    vectors.load_trimmed(vector, dh + (long long)row * C, beyond);
-                    vector.unpack(d);
-#pragma unroll
-                    for (int e = 0; e < W; ++e) {
-                        shift_sums[i][e] += d[e];
-                        scale_sums[i][e] = fmaf(d[e], (z[e] - mu) * r, scale_sums[i][e]);
-                    }
-                }
+            for (int e = 0; e < W; ++e) {
+                shift_sums[e] += d[e];
+                scale_sums[e] = fmaf(d[e], z[e], scale_sums[e]);
             }
         }
-        for (int turn = 0; turn < ROW_WARPS; ++turn) {
-            __syncthreads();
-            if (warp != turn) continue;
-#pragma unroll
-            for (int i = 0; i < HELD; ++i) {
-                if (!vectors.has(group * HELD + i)) continue;
-                if (turn > 0) {
-                    float before[2][W];
-                    Lanes::load(before[0], shared[0], i, lane);
-                    Lanes::load(before[1], shared[1], i, lane);
-#pragma unroll
-                    for (int e = 0; e < W; ++e) {
-                        scale_sums[i][e] += before[0][e];
-                        shift_sums[i][e] += before[1][e];
-                    }
-                }
-                if (turn < ROW_WARPS - 1) {
-                    Lanes::store(shared[0], scale_sums[i], i, lane);
-                    Lanes::store(shared[1], shift_sums[i], i, lane);
-                } else {
-                    float* to = own_parts + ((long long)blockIdx.x * groups + group) * 2 * GROUP;
-                    Lanes::store_dense(to, scale_sums[i], i, lane);
-                    Lanes::store_dense(to + GROUP, shift_sums[i], i, lane);
-                }
-            }
-        }
-    }
+        store_parts(scale_sums, shift_sums, c);
+    });
 
     // The last block of a sample adds up the sums of all, in their order.
     __syncthreads();
     if (threadIdx.x == 0) is_last = count_up(finished + b) == gridDim.x - 1;
     __syncthreads();
     if (!is_last) return;
-    for (int c = threadIdx.x * PIECE; c < C; c += 32 * ROW_WARPS * PIECE) {
+    for (int c = threadIdx.x * PIECE; c < C; c += blockDim.x * PIECE) {
         float sums[2][PIECE];
 #pragma unroll
         for (int which = 0; which < 2; ++which)
 #pragma unroll
             for (int e = 0; e < PIECE; ++e) sums[which][e] = 0.0f;
-        if (vectors.window.meets(c, PIECE)) {
-            int column = c - vectors.first * W, group = column / GROUP;
-            const float* from = own_parts + (long long)group * 2 * GROUP + Lanes::dense(column % GROUP);
-            for (int block = 0; block < gridDim.x; ++block, from += (long long)groups * 2 * GROUP)
+        if (window.meets(c / W * W, W)) {
+            const float *scales = own_parts + part(0, c), *shifts = own_parts + part(1, c);
+#pragma unroll 4
+            for (int block = 0; block < gridDim.x; ++block, scales += 2 * C, shifts += 2 * C) {
+                float pieces[2][PIECE];
+                load_floats(pieces[0], scales, true);
+                load_floats(pieces[1], shifts, true);
 #pragma unroll
-                for (int which = 0; which < 2; ++which) {
-                    float part[PIECE];
-                    load_floats(part, from + which * GROUP, true);
-#pragma unroll
-                    for (int e = 0; e < PIECE; ++e) sums[which][e] += part[e];
-                }
+                for (int e = 0; e < PIECE; ++e) sums[0][e] += pieces[0][e], sums[1][e] += pieces[1][e];
+            }
         }
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
-            if (inactive_grads && !vectors.window.holds_all(c, PIECE))
+            if (inactive_grads && !window.holds_all(c, PIECE))
                 for (int s = 0; s < SPLIT; ++s) {
-                    float part[PIECE];
-                    load_floats(part, inactive_grads + (((long long)s * B + b) * 2 + which) * C + c, true);
+                    float piece[PIECE];
+                    load_floats(piece, inactive_grads + (((long long)s * B + b) * 2 + which) * C + c, true);
 #pragma unroll
                     for (int e = 0; e < PIECE; ++e)
-                        if (!vectors.window.holds(c + e)) sums[which][e] += part[e];
+                        if (!window.holds(c + e)) sums[which][e] += piece[e];
                 }
             float* to = (which ? dshift : dscale) + (long long)b * modulation_stride + c;
             float before[PIECE];
