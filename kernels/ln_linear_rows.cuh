@@ -24,22 +24,31 @@ constexpr int SPLIT = 2;  // P and Q are sums of many numbers: as products' oper
 constexpr int SPLIT = 1;
 #endif
 
-// Sums each of COUNT numbers over the threads of the block, in a fixed order; every thread gets the sums. `shared` may be
-// written again after the block's next barrier.
+// Sums each of COUNT numbers over the threads of the block, in a fixed order: a lane gets the sum of x[lane % COUNT]. `shared`
+// may be written again after the block's next barrier.
 template <int COUNT>
-__device__ __forceinline__ void block_sums(float (&x)[COUNT], float (*shared)[COUNT]) {
+__device__ __forceinline__ float block_sums(float (&x)[COUNT], float (*shared)[COUNT]) {
     constexpr int LANES = 32 / COUNT;  // that get the same sum
     float sum = warp_sums<COUNT>(x);
     if (threadIdx.x % LANES == 0) shared[threadIdx.x / 32][threadIdx.x % 32 / LANES] = sum;
     __syncthreads();
-    load_floats(x, shared[0], true);
-#pragma unroll 4
-    for (int w = 1; w < blockDim.x / 32; ++w) {
-        float part[COUNT];
-        load_floats(part, shared[w], true);
+    // A warp's LANES lanes for a number add up as many warps' sums at a time.
+    sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) x[i] += part[i];
+    for (int first = 0; first < ROW_THREADS / 32; first += LANES) {
+        int warp = first + threadIdx.x % 32 / COUNT;
+        if (warp < blockDim.x / 32) sum += shared[warp][threadIdx.x % COUNT];
     }
+#pragma unroll
+    for (int apart = COUNT; apart < 32; apart *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+    return sum;
+}
+
+// x[i] = what lane i of the warp has.
+template <int COUNT>
+__device__ __forceinline__ void spread(float (&x)[COUNT], float own) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) x[i] = __shfl_sync(0xffffffffu, own, i);
 }
 
 template <int ROWS>
@@ -53,13 +62,18 @@ struct SampleRows {
     static constexpr bool ONE_VECTOR = ROWS > 1;  // is all that a thread has of a row
     Window window;
     int c;        // of the thread's first vector
-    bool active;  // whether that is one of the row that meets the window
+    int active;   // whether that is one of the row that meets the window
+    Vector<W> bits;  // of what it holds of the window
     int first;    // token of the block
     int end;
 
     __device__ SampleRows(const int* windows, int b, int T, int C)
-        : window(windows, b), c(threadIdx.x * W), active(c < C && window.meets(c, W)), first(blockIdx.x * ROW_TOKENS),
-          end(min(T, first + ROW_TOKENS)) {}
+        : window(windows, b), c(threadIdx.x * W), active(c < C && window.meets(c, W)),
+          first(blockIdx.x * ROW_TOKENS), end(min(T, first + ROW_TOKENS)) {
+        bits.set_bits([&](int e) { return window.holds(c + e); });
+        // "Changed" here, so that it is kept in a register and not found out again for every row.
+        asm volatile("" : "+r"(active));
+    }
 
     // Calls `body` with the channel of each vector of the thread but the first.
     template <typename Body>
@@ -68,12 +82,15 @@ struct SampleRows {
             for (int beyond = c + blockDim.x * W; beyond < C; beyond += blockDim.x * W) body(beyond);
     }
 
-    // The thread's vectors of ROWS rows from t on; zeros where there is none.
-    __device__ void load(Vector<W> (&to)[ROWS], const elem* from, int t, long long row, int C) const {
+    // Where the thread's first vector of the block's rows starts.
+    __device__ long long start(int T, int C) const { return ((long long)blockIdx.y * T + first) * C + c; }
+
+    // The thread's vectors of the rows from t on, the first one at `from`: zeros where there are none.
+    __device__ void load(Vector<W> (&to)[ROWS], const elem* from, int t, int C) const {
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
             to[i] = Vector<W>{};
-            if (active && t + i < end) to[i].load(from + (row + i) * C + c);
+            if (active && t + i < end) to[i].load(from + (long long)i * C);
         }
     }
 };
@@ -121,7 +138,9 @@ __device__ __forceinline__ void normalise(
     };
     int outside = C - ((window.end + W - 1) / W - window.start / W) * W;  // channels of no vector that is read
     Vector<W> next[ROWS];
-    rows.load(next, x, rows.first, (long long)b * T + rows.first, C);
+    const elem* from = x + rows.start(T, C);
+    elem* to = h + rows.start(T, C);
+    rows.load(next, from, rows.first, C);
     float factor[W], term[W];
 #pragma unroll
     for (int e = 0; e < W; ++e) factor[e] = term[e] = 0.0f;
@@ -132,15 +151,19 @@ __device__ __forceinline__ void normalise(
         int count = min(ROWS, rows.end - t);
         float values[ROWS][W], mu[ROWS], r[ROWS];
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-            next[i].unpack(values[i]);
-            window.mask(values[i], rows.c);
-            mu[i] = 0.0f;
+        for (int i = 0; i < ROWS; ++i) mu[i] = r[i] = 0.0f;
+        if (rows.active) {
 #pragma unroll
-            for (int e = 0; e < W; ++e) mu[i] += values[i][e];
+            for (int i = 0; i < ROWS; ++i) {
+                next[i].keep(rows.bits);
+                next[i].unpack(values[i]);
+#pragma unroll
+                for (int e = 0; e < W; ++e) mu[i] += values[i][e];
+            }
         }
         // Under way while these rows are worked on.
-        rows.load(next, x, t + ROWS, row + ROWS, C);
+        from += (long long)ROWS * C;
+        rows.load(next, from, t + ROWS, C);
         rows.each_beyond(C, [&](int c) {
             if (!window.meets(c, W)) return;
             float beyond[W];
@@ -148,17 +171,17 @@ __device__ __forceinline__ void normalise(
 #pragma unroll
             for (int e = 0; e < W; ++e) mu[0] += beyond[e];
         });
-        block_sums(mu, shared[0]);
+        // A lane computes the statistics of one of the rows.
+        float own_mu = block_sums(mu, shared[0]) / C;
+        spread(mu, own_mu);
+        if (rows.active) {
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-            mu[i] /= C;
-            r[i] = 0.0f;
-            if (!rows.active) continue;
+            for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-            for (int e = 0; e < W; ++e) {
-                values[i][e] -= mu[i];
-                r[i] = fmaf(values[i][e], values[i][e], r[i]);
-            }
+                for (int e = 0; e < W; ++e) {
+                    values[i][e] -= mu[i];
+                    r[i] = fmaf(values[i][e], values[i][e], r[i]);
+                }
         }
         rows.each_beyond(C, [&](int c) {
             if (!window.meets(c, W)) return;
@@ -167,25 +190,28 @@ __device__ __forceinline__ void normalise(
 #pragma unroll
             for (int e = 0; e < W; ++e) r[0] = fmaf(beyond[e] - mu[0], beyond[e] - mu[0], r[0]);
         });
-        block_sums(r, shared[1]);
+        // The inactive channels are zeros, and differ from the mean by the mean.
+        float variance = (block_sums(r, shared[1]) + outside * own_mu * own_mu) / C;
+        float own_r = 1.0f / sqrtf(variance + EPS);
+        spread(r, own_r);
+        if (threadIdx.x < count) {
+            mean[row + threadIdx.x] = own_mu;
+            rstd[row + threadIdx.x] = own_r;
+        }
+        if (rows.active) {
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-            // The inactive channels are zeros, and differ from the mean by the mean.
-            r[i] = 1.0f / sqrtf((r[i] + outside * mu[i] * mu[i]) / C + EPS);
-            if (i >= count) continue;
-            if (threadIdx.x == 0) {
-                mean[row + i] = mu[i];
-                rstd[row + i] = r[i];
-            }
-            if (rows.c >= C) continue;
-            Vector<W> result = {};
-            if (rows.active) {
+            for (int i = 0; i < ROWS; ++i) {
+                if (i >= count) continue;
 #pragma unroll
                 for (int e = 0; e < W; ++e) values[i][e] = fmaf(values[i][e] * r[i], factor[e], term[e]);
+                Vector<W> result;
                 result.pack(values[i]);
+                result.store(to + (long long)i * C);
             }
-            result.store(h + (row + i) * C + rows.c);
+        } else if (rows.c < C) {
+            for (int i = 0; i < count; ++i) Vector<W>{}.store(to + (long long)i * C);
         }
+        to += (long long)ROWS * C;
         rows.each_beyond(C, [&](int c) {
             Vector<W> result = {};
             if (window.meets(c, W)) {
@@ -355,54 +381,59 @@ __device__ __forceinline__ void normalise_backward(
             store_floats(to + part(1, c + e), piece[1], true);
         }
     };
-    float part_of_row = 1.0f / C;
     float factor[W], scale_sums[W], shift_sums[W];
 #pragma unroll
     for (int e = 0; e < W; ++e) factor[e] = scale_sums[e] = shift_sums[e] = 0.0f;
     if (rows.active) load_factor(factor, rows.c);
 
     int turn = 0;
+    const elem *from_x = x + rows.start(T, C), *from_dh = dh + rows.start(T, C);
+    elem* to = dx + rows.start(T, C);
     for (int t = rows.first; t < rows.end; t += ROWS, turn ^= 1) {
         long long row = (long long)b * T + t;
         int count = min(ROWS, rows.end - t);
         Vector<W> xs[ROWS], dhs[ROWS], befores[ROWS];
-        rows.load(xs, x, t, row, C);
-        rows.load(dhs, dh, t, row, C);
-        float mu[ROWS], r[ROWS], sums[2 * ROWS];  // of dz, then of dz z
+        rows.load(xs, from_x, t, C);
+        rows.load(dhs, from_dh, t, C);
+        float mu[ROWS], r[ROWS], sums[2 * ROWS];  // of dz, then of dz (x - mu) r
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
             mu[i] = i < count ? mean[row + i] : 0.0f;
             r[i] = i < count ? rstd[row + i] : 0.0f;
-            sums[i] = 0.0f;
-            if (dr && i < count)
-#pragma unroll 1
-                for (int p = threadIdx.x; p < dr_parts; p += blockDim.x) sums[i] += dr[(long long)p * B * T + row + i];
-            sums[ROWS + i] = -mu[i] * r[i] * sums[i];
+            sums[i] = sums[ROWS + i] = 0.0f;
         }
-        // z and dh of a row.
-        auto unpack = [&](float(&z)[W], float(&d)[W], int i) {
-            xs[i].unpack(z);
-            dhs[i].unpack(d);
-            window.mask(z, rows.c);
-            window.mask(d, rows.c);
+        if (dr) {
+#pragma unroll 1
+            for (int p = threadIdx.x; p < dr_parts; p += blockDim.x)
 #pragma unroll
-            for (int e = 0; e < W; ++e) z[e] = (z[e] - mu[i]) * r[i];
-        };
+                for (int i = 0; i < ROWS; ++i)
+                    if (i < count) sums[i] += dr[(long long)p * B * T + row + i];
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-            float z[W], d[W];
-            unpack(z, d, i);
+            for (int i = 0; i < ROWS; ++i) sums[ROWS + i] = -mu[i] * sums[i];
+        }
+        if (rows.active) {
 #pragma unroll
-            for (int e = 0; e < W; ++e) {
-                float dz = d[e] * factor[e];
-                sums[i] += dz;
-                sums[ROWS + i] = fmaf(dz, z[e], sums[ROWS + i]);
-                shift_sums[e] += d[e];
-                scale_sums[e] = fmaf(d[e], z[e], scale_sums[e]);
+            for (int i = 0; i < ROWS; ++i) {
+                float centred[W], d[W];
+                xs[i].keep(rows.bits);
+                dhs[i].keep(rows.bits);
+                xs[i].unpack(centred);
+                dhs[i].unpack(d);
+#pragma unroll
+                for (int e = 0; e < W; ++e) {
+                    centred[e] -= mu[i];
+                    float dz = d[e] * factor[e];
+                    sums[i] += dz;
+                    sums[ROWS + i] = fmaf(dz, centred[e], sums[ROWS + i]);
+                    shift_sums[e] += d[e];
+                    scale_sums[e] = fmaf(d[e] * r[i], centred[e], scale_sums[e]);
+                }
             }
         }
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) sums[ROWS + i] *= r[i];
         // Under way while the block sums.
-        if (!fresh) rows.load(befores, dx, t, row, C);
+        if (!fresh) rows.load(befores, to, t, C);
         rows.each_beyond(C, [&](int c) {
             if (!window.meets(c, W)) return;
             float z[W], d[W], own_factor[W];
@@ -415,32 +446,36 @@ __device__ __forceinline__ void normalise_backward(
                 sums[ROWS] = fmaf(dz, z[e], sums[ROWS]);
             }
         });
-        block_sums(sums, shared[turn]);
-#pragma unroll
-        for (int i = 0; i < 2 * ROWS; ++i) sums[i] *= part_of_row;
-        if (rows.c < C && (fresh || rows.active)) {
+        spread(sums, block_sums(sums, shared[turn]) / C);
+        if (rows.active) {
 #pragma unroll
             for (int i = 0; i < ROWS; ++i) {
                 if (i >= count) continue;
-                Vector<W> result = {};
-                if (rows.active) {
-                    float z[W], d[W];
-                    unpack(z, d, i);
+                float slope = -r[i] * r[i] * sums[ROWS + i], level = -r[i] * sums[i], values[W], d[W];
+                xs[i].unpack(values);
+                dhs[i].unpack(d);
 #pragma unroll
-                    for (int e = 0; e < W; ++e) z[e] = r[i] * (d[e] * factor[e] - sums[i] - z[e] * sums[ROWS + i]);
-                    window.mask(z, rows.c);
-                    if (!fresh) {
-                        befores[i].unpack(d);
+                for (int e = 0; e < W; ++e)
+                    values[e] = fmaf(r[i], d[e] * factor[e], fmaf(slope, values[e] - mu[i], level));
+                window.mask(values, rows.c);
+                if (!fresh) {
+                    float before[W];
+                    befores[i].unpack(before);
 #pragma unroll
-                        for (int e = 0; e < W; ++e) z[e] += d[e];
-                    }
-                    result.pack(z);
+                    for (int e = 0; e < W; ++e) values[e] += before[e];
                 }
-                result.store(dx + (row + i) * C + rows.c);
+                Vector<W> result;
+                result.pack(values);
+                result.store(to + (long long)i * C);
             }
+        } else if (fresh && rows.c < C) {
+            for (int i = 0; i < count; ++i) Vector<W>{}.store(to + (long long)i * C);
         }
+        from_x += (long long)ROWS * C;
+        from_dh += (long long)ROWS * C;
+        to += (long long)ROWS * C;
         rows.each_beyond(C, [&](int c) {
-            elem* to = dx + row * C + c;
+            elem* own_to = dx + row * C + c;
             if (window.meets(c, W)) {
                 float z[W], d[W], own_factor[W];
                 load_beyond(z, d, row, c);
@@ -448,9 +483,9 @@ __device__ __forceinline__ void normalise_backward(
 #pragma unroll
                 for (int e = 0; e < W; ++e) z[e] = r[0] * (d[e] * own_factor[e] - sums[0] - z[e] * sums[ROWS]);
                 window.mask(z, c);
-                add_or_store(to, z, fresh);
+                add_or_store(own_to, z, fresh);
             } else if (fresh) {
-                Vector<W>{}.store(to);
+                Vector<W>{}.store(own_to);
             }
         });
     }
