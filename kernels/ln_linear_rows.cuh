@@ -5,6 +5,7 @@
 // use: such rows need not be fast.
 #pragma once
 
+#include "tensor_core.cuh"
 #include "vector.cuh"
 
 constexpr float EPS = 1e-6f;
@@ -17,6 +18,7 @@ constexpr int ROW_TOKENS = 16;     // of one sample: those of a block
 constexpr int COLUMNS = 128;
 constexpr int COLUMN_THREADS = 128;
 constexpr int COLUMN_BLOCKS = 9;   // of a multiprocessor
+constexpr int COLUMN_STAGES = 4;   // a power of two: one is used, the others are on their way
 
 #ifdef ELEM_BF16
 constexpr int SPLIT = 2;  // P and Q are sums of many numbers: as products' operands they are split into high and low halves
@@ -252,15 +254,56 @@ __device__ __forceinline__ void sum_columns(
     constexpr int LANES = COLUMNS / W < 32 ? COLUMNS / W : 32;  // of a row
     constexpr int VECTORS = COLUMNS / LANES / W;                // of a lane
     constexpr int LINES = COLUMN_THREADS / LANES;               // rows that the block's threads are at
-    constexpr int AT_ONCE = W > 1 ? 2 : 1;                      // rows that a thread reads before it goes on
+    constexpr int AT_ONCE = W > 1 ? 2 : 1;                      // rows of a thread in a stage
+    constexpr int STEP = LINES * AT_ONCE;
     typedef LaneColumns<W, LANES> Lanes;
-    __shared__ __align__(16) float parts[LINES][2][Lanes::floats(VECTORS)];
+    // Each thread copies what it will read itself: no barrier. In the end the memory holds the threads' sums.
+    union Memory {
+        Vector<W> stages[COLUMN_STAGES][AT_ONCE][VECTORS][COLUMN_THREADS];
+        float parts[LINES][2][Lanes::floats(VECTORS)];
+    };
+    __shared__ __align__(16) unsigned char memory[sizeof(Memory)];
+    auto& stages = ((Memory*)memory)->stages;
+    auto& parts = ((Memory*)memory)->parts;
     int line = threadIdx.x / LANES, lane = threadIdx.x % LANES, b = blockIdx.y;
     int n = blockIdx.x * COLUMNS + lane * W;  // of the first vector
     g += ((long long)b * T + line) * N + n;
-    mean += (long long)b * T + line;
-    rstd += (long long)b * T + line;
-    dr += ((long long)blockIdx.x * B + b) * T + line;
+    mean += (long long)b * T;
+    rstd += (long long)b * T;
+    dr += ((long long)blockIdx.x * B + b) * T;
+    // Zeros beyond the last token and column.
+    auto copy = [&](int stage, int t) {
+        if (t - line < T) {
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+                for (int v = 0; v < VECTORS; ++v) {
+                    const elem* from = g + (long long)i * LINES * N + v * LANES * W;
+                    Vector<W>& to = stages[stage][i][v][threadIdx.x];
+                    bool inside = t + i * LINES < T && n + v * LANES * W < N;
+                    if constexpr (sizeof(to) == 16) {
+                        copy_async_or_zeros<0>(shared_address(&to), from, inside ? 16 : 0);
+                    } else {
+                        to = Vector<W>{};
+                        if (inside) to.load(from);
+                    }
+                }
+        }
+        commit_copies();
+        g += (long long)STEP * N;
+    };
+#pragma unroll
+    for (int stage = 0; stage < COLUMN_STAGES - 1; ++stage) copy(stage, line + stage * STEP);
+    float means[AT_ONCE], rstds[AT_ONCE];
+    auto load_statistics = [&](int t) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            bool inside = t + i * LINES < T;
+            means[i] = inside ? mean[t + i * LINES] : 0.0f;
+            rstds[i] = inside ? rstd[t + i * LINES] : 0.0f;
+        }
+    };
+    load_statistics(line);
     float p_sums[VECTORS][W], q_sums[VECTORS][W], u[VECTORS][W];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
@@ -269,45 +312,37 @@ __device__ __forceinline__ void sum_columns(
         if (n + v * LANES * W < N) load_floats(u[v], uv + (long long)b * 2 * N + n + v * LANES * W, true);
     }
     // A warp is at several lines: it ends its loop as one.
-    for (int t = line; t - line < T; t += LINES * AT_ONCE) {
-        Vector<W> held[AT_ONCE][VECTORS];
-        float dots[AT_ONCE], means[AT_ONCE], rstds[AT_ONCE];
-        // No use of what is read in between: all is under way at once.
+    int stage = 0;
+    for (int t = line; t - line < T; t += STEP) {
+        float dots[AT_ONCE], r[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) r[i] = -means[i] * rstds[i];
+        load_statistics(t + STEP);
+        wait_copies<COLUMN_STAGES - 2>();
+        // Into the stage of the step before.
+        copy((stage + COLUMN_STAGES - 1) % COLUMN_STAGES, t + (COLUMN_STAGES - 1) * STEP);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            bool inside = t + i * LINES < T;
-            means[i] = inside ? mean[i * LINES] : 0.0f;
-            rstds[i] = inside ? rstd[i * LINES] : 0.0f;
-#pragma unroll
-            for (int v = 0; v < VECTORS; ++v) {
-                held[i][v] = Vector<W>{};
-                if (inside && n + v * LANES * W < N) held[i][v].load(g + (long long)i * LINES * N + v * LANES * W);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            float r = -means[i] * rstds[i];
             dots[i] = 0.0f;
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v) {
                 float values[W];
-                held[i][v].unpack(values);
+                stages[stage][i][v][threadIdx.x].unpack(values);
 #pragma unroll
                 for (int e = 0; e < W; ++e) {
                     q_sums[v][e] += values[e];
-                    p_sums[v][e] = fmaf(r, values[e], p_sums[v][e]);
+                    p_sums[v][e] = fmaf(r[i], values[e], p_sums[v][e]);
                     dots[i] = fmaf(values[e], u[v][e], dots[i]);
                 }
             }
         }
         float dot = warp_sums<AT_ONCE, LANES / 2>(dots);
-        int of = lane / (LANES / AT_ONCE) * LINES;
-        if (lane % (LANES / AT_ONCE) == 0 && t + of < T) dr[of] = dot;
-        g += (long long)LINES * AT_ONCE * N;
-        mean += LINES * AT_ONCE;
-        rstd += LINES * AT_ONCE;
-        dr += LINES * AT_ONCE;
+        int token = t + lane / (LANES / AT_ONCE) * LINES;
+        if (lane % (LANES / AT_ONCE) == 0 && token < T) dr[token] = dot;
+        stage = (stage + 1) % COLUMN_STAGES;
     }
+    wait_copies<0>();
+    __syncthreads();
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
         Lanes::store(parts[line][0], p_sums[v], v, lane);
