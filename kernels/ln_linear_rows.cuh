@@ -268,11 +268,11 @@ __device__ __forceinline__ void sum_columns(
     int line = threadIdx.x / LANES, lane = threadIdx.x % LANES, b = blockIdx.y;
     int n = blockIdx.x * COLUMNS + lane * W;  // of the first vector
     g += ((long long)b * T + line) * N + n;
-    mean += (long long)b * T;
-    rstd += (long long)b * T;
+    int first_row = b * T;
     dr += ((long long)blockIdx.x * B + b) * T;
+    asm volatile("" : "+l"(dr));  // "changed", so that it is not computed again for each step
     // Zeros beyond the last token and column.
-    auto copy = [&](int stage, int t) {
+    auto copy = [&](unsigned int stage, int t) {
         if (t - line < T) {
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i)
@@ -299,8 +299,8 @@ __device__ __forceinline__ void sum_columns(
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             bool inside = t + i * LINES < T;
-            means[i] = inside ? mean[t + i * LINES] : 0.0f;
-            rstds[i] = inside ? rstd[t + i * LINES] : 0.0f;
+            means[i] = inside ? mean[first_row + t + i * LINES] : 0.0f;
+            rstds[i] = inside ? rstd[first_row + t + i * LINES] : 0.0f;
         }
     };
     load_statistics(line);
@@ -312,7 +312,7 @@ __device__ __forceinline__ void sum_columns(
         if (n + v * LANES * W < N) load_floats(u[v], uv + (long long)b * 2 * N + n + v * LANES * W, true);
     }
     // A warp is at several lines: it ends its loop as one.
-    int stage = 0;
+    unsigned int stage = 0;
     for (int t = line; t - line < T; t += STEP) {
         float dots[AT_ONCE], r[AT_ONCE];
 #pragma unroll
