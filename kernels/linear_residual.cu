@@ -9,8 +9,10 @@
 #include "gemm.cuh"
 #include "vector.cuh"
 
-constexpr int COLUMN_WARPS = 8;  // rows at a time in the kernel that sums over tokens
-constexpr int COLUMNS = 256;     // its columns
+// Of the kernel that sums over tokens: few columns a block, so that there are blocks for all multiprocessors.
+constexpr int COLUMNS = 64;
+constexpr int COLUMN_THREADS = 128;
+constexpr int COLUMN_BLOCKS = 5;  // of a multiprocessor
 
 // What base and bypass hold of a row's columns from c on.
 struct Kept {
@@ -47,7 +49,7 @@ struct Kept {
 // Grid: tiles of [B T, C]. A tile that no sample writes has no product, but its base and bypass.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fwd(
     elem* __restrict__ out,                  // [B, T, C]
-    elem* __restrict__ z,                    // [B, T, C] in the write windows, or null: not kept
+    elem* __restrict__ z,                    // [B, T, C] in OUT_WIDTH columns that meet a write window, or null: not kept
     const elem* __restrict__ a,              // [B, T, K]
     const elem* __restrict__ weight,         // [C, K]
     const float* __restrict__ bias,          // [C]
@@ -108,15 +110,17 @@ __device__ __forceinline__ void split(
     elem* dz, float* dz_sums, float* dgate, elem* dbase, elem* dbypass, const elem* dout, const elem* z, const float* gate,
     Window base, Window bypass, Window written, int modulation_stride, int fresh_base, int fresh_bypass, int T, int C
 ) {
-    constexpr int VECTORS = COLUMNS / 32 / W;
-    constexpr int AT_ONCE = W > 1 ? W / 2 : 1;  // rows that a warp reads before it goes on
-    typedef LaneColumns<W> Lanes;
-    __shared__ __align__(16) float parts[COLUMN_WARPS][2][Lanes::floats(VECTORS)];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, b = blockIdx.y;
+    constexpr int LANES = COLUMNS / W < 32 ? COLUMNS / W : 32;  // of a row
+    constexpr int VECTORS = COLUMNS / LANES / W;                // of a lane
+    constexpr int LINES = COLUMN_THREADS / LANES;               // rows that the block's threads are at
+    constexpr int AT_ONCE = W > 1 ? 2 : 1;                      // rows that a thread reads before it goes on
+    typedef LaneColumns<W, LANES> Lanes;
+    __shared__ __align__(16) float parts[LINES][2][Lanes::floats(VECTORS)];
+    int line = threadIdx.x / LANES, lane = threadIdx.x % LANES, b = blockIdx.y;
     const float* all_gates = gate + (long long)b * modulation_stride;
 #pragma unroll 1
     for (int v = 0; v < VECTORS; ++v) {
-        int c = blockIdx.x * COLUMNS + (v * 32 + lane) * W;
+        int c = blockIdx.x * COLUMNS + (v * LANES + lane) * W;
         float dz_sum[W], dgate_sum[W], gates[W];
 #pragma unroll
         for (int e = 0; e < W; ++e) dz_sum[e] = dgate_sum[e] = 0.0f;
@@ -126,31 +130,43 @@ __device__ __forceinline__ void split(
             bool some_written = written.meets(c, W), all_written = written.holds_all(c, W);
             bool base_gets = dbase && (fresh_base ? dbase != dout || !base.holds_all(c, W) : base.meets(c, W));
             bool bypass_gets = dbypass && (fresh_bypass || !bypass.holds_all(c, W));
-            for (int first = warp; first < T; first += COLUMN_WARPS * AT_ONCE) {
-                Vector<W> upstreams[AT_ONCE], zs[AT_ONCE];
+            // What one of the two has is read with all else. Where a window ends inside a vector both get some: then the other's
+            // is read when its turn comes.
+            bool base_has = base_gets && !fresh_base, bypass_has = bypass_gets && !fresh_bypass && !base_has;
+            const elem* added_to = base_has ? dbase : dbypass;
+            for (int first = line; first < T; first += LINES * AT_ONCE) {
+                Vector<W> upstreams[AT_ONCE], zs[AT_ONCE], befores[AT_ONCE];
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; ++i) {
-                    int t = first + i * COLUMN_WARPS;
+                    int t = first + i * LINES;
+                    if (t >= T) continue;
                     long long at = ((long long)b * T + t) * C + c;
-                    if (t < T) upstreams[i].load(dout + at);
-                    if (t < T && all_written) zs[i].load(z + at);
+                    upstreams[i].load(dout + at);
+                    if (some_written) {
+                        if (W <= OUT_WIDTH || all_written) {
+                            zs[i].load(z + at);
+                        } else {
+                            // Forward has written the columns inside the window, and no others.
+                            float value[W];
+#pragma unroll
+                            for (int e = 0; e < W; ++e) value[e] = written.holds(c + e) ? to_f32(z[at + e]) : 0.0f;
+                            zs[i].pack(value);
+                        }
+                    }
+                    if (base_has || bypass_has) befores[i].load(added_to + at);
                 }
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; ++i) {
-                    int t = first + i * COLUMN_WARPS;
+                    int t = first + i * LINES;
                     if (t >= T) continue;
                     long long at = ((long long)b * T + t) * C + c;
                     float upstream[W], value[W];
                     Vector<W> vector;
                     upstreams[i].unpack(upstream);
                     if (some_written) {
-                        if (all_written) {
-                            zs[i].unpack(value);
-                        } else {
-                            // What z holds outside of the window is not defined.
-#pragma unroll
-                            for (int e = 0; e < W; ++e) value[e] = written.holds(c + e) ? to_f32(z[at + e]) : 0.0f;
-                        }
+                        // What z holds outside of the window is not defined.
+                        zs[i].unpack(value);
+                        written.mask(value, c);
 #pragma unroll
                         for (int e = 0; e < W; ++e) dgate_sum[e] = fmaf(upstream[e], value[e], dgate_sum[e]);
                     }
@@ -161,13 +177,22 @@ __device__ __forceinline__ void split(
                     }
                     vector.pack(value);
                     vector.store(dz + at);
+                    auto store_sum = [&](elem* to, float(&x)[W]) {
+                        befores[i].unpack(value);
+#pragma unroll
+                        for (int e = 0; e < W; ++e) x[e] += value[e];
+                        vector.pack(x);
+                        vector.store(to + at);
+                    };
                     if (base_gets) {
                         if (fresh_base && base.holds_all(c, W)) {
                             upstreams[i].store(dbase + at);
                         } else {
-                            upstreams[i].unpack(value);
-                            base.mask(value, c);
-                            add_or_store(dbase + at, value, fresh_base);
+                            float given[W];
+                            upstreams[i].unpack(given);
+                            base.mask(given, c);
+                            if (base_has) store_sum(dbase, given);
+                            else add_or_store(dbase + at, given, true);
                         }
                     }
                     if (bypass_gets) {
@@ -177,30 +202,34 @@ __device__ __forceinline__ void split(
                             Vector<W>{}.store(dbypass + at);
                         } else {
 #pragma unroll
-                            for (int e = 0; e < W; ++e) value[e] = bypass.holds(c + e) ? 0.0f : upstream[e];
-                            add_or_store(dbypass + at, value, fresh_bypass);
+                            for (int e = 0; e < W; ++e)
+                                if (bypass.holds(c + e)) upstream[e] = 0.0f;
+                            if (bypass_has) store_sum(dbypass, upstream);
+                            else add_or_store(dbypass + at, upstream, fresh_bypass);
                         }
                     }
                 }
             }
         }
-        Lanes::store(parts[warp][0], dz_sum, v, lane);
-        Lanes::store(parts[warp][1], dgate_sum, v, lane);
+        Lanes::store(parts[line][0], dz_sum, v, lane);
+        Lanes::store(parts[line][1], dgate_sum, v, lane);
     }
     __syncthreads();
-    int c = blockIdx.x * COLUMNS + threadIdx.x;
+    int own = threadIdx.x % COLUMNS, c = blockIdx.x * COLUMNS + own;
     if (c >= C) return;
-    float sums[2] = {0.0f, 0.0f};
-    for (int w = 0; w < COLUMN_WARPS; ++w)
 #pragma unroll
-        for (int which = 0; which < 2; ++which) sums[which] += parts[w][which][Lanes::of(threadIdx.x)];
-    dz_sums[(long long)b * C + c] = sums[0];
-    if (written.holds(c)) dgate[(long long)b * modulation_stride + c] += sums[1];
+    for (int which = threadIdx.x / COLUMNS; which < 2; which += COLUMN_THREADS / COLUMNS) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) sum += parts[l][which][Lanes::of(own)];
+        if (which == 0) dz_sums[(long long)b * C + c] = sum;
+        else if (written.holds(c)) dgate[(long long)b * modulation_stride + c] += sum;
+    }
 }
 
 // dz = gate dout in the write window and 0 outside; dgate = sum_t dout z; the sums of dz over tokens; dout to base and bypass.
-// Grid: (ceil(C / COLUMNS), B) blocks of 32 COLUMN_WARPS threads; warp w takes tokens w, w + COLUMN_WARPS, ..
-extern "C" __global__ void __launch_bounds__(32 * COLUMN_WARPS) linear_residual_bwd_split(
+// Grid: (ceil(C / COLUMNS), B) blocks of COLUMN_THREADS; each of their lines of threads takes every LINES-th token.
+extern "C" __global__ void __launch_bounds__(COLUMN_THREADS, COLUMN_BLOCKS) linear_residual_bwd_split(
     elem* __restrict__ dz,                   // [B, T, C]
     float* __restrict__ dz_sums,             // [B, C]
     float* __restrict__ dgate,               // [B, C] += in the write window (each column belongs to one operation)

@@ -11,8 +11,8 @@
 #include "gemm.cuh"
 #include "ln_linear_rows.cuh"
 
-// One warp a row.  Grid: (ceil(T / FWD_TOKENS), B) blocks of 32 ROW_WARPS threads.
-extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) ln_linear_fwd_normalise(
+// A thread a vector.  Grid: (ceil(T / ROW_TOKENS), B) blocks of a thread for every 16 bytes of a row, at most ROW_THREADS.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS) ln_linear_fwd_normalise(
     elem* __restrict__ h,             // [B, T, C]  0 outside of the window
     float* __restrict__ mean,         // [B, T]
     float* __restrict__ rstd,         // [B, T]
@@ -25,8 +25,10 @@ extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) ln_linear_fwd_norma
     int T,
     int C
 ) {
-    by_width(are_vectors(C), [&](auto vector) {
-        normalise<decltype(vector)::COUNT>(h, mean, rstd, inactive, x, windows, shift, scale, modulation_stride, T, C);
+    by_row<FWD_ROWS>(C, [&](auto vector, auto rows) {
+        normalise<decltype(vector)::COUNT, decltype(rows)::COUNT>(
+            h, mean, rstd, inactive, x, windows, shift, scale, modulation_stride, T, C
+        );
     });
 }
 
@@ -120,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(256) ln_linear_bwd_gelu(
 }
 
 // P = sum_t r_t g_t, Q = sum_t g_t, and of these columns' part of dr_t = g_t . u: only for windows.
-// Grid: (ceil(N / COLUMNS), B) blocks of 32 COLUMN_WARPS threads; warp w takes tokens w, w + COLUMN_WARPS, ..
-extern "C" __global__ void __launch_bounds__(32 * COLUMN_WARPS) ln_linear_bwd_columns(
+// Grid: (ceil(N / COLUMNS), B) blocks of COLUMN_THREADS; each of their lines of threads takes every LINES-th token.
+extern "C" __global__ void __launch_bounds__(COLUMN_THREADS, COLUMN_BLOCKS) ln_linear_bwd_columns(
     elem* __restrict__ pq,                // [SPLIT, B, 2, N]  P and Q for products
     float* __restrict__ q,                // [B, N]
     float* __restrict__ dr,               // [ceil(N / COLUMNS), B, T]
@@ -179,13 +181,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_inpu
     );
 }
 
-// LayerNorm backward: dx inside the window, dshift and dscale.  One warp a row; a block sums dshift and dscale over its
-// tokens, the last block of a sample over its blocks.  Grid: (ceil(T / BWD_TOKENS), B) blocks of 32 ROW_WARPS threads.
-extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) ln_linear_bwd_normalise(
+// LayerNorm backward: dx inside the window, dshift and dscale.  A thread a vector, which sums dshift and dscale over the block's
+// tokens; the last block of a sample sums over its blocks.  Grid and blocks as of ln_linear_fwd_normalise.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS) ln_linear_bwd_normalise(
     elem* __restrict__ dx,                     // [B, T, C]  += inside the window; with `fresh` = there and 0 outside
     float* __restrict__ dshift,                // [B, C] += (each column belongs to one operation)
     float* __restrict__ dscale,                // [B, C] +=
-    float* parts,                              // [B, blocks, ceil(C / G), 2, G], G = 32 lane_channels
+    float* parts,                              // [B, blocks, 2, C] in pieces
     unsigned int* finished,                    // [B] blocks of the sample that have written their parts; 0 before
     const elem* __restrict__ dh,               // [B, T, C]  any numbers outside, in the vectors that meet the window
     const elem* __restrict__ x,                // [B, T, C]  likewise
@@ -202,8 +204,8 @@ extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) ln_linear_bwd_norma
     int T,
     int C
 ) {
-    by_width(are_vectors(C), [&](auto vector) {
-        normalise_backward<decltype(vector)::COUNT>(
+    by_row<BWD_ROWS>(C, [&](auto vector, auto rows) {
+        normalise_backward<decltype(vector)::COUNT, decltype(rows)::COUNT>(
             dx, dshift, dscale, parts, finished, dh, x, windows, scale, mean, rstd, dr, dr_parts, inactive_grads,
             modulation_stride, fresh, B, T, C
         );

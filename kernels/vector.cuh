@@ -9,9 +9,14 @@
 
 constexpr int WIDTH = ELEMS_16B;
 
-// W elements as they lie in memory.
+// W elements as they lie in memory, or, of those to `keep`, all bits set.
 template <int W>
 struct Vector;
+
+__device__ __forceinline__ void set_all_bits(float& x, bool set) { x = __uint_as_float(set ? 0xffffffffu : 0); }
+__device__ __forceinline__ void set_all_bits(bf16& x, bool set) { x.bits = set ? 0xffff : 0; }
+__device__ __forceinline__ void keep_bits(float& x, float bits) { x = __uint_as_float(__float_as_uint(x) & __float_as_uint(bits)); }
+__device__ __forceinline__ void keep_bits(bf16& x, bf16 bits) { x.bits &= bits.bits; }
 
 template <>
 struct Vector<1> {
@@ -22,6 +27,11 @@ struct Vector<1> {
     __device__ void store(elem* to) const { *to = word; }
     __device__ void unpack(float (&x)[1]) const { x[0] = to_f32(word); }
     __device__ void pack(const float (&x)[1]) { from_f32(word, x[0]); }
+    template <typename Holds>
+    __device__ void set_bits(Holds holds) {
+        set_all_bits(word, holds(0));
+    }
+    __device__ void keep(const Vector& bits) { keep_bits(word, bits.word); }
 };
 
 #ifdef ELEM_BF16
@@ -44,6 +54,18 @@ struct Vector<8> {
     __device__ void pack(const float (&x)[8]) {
         words = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
     }
+    template <typename Holds>
+    __device__ void set_bits(Holds holds) {
+        auto pair = [&](int e) {
+            unsigned int both = (holds(e) ? 0xffffu : 0) | (holds(e + 1) ? 0xffff0000u : 0);
+            asm volatile("" : "+r"(both));  // "changed", so that it is not computed again for each use
+            return both;
+        };
+        words = make_uint4(pair(0), pair(2), pair(4), pair(6));
+    }
+    __device__ void keep(const Vector& bits) {
+        words.x &= bits.words.x, words.y &= bits.words.y, words.z &= bits.words.z, words.w &= bits.words.w;
+    }
 };
 
 #else
@@ -57,6 +79,15 @@ struct Vector<4> {
     __device__ void store(elem* to) const { *(float4*)to = words; }
     __device__ void unpack(float (&x)[4]) const { x[0] = words.x, x[1] = words.y, x[2] = words.z, x[3] = words.w; }
     __device__ void pack(const float (&x)[4]) { words = make_float4(x[0], x[1], x[2], x[3]); }
+    template <typename Holds>
+    __device__ void set_bits(Holds holds) {
+        set_all_bits(words.x, holds(0)), set_all_bits(words.y, holds(1));
+        set_all_bits(words.z, holds(2)), set_all_bits(words.w, holds(3));
+    }
+    __device__ void keep(const Vector& bits) {
+        keep_bits(words.x, bits.words.x), keep_bits(words.y, bits.words.y);
+        keep_bits(words.z, bits.words.z), keep_bits(words.w, bits.words.w);
+    }
 };
 
 #endif
@@ -164,12 +195,12 @@ __device__ __forceinline__ float warp_sums(float (&x)[N]) {
 }
 
 // Numbers by column, W columns a lane and vector, in shared memory: four columns of a lane at a time, so that no two lanes of a
-// quarter warp use the same banks.
-template <int W>
+// quarter warp use the same banks. LANES lanes share a row.
+template <int W, int LANES = 32>
 struct LaneColumns {
     static constexpr int PIECE = W < 4 ? W : 4;
-    static constexpr int PIECES = W / PIECE;                           // of a vector
-    static constexpr int STRIDE = 32 * PIECE + (PIECES > 1 ? 16 : 0);  // from piece to piece
+    static constexpr int PIECES = W / PIECE;                              // of a vector
+    static constexpr int STRIDE = LANES * PIECE + (PIECES > 1 ? 16 : 0);  // from piece to piece
 
     // Floats of `vectors` vectors of each lane.
     static constexpr int floats(int vectors) { return vectors * PIECES * STRIDE; }
@@ -213,7 +244,7 @@ struct LaneColumns {
 
     // Where it lies in shared memory.
     __device__ static int of(int column) {
-        int vector = column / (32 * W), lane = column / W % 32, e = column % W;
+        int vector = column / (LANES * W), lane = column / W % LANES, e = column % W;
         return (vector * PIECES + e / PIECE) * STRIDE + lane * PIECE + e % PIECE;
     }
 };

@@ -6,8 +6,9 @@ use crate::ops::tile::{SMALL, check_buffers, check_sizes, tiling};
 
 const FILE: &str = "linear_residual";
 const OP: &str = "linear_residual";
-/// Columns of a block of the kernel that sums over tokens.
-const COLUMNS: usize = 256;
+/// Columns of a block of the kernel that sums over tokens, and its threads.
+const COLUMNS: usize = 64;
+const COLUMN_THREADS: u32 = 128;
 
 /// Sizes.
 #[derive(Clone, Copy, Debug)]
@@ -199,7 +200,7 @@ pub fn backward(
         elem,
         defines: &SMALL,
         grid: [c.div_ceil(COLUMNS) as u32, b as u32, 1],
-        block: 256,
+        block: COLUMN_THREADS,
         shared: 0,
     };
     device.launch(

@@ -8,18 +8,14 @@ use crate::ops::tile::{SMALL, SPLIT_BF16, check_buffers, check_sizes, tall_tilin
 const FILE: &str = "ln_linear";
 const OP: &str = "ln_linear";
 // As in kernels/ln_linear_rows.cuh.
-/// Warps of a block of the kernels with a warp a row.
-const ROW_WARPS: usize = 4;
-/// Tokens of a block of the forward one of them.
-const FWD_TOKENS: usize = 16;
-/// Tokens of a block of the backward one.
-const BWD_TOKENS: usize = 32;
-/// Channels of a row that a warp holds in registers.
-const HELD: usize = 1280;
+/// Most threads of a block of the kernels with a thread for every 16 bytes of a row.
+const ROW_THREADS: usize = 320;
+/// Tokens of such a block.
+const ROW_TOKENS: usize = 16;
 /// Columns of a block of the kernel that sums over all tokens.
-const COLUMNS: usize = 256;
+const COLUMNS: usize = 128;
 /// Threads of such a block.
-const COLUMN_THREADS: u32 = 256;
+const COLUMN_THREADS: u32 = 128;
 /// Threads of a block of the element-wise kernel.
 const ELEMENTS: usize = 256;
 
@@ -40,6 +36,16 @@ impl Dims {
     /// Parts of [`Scratch::dr`].
     fn dr_parts(self) -> usize {
         self.n.div_ceil(COLUMNS)
+    }
+
+    /// Grid of the kernels that go over rows.
+    fn row_blocks(self) -> [u32; 3] {
+        [self.t.div_ceil(ROW_TOKENS) as u32, self.b as u32, 1]
+    }
+
+    /// Threads of their blocks, a whole number of warps.
+    fn row_threads(self, elem: DType) -> u32 {
+        (self.c * elem.bytes()).div_ceil(16).next_multiple_of(32).min(ROW_THREADS) as u32
     }
 
     /// Halves into which P and Q are split for products in `elem`.
@@ -144,7 +150,7 @@ pub fn inactive_grads_len(dims: Dims, elem: DType) -> usize {
 
 /// Elements of [`Scratch::sums`].
 pub fn sums_len(dims: Dims) -> usize {
-    dims.b * dims.t.div_ceil(BWD_TOKENS) * dims.c.div_ceil(HELD) * 2 * HELD
+    dims.b * dims.t.div_ceil(ROW_TOKENS) * 2 * dims.c
 }
 
 /// Refuses sizes and buffers that the kernels cannot use: each buffer with its name and the length it must have.
@@ -196,8 +202,8 @@ pub fn forward(
         kernel: "ln_linear_fwd_normalise",
         elem,
         defines: &SMALL,
-        grid: [t.div_ceil(FWD_TOKENS) as u32, b as u32, 1],
-        block: 32 * ROW_WARPS as u32,
+        grid: dims.row_blocks(),
+        block: dims.row_threads(elem),
         shared: 0,
     };
     device.launch(
@@ -345,8 +351,8 @@ pub fn backward(
     )?;
     let rows = Launch {
         kernel: "ln_linear_bwd_normalise",
-        grid: [t.div_ceil(BWD_TOKENS) as u32, b as u32, 1],
-        block: 32 * ROW_WARPS as u32,
+        grid: dims.row_blocks(),
+        block: dims.row_threads(elem),
         ..columns
     };
     device.launch(
