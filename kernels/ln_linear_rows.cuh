@@ -9,16 +9,17 @@
 #include "vector.cuh"
 
 constexpr float EPS = 1e-6f;
-constexpr int ROW_THREADS = 320;   // of a block of the kernels with a thread a vector: at most
-constexpr int ROW_BLOCKS = 2;      // of a multiprocessor, at least: twice as many of the usual 160 threads
-constexpr int FWD_ROWS = 4;        // that such a block is at, forward
-constexpr int BWD_ROWS = 2;        // and backward
-constexpr int ROW_TOKENS = 16;     // of one sample: those of a block
+// Of the kernels with a thread a vector of the row.
+constexpr int ROW_THREADS = 320;  // of a block, at most
+constexpr int ROW_BLOCKS = 2;     // of a multiprocessor, at least: twice as many of the 160 threads that 1152 channels in bf16 take
+constexpr int ROW_TOKENS = 16;    // of one sample: those of a block
+constexpr int FWD_ROWS = 4;       // of them at a time, forward
+constexpr int BWD_ROWS = 2;       // and backward
 // Of the kernel that sums over all tokens: few columns a block, so that all blocks are resident at the same time.
 constexpr int COLUMNS = 128;
 constexpr int COLUMN_THREADS = 128;
-constexpr int COLUMN_BLOCKS = 9;   // of a multiprocessor
-constexpr int COLUMN_STAGES = 4;   // a power of two: one is used, the others are on their way
+constexpr int COLUMN_BLOCKS = 9;  // of a multiprocessor
+constexpr int COLUMN_STAGES = 4;  // a power of two: one is used, the others are on their way
 
 #ifdef ELEM_BF16
 constexpr int SPLIT = 2;  // P and Q are sums of many numbers: as products' operands they are split into high and low halves
@@ -63,10 +64,10 @@ template <int W, int ROWS>
 struct SampleRows {
     static constexpr bool ONE_VECTOR = ROWS > 1;  // is all that a thread has of a row
     Window window;
-    int c;        // of the thread's first vector
-    int active;   // whether that is one of the row that meets the window
+    int c;           // of the thread's first vector
+    int active;      // whether that is one of the row that meets the window
     Vector<W> bits;  // of what it holds of the window
-    int first;    // token of the block
+    int first;       // token of the block
     int end;
 
     __device__ SampleRows(const int* windows, int b, int T, int C)

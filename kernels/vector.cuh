@@ -9,13 +9,15 @@
 
 constexpr int WIDTH = ELEMS_16B;
 
-// W elements as they lie in memory, or, of those to `keep`, all bits set.
+// W elements as they lie in memory. As `bits`, those to `keep` have all bits set and the others none.
 template <int W>
 struct Vector;
 
 __device__ __forceinline__ void set_all_bits(float& x, bool set) { x = __uint_as_float(set ? 0xffffffffu : 0); }
 __device__ __forceinline__ void set_all_bits(bf16& x, bool set) { x.bits = set ? 0xffff : 0; }
-__device__ __forceinline__ void keep_bits(float& x, float bits) { x = __uint_as_float(__float_as_uint(x) & __float_as_uint(bits)); }
+__device__ __forceinline__ void keep_bits(float& x, float bits) {
+    x = __uint_as_float(__float_as_uint(x) & __float_as_uint(bits));
+}
 __device__ __forceinline__ void keep_bits(bf16& x, bf16 bits) { x.bits &= bits.bits; }
 
 template <>
@@ -225,24 +227,7 @@ struct LaneColumns {
         }
     }
 
-    // The same without gaps, for global memory.
-    __device__ static void store_dense(float* to, const float (&x)[W], int vector, int lane) {
-#pragma unroll
-        for (int p = 0; p < PIECES; ++p) {
-            float piece[PIECE];
-#pragma unroll
-            for (int e = 0; e < PIECE; ++e) piece[e] = x[p * PIECE + e];
-            store_floats(to + (vector * PIECES + p) * 32 * PIECE + lane * PIECE, piece, true);
-        }
-    }
-
-    // Where `column` of those of the warp lies there.
-    __device__ static int dense(int column) {
-        int vector = column / (32 * W), lane = column / W % 32, e = column % W;
-        return (vector * PIECES + e / PIECE) * 32 * PIECE + lane * PIECE + e % PIECE;
-    }
-
-    // Where it lies in shared memory.
+    // Where `column` of those of the row lies.
     __device__ static int of(int column) {
         int vector = column / (LANES * W), lane = column / W % LANES, e = column % W;
         return (vector * PIECES + e / PIECE) * STRIDE + lane * PIECE + e % PIECE;

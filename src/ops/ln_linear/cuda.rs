@@ -349,12 +349,8 @@ pub fn backward(
             n32,
         ],
     )?;
-    let rows = Launch {
-        kernel: "ln_linear_bwd_normalise",
-        grid: dims.row_blocks(),
-        block: dims.row_threads(elem),
-        ..columns
-    };
+    let rows =
+        Launch { kernel: "ln_linear_bwd_normalise", grid: dims.row_blocks(), block: dims.row_threads(elem), ..columns };
     device.launch(
         &rows,
         &[
