@@ -5,7 +5,6 @@
 #pragma once
 
 #define INFINITY __int_as_float(0x7f800000)
-#define INT_MAX 0x7fffffff
 
 struct __align__(2) bf16 {
     unsigned short bits;

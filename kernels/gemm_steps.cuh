@@ -19,8 +19,11 @@ enum Layout { K_INNER, K_OUTER };
 #define WGMMA
 constexpr int TILE_K = 64;
 constexpr int THREADS = 256;
-constexpr int STAGES = (227 << 10) / ((TILE_M + TILE_N) * TILE_K * 2);  // as many as shared memory holds
-constexpr int BLOCKS = 1;
+#ifndef TILE_BLOCKS
+#define TILE_BLOCKS 1
+#endif
+constexpr int BLOCKS = TILE_BLOCKS;
+constexpr int STAGES = (227 << 10) / BLOCKS / ((TILE_M + TILE_N) * TILE_K * 2);  // as many as shared memory holds
 constexpr int PART = 64;   // columns that a tile is cut by
 constexpr int ALIGN = 16;  // channels: a row's copies start with a sector of 32 bytes
 #else

@@ -14,36 +14,24 @@ constexpr int COLUMNS = 64;
 constexpr int COLUMN_THREADS = 128;
 constexpr int COLUMN_BLOCKS = 5;  // of a multiprocessor
 
-// What base and bypass hold of a row's columns from c on.
+// Of a sample's windows, for OUT_WIDTH columns from c on: a bit for each column inside.
+struct Inside {
+    int end = 0;  // rows of the batch from here on belong to other samples
+    unsigned int base, bypass, own;
+
+    __device__ static unsigned int bits(Window window, int c) {
+        unsigned int bits = 0;
+#pragma unroll
+        for (int e = 0; e < OUT_WIDTH; ++e) bits |= window.holds(c + e) << e;
+        return bits;
+    }
+};
+
+constexpr unsigned int ALL_COLUMNS = (1u << OUT_WIDTH) - 1;
+
+// What base and bypass hold of a row's columns.
 struct Kept {
-    Window base_window, bypass_window;  // base counts inside of its own, bypass outside
     Vector<OUT_WIDTH> base, bypass;
-
-    __device__ Kept() : base_window(0, 0), bypass_window(0, 0) {}
-    __device__ Kept(
-        const elem* from_base, const elem* from_bypass, const int* base_windows, const int* bypass_windows, int b, long long at, int c
-    )
-        : base_window(base_windows, b), bypass_window(0, INT_MAX) {
-        if (from_bypass) bypass_window = Window(bypass_windows, b);
-        if (base_window.meets(c, OUT_WIDTH)) base.load(from_base + at);
-        if (!bypass_window.holds_all(c, OUT_WIDTH)) bypass.load(from_bypass + at);
-    }
-
-    __device__ void unpack(float (&x)[OUT_WIDTH], int c) const {
-        bool meets = base_window.meets(c, OUT_WIDTH);
-        base.unpack(x);
-#pragma unroll
-        for (int e = 0; e < OUT_WIDTH; ++e)
-            if (!meets || !base_window.holds(c + e)) x[e] = 0.0f;
-    }
-
-    __device__ void add_bypass(float (&sum)[OUT_WIDTH], int c) const {
-        if (bypass_window.holds_all(c, OUT_WIDTH)) return;
-        Wide x;
-        bypass.unpack(x.x);
-#pragma unroll
-        for (int e = 0; e < OUT_WIDTH; ++e) sum[e] += bypass_window.holds(c + e) ? 0.0f : x.x[e];
-    }
 };
 
 // Grid: tiles of [B T, C]. A tile that no sample writes has no product, but its base and bypass.
@@ -74,30 +62,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fw
         [=](int c) {
             Wide own_bias, own_gate;
             load_floats(own_bias.x, bias + c, true);
-            Window own(0, 0);
-            int b = -1;
+            // The windows of row i's sample; rows come in their order.
+            auto enter = [=](Inside& inside, int i) {
+                if (i < inside.end) return false;
+                int b = i / T;
+                inside.end = (b + 1) * T;
+                inside.base = Inside::bits(Window(base_windows, b), c);
+                inside.bypass = bypass ? Inside::bits(Window(bypass_windows, b), c) : ALL_COLUMNS;
+                inside.own = Inside::bits(Window(write_windows, b), c);
+                return true;
+            };
+            Inside fetched, stored;
             return epilogue_of(
-                [=](int i) { return Kept(base, bypass, base_windows, bypass_windows, i / T, (long long)i * C + c, c); },
+                [=](int i) mutable {
+                    enter(fetched, i);
+                    Kept kept;
+                    long long at = (long long)i * C + c;
+                    if (fetched.base) kept.base.load(base + at);
+                    if (fetched.bypass != ALL_COLUMNS) kept.bypass.load(bypass + at);
+                    return kept;
+                },
                 [=](int i, float (&value)[OUT_WIDTH], const Kept& kept) mutable {
-                    if (i / T != b) {
-                        b = i / T;
-                        own = Window(write_windows, b);
+                    if (enter(stored, i)) {
                         // One by one: the gate may start anywhere.
 #pragma unroll
-                        for (int e = 0; e < OUT_WIDTH; ++e) own_gate.x[e] = gate[(long long)b * modulation_stride + c + e];
+                        for (int e = 0; e < OUT_WIDTH; ++e)
+                            own_gate.x[e] = gate[(long long)(i / T) * modulation_stride + c + e];
                     }
                     long long at = (long long)i * C + c;
-                    Wide result;
-                    kept.unpack(result.x, c);
-                    if (own.meets(c, OUT_WIDTH)) {
+                    Wide result, passed;
+                    kept.base.unpack(result.x);
+                    if (stored.base != ALL_COLUMNS) {
+#pragma unroll
+                        for (int e = 0; e < OUT_WIDTH; ++e) result.x[e] = stored.base >> e & 1 ? result.x[e] : 0.0f;
+                    }
+                    if (stored.own) {
 #pragma unroll
                         for (int e = 0; e < OUT_WIDTH; ++e) {
                             value[e] += own_bias.x[e];
-                            if (own.holds(c + e)) result.x[e] = fmaf(own_gate.x[e], value[e], result.x[e]);
+                            float more = fmaf(own_gate.x[e], value[e], result.x[e]);
+                            result.x[e] = stored.own >> e & 1 ? more : result.x[e];
                         }
                         if (z) store_wide(z + at, value);
                     }
-                    kept.add_bypass(result.x, c);
+                    if (stored.bypass != ALL_COLUMNS) {
+                        kept.bypass.unpack(passed.x);
+#pragma unroll
+                        for (int e = 0; e < OUT_WIDTH; ++e) result.x[e] += stored.bypass >> e & 1 ? 0.0f : passed.x[e];
+                    }
                     store_wide(out + at, result.x);
                 }
             );

@@ -74,12 +74,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd(
         [=](int n) {
             Wide own_bias, u, v;
             load_floats(own_bias.x, bias + n, true);
-            int sample = -1;
+            int end = 0;  // rows from here on belong to other samples
             return epilogue_of(
                 [=](int i) { return uv ? -mean[i] * rstd[i] : 0.0f; },
                 [=](int i, float (&value)[OUT_WIDTH], float r) mutable {
-                    if (uv && i / T != sample) {
-                        sample = i / T;
+                    if (uv && i >= end) {
+                        int sample = i / T;
+                        end = (sample + 1) * T;
                         load_floats(u.x, uv + (long long)sample * 2 * N + n, true);
                         load_floats(v.x, uv + ((long long)sample * 2 + 1) * N + n, true);
                     }
@@ -212,11 +213,12 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS) ln_linear_
     });
 }
 
-// db of TILE_M outputs, from g itself: no window asked for sums over tokens.
-__device__ __forceinline__ void sum_rows(
-    float* dbias, const elem* g, int first, int add, int rows, int N, float (*shared)[TILE_M]
-) {
-    constexpr int LANES = TILE_M / OUT_WIDTH, LINES = THREADS / LANES;  // a line of threads takes every LINES-th row
+constexpr int BIAS_COLUMNS = 64;  // outputs of a block that sums g for db, as in src/ops/ln_linear/cuda.rs
+
+// db of BIAS_COLUMNS outputs, from g itself: no window asked for sums over tokens.
+__device__ __forceinline__ void sum_rows(float* dbias, const elem* g, int first, int add, int rows, int N, unsigned char* memory) {
+    constexpr int LANES = BIAS_COLUMNS / OUT_WIDTH, LINES = THREADS / LANES;  // a line of threads takes every LINES-th row
+    float(*shared)[BIAS_COLUMNS] = (float(*)[BIAS_COLUMNS])memory;
     int n = first + threadIdx.x % LANES * OUT_WIDTH, line = threadIdx.x / LANES;
     float sums[OUT_WIDTH] = {};
     if (n < N)
@@ -231,14 +233,14 @@ __device__ __forceinline__ void sum_rows(
     for (int e = 0; e < OUT_WIDTH; ++e) shared[line][threadIdx.x % LANES * OUT_WIDTH + e] = sums[e];
     __syncthreads();
     n = first + threadIdx.x;
-    if (threadIdx.x >= TILE_M || n >= N) return;
+    if (threadIdx.x >= BIAS_COLUMNS || n >= N) return;
     float sum = 0.0f;
     for (int l = 0; l < LINES; ++l) sum += shared[l][threadIdx.x];
     dbias[n] = add ? dbias[n] + sum : sum;
 }
 
 // dW = g^T h over the samples whose windows meet the tile, plus P (x) (1 + scale_I) + Q (x) shift_I; db = sum_b Q.
-// Grid: tiles of [N, C]; without windows, a first column of blocks sums the rows of g for db.
+// Grid: tiles of [N, C]; without windows, more rows of blocks sum the rows of g for db, once the tiles have begun.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weight(
     float* __restrict__ dweight,        // [N, C]  = or +=
     float* __restrict__ dbias,          // [N]     = or +=
@@ -255,9 +257,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weig
     int N
 ) {
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
-    if (!pq) {
-        if (blockIdx.x == 0) return sum_rows(dbias, g, row, add, B * T, N, (float(*)[TILE_M])tiles);
-        column -= TILE_N;
+    if (row >= N) {
+        int part = (blockIdx.y - (N + TILE_M - 1) / TILE_M) * gridDim.x + blockIdx.x;
+        return sum_rows(dbias, g, part * BIAS_COLUMNS, add, B * T, N, tiles);
     }
     product<K_OUTER, K_OUTER>(
         row, N, column, C,

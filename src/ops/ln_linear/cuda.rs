@@ -16,6 +16,8 @@ const ROW_TOKENS: usize = 16;
 const COLUMNS: usize = 128;
 /// Threads of such a block.
 const COLUMN_THREADS: u32 = 128;
+/// Outputs of a block that sums the bias's gradient.
+const BIAS_COLUMNS: usize = 64;
 /// Threads of a block of the element-wise kernel.
 const ELEMENTS: usize = 256;
 
@@ -377,8 +379,8 @@ pub fn backward(
     )?;
     let mut tiles = tall_tiling(device, elem, n, c);
     if inputs.full {
-        // A column of blocks for the bias.
-        tiles.grid[0] += 1;
+        // Blocks for the bias.
+        tiles.grid[1] += (n.div_ceil(BIAS_COLUMNS) as u32).div_ceil(tiles.grid[0]);
     }
     device.launch(
         &tiles.launch(FILE, "ln_linear_bwd_weight", elem),
