@@ -19,11 +19,8 @@ enum Layout { K_INNER, K_OUTER };
 #define WGMMA
 constexpr int TILE_K = 64;
 constexpr int THREADS = 256;
-#ifndef TILE_BLOCKS
-#define TILE_BLOCKS 1
-#endif
-constexpr int BLOCKS = TILE_BLOCKS;
-constexpr int STAGES = (227 << 10) / BLOCKS / ((TILE_M + TILE_N) * TILE_K * 2);  // as many as shared memory holds
+constexpr int BLOCKS = 1;
+constexpr int STAGES = (227 << 10) / ((TILE_M + TILE_N) * TILE_K * 2);  // as many as shared memory holds
 constexpr int PART = 64;   // columns that a tile is cut by
 constexpr int ALIGN = 16;  // channels: a row's copies start with a sector of 32 bytes
 #else
@@ -89,6 +86,21 @@ struct OneRun {
 
 // The reduction over start .. end for all of C.
 __device__ __forceinline__ OneRun<NEITHER> all_of(int start, int end) { return {{start, end, {0, 0}, true, 0}}; }
+
+// The first column of this block's tile, of a product that is wanted in a window of columns.
+__device__ __forceinline__ int tile_column(Range window) {
+#ifdef WGMMA
+    // Tiles begin with the window and go on around, so that it is in as few of them as may be.
+    return (window.start & -ALIGN) + blockIdx.x * TILE_N;
+#else
+    return blockIdx.x * TILE_N;
+#endif
+}
+
+// Of `count` tiles, from the middle out: windows hold the middle channels most often, so these tiles take longest, and begin first.
+__device__ __forceinline__ int from_the_middle(int rank, int count) {
+    return count / 2 + (rank % 2 ? -(rank + 1) / 2 : rank / 2);
+}
 
 // The reduction over 0 .. end for the columns of C in a window; `column` is the tile's first. Nothing, if the window misses the tile.
 __device__ __forceinline__ OneRun<COLUMNS_OF_C> windowed_columns(int end, Range window, int column) {

@@ -33,8 +33,6 @@ pub struct Tile {
     pub align: usize,
     /// What a multiply-add costs, as against the other tiles: a small one loads more for each.
     cost: usize,
-    /// Blocks of a multiprocessor.
-    blocks: usize,
     threads: u32,
     shared: u32,
 }
@@ -42,23 +40,22 @@ pub struct Tile {
 const fn square(side: usize, cost: usize) -> Tile {
     let (chunk, stages) = (32, 3);
     let shared = stages * 2 * side * chunk * 2;
-    Tile { kind: Kind::Mma, m: side, n: side, chunk, align: 8, cost, blocks: 1, threads: 128, shared: shared as u32 }
+    Tile { kind: Kind::Mma, m: side, n: side, chunk, align: 8, cost, threads: 128, shared: shared as u32 }
 }
 
-const fn wide(m: usize, n: usize, blocks: usize, cost: usize) -> Tile {
+const fn wide(m: usize, n: usize, cost: usize) -> Tile {
     let chunk = 64;
     let stage = (m + n) * chunk * 2;
     // As many stages as a multiprocessor's shared memory holds.
-    let shared = (227 << 10) / blocks / stage * stage;
-    Tile { kind: Kind::Wgmma, m, n, chunk, align: 16, cost, blocks, threads: 256, shared: shared as u32 }
+    let shared = (227 << 10) / stage * stage;
+    Tile { kind: Kind::Wgmma, m, n, chunk, align: 16, cost, threads: 256, shared: shared as u32 }
 }
 
 /// The tiles of [`Kind::Mma`].
 pub const SQUARE: [Tile; 2] = [square(128, 4), square(64, 6)];
-/// Those of bf16 on sm_90. The last is for products whose rows no window cuts: it leaves out the least of the other kind.
-pub const WGMMA: [Tile; 5] =
-    [wide(128, 256, 1, 8), wide(128, 192, 1, 9), wide(128, 128, 1, 10), wide(128, 128, 2, TWO), wide(256, 128, 1, 8)];
-const TWO: usize = 1000;
+/// Those of bf16 on sm_90. The last is for products without windows: it would leave out the least.
+/// (Costs as measured on an H100. Two blocks of 128 x 128 on a multiprocessor were slower than one in every product.)
+pub const WGMMA: [Tile; 4] = [wide(128, 256, 11), wide(128, 192, 10), wide(128, 128, 14), wide(256, 128, 14)];
 
 /// The tile of a product, and its grid.
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +63,7 @@ pub(crate) struct Tiling {
     /// The tile.
     pub(crate) tile: Tile,
     /// Definitions of the kernel.
-    pub(crate) defines: [(&'static str, i64); 3],
+    pub(crate) defines: [(&'static str, i64); 2],
     /// Tiles along the columns, tiles along the rows.
     pub(crate) grid: [u32; 3],
 }
@@ -74,19 +71,17 @@ pub(crate) struct Tiling {
 impl Tiling {
     /// The launch of a product.
     pub(crate) fn launch(&self, file: &'static str, kernel: &'static str, elem: DType) -> Launch<'_> {
-        let Tile { threads: block, shared, blocks, .. } = self.tile;
-        // So that the small tile's are SMALL.
-        let defines = &self.defines[..if blocks > 1 { 3 } else { 2 }];
-        Launch { file, kernel, elem, defines, grid: self.grid, block, shared }
+        let Tile { threads: block, shared, .. } = self.tile;
+        Launch { file, kernel, elem, defines: &self.defines, grid: self.grid, block, shared }
     }
 }
 
 /// A product of `rows` x `columns`: the tiles that keep the busiest multiprocessor for the least time.
 pub(crate) fn tiling(device: &Device, elem: DType, rows: usize, columns: usize) -> Tiling {
-    best(device, if has_wgmma(device, elem) { &WGMMA[..4] } else { &SQUARE }, rows, columns)
+    best(device, if has_wgmma(device, elem) { &WGMMA[..3] } else { &SQUARE }, rows, columns)
 }
 
-/// The same where no window names rows: tall tiles too.
+/// The same where there are no windows: tall tiles too.
 pub(crate) fn tall_tiling(device: &Device, elem: DType, rows: usize, columns: usize) -> Tiling {
     best(device, if has_wgmma(device, elem) { &WGMMA } else { &SQUARE }, rows, columns)
 }
@@ -99,12 +94,11 @@ fn best(device: &Device, tiles: &[Tile], rows: usize, columns: usize) -> Tiling 
     let counts = |tile: &Tile| [columns.div_ceil(tile.n), rows.div_ceil(tile.m)];
     let time = |tile: &&Tile| {
         let all: usize = counts(tile).iter().product();
-        all.div_ceil(device.multiprocessors() as usize * tile.blocks) * tile.blocks * tile.m * tile.n * tile.cost
+        all.div_ceil(device.multiprocessors() as usize) * tile.m * tile.n * tile.cost
     };
     let tile = *tiles.iter().min_by_key(time).expect("there are some");
     let [x, y] = counts(&tile).map(|count| count as u32);
-    let [m, n, blocks] = [tile.m, tile.n, tile.blocks].map(|size| size as i64);
-    Tiling { tile, defines: [("TILE_M", m), ("TILE_N", n), ("TILE_BLOCKS", blocks)], grid: [x, y, 1] }
+    Tiling { tile, defines: [("TILE_M", tile.m as i64), ("TILE_N", tile.n as i64)], grid: [x, y, 1] }
 }
 
 /// Refuses buffers that are too short, or in bf16 start where 16 bytes cannot be read at a time: each with its name and the length
@@ -182,7 +176,7 @@ mod tests {
         };
         // 1152 columns are 6 tiles of 192 columns: 384 tiles are just under 3 for each multiprocessor.
         assert_eq!(tile(DType::Bf16, 8192, 1152), [128, 192]);
-        assert_eq!(tile(DType::Bf16, 8192, 4608), [128, 256]);
+        assert_eq!(tile(DType::Bf16, 8192, 1024), [128, 256]);
         assert_eq!(tile(DType::Bf16, 1152, 1152), [128, 128]);
         assert_eq!(tile(DType::Bf16, 64, 3456), [128, 128]);
         let tall = tall_tiling(&device, DType::Bf16, 3456, 1152);
