@@ -4,6 +4,8 @@
 //! before or on which thread made them. The normal draws use only additions, multiplications and square roots that IEEE 754
 //! rounds exactly, in a fixed order and never fused, so that any processor (and any GPU) gets the same bits.
 
+use rayon::prelude::*;
+
 /// What a draw is for. Two streams never share a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -65,22 +67,38 @@ impl Philox {
 
     /// Fills `out` with independent numbers uniform in (-bound, bound): element `i` comes from block `i / 4`, word `i % 4`.
     pub fn symmetric(&self, out: &mut [f32], bound: f32, step: u64, sample: u64) {
-        for (index, four) in out.chunks_mut(4).enumerate() {
-            let words = self.block(step, sample, index as u32);
+        in_fours(out, |index, four| {
+            let words = self.block(step, sample, index);
             for (x, word) in four.iter_mut().zip(words) {
                 *x = bound * (2.0 * open_unit(word) - 1.0);
             }
-        }
+        });
     }
 
     /// Fills `out` with independent standard normal numbers: element `i` comes from block `i / 4`, word `i % 4`.
     pub fn normal(&self, out: &mut [f32], step: u64, sample: u64) {
-        for (index, four) in out.chunks_mut(4).enumerate() {
-            let [a, b, c, d] = self.block(step, sample, index as u32);
+        in_fours(out, |index, four| {
+            let [a, b, c, d] = self.block(step, sample, index);
             let (n0, n1) = box_muller(a, b);
             let (n2, n3) = box_muller(c, d);
             four.copy_from_slice(&[n0, n1, n2, n3][..four.len()]);
+        });
+    }
+}
+
+/// Calls `fill` with the number of each four elements of `out`; of many, on all threads.
+#[inline(always)]
+fn in_fours(out: &mut [f32], fill: impl Fn(u32, &mut [f32]) + Sync) {
+    const PIECE: usize = 1 << 16;
+    let piece = |first: usize, piece: &mut [f32]| {
+        for (index, four) in piece.chunks_mut(4).enumerate() {
+            fill((first + index) as u32, four);
         }
+    };
+    if out.len() <= PIECE {
+        piece(0, out);
+    } else {
+        out.par_chunks_mut(PIECE).enumerate().for_each(|(i, own)| piece(i * (PIECE / 4), own));
     }
 }
 
@@ -188,6 +206,20 @@ mod tests {
         assert!(moment(3).abs() < 0.03 && (moment(4) - 3.0).abs() < 0.06, "{} {}", moment(3), moment(4));
         let covariance = x.windows(2).map(|p| f64::from(p[0]) * f64::from(p[1])).sum::<f64>() / n;
         assert!(covariance.abs() < 0.01, "neighbours are correlated: {covariance}");
+    }
+
+    #[test]
+    fn many_numbers_are_those_of_their_blocks() {
+        let rng = Philox::new(9, Stream::Init);
+        let (mut normal, mut symmetric) = (vec![0.0; 200_003], vec![0.0; 200_003]);
+        rng.normal(&mut normal, 5, 6);
+        rng.symmetric(&mut symmetric, 0.5, 5, 6);
+        for i in [0, 1, 65_535, 65_536, 65_541, 131_072, 200_002] {
+            let words = rng.block(5, 6, i as u32 / 4);
+            let pair = if i % 4 < 2 { box_muller(words[0], words[1]) } else { box_muller(words[2], words[3]) };
+            assert_eq!(normal[i], if i % 2 == 0 { pair.0 } else { pair.1 });
+            assert_eq!(symmetric[i], 0.5 * (2.0 * open_unit(words[i % 4]) - 1.0));
+        }
     }
 
     #[test]
