@@ -147,7 +147,10 @@ fn on_cuda_with_large_tiles() {
             let label = format!("B {b}, T {tokens}, C {channels}, N {outputs}, {name}");
             let activation = if i == 0 { Activation::Gelu } else { Activation::None };
             let case = Case { tokens, channels, outputs, read, activation, mean: 0.0 };
-            cuda::check_with_large_tiles(&label, &case);
+            cuda::check_with_large_tiles(&label, &case, DType::Bf16);
+            if name == "random" {
+                cuda::check_with_large_tiles(&label, &case, DType::F32);
+            }
         }
     }
 }

@@ -124,8 +124,8 @@ pub fn again_on_sm_90(test: &str) {
 
 /// [`check_on_cuda`] with the tiles that large products take.
 #[track_caller]
-pub fn check_with_large_tiles(label: &str, op: &impl Operation) {
-    check_on(device().with_multiprocessors(1), label, op, DType::Bf16);
+pub fn check_with_large_tiles(label: &str, op: &impl Operation, elem: DType) {
+    check_on(device().with_multiprocessors(1), label, op, elem);
 }
 
 #[track_caller]
