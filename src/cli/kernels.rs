@@ -91,6 +91,8 @@ struct Row {
     launches: usize,
     registers: u32,
     spills: u32,
+    /// Whether the assembler waits after every `wgmma`.
+    serialized: bool,
     shared: u32,
     resident_warps: u32,
 }
@@ -210,6 +212,7 @@ fn step(
             launches,
             registers: found.registers,
             spills: found.spill_stores + found.spill_loads,
+            serialized: found.serialized,
             shared,
             resident_warps: arch.resident_warps(found.registers, launch.block, shared),
         });
@@ -329,6 +332,9 @@ fn show(args: &KernelsArgs, arch: &Arch, step: &Step) {
             "{:<28} {:<22} {:>8} {:>9} {:>7} {:>8} {:>6}",
             row.kernel, row.defines, row.launches, row.registers, row.spills, row.shared, row.resident_warps
         );
+        if row.serialized {
+            println!("    the assembler waits after every wgmma of it");
+        }
     }
     println!(
         "{} launches a step, {} a block; {:.2} GB for activations, {:.2} GB for weights, gradients and moments\n",

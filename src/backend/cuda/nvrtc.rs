@@ -21,7 +21,7 @@ pub struct Compiled {
 }
 
 /// What a kernel takes, as the assembler found it.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Resources {
     /// The kernel's name.
     pub kernel: String,
@@ -35,6 +35,8 @@ pub struct Resources {
     pub stack: u32,
     /// Bytes of static shared memory of a block.
     pub shared: u32,
+    /// Whether the assembler waits after every `wgmma`, because it could not follow the products under way.
+    pub serialized: bool,
 }
 
 /// Version of NVRTC, major and minor.
@@ -113,7 +115,7 @@ pub fn resources(log: &str) -> Vec<Resources> {
     for line in log.lines() {
         if let Some((_, rest)) = line.split_once("Compiling entry function '") {
             let kernel = rest.split('\'').next().unwrap_or_default().to_string();
-            found.push(Resources { kernel, registers: 0, spill_stores: 0, spill_loads: 0, stack: 0, shared: 0 });
+            found.push(Resources { kernel, ..Resources::default() });
         } else if let Some(last) = found.last_mut() {
             for part in line.split(',') {
                 let words: Vec<&str> = part.split_whitespace().collect();
@@ -128,6 +130,10 @@ pub fn resources(log: &str) -> Vec<Resources> {
                 }
             }
         }
+    }
+    for line in log.lines().filter(|line| line.contains("wgmma") && line.contains("serialized")) {
+        let named = |kernel: &str| line.contains(&format!("'{kernel}'"));
+        found.iter_mut().filter(|found| named(&found.kernel)).for_each(|found| found.serialized = true);
     }
     found
 }
@@ -172,5 +178,37 @@ impl Drop for Program {
             // SAFETY: created by NVRTC, destroyed once.
             unsafe { sys::nvrtcDestroyProgram(&mut self.0) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_assembler_is_understood() {
+        let log = "\
+ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register \
+resources for the wgmma pipeline in the function 'slow'
+ptxas info    : Compiling entry function 'slow' for 'sm_90a'
+ptxas info    : Function properties for slow
+ptxas         .     104 bytes stack frame, 116 bytes spill stores, 120 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 104 bytes cumulative stack size, 2048 bytes smem
+ptxas info    : Compiling entry function 'fast' for 'sm_90a'
+ptxas info    : Function properties for fast
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 0 barriers
+";
+        let slow = Resources {
+            kernel: "slow".into(),
+            registers: 255,
+            spill_stores: 116,
+            spill_loads: 120,
+            stack: 104,
+            shared: 2048,
+            serialized: true,
+        };
+        let fast = Resources { kernel: "fast".into(), registers: 40, ..Resources::default() };
+        assert_eq!(resources(log), [slow, fast]);
     }
 }
