@@ -98,8 +98,13 @@ __device__ __forceinline__ int tile_column(Range window) {
 }
 
 // Of `count` tiles, from the middle out: windows hold the middle channels most often, so these tiles take longest, and begin first.
+// (Not by mma.sync: a tile whose place is not simply the block's takes a register that sm_120 does not have left.)
 __device__ __forceinline__ int from_the_middle(int rank, int count) {
+#ifdef WGMMA
     return count / 2 + (rank % 2 ? -(rank + 1) / 2 : rank / 2);
+#else
+    return rank;
+#endif
 }
 
 // The reduction over 0 .. end for the columns of C in a window; `column` is the tile's first. Nothing, if the window misses the tile.

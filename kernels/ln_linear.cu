@@ -258,11 +258,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weig
     int N
 ) {
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
+#ifdef WGMMA
     if (pq) {
         int rank = blockIdx.y * gridDim.x + blockIdx.x;
         row = rank % gridDim.y * TILE_M;
         column = from_the_middle(rank / gridDim.y, gridDim.x) * TILE_N;
     }
+#endif
     if (row >= N) {
         int part = (blockIdx.y - (N + TILE_M - 1) / TILE_M) * gridDim.x + blockIdx.x;
         return sum_rows(dbias, g, part * BIAS_COLUMNS, add, B * T, N, tiles);
