@@ -87,26 +87,6 @@ struct OneRun {
 // The reduction over start .. end for all of C.
 __device__ __forceinline__ OneRun<NEITHER> all_of(int start, int end) { return {{start, end, {0, 0}, true, 0}}; }
 
-// The first column of this block's tile, of a product that is wanted in a window of columns.
-__device__ __forceinline__ int tile_column(Range window) {
-#ifdef WGMMA
-    // Tiles begin with the window and go on around, so that it is in as few of them as may be.
-    return (window.start & -ALIGN) + blockIdx.x * TILE_N;
-#else
-    return blockIdx.x * TILE_N;
-#endif
-}
-
-// Of `count` tiles, from the middle out: windows hold the middle channels most often, so these tiles take longest, and begin first.
-// (Not by mma.sync: a tile whose place is not simply the block's takes a register that sm_120 does not have left.)
-__device__ __forceinline__ int from_the_middle(int rank, int count) {
-#ifdef WGMMA
-    return count / 2 + (rank % 2 ? -(rank + 1) / 2 : rank / 2);
-#else
-    return rank;
-#endif
-}
-
 // The reduction over 0 .. end for the columns of C in a window; `column` is the tile's first. Nothing, if the window misses the tile.
 __device__ __forceinline__ OneRun<COLUMNS_OF_C> windowed_columns(int end, Range window, int column) {
     bool meets = column < window.end && column + TILE_N > window.start;

@@ -186,11 +186,11 @@ __device__ __forceinline__ void accumulate(
 }
 
 // Calls the epilogue for OUT_WIDTH columns of every row inside the matrix: of all TILE_N columns from `column` on, of which `sums`
-// are the first N; what the epilogue gets for the others is not defined. Columns go around, from `origin` on. Each warp turns its sums
-// through shared memory, so that lanes side by side hold a row.
+// are N from `first` on; what the epilogue gets for the others is not defined. Each warp turns its sums through shared memory, so
+// that lanes side by side hold a row.
 template <int N, typename Epilogue>
 __device__ __forceinline__ void finish(
-    const Accumulators<N>& sums, int row, int rows, int column, int origin, int columns, unsigned char* tiles, Epilogue epilogue
+    const Accumulators<N>& sums, int row, int rows, int column, int first, int columns, unsigned char* tiles, Epilogue epilogue
 ) {
     constexpr int PITCH = N + 8;  // floats: four rows of a quarter of the banks each
     constexpr int LANES = TILE_N / OUT_WIDTH, ROWS_AT_ONCE = 32 / LANES;
@@ -199,12 +199,11 @@ __device__ __forceinline__ void finish(
     float* stage = (float*)tiles + warp * 16 * PITCH;
     float* own = stage + lane / 4 * PITCH + lane % 4 * 2;
     int first_row = row + warp / 4 * GROUP_M + warp % 4 * 16 + lane / LANES;
-    int own_column = lane % LANES * OUT_WIDTH, c = column + own_column;
+    int c = column + lane % LANES * OUT_WIDTH;
     // Half of the lanes read the second 16 bytes first: eight lanes then read from all banks.
     bool turned = lane & 4;
-    const float* from = stage + lane / LANES * PITCH + min(own_column, N - OUT_WIDTH);
-    bool is_inside = c - origin < columns && lane < LANES * ROWS_AT_ONCE;
-    if (c >= columns) c -= columns;
+    const float* from = stage + lane / LANES * PITCH + min(max(c - first, 0), N - OUT_WIDTH);
+    bool is_inside = c < columns && lane < LANES * ROWS_AT_ONCE;
     auto row_of = epilogue(is_inside ? c : 0);
 #pragma unroll
     for (int i = 0; i < PARTS_M; ++i) {
@@ -239,34 +238,36 @@ __device__ __forceinline__ void finish(
 
 template <Layout A, Layout B, int N, typename Steps, typename Sources, typename Epilogue>
 __device__ __forceinline__ void product_of_columns(
-    int row, int rows, int column, int origin, int columns, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
+    int row, int rows, int column, int first, int columns, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
 ) {
     Accumulators<N> sums;
 #pragma unroll
     for (int i = 0; i < PARTS_M; ++i)
 #pragma unroll
         for (int j = 0; j < N / 2; ++j) sums[i][j] = 0.0f;
-    accumulate<A, B, N>(sums, row, column, steps, operands, tiles);
-    finish<N>(sums, row, rows, column, origin, columns, tiles, epilogue);
+    accumulate<A, B, N>(sums, row, first, steps, operands, tiles);
+    finish<N>(sums, row, rows, column, first, columns, tiles, epilogue);
 }
 
-// The tile of C at `row` and `column`, of `rows` and `columns`. Of the last tile of a window of columns, as many columns are computed
-// as reach to the window's end, in parts of PART.
+// The tile of C at `row` and `column`, of `rows` and `columns`. Of a tile that a window of columns cuts, as many columns are computed
+// as reach from its first to its last, in parts of PART.
 template <Layout A, Layout B, typename Steps, typename Sources, typename Epilogue>
 __device__ __forceinline__ void product(
     int row, int rows, int column, int columns, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
 ) {
     if constexpr (Steps::IS_CUT) {
-        int origin = steps.run.window.start & -ALIGN;
-        int parts = (steps.run.window.end - column + PART - 1) / PART;
+        int first = max(column, steps.run.window.start & -ALIGN);
+        int parts = (min(column + TILE_N, steps.run.window.end) - first + PART - 1) / PART;
         // From a lane, so that the compiler sees that all go the same way.
-        parts = min(max(__shfl_sync(0xffffffffu, parts, 0), 1), TILE_N / PART);
-        unrolled<TILE_N / PART>([&](auto i) {
-            constexpr int N = (i.value + 1) * PART;
-            if (parts * PART == N)
-                product_of_columns<A, B, N>(row, rows, column, origin, columns, steps, operands, tiles, epilogue);
-        });
-    } else {
-        product_of_columns<A, B, TILE_N>(row, rows, column, 0, columns, steps, operands, tiles, epilogue);
+        parts = max(__shfl_sync(0xffffffffu, parts, 0), 1);
+        if (parts < TILE_N / PART) {
+            unrolled<TILE_N / PART - 1>([&](auto i) {
+                constexpr int N = (i.value + 1) * PART;
+                if (parts * PART == N)
+                    product_of_columns<A, B, N>(row, rows, column, first, columns, steps, operands, tiles, epilogue);
+            });
+            return;
+        }
     }
+    product_of_columns<A, B, TILE_N>(row, rows, column, column, columns, steps, operands, tiles, epilogue);
 }

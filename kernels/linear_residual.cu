@@ -53,9 +53,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fw
     int K,
     int C
 ) {
-    int row = blockIdx.y * TILE_M, rows = B * T;
+    int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
     Range written = window_of_rows(write_windows, row, rows, T);
-    int column = tile_column(written);
     product<K_INNER, K_INNER>(
         row, rows, column, C, windowed_columns(K, written, column),
         [=](int) { return Operands{{a, K, rows}, {weight, K, C}, K}; },
@@ -322,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
     int K,
     int C
 ) {
-    int row = from_the_middle(blockIdx.y, gridDim.y) * TILE_M, column = blockIdx.x * TILE_N;
+    int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
     product<K_OUTER, K_OUTER>(
         row, C, column, K, MeetingRows<ROWS_OF_C>{write_windows, T, B * T, {row, min(row + TILE_M, C)}, 0, 0},
         [=](int) { return Operands{{dz, C, C}, {a, K, K}, B * T}; },

@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_inpu
     int C,
     int N
 ) {
-    int row = blockIdx.y * TILE_M, rows = B * T;
+    int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
     if (blockIdx.x == 0 && blockIdx.y == 0)
         for (int b = threadIdx.x; b < B; b += THREADS) finished[b] = 0;
     int first_of_pq = (rows + TILE_M - 1) / TILE_M * TILE_M;
@@ -167,9 +167,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_inpu
         rows = SPLIT * 2 * B;
     } else {
         window = window_of_rows(windows, row, rows, T);
+        if (column >= window.end || column + TILE_N <= window.start) return;
     }
-    int column = tile_column(window);
-    if (column >= window.end || column + TILE_N <= window.start) return;
     product<K_INNER, K_OUTER>(
         row, rows, column, C, windowed_columns(N, window, column),
         [=](int) { return Operands{{is_pq ? pq : g, N, rows}, {weight, C, C}, N}; },
@@ -258,13 +257,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weig
     int N
 ) {
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
-#ifdef WGMMA
-    if (pq) {
-        int rank = blockIdx.y * gridDim.x + blockIdx.x;
-        row = rank % gridDim.y * TILE_M;
-        column = from_the_middle(rank / gridDim.y, gridDim.x) * TILE_N;
-    }
-#endif
     if (row >= N) {
         int part = (blockIdx.y - (N + TILE_M - 1) / TILE_M) * gridDim.x + blockIdx.x;
         return sum_rows(dbias, g, part * BIAS_COLUMNS, add, B * T, N, tiles);
@@ -279,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weig
         tiles, store_gradient(dweight, C, add)
     );
     int n = row + threadIdx.x;
-    if (pq && column == 0 && threadIdx.x < TILE_M && n < N) {
+    if (pq && blockIdx.x == 0 && threadIdx.x < TILE_M && n < N) {
         float sum = 0.0f;
         for (int b = 0; b < B; ++b) sum += q[(long long)b * N + n];
         dbias[n] = add ? dbias[n] + sum : sum;

@@ -306,8 +306,7 @@ fn products(device: &Device, dit: &Dit, b: usize) -> Vec<ProductRow> {
         table
             .push(row(&each("input gradient"), rows, c, windowed, &|b| (b.writes(outputs), b.corrects_input(outputs))));
         let gradient = |b: work::Batch| (b.meets_columns(outputs), b.corrects_weight(outputs));
-        let tiles: Tiles = if windowed { tiling } else { tall_tiling };
-        table.push(tiled(tiles, &each("weight gradient"), [outputs, c], windowed, &gradient));
+        table.push(tiled(tall_tiling, &each("weight gradient"), [outputs, c], windowed, &gradient));
     }
     for (name, inputs) in [("proj", c), ("fc2", mlp)] {
         let each = |pass: &str| format!("{name} {pass}");

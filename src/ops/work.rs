@@ -52,26 +52,34 @@ impl Batch<'_> {
         columns.next_multiple_of(if self.tile.kind == Kind::Mma { PART } else { self.tile.n })
     }
 
-    /// Columns that are computed for a window of them.
-    fn cut_columns(&self, window: Window) -> usize {
+    /// Of the tiles of `columns`, as many columns as are computed for a window of them.
+    fn cut_columns(&self, columns: usize, window: Window) -> usize {
         if self.tile.kind == Kind::Mma {
-            return PART * self.parts_that_meet(window);
+            return PART * self.parts_that_meet(columns, window);
         }
-        let start = window.start / self.tile.align * self.tile.align;
-        (window.end() - start).next_multiple_of(CUT)
+        let of_tile = |first: usize| {
+            let end = (first + self.tile.n).min(window.end());
+            let start = first.max(window.start / self.tile.align * self.tile.align);
+            if first >= window.end() || first + self.tile.n <= window.start {
+                0
+            } else {
+                (end - start).next_multiple_of(CUT)
+            }
+        };
+        (0..columns).step_by(self.tile.n).map(of_tile).sum()
     }
 
     /// Of `channels` in tiles of `side`, as many as are computed for a window that changes on the way.
     fn met_channels(&self, window: Window, side: usize) -> usize {
         if self.tile.kind == Kind::Mma {
-            return PART * self.parts_that_meet(window);
+            return PART * self.parts_that_meet(self.channels, window);
         }
         let meets = |&first: &usize| first < window.end() && (first + side).min(self.channels) > window.start;
         side * (0..self.channels).step_by(side).filter(meets).count()
     }
 
-    fn parts_that_meet(&self, window: Window) -> usize {
-        (0..self.channels).step_by(PART).filter(|&at| at < window.end() && at + PART > window.start).count()
+    fn parts_that_meet(&self, channels: usize, window: Window) -> usize {
+        (0..channels).step_by(PART).filter(|&at| at < window.end() && at + PART > window.start).count()
     }
 
     fn rows(&self) -> usize {
@@ -111,8 +119,9 @@ impl Batch<'_> {
 
     /// `[B T, inputs] x [inputs, C]`, writing the windows: `linear_residual_fwd`, `ln_linear_bwd_input`.
     pub fn writes(&self, inputs: usize) -> Flops {
-        let issued =
-            self.row_tiles().map(|(rows, window)| self.over(self.whole_rows(rows) * self.cut_columns(window), inputs));
+        let issued = self
+            .row_tiles()
+            .map(|(rows, window)| self.over(self.whole_rows(rows) * self.cut_columns(self.channels, window), inputs));
         self.of(inputs, issued.sum())
     }
 
@@ -138,7 +147,7 @@ impl Batch<'_> {
     /// What the correction for inactive channels adds to `ln_linear_bwd_input` over `outputs`: P W and Q W.
     pub fn corrects_input(&self, outputs: usize) -> u64 {
         let rows = SPLIT_BF16 * 2 * self.windows.len();
-        self.over(self.whole_rows(rows) * self.cut_columns(Window::all(self.channels)), outputs)
+        self.over(self.whole_rows(rows) * self.cut_columns(self.channels, Window::all(self.channels)), outputs)
     }
 
     /// What it adds to `ln_linear_bwd_weight`: P (x) (1 + scale) + Q (x) shift.

@@ -377,7 +377,7 @@ pub fn backward(
             c32,
         ],
     )?;
-    let mut tiles = if inputs.full { tall_tiling(device, elem, n, c) } else { tiling(device, elem, n, c) };
+    let mut tiles = tall_tiling(device, elem, n, c);
     if inputs.full {
         // Blocks for the bias.
         tiles.grid[1] += (n.div_ceil(BIAS_COLUMNS) as u32).div_ceil(tiles.grid[0]);
