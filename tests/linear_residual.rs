@@ -122,6 +122,24 @@ fn on_sm_90() {
     cuda::again_on_sm_90("on_cuda_with_large_tiles");
 }
 
+/// On a device of few multiprocessors: all tiles are chosen by some.
+#[test]
+fn drawn_sizes_on_cuda() {
+    for seed in 0..12 {
+        let ([b, tokens, channels, inputs], write) = cuda::drawn_sizes(seed);
+        let base = write.iter().copied().rev().collect();
+        let bypass = (seed % 2 == 0).then(|| write.iter().copied().cycle().skip(1).take(b).collect());
+        let label = format!("seed {seed}: B {b}, T {tokens}, K {inputs}, C {channels}, {write:?}");
+        let device = cuda::device().with_multiprocessors(1 + seed as u32 % 4);
+        cuda::check_on(device, &label, &Case { tokens, inputs, channels, base, write, bypass }, DType::Bf16);
+    }
+}
+
+#[test]
+fn drawn_sizes_on_sm_90() {
+    cuda::again_on_sm_90("drawn_sizes_on_cuda");
+}
+
 #[test]
 fn one_sample_of_one_token() {
     check(1, 1, 37, 60);

@@ -160,6 +160,23 @@ fn on_sm_90() {
     cuda::again_on_sm_90("on_cuda_with_large_tiles");
 }
 
+/// On a device of few multiprocessors: all tiles are chosen by some.
+#[test]
+fn drawn_sizes_on_cuda() {
+    for seed in 0..12 {
+        let ([b, tokens, channels, outputs], read) = cuda::drawn_sizes(seed);
+        let label = format!("seed {seed}: B {b}, T {tokens}, C {channels}, N {outputs}, {read:?}");
+        let case = Case { tokens, channels, outputs, read, activation: Activation::None, mean: 0.0 };
+        let device = cuda::device().with_multiprocessors(1 + seed as u32 % 4);
+        cuda::check_on(device, &label, &case, DType::Bf16);
+    }
+}
+
+#[test]
+fn drawn_sizes_on_sm_90() {
+    cuda::again_on_sm_90("drawn_sizes_on_cuda");
+}
+
 #[test]
 fn on_cuda_with_sizes_that_only_f32_takes() {
     for (name, read) in window_sets(4, 37) {

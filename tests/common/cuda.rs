@@ -128,8 +128,9 @@ pub fn check_with_large_tiles(label: &str, op: &impl Operation, elem: DType) {
     check_on(device().with_multiprocessors(1), label, op, elem);
 }
 
+/// [`check_on_cuda`] on this device, in `elem`.
 #[track_caller]
-fn check_on(device: Device, label: &str, op: &impl Operation, elem: DType) {
+pub fn check_on(device: Device, label: &str, op: &impl Operation, elem: DType) {
     let device = Arc::new(device);
     let mut inputs = op.inputs();
     for input in &mut inputs {
@@ -163,6 +164,23 @@ fn check_on(device: Device, label: &str, op: &impl Operation, elem: DType) {
             judge(expected.check(&format!("start + d{}", input.name), 3.0, &added.grads[i]));
         }
     }
+}
+
+/// Sizes and windows that no list of cases has thought of, drawn with `seed`: few samples or many, of a token or of more than a
+/// chunk has; `[B, T, channels, other]`, where channels are up to three tiles, or few; each sample's window starts and ends anywhere.
+pub fn drawn_sizes(seed: u64) -> ([usize; 4], Vec<Window>) {
+    let draw = |what: usize, n: usize| below(seed, what, n);
+    let rows = 1 + draw(0, 300);
+    let b = (1 + draw(1, [3, 12, 300][draw(2, 3)])).min(rows);
+    let (wide, narrow) = (8 * (1 + draw(3, 60)), 8 * (1 + draw(4, 12)));
+    let (channels, other) = if draw(5, 3) == 0 { (narrow, wide) } else { (wide, narrow) };
+    let edge = |i: usize| [draw(i, channels + 1), draw(i, channels / 8 + 1) * 8, draw(i, 9).min(channels)][draw(i + 1, 3)];
+    let windows = (0..b).map(|i| {
+        let (start, end) = (edge(10 + 4 * i).min(channels - 1), edge(12 + 4 * i));
+        let (start, end) = (start.min(end), start.max(end));
+        Window { start, width: (end - start).max(1) }
+    });
+    ([b, rows / b, channels, other], windows.collect())
 }
 
 /// Whether the device holds this input in the tape's element type.
