@@ -167,14 +167,15 @@ pub fn check_on(device: Device, label: &str, op: &impl Operation, elem: DType) {
 }
 
 /// Sizes and windows that no list of cases has thought of, drawn with `seed`: few samples or many, of a token or of more than a
-/// chunk has; `[B, T, channels, other]`, where channels are up to three tiles, or few; each sample's window starts and ends anywhere.
+/// chunk has; `[B, T, channels, other]`, where channels are up to five tiles, or few; each sample's window starts and ends anywhere.
 pub fn drawn_sizes(seed: u64) -> ([usize; 4], Vec<Window>) {
     let draw = |what: usize, n: usize| below(seed, what, n);
     let rows = 1 + draw(0, 300);
     let b = (1 + draw(1, [3, 12, 300][draw(2, 3)])).min(rows);
-    let (wide, narrow) = (8 * (1 + draw(3, 60)), 8 * (1 + draw(4, 12)));
+    let (wide, narrow) = (8 * (1 + draw(3, 80)), 8 * (1 + draw(4, 12)));
     let (channels, other) = if draw(5, 3) == 0 { (narrow, wide) } else { (wide, narrow) };
-    let edge = |i: usize| [draw(i, channels + 1), draw(i, channels / 8 + 1) * 8, draw(i, 9).min(channels)][draw(i + 1, 3)];
+    let edge =
+        |i: usize| [draw(i, channels + 1), draw(i, channels / 8 + 1) * 8, draw(i, 9).min(channels)][draw(i + 1, 3)];
     let windows = (0..b).map(|i| {
         let (start, end) = (edge(10 + 4 * i).min(channels - 1), edge(12 + 4 * i));
         let (start, end) = (start.min(end), start.max(end));
