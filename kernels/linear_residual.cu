@@ -142,8 +142,8 @@ __device__ __forceinline__ void split(
             bool some_written = written.meets(c, W), all_written = written.holds_all(c, W);
             bool base_gets = dbase && (fresh_base ? dbase != dout || !base.holds_all(c, W) : base.meets(c, W));
             bool bypass_gets = dbypass && (fresh_bypass || !bypass.holds_all(c, W));
-            // What is added to is read with all else: that of the base, or that of the bypass where the base gets nothing. Where
-            // both are added to, the bypass is read when its turn comes.
+            // What is added to is read with all else: that of the base, or that of the bypass where nothing is added to the base's.
+            // Where both are added to, the bypass is read when its turn comes.
             bool base_has = base_gets && !fresh_base, bypass_has = bypass_gets && !fresh_bypass && !base_has;
             const elem* added_to = base_has ? dbase : dbypass;
             for (int first = line; first < T; first += LINES * AT_ONCE) {
