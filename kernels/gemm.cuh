@@ -1,7 +1,7 @@
 // The product that every linear layer is made of:  C[i, j] = sum over k of A(i, k) B(k, j).
 //
 //   gemm_wgmma.cuh   bf16 on sm_90: wgmma by two groups of four warps
-//   gemm_mma.cuh     bf16 elsewhere, and small tiles: mma.sync m16n8k16
+//   gemm_mma.cuh     bf16 elsewhere: mma.sync m16n8k16
 //   gemm_fma.cuh     f32: plain FMA
 //
 // All sum in f32 and take the same operands. One lies in memory in one of two ways:
@@ -18,8 +18,8 @@
 
 #include "gemm_steps.cuh"
 
-// What becomes of a row's sums. `fetch(row)` reads what `store(row, sums, fetched)` needs: of several rows before the first is
-// stored, so that the reads of one are not waited for before the next.
+// What becomes of a row's sums. `fetch(row)` reads what `store(row, sums, fetched)` needs: where registers allow it (wgmma), of several
+// rows before the first is stored, so that the reads of one are not waited for before the next.
 template <typename Fetch, typename Store>
 struct Epilogue {
     Fetch fetch;

@@ -127,7 +127,7 @@ pub struct Gradients {
     pub dbase: Buffer,
     /// Whether dbase is overwritten (0 outside of the windows); else it is added to.
     pub fresh_base: bool,
-    /// `[B, T, C]` elem outside of the bypass windows; none without a bypass.
+    /// `[B, T, C]` elem outside of the bypass windows; none without a bypass. Not dbase: what one adds the other may overwrite.
     pub dbypass: Buffer,
     /// Whether dbypass is overwritten (0 inside of the windows); else it is added to.
     pub fresh_bypass: bool,
