@@ -160,7 +160,7 @@ fn on_sm_90() {
     cuda::again_on_sm_90("on_cuda_with_large_tiles");
 }
 
-/// On a device of few multiprocessors: all tiles are chosen by some.
+/// On a device of few multiprocessors, so that small products take large tiles.
 #[test]
 fn drawn_sizes_on_cuda() {
     for seed in 10..22 {

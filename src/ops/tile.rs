@@ -14,7 +14,7 @@ pub(crate) const SMALL: [(&str, i64); 2] = [("TILE_M", 64), ("TILE_N", 64)];
 pub enum Kind {
     /// `mma.sync`, or FMA in f32: leaves out parts of 16 rows and columns that no window meets.
     Mma,
-    /// `wgmma`: whole tiles, cut to a multiple of 64 columns where a window of columns ends.
+    /// `wgmma`: whole tiles; of one that a window of columns cuts, as many columns as reach from its first to its last, in 64s.
     Wgmma,
 }
 
@@ -53,7 +53,7 @@ const fn wide(m: usize, n: usize, cost: usize) -> Tile {
 
 /// The tiles of [`Kind::Mma`].
 pub const SQUARE: [Tile; 2] = [square(128, 4), square(64, 6)];
-/// Those of bf16 on sm_90. The last is for products whose rows no window cuts: it leaves out the least of the other kind.
+/// Those of bf16 on sm_90. The last is for products of which no window names rows: it would skip the fewest.
 /// (Two blocks of 128 x 128 on a multiprocessor were slower than one block in every product, on an H100.)
 pub const WGMMA: [Tile; 4] = [wide(128, 256, 8), wide(128, 192, 9), wide(128, 128, 10), wide(256, 128, 8)];
 
