@@ -124,8 +124,8 @@ pub(crate) enum Layout {
 const MOST_SAMPLES: usize = u64::BITS as usize;
 /// Most tokens that are summed in registers: a panel of them stays in a core's cache.
 const MOST_TOKENS: usize = 4096;
-/// Fewest channels of a tile, where there are more: a smaller one is bound by the latency of its sums.
-const FEWEST_CHANNELS: usize = 4;
+/// Fewest channels of a tile, where there are more. Fewer cut the windows closer, but make more tiles of the same columns.
+const FEWEST_CHANNELS: usize = 7;
 
 /// `dw (+)= sum over samples`. The channels are the rows of a tile, so that a window is rounded by a few channels at most;
 /// the sums are over whole samples in their order, whatever the number of threads.
@@ -171,20 +171,14 @@ fn panel_of_weight_gradient(
     tokens: usize,
 ) {
     let columns = panel * PANEL..((panel + 1) * PANEL).min(m);
-    // Rows that end inside of half a panel would be read beyond the last.
-    let packs = !m.is_multiple_of(HALF);
-    let stride = if packs { PANEL } else { m };
-    scratch::with(if packs { tokens * PANEL } else { 0 }, |mut packed| {
+    // Every tile of channels reads the panel: as lines M apart, it would crowd into few sets of the cache.
+    scratch::with(tokens * PANEL, |mut packed| {
         let mut others = [&[][..]; MOST_SAMPLES];
         for (sample, other) in group.iter().zip(&mut others) {
             let tokens = sample.other.len() / m;
-            *other = if packs {
-                let to = packed.split_off_mut(..tokens * PANEL).expect("room for all tokens");
-                pack_panel(to, sample.other, panel, m, tokens, m);
-                to
-            } else {
-                &sample.other[columns.start..]
-            };
+            let to = packed.split_off_mut(..tokens * PANEL).expect("room for all tokens");
+            pack_panel(to, sample.other, panel, m, tokens, m);
+            *other = to;
         }
         let mut tile = Tile::new();
         let mut segments = [Segment { a: &[], b: &[], len: 0 }; MOST_SAMPLES];
@@ -203,7 +197,7 @@ fn panel_of_weight_gradient(
                     (count, rest) = (count + 1, rest & (rest - 1));
                 }
                 let halves = columns.len().div_ceil(HALF);
-                multiply(&mut tile, channels.len(), halves, Rows::interleaved(PANEL), stride, &segments[..count]);
+                multiply(&mut tile, channels.len(), halves, Rows::interleaved(PANEL), PANEL, &segments[..count]);
                 match layout {
                     Layout::RoutedRows => {
                         for (channel, sums) in channels.zip(&tile.rows) {
