@@ -73,7 +73,12 @@ pub(crate) fn batches(rows: Range<usize>, tokens: usize, inner: usize, mut work:
     }
 }
 
-/// Columns that a tile computes of a panel or of a matrix.
+/// The panels of a row-major B `[len, n]`: of lines n apart, a tile's columns would crowd into few sets of the cache.
+pub(crate) fn pack_panels(to: &mut [f32], b: &[f32], n: usize, len: usize) {
+    to.par_chunks_mut(len * PANEL).enumerate().for_each(|(panel, to)| pack_panel(to, b, panel, n, len, n));
+}
+
+/// Columns that a tile computes of a panel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Part {
     pub(crate) first: usize,  // in a panel 0 or 16
@@ -85,15 +90,6 @@ pub(crate) fn part(window: Window, panel: usize) -> Option<Part> {
     let (from, to) = (window.start / HALF, window.end().div_ceil(HALF));
     let (from, to) = (from.max(2 * panel), to.min(2 * panel + 2));
     (window.width > 0 && from < to).then(|| Part { first: (from - 2 * panel) * HALF, halves: to - from })
-}
-
-/// A window's columns of a matrix with rows of `stride`, in parts of a panel: the first column of each, and its halves. Columns
-/// beyond the window fill the last part, or columns before it where the row ends.
-pub(crate) fn parts_of(window: Window, stride: usize) -> impl Iterator<Item = Part> {
-    window.range().step_by(PANEL).map(move |first| {
-        let halves = (window.end() - first).div_ceil(HALF).min(2);
-        Part { first: first.min(stride - halves * HALF), halves }
-    })
 }
 
 /// The columns of `panel` that are computed and lie in `range`: of the matrix, and of the tile.

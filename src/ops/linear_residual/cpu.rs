@@ -1,7 +1,7 @@
 //! The CPU version: rows where they lie times the panels of the weight, of which a window is a range; bias, gate and residual
 //! are applied to each tile while it is in cache.
 
-use crate::backend::cpu::pack::{pack_panel_transposed, scatter, whole_halves, whole_halves_len};
+use crate::backend::cpu::pack::{pack_panel_transposed, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, simd_fn};
@@ -9,7 +9,7 @@ use crate::backend::cpu::tile::{
     HALF, PANEL, Rows, Segment, Tile, add_tile, line_stride, multiply, panels, write_tile,
 };
 use crate::ops::products::{
-    Layout, Outer, RowTile, batches, columns, lines_len, part, spread, spread_len, weight_gradient,
+    Layout, Outer, RowTile, batches, columns, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -162,11 +162,11 @@ pub fn backward(
     let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
     let samples = samples_per_block(b, t);
     let stride = gate.stride;
-    let (wide_c, room) = (panels(c) * PANEL, whole_halves_len(c, k));
-    scratch::with(room + b * t * wide_c, |buffer| {
-        let (room, dz) = buffer.split_at_mut(room);
-        let weight = whole_halves(room, weight, k);
-        let inputs = BackwardInputs { dout, weight, gate, z, write, t, c, k };
+    let (wide_c, wide_k) = (panels(c) * PANEL, panels(k) * PANEL);
+    scratch::with(c * wide_k + b * t * wide_c, |buffer| {
+        let (panels_of_w, dz) = buffer.split_at_mut(c * wide_k);
+        pack_panels(panels_of_w, weight, k, c);
+        let inputs = BackwardInputs { dout, panels_of_w, gate, z, write, t, c, k };
         dz.par_chunks_mut(samples * t * wide_c)
             .zip(da.par_chunks_mut(samples * t * k))
             .zip(dmodulation.par_chunks_mut(samples * stride))
@@ -201,7 +201,7 @@ pub fn backward(
 /// What backward reads of all samples.
 struct BackwardInputs<'a> {
     dout: &'a [f32],
-    weight: (&'a [f32], usize), // [C, K], and the distance between its rows
+    panels_of_w: &'a [f32], // [panels(K), C, PANEL]
     gate: Gate<'a>,
     z: &'a [f32],
     write: &'a [Window],
@@ -250,15 +250,13 @@ impl BackwardInputs<'_> {
                     );
                     scatter(dz, line, window, i, t);
                 }
-                let (weight, weight_stride) = self.weight;
-                for panel in 0..panels(k) {
+                for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
                     for RowTile { rows, .. } in tiles {
                         let a = &lines[(rows.start - first) * stride + window.start..];
-                        let b = &weight[window.start * weight_stride + columns.start..];
-                        let segment = Segment { a, b, len: window.width };
+                        let segment = Segment { a, b: &b[window.start * PANEL..], len: window.width };
                         let halves = columns.len().div_ceil(HALF);
-                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), weight_stride, &[segment]);
+                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), PANEL, &[segment]);
                         let da = &mut da[rows.start * k..rows.end * k];
                         if fresh_da {
                             let width = columns.len();

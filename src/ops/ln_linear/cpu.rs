@@ -2,14 +2,16 @@
 //! is a range; correction, bias and GELU are applied to each tile while it is in cache.
 
 use super::{Activation, EPS};
-use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed, scatter, whole_halves, whole_halves_len};
+use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
     HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, panels, tile_rows, write_tile,
 };
-use crate::ops::products::{Layout, Outer, RowTile, batches, lines_len, parts_of, spread, spread_len, weight_gradient};
+use crate::ops::products::{
+    Layout, Outer, RowTile, batches, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
+};
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -269,15 +271,15 @@ pub fn backward(
     let numbers = b * t * (2 * c + n) + 2 * n * c + pre.map_or(0, <[f32]>::len);
     let _span = span("ln_linear", Pass::Backward, [c, n], 2 * flops(read, t, c, n), numbers);
     let wide = panels(c) * PANEL;
-    let room = whole_halves_len(n, c);
-    scratch::with(room + b * t * wide + b * 2 * n, |buffer| {
-        let (room, buffer) = buffer.split_at_mut(room);
+    scratch::with(n * wide + b * t * wide + b * 2 * n, |buffer| {
+        let (panels_of_w, buffer) = buffer.split_at_mut(n * wide);
         let (h, pq) = buffer.split_at_mut(b * t * wide);
-        let weight = whole_halves(room, weight, c);
+        pack_panels(panels_of_w, weight, c, n);
+        let panels_of_w = &*panels_of_w;
 
         let samples = samples_per_block(b, t);
         let stride = modulation.stride;
-        let inputs = BackwardInputs { x, read, modulation, weight, mean, rstd, correction, pre, t, c, n };
+        let inputs = BackwardInputs { x, read, modulation, panels_of_w, mean, rstd, correction, pre, t, c, n };
         dy.par_chunks_mut(samples * t * n)
             .zip(dx.par_chunks_mut(samples * t * c))
             .zip(h.par_chunks_mut(samples * t * wide))
@@ -303,7 +305,7 @@ pub fn backward(
             other: &g[i * t * n..][..t * n],
         };
         if correction.is_some() {
-            inactive_gradient(dmodulation, pq, read, modulation, weight, n, c);
+            inactive_gradient(dmodulation, pq, read, modulation, panels_of_w, n, c);
             scratch::with(2 * b * (c + wide), |buffer| {
                 let (lines, inactive) = buffer.split_at_mut(2 * b * c);
                 inactive_modulation(lines, read, 0, modulation, c);
@@ -331,7 +333,7 @@ struct BackwardInputs<'a> {
     x: &'a [f32],
     read: &'a [Window],
     modulation: Modulation<'a>,
-    weight: (&'a [f32], usize), // [N, C], and the distance between its rows
+    panels_of_w: &'a [f32], // [panels(C), N, PANEL]
     mean: &'a [f32],
     rstd: &'a [f32],
     correction: Option<&'a [f32]>,
@@ -378,13 +380,13 @@ impl BackwardInputs<'_> {
                 let (mean, rstd) = (&self.mean[of_sample.clone()], &self.rstd[of_sample.clone()]);
                 sums_over_tokens(pq, &mut dr[rows.clone()], lines, mean, rstd, u);
                 let lines = spread(room, lines, n);
-                let (weight, weight_stride) = self.weight;
-                for part in parts_of(window, weight_stride) {
+                for (panel, b) in self.panels_of_w.chunks_exact(n * PANEL).enumerate() {
+                    let Some(part) = part(window, panel) else { continue };
                     for RowTile { rows: of_tile, .. } in tiles {
                         let a = &lines[(of_tile.start - rows.start) * stride..];
-                        let segment = Segment { a, b: &weight[part.first..], len: n };
-                        multiply(&mut tile, of_tile.len(), part.halves, Rows::lines(stride), weight_stride, &[segment]);
-                        let dh = &mut dh[of_tile.start * wide + part.first..];
+                        let segment = Segment { a, b: &b[part.first..], len: n };
+                        multiply(&mut tile, of_tile.len(), part.halves, Rows::lines(stride), PANEL, &[segment]);
+                        let dh = &mut dh[of_tile.start * wide + panel * PANEL + part.first..];
                         write_tile(dh, &tile, of_tile.len(), part.halves * HALF, wide);
                     }
                 }
@@ -418,7 +420,7 @@ fn inactive_gradient(
     pq: &[f32], // [B, 2, N]
     read: &[Window],
     modulation: Modulation,
-    (weight, weight_stride): (&[f32], usize), // [N, C]
+    panels_of_w: &[f32], // [panels(C), N, PANEL]
     n: usize,
     c: usize,
 ) {
@@ -428,14 +430,14 @@ fn inactive_gradient(
     chunks.zip(read.par_chunks(samples)).for_each(|((dmodulation, pq), windows)| {
         let m = 2 * windows.len();
         let mut tile = Tile::new();
-        for panel in 0..panels(c) {
+        for (panel, b) in panels_of_w.chunks_exact(n * PANEL).enumerate() {
             if !touched(inactive_ranges(windows, c), panel) {
                 continue;
             }
             let end = ((panel + 1) * PANEL).min(c);
-            let segment = Segment { a: pq, b: &weight[panel * PANEL..], len: n };
+            let segment = Segment { a: pq, b, len: n };
             let halves = (end - panel * PANEL).div_ceil(HALF);
-            multiply(&mut tile, m, halves, Rows::lines(n), weight_stride, &[segment]);
+            multiply(&mut tile, m, halves, Rows::lines(n), PANEL, &[segment]);
             for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
                 let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
                 for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {
