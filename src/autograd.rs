@@ -61,7 +61,7 @@ pub struct Memory {
     wants_grad: Vec<bool>,
     steps: Vec<Step>,
     windows: Vec<Window>,
-    before_gelu: Vec<(Var, Var)>, // a GELU's output and input, on a device
+    before_gelu: Vec<(Var, Var)>, // a GELU's output and input
     pool: Pool,
     cuda: Option<Box<DeviceMemory>>,
 }
@@ -419,9 +419,14 @@ impl<'a> Tape<'a> {
             if index == keep.0 as usize {
                 continue;
             }
-            let storage = std::mem::replace(&mut self.memory.values[index].data, Storage::Cpu(AlignedVec::new()));
-            self.recycle(storage);
+            self.release(Var(index as u32));
         }
+    }
+
+    /// Recycles the numbers of an activation.
+    fn release(&mut self, var: Var) {
+        let storage = std::mem::replace(&mut self.memory.values[var.0 as usize].data, Storage::Cpu(AlignedVec::new()));
+        self.recycle(storage);
     }
 
     /// A buffer of arbitrary contents; give it back with [`Tape::give`] or [`Tape::push`].
@@ -461,13 +466,13 @@ impl<'a> Tape<'a> {
     pub(crate) fn take_grad(&mut self, var: Var) -> (AlignedVec, bool) {
         match self.memory.grads[var.0 as usize].take() {
             Some(Storage::Cpu(grad)) => (grad, false),
-            _ => (self.take(self.value(var).len()), true),
+            _ => (self.take(self.memory.values[var.0 as usize].shape.len()), true),
         }
     }
 
     /// Stores the gradient of `var`.
     pub(crate) fn put_grad(&mut self, var: Var, grad: AlignedVec) {
-        debug_assert_eq!(grad.len(), self.value(var).len());
+        debug_assert_eq!(grad.len(), self.memory.values[var.0 as usize].shape.len());
         self.memory.grads[var.0 as usize] = Some(grad.into());
     }
 
@@ -483,6 +488,30 @@ impl<'a> Tape<'a> {
         add_assign(&mut sum, &grad);
         self.put_grad(var, sum);
         self.give(grad);
+    }
+
+    /// Notes that `output` is the GELU of `pre`: whoever computes the gradient of `output` may hand it back as that of `pre`.
+    pub(crate) fn note_gelu(&mut self, output: Var, pre: Var) {
+        self.memory.before_gelu.push((output, pre));
+    }
+
+    /// The activation of which `output` is the GELU, if it was noted. Whoever takes it promises to multiply the gradient.
+    pub(crate) fn take_before_gelu(&mut self, output: Var) -> Option<Var> {
+        let at = self.memory.before_gelu.iter().position(|(of, _)| *of == output)?;
+        Some(self.memory.before_gelu.swap_remove(at).1)
+    }
+
+    /// Whether nobody has multiplied the gradient by the derivative of the GELU of `pre`.
+    pub(crate) fn gelu_is_pending(&self, pre: Var) -> bool {
+        self.memory.before_gelu.iter().any(|(_, of)| *of == pre)
+    }
+
+    /// Recycles the output of a GELU in main memory: backward of the `linear_residual` that reads it, and alone may, has it
+    /// from its input again.
+    pub(crate) fn release_gelu(&mut self, output: Var) {
+        if !self.on_cuda() && self.memory.before_gelu.iter().any(|(of, _)| *of == output) {
+            self.release(output);
+        }
     }
 
     /// Everything a backward pass reads, and the weight gradients it writes, borrowed side by side.

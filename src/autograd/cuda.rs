@@ -466,22 +466,6 @@ impl Tape<'_> {
         Ok(grad)
     }
 
-    /// Notes that `output` is the GELU of `pre`: whoever computes the gradient of `output` may hand it back as that of `pre`.
-    pub(crate) fn note_gelu(&mut self, output: Var, pre: Var) {
-        self.memory.before_gelu.push((output, pre));
-    }
-
-    /// The activation of which `output` is the GELU, if it was noted. Whoever takes it promises to multiply the gradient.
-    pub(crate) fn take_before_gelu(&mut self, output: Var) -> Option<Var> {
-        let at = self.memory.before_gelu.iter().position(|(of, _)| *of == output)?;
-        Some(self.memory.before_gelu.swap_remove(at).1)
-    }
-
-    /// Whether nobody has multiplied the gradient by the derivative of the GELU of `pre`.
-    pub(crate) fn gelu_is_pending(&self, pre: Var) -> bool {
-        self.memory.before_gelu.iter().any(|(_, of)| *of == pre)
-    }
-
     /// Stores the gradient of `var`.
     pub(crate) fn put_grad_buffer(&mut self, var: Var, grad: Buffer) {
         debug_assert_eq!(grad.len, self.buffer(var).len);

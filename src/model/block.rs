@@ -56,6 +56,8 @@ impl Block {
         let x1 = linear_residual(tape, a, self.proj, gate1, stream, written)?; // [B, T, C]
         let h = ln_linear(tape, x1, written, shift2, scale2, self.fc1, Activation::Gelu)?; // [B, T, H]
         let stream = Residual { base: x1, base_window: written, bypass: Some((x, active)) };
-        linear_residual(tape, h, self.fc2, gate2, stream, written) // [B, T, C]
+        let out = linear_residual(tape, h, self.fc2, gate2, stream, written)?; // [B, T, C]
+        tape.release_gelu(h);
+        Ok(out)
     }
 }

@@ -104,7 +104,20 @@ pub(crate) fn columns(part: Part, panel: usize, range: Range<usize>) -> (Range<u
 pub(crate) struct Outer<'a> {
     pub(crate) routed: &'a [f32], // [panels(C), T, PANEL], zero outside of the window in the panels that it meets
     pub(crate) window: Window,    // inside 0..C
-    pub(crate) other: &'a [f32],  // [T, M]
+    pub(crate) other: Other<'a>,
+}
+
+/// What the routed numbers are multiplied with.
+#[derive(Clone, Copy)]
+pub(crate) enum Other<'a> {
+    Rows(&'a [f32]),   // [T, M]
+    Panels(&'a [f32]), // [panels(M), T, PANEL]
+}
+
+impl Outer<'_> {
+    fn tokens(&self, c: usize) -> usize {
+        self.routed.len() / (panels(c) * PANEL)
+    }
 }
 
 /// How a weight is stored.
@@ -135,18 +148,19 @@ pub(crate) fn weight_gradient<'a>(
 ) {
     assert!(dw.len() == c * m, "a gradient of another size than its weight");
     let dw = Shared::new(dw);
-    (0..panels(m)).into_par_iter().for_each(|panel| {
+    (0..panels(m)).into_par_iter().with_max_len(1).for_each(|panel| {
         let (mut add, mut first) = (add, 0);
         while first < samples {
-            let mut group = [Outer { routed: &[], window: Window { start: 0, width: 0 }, other: &[] }; MOST_SAMPLES];
+            let nothing = Outer { routed: &[], window: Window { start: 0, width: 0 }, other: Other::Rows(&[]) };
+            let mut group = [nothing; MOST_SAMPLES];
             let (mut count, mut tokens) = (0, 0);
             while count < MOST_SAMPLES && first + count < samples {
                 let next = sample(first + count);
-                if count > 0 && tokens + next.other.len() / m > MOST_TOKENS {
+                if count > 0 && tokens + next.tokens(c) > MOST_TOKENS {
                     break;
                 }
                 group[count] = next;
-                tokens += next.other.len() / m;
+                tokens += next.tokens(c);
                 count += 1;
             }
             panel_of_weight_gradient(&dw, add, layout, [c, m], panel, &group[..count], tokens);
@@ -171,10 +185,15 @@ fn panel_of_weight_gradient(
     scratch::with(tokens * PANEL, |mut packed| {
         let mut others = [&[][..]; MOST_SAMPLES];
         for (sample, other) in group.iter().zip(&mut others) {
-            let tokens = sample.other.len() / m;
-            let to = packed.split_off_mut(..tokens * PANEL).expect("room for all tokens");
-            pack_panel(to, sample.other, panel, m, tokens, m);
-            *other = to;
+            let tokens = sample.tokens(c);
+            *other = match sample.other {
+                Other::Panels(panels) => &panels[panel * tokens * PANEL..][..tokens * PANEL],
+                Other::Rows(rows) => {
+                    let to = packed.split_off_mut(..tokens * PANEL).expect("room for all tokens");
+                    pack_panel(to, rows, panel, m, tokens, m);
+                    to
+                }
+            };
         }
         let mut tile = Tile::new();
         let mut segments = [Segment { a: &[], b: &[], len: 0 }; MOST_SAMPLES];
@@ -186,9 +205,8 @@ fn panel_of_weight_gradient(
                 let (mut count, mut rest) = (0, set);
                 while rest != 0 {
                     let sample = rest.trailing_zeros() as usize;
-                    let Outer { routed, other, .. } = group[sample];
-                    let len = other.len() / m;
-                    let a = &routed[first * len + channels.start - first..];
+                    let len = group[sample].tokens(c);
+                    let a = &group[sample].routed[first * len + channels.start - first..];
                     segments[count] = Segment { a, b: others[sample], len };
                     (count, rest) = (count + 1, rest & (rest - 1));
                 }
@@ -287,12 +305,13 @@ mod tests {
     }
 
     /// A sample of `t` tokens: its window, its routed numbers `[T, C]`, those as panels with NaN wherever nobody may look,
-    /// and the others `[T, M]`.
+    /// and the others `[T, M]`, in panels too.
     struct Sample {
         window: Window,
         dense: Vec<f32>,
         routed: Vec<f32>,
         other: Vec<f32>,
+        packed: Vec<f32>,
     }
 
     fn sample(seed: usize, window: Window, t: usize, [c, m]: [usize; 2]) -> Sample {
@@ -307,7 +326,10 @@ mod tests {
                 routed[(panel * t + i) * PANEL + channel % PANEL] = dense[i * c + channel];
             }
         }
-        Sample { window, dense, routed, other: numbers(seed + 1000, t * m) }
+        let other = numbers(seed + 1000, t * m);
+        let mut packed = vec![f32::NAN; panels(m) * t * PANEL];
+        pack_panels(&mut packed, &other, m, t);
+        Sample { window, dense, routed, other, packed }
     }
 
     /// Windows at both ends and of one channel, all, and any.
@@ -343,18 +365,22 @@ mod tests {
             .into_iter()
             .flat_map(|layout| [false, true].map(|add| (layout, add)))
         {
-            let run = |threads: usize| {
+            let run = |threads: usize, panels: bool| {
                 let mut dw = vec![if add { 3.0 } else { f32::NAN }; c * m];
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
                     weight_gradient(&mut dw, add, layout, [c, m], samples.len(), |i| {
-                        let Sample { window, routed, other, .. } = &samples[i];
-                        Outer { routed, window: *window, other }
+                        let Sample { window, routed, other, packed, .. } = &samples[i];
+                        Outer {
+                            routed,
+                            window: *window,
+                            other: if panels { Other::Panels(packed) } else { Other::Rows(other) },
+                        }
                     });
                 });
                 dw
             };
-            let dw = run(1);
+            let dw = run(1, false);
             let what = format!("C {c}, M {m}, tokens {:?} x {}, {layout:?}, add {add}", &tokens[..1], tokens.len());
             for (channel, j) in (0..c).flat_map(|channel| (0..m).map(move |j| (channel, j))) {
                 let at = if layout == Layout::RoutedRows { channel * m + j } else { j * c + channel };
@@ -362,7 +388,12 @@ mod tests {
                 let err = (f64::from(dw[at]) - sum - if add { 3.0 } else { 0.0 }).abs();
                 assert!(err <= 1e-6 * (size + 3.0), "{what}: {} for {sum} at channel {channel}, {j}", dw[at]);
             }
-            assert!(dw.iter().zip(run(3)).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}: threads change bits");
+            for other in [run(3, false), run(1, true)] {
+                assert!(
+                    dw.iter().zip(other).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{what}: threads or panels change bits"
+                );
+            }
         }
     }
 

@@ -120,9 +120,15 @@ pub fn gelu<const FMA: bool>(x: f32) -> f32 {
 /// Derivative of [`gelu`].
 #[inline(always)]
 pub fn gelu_derivative<const FMA: bool>(x: f32) -> f32 {
+    gelu_and_derivative::<FMA>(x).1
+}
+
+/// [`gelu`] and [`gelu_derivative`], bit for bit, for little more than one of them.
+#[inline(always)]
+pub fn gelu_and_derivative<const FMA: bool>(x: f32) -> (f32, f32) {
     let s = sigmoid::<FMA>(GELU_SLOPE * x * fma::<FMA>(GELU_CUBIC * x, x, 1.0));
     let inner = GELU_SLOPE * fma::<FMA>(3.0 * GELU_CUBIC * x, x, 1.0);
-    fma::<FMA>(x * s * (1.0 - s), inner, s)
+    (x * s, fma::<FMA>(x * s * (1.0 - s), inner, s))
 }
 
 /// Partial sums of a vectorised reduction.
@@ -234,6 +240,7 @@ mod tests {
             let (y, d) = (gelu::<true>(x), gelu_derivative::<true>(x));
             assert!((f64::from(y) - truth(f64::from(x))).abs() <= 1e-6, "gelu({x}) = {y}");
             assert!((f64::from(d) - slope(f64::from(x))).abs() <= 2e-6, "gelu'({x}) = {d}");
+            assert_eq!(gelu_and_derivative::<true>(x), (y, d));
         }
     }
 

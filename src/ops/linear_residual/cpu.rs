@@ -4,12 +4,13 @@
 use crate::backend::cpu::pack::{pack_panel_transposed, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
-use crate::backend::cpu::simd::{add_assign, fma, simd_fn};
+use crate::backend::cpu::shared::Shared;
+use crate::backend::cpu::simd::{add_assign, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{
     HALF, PANEL, Rows, Segment, Tile, add_tile, line_stride, multiply, panels, write_tile,
 };
 use crate::ops::products::{
-    Layout, Outer, RowTile, batches, columns, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
+    Layout, Other, Outer, RowTile, batches, columns, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -144,14 +145,28 @@ pub struct Gradients<'a> {
     pub add: bool,                  // add to dweight and dbias
 }
 
+/// `a` for backward.
+pub enum Input<'a> {
+    /// `[B, T, K]`
+    Rows(&'a [f32]),
+    /// It is the GELU of `pre` `[B, T, K]`: `da` becomes the gradient of `pre`, which must be fresh, and `a` is put into
+    /// `room` `[B, panels(K), T, PANEL]`.
+    Gelu { pre: &'a [f32], room: &'a mut [f32] },
+}
+
+/// Numbers of `[B, panels(K), T, PANEL]`.
+pub fn panels_len([b, t, k]: [usize; 3]) -> usize {
+    b * t * panels(k) * PANEL
+}
+
 /// The gradients of `a`, the gate, weight and bias; those of base and bypass are `dout` itself.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     grads: Gradients,
     dbias_parts: &mut [f32], // [B, C], for the time of the call
     dout: &[f32],            // [B, T, C]
-    a: &[f32],               // [B, T, K]
-    weight: &[f32],          // [C, K]
+    a: Input,
+    weight: &[f32], // [C, K]
     gate: Gate,
     z: &[f32],        // [B, T, C]
     write: &[Window], // B
@@ -166,7 +181,13 @@ pub fn backward(
     scratch::with(c * wide_k + b * t * wide_c, |buffer| {
         let (panels_of_w, dz) = buffer.split_at_mut(c * wide_k);
         pack_panels(panels_of_w, weight, k, c);
-        let inputs = BackwardInputs { dout, panels_of_w, gate, z, write, t, c, k };
+        let (rows, pre, room) = match a {
+            Input::Rows(rows) => (rows, &[][..], &mut [][..]),
+            Input::Gelu { pre, room } => (&[][..], pre, room),
+        };
+        assert!(pre.is_empty() || fresh_da && room.len() == b * t * wide_k, "what is before GELU has one gradient");
+        let inputs = BackwardInputs { dout, pre, panels_of_w, gate, z, write, t, c, k };
+        let recomputed = Shared::new(room);
         dz.par_chunks_mut(samples * t * wide_c)
             .zip(da.par_chunks_mut(samples * t * k))
             .zip(dmodulation.par_chunks_mut(samples * stride))
@@ -179,15 +200,21 @@ pub fn backward(
                     .zip(dmodulation.chunks_exact_mut(stride))
                     .zip(dbias.chunks_exact_mut(c));
                 for (s, (((dz, da), dmodulation), dbias)) in each.enumerate() {
-                    let dgate = &mut dmodulation[gate.offset..][..c];
-                    inputs.sample(block * samples + s, dz, da, fresh_da, dgate, dbias);
+                    let (sample, dgate) = (block * samples + s, &mut dmodulation[gate.offset..][..c]);
+                    let of_sample = if pre.is_empty() { 0..0 } else { sample * t * wide_k..(sample + 1) * t * wide_k };
+                    // SAFETY: the part of this sample, which no other task has.
+                    let recomputed = unsafe { recomputed.slice(of_sample) };
+                    inputs.sample(sample, dz, da, fresh_da, recomputed, dgate, dbias);
                 }
             });
-        let dz = &*dz;
+        let (dz, room) = (&*dz, &*room);
         weight_gradient(dweight, add, Layout::RoutedRows, [c, k], b, |i| Outer {
             routed: &dz[i * t * wide_c..][..t * wide_c],
             window: write[i],
-            other: &a[i * t * k..][..t * k],
+            other: match room.is_empty() {
+                true => Other::Rows(&rows[i * t * k..][..t * k]),
+                false => Other::Panels(&room[i * t * wide_k..][..t * wide_k]),
+            },
         });
     });
     if !add {
@@ -201,6 +228,7 @@ pub fn backward(
 /// What backward reads of all samples.
 struct BackwardInputs<'a> {
     dout: &'a [f32],
+    pre: &'a [f32],         // [B, T, K] or empty
     panels_of_w: &'a [f32], // [panels(K), C, PANEL]
     gate: Gate<'a>,
     z: &'a [f32],
@@ -218,8 +246,9 @@ impl BackwardInputs<'_> {
         dz: &mut [f32], // [panels(C), T, PANEL]
         da: &mut [f32], // [T, K]
         fresh_da: bool,
-        dgate: &mut [f32], // [C]
-        dbias: &mut [f32], // [C]
+        recomputed: &mut [f32], // [panels(K), T, PANEL] or empty
+        dgate: &mut [f32],      // [C]
+        dbias: &mut [f32],      // [C]
     ) {
         let (t, c, k) = (self.t, self.c, self.k);
         let window = self.write[sample];
@@ -257,12 +286,15 @@ impl BackwardInputs<'_> {
                         let segment = Segment { a, b: &b[window.start * PANEL..], len: window.width };
                         let halves = columns.len().div_ceil(HALF);
                         multiply(&mut tile, rows.len(), halves, Rows::lines(stride), PANEL, &[segment]);
-                        let da = &mut da[rows.start * k..rows.end * k];
-                        if fresh_da {
-                            let width = columns.len();
-                            write_tile(&mut da[columns.start..], &tile, rows.len(), width, k);
+                        let (width, at) = (columns.len(), rows.start * k + columns.start);
+                        let da = &mut da[at..rows.end * k];
+                        if !self.pre.is_empty() {
+                            let y = &mut recomputed[(panel * t + rows.start) * PANEL..][..rows.len() * PANEL];
+                            gelu_backward(da, y, &self.pre[sample * t * k + at..], &tile, width, k);
+                        } else if fresh_da {
+                            write_tile(da, &tile, rows.len(), width, k);
                         } else {
-                            add_tile(&mut da[columns.start..], &tile, rows.len(), columns.len(), k);
+                            add_tile(da, &tile, rows.len(), width, k);
                         }
                     }
                 }
@@ -350,6 +382,21 @@ simd_fn! {
 }
 
 simd_fn! {
+    /// A tile of the gradient of `a = gelu(pre)`: writes that of `pre`, and `a` as rows of a panel. Lines of the others are `k`
+    /// apart.
+    fn gelu_backward<F>(dpre: &mut [f32], a: &mut [f32], pre: &[f32], tile: &Tile, width: usize, k: usize) {
+        for (i, a) in a.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            let (dpre, pre) = (&mut dpre[i * k..][..width], &pre[i * k..][..width]);
+            for (((dpre, a), &pre), &da) in dpre.iter_mut().zip(a).zip(pre).zip(&tile.rows[i]) {
+                let slope;
+                (*a, slope) = gelu_and_derivative::<F>(pre);
+                *dpre = da * slope;
+            }
+        }
+    }
+}
+
+simd_fn! {
     /// One row: `dz = gate dout; dgate += dout z; dbias += dz`.
     fn gate_backward<F>(dz: &mut [f32], dgate: &mut [f32], dbias: &mut [f32], dout: &[f32], z: &[f32], gate: &[f32]) {
         let n = dz.len();
@@ -359,6 +406,68 @@ simd_fn! {
             dz[i] = d;
             dbias[i] += d;
             dgate[i] = fma::<F>(dout[i], z[i], dgate[i]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::simd::{gelu, gelu_derivative};
+
+    fn numbers(seed: usize, n: usize) -> Vec<f32> {
+        (0..n).map(|i| (((i + 7919 * seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 200.0).collect()
+    }
+
+    simd_fn! {
+        fn after_gelu<F>(pre: &[f32], a: &mut [f32], slope: &mut [f32]) {
+            for ((&pre, a), slope) in pre.iter().zip(a).zip(slope) {
+                (*a, *slope) = (gelu::<F>(pre), gelu_derivative::<F>(pre));
+            }
+        }
+    }
+
+    /// The input of a GELU in place of its output: the same bits, and the gradient of that input.
+    #[test]
+    fn what_is_before_gelu_stands_for_what_is_after() {
+        for [b, t, c, k] in [[1, 1, 4, 3], [2, 5, 12, 20], [3, 17, 40, 33], [2, 30, 36, 64], [1, 9, 64, 97]] {
+            let (dout, pre, weight) = (numbers(1, b * t * c), numbers(2, b * t * k), numbers(3, c * k));
+            let (z, modulation) = (numbers(4, b * t * c), numbers(5, b * c));
+            let (mut a, mut slope) = (vec![0.0; b * t * k], vec![0.0; b * t * k]);
+            after_gelu(&pre, &mut a, &mut slope);
+            let windows: Vec<_> = (0..b).map(|i| Window { start: i, width: c - 2 * i }).collect();
+            let run = |input: Input, add: bool| {
+                let (mut da, mut dmodulation) = (vec![f32::NAN; b * t * k], vec![0.5; b * c]);
+                let (mut dweight, mut dbias) = (vec![2.0; c * k], vec![3.0; c]);
+                backward(
+                    Gradients {
+                        da: &mut da,
+                        fresh_da: true,
+                        dmodulation: &mut dmodulation,
+                        dweight: &mut dweight,
+                        dbias: &mut dbias,
+                        add,
+                    },
+                    &mut vec![f32::NAN; b * c],
+                    &dout,
+                    input,
+                    &weight,
+                    Gate { data: &modulation, stride: c, offset: 0 },
+                    &z,
+                    &windows,
+                    Dims { b, t, c, k },
+                );
+                (da, [dmodulation, dweight, dbias])
+            };
+            for add in [false, true] {
+                let (da, others) = run(Input::Rows(&a), add);
+                let mut room = vec![f32::NAN; panels_len([b, t, k])];
+                let (dpre, same) = run(Input::Gelu { pre: &pre, room: &mut room }, add);
+                let expected: Vec<_> = da.iter().zip(&slope).map(|(da, slope)| da * slope).collect();
+                assert_eq!(dpre, expected, "{b} x {t} x {k}");
+                assert_eq!(same, others, "{b} x {t} x {k} -> {c}");
+                assert!(others.iter().chain([&da]).flatten().all(|x| x.is_finite()));
+            }
         }
     }
 }

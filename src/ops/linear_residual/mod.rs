@@ -221,6 +221,9 @@ impl Saved {
             dmodulation.fill(0.0);
         }
         let mut dbias_parts = tape.take(b * c);
+        // Of a GELU the gradient is handed on as that of its input, and its output is had from it again.
+        let pre = if fresh_da { tape.take_before_gelu(self.a) } else { None };
+        let mut room = pre.map_or_else(AlignedVec::new, |_| tape.take(cpu::panels_len([b, t, k])));
         let (values, grads) = tape.split();
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(self.linear);
@@ -229,7 +232,10 @@ impl Saved {
             cpu::Gradients { da: &mut da, fresh_da, dmodulation: &mut dmodulation, dweight, dbias, add },
             &mut dbias_parts,
             &dout,
-            values.value(self.a),
+            match pre {
+                Some(pre) => cpu::Input::Gelu { pre: values.value(pre), room: &mut room },
+                None => cpu::Input::Rows(values.value(self.a)),
+            },
             values.weight(self.linear.weight),
             cpu::Gate { data: modulation, stride: modulation.len() / b.max(1), offset: self.gate.offset },
             values.value(self.z),
@@ -239,6 +245,7 @@ impl Saved {
         tape.put_grad(self.a, da);
         tape.put_grad(self.gate.var, dmodulation);
         tape.give(dbias_parts);
+        tape.give(room);
 
         if let Some((x, windows)) = self.residual.bypass {
             let (mut dx, fresh) = tape.take_grad(x);

@@ -10,7 +10,7 @@ use crate::backend::cpu::tile::{
     HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, panels, tile_rows, write_tile,
 };
 use crate::ops::products::{
-    Layout, Outer, RowTile, batches, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
+    Layout, Other, Outer, RowTile, batches, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -302,7 +302,7 @@ pub fn backward(
         let of_sample = |i: usize| Outer {
             routed: &h[i * t * wide..][..t * wide],
             window: read[i],
-            other: &g[i * t * n..][..t * n],
+            other: Other::Rows(&g[i * t * n..][..t * n]),
         };
         if correction.is_some() {
             inactive_gradient(dmodulation, pq, read, modulation, panels_of_w, n, c);
@@ -312,7 +312,7 @@ pub fn backward(
                 for (panel, to) in inactive.chunks_exact_mut(2 * b * PANEL).enumerate() {
                     pack_panel(to, lines, panel, c, 2 * b, c);
                 }
-                let outside = Outer { routed: inactive, window: Window { start: 0, width: c }, other: pq };
+                let outside = Outer { routed: inactive, window: Window { start: 0, width: c }, other: Other::Rows(pq) };
                 let sample = |i| if i < b { of_sample(i) } else { outside };
                 weight_gradient(dweight, add, Layout::RoutedColumns, [c, n], b + 1, sample);
             });

@@ -64,7 +64,8 @@ pub(crate) struct Saved {
 
 /// `y = activation(linear(modulate(LN(x in its windows))))`, `[B, T, N]`.
 ///
-/// `x` is `[B, T, C]`; `read` gives one window a sample; `shift` and `scale` one vector of C a sample.
+/// `x` is `[B, T, C]`; `read` gives one window a sample; `shift` and `scale` one vector of C a sample. The next operation may
+/// hand the gradient of a GELU's output back as that of its input ([`Tape::note_gelu`]).
 ///
 /// # Errors
 /// When shapes do not fit together.
@@ -129,13 +130,15 @@ pub fn ln_linear(
     let rstd = tape.push([b, t], rstd, false);
     let correction = (!full).then(|| tape.push([b, 2, n], correction, false));
     let pre = keeps_pre.then(|| tape.push([b, t, n], pre, false));
+    if let Some(pre) = pre {
+        tape.note_gelu(y, pre);
+    }
     let (h, inactive) = (None, None);
     tape.record(y, Node::LnLinear(Saved { x, read, shift, scale, linear, mean, rstd, correction, pre, h, inactive }));
     Ok(y)
 }
 
-/// [`ln_linear`] on a CUDA device. The next operation may hand the gradient of a GELU's output back as that of its input
-/// ([`Tape::note_gelu`]).
+/// [`ln_linear`] on a CUDA device.
 #[expect(clippy::too_many_arguments, reason = "those of ln_linear, checked")]
 fn on_cuda(
     tape: &mut Tape,
@@ -249,6 +252,7 @@ impl Saved {
     pub(crate) fn backward(self, tape: &mut Tape, mut dy: AlignedVec) {
         let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
         let n = self.linear.outputs;
+        let pre = self.pre.filter(|&pre| tape.gelu_is_pending(pre));
         let (mut dx, fresh_dx) = tape.take_grad(self.x);
         let (mut dmodulation, fresh) = tape.take_grad(self.shift.var);
         if fresh {
@@ -273,7 +277,7 @@ impl Saved {
             values.value(self.mean),
             values.value(self.rstd),
             self.correction.map(|v| values.value(v)),
-            self.pre.map(|v| values.value(v)),
+            pre.map(|v| values.value(v)),
             cpu::Dims { b, t, c, n },
         );
         tape.put_grad(self.x, dx);
