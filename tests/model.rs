@@ -126,8 +126,8 @@ fn checkpoints_change_memory_and_no_bit() {
             let (y, g) = step(&model, &weights, &mut few);
             assert!(same_bits(&y, &output) && same_bits(&g, &grads), "{routing:?}");
         }
-        // Three blocks: the inside of one is kept at a time.
-        assert!(few.bytes() * 3 < all.bytes() * 2, "{routing:?}: {} of {} bytes", few.bytes(), all.bytes());
+        // Three blocks: the inside of one is kept at a time. All keep what is before a GELU, not what is after.
+        assert!(few.bytes() * 4 < all.bytes() * 3, "{routing:?}: {} of {} bytes", few.bytes(), all.bytes());
     }
 }
 
