@@ -53,6 +53,13 @@ enum Step {
     DoneSince { mark: usize },
 }
 
+/// A GELU whose derivative nobody has multiplied yet.
+struct Gelu {
+    output: Var,
+    pre: Var, // its input
+    read_once: bool,
+}
+
 /// Buffers that outlive a tape. Give the same one to every step.
 #[derive(Default)]
 pub struct Memory {
@@ -61,7 +68,7 @@ pub struct Memory {
     wants_grad: Vec<bool>,
     steps: Vec<Step>,
     windows: Vec<Window>,
-    before_gelu: Vec<(Var, Var)>, // a GELU's output and input
+    gelus: Vec<Gelu>,
     pool: Pool,
     cuda: Option<Box<DeviceMemory>>,
 }
@@ -97,7 +104,7 @@ impl Memory {
         self.wants_grad.clear();
         self.steps.clear();
         self.windows.clear();
-        self.before_gelu.clear();
+        self.gelus.clear();
     }
 }
 
@@ -395,6 +402,7 @@ impl<'a> Tape<'a> {
         let values = self.memory.values.drain(mark..).map(|value| value.data);
         let buffers: Vec<Storage> = values.chain(self.memory.grads.drain(mark..).flatten()).collect();
         self.memory.wants_grad.truncate(mark);
+        self.memory.gelus.retain(|gelu| (gelu.output.0 as usize) < mark);
         buffers.into_iter().for_each(|buffer| self.recycle(buffer));
     }
 
@@ -490,28 +498,30 @@ impl<'a> Tape<'a> {
         self.give(grad);
     }
 
-    /// Notes that `output` is the GELU of `pre`: whoever computes the gradient of `output` may hand it back as that of `pre`.
+    /// Notes that `output` is the GELU of `pre`.
     pub(crate) fn note_gelu(&mut self, output: Var, pre: Var) {
-        self.memory.before_gelu.push((output, pre));
+        self.memory.gelus.push(Gelu { output, pre, read_once: false });
     }
 
-    /// The activation of which `output` is the GELU, if it was noted. Whoever takes it promises to multiply the gradient.
+    /// Promises that one `linear_residual`, as its `a`, is all that ever reads the output of a GELU. Its backward then hands the
+    /// gradient on as that of the GELU's input; and in main memory the output is recycled, since it is had from the input again.
+    pub(crate) fn read_once(&mut self, output: Var) {
+        let Some(gelu) = self.memory.gelus.iter_mut().find(|gelu| gelu.output == output) else { return };
+        gelu.read_once = true;
+        if !self.on_cuda() {
+            self.release(output);
+        }
+    }
+
+    /// The input of the GELU that made `output`, where it is read once. Whoever takes it promises to multiply the gradient.
     pub(crate) fn take_before_gelu(&mut self, output: Var) -> Option<Var> {
-        let at = self.memory.before_gelu.iter().position(|(of, _)| *of == output)?;
-        Some(self.memory.before_gelu.swap_remove(at).1)
+        let at = self.memory.gelus.iter().position(|gelu| gelu.output == output && gelu.read_once)?;
+        Some(self.memory.gelus.swap_remove(at).pre)
     }
 
     /// Whether nobody has multiplied the gradient by the derivative of the GELU of `pre`.
     pub(crate) fn gelu_is_pending(&self, pre: Var) -> bool {
-        self.memory.before_gelu.iter().any(|(_, of)| *of == pre)
-    }
-
-    /// Recycles the output of a GELU in main memory: backward of the `linear_residual` that reads it, and alone may, has it
-    /// from its input again.
-    pub(crate) fn release_gelu(&mut self, output: Var) {
-        if !self.on_cuda() && self.memory.before_gelu.iter().any(|(of, _)| *of == output) {
-            self.release(output);
-        }
+        self.memory.gelus.iter().any(|gelu| gelu.pre == pre)
     }
 
     /// Everything a backward pass reads, and the weight gradients it writes, borrowed side by side.

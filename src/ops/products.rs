@@ -1,4 +1,4 @@
-//! What the linear layers on the CPU share: tiles of rows that never cross samples, and the gradient of a weight.
+//! What the linear layers on the CPU share: tiles of rows that never cross samples, panels of a weight, and its gradient.
 
 use crate::backend::cpu::pack::pack_panel;
 use crate::backend::cpu::scratch;
@@ -133,7 +133,8 @@ pub(crate) enum Layout {
 const MOST_SAMPLES: usize = u64::BITS as usize;
 /// Most tokens that are summed in registers: a panel of them stays in a core's cache.
 const MOST_TOKENS: usize = 4096;
-/// Fewest channels of a tile, where there are more. Fewer cut the windows closer, but make more tiles of the same columns.
+/// Fewest channels of a tile, where there are more and a tile holds them. Fewer cut the windows closer, but make more tiles of the
+/// same columns, and below 4 the latency of its sums bounds a tile.
 const FEWEST_CHANNELS: usize = 7;
 
 /// `dw (+)= sum over samples`. The channels are the rows of a tile, so that a window is rounded by a few channels at most;
@@ -148,6 +149,7 @@ pub(crate) fn weight_gradient<'a>(
 ) {
     assert!(dw.len() == c * m, "a gradient of another size than its weight");
     let dw = Shared::new(dw);
+    // One by one: in bundles, a thread would be idle at the end.
     (0..panels(m)).into_par_iter().with_max_len(1).for_each(|panel| {
         let (mut add, mut first) = (add, 0);
         while first < samples {
@@ -163,7 +165,7 @@ pub(crate) fn weight_gradient<'a>(
                 tokens += next.tokens(c);
                 count += 1;
             }
-            panel_of_weight_gradient(&dw, add, layout, [c, m], panel, &group[..count], tokens);
+            panel_of_weight_gradient(&dw, add, layout, [c, m], panel, &group[..count]);
             first += count;
             add = true;
         }
@@ -171,17 +173,11 @@ pub(crate) fn weight_gradient<'a>(
 }
 
 /// Columns `panel` of M.
-fn panel_of_weight_gradient(
-    dw: &Shared,
-    add: bool,
-    layout: Layout,
-    [c, m]: [usize; 2],
-    panel: usize,
-    group: &[Outer],
-    tokens: usize,
-) {
+fn panel_of_weight_gradient(dw: &Shared, add: bool, layout: Layout, [c, m]: [usize; 2], panel: usize, group: &[Outer]) {
     let columns = panel * PANEL..((panel + 1) * PANEL).min(m);
     // Every tile of channels reads the panel: as lines M apart, it would crowd into few sets of the cache.
+    let packs = |sample: &Outer| matches!(sample.other, Other::Rows(_));
+    let tokens: usize = group.iter().filter(|sample| packs(sample)).map(|sample| sample.tokens(c)).sum();
     scratch::with(tokens * PANEL, |mut packed| {
         let mut others = [&[][..]; MOST_SAMPLES];
         for (sample, other) in group.iter().zip(&mut others) {
@@ -245,10 +241,11 @@ fn channel_tiles(panel: Range<usize>, group: &[Outer], mut work: impl FnMut(Rang
     for i in 1..PANEL {
         sets[i] ^= sets[i - 1];
     }
+    let fewest = FEWEST_CHANNELS.min(tile_rows());
     let (mut start, end) = (0, panel.len());
     while start < end {
         let (mut stop, mut set) = (start + 1, sets[start]);
-        while stop < end && (sets[stop] == set || stop - start < FEWEST_CHANNELS) {
+        while stop < end && (sets[stop] == set || stop - start < fewest) {
             set |= sets[stop];
             stop += 1;
         }

@@ -241,6 +241,7 @@ mod tests {
             assert!((f64::from(y) - truth(f64::from(x))).abs() <= 1e-6, "gelu({x}) = {y}");
             assert!((f64::from(d) - slope(f64::from(x))).abs() <= 2e-6, "gelu'({x}) = {d}");
             assert_eq!(gelu_and_derivative::<true>(x), (y, d));
+            assert_eq!(gelu_and_derivative::<false>(x), (gelu::<false>(x), gelu_derivative::<false>(x)));
         }
     }
 

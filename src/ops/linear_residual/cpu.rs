@@ -149,8 +149,8 @@ pub struct Gradients<'a> {
 pub enum Input<'a> {
     /// `[B, T, K]`
     Rows(&'a [f32]),
-    /// It is the GELU of `pre` `[B, T, K]`: `da` becomes the gradient of `pre`, which must be fresh, and `a` is put into
-    /// `room` `[B, panels(K), T, PANEL]`.
+    /// It is the GELU of `pre` `[B, T, K]`: `a` is put into `room` `[B, panels(K), T, PANEL]`, and the gradient of `pre` into
+    /// `da`, which must be fresh.
     Gelu { pre: &'a [f32], room: &'a mut [f32] },
 }
 
@@ -173,7 +173,8 @@ pub fn backward(
     Dims { b, t, c, k }: Dims,
 ) {
     let Gradients { da, fresh_da, dmodulation, dweight, dbias, add } = grads;
-    let numbers = b * t * (2 * k + 3 * c) + 2 * c * k;
+    let each = if matches!(a, Input::Gelu { .. }) { 4 * k } else { 2 * k };
+    let numbers = b * t * (each + 3 * c) + 2 * c * k;
     let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
     let samples = samples_per_block(b, t);
     let stride = gate.stride;
@@ -185,7 +186,8 @@ pub fn backward(
             Input::Rows(rows) => (rows, &[][..], &mut [][..]),
             Input::Gelu { pre, room } => (&[][..], pre, room),
         };
-        assert!(pre.is_empty() || fresh_da && room.len() == b * t * wide_k, "what is before GELU has one gradient");
+        assert!(pre.is_empty() || fresh_da, "a GELU that is read once has one gradient");
+        assert!(pre.is_empty() || room.len() == b * t * wide_k, "room of another size than the panels");
         let inputs = BackwardInputs { dout, pre, panels_of_w, gate, z, write, t, c, k };
         let recomputed = Shared::new(room);
         dz.par_chunks_mut(samples * t * wide_c)
@@ -202,7 +204,7 @@ pub fn backward(
                 for (s, (((dz, da), dmodulation), dbias)) in each.enumerate() {
                     let (sample, dgate) = (block * samples + s, &mut dmodulation[gate.offset..][..c]);
                     let of_sample = if pre.is_empty() { 0..0 } else { sample * t * wide_k..(sample + 1) * t * wide_k };
-                    // SAFETY: the part of this sample, which no other task has.
+                    // SAFETY: the part of this sample, which no other task has; it is read after all tasks.
                     let recomputed = unsafe { recomputed.slice(of_sample) };
                     inputs.sample(sample, dz, da, fresh_da, recomputed, dgate, dbias);
                 }
@@ -240,6 +242,7 @@ struct BackwardInputs<'a> {
 
 impl BackwardInputs<'_> {
     /// One sample: `dz` in the panels that its window meets, `da`, and the sums over tokens.
+    #[expect(clippy::too_many_arguments, reason = "those of one sample")]
     fn sample(
         &self,
         sample: usize,
@@ -430,7 +433,9 @@ mod tests {
     /// The input of a GELU in place of its output: the same bits, and the gradient of that input.
     #[test]
     fn what_is_before_gelu_stands_for_what_is_after() {
-        for [b, t, c, k] in [[1, 1, 4, 3], [2, 5, 12, 20], [3, 17, 40, 33], [2, 30, 36, 64], [1, 9, 64, 97]] {
+        for [b, t, c, k] in
+            [[1, 1, 4, 3], [2, 5, 12, 20], [3, 17, 40, 33], [2, 30, 36, 64], [1, 9, 64, 97], [1, 400, 36, 20]]
+        {
             let (dout, pre, weight) = (numbers(1, b * t * c), numbers(2, b * t * k), numbers(3, c * k));
             let (z, modulation) = (numbers(4, b * t * c), numbers(5, b * c));
             let (mut a, mut slope) = (vec![0.0; b * t * k], vec![0.0; b * t * k]);

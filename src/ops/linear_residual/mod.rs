@@ -14,7 +14,8 @@
 //!           out = m (x1 + gate z) + (1 - m) x       base window m, write m, bypass x outside m
 //! ```
 //!
-//! Backward: `dz = gate dout` on the written channels and 0 elsewhere; `da = dz W`, `dW = dz^T a`, `db = sum dz`,
+//! Backward: `dz = gate dout` on the written channels and 0 elsewhere; `da = dz W` (times `gelu'(pre)` where `a = gelu(pre)` is
+//! read by this operation alone), `dW = dz^T a`, `db = sum dz`,
 //! `dgate = sum_t dout z`; base and bypass get `dout` where they were let through.
 
 pub(crate) mod cpu;
@@ -42,7 +43,7 @@ pub struct Residual {
 /// What backward needs.
 #[derive(Clone, Copy)]
 pub(crate) struct Saved {
-    a: Var,             // [B, T, K]
+    a: Var,             // [B, T, K], released if it is a GELU that is read once
     linear: Linear,     // [C, K], [C]
     gate: PerSample,    // [B, C]
     residual: Residual, // [B, T, C]
@@ -221,8 +222,8 @@ impl Saved {
             dmodulation.fill(0.0);
         }
         let mut dbias_parts = tape.take(b * c);
-        // Of a GELU the gradient is handed on as that of its input, and its output is had from it again.
-        let pre = if fresh_da { tape.take_before_gelu(self.a) } else { None };
+        // Of a GELU that is read once the gradient is handed on as that of its input, and its output is had from it again.
+        let pre = tape.take_before_gelu(self.a);
         let mut room = pre.map_or_else(AlignedVec::new, |_| tape.take(cpu::panels_len([b, t, k])));
         let (values, grads) = tape.split();
         let add = grads.add;

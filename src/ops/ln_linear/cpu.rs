@@ -252,7 +252,7 @@ pub struct Gradients<'a> {
     pub add: bool,                  // add to dweight and dbias
 }
 
-/// See [`super::ln_linear`]. Multiplies `dy` by the derivative of GELU in place.
+/// See [`super::ln_linear`]. With `pre`, multiplies `dy` by the derivative of GELU in place.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     grads: Gradients,
@@ -264,7 +264,7 @@ pub fn backward(
     mean: &[f32],               // [B, T]
     rstd: &[f32],               // [B, T]
     correction: Option<&[f32]>, // [B, 2, N]: u, v + b
-    pre: Option<&[f32]>,        // [B, T, N]
+    pre: Option<&[f32]>,        // [B, T, N]; None: no GELU, or `dy` was multiplied on its way
     Dims { b, t, c, n }: Dims,
 ) {
     let Gradients { dx, fresh_dx, dmodulation, dweight, dbias, add } = grads;

@@ -64,8 +64,7 @@ pub(crate) struct Saved {
 
 /// `y = activation(linear(modulate(LN(x in its windows))))`, `[B, T, N]`.
 ///
-/// `x` is `[B, T, C]`; `read` gives one window a sample; `shift` and `scale` one vector of C a sample. The next operation may
-/// hand the gradient of a GELU's output back as that of its input ([`Tape::note_gelu`]).
+/// `x` is `[B, T, C]`; `read` gives one window a sample; `shift` and `scale` one vector of C a sample.
 ///
 /// # Errors
 /// When shapes do not fit together.
