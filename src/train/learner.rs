@@ -85,10 +85,12 @@ pub struct Learner {
 }
 
 impl Learner {
-    /// A learner that starts from `weights` (in the layout of `dit`).
-    pub fn new(dit: Dit, schedule: Schedule, loss_weight: LossWeight, weights: Vec<f32>) -> Self {
-        assert_eq!(weights.len(), dit.layout.len(), "weights have the layout of the model");
-        let weights = AlignedVec::from(&weights[..]);
+    /// A learner whose weights are those of `start` (in the layout of `dit`).
+    pub fn new(dit: Dit, schedule: Schedule, loss_weight: LossWeight, start: Vec<f32>) -> Self {
+        assert_eq!(start.len(), dit.layout.len(), "weights have the layout of the model");
+        let weights = AlignedVec::from(&start[..]);
+        // Before the others are made: five of them are all that a large model should need.
+        drop(start);
         let zeros = || AlignedVec::zeros(weights.len());
         let none = [0.0; CLUSTERS];
         Learner {
