@@ -57,7 +57,7 @@ impl Block {
         let h = ln_linear(tape, x1, written, shift2, scale2, self.fc1, Activation::Gelu)?; // [B, T, H]
         let stream = Residual { base: x1, base_window: written, bypass: Some((x, active)) };
         let out = linear_residual(tape, h, self.fc2, gate2, stream, written)?; // [B, T, C]
-        tape.read_once(h);
+        tape.read_once(h); // so it need not be kept
         Ok(out)
     }
 }
