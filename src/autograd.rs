@@ -16,6 +16,7 @@
 //! until the operation that made the activation has used them.
 
 pub mod cuda;
+mod gelu;
 
 use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
@@ -27,6 +28,7 @@ use crate::params::{Linear, Param};
 use crate::routing::Window;
 use crate::tensor::{Shape, Storage, Tensor};
 use cuda::{DeviceMemory, DeviceWeights};
+use gelu::Gelu;
 use std::collections::HashMap;
 
 /// An activation on a tape.
@@ -51,13 +53,6 @@ enum Step {
     Checkpointed { work: Work, output: Var },
     /// The gradients of everything made since `mark`, when something was done again, are computed.
     DoneSince { mark: usize },
-}
-
-/// A GELU whose derivative nobody has multiplied yet.
-struct Gelu {
-    output: Var,
-    pre: Var, // its input
-    read_once: bool,
 }
 
 /// Buffers that outlive a tape. Give the same one to every step.
@@ -496,32 +491,6 @@ impl<'a> Tape<'a> {
         add_assign(&mut sum, &grad);
         self.put_grad(var, sum);
         self.give(grad);
-    }
-
-    /// Notes that `output` is the GELU of `pre`.
-    pub(crate) fn note_gelu(&mut self, output: Var, pre: Var) {
-        self.memory.gelus.push(Gelu { output, pre, read_once: false });
-    }
-
-    /// Promises that one `linear_residual`, as its `a`, is all that ever reads the output of a GELU. Its backward then hands the
-    /// gradient on as that of the GELU's input; and in main memory the output is recycled, since it is had from the input again.
-    pub(crate) fn read_once(&mut self, output: Var) {
-        let Some(gelu) = self.memory.gelus.iter_mut().find(|gelu| gelu.output == output) else { return };
-        gelu.read_once = true;
-        if !self.on_cuda() {
-            self.release(output);
-        }
-    }
-
-    /// The input of the GELU that made `output`, where it is read once. Whoever takes it promises to multiply the gradient.
-    pub(crate) fn take_before_gelu(&mut self, output: Var) -> Option<Var> {
-        let at = self.memory.gelus.iter().position(|gelu| gelu.output == output && gelu.read_once)?;
-        Some(self.memory.gelus.swap_remove(at).pre)
-    }
-
-    /// Whether nobody has multiplied the gradient by the derivative of the GELU of `pre`.
-    pub(crate) fn gelu_is_pending(&self, pre: Var) -> bool {
-        self.memory.gelus.iter().any(|gelu| gelu.pre == pre)
     }
 
     /// Everything a backward pass reads, and the weight gradients it writes, borrowed side by side.
