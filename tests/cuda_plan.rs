@@ -67,7 +67,7 @@ fn the_plan_is_what_a_step_takes() {
             let weights = vec![0.01; dit.layout.len()];
             let free = device.memory().unwrap().0;
             let mut memory = Memory::on_device(&device, elem);
-            let mut state = DeviceState::new(&device, elem, &weights, [&weights; 3]).unwrap();
+            let mut state = DeviceState::new(&device, elem, &weights).unwrap();
             state.stage(&dit, &mut memory, batch, How { drawn, add: false, updates: true }).unwrap();
             let taken = free - device.memory().unwrap().0;
             let planned = plan.parameters + plan.activations + plan.inputs;
