@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use clap::Args;
-use rayon::prelude::*;
 
 use crate::backend::cuda::device::{ModuleKey, Recorded};
 use crate::backend::cuda::{DType, Device, nvrtc};
@@ -188,8 +187,8 @@ fn step(
     }
     let missing: HashSet<ModuleKey> =
         recorded.iter().map(Recorded::module).filter(|key| !compiled.contains_key(key)).collect();
-    let found = missing.into_par_iter().map(|key| device.compile(&key).map(|c| (key, nvrtc::resources(&c.log))));
-    compiled.extend(found.collect::<Result<Vec<_>>>()?);
+    let found = device.compile_all(missing)?;
+    compiled.extend(found.into_iter().map(|(key, found)| (key, nvrtc::resources(&found.log))));
     let mut kernels = Vec::new();
     for ((kernel, defines), (launches, launch)) in counts {
         let resources = &compiled[&launch.module()];

@@ -325,8 +325,7 @@ impl Device {
     pub fn prepare(&self, launches: &[Recorded]) -> Result<()> {
         let Some(driver) = self.running()? else { return Ok(()) };
         let keys: HashSet<ModuleKey> = launches.iter().map(Recorded::module).collect();
-        let compiled = keys.into_par_iter().map(|key| self.compile(&key).map(|compiled| (key, compiled)));
-        let compiled: Vec<_> = compiled.collect::<Result<_>>()?;
+        let compiled = self.compile_all(keys)?;
         let mut modules = self.modules.lock().unwrap_or_else(|e| e.into_inner());
         for (key, compiled) in compiled {
             let module = self.load(driver, key.0, compiled)?;
@@ -335,8 +334,20 @@ impl Device {
         Ok(())
     }
 
+    /// Compiles modules on all threads.
+    pub(crate) fn compile_all(&self, keys: HashSet<ModuleKey>) -> Result<Vec<(ModuleKey, nvrtc::Compiled)>> {
+        let mut keys: Vec<ModuleKey> = keys.into_iter().collect();
+        // The longest first, one at a time: else a thread ends with seconds of work that no other helps it with.
+        keys.sort_by_key(|(file, ..)| std::cmp::Reverse(nvrtc::source(file).map_or(0, str::len)));
+        let compiled = keys.into_par_iter().with_max_len(1).map(|key| {
+            let compiled = self.compile(&key)?;
+            Ok((key, compiled))
+        });
+        compiled.collect()
+    }
+
     /// Compiles a file, unless that was done on this machine before.
-    pub(crate) fn compile(&self, (file, elem, defines): &ModuleKey) -> Result<nvrtc::Compiled> {
+    fn compile(&self, (file, elem, defines): &ModuleKey) -> Result<nvrtc::Compiled> {
         let mut defines = defines.clone();
         if *elem == DType::Bf16 {
             defines.push(("ELEM_BF16", 1));
