@@ -159,10 +159,18 @@ impl DeviceState {
     pub fn read(&self, weights: &mut [f32], rest: [&mut [f32]; 3]) -> Result<()> {
         let device = self.device();
         device.read_bytes(bytemuck::cast_slice_mut(weights), self.weights.full())?;
-        for (from, to) in [&self.ema, &self.m, &self.v].into_iter().zip(rest) {
-            device.read_bytes(bytemuck::cast_slice_mut(to), from.buffer())?;
-        }
-        Ok(())
+        let [ema, m, v] = rest;
+        self.read_ema(ema)?;
+        device.read_bytes(bytemuck::cast_slice_mut(m), self.m.buffer())?;
+        device.read_bytes(bytemuck::cast_slice_mut(v), self.v.buffer())
+    }
+
+    /// Copies the moving average to main memory.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn read_ema(&self, ema: &mut [f32]) -> Result<()> {
+        self.device().read_bytes(bytemuck::cast_slice_mut(ema), self.ema.buffer())
     }
 
     /// The gradients of the last step, `[P]`.

@@ -407,8 +407,10 @@ impl Trainer {
         let columns = config.samples_per_class;
         let classes = config.sample_classes.min(config.num_classes);
         let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
-        self.learner.fetch()?;
         let Learner { dit, ema, memory, on_device, .. } = &mut self.learner;
+        if let Some(state) = on_device {
+            state.read_ema(ema)?;
+        }
         // A memory of its own on a device: that of training keeps its place, and its graphs with it.
         let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
         let uploaded = on_device.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;
