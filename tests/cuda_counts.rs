@@ -85,7 +85,7 @@ fn counts() {
 fn step(device: &Arc<Device>, file: &Path, model: ModelConfig, t: &[u32]) -> Vec<Counted> {
     let dit = Dit::new(model).unwrap();
     let weights: Vec<f32> = numbers(3, dit.layout.len()).iter().map(|x| x * 0.02).collect();
-    let mut state = DeviceState::new(device, DType::Bf16, &weights, [&weights, &weights, &weights]).unwrap();
+    let mut state = DeviceState::new(device, DType::Bf16, &weights).unwrap();
     let mut memory = Memory::on_device(device, DType::Bf16);
     let schedule = Schedule::new(ScheduleKind::Linear, TASKS).unwrap();
     let pixels = t.len() * dit.config.in_channels * dit.config.input_size.pow(2);

@@ -4,6 +4,7 @@ mod common;
 
 use common::cuda::{Output, device, rounded};
 use common::numbers;
+use dtr_fused::backend::cuda::device::Recorded;
 use dtr_fused::backend::cuda::{Arg, DType, Device, Launch};
 
 fn add(device: &Device, to: &Output, from: &Output, elem: DType) -> dtr_fused::Result<()> {
@@ -29,6 +30,38 @@ fn a_kernel_runs_and_a_graph_replays_it() {
         let twice: Vec<f32> = once.iter().zip(&b).map(|(a, b)| a + b).collect();
         assert_eq!(to.numbers(&device), rounded(&twice, elem));
     }
+}
+
+#[test]
+fn many_numbers_are_rounded_piece_by_piece() {
+    let device = device();
+    // More than a piece, the last one short.
+    let n = (1 << 24) + 5;
+    let numbers: Vec<f32> = (0..n).map(|i| (i % 16_381) as f32 * 1.001 - 7.0).collect();
+    let allocation = device.upload(&numbers, DType::Bf16).unwrap();
+    let there = allocation.buffer();
+    assert!(device.download(there).unwrap() == rounded(&numbers, DType::Bf16), "rounded numbers are others");
+    for wrong in [&numbers[1..], &[&numbers[..], &[0.0]].concat()] {
+        let says = device.write(there, wrong).unwrap_err().to_string();
+        assert!(says.contains(&format!("{} numbers for a buffer of {n}", wrong.len())), "{says}");
+    }
+}
+
+#[test]
+fn what_does_not_compile_is_told_when_it_is_prepared() {
+    let device = device();
+    let recorded = |file| Recorded {
+        file,
+        kernel: "tensor_add",
+        elem: DType::F32,
+        defines: Vec::new(),
+        grid: [1; 3],
+        block: 256,
+        shared: 0,
+    };
+    device.prepare(&[recorded("tensor"), recorded("tensor")]).unwrap();
+    let says = device.prepare(&[recorded("tensor"), recorded("tenser")]).unwrap_err().to_string();
+    assert!(says.contains("there is no kernel file tenser.cu"), "{says}");
 }
 
 #[test]

@@ -67,12 +67,19 @@ fn the_plan_is_what_a_step_takes() {
             let weights = vec![0.01; dit.layout.len()];
             let free = device.memory().unwrap().0;
             let mut memory = Memory::on_device(&device, elem);
-            let mut state = DeviceState::new(&device, elem, &weights, [&weights; 3]).unwrap();
-            state.stage(&dit, &mut memory, batch, How { drawn, add: false, updates: true }).unwrap();
+            let mut state = DeviceState::new(&device, elem, &weights).unwrap();
+            let mut stage = || state.stage(&dit, &mut memory, batch, How { drawn, add: false, updates: true }).unwrap();
+            stage();
             let taken = free - device.memory().unwrap().0;
             let planned = plan.parameters + plan.activations + plan.inputs;
             // Allocations are rounded up to 256 bytes or so, each.
             assert!(taken >= planned && taken <= planned + 16 * 512, "{elem:?}: {taken} taken, {planned} planned");
+
+            let (launches, bytes) = plan::launches(&dit, &device, elem, b).unwrap();
+            device.record();
+            stage();
+            assert_eq!(launches, device.record(), "what is compiled ahead is not what is launched");
+            assert_eq!(bytes, memory.device_parts().iter().sum::<usize>());
         }
     }
 }

@@ -215,6 +215,35 @@ fn steps_can_be_timed() {
 }
 
 #[test]
+fn a_device_starts_with_what_the_cpu_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(&folder.path().join("run"), &[]);
+    (config.image_size, config.in_channels, config.num_classes) = (8, 1, 10);
+    let cpu = trainer::learner(&config).unwrap();
+    let device = Arc::new(device());
+    for elem in [DType::F32, DType::Bf16] {
+        let dit = Dit::new(config.model_config()).unwrap();
+        let start = |dit: &Dit| dit.init(config.seed, config.init);
+        let mut learner = trainer::learner_on_device(&config, dit, &device, elem, start).unwrap();
+        for buffer in [&mut learner.weights, &mut learner.ema, &mut learner.m, &mut learner.v] {
+            buffer.fill(f32::NAN);
+        }
+        learner.fetch().unwrap();
+        assert!(same_bits(&learner.weights, &cpu.weights), "{elem:?}: weights are others");
+        assert!(same_bits(&learner.ema, &cpu.weights), "{elem:?}: average is another");
+        for moments in [&learner.m, &learner.v] {
+            assert!(same_bits(moments, &vec![0.0; cpu.weights.len()]), "{elem:?}: moments are others");
+        }
+        let read = learner.on_device.as_ref().unwrap().weights.elem();
+        let expected = common::cuda::rounded(&cpu.weights, elem);
+        assert!(
+            same_bits(&device.download(read).unwrap(), &expected),
+            "{elem:?}: weights as products read them are others"
+        );
+    }
+}
+
+#[test]
 fn noise_has_the_bits_of_the_cpu() {
     let device = device();
     let (seed, step, samples, n) = (0x1234_5678_9abc_def0u64, 77u64, [3u32, 0, 1_000_000], 4099usize);

@@ -1,12 +1,11 @@
 //! `dtr-fused kernels`: what the CUDA kernels of a training step take, without a GPU.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use clap::Args;
 
-use crate::autograd::Memory;
-use crate::backend::cuda::device::Recorded;
-use crate::backend::cuda::{DType, Device, cache, nvrtc};
+use crate::backend::cuda::device::{ModuleKey, Recorded};
+use crate::backend::cuda::{DType, Device, nvrtc};
 use crate::error::{Error, Result};
 use crate::model::config::{ModelConfig, TASKS};
 use crate::model::dit::Dit;
@@ -132,7 +131,7 @@ pub(super) fn run(args: KernelsArgs) -> Result<()> {
     if !(1..=4096).contains(&args.batch_size) {
         return Err(Error::usage(format!("--batch-size is {}, but it must be between 1 and 4096", args.batch_size)));
     }
-    let mut compiled = BTreeMap::new();
+    let mut compiled = HashMap::new();
     let mut steps = Vec::new();
     for model in &args.model {
         steps.push(step(&args, arch, model, &mut compiled)?);
@@ -147,14 +146,12 @@ pub(super) fn run(args: KernelsArgs) -> Result<()> {
     Ok(())
 }
 
-type Key = (&'static str, bool, Vec<(&'static str, i64)>);
-
 /// A step on a device on paper: its launches, each compiled.
 fn step(
     args: &KernelsArgs,
     arch: &Arch,
     model: &str,
-    compiled: &mut BTreeMap<Key, Vec<nvrtc::Resources>>,
+    compiled: &mut HashMap<ModuleKey, Vec<nvrtc::Resources>>,
 ) -> Result<Step> {
     let mut config = TrainConfig::preset(model, "latents.npy")?;
     (config.image_size, config.in_channels, config.num_classes) = (32, 4, 1000);
@@ -177,7 +174,7 @@ fn step(
         other => return Err(Error::usage(format!("--precision is '{other}': give f32 or bf16"))),
     };
     let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
-    let device = std::sync::Arc::new(Device::on_paper(arch.name, arch.number, arch.multiprocessors));
+    let device = Device::on_paper(arch.name, arch.number, arch.multiprocessors);
     let model_config = config.model_config();
     let (recorded, activation_bytes) = launches(&device, model_config.clone(), elem, args.batch_size)?;
     // One block more has the launches of a block more.
@@ -188,20 +185,13 @@ fn step(
     for launch in &recorded {
         counts.entry((launch.kernel, launch.defines.clone())).or_insert((0, launch)).0 += 1;
     }
+    let missing: HashSet<ModuleKey> =
+        recorded.iter().map(Recorded::module).filter(|key| !compiled.contains_key(key)).collect();
+    let found = device.compile_all(missing)?;
+    compiled.extend(found.into_iter().map(|(key, found)| (key, nvrtc::resources(&found.log))));
     let mut kernels = Vec::new();
     for ((kernel, defines), (launches, launch)) in counts {
-        let key = (launch.file, elem == DType::Bf16, defines.clone());
-        let resources = match compiled.entry(key) {
-            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::btree_map::Entry::Vacant(entry) => {
-                let mut all = defines.clone();
-                if elem == DType::Bf16 {
-                    all.push(("ELEM_BF16", 1));
-                }
-                let found = cache::compile(launch.file, &nvrtc::options(arch.number, &all))?;
-                entry.insert(nvrtc::resources(&found.log))
-            }
-        };
+        let resources = &compiled[&launch.module()];
         let found = resources.iter().find(|r| r.kernel == kernel).ok_or_else(|| {
             Error::Stopped(format!("the assembler's log says nothing of {kernel}: this NVRTC is not 13.0"))
         })?;
@@ -229,23 +219,10 @@ fn step(
 }
 
 /// The launches of a training step, and the bytes that its activations take.
-fn launches(
-    device: &std::sync::Arc<Device>,
-    model: ModelConfig,
-    elem: DType,
-    batch_size: usize,
-) -> Result<(Vec<Recorded>, usize)> {
+fn launches(device: &Device, model: ModelConfig, elem: DType, batch_size: usize) -> Result<(Vec<Recorded>, usize)> {
     let dit = Dit::new(model)?;
     dit.config.check_cuda(elem)?;
-    let mut memory = Memory::on_device(device, elem);
-    let mut one_pass = || {
-        device.record();
-        plan::on_paper(&dit, device, elem, batch_size, &mut memory)
-    };
-    // The first pass plans the memory and runs twice for it.
-    one_pass()?;
-    one_pass()?;
-    Ok((device.record(), memory.device_bytes()))
+    plan::launches(&dit, device, elem, batch_size)
 }
 
 /// Batches over which the work of products is averaged.
@@ -394,7 +371,7 @@ mod tests {
 
     #[test]
     fn a_block_has_few_launches() {
-        let device = std::sync::Arc::new(Device::on_paper("A100", 80, 108));
+        let device = Device::on_paper("A100", 80, 108);
         for (routing, most) in
             [(Routing::Dense, 20), (Routing::Paper, 22), (Routing::Sublayer, 24), (Routing::Random, 24)]
         {

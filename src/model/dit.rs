@@ -4,6 +4,7 @@ use super::block::{Block, Route};
 use super::config::{ModelConfig, TASKS};
 use super::embed::position_embedding;
 use crate::autograd::{Tape, Var};
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::error::{Error, Result};
 use crate::ops::PerSample;
 use crate::ops::channel_mask::{Keep, channel_mask};
@@ -145,9 +146,9 @@ impl Dit {
     }
 
     /// Initial weights, in the layout's order.
-    pub fn init(&self, seed: u64, init: Init) -> Vec<f32> {
+    pub fn init(&self, seed: u64, init: Init) -> AlignedVec {
         let rng = Philox::new(seed, Stream::Init);
-        let mut weights = vec![0.0; self.layout.len()];
+        let mut weights = AlignedVec::zeros(self.layout.len());
         for (index, entry) in self.layout.entries().iter().enumerate() {
             let out = &mut weights[entry.param.range()];
             let name = entry.name.as_str();

@@ -107,14 +107,18 @@ pub struct DeviceState {
 }
 
 impl DeviceState {
-    /// Copies `weights` and `[ema, m, v]` to the device.
+    /// Copies `weights` to the device; they are their own average, and the moments are zero.
     ///
     /// # Errors
     /// When they do not fit.
-    pub fn new(device: &Arc<Device>, elem: DType, weights: &[f32], rest: [&[f32]; 3]) -> Result<Self> {
-        let [ema, m, v] = rest.map(|numbers| device.upload(numbers, DType::F32));
-        let grads = device.alloc(weights.len(), DType::F32)?;
-        Self::with(DeviceWeights::upload(device, weights, elem)?, [ema?, m?, v?, grads])
+    pub fn new(device: &Arc<Device>, elem: DType, weights: &[f32]) -> Result<Self> {
+        let [ema, m, v, grads] = [(); 4].map(|()| device.alloc(weights.len(), DType::F32));
+        let state = Self::with(DeviceWeights::upload(device, weights, elem)?, [ema?, m?, v?, grads?])?;
+        device.copy(state.ema.buffer(), state.weights.full())?;
+        for moments in [&state.m, &state.v] {
+            device.fill_bytes(moments.buffer(), 0)?;
+        }
+        Ok(state)
     }
 
     /// Room for a model of `len` parameters, with arbitrary contents: to plan with.
@@ -155,10 +159,18 @@ impl DeviceState {
     pub fn read(&self, weights: &mut [f32], rest: [&mut [f32]; 3]) -> Result<()> {
         let device = self.device();
         device.read_bytes(bytemuck::cast_slice_mut(weights), self.weights.full())?;
-        for (from, to) in [&self.ema, &self.m, &self.v].into_iter().zip(rest) {
-            device.read_bytes(bytemuck::cast_slice_mut(to), from.buffer())?;
-        }
-        Ok(())
+        let [ema, m, v] = rest;
+        self.read_ema(ema)?;
+        device.read_bytes(bytemuck::cast_slice_mut(m), self.m.buffer())?;
+        device.read_bytes(bytemuck::cast_slice_mut(v), self.v.buffer())
+    }
+
+    /// Copies the moving average to main memory.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn read_ema(&self, ema: &mut [f32]) -> Result<()> {
+        self.device().read_bytes(bytemuck::cast_slice_mut(ema), self.ema.buffer())
     }
 
     /// The gradients of the last step, `[P]`.

@@ -76,7 +76,7 @@ pub struct Learner {
     /// Buffers of the model's passes.
     pub memory: Memory,
     /// Where everything is while training on a CUDA device: `weights`, `ema`, `m` and `v` here are then as old as the last
-    /// [`Learner::fetch`], and `grads` is empty.
+    /// [`Learner::fetch`], arbitrary before the first, and `grads` is empty.
     pub on_device: Option<DeviceState>,
     x_t: Vec<f32>,
     d_out: Vec<f32>,
@@ -86,18 +86,38 @@ pub struct Learner {
 
 impl Learner {
     /// A learner whose weights are those of `start` (in the layout of `dit`).
-    pub fn new(dit: Dit, schedule: Schedule, loss_weight: LossWeight, start: Vec<f32>) -> Self {
-        assert_eq!(start.len(), dit.layout.len(), "weights have the layout of the model");
-        let weights = AlignedVec::from(&start[..]);
-        // Before the others are made: five of them are all that a large model should need.
-        drop(start);
-        let zeros = || AlignedVec::zeros(weights.len());
+    pub fn new(dit: Dit, schedule: Schedule, loss_weight: LossWeight, start: AlignedVec) -> Self {
+        let (ema, grads) = (start.clone(), AlignedVec::zeros(start.len()));
+        Self::with(dit, schedule, loss_weight, [start, ema, grads])
+    }
+
+    /// [`Learner::new`] on a CUDA device, for products in `elem`.
+    ///
+    /// # Errors
+    /// When it does not fit, or the model has sizes that the kernels do not take.
+    pub fn on_device(
+        dit: Dit,
+        schedule: Schedule,
+        loss_weight: LossWeight,
+        start: AlignedVec,
+        device: &Arc<Device>,
+        elem: DType,
+    ) -> Result<Self> {
+        let state = DeviceState::new(device, elem, &start)?;
+        // A large model's buffers take seconds to fill in main memory, and nobody reads these before they are fetched.
+        let ema = AlignedVec::zeros(start.len());
+        let learner = Self::with(dit, schedule, loss_weight, [start, ema, AlignedVec::new()]);
+        Ok(Learner { memory: Memory::on_device(device, elem), on_device: Some(state), ..learner })
+    }
+
+    fn with(dit: Dit, schedule: Schedule, loss_weight: LossWeight, [weights, ema, grads]: [AlignedVec; 3]) -> Self {
+        assert_eq!(weights.len(), dit.layout.len(), "weights have the layout of the model");
         let none = [0.0; CLUSTERS];
         Learner {
-            ema: weights.clone(),
-            m: zeros(),
-            v: zeros(),
-            grads: zeros(),
+            m: AlignedVec::zeros(weights.len()),
+            v: AlignedVec::zeros(weights.len()),
+            ema,
+            grads,
             uncertainty: (loss_weight == LossWeight::Uncertainty).then_some(Uncertainty {
                 log_variances: none,
                 m: none,
@@ -116,18 +136,6 @@ impl Learner {
             loss_weight,
             weights,
         }
-    }
-
-    /// Moves everything to a CUDA device, for products in `elem`.
-    ///
-    /// # Errors
-    /// When it does not fit, or the model has sizes that the kernels do not take.
-    pub fn move_to(&mut self, device: &Arc<Device>, elem: DType) -> Result<()> {
-        let state = DeviceState::new(device, elem, &self.weights, [&self.ema, &self.m, &self.v])?;
-        self.memory = Memory::on_device(device, elem);
-        self.grads = AlignedVec::new();
-        self.on_device = Some(state);
-        Ok(())
     }
 
     /// Copies everything from the device, if there is one, to main memory.

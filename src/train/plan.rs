@@ -5,6 +5,7 @@ use super::device::{DeviceState, DrawnNoise, How};
 use super::learner::Batch;
 use crate::autograd::Memory;
 use crate::autograd::cuda::{DeviceWeights, pass};
+use crate::backend::cuda::device::Recorded;
 use crate::backend::cuda::{DType, Device};
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
@@ -134,11 +135,27 @@ fn largest_part(
     Ok((low > 0).then_some(low))
 }
 
+/// The launches of a training step of `part` images on a device like `device`, and the bytes that its activations and inputs
+/// take.
+///
+/// # Errors
+/// When the kernels do not take these sizes.
+pub fn launches(dit: &Dit, device: &Device, elem: DType, part: usize) -> Result<(Vec<Recorded>, usize)> {
+    let device = Arc::new(Device::on_paper(device.name(), device.arch(), device.multiprocessors()));
+    let mut memory = Memory::on_device(&device, elem);
+    // The first pass plans the memory and runs twice for it.
+    for _ in 0..2 {
+        device.record();
+        on_paper(dit, &device, elem, part, &mut memory)?;
+    }
+    Ok((device.record(), memory.device_bytes()))
+}
+
 /// A training step of `part` images on paper: its buffers and launches.
 ///
 /// # Errors
 /// When the kernels do not take these sizes.
-pub fn on_paper(dit: &Dit, device: &Arc<Device>, elem: DType, part: usize, memory: &mut Memory) -> Result<()> {
+fn on_paper(dit: &Dit, device: &Arc<Device>, elem: DType, part: usize, memory: &mut Memory) -> Result<()> {
     let config = &dit.config;
     let mut state = DeviceState::planned(device, elem, dit.layout.len())?;
     let x_start = vec![0.0; part * config.in_channels * config.input_size * config.input_size];

@@ -5,11 +5,14 @@ use super::device::{DeviceUpdate, DrawnNoise, How};
 use super::learner::{Batch, Learner, Losses};
 use super::optimizer::Update;
 use super::trainer;
+use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::clock::KernelTime;
 use crate::backend::cuda::{DType, Device};
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
+use crate::model::dit::Dit;
 use crate::rng::{Philox, Stream};
+use rayon::prelude::*;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -43,11 +46,14 @@ pub fn time_steps(
     runs: usize,
     profiled: bool,
 ) -> Result<(Learner, StepTimes)> {
-    let mut learner = trainer::learner(config)?;
     let rng = Philox::new(config.seed, Stream::Noise);
-    rng.normal(&mut learner.weights, 0, 2);
-    learner.weights.iter_mut().for_each(|w| *w *= 0.02);
-    learner.move_to(device, elem)?;
+    let weights = |dit: &Dit| {
+        let mut weights = AlignedVec::zeros(dit.layout.len());
+        rng.normal(&mut weights, 0, 2);
+        weights.par_iter_mut().for_each(|w| *w *= 0.02);
+        weights
+    };
+    let mut learner = trainer::learner_on_device(config, trainer::model(config)?, device, elem, weights)?;
     let b = config.batch_size / config.grad_accumulation;
     let mut x_start = vec![0.0; b * config.in_channels * config.image_size * config.image_size];
     rng.normal(&mut x_start, 0, 0);

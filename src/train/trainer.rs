@@ -14,7 +14,8 @@ use super::run_dir::RunDir;
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
 use crate::backend::Compute;
-use crate::backend::cuda::DType;
+use crate::backend::cpu::aligned::AlignedVec;
+use crate::backend::cuda::{DType, Device};
 use crate::data::{self, Dataset};
 use crate::diffusion::weighting::CLUSTERS;
 use crate::diffusion::{Method, Sampler, Schedule, space_timesteps};
@@ -135,13 +136,33 @@ fn learner_on(config: &TrainConfig) -> Result<(Learner, Vec<String>)> {
     notes.push(format!("computing on {} in {}", device.name(), precision.trim_matches('"')));
     let [free, total] = [free, total].map(plan::readable);
     notes.push(format!("memory of the device: {plan}; {free} of {total} were free"));
-    let mut learner = learner_of(config, dit)?;
-    learner.move_to(device, *elem)?;
-    Ok((learner, notes))
+    Ok((learner_on_device(config, dit, device, *elem, |dit| dit.init(config.seed, config.init))?, notes))
+}
+
+/// A model on a device. Its weights are made while the kernels of its training step are compiled.
+///
+/// # Errors
+/// When it does not fit the device or main memory, or the kernels do not compile.
+pub fn learner_on_device(
+    config: &TrainConfig,
+    dit: Dit,
+    device: &Arc<Device>,
+    elem: DType,
+    weights: impl FnOnce(&Dit) -> AlignedVec + Send,
+) -> Result<Learner> {
+    check_memory(config, &dit)?;
+    let (launches, _) = plan::launches(&dit, device, elem, config.batch_size / config.grad_accumulation)?;
+    let schedule = Schedule::new(config.schedule, TASKS)?;
+    let learner = || {
+        let weights = weights(&dit);
+        Learner::on_device(dit, schedule, config.loss_weight, weights, device, elem)
+    };
+    let (prepared, learner) = rayon::join(|| device.prepare(&launches), learner);
+    prepared.and(learner)
 }
 
 /// The model, without weights.
-fn model(config: &TrainConfig) -> Result<Dit> {
+pub(super) fn model(config: &TrainConfig) -> Result<Dit> {
     let mut dit = Dit::new(config.model_config())?;
     dit.checkpoint_activations = config.checkpoint_activations;
     Ok(dit)
@@ -153,6 +174,14 @@ pub fn learner(config: &TrainConfig) -> Result<Learner> {
 }
 
 fn learner_of(config: &TrainConfig, dit: Dit) -> Result<Learner> {
+    check_memory(config, &dit)?;
+    let weights = dit.init(config.seed, config.init);
+    let schedule = Schedule::new(config.schedule, TASKS)?;
+    Ok(Learner::new(dit, schedule, config.loss_weight, weights))
+}
+
+/// Refuses models that main memory cannot hold.
+fn check_memory(config: &TrainConfig, dit: &Dit) -> Result<()> {
     // Weights, gradients, two moments and the moving average.
     let needed = 5 * size_of::<f32>() as u64 * dit.layout.len() as u64;
     if let Some(there) = memory_bytes().filter(|&there| needed > there) {
@@ -164,9 +193,7 @@ fn learner_of(config: &TrainConfig, dit: Dit) -> Result<Learner> {
             there as f64 / 1e9
         )));
     }
-    let weights = dit.init(config.seed, config.init);
-    let schedule = Schedule::new(config.schedule, TASKS)?;
-    Ok(Learner::new(dit, schedule, config.loss_weight, weights))
+    Ok(())
 }
 
 /// Memory of this machine, where the system tells (Linux).
@@ -380,8 +407,10 @@ impl Trainer {
         let columns = config.samples_per_class;
         let classes = config.sample_classes.min(config.num_classes);
         let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
-        self.learner.fetch()?;
         let Learner { dit, ema, memory, on_device, .. } = &mut self.learner;
+        if let Some(state) = on_device {
+            state.read_ema(ema)?;
+        }
         // A memory of its own on a device: that of training keeps its place, and its graphs with it.
         let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
         let uploaded = on_device.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;

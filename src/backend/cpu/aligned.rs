@@ -1,35 +1,34 @@
 //! Numbers that start at a cache line: a vector of 512 bits that straddles two lines costs a second access.
 
-use bytemuck::{Pod, Zeroable};
-
-/// A cache line.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; LINE]);
-
+/// f32s of a cache line.
 const LINE: usize = 16;
 
-// SAFETY: zeros are f32 zeros.
-unsafe impl Zeroable for Line {}
-// SAFETY: 16 f32 of 4 bytes fill 64 bytes, the alignment, so there is no padding; every pattern of bits is an f32.
-unsafe impl Pod for Line {}
-
 /// Numbers that start at a cache line. Their count is fixed when they are made; it is a slice in all else.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct AlignedVec {
-    lines: Vec<Line>,
+    room: Vec<f32>,
+    start: usize,
     len: usize,
 }
 
 impl AlignedVec {
     /// None.
     pub const fn new() -> Self {
-        AlignedVec { lines: Vec::new(), len: 0 }
+        AlignedVec { room: Vec::new(), start: 0, len: 0 }
     }
 
-    /// `len` zeros.
+    /// `len` zeros. Of many, the system makes each page when it is first touched: those that never are cost nothing.
     pub fn zeros(len: usize) -> Self {
-        AlignedVec { lines: vec![Line([0.0; LINE]); len.div_ceil(LINE)], len }
+        // Not lines in the type: room of such an alignment is not had from the system zeroed, but filled here, page by page.
+        let room = vec![0.0; len + LINE - 1];
+        let start = room.as_ptr().align_offset(LINE * size_of::<f32>());
+        AlignedVec { room, start, len }
+    }
+}
+
+impl Clone for AlignedVec {
+    fn clone(&self) -> Self {
+        Self::from(&self[..])
     }
 }
 
@@ -37,13 +36,13 @@ impl std::ops::Deref for AlignedVec {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        &self.room[self.start..self.start + self.len]
     }
 }
 
 impl std::ops::DerefMut for AlignedVec {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        &mut self.room[self.start..self.start + self.len]
     }
 }
 
@@ -72,6 +71,8 @@ mod tests {
             let mut aligned = AlignedVec::from(&numbers[..]);
             assert_eq!(aligned.as_ptr().align_offset(64), 0);
             assert_eq!(*aligned, numbers[..]);
+            let copy = aligned.clone();
+            assert_eq!((copy.as_ptr().align_offset(64), &copy[..]), (0, &numbers[..]));
             aligned.fill(1.0);
             assert_eq!(aligned.iter().sum::<f32>(), len as f32);
         }

@@ -5,7 +5,8 @@ use super::launch::{Arg, Launch};
 use super::{DType, cache, library, nvrtc};
 use crate::error::{Error, Result};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
-use std::collections::HashMap;
+use rayon::prelude::*;
+use std::collections::{HashMap, HashSet};
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -57,7 +58,8 @@ fn check_arch(name: &str, major: i32, minor: i32) -> Result<u32> {
     }
 }
 
-type ModuleKey = (&'static str, DType, Vec<(&'static str, i64)>);
+/// What a module is compiled from: a file, its `elem` and its definitions.
+pub(crate) type ModuleKey = (&'static str, DType, Vec<(&'static str, i64)>);
 
 struct Loaded {
     module: Arc<CudaModule>,
@@ -81,6 +83,13 @@ pub struct Recorded {
     pub block: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
+}
+
+impl Recorded {
+    /// The module that the kernel is in.
+    pub(crate) fn module(&self) -> ModuleKey {
+        (self.file, self.elem, self.defines.clone())
+    }
 }
 
 pub(super) struct Driver {
@@ -286,7 +295,8 @@ impl Device {
         let loaded = match modules.entry(key) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Loaded { module: self.load(driver, launch)?, functions: HashMap::new() })
+                let module = self.load(driver, launch.file, self.compile(entry.key())?)?;
+                entry.insert(Loaded { module, functions: HashMap::new() })
             }
         };
         if let Some((function, shared)) = loaded.functions.get(launch.kernel)
@@ -307,14 +317,47 @@ impl Device {
         Ok(function)
     }
 
-    /// Compiles a file and loads it: machine code, or PTX where the driver does not take that.
-    fn load(&self, driver: &Driver, launch: &Launch) -> Result<Arc<CudaModule>> {
-        let mut defines = launch.defines.to_vec();
-        if launch.elem == DType::Bf16 {
+    /// Makes the kernels of `launches` ready, on all threads: one after the other, as they are launched, a compiler that has
+    /// not seen them takes half a minute.
+    ///
+    /// # Errors
+    /// When one does not compile, or the device refuses it.
+    pub fn prepare(&self, launches: &[Recorded]) -> Result<()> {
+        let Some(driver) = self.running()? else { return Ok(()) };
+        let keys: HashSet<ModuleKey> = launches.iter().map(Recorded::module).collect();
+        let compiled = self.compile_all(keys)?;
+        let mut modules = self.modules.lock().unwrap_or_else(|e| e.into_inner());
+        for (key, compiled) in compiled {
+            let module = self.load(driver, key.0, compiled)?;
+            modules.entry(key).or_insert(Loaded { module, functions: HashMap::new() });
+        }
+        Ok(())
+    }
+
+    /// Compiles modules on all threads.
+    pub(crate) fn compile_all(&self, keys: HashSet<ModuleKey>) -> Result<Vec<(ModuleKey, nvrtc::Compiled)>> {
+        let mut keys: Vec<ModuleKey> = keys.into_iter().collect();
+        // The longest first, one at a time: else a thread ends with seconds of work that no other helps it with.
+        keys.sort_by_key(|(file, ..)| std::cmp::Reverse(nvrtc::source(file).map_or(0, str::len)));
+        let compiled = keys.into_par_iter().with_max_len(1).map(|key| {
+            let compiled = self.compile(&key)?;
+            Ok((key, compiled))
+        });
+        compiled.collect()
+    }
+
+    /// Compiles a file, unless that was done on this machine before.
+    fn compile(&self, (file, elem, defines): &ModuleKey) -> Result<nvrtc::Compiled> {
+        let mut defines = defines.clone();
+        if *elem == DType::Bf16 {
             defines.push(("ELEM_BF16", 1));
         }
-        let compiled = cache::compile(launch.file, &nvrtc::options(self.arch, &defines))?;
-        let cannot = |e| failed(&format!("load kernels/{}.cu", launch.file), e);
+        cache::compile(file, &nvrtc::options(self.arch, &defines))
+    }
+
+    /// Loads a compiled file: machine code, or PTX where the driver does not take that.
+    fn load(&self, driver: &Driver, file: &str, compiled: nvrtc::Compiled) -> Result<Arc<CudaModule>> {
+        let cannot = |e| failed(&format!("load kernels/{file}.cu"), e);
         if !self.ptx_only.load(Ordering::Relaxed) {
             match driver.context.load_module(cudarc::nvrtc::Ptx::from_binary(compiled.cubin)) {
                 // Not of the kind that this driver runs, and neither will the next one be.

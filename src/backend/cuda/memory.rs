@@ -4,7 +4,11 @@ use super::device::{Device, failed};
 use super::{Buffer, DType};
 use crate::error::{Error, Result};
 use cudarc::driver::{CudaSlice, DevicePtr, result, sys};
+use rayon::prelude::*;
 use std::sync::atomic::Ordering;
+
+/// Numbers that are rounded at a time: all of a large model would take a gigabyte more.
+const PIECE: usize = 1 << 24;
 
 /// Numbers that kernels take, as cudarc's slices hold them.
 pub trait Element: cudarc::driver::DeviceRepr {
@@ -113,11 +117,20 @@ impl Device {
     /// # Errors
     /// When the sizes differ, or the copy fails.
     pub fn write(&self, to: Buffer, numbers: &[f32]) -> Result<()> {
+        if numbers.len() != to.len {
+            let what = format!("{} numbers for a buffer of {}", numbers.len(), to.len);
+            return Err(Error::Shape { operation: "write", what });
+        }
         match to.dtype {
             DType::F32 => self.write_bytes(to, bytemuck::cast_slice(numbers)),
             DType::Bf16 => {
-                let rounded: Vec<u16> = numbers.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect();
-                self.write_bytes(to, bytemuck::cast_slice(&rounded))
+                let mut rounded: Vec<u16> = Vec::new();
+                for (i, numbers) in numbers.chunks(PIECE).enumerate() {
+                    numbers.par_iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect_into_vec(&mut rounded);
+                    let place = to.slice(i * PIECE..i * PIECE + numbers.len());
+                    self.write_bytes(place, bytemuck::cast_slice(&rounded))?;
+                }
+                Ok(())
             }
             DType::F64 => {
                 let wide: Vec<f64> = numbers.iter().map(|&x| f64::from(x)).collect();
