@@ -12,14 +12,15 @@
 // channels of a window, or the rows of the samples whose windows meet the tile. What a chunk covers beyond a window is zero
 // in memory: the kernels that write windowed activations promise that. What it covers beyond `limit` is read as zero.
 //
-// A block has THREADS threads and computes TILE_M x TILE_N. `epilogue(column)` is called once for the OUT_WIDTH columns of a thread
-// and returns an Epilogue, which is given them for every row.
+// A block has THREADS threads and computes TILE_M x TILE_N. `epilogue(column, sample)` is called for OUT_WIDTH columns of a thread and
+// returns an Epilogue, which is given them for rows of that sample.
 #pragma once
 
 #include "gemm_steps.cuh"
 
 // What becomes of a row's sums. `fetch(row)` reads what `store(row, sums, fetched)` needs: where registers allow it (wgmma), of several
-// rows before the first is stored, so that the reads of one are not waited for before the next.
+// rows before the first is stored, so that the reads of one are not waited for before the next. Without branches, so that the
+// instructions of those rows run side by side.
 template <typename Fetch, typename Store>
 struct Epilogue {
     Fetch fetch;
@@ -51,15 +52,16 @@ __device__ __forceinline__ auto epilogue_of(Store store) {
 extern __shared__ __align__(1024) unsigned char tiles[];
 
 #ifndef WGMMA
-// The tile of C at `row` and `column`, of `rows` and `columns`, over the chunks of `steps`, where `operands(source)` says of what.
+// The tile of C at `row` and `column`, of `rows` and `columns`, `tokens` rows a sample, over the chunks of `steps`, where
+// `operands(source)` says of what.
 template <Layout A, Layout B, typename Steps, typename Sources, typename Epilogue>
 __device__ __forceinline__ void product(
-    int row, int rows, int column, int columns, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
+    int row, int rows, int column, int columns, int tokens, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
 ) {
     Accumulators sums;
     clear(sums);
     accumulate<A, B>(sums, row, column, steps, operands, tiles);
-    finish(sums, row, rows, column, columns, tiles, epilogue);
+    finish(sums, row, rows, column, columns, tokens, tiles, epilogue);
 }
 #endif
 
@@ -82,26 +84,30 @@ __device__ __forceinline__ void store_wide(elem* to, const float (&x)[OUT_WIDTH]
 
 // The epilogue of weight gradients [rows, columns]:  = or +=.
 __device__ __forceinline__ auto store_gradient(float* to, int columns, int add) {
-    return [=](int c) {
+    return [=](int c, int) {
         return epilogue_of(
             [=](int r) {
-                Wide before;
+                Wide before = {};
                 if (add) load_floats(before.x, to + (long long)r * columns + c, true);
                 return before;
             },
             [=](int r, float (&value)[OUT_WIDTH], Wide before) {
 #pragma unroll
-                for (int e = 0; e < OUT_WIDTH; ++e) value[e] += add ? before.x[e] : 0.0f;
+                for (int e = 0; e < OUT_WIDTH; ++e) value[e] += before.x[e];
                 store_floats(to + (long long)r * columns + c, value, true);
             }
         );
     };
 }
 
-// sigmoid(1.5957691 x (1 + 0.044715 x^2)) from the hardware's exponential and reciprocal: within 1e-6, and no calls, which
-// would spill the accumulators.
+// sigmoid(1.5957691 x (1 + 0.044715 x^2)) from the hardware's exponential and reciprocal: within 1e-6, in six instructions. (Calls would
+// spill the accumulators, and without .ftz each of the two comes with a case for subnormal numbers.)
 __device__ __forceinline__ float gelu_sigmoid(float x) {
-    return __fdividef(1.0f, 1.0f + __expf(-1.5957691216057308f * x * fmaf(0.044715f * x, x, 1.0f)));
+    float power, sigmoid;
+    // 2^power = e^(-1.5957691 x ..)
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * fmaf(-0.10294324f * x, x, -2.3022082f)));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(1.0f + power));
+    return sigmoid;
 }
 
 // GELU in its tanh form:  gelu(x) = x s.

@@ -95,19 +95,20 @@ __device__ __forceinline__ void accumulate(
 
 template <typename Epilogue>
 __device__ __forceinline__ void finish(
-    const Accumulators& sums, int row, int rows, int column, int columns, unsigned char*, Epilogue epilogue
+    const Accumulators& sums, int row, int rows, int column, int columns, int tokens, unsigned char*, Epilogue epilogue
 ) {
     int thread_m = threadIdx.x / 8, thread_n = threadIdx.x % 8;
 #pragma unroll
     for (int j = 0; j < LANE_N; ++j) {
         int c = column + thread_n + j * 8;
         if (c >= columns) continue;
-        auto row_of = epilogue(c);
 #pragma unroll
         for (int i = 0; i < LANE_M; ++i) {
             int r = row + thread_m + i * 16;
             float value[OUT_WIDTH] = {sums[i][j]};
-            if (r < rows) row_of.store(r, value, row_of.fetch(r));
+            if (r >= rows) continue;
+            auto row_of = epilogue(c, r / tokens);
+            row_of.store(r, value, row_of.fetch(r));
         }
     }
 }

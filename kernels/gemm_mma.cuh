@@ -278,20 +278,17 @@ __device__ __forceinline__ void accumulate(
 // eight lanes hold a row of 64 columns.
 template <typename Epilogue>
 __device__ __forceinline__ void finish(
-    const Accumulators& sums, int row, int rows, int column, int columns, unsigned char* tiles, Epilogue epilogue
+    const Accumulators& sums, int row, int rows, int column, int columns, int tokens, unsigned char* tiles, Epilogue epilogue
 ) {
     constexpr int PITCH = WARP_N + 8;  // floats: four rows of a quarter of the banks each
     constexpr int LANES = WARP_N / OUT_WIDTH, ROWS_AT_ONCE = 32 / LANES;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* stage = (float*)tiles + warp * 16 * PITCH;
     float* own = stage + lane / 4 * PITCH + lane % 4 * 2;
-    int first_row = row + warp % 2 * WARP_M + lane / LANES;
     int c = column + warp / 2 * WARP_N + lane % LANES * OUT_WIDTH;
     // Half of the lanes read the second 16 bytes first: eight lanes then read from all banks.
     bool turned = lane & 4;
-    const float* from = stage + lane / LANES * PITCH + lane % LANES * OUT_WIDTH;
-    bool is_inside = c < columns;
-    auto row_of = epilogue(is_inside ? c : 0);
+    const float* from = stage + lane % LANES * OUT_WIDTH;
 #pragma unroll
     for (int i = 0; i < PARTS_M; ++i) {
         __syncwarp();
@@ -301,14 +298,20 @@ __device__ __forceinline__ void finish(
             *(float2*)(own + 8 * PITCH + j * 8) = float2{sums[i][j][2], sums[i][j][3]};
         }
         __syncwarp();
+        int first = row + warp % 2 * WARP_M + i * 16, end = c < columns ? min(rows, first + 16) : 0;
+        for (int at = first + lane / LANES; at < end;) {
+            // The rows of a sample.
+            int sample = at / tokens, next = min(end, (sample + 1) * tokens);
+            auto row_of = epilogue(c, sample);
 #pragma unroll 1
-        for (int r = 0; r < 16; r += ROWS_AT_ONCE) {
-            float4 one = *(const float4*)(from + r * PITCH + (turned ? 4 : 0));
-            float4 other = *(const float4*)(from + r * PITCH + (turned ? 0 : 4));
-            float4 low = turned ? other : one, high = turned ? one : other;
-            float values[OUT_WIDTH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-            int at = first_row + i * 16 + r;
-            if (is_inside && at < rows) row_of.store(at, values, row_of.fetch(at));
+            for (; at < next; at += ROWS_AT_ONCE) {
+                const float* own_row = from + (at - first) * PITCH;
+                float4 one = *(const float4*)(own_row + (turned ? 4 : 0));
+                float4 other = *(const float4*)(own_row + (turned ? 0 : 4));
+                float4 low = turned ? other : one, high = turned ? one : other;
+                float values[OUT_WIDTH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+                row_of.store(at, values, row_of.fetch(at));
+            }
         }
     }
 }

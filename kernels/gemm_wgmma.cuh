@@ -190,7 +190,8 @@ __device__ __forceinline__ void accumulate(
 // that lanes side by side hold a row.
 template <int N, typename Epilogue>
 __device__ __forceinline__ void finish(
-    const Accumulators<N>& sums, int row, int rows, int column, int first, int columns, unsigned char* tiles, Epilogue epilogue
+    const Accumulators<N>& sums, int row, int rows, int column, int first, int columns, int tokens, unsigned char* tiles,
+    Epilogue epilogue
 ) {
     constexpr int PITCH = N + 8;  // floats: four rows of a quarter of the banks each
     constexpr int LANES = TILE_N / OUT_WIDTH, ROWS_AT_ONCE = 32 / LANES;
@@ -198,13 +199,18 @@ __device__ __forceinline__ void finish(
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* stage = (float*)tiles + warp * 16 * PITCH;
     float* own = stage + lane / 4 * PITCH + lane % 4 * 2;
-    int first_row = row + warp / 4 * GROUP_M + warp % 4 * 16 + lane / LANES;
     int c = column + lane % LANES * OUT_WIDTH;
     // Half of the lanes read the second 16 bytes first: eight lanes then read from all banks.
     bool turned = lane & 4;
-    const float* from = stage + lane / LANES * PITCH + min(max(c - first, 0), N - OUT_WIDTH);
+    const float* from = stage + min(max(c - first, 0), N - OUT_WIDTH);
     bool is_inside = c < columns && lane < LANES * ROWS_AT_ONCE;
-    auto row_of = epilogue(is_inside ? c : 0);
+    auto sums_of = [&](int r, float(&values)[OUT_WIDTH]) {
+        float4 one = *(const float4*)(from + r * PITCH + (turned ? 4 : 0));
+        float4 other = *(const float4*)(from + r * PITCH + (turned ? 0 : 4));
+        float4 low = turned ? other : one, high = turned ? one : other;
+        values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+        values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    };
 #pragma unroll
     for (int i = 0; i < PARTS_M; ++i) {
         __syncwarp();
@@ -214,31 +220,40 @@ __device__ __forceinline__ void finish(
             *(float2*)(own + 8 * PITCH + j * 8) = float2{sums[i][j * 4 + 2], sums[i][j * 4 + 3]};
         }
         __syncwarp();
+        int start = row + warp / 4 * GROUP_M + warp % 4 * 16 + i * 64;
+        if (!is_inside || start >= rows) continue;
+        int sample = start / tokens;
+        if (start + 16 <= rows && (start + 15) / tokens == sample) {
+            auto row_of = epilogue(c, sample);
 #pragma unroll 1
-        for (int begin = 0; begin < 16; begin += FETCHED * ROWS_AT_ONCE) {
-            decltype(row_of.fetch(0)) fetched[FETCHED];
+            for (int r = lane / LANES; r < 16; r += FETCHED * ROWS_AT_ONCE) {
+                decltype(row_of.fetch(0)) fetched[FETCHED];
 #pragma unroll
-            for (int f = 0; f < FETCHED; ++f) {
-                int at = first_row + i * 64 + begin + f * ROWS_AT_ONCE;
-                if (is_inside && at < rows) fetched[f] = row_of.fetch(at);
-            }
+                for (int f = 0; f < FETCHED; ++f) fetched[f] = row_of.fetch(start + r + f * ROWS_AT_ONCE);
 #pragma unroll
-            for (int f = 0; f < FETCHED; ++f) {
-                int r = begin + f * ROWS_AT_ONCE, at = first_row + i * 64 + r;
-                if (!is_inside || at >= rows) continue;
-                float4 one = *(const float4*)(from + r * PITCH + (turned ? 4 : 0));
-                float4 other = *(const float4*)(from + r * PITCH + (turned ? 0 : 4));
-                float4 low = turned ? other : one, high = turned ? one : other;
-                float values[OUT_WIDTH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-                row_of.store(at, values, fetched[f]);
+                for (int f = 0; f < FETCHED; ++f) {
+                    float values[OUT_WIDTH];
+                    sums_of(r + f * ROWS_AT_ONCE, values);
+                    row_of.store(start + r + f * ROWS_AT_ONCE, values, fetched[f]);
+                }
             }
+            continue;
+        }
+        // Rows of several samples, or the last of the matrix.
+#pragma unroll 1
+        for (int r = lane / LANES; r < 16 && start + r < rows; r += ROWS_AT_ONCE) {
+            auto row_of = epilogue(c, (start + r) / tokens);
+            float values[OUT_WIDTH];
+            sums_of(r, values);
+            row_of.store(start + r, values, row_of.fetch(start + r));
         }
     }
 }
 
 template <Layout A, Layout B, int N, typename Steps, typename Sources, typename Epilogue>
 __device__ __forceinline__ void product_of_columns(
-    int row, int rows, int column, int first, int columns, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
+    int row, int rows, int column, int first, int columns, int tokens, Steps steps, Sources operands, unsigned char* tiles,
+    Epilogue epilogue
 ) {
     Accumulators<N> sums;
 #pragma unroll
@@ -246,14 +261,14 @@ __device__ __forceinline__ void product_of_columns(
 #pragma unroll
         for (int j = 0; j < N / 2; ++j) sums[i][j] = 0.0f;
     accumulate<A, B, N>(sums, row, first, steps, operands, tiles);
-    finish<N>(sums, row, rows, column, first, columns, tiles, epilogue);
+    finish<N>(sums, row, rows, column, first, columns, tokens, tiles, epilogue);
 }
 
 // The tile of C at `row` and `column`, of `rows` and `columns`. Of a tile that a window of columns cuts, as many columns are computed
 // as reach from its first to its last, in parts of PART.
 template <Layout A, Layout B, typename Steps, typename Sources, typename Epilogue>
 __device__ __forceinline__ void product(
-    int row, int rows, int column, int columns, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
+    int row, int rows, int column, int columns, int tokens, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
 ) {
     if constexpr (Steps::IS_CUT) {
         int first = max(column, steps.run.window.start & -ALIGN);
@@ -264,10 +279,10 @@ __device__ __forceinline__ void product(
             unrolled<TILE_N / PART - 1>([&](auto i) {
                 constexpr int N = (i.value + 1) * PART;
                 if (parts * PART == N)
-                    product_of_columns<A, B, N>(row, rows, column, first, columns, steps, operands, tiles, epilogue);
+                    product_of_columns<A, B, N>(row, rows, column, first, columns, tokens, steps, operands, tiles, epilogue);
             });
             return;
         }
     }
-    product_of_columns<A, B, TILE_N>(row, rows, column, column, columns, steps, operands, tiles, epilogue);
+    product_of_columns<A, B, TILE_N>(row, rows, column, column, columns, tokens, steps, operands, tiles, epilogue);
 }

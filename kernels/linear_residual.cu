@@ -14,21 +14,6 @@ constexpr int COLUMNS = 64;
 constexpr int COLUMN_THREADS = 128;
 constexpr int COLUMN_BLOCKS = 5;  // of a multiprocessor
 
-// Of a sample's windows, for OUT_WIDTH columns from c on: a bit for each column inside.
-struct Inside {
-    int end = 0;  // rows of the batch from here on belong to other samples
-    unsigned int base, bypass, own;
-
-    __device__ static unsigned int bits(Window window, int c) {
-        unsigned int bits = 0;
-#pragma unroll
-        for (int e = 0; e < OUT_WIDTH; ++e) bits |= window.holds(c + e) << e;
-        return bits;
-    }
-};
-
-constexpr unsigned int ALL_COLUMNS = (1u << OUT_WIDTH) - 1;
-
 // What base and bypass hold of a row's columns.
 struct Kept {
     Vector<OUT_WIDTH> base, bypass;
@@ -54,62 +39,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fw
     int C
 ) {
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
-    Range written = window_of_rows(write_windows, row, rows, T);
     product<K_INNER, K_INNER>(
-        row, rows, column, C, windowed_columns(K, written, column),
+        row, rows, column, C, T, windowed_columns(K, window_of_rows(write_windows, row, rows, T), column),
         [=](int) { return Operands{{a, K, rows}, {weight, K, C}, K}; },
         tiles,
-        [=](int c) {
+        [=](int c, int sample) {
+            Window base_window(base_windows, sample), written(write_windows, sample);
+            Window bypass_window = bypass ? Window(bypass_windows, sample) : base_window;
+            Kept inside;  // bits of the columns that base and bypass pass
+            inside.base.set_bits([&](int e) { return base_window.holds(c + e); });
+            inside.bypass.set_bits([&](int e) { return !bypass_window.holds(c + e); });
+            bool base_passes = base_window.meets(c, OUT_WIDTH);
+            bool bypass_passes = bypass && !bypass_window.holds_all(c, OUT_WIDTH);
+            bool is_written = written.meets(c, OUT_WIDTH);
+            unsigned int own = 0;
+#pragma unroll
+            for (int e = 0; e < OUT_WIDTH; ++e) own |= written.holds(c + e) << e;
             Wide own_bias, own_gate;
+            const float* gates = gate + (long long)sample * modulation_stride;
             load_floats(own_bias.x, bias + c, true);
-            // The windows of row i's sample; rows come in their order.
-            auto enter = [=](Inside& inside, int i) {
-                if (i < inside.end) return false;
-                int b = i / T;
-                inside.end = (b + 1) * T;
-                inside.base = Inside::bits(Window(base_windows, b), c);
-                inside.bypass = bypass ? Inside::bits(Window(bypass_windows, b), c) : ALL_COLUMNS;
-                inside.own = Inside::bits(Window(write_windows, b), c);
-                return true;
-            };
-            Inside fetched, stored;
+            load_floats(own_gate.x, gates + c, is_aligned(gates));
             return epilogue_of(
-                [=](int i) mutable {
-                    enter(fetched, i);
-                    Kept kept;
+                [=](int i) {
+                    Kept kept = {};
                     long long at = (long long)i * C + c;
-                    if (fetched.base) kept.base.load(base + at);
-                    if (fetched.bypass != ALL_COLUMNS) kept.bypass.load(bypass + at);
+                    if (base_passes) kept.base.load(base + at);
+                    if (bypass_passes) kept.bypass.load(bypass + at);
                     return kept;
                 },
-                [=](int i, float (&value)[OUT_WIDTH], const Kept& kept) mutable {
-                    if (enter(stored, i)) {
-                        // One by one: the gate may start anywhere.
-#pragma unroll
-                        for (int e = 0; e < OUT_WIDTH; ++e)
-                            own_gate.x[e] = gate[(long long)(i / T) * modulation_stride + c + e];
-                    }
+                [=](int i, float (&value)[OUT_WIDTH], Kept kept) {
                     long long at = (long long)i * C + c;
                     Wide result, passed;
+                    kept.base.keep(inside.base);
+                    kept.bypass.keep(inside.bypass);
                     kept.base.unpack(result.x);
-                    if (stored.base != ALL_COLUMNS) {
+                    kept.bypass.unpack(passed.x);
 #pragma unroll
-                        for (int e = 0; e < OUT_WIDTH; ++e) result.x[e] = stored.base >> e & 1 ? result.x[e] : 0.0f;
+                    for (int e = 0; e < OUT_WIDTH; ++e) {
+                        value[e] += own_bias.x[e];
+                        result.x[e] += passed.x[e];
+                        float more = fmaf(own_gate.x[e], value[e], result.x[e]);
+                        result.x[e] = own >> e & 1 ? more : result.x[e];
                     }
-                    if (stored.own) {
-#pragma unroll
-                        for (int e = 0; e < OUT_WIDTH; ++e) {
-                            value[e] += own_bias.x[e];
-                            float more = fmaf(own_gate.x[e], value[e], result.x[e]);
-                            result.x[e] = stored.own >> e & 1 ? more : result.x[e];
-                        }
-                        if (z) store_wide(z + at, value);
-                    }
-                    if (stored.bypass != ALL_COLUMNS) {
-                        kept.bypass.unpack(passed.x);
-#pragma unroll
-                        for (int e = 0; e < OUT_WIDTH; ++e) result.x[e] += stored.bypass >> e & 1 ? 0.0f : passed.x[e];
-                    }
+                    if (z && is_written) store_wide(z + at, value);
                     store_wide(out + at, result.x);
                 }
             );
@@ -282,29 +254,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
     int C
 ) {
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
-    product<K_INNER, K_OUTER>(
-        row, rows, column, K, window_steps(window_of_rows(write_windows, row, rows, T)),
-        [=](int) { return Operands{{dz, C, rows}, {weight, K, K}, C}; },
-        tiles,
-        [=](int k) {
-            return epilogue_of(
-                [=](int i) {
-                    Vector<OUT_WIDTH> before;
-                    if (pre) before.load(pre + (long long)i * K + k);
-                    return before;
-                },
-                [=](int i, float (&value)[OUT_WIDTH], Vector<OUT_WIDTH> before) {
-                    if (pre) {
-                        Wide x;
-                        before.unpack(x.x);
+    auto all = [=](auto is_gelu) {
+        product<K_INNER, K_OUTER>(
+            row, rows, column, K, T, window_steps(window_of_rows(write_windows, row, rows, T)),
+            [=](int) { return Operands{{dz, C, rows}, {weight, K, K}, C}; },
+            tiles,
+            [=](int k, int) {
+                return epilogue_of(
+                    [=](int i) {
+                        Vector<OUT_WIDTH> before;
+                        if constexpr (decltype(is_gelu)::value) before.load(pre + (long long)i * K + k);
+                        return before;
+                    },
+                    [=](int i, float (&value)[OUT_WIDTH], Vector<OUT_WIDTH> before) {
+                        if constexpr (decltype(is_gelu)::value) {
+                            Wide x;
+                            before.unpack(x.x);
 #pragma unroll
-                        for (int e = 0; e < OUT_WIDTH; ++e) value[e] *= gelu_derivative(x.x[e]);
+                            for (int e = 0; e < OUT_WIDTH; ++e) value[e] *= gelu_derivative(x.x[e]);
+                        }
+                        store_wide(da + (long long)i * K + k, value);
                     }
-                    store_wide(da + (long long)i * K + k, value);
-                }
-            );
-        }
-    );
+                );
+            }
+        );
+    };
+    if (pre) all(Constant<1>());
+    else all(Constant<0>());
 }
 
 // dW = dz^T a over the samples whose windows meet the tile's rows; db = sums of dz.  Grid: tiles of [C, K].
@@ -323,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
 ) {
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
     product<K_OUTER, K_OUTER>(
-        row, C, column, K, MeetingRows<ROWS_OF_C>{write_windows, T, B * T, {row, min(row + TILE_M, C)}, 0, 0},
+        row, C, column, K, C, MeetingRows<ROWS_OF_C>{write_windows, T, B * T, {row, min(row + TILE_M, C)}, 0, 0},
         [=](int) { return Operands{{dz, C, C}, {a, K, K}, B * T}; },
         tiles, store_gradient(dweight, K, add)
     );

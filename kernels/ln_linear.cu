@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd_inac
 ) {
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
     product<K_INNER, K_INNER>(
-        row, 2 * B, column, N, all_of(0, C),
+        row, 2 * B, column, N, 2 * B, all_of(0, C),
         [=](int) { return Operands{{inactive, C, 2 * B}, {weight, C, N}, C}; },
         tiles, store_gradient(uv, N, 0)
     );
@@ -67,36 +67,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd(
     int N
 ) {
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
-    product<K_INNER, K_INNER>(
-        row, rows, column, N, window_steps(window_of_rows(windows, row, rows, T)),
-        [=](int) { return Operands{{h, C, rows}, {weight, C, N}, C}; },
-        tiles,
-        [=](int n) {
-            Wide own_bias, u, v;
-            load_floats(own_bias.x, bias + n, true);
-            int end = 0;  // rows from here on belong to other samples
-            return epilogue_of(
-                [=](int i) { return uv ? -mean[i] * rstd[i] : 0.0f; },
-                [=](int i, float (&value)[OUT_WIDTH], float r) mutable {
-                    if (uv && i >= end) {
-                        int sample = i / T;
-                        end = (sample + 1) * T;
-                        load_floats(u.x, uv + (long long)sample * 2 * N + n, true);
-                        load_floats(v.x, uv + ((long long)sample * 2 + 1) * N + n, true);
-                    }
+    auto all = [=](auto is_gelu) {
+        product<K_INNER, K_INNER>(
+            row, rows, column, N, T, window_steps(window_of_rows(windows, row, rows, T)),
+            [=](int) { return Operands{{h, C, rows}, {weight, C, N}, C}; },
+            tiles,
+            [=](int n, int sample) {
+                Wide constant, u = {};  // b + v
+                load_floats(constant.x, bias + n, true);
+                if (uv) {
+                    Wide v;
+                    load_floats(u.x, uv + (long long)sample * 2 * N + n, true);
+                    load_floats(v.x, uv + ((long long)sample * 2 + 1) * N + n, true);
 #pragma unroll
-                    for (int e = 0; e < OUT_WIDTH; ++e) value[e] += own_bias.x[e] + (uv ? fmaf(r, u.x[e], v.x[e]) : 0.0f);
-                    long long at = (long long)i * N + n;
-                    if (gelu_follows) {
-                        if (pre) store_wide(pre + at, value);
-#pragma unroll
-                        for (int e = 0; e < OUT_WIDTH; ++e) value[e] = gelu(value[e]);
-                    }
-                    store_wide(y + at, value);
+                    for (int e = 0; e < OUT_WIDTH; ++e) constant.x[e] += v.x[e];
                 }
-            );
-        }
-    );
+                return epilogue_of(
+                    [=](int i) { return uv ? -mean[i] * rstd[i] : 0.0f; },
+                    [=](int i, float (&value)[OUT_WIDTH], float r) {
+                        long long at = (long long)i * N + n;
+#pragma unroll
+                        for (int e = 0; e < OUT_WIDTH; ++e) value[e] = fmaf(r, u.x[e], value[e] + constant.x[e]);
+                        if constexpr (decltype(is_gelu)::value) {
+                            if (pre) store_wide(pre + at, value);
+#pragma unroll
+                            for (int e = 0; e < OUT_WIDTH; ++e) value[e] = gelu(value[e]);
+                        }
+                        store_wide(y + at, value);
+                    }
+                );
+            }
+        );
+    };
+    if (gelu_follows) all(Constant<1>());
+    else all(Constant<0>());
 }
 
 // g = dy gelu'(pre), in place, where nobody did it on the way.  Grid: ceil(n / (256 WIDTH)) blocks of 256 threads.
@@ -170,10 +174,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_inpu
         if (column >= window.end || column + TILE_N <= window.start) return;
     }
     product<K_INNER, K_OUTER>(
-        row, rows, column, C, windowed_columns(N, window, column),
+        row, rows, column, C, T, windowed_columns(N, window, column),
         [=](int) { return Operands{{is_pq ? pq : g, N, rows}, {weight, C, C}, N}; },
         tiles,
-        [=](int c) {
+        [=](int c, int) {
             return epilogue_of([=](int i, float (&value)[OUT_WIDTH]) {
                 if (is_pq) store_floats(inactive_grads + (long long)i * C + c, value, true);
                 else store_wide(dh + (long long)i * C + c, value);
@@ -262,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weig
         return sum_rows(dbias, g, part * BIAS_COLUMNS, add, B * T, N, tiles);
     }
     product<K_OUTER, K_OUTER>(
-        row, N, column, C,
+        row, N, column, C, N,
         MeetingRows<COLUMNS_OF_C>{windows, T, B * T, {column, min(column + TILE_N, C)}, pq ? SPLIT : 0, 2 * B},
         [=](int source) {
             if (source == 0) return Operands{{g, N, N}, {h, C, C}, B * T};
