@@ -13,7 +13,8 @@
 // in memory: the kernels that write windowed activations promise that. What it covers beyond `limit` is read as zero.
 //
 // A block has THREADS threads and computes TILE_M x TILE_N. `epilogue(column, sample)` is called for OUT_WIDTH columns of a thread and
-// returns an Epilogue, which is given them for rows of that sample.
+// returns an Epilogue, which is given them for rows of that sample; `tokens` rows are a sample's, all of them where the epilogue does not
+// ask.
 #pragma once
 
 #include "gemm_steps.cuh"
@@ -37,7 +38,7 @@ struct Nothing {};
 // Without anything to read.
 template <typename Store>
 __device__ __forceinline__ auto epilogue_of(Store store) {
-    return epilogue_of([](int) { return Nothing{}; }, [=](int i, float (&value)[OUT_WIDTH], Nothing) mutable { store(i, value); });
+    return epilogue_of([](int) { return Nothing{}; }, [=](int i, float (&value)[OUT_WIDTH], Nothing) { store(i, value); });
 }
 
 #if defined(WGMMA)

@@ -262,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
             [=](int k, int) {
                 return epilogue_of(
                     [=](int i) {
-                        Vector<OUT_WIDTH> before;
+                        Vector<OUT_WIDTH> before = {};
                         if constexpr (decltype(is_gelu)::value) before.load(pre + (long long)i * K + k);
                         return before;
                     },

@@ -75,8 +75,8 @@ pub struct Learner {
     pub updates: u64,
     /// Buffers of the model's passes.
     pub memory: Memory,
-    /// Where everything is while training on a CUDA device: `weights`, `ema`, `m` and `v` here are then as old as the last
-    /// [`Learner::fetch`], arbitrary before the first, and `grads` is empty.
+    /// Where everything is while training on a CUDA device: `weights`, `ema`, `m` and `v` here are then as old as when they
+    /// were last fetched, arbitrary before the first time, and `grads` is empty.
     pub on_device: Option<DeviceState>,
     x_t: Vec<f32>,
     d_out: Vec<f32>,
@@ -94,7 +94,7 @@ impl Learner {
     /// [`Learner::new`] on a CUDA device, for products in `elem`.
     ///
     /// # Errors
-    /// When it does not fit, or the model has sizes that the kernels do not take.
+    /// When it does not fit, or the device fails.
     pub fn on_device(
         dit: Dit,
         schedule: Schedule,

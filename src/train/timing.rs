@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Steps that are not timed: kernels are compiled, and the step is captured as a graph.
+/// Steps that are not timed: memory is planned, and the step is captured as a graph.
 const WARM_UP: usize = 3;
 
 /// What was measured.

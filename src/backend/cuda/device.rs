@@ -317,16 +317,20 @@ impl Device {
         Ok(function)
     }
 
-    /// Makes the kernels of `launches` ready, on all threads: one after the other, as they are launched, a compiler that has
-    /// not seen them takes half a minute.
+    /// Makes the kernels of `launches` ready, compiled on all threads: one after the other, as they are launched, those that are
+    /// not kept from an earlier time take half a minute.
     ///
     /// # Errors
     /// When one does not compile, or the device refuses it.
     pub fn prepare(&self, launches: &[Recorded]) -> Result<()> {
         let Some(driver) = self.running()? else { return Ok(()) };
-        let keys: HashSet<ModuleKey> = launches.iter().map(Recorded::module).collect();
+        let mut keys: HashSet<ModuleKey> = launches.iter().map(Recorded::module).collect();
+        let lock = || self.modules.lock().unwrap_or_else(|e| e.into_inner());
+        let loaded = lock();
+        keys.retain(|key| !loaded.contains_key(key));
+        drop(loaded);
         let compiled = self.compile_all(keys)?;
-        let mut modules = self.modules.lock().unwrap_or_else(|e| e.into_inner());
+        let mut modules = lock();
         for (key, compiled) in compiled {
             let module = self.load(driver, key.0, compiled)?;
             modules.entry(key).or_insert(Loaded { module, functions: HashMap::new() });
@@ -337,7 +341,8 @@ impl Device {
     /// Compiles modules on all threads.
     pub(crate) fn compile_all(&self, keys: HashSet<ModuleKey>) -> Result<Vec<(ModuleKey, nvrtc::Compiled)>> {
         let mut keys: Vec<ModuleKey> = keys.into_iter().collect();
-        // The longest first, one at a time: else a thread ends with seconds of work that no other helps it with.
+        // Files of products are the longest, and first; one at a time: else a thread ends with seconds of work that no other
+        // helps it with.
         keys.sort_by_key(|(file, ..)| std::cmp::Reverse(nvrtc::source(file).map_or(0, str::len)));
         let compiled = keys.into_par_iter().with_max_len(1).map(|key| {
             let compiled = self.compile(&key)?;
