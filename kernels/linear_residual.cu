@@ -254,6 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
     int C
 ) {
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
+    // Two products in one kernel: a branch in each row would keep the rows apart.
     auto all = [=](auto is_gelu) {
         product<K_INNER, K_OUTER>(
             row, rows, column, K, T, window_steps(window_of_rows(write_windows, row, rows, T)),

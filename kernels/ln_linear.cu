@@ -67,6 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd(
     int N
 ) {
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
+    // Two products in one kernel: a branch in each row would keep the rows apart.
     auto all = [=](auto is_gelu) {
         product<K_INNER, K_INNER>(
             row, rows, column, N, T, window_steps(window_of_rows(windows, row, rows, T)),
