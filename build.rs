@@ -90,8 +90,10 @@ fn kernels(file: &str, text: &str) -> String {
 /// A parameter as an entry of the table: its name and what may be given for it.
 fn parameter(text: &str) -> Option<String> {
     let spaced = text.replace('*', " * ");
-    let words: Vec<&str> =
-        spaced.split_whitespace().filter(|w| !matches!(*w, "const" | "__restrict__" | "volatile")).collect();
+    let words: Vec<&str> = spaced
+        .split_whitespace()
+        .filter(|w| !matches!(*w, "const" | "__restrict__" | "volatile" | "__grid_constant__"))
+        .collect();
     let (name, kind) = words.split_last()?;
     let kind = match kind {
         ["elem", "*"] => "Buffer(None)",
@@ -100,6 +102,7 @@ fn parameter(text: &str) -> Option<String> {
         ["bf16", "*"] => "Buffer(Some(DType::Bf16))",
         ["int", "*"] => "Buffer(Some(DType::I32))",
         ["unsigned", "int", "*"] => "Buffer(Some(DType::U32))",
+        ["TensorMap"] => "Map",
         ["int"] => "I32",
         ["unsigned", "int"] => "U32",
         ["float"] => "F32",

@@ -18,6 +18,7 @@
 use dtr_fused::backend::cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use dtr_fused::backend::cuda::{Buffer, DType, Device, Element, load_driver};
 use dtr_fused::ops::ln_linear::Activation;
+use dtr_fused::ops::ln_linear::cuda::Shares;
 use dtr_fused::ops::{attention, linear_residual, ln_linear};
 use dtr_fused::rng::{Philox, Stream};
 use dtr_fused::routing::Window;
@@ -137,6 +138,11 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     let (dx, da) = (room.bf16(B * T * C)?, room.bf16(B * T * C)?);
     let (dw_proj, db_proj) = (room.f32(C * C)?, room.f32(C)?);
     let (dz, dz_sums) = (room.bf16(B * T * C)?, room.f32(B * C)?);
+    // The gradients of weights are shared out evenly, for the windows at hand.
+    let lengths = linear_residual::cuda::shares_len(&device, DType::Bf16, proj_dims);
+    let plan = linear_residual::cuda::plan(&device, DType::Bf16, proj_dims, &[Window::all(C); B])?;
+    let (plan, parts) = (stream.clone_htod(&plan)?, room.f32(lengths.parts)?);
+    let counters = stream.alloc_zeros::<u32>(linear_residual::cuda::counters_len(&device, DType::Bf16, proj_dims))?;
     linear_residual::cuda::backward(
         &device,
         linear_residual::cuda::Gradients {
@@ -150,7 +156,12 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
             dbias: room.of(&db_proj)?,
             add: false,
         },
-        linear_residual::cuda::Scratch { dz: room.of(&dz)?, dz_sums: room.of(&dz_sums)? },
+        linear_residual::cuda::Scratch {
+            dz: room.of(&dz)?,
+            dz_sums: room.of(&dz_sums)?,
+            counters: room.of(&counters)?,
+            shares: Shares { plan: room.of(&plan)?, parts: room.of(&parts)? },
+        },
         dy,
         room.of(&a)?,
         no_gelu,
@@ -169,7 +180,11 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     let (dh, pq) = (room.bf16(B * T * C)?, room.bf16(ln_linear::cuda::pq_len(qkv_dims, DType::Bf16))?);
     let (q, dr) = (room.f32(B * 3 * C)?, room.f32(ln_linear::cuda::dr_len(qkv_dims))?);
     let inactive_grads = room.f32(ln_linear::cuda::inactive_grads_len(qkv_dims, DType::Bf16))?;
-    let (sums, finished) = (room.f32(ln_linear::cuda::sums_len(qkv_dims))?, stream.alloc_zeros::<u32>(B)?);
+    let sums = room.f32(ln_linear::cuda::sums_len(qkv_dims))?;
+    let lengths = ln_linear::cuda::shares_len(&device, DType::Bf16, qkv_dims, false);
+    let plan = ln_linear::cuda::plan(&device, DType::Bf16, qkv_dims, &host.windows, false)?;
+    let (plan, parts) = (stream.clone_htod(&plan)?, room.f32(lengths.parts)?);
+    let counters = stream.alloc_zeros::<u32>(ln_linear::cuda::counters_len(&device, DType::Bf16, qkv_dims, false))?;
     ln_linear::cuda::backward(
         &device,
         ln_linear::cuda::Gradients {
@@ -188,7 +203,8 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
             dr: room.of(&dr)?,
             inactive_grads: room.of(&inactive_grads)?,
             sums: room.of(&sums)?,
-            finished: room.of(&finished)?,
+            counters: room.of(&counters)?,
+            shares: Shares { plan: room.of(&plan)?, parts: room.of(&parts)? },
         },
         of_dqkv,
         inputs,

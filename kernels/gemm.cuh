@@ -1,6 +1,6 @@
 // The product that every linear layer is made of:  C[i, j] = sum over k of A(i, k) B(k, j).
 //
-//   gemm_wgmma.cuh   bf16 on sm_90: wgmma by two groups of four warps
+//   gemm_wgmma.cuh   bf16 on sm_90: wgmma by groups of four warps
 //   gemm_mma.cuh     bf16 elsewhere: mma.sync m16n8k16
 //   gemm_fma.cuh     f32: plain FMA
 //
@@ -10,13 +10,18 @@
 //
 // The reduction runs over chunks of TILE_K. `Steps` says which, as runs of chunks that contribute to the same window of C: the
 // channels of a window, or the rows of the samples whose windows meet the tile. What a chunk covers beyond a window is zero
-// in memory: the kernels that write windowed activations promise that. What it covers beyond `limit` is read as zero.
+// in memory: the kernels that write windowed activations promise that. What it covers beyond `limit`, or by wgmma beyond the operands'
+// maps, is read as zero.
 //
-// A block has THREADS threads and computes TILE_M x TILE_N. `epilogue(column, sample)` is called for OUT_WIDTH columns of a thread and
+// product(..) is a tile of TILE_M x TILE_N by a block of THREADS threads. each_tile(..) calls its argument with the tiles of a matrix, and
+// with what computes one in place of product(..), by a block of TILES_THREADS. `epilogue(column, sample)` is called for OUT_WIDTH columns of a thread and
 // returns an Epilogue, which is given them for rows of that sample; `tokens` rows are a sample's, all of them where the epilogue does not
 // ask.
+//
+// Several blocks may share a tile's reduction: `others.complete(sums)` is called before the epilogue (gemm_shares.cuh).
 #pragma once
 
+#include "gemm_shares.cuh"
 #include "gemm_steps.cuh"
 
 // What becomes of a row's sums. `fetch(row)` reads what `store(row, sums, fetched)` needs: where registers allow it (wgmma), of several
@@ -41,6 +46,9 @@ __device__ __forceinline__ auto epilogue_of(Store store) {
     return epilogue_of([](int) { return Nothing{}; }, [=](int i, float (&value)[OUT_WIDTH], Nothing) { store(i, value); });
 }
 
+// Shared memory of a product.
+extern __shared__ __align__(1024) unsigned char tiles[];
+
 #if defined(WGMMA)
 #include "gemm_wgmma.cuh"
 #elif defined(ELEM_BF16)
@@ -49,20 +57,36 @@ __device__ __forceinline__ auto epilogue_of(Store store) {
 #include "gemm_fma.cuh"
 #endif
 
-// Shared memory of a product: SHARED_BYTES.
-extern __shared__ __align__(1024) unsigned char tiles[];
-
 #ifndef WGMMA
 // The tile of C at `row` and `column`, of `rows` and `columns`, `tokens` rows a sample, over the chunks of `steps`, where
 // `operands(source)` says of what.
-template <Layout A, Layout B, typename Steps, typename Sources, typename Epilogue>
+template <Layout A, Layout B, typename Steps, typename Sources, typename Epilogue, typename Parts = NoParts>
 __device__ __forceinline__ void product(
-    int row, int rows, int column, int columns, int tokens, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
+    int row, int rows, int column, int columns, int tokens, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue,
+    Parts others = {}
 ) {
     Accumulators sums;
     clear(sums);
     accumulate<A, B>(sums, row, column, steps, operands, tiles);
+    if (!others.complete(sums)) return;
     finish(sums, row, rows, column, columns, tokens, tiles, epilogue);
+}
+
+template <Layout A, Layout B>
+struct Product {
+    template <typename Steps, typename Sources, typename Epilogue>
+    __device__ __forceinline__ void operator()(
+        int row, int rows, int column, int columns, int tokens, const Steps& steps, Sources operands, Epilogue epilogue
+    ) {
+        product<A, B>(row, rows, column, columns, tokens, steps, operands, tiles, epilogue);
+    }
+};
+
+// A block for each tile.
+template <Layout A, Layout B, typename Each>
+__device__ __forceinline__ void each_tile(int, int, Each each) {
+    Product<A, B> product;
+    each(blockIdx.y * TILE_M, blockIdx.x * TILE_N, product);
 }
 #endif
 
@@ -77,10 +101,11 @@ __device__ __forceinline__ void load_wide(float (&x)[OUT_WIDTH], const elem* fro
     vector.unpack(x);
 }
 
-__device__ __forceinline__ void store_wide(elem* to, const float (&x)[OUT_WIDTH]) {
+__device__ __forceinline__ void store_wide(elem* to, const float (&x)[OUT_WIDTH], bool is_stored = true) {
     Vector<OUT_WIDTH> vector;
+    // Before the question, so that a predicate answers it, and no branch.
     vector.pack(x);
-    vector.store(to);
+    if (is_stored) vector.store(to);
 }
 
 // The epilogue of weight gradients [rows, columns]:  = or +=.

@@ -18,14 +18,15 @@ enum Layout { K_INNER, K_OUTER };
 #if defined(ELEM_BF16) && defined(__CUDA_ARCH_FEAT_SM90_ALL) && TILE_M * TILE_N > 64 * 64
 #define WGMMA
 constexpr int TILE_K = 64;
-constexpr int THREADS = 256;
+constexpr int THREADS = TILE_M * 2;          // that multiply: a group of 128 for 64 rows
+constexpr int TILES_THREADS = 2 * THREADS;  // of a kernel of many tiles
 constexpr int BLOCKS = 1;
-constexpr int STAGES = (227 << 10) / ((TILE_M + TILE_N) * TILE_K * 2);  // as many as shared memory holds
 constexpr int PART = 64;   // columns that a tile is cut by
 constexpr int ALIGN = 16;  // channels: a row's copies start with a sector of 32 bytes
 #else
 constexpr int TILE_K = 32;
 constexpr int THREADS = 128;
+constexpr int TILES_THREADS = THREADS;
 constexpr int STAGES = 3;
 constexpr int BLOCKS = TILE_M * TILE_N > 64 * 64 ? 0 : 4;
 constexpr int PART = 16;  // rows and columns of the parts of a tile that are left out
@@ -44,6 +45,8 @@ struct Operand {
     const elem* data;
     long long stride;  // elements from one row in memory to the next
     int count;
+    const TensorMap* map;  // for tensor copies
+    int k = 0;             // where k starts in the map
 };
 
 // Both operands, k below `limit`.
@@ -80,6 +83,7 @@ struct OneRun {
     static constexpr bool IS_CUT = SIDE == COLUMNS_OF_C;  // the same columns for all of the reduction
     static constexpr bool IS_ONE_RUN = true;
     Run run;
+    __device__ int chunks() const { return (max(run.end - run.k, 0) + TILE_K - 1) / TILE_K; }
     __device__ Run first() const { return run; }
     __device__ Run after(Run) const { return Run{0, 0, {0, 0}, false, 0}; }
 };
@@ -112,8 +116,9 @@ __device__ __forceinline__ Range window_of_rows(const int* windows, int row, int
 // The reduction over the channels of a window, from an aligned one on.
 __device__ __forceinline__ OneRun<NEITHER> window_steps(Range window) { return all_of(window.start & -ALIGN, window.end); }
 
-// The reduction over the rows [B T] of a batch that leaves out samples whose windows miss the tile's channels, start .. end,
-// which are its rows or its columns. Then, over all of `more_rows` rows of `more` other pairs of operands.
+// The reduction over the rows first_row .. end of a batch that leaves out samples whose windows miss the tile's channels, start .. end,
+// which are its rows or its columns; both are multiples of TILE_K, or the end of the batch. Then, over all of
+// `more_rows` rows of `more` other pairs of operands.
 template <Side SIDE>
 struct MeetingRows {
     static constexpr Side WINDOWED = SIDE;
@@ -121,16 +126,28 @@ struct MeetingRows {
     static constexpr bool IS_ONE_RUN = false;
     const int* windows;
     int tokens;
-    int end;  // B T
+    int rows;  // B T
+    int first_row;
+    int end;
     Range channels;
     int more;
     int more_rows;
 
     // The window of the samples that chunk k holds rows of.
-    __device__ Range window(int k) const { return union_of(windows, k / tokens, (min(k + TILE_K, end) - 1) / tokens); }
+    __device__ Range window(int k) const { return union_of(windows, k / tokens, (min(k + TILE_K, rows) - 1) / tokens); }
 
     __device__ bool holds(Range window) const { return window.start <= channels.start && channels.end <= window.end; }
     __device__ bool meets(Range window) const { return window.start < channels.end && window.end > channels.start; }
+
+    // How many, by all lanes of a warp, where a chunk is left out if all of its samples' windows miss the tile.
+    __device__ int chunks() const {
+        int count = more * ((more_rows + TILE_K - 1) / TILE_K);
+        for (int k = first_row; k < end; k += 32 * TILE_K) {
+            int own = k + threadIdx.x % 32 * TILE_K;
+            count += __popc(__ballot_sync(0xffffffffu, own < end && meets(window(own))));
+        }
+        return count;
+    }
 
     // The run that starts with the first chunk from k on that some sample in it needs.
     __device__ Run from(int k) const {
@@ -151,6 +168,7 @@ struct MeetingRows {
                     // To the last chunk that lies in that chunk's first sample alone.
                     run.end = max(run.end + TILE_K, (run.end / tokens + 1) * tokens / TILE_K * TILE_K);
                 }
+                run.end = min(run.end, end);
                 return run;
             }
             // All of them miss: on with the chunk that holds the next sample's first row.
@@ -159,7 +177,7 @@ struct MeetingRows {
         return Run{0, more > 0 ? more_rows : 0, channels, true, 1};
     }
 
-    __device__ Run first() const { return from(0); }
+    __device__ Run first() const { return from(first_row); }
     __device__ Run after(Run run) const {
         return run.source == 0 ? from(run.end) : Run{0, run.source < more ? more_rows : 0, channels, true, run.source + 1};
     }

@@ -1,26 +1,36 @@
-// The product by wgmma (gemm.cuh): two groups of four warps compute half of the tile's rows each, straight from shared memory.
+// The product by wgmma (gemm.cuh): groups of four warps compute 64 of the tile's rows each, straight from shared memory.
 //
-// Shared memory holds STAGES pairs of tiles, filled by 16-byte cp.async. A tile is made of squares of 64 by 64, 128 bytes a row,
-// whose 16-byte pieces lie where the 128-byte swizzle wants them: of rows along i with k contiguous (K_INNER), or of rows along k
-// with i contiguous (K_OUTER). While a chunk is multiplied, the one before it may still be, and the next STAGES - 2 are copied.
+// A ring of stages in shared memory holds chunks of both operands, copied by one thread in squares of 64 by 64 (TMA): 128 bytes a row,
+// in the 128-byte swizzle; of rows along i with k contiguous (K_INNER), or of rows along k with i contiguous (K_OUTER). A barrier of a
+// stage says that its chunk is there. While a chunk is multiplied, the one before it may still be, and the others are copied.
+//
+// product(..) computes a tile with all of a block's threads. Under each_tile(..) a block goes over many tiles, and half of its threads
+// finish one while the other half multiplies the next.
 #pragma once
 
+#include "gemm_shares.cuh"
 #include "gemm_steps.cuh"
 
-constexpr int GROUP_M = TILE_M / 2, PARTS_M = GROUP_M / 64;  // rows of a group, 64 for each instruction
-constexpr int STEP_K = 16, STEPS = TILE_K / STEP_K;          // k of an instruction
-constexpr int SQUARE_BYTES = 64 * 128;
-constexpr int TILE_A_BYTES = TILE_M * TILE_K * 2;
-constexpr int STAGE_BYTES = TILE_A_BYTES + TILE_N * TILE_K * 2;
-constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
-constexpr int AHEAD = STAGES - 2;  // chunks that are copied while one is multiplied
+constexpr int SQUARE = 64, SQUARE_BYTES = SQUARE * 128;
+constexpr int STEP_K = 16, STEPS = TILE_K / STEP_K;  // k of an instruction
+constexpr int TILE_A_BYTES = TILE_M / SQUARE * SQUARE_BYTES;
+constexpr int STAGE_BYTES = TILE_A_BYTES + TILE_N / SQUARE * SQUARE_BYTES;
+constexpr int SHARED = 227 << 10;  // of a block
+constexpr int BARRIER_BYTES = 8;
+constexpr int STAGES = SHARED / (STAGE_BYTES + BARRIER_BYTES);
+static_assert(STAGES * (STAGE_BYTES + BARRIER_BYTES) + 1024 <= SHARED, "room for a piece of a plan, rounded up");
+// Under each_tile: sums that are handed over, and the stages for which there is room beside them.
+constexpr int SUMS_PITCH = TILE_N + 8;  // floats: four rows of a quarter of the banks each
+constexpr int SUMS_BYTES = TILE_M * SUMS_PITCH * 4;
+constexpr int FEWER_STAGES = (SHARED - SUMS_BYTES) / (STAGE_BYTES + BARRIER_BYTES);
+constexpr int MULTIPLY_REGISTERS = 152, FINISH_REGISTERS = 104;  // of a thread: 65536 of 2 x 256
 
-// Of N columns, for each part of 64 rows: two columns of a lane's row and two of the row 8 below, then the same 8 columns on.
+// Of N columns: two columns of a lane's row and two of the row 8 below, then the same 8 columns on.
 template <int N>
-using Accumulators = float[PARTS_M][N / 2];
+using Accumulators = float[N / 2];
 
-// What this thread wrote to shared memory is there for wgmma, which reads by another way.
-__device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// What this thread wrote to shared memory is there for wgmma and for tensor copies, which come by another way.
+__device__ __forceinline__ void fence_for_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first product, and after the accumulators were written.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -32,6 +42,18 @@ template <int N>
 __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+
+// Barriers of warps. Waits until all `threads` have come here or to `arrive_at`.
+__device__ __forceinline__ void meet_at(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void arrive_at(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Of the groups that multiply; of a pair that hands sums over, when their place is free and when they are there.
+constexpr int MULTIPLYING = 1, FREE = 2, THERE = 4;
 
 // How wgmma finds a tile: squares SQUARE_BYTES apart, of which 8 rows are 1024 bytes, with the 128-byte swizzle. The low half of the
 // descriptor has the place, in units of 16 bytes; the high half is the same for all.
@@ -71,139 +93,114 @@ __device__ __forceinline__ void multiply(float* d, unsigned int a, unsigned int 
 template <Layout LAYOUT>
 constexpr int STEP_BYTES = LAYOUT == K_INNER ? STEP_K * 2 : STEP_K * 128;
 
-// What one thread copies of an operand's tiles, from the next chunk on.
-template <Layout LAYOUT, int EXTENT>
-struct Copier {
-    static constexpr int COPIES = EXTENT / 32;  // of all THREADS: 32 rows of a square
-    const unsigned char* from[COPIES];
-    long long chunk_stride;  // bytes from one chunk to the next
-    unsigned int to;
-    int own_k;  // along k, in the chunk, of the first copy
+// Where the chunks of a run are.
+struct Maps {
+    const TensorMap *a, *b;
+    int k_a, k_b;  // where k starts in them
+};
 
-    // Rows and columns beyond the matrix are replaced by others: their products are never stored.
-    __device__ Copier(Operand operand, int origin, int k, unsigned int shared) {
-        int piece = threadIdx.x % 8, row = threadIdx.x / 8;
-        to = shared + row * 128 + (piece ^ row & 7) * 16;
-        own_k = LAYOUT == K_INNER ? piece * 8 : row;
-        chunk_stride = TILE_K * 2 * (LAYOUT == K_INNER ? 1 : operand.stride);
+__device__ __forceinline__ Maps maps_of(const Operands& operands) {
+    return {operands.a.map, operands.b.map, operands.a.k, operands.b.k};
+}
+
+// Chunks of a product on their way through a ring of COUNT stages.
+template <Layout A, Layout B, int COUNT>
+struct Ring {
+    unsigned int tiles, barriers;               // in shared memory
+    unsigned int writing = 0;                   // the stage of the chunk that is copied next
+    unsigned int reading = 0, round = 0;        // that is multiplied next
+
+    // The barriers come after the stages and `room` bytes.
+    __device__ Ring(unsigned char* memory, int room = 0)
+        : tiles(shared_address(memory)), barriers(tiles + COUNT * STAGE_BYTES + room) {}
+
+    // By all threads, before any of them copies or waits.
+    __device__ void begin() const {
+        if (threadIdx.x < COUNT) begin_barrier(barriers + threadIdx.x * BARRIER_BYTES, 1);
+        fence_for_tensor_cores();
+        __syncthreads();
+    }
+
+    // By all threads, after the last has waited.
+    __device__ void end() const {
+        __syncthreads();
+        if (threadIdx.x < COUNT) end_barrier(barriers + threadIdx.x * BARRIER_BYTES);
+    }
+
+    // By one thread: starts the copy of the chunk at k, of N columns.
+    template <int N>
+    __device__ __forceinline__ void copy(const Maps& maps, int row, int column, int k) {
+        unsigned int barrier = barriers + writing * BARRIER_BYTES, to = tiles + writing * STAGE_BYTES;
+        arrive_expecting(barrier, TILE_A_BYTES + N / SQUARE * SQUARE_BYTES);
+        copy_squares<A, TILE_M>(to, maps.a, row, maps.k_a + k, barrier);
+        copy_squares<B, N>(to + TILE_A_BYTES, maps.b, column, maps.k_b + k, barrier);
+        writing = writing == COUNT - 1 ? 0 : writing + 1;
+    }
+
+    template <Layout LAYOUT, int EXTENT>
+    __device__ __forceinline__ static void copy_squares(unsigned int to, const TensorMap* map, int i, int k, unsigned int barrier) {
 #pragma unroll
-        for (int c = 0; c < COPIES; ++c) {
-            int i = origin + (LAYOUT == K_INNER ? row + c * 32 : c / 2 * 64 + piece * 8);
-            const elem* at = LAYOUT == K_INNER ? operand.data + min(i, operand.count - 1) * operand.stride + piece * 8 + k
-                                               : operand.data + (row + c % 2 * 32 + k) * operand.stride
-                                                     + min(i, (operand.count - 1) & ~7);
-            from[c] = (const unsigned char*)at;
+        for (int square = 0; square < EXTENT / SQUARE; ++square) {
+            int at = i + square * SQUARE;
+            copy_box(to + square * SQUARE_BYTES, map, LAYOUT == K_INNER ? k : at, LAYOUT == K_INNER ? at : k, barrier);
         }
     }
 
-    // The next chunk, at k, with zeros from `limit` on.
-    __device__ void copy(int limit, int k, unsigned int stage) {
-        unsigned int target = to + stage;
-        if (k + TILE_K <= limit)
-            unrolled<COPIES>([&](auto c) { copy_async<c.value * 32 * 128>(target, from[c.value]); });
-        else
-            unrolled<COPIES>([&](auto c) {
-                int bytes = k + own_k + (LAYOUT == K_INNER ? 0 : c.value % 2 * 32) < limit ? 16 : 0;
-                copy_async_or_zeros<c.value * 32 * 128>(target, from[c.value], bytes);
-            });
+    // sums += A B over the next `chunks` chunks, for 64 rows and N columns, by THREADS in groups; `start_copy` copies one more.
+    template <int N, typename StartCopy>
+    __device__ __forceinline__ void multiply_chunks(Accumulators<N>& sums, int chunks, int group, StartCopy start_copy) {
+        unsigned int tile_a = descriptor(tiles + group * SQUARE_BYTES), tile_b = descriptor(tiles + TILE_A_BYTES);
+#pragma unroll 1
+        for (int c = 0; c < chunks; ++c) {
+            wait_for(barriers + reading * BARRIER_BYTES, round);
+            begin_products();
+            unsigned int stage = reading * (STAGE_BYTES >> 4);
 #pragma unroll
-        for (int c = 0; c < COPIES; ++c) from[c] += LAYOUT == K_INNER ? TILE_K * 2 : chunk_stride;
+            for (int step = 0; step < STEPS; ++step)
+                multiply<N, A == K_OUTER, B == K_OUTER>(
+                    sums, tile_a + stage + (step * STEP_BYTES<A> >> 4), tile_b + stage + (step * STEP_BYTES<B> >> 4)
+                );
+            commit_products();
+            if (++reading == COUNT) reading = 0, round ^= 1;
+            // The chunk before is multiplied, by all groups: its place is free.
+            wait_products<1>();
+            meet_at(MULTIPLYING, THREADS);
+            if (threadIdx.x == 0) start_copy();
+            __syncwarp();
+        }
+        wait_products<0>();
     }
 };
 
-// sums += A B over the chunks of `steps`, where `operands(source)` says of what, for N columns from `column` on.
-template <Layout A, Layout B, int N, typename Steps, typename Sources>
-__device__ __forceinline__ void accumulate(
-    Accumulators<N>& sums, int row, int column, Steps steps, Sources operands, unsigned char* tiles
-) {
-    unsigned int shared = shared_address(tiles);
-    // From a lane, so that the compiler sees that it is the same for all.
-    int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-    unsigned int tile_a = descriptor(shared + group * (PARTS_M * SQUARE_BYTES)), tile_b = descriptor(shared + TILE_A_BYTES);
-    Run run = steps.first();
-    int k = run.k;
-    Operands of_run = operands(run.source);
-    int limit = of_run.limit;
-    Copier<A, TILE_M> copier_a(of_run.a, row, k, shared);
-    Copier<B, N> copier_b(of_run.b, column, k, shared + TILE_A_BYTES);
-    // Starts the copy of the next chunk, and says whether there is one.
-    auto start_copy = [&](unsigned int stage) {
-        if (!Steps::IS_ONE_RUN && k >= run.end && !run.empty()) {
-            run = steps.after(run);
-            k = run.k;
-            Operands of_run = operands(run.source);
-            limit = of_run.limit;
-            copier_a = Copier<A, TILE_M>(of_run.a, row, k, shared);
-            copier_b = Copier<B, N>(of_run.b, column, k, shared + TILE_A_BYTES);
-        }
-        bool there = k < run.end;
-        if (there) {
-            copier_a.copy(limit, k, stage);
-            copier_b.copy(limit, k, stage);
-            k += TILE_K;
-        }
-        commit_copies();
-        return there;
-    };
-    auto next = [](unsigned int stage) { return stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES; };
-
-    bool there[AHEAD];
-    unsigned int reading = 0, writing = 0;
+template <int N>
+__device__ __forceinline__ void clear(Accumulators<N>& sums) {
 #pragma unroll
-    for (int c = 0; c < AHEAD; ++c) {
-        there[c] = start_copy(writing);
-        writing = next(writing);
-    }
-    // A vote, so that the compiler sees that all threads go the same way.
-#pragma unroll 1
-    while (__any_sync(0xffffffffu, there[0])) {
-        wait_copies<AHEAD - 1>();
-        fence_for_products();
-        wait_products<1>();
-        // The chunk is there for every warp, and every warp is done with the one whose place the next copy takes.
-        __syncthreads();
-        begin_products();
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-#pragma unroll
-            for (int i = 0; i < PARTS_M; ++i)
-                multiply<N, A == K_OUTER, B == K_OUTER>(
-                    sums[i], tile_a + (reading >> 4) + (step * STEP_BYTES<A> + i * SQUARE_BYTES >> 4),
-                    tile_b + (reading >> 4) + (step * STEP_BYTES<B> >> 4)
-                );
-        commit_products();
-        bool last = start_copy(writing);
-#pragma unroll
-        for (int c = 0; c + 1 < AHEAD; ++c) there[c] = there[c + 1];
-        there[AHEAD - 1] = last;
-        reading = next(reading);
-        writing = next(writing);
-    }
-    wait_products<0>();
-    // Copies that nobody waits for would land in what comes next.
-    wait_copies<0>();
-    __syncthreads();
+    for (int j = 0; j < N / 2; ++j) sums[j] = 0.0f;
 }
 
-// Calls the epilogue for OUT_WIDTH columns of every row inside the matrix: of all TILE_N columns from `column` on, of which `sums`
-// are N from `first` on; what the epilogue gets for the others is not defined. Each warp turns its sums through shared memory, so
-// that lanes side by side hold a row.
-template <int N, typename Epilogue>
-__device__ __forceinline__ void finish(
-    const Accumulators<N>& sums, int row, int rows, int column, int first, int columns, int tokens, unsigned char* tiles,
-    Epilogue epilogue
+// Stores the sums of a warp's 16 rows from `own` on, where this lane's first ones go.
+template <int N>
+__device__ __forceinline__ void store_sums(float* own, int pitch, const Accumulators<N>& sums) {
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+        *(float2*)(own + j * 8) = float2{sums[j * 4], sums[j * 4 + 1]};
+        *(float2*)(own + 8 * pitch + j * 8) = float2{sums[j * 4 + 2], sums[j * 4 + 3]};
+    }
+}
+
+// Calls the epilogue for OUT_WIDTH columns of every row of 16 from `start` on that is inside the matrix: of all TILE_N columns from
+// `column` on, of which `stage` has the sums of N from `first` on; what the epilogue gets for the others is not defined.
+template <int N, int PITCH, typename Epilogue>
+__device__ __forceinline__ void finish_rows(
+    const float* stage, int start, int rows, int column, int first, int columns, int tokens, Epilogue epilogue
 ) {
-    constexpr int PITCH = N + 8;  // floats: four rows of a quarter of the banks each
     constexpr int LANES = TILE_N / OUT_WIDTH, ROWS_AT_ONCE = 32 / LANES;
     constexpr int FETCHED = 4;  // rows of a lane that are read before the first is stored
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float* stage = (float*)tiles + warp * 16 * PITCH;
-    float* own = stage + lane / 4 * PITCH + lane % 4 * 2;
+    int lane = threadIdx.x % 32;
     int c = column + lane % LANES * OUT_WIDTH;
     // Half of the lanes read the second 16 bytes first: eight lanes then read from all banks.
     bool turned = lane & 4;
     const float* from = stage + min(max(c - first, 0), N - OUT_WIDTH);
-    bool is_inside = c < columns && lane < LANES * ROWS_AT_ONCE;
     auto sums_of = [&](int r, float(&values)[OUT_WIDTH]) {
         float4 one = *(const float4*)(from + r * PITCH + (turned ? 4 : 0));
         float4 other = *(const float4*)(from + r * PITCH + (turned ? 0 : 4));
@@ -211,78 +208,198 @@ __device__ __forceinline__ void finish(
         values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
         values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
     };
-#pragma unroll
-    for (int i = 0; i < PARTS_M; ++i) {
-        __syncwarp();
-#pragma unroll
-        for (int j = 0; j < N / 8; ++j) {
-            *(float2*)(own + j * 8) = float2{sums[i][j * 4], sums[i][j * 4 + 1]};
-            *(float2*)(own + 8 * PITCH + j * 8) = float2{sums[i][j * 4 + 2], sums[i][j * 4 + 3]};
-        }
-        __syncwarp();
-        int start = row + warp / 4 * GROUP_M + warp % 4 * 16 + i * 64;
-        if (!is_inside || start >= rows) continue;
-        int sample = start / tokens;
-        if (start + 16 <= rows && (start + 15) / tokens == sample) {
-            auto row_of = epilogue(c, sample);
+    if (c >= columns || lane >= LANES * ROWS_AT_ONCE || start >= rows) return;
+    int sample = start / tokens;
+    if (start + 16 <= rows && (start + 15) / tokens == sample) {
+        auto row_of = epilogue(c, sample);
 #pragma unroll 1
-            for (int r = lane / LANES; r < 16; r += FETCHED * ROWS_AT_ONCE) {
-                decltype(row_of.fetch(0)) fetched[FETCHED];
+        for (int r = lane / LANES; r < 16; r += FETCHED * ROWS_AT_ONCE) {
+            decltype(row_of.fetch(0)) fetched[FETCHED];
 #pragma unroll
-                for (int f = 0; f < FETCHED; ++f) fetched[f] = row_of.fetch(start + r + f * ROWS_AT_ONCE);
+            for (int f = 0; f < FETCHED; ++f) fetched[f] = row_of.fetch(start + r + f * ROWS_AT_ONCE);
 #pragma unroll
-                for (int f = 0; f < FETCHED; ++f) {
-                    float values[OUT_WIDTH];
-                    sums_of(r + f * ROWS_AT_ONCE, values);
-                    row_of.store(start + r + f * ROWS_AT_ONCE, values, fetched[f]);
-                }
+            for (int f = 0; f < FETCHED; ++f) {
+                float values[OUT_WIDTH];
+                sums_of(r + f * ROWS_AT_ONCE, values);
+                row_of.store(start + r + f * ROWS_AT_ONCE, values, fetched[f]);
             }
-            continue;
         }
-        // Rows of several samples, or the last of the matrix.
+        return;
+    }
+    // Rows of several samples, or the last of the matrix.
 #pragma unroll 1
-        for (int r = lane / LANES; r < 16 && start + r < rows; r += ROWS_AT_ONCE) {
-            auto row_of = epilogue(c, (start + r) / tokens);
-            float values[OUT_WIDTH];
-            sums_of(r, values);
-            row_of.store(start + r, values, row_of.fetch(start + r));
-        }
+    for (int r = lane / LANES; r < 16 && start + r < rows; r += ROWS_AT_ONCE) {
+        auto row_of = epilogue(c, (start + r) / tokens);
+        float values[OUT_WIDTH];
+        sums_of(r, values);
+        row_of.store(start + r, values, row_of.fetch(start + r));
     }
 }
 
-template <Layout A, Layout B, int N, typename Steps, typename Sources, typename Epilogue>
+// Of a tile's columns, those that are computed: in parts of PART, all unless a window of columns cuts the tile.
+struct Columns {
+    int first;
+    int parts = TILE_N / PART;
+
+    template <typename Steps>
+    __device__ Columns(int column, const Steps& steps) : first(column) {
+        if constexpr (Steps::IS_CUT) {
+            int start = max(column, steps.run.window.start & -ALIGN);
+            int needed = (min(column + TILE_N, steps.run.window.end) - start + PART - 1) / PART;
+            // From a lane, so that the compiler sees that all go the same way.
+            needed = max(__shfl_sync(0xffffffffu, needed, 0), 1);
+            if (needed < parts) first = start, parts = needed;
+        }
+    }
+};
+
+template <Layout A, Layout B, int N, typename Steps, typename Sources, typename Epilogue, typename Parts>
 __device__ __forceinline__ void product_of_columns(
     int row, int rows, int column, int first, int columns, int tokens, Steps steps, Sources operands, unsigned char* tiles,
-    Epilogue epilogue
+    Epilogue epilogue, Parts others
 ) {
+    Ring<A, B, STAGES> ring(tiles);
+    ring.begin();
+    // The next chunk that is copied, by one thread. Where it is, is asked anew for each: that takes fewer registers.
+    Run run = {};
+    int k = 0;
+    auto start_copy = [&] {
+        if (!Steps::IS_ONE_RUN && k >= run.end && !run.empty()) {
+            run = steps.after(run);
+            k = run.k;
+        }
+        if (k >= run.end) return;
+        ring.template copy<N>(maps_of(operands(run.source)), row, first, k);
+        k += TILE_K;
+    };
+    if (threadIdx.x == 0) {
+        run = steps.first();
+        k = run.k;
+        for (int c = 0; c < STAGES - 1; ++c) start_copy();
+    }
+    __syncwarp();
     Accumulators<N> sums;
-#pragma unroll
-    for (int i = 0; i < PARTS_M; ++i)
-#pragma unroll
-        for (int j = 0; j < N / 2; ++j) sums[i][j] = 0.0f;
-    accumulate<A, B, N>(sums, row, first, steps, operands, tiles);
-    finish<N>(sums, row, rows, column, first, columns, tokens, tiles, epilogue);
+    clear<N>(sums);
+    // From a lane, so that the compiler sees that it is the same for all.
+    int chunks = __shfl_sync(0xffffffffu, steps.chunks(), 0), warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    ring.template multiply_chunks<N>(sums, chunks, warp / 4, start_copy);
+    ring.end();
+    if (!others.complete(sums)) return;
+    // Each warp turns its sums, so that lanes side by side hold a row.
+    constexpr int PITCH = N + 8;
+    int lane = threadIdx.x % 32;
+    float* stage = (float*)tiles + warp * 16 * PITCH;
+    store_sums<N>(stage + lane / 4 * PITCH + lane % 4 * 2, PITCH, sums);
+    __syncwarp();
+    finish_rows<N, PITCH>(stage, row + warp * 16, rows, column, first, columns, tokens, epilogue);
 }
 
 // The tile of C at `row` and `column`, of `rows` and `columns`. Of a tile that a window of columns cuts, as many columns are computed
 // as reach from its first to its last, in parts of PART.
-template <Layout A, Layout B, typename Steps, typename Sources, typename Epilogue>
+template <Layout A, Layout B, typename Steps, typename Sources, typename Epilogue, typename Parts = NoParts>
 __device__ __forceinline__ void product(
-    int row, int rows, int column, int columns, int tokens, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue
+    int row, int rows, int column, int columns, int tokens, Steps steps, Sources operands, unsigned char* tiles, Epilogue epilogue,
+    Parts others = {}
 ) {
-    if constexpr (Steps::IS_CUT) {
-        int first = max(column, steps.run.window.start & -ALIGN);
-        int parts = (min(column + TILE_N, steps.run.window.end) - first + PART - 1) / PART;
-        // From a lane, so that the compiler sees that all go the same way.
-        parts = max(__shfl_sync(0xffffffffu, parts, 0), 1);
-        if (parts < TILE_N / PART) {
-            unrolled<TILE_N / PART - 1>([&](auto i) {
-                constexpr int N = (i.value + 1) * PART;
-                if (parts * PART == N)
-                    product_of_columns<A, B, N>(row, rows, column, first, columns, tokens, steps, operands, tiles, epilogue);
-            });
-            return;
-        }
+    Columns computed(column, steps);
+    unrolled<TILE_N / PART>([&](auto i) {
+        constexpr int N = (i.value + 1) * PART;
+        if constexpr (Steps::IS_CUT || N == TILE_N)
+            if (computed.parts * PART == N)
+                product_of_columns<A, B, N>(row, rows, column, computed.first, columns, tokens, steps, operands, tiles, epilogue, others);
+    });
+}
+
+// One of the groups that multiply. `visit(tile, product)` calls product(..) for a tile of the matrix; chunks of the next are copied while
+// the last of one are multiplied.
+template <Layout A, Layout B, typename Visit>
+struct Multiplier {
+    Ring<A, B, FEWER_STAGES>& ring;
+    Visit visit;
+    int group, count;
+    float* own;  // where this lane's first sums go
+    // The next chunk that is copied, by one thread.
+    int copied_tile, row = 0, column = 0, k = 0, end = 0;
+    Maps maps;
+
+    __device__ __forceinline__ Multiplier(Ring<A, B, FEWER_STAGES>& ring, Visit visit, int group, int count, float* sums)
+        : ring(ring), visit(visit), group(group), count(count), copied_tile(blockIdx.x) {
+        int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        own = sums + (warp * 16 + lane / 4) * SUMS_PITCH + lane % 4 * 2;
+        if (threadIdx.x == 0)
+            for (int c = 0; c < FEWER_STAGES - 1; ++c) start_copy();
+        __syncwarp();
     }
-    product_of_columns<A, B, TILE_N>(row, rows, column, column, columns, tokens, steps, operands, tiles, epilogue);
+
+    // Starts the copy of the next chunk, if there is one.
+    __device__ __forceinline__ void start_copy() {
+        for (; k >= end && copied_tile < count; copied_tile += gridDim.x) {
+            auto begin = [&](int new_row, int, int new_column, int, int, const auto& steps, auto operands, auto) {
+                row = new_row, column = new_column, k = steps.run.k, end = steps.run.end;
+                maps = maps_of(operands(0));
+            };
+            visit(copied_tile, begin);
+        }
+        if (k >= end) return;
+        ring.template copy<TILE_N>(maps, row, column, k);
+        k += TILE_K;
+    }
+
+    template <typename Steps, typename Sources, typename Epilogue>
+    __device__ __forceinline__ void operator()(int, int, int, int, int, const Steps& steps, Sources, Epilogue) {
+        static_assert(Steps::IS_ONE_RUN && !Steps::IS_CUT, "");
+        Accumulators<TILE_N> sums;
+        clear<TILE_N>(sums);
+        int chunks = __shfl_sync(0xffffffffu, steps.chunks(), 0);
+        ring.template multiply_chunks<TILE_N>(sums, chunks, group, [&] { start_copy(); });
+        meet_at(FREE + group, THREADS);
+        store_sums<TILE_N>(own, SUMS_PITCH, sums);
+        arrive_at(THERE + group, THREADS);
+    }
+};
+
+// One of the groups that finish what another multiplies.
+struct Finisher {
+    int group;
+    const float* sums;  // of all rows of the tile
+
+    template <typename Steps, typename Sources, typename Epilogue>
+    __device__ __forceinline__ void operator()(
+        int row, int rows, int column, int columns, int tokens, const Steps&, Sources, Epilogue epilogue
+    ) {
+        arrive_at(FREE + group, THREADS);
+        meet_at(THERE + group, THREADS);
+        int own = (threadIdx.x - THREADS) / 32 * 16;
+        finish_rows<TILE_N, SUMS_PITCH>(sums + own * SUMS_PITCH, row + own, rows, column, column, columns, tokens, epilogue);
+        __syncwarp();
+    }
+};
+
+// Calls each(row, column, product) for this block's tiles of those that cover rows x columns.
+template <Layout A, Layout B, typename Each>
+__device__ __forceinline__ void each_tile(int rows, int columns, Each each) {
+    // Larger tiles leave no room for sums.
+    if constexpr (TILE_M == 128 && FEWER_STAGES >= 3) {
+        int across = (columns + TILE_N - 1) / TILE_N, count = across * ((rows + TILE_M - 1) / TILE_M);
+        auto visit = [=](int tile, auto& product) { each(tile / across * TILE_M, tile % across * TILE_N, product); };
+        auto all = [&](auto& product) {
+            for (int tile = blockIdx.x; tile < count; tile += gridDim.x) visit(tile, product);
+        };
+        float* sums = (float*)(tiles + FEWER_STAGES * STAGE_BYTES);
+        Ring<A, B, FEWER_STAGES> ring(tiles, SUMS_BYTES);
+        ring.begin();
+        // From a lane, so that the compiler sees that all of a warp go the same way.
+        int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+        if (group < 2) {
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
+            Multiplier<A, B, decltype(visit)> multiplier(ring, visit, group, count, sums);
+            all(multiplier);
+        } else {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FINISH_REGISTERS));
+            Finisher finisher{group - 2, sums};
+            all(finisher);
+        }
+    } else {
+        __trap();
+    }
 }

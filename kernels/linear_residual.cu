@@ -32,16 +32,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fw
     const int* __restrict__ base_windows,    // [B, 2]
     const int* __restrict__ bypass_windows,  // [B, 2], or null
     const int* __restrict__ write_windows,   // [B, 2]
+    const __grid_constant__ TensorMap a_map,
+    const __grid_constant__ TensorMap weight_map,
     int modulation_stride,                   // from one sample's gate to the next's
     int B,
     int T,
     int K,
     int C
 ) {
+    const TensorMap *of_a = &a_map, *of_weight = &weight_map;
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
     product<K_INNER, K_INNER>(
         row, rows, column, C, T, windowed_columns(K, window_of_rows(write_windows, row, rows, T), column),
-        [=](int) { return Operands{{a, K, rows}, {weight, K, C}, K}; },
+        [=](int) { return Operands{{a, K, rows, of_a}, {weight, K, C, of_weight}, K}; },
         tiles,
         [=](int c, int sample) {
             Window base_window(base_windows, sample), written(write_windows, sample);
@@ -81,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_fw
                         float more = fmaf(own_gate.x[e], value[e], result.x[e]);
                         result.x[e] = own >> e & 1 ? more : result.x[e];
                     }
-                    if (z && is_written) store_wide(z + at, value);
+                    store_wide(z + at, value, z && is_written);
                     store_wide(out + at, result.x);
                 }
             );
@@ -241,73 +244,91 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS, COLUMN_BLOCKS) line
     });
 }
 
-// da = dz W over the write windows, and gelu'(pre) where a = gelu(pre).  Grid: tiles of [B T, K].
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bwd_input(
+// da = dz W over the write windows, and gelu'(pre) where a = gelu(pre).  Grid: tiles of [B T, K]; by wgmma, blocks that go over them.
+extern "C" __global__ void __launch_bounds__(TILES_THREADS, BLOCKS) linear_residual_bwd_input(
     elem* __restrict__ da,                  // [B, T, K]: gradient of a, or of pre
+    unsigned int* __restrict__ counters,    // [count] = 0, for the product of weights
     const elem* __restrict__ dz,            // [B, T, C]
     const elem* __restrict__ weight,        // [C, K]
     const elem* __restrict__ pre,           // [B, T, K], or null
     const int* __restrict__ write_windows,  // [B, 2]
+    const __grid_constant__ TensorMap dz_map,
+    const __grid_constant__ TensorMap weight_map,
+    int count,
     int B,
     int T,
     int K,
     int C
 ) {
-    int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
+    if (blockIdx.x == 0 && blockIdx.y == 0)
+        for (int i = threadIdx.x; i < count; i += TILES_THREADS) counters[i] = 0;
+    int rows = B * T;
+    const TensorMap *of_dz = &dz_map, *of_weight = &weight_map;
     // Two products in one kernel: a branch in each row would keep the rows apart.
     auto all = [=](auto is_gelu) {
-        product<K_INNER, K_OUTER>(
-            row, rows, column, K, T, window_steps(window_of_rows(write_windows, row, rows, T)),
-            [=](int) { return Operands{{dz, C, rows}, {weight, K, K}, C}; },
-            tiles,
-            [=](int k, int) {
-                return epilogue_of(
-                    [=](int i) {
-                        Vector<OUT_WIDTH> before = {};
-                        if constexpr (decltype(is_gelu)::value) before.load(pre + (long long)i * K + k);
-                        return before;
-                    },
-                    [=](int i, float (&value)[OUT_WIDTH], Vector<OUT_WIDTH> before) {
-                        if constexpr (decltype(is_gelu)::value) {
-                            Wide x;
-                            before.unpack(x.x);
+        each_tile<K_INNER, K_OUTER>(rows, K, [=](int row, int column, auto& product) {
+            product(
+                row, rows, column, K, T, window_steps(window_of_rows(write_windows, row, rows, T)),
+                [=](int) { return Operands{{dz, C, rows, of_dz}, {weight, K, K, of_weight}, C}; },
+                [=](int k, int) {
+                    return epilogue_of(
+                        [=](int i) {
+                            Vector<OUT_WIDTH> before = {};
+                            if constexpr (decltype(is_gelu)::value) before.load(pre + (long long)i * K + k);
+                            return before;
+                        },
+                        [=](int i, float (&value)[OUT_WIDTH], Vector<OUT_WIDTH> before) {
+                            if constexpr (decltype(is_gelu)::value) {
+                                Wide x;
+                                before.unpack(x.x);
 #pragma unroll
-                            for (int e = 0; e < OUT_WIDTH; ++e) value[e] *= gelu_derivative(x.x[e]);
+                                for (int e = 0; e < OUT_WIDTH; ++e) value[e] *= gelu_derivative(x.x[e]);
+                            }
+                            store_wide(da + (long long)i * K + k, value);
                         }
-                        store_wide(da + (long long)i * K + k, value);
-                    }
-                );
-            }
-        );
+                    );
+                }
+            );
+        });
     };
     if (pre) all(Constant<1>());
     else all(Constant<0>());
 }
 
-// dW = dz^T a over the samples whose windows meet the tile's rows; db = sums of dz.  Grid: tiles of [C, K].
+// dW = dz^T a over the samples whose windows meet the tile's rows; db = sums of dz.
+// Grid: as planned in even shares (gemm_shares.cuh).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bwd_weight(
     float* __restrict__ dweight,            // [C, K]  = or +=
     float* __restrict__ dbias,              // [C]     = or +=
+    float* parts,                           // [parts, TILE_M TILE_N] in pieces
+    unsigned int* stored,                   // [parts] those that are there; 0 before
+    const int* __restrict__ plan,           // [gridDim.x + 1], and the pieces
     const elem* __restrict__ dz,            // [B, T, C]
     const elem* __restrict__ a,             // [B, T, K]
     const float* __restrict__ dz_sums,      // [B, C]
     const int* __restrict__ write_windows,  // [B, 2]
+    const __grid_constant__ TensorMap dz_map,
+    const __grid_constant__ TensorMap a_map,
     int add,
     int B,
     int T,
     int K,
     int C
 ) {
-    int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
-    product<K_OUTER, K_OUTER>(
-        row, C, column, K, C, MeetingRows<ROWS_OF_C>{write_windows, T, B * T, {row, min(row + TILE_M, C)}, 0, 0},
-        [=](int) { return Operands{{dz, C, C}, {a, K, K}, B * T}; },
-        tiles, store_gradient(dweight, K, add)
-    );
-    int c = row + threadIdx.x;
-    if (blockIdx.x == 0 && threadIdx.x < TILE_M && c < C) {
-        float sum = 0.0f;
-        for (int b = 0; b < B; ++b) sum += dz_sums[(long long)b * C + c];
-        dbias[c] = add ? dbias[c] + sum : sum;
-    }
+    const TensorMap *of_dz = &dz_map, *of_a = &a_map;
+    for_pieces(plan, [=](const Piece& piece) {
+        int row = piece.row, column = piece.column;
+        product<K_OUTER, K_OUTER>(
+            row, C, column, K, C,
+            MeetingRows<ROWS_OF_C>{write_windows, T, B * T, piece.start, piece.end, {row, min(row + TILE_M, C)}, 0, 0},
+            [=](int) { return Operands{{dz, C, C, of_dz}, {a, K, K, of_a}, B * T}; },
+            tiles, store_gradient(dweight, K, add), SharedParts{parts, stored, piece}
+        );
+        int c = row + threadIdx.x;
+        if (piece.part < 0 && column == 0 && threadIdx.x < TILE_M && c < C) {
+            float sum = 0.0f;
+            for (int b = 0; b < B; ++b) sum += dz_sums[(long long)b * C + c];
+            dbias[c] = add ? dbias[c] + sum : sum;
+        }
+    });
 }

@@ -37,20 +37,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd_inac
     float* __restrict__ uv,              // [B, 2, N]
     const elem* __restrict__ inactive,   // [B, 2, C]
     const elem* __restrict__ weight,     // [N, C]
+    const __grid_constant__ TensorMap inactive_map,
+    const __grid_constant__ TensorMap weight_map,
     int B,
     int C,
     int N
 ) {
+    const TensorMap *of_inactive = &inactive_map, *of_weight = &weight_map;
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
     product<K_INNER, K_INNER>(
         row, 2 * B, column, N, 2 * B, all_of(0, C),
-        [=](int) { return Operands{{inactive, C, 2 * B}, {weight, C, N}, C}; },
+        [=](int) { return Operands{{inactive, C, 2 * B, of_inactive}, {weight, C, N, of_weight}, C}; },
         tiles, store_gradient(uv, N, 0)
     );
 }
 
-// y = h W^T over the window + r u + v + b, and GELU.  Grid: tiles of [B T, N].
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd(
+// y = h W^T over the window + r u + v + b, and GELU.  Grid: tiles of [B T, N]; by wgmma, blocks that go over them.
+extern "C" __global__ void __launch_bounds__(TILES_THREADS, BLOCKS) ln_linear_fwd(
     elem* __restrict__ y,             // [B, T, N]
     elem* __restrict__ pre,           // [B, T, N] before GELU, or null: without GELU y, or not kept
     const elem* __restrict__ h,       // [B, T, C]
@@ -60,45 +63,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_fwd(
     const float* __restrict__ uv,     // [B, 2, N], or null: every window is full
     const float* __restrict__ mean,   // [B, T]
     const float* __restrict__ rstd,   // [B, T]
+    const __grid_constant__ TensorMap h_map,
+    const __grid_constant__ TensorMap weight_map,
     int gelu_follows,
     int B,
     int T,
     int C,
     int N
 ) {
-    int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
+    int rows = B * T;
+    const TensorMap *of_h = &h_map, *of_weight = &weight_map;
     // Two products in one kernel: a branch in each row would keep the rows apart.
     auto all = [=](auto is_gelu) {
-        product<K_INNER, K_INNER>(
-            row, rows, column, N, T, window_steps(window_of_rows(windows, row, rows, T)),
-            [=](int) { return Operands{{h, C, rows}, {weight, C, N}, C}; },
-            tiles,
-            [=](int n, int sample) {
-                Wide constant, u = {};  // b + v
-                load_floats(constant.x, bias + n, true);
-                if (uv) {
-                    Wide v;
-                    load_floats(u.x, uv + (long long)sample * 2 * N + n, true);
-                    load_floats(v.x, uv + ((long long)sample * 2 + 1) * N + n, true);
+        each_tile<K_INNER, K_INNER>(rows, N, [=](int row, int column, auto& product) {
+            product(
+                row, rows, column, N, T, window_steps(window_of_rows(windows, row, rows, T)),
+                [=](int) { return Operands{{h, C, rows, of_h}, {weight, C, N, of_weight}, C}; },
+                [=](int n, int sample) {
+                    Wide constant, u = {};  // b + v
+                    load_floats(constant.x, bias + n, true);
+                    if (uv) {
+                        Wide v;
+                        load_floats(u.x, uv + (long long)sample * 2 * N + n, true);
+                        load_floats(v.x, uv + ((long long)sample * 2 + 1) * N + n, true);
 #pragma unroll
-                    for (int e = 0; e < OUT_WIDTH; ++e) constant.x[e] += v.x[e];
-                }
-                return epilogue_of(
-                    [=](int i) { return uv ? -mean[i] * rstd[i] : 0.0f; },
-                    [=](int i, float (&value)[OUT_WIDTH], float r) {
-                        long long at = (long long)i * N + n;
-#pragma unroll
-                        for (int e = 0; e < OUT_WIDTH; ++e) value[e] = fmaf(r, u.x[e], value[e] + constant.x[e]);
-                        if constexpr (decltype(is_gelu)::value) {
-                            if (pre) store_wide(pre + at, value);
-#pragma unroll
-                            for (int e = 0; e < OUT_WIDTH; ++e) value[e] = gelu(value[e]);
-                        }
-                        store_wide(y + at, value);
+                        for (int e = 0; e < OUT_WIDTH; ++e) constant.x[e] += v.x[e];
                     }
-                );
-            }
-        );
+                    return epilogue_of(
+                        [=](int i) { return uv ? -mean[i] * rstd[i] : 0.0f; },
+                        [=](int i, float (&value)[OUT_WIDTH], float r) {
+                            long long at = (long long)i * N + n;
+#pragma unroll
+                            for (int e = 0; e < OUT_WIDTH; ++e) value[e] = fmaf(r, u.x[e], value[e] + constant.x[e]);
+                            if constexpr (decltype(is_gelu)::value) {
+                                store_wide(pre + at, value, pre);
+#pragma unroll
+                                for (int e = 0; e < OUT_WIDTH; ++e) value[e] = gelu(value[e]);
+                            }
+                            store_wide(y + at, value);
+                        }
+                    );
+                }
+            );
+        });
     };
     if (gelu_follows) all(Constant<1>());
     else all(Constant<0>());
@@ -151,19 +158,24 @@ extern "C" __global__ void __launch_bounds__(COLUMN_THREADS, COLUMN_BLOCKS) ln_l
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_input(
     elem* __restrict__ dh,               // [B, T, C]
     float* __restrict__ inactive_grads,  // [SPLIT, B, 2, C]: dscale, dshift, to be summed over SPLIT; or null, as pq
-    unsigned int* __restrict__ finished, // [B] = 0, for ln_linear_bwd_normalise
+    unsigned int* __restrict__ counters, // [count] = 0, for the kernels after this one
     const elem* __restrict__ g,          // [B, T, N]
     const elem* __restrict__ pq,         // [SPLIT, B, 2, N], or null: every window is full
     const elem* __restrict__ weight,     // [N, C]
     const int* __restrict__ windows,     // [B, 2]
+    const __grid_constant__ TensorMap g_map,
+    const __grid_constant__ TensorMap pq_map,
+    const __grid_constant__ TensorMap weight_map,
+    int count,
     int B,
     int T,
     int C,
     int N
 ) {
+    const TensorMap *of_g = &g_map, *of_pq = &pq_map, *of_weight = &weight_map;
     int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N, rows = B * T;
     if (blockIdx.x == 0 && blockIdx.y == 0)
-        for (int b = threadIdx.x; b < B; b += THREADS) finished[b] = 0;
+        for (int i = threadIdx.x; i < count; i += THREADS) counters[i] = 0;
     int first_of_pq = (rows + TILE_M - 1) / TILE_M * TILE_M;
     bool is_pq = row >= first_of_pq;
     Range window{0, C};
@@ -176,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_inpu
     }
     product<K_INNER, K_OUTER>(
         row, rows, column, C, T, windowed_columns(N, window, column),
-        [=](int) { return Operands{{is_pq ? pq : g, N, rows}, {weight, C, C}, N}; },
+        [=](int) { return Operands{{is_pq ? pq : g, N, rows, is_pq ? of_pq : of_g}, {weight, C, C, of_weight}, N}; },
         tiles,
         [=](int c, int) {
             return epilogue_of([=](int i, float (&value)[OUT_WIDTH]) {
@@ -218,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS) ln_linear_
     });
 }
 
-constexpr int BIAS_COLUMNS = 64;  // outputs of a block that sums g for db, as in src/ops/ln_linear/cuda.rs
+constexpr int BIAS_COLUMNS = 64;  // outputs of a piece that sums g for db, as in src/ops/shares.rs
 
 // db of BIAS_COLUMNS outputs, from g itself: no window asked for sums over tokens.
 __device__ __forceinline__ void sum_rows(float* dbias, const elem* g, int first, int add, int rows, int N, unsigned char* memory) {
@@ -227,7 +239,7 @@ __device__ __forceinline__ void sum_rows(float* dbias, const elem* g, int first,
     int n = first + threadIdx.x % LANES * OUT_WIDTH, line = threadIdx.x / LANES;
     float sums[OUT_WIDTH] = {};
     if (n < N)
-#pragma unroll 8
+#pragma unroll 16
         for (int row = line; row < rows; row += LINES) {
             float value[OUT_WIDTH];
             load_wide(value, g + (long long)row * N + n);
@@ -245,40 +257,52 @@ __device__ __forceinline__ void sum_rows(float* dbias, const elem* g, int first,
 }
 
 // dW = g^T h over the samples whose windows meet the tile, plus P (x) (1 + scale_I) + Q (x) shift_I; db = sum_b Q.
-// Grid: tiles of [N, C]; without windows, more rows of blocks sum the rows of g for db, once the tiles have begun.
+// Grid: as planned in even shares (gemm_shares.cuh); without windows, a piece without a tile sums the rows of g for db.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weight(
     float* __restrict__ dweight,        // [N, C]  = or +=
     float* __restrict__ dbias,          // [N]     = or +=
+    float* parts,                       // [parts, TILE_M TILE_N] in pieces
+    unsigned int* stored,               // [parts] those that are there; 0 before
+    const int* __restrict__ plan,       // [gridDim.x + 1], and the pieces
     const elem* __restrict__ g,         // [B, T, N]
     const elem* __restrict__ h,         // [B, T, C]
     const int* __restrict__ windows,    // [B, 2]
     const elem* __restrict__ pq,        // [SPLIT, B, 2, N], or null: every window is full
     const elem* __restrict__ inactive,  // [B, 2, C]
     const float* __restrict__ q,        // [B, N], or null, as pq
+    const __grid_constant__ TensorMap g_map,
+    const __grid_constant__ TensorMap h_map,
+    const __grid_constant__ TensorMap pq_map,
+    const __grid_constant__ TensorMap inactive_map,
     int add,
     int B,
     int T,
     int C,
     int N
 ) {
-    int row = blockIdx.y * TILE_M, column = blockIdx.x * TILE_N;
-    if (row >= N) {
-        int part = (blockIdx.y - (N + TILE_M - 1) / TILE_M) * gridDim.x + blockIdx.x;
-        return sum_rows(dbias, g, part * BIAS_COLUMNS, add, B * T, N, tiles);
-    }
-    product<K_OUTER, K_OUTER>(
-        row, N, column, C, N,
-        MeetingRows<COLUMNS_OF_C>{windows, T, B * T, {column, min(column + TILE_N, C)}, pq ? SPLIT : 0, 2 * B},
-        [=](int source) {
-            if (source == 0) return Operands{{g, N, N}, {h, C, C}, B * T};
-            return Operands{{pq + (long long)(source - 1) * B * 2 * N, N, N}, {inactive, C, C}, 2 * B};
-        },
-        tiles, store_gradient(dweight, C, add)
-    );
-    int n = row + threadIdx.x;
-    if (pq && blockIdx.x == 0 && threadIdx.x < TILE_M && n < N) {
-        float sum = 0.0f;
-        for (int b = 0; b < B; ++b) sum += q[(long long)b * N + n];
-        dbias[n] = add ? dbias[n] + sum : sum;
-    }
+    const TensorMap *of_g = &g_map, *of_h = &h_map, *of_pq = &pq_map, *of_inactive = &inactive_map;
+    for_pieces(plan, [=](const Piece& piece) {
+        int row = piece.row, column = piece.column;
+        if (column < 0) return sum_rows(dbias, g, row, add, B * T, N, tiles);
+        product<K_OUTER, K_OUTER>(
+            row, N, column, C, N,
+            MeetingRows<COLUMNS_OF_C>{
+                windows, T, B * T, piece.start, piece.end, {column, min(column + TILE_N, C)}, piece.more && pq ? SPLIT : 0, 2 * B
+            },
+            [=](int source) {
+                if (source == 0) return Operands{{g, N, N, of_g}, {h, C, C, of_h}, B * T};
+                // Rows of the next pair may be read too; those of `inactive` end with its map, so they meet zeros.
+                return Operands{
+                    {pq + (long long)(source - 1) * B * 2 * N, N, N, of_pq, (source - 1) * B * 2}, {inactive, C, C, of_inactive}, 2 * B
+                };
+            },
+            tiles, store_gradient(dweight, C, add), SharedParts{parts, stored, piece}
+        );
+        int n = row + threadIdx.x;
+        if (pq && piece.part < 0 && column == 0 && threadIdx.x < TILE_M && n < N) {
+            float sum = 0.0f;
+            for (int b = 0; b < B; ++b) sum += q[(long long)b * N + n];
+            dbias[n] = add ? dbias[n] + sum : sum;
+        }
+    });
 }

@@ -41,6 +41,38 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// A matrix in global memory as the copies of its tiles take it (cuTensorMapEncodeTiled). In kernels whose launcher has none: zeros.
+struct __align__(64) TensorMap {
+    unsigned long long words[16];
+};
+
+// The box at `column` and `row` of a matrix to `to` in shared memory, whose bytes arrive at `barrier`; zeros beyond the matrix.
+__device__ __forceinline__ void copy_box(unsigned int to, const TensorMap* map, int column, int row, unsigned int barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
+// A barrier in shared memory: a phase is over when `arrivals` have come, and the bytes that they expect.
+__device__ __forceinline__ void begin_barrier(unsigned int barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void end_barrier(unsigned int barrier) {
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void arrive_expecting(unsigned int barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Until the phase of a barrier with this parity is over.
+__device__ __forceinline__ void wait_for(unsigned int barrier, unsigned int parity) {
+    asm volatile("{\n.reg .pred over;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n@!over bra again;\n}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
 // Four 8 x 8 matrices at `address` + OFFSET.
 template <bool TRANSPOSED, int OFFSET>
 __device__ __forceinline__ void load_matrices(unsigned int (&r)[4], unsigned int address) {

@@ -204,6 +204,14 @@ impl Operands {
         self.keep(memory)
     }
 
+    /// The plan of one block with one tile, over all `rows` of the reduction.
+    fn plan(&mut self, rows: usize) -> Arg {
+        let memory = self.device.alloc(10, DType::I32).unwrap();
+        let words = [0, 1, 0, 0, 0, rows as i32, 1, -1, 0, 0];
+        self.device.write_bytes(memory.buffer(), bytemuck::cast_slice(&words)).unwrap();
+        self.keep(memory)
+    }
+
     fn counters(&mut self) -> Arg {
         let memory = self.device.upload_u32(&[0]).unwrap();
         self.keep(memory)
@@ -219,6 +227,8 @@ impl Operands {
 fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
     let none = |dtype| Arg::Buffer(dtr_fused::backend::cuda::Buffer::none(dtype));
     let int = |n: usize| Arg::I32(n as i32);
+    // Tensor copies are those of wgmma.
+    let no_map = Arg::Map(None);
     println!("{:<28} {:>6} {:>8} {:>8} {:>8}", "main loop of a large tile", "mma", "sectors", "shared", "16 bytes");
     for (source, kernel) in [
         ("ln_linear", "ln_linear_fwd"),
@@ -243,6 +253,8 @@ fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
                     own.floats(2 * n),
                     own.floats(t),
                     own.floats(t),
+                    no_map,
+                    no_map,
                     int(0),
                     int(1),
                     int(t),
@@ -257,6 +269,10 @@ fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
                     none(DType::Bf16),
                     own.elems(length * n),
                     own.window(n),
+                    no_map,
+                    no_map,
+                    no_map,
+                    int(1),
                     int(1),
                     int(t),
                     int(n),
@@ -265,12 +281,19 @@ fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
                 "ln_linear_bwd_weight" => vec![
                     own.floats(n * n),
                     own.floats(n),
+                    none(DType::F32),
+                    none(DType::U32),
+                    own.plan(length),
                     own.elems(length * n),
                     own.elems(length * n),
                     own.window(n),
                     own.elems(2 * 2 * n),
                     own.elems(2 * n),
                     own.floats(n),
+                    no_map,
+                    no_map,
+                    no_map,
+                    no_map,
                     int(0),
                     int(1),
                     int(length),
@@ -289,6 +312,8 @@ fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
                     own.window(n),
                     none(DType::I32),
                     own.window(n),
+                    no_map,
+                    no_map,
                     int(n),
                     int(1),
                     int(t),
@@ -297,10 +322,14 @@ fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
                 ],
                 "linear_residual_bwd_input" => vec![
                     own.elems(t * n),
+                    own.counters(),
                     own.elems(t * length),
                     own.elems(length * n),
                     own.elems(t * n),
                     own.window(length),
+                    no_map,
+                    no_map,
+                    int(1),
                     int(1),
                     int(t),
                     int(n),
@@ -309,10 +338,15 @@ fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
                 _ => vec![
                     own.floats(n * n),
                     own.floats(n),
+                    none(DType::F32),
+                    none(DType::U32),
+                    own.plan(length),
                     own.elems(length * n),
                     own.elems(length * n),
                     own.floats(n),
                     own.window(n),
+                    no_map,
+                    no_map,
                     int(0),
                     int(1),
                     int(length),

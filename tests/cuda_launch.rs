@@ -5,7 +5,8 @@ mod common;
 use common::cuda::{Output, device, rounded};
 use common::numbers;
 use dtr_fused::backend::cuda::device::Recorded;
-use dtr_fused::backend::cuda::{Arg, DType, Device, Launch};
+use dtr_fused::backend::cuda::launch::Matrix;
+use dtr_fused::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 
 fn add(device: &Device, to: &Output, from: &Output, elem: DType) -> dtr_fused::Result<()> {
     let n = to.buffer().len;
@@ -104,4 +105,34 @@ fn wrong_arguments_are_refused() {
     assert!(refused(launch("tensor_sub", DType::F32), &[]).contains("no such kernel"));
     let empty = Launch { grid: [0, 1, 1], ..good };
     assert!(refused(empty, &[buffer.into(), buffer.into(), Arg::U64(8)]).contains("no threads"));
+}
+
+#[test]
+fn matrices_that_cannot_be_copied_are_refused() {
+    let device = device();
+    let [floats, elems] = [DType::F32, DType::Bf16].map(|dtype| device.alloc(4096, dtype).unwrap());
+    let (uv, weight) = (floats.buffer(), elems.buffer());
+    let launch = Launch {
+        file: "ln_linear",
+        kernel: "ln_linear_fwd_inactive",
+        elem: DType::Bf16,
+        defines: &[("TILE_M", 64), ("TILE_N", 64)],
+        grid: [1; 3],
+        block: 128,
+        shared: 0,
+    };
+    let refused = |map: Arg| {
+        let sizes = [Arg::I32(1), Arg::I32(64), Arg::I32(64)];
+        let args = [uv.into(), weight.into(), weight.into(), Arg::Map(None), map];
+        device.launch(&launch, &[&args[..], &sizes].concat()).unwrap_err().to_string()
+    };
+    let matrix = Matrix { buffer: weight, rows: 64, columns: 64 };
+    let says = |matrix| refused(Arg::Map(Some(matrix)));
+    assert!(refused(weight.into()).contains("the argument weight_map is Buffer"));
+    assert!(says(Matrix { rows: 65, ..matrix }).contains("weight_map: a matrix of 65 x 64 in 4096 numbers"));
+    assert!(says(Matrix { rows: usize::MAX, ..matrix }).contains("in 4096 numbers"));
+    assert!(says(Matrix { columns: 60, ..matrix }).contains("rows of 60 Bf16"));
+    assert!(says(Matrix { buffer: uv, ..matrix }).contains("rows of 64 F32"));
+    let odd = Buffer { address: weight.address + 2, ..weight };
+    assert!(says(Matrix { buffer: odd, ..matrix }).contains("a multiple of 16"));
 }

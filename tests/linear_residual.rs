@@ -7,7 +7,7 @@ use dtr_fused::autograd::{Tape, Var};
 use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::Result;
 use dtr_fused::ops::PerSample;
-use dtr_fused::ops::linear_residual::{Residual, linear_residual, reference};
+use dtr_fused::ops::linear_residual::{self, Residual, linear_residual, reference};
 use dtr_fused::ops::real::Real;
 use dtr_fused::routing::Window;
 
@@ -115,6 +115,35 @@ fn on_cuda_with_large_tiles() {
             }
         }
     }
+}
+
+/// Gradients of weights whose tiles several blocks share: most of a tile's blocks, blocks of several tiles, and one tile alone.
+#[test]
+fn on_cuda_with_shared_tiles() {
+    for (multiprocessors, b, tokens, inputs, channels, full) in [
+        (16, 100, 33, 136, 392, false),
+        (12, 100, 33, 392, 136, true),
+        (2, 70, 48, 40, 56, false),
+        (2, 70, 48, 40, 56, true),
+    ] {
+        let write = if full { vec![Window::all(channels); b] } else { cuda::uneven_windows(b, channels) };
+        let label = format!("{multiprocessors}: B {b}, T {tokens}, K {inputs}, C {channels}, full {full}");
+        let device = cuda::device().with_multiprocessors(multiprocessors);
+        let dims = linear_residual::cuda::Dims { b, t: tokens, k: inputs, c: channels };
+        let plan = linear_residual::cuda::plan(&device, DType::Bf16, dims, &write).unwrap();
+        let blocks = linear_residual::cuda::counters_len(&device, DType::Bf16, dims);
+        assert!(cuda::most_parts(&plan, blocks) > 0, "{label}: no tile is shared by the {blocks} blocks");
+        let case = Case { tokens, inputs, channels, base: write.clone(), write, bypass: None };
+        cuda::check_on(device, &label, &case, DType::Bf16);
+        if multiprocessors == 2 {
+            cuda::check_on(cuda::device().with_multiprocessors(1), &label, &case, DType::F32);
+        }
+    }
+}
+
+#[test]
+fn shared_tiles_on_sm_90() {
+    cuda::again_on_sm_90("on_cuda_with_shared_tiles");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::Result;
 use dtr_fused::ops::PerSample;
 use dtr_fused::ops::channel_mask::{Keep, channel_mask};
-use dtr_fused::ops::ln_linear::{Activation, ln_linear, reference};
+use dtr_fused::ops::ln_linear::{self, Activation, ln_linear, reference};
 use dtr_fused::ops::real::Real;
 use dtr_fused::routing::Window;
 
@@ -153,6 +153,48 @@ fn on_cuda_with_large_tiles() {
             }
         }
     }
+}
+
+/// Gradients of weights whose tiles several blocks share: most of a tile's blocks, blocks of several tiles, and one tile alone.
+#[test]
+fn on_cuda_with_shared_tiles() {
+    for (multiprocessors, b, tokens, channels, outputs, full) in [
+        (16, 100, 33, 392, 136, false),
+        (8, 70, 48, 136, 136, true),
+        (2, 70, 48, 56, 40, false),
+        (2, 70, 48, 56, 40, true),
+    ] {
+        let read = if full { vec![Window::all(channels); b] } else { cuda::uneven_windows(b, channels) };
+        let label = format!("{multiprocessors}: B {b}, T {tokens}, C {channels}, N {outputs}, full {full}");
+        let device = cuda::device().with_multiprocessors(multiprocessors);
+        let dims = ln_linear::cuda::Dims { b, t: tokens, c: channels, n: outputs };
+        let plan = ln_linear::cuda::plan(&device, DType::Bf16, dims, &read, full).unwrap();
+        let blocks = ln_linear::cuda::counters_len(&device, DType::Bf16, dims, full) - b;
+        assert!(cuda::most_parts(&plan, blocks) > 0, "{label}: no tile is shared by the {blocks} blocks");
+        let case = Case { tokens, channels, outputs, read, activation: Activation::None, mean: 0.0 };
+        cuda::check_on(device, &label, &case, DType::Bf16);
+        if multiprocessors == 2 {
+            cuda::check_on(cuda::device().with_multiprocessors(1), &label, &case, DType::F32);
+        }
+    }
+    // Tiles of 192 x 256, which are those of sm_90.
+    if cuda::device().arch() == 90 {
+        let (b, tokens, channels, outputs) = (140, 33, 136, 520);
+        let device = cuda::device().with_multiprocessors(4);
+        let dims = ln_linear::cuda::Dims { b, t: tokens, c: channels, n: outputs };
+        let lengths = ln_linear::cuda::shares_len(&device, DType::Bf16, dims, false);
+        assert_eq!(lengths.parts, 4 * 192 * 256);
+        let read = cuda::uneven_windows(b, channels);
+        let plan = ln_linear::cuda::plan(&device, DType::Bf16, dims, &read, false).unwrap();
+        assert!(cuda::most_parts(&plan, 4) > 0, "no tile of 192 x 256 is shared");
+        let case = Case { tokens, channels, outputs, read, activation: Activation::None, mean: 0.0 };
+        cuda::check_on(device, "192 x 256", &case, DType::Bf16);
+    }
+}
+
+#[test]
+fn shared_tiles_on_sm_90() {
+    cuda::again_on_sm_90("on_cuda_with_shared_tiles");
 }
 
 #[test]

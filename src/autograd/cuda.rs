@@ -11,6 +11,7 @@ use crate::backend::cuda::arena::Arena;
 use crate::backend::cuda::transfer::Staging;
 use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Graph, Launch};
 use crate::error::{Error, Result};
+use crate::ops::shares::{Gradient, Planner, Shares};
 use crate::params::Param;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -92,8 +93,9 @@ pub(super) struct DeviceMemory {
     staging: Option<Staging>, // of the inputs of the next pass
     uploads: Vec<(Buffer, Vec<u8>)>,
     run: Run,
-    failed: Option<Error>,       // a copy of an input
-    windows: Vec<(u32, Buffer)>, // by the start of their handle
+    failed: Option<Error>,                 // a copy of an input
+    windows: Vec<(u32, Buffer)>,           // by the start of their handle
+    plans: Vec<((u32, Gradient), Buffer)>, // of weights' gradients, for the windows that start there
     replayed: HashMap<u64, Captured>,
 }
 
@@ -184,6 +186,7 @@ impl DeviceMemory {
         self.inputs.arena.clear();
         self.uploads.clear();
         self.windows.clear();
+        self.plans.clear();
     }
 }
 
@@ -200,6 +203,7 @@ impl Memory {
             run: Run::Dry,
             failed: None,
             windows: Vec::new(),
+            plans: Vec::new(),
             replayed: HashMap::new(),
         };
         Memory { cuda: Some(Box::new(cuda)), ..Memory::default() }
@@ -408,6 +412,20 @@ impl Tape<'_> {
     pub(crate) fn window_buffer(&self, windows: Windows) -> Buffer {
         let found = self.own().windows.iter().find(|(start, _)| *start == windows.start);
         found.expect("uploaded when the handle was made").1
+    }
+
+    /// Memory of the product of a weight's gradient; give [`Shares::parts`] back with [`Tape::give_buffer`]. Layers of the same sizes and
+    /// windows have one plan.
+    pub(crate) fn take_shares(&mut self, windows: Windows, planner: &Planner) -> Shares {
+        let key = (windows.start, planner.gradient);
+        let known = self.own().plans.iter().find(|(known, _)| *known == key).map(|(_, plan)| *plan);
+        let plan = known.unwrap_or_else(|| {
+            let words = planner.plan(self.get_windows(windows));
+            let plan = self.upload(bytemuck::cast_slice(&words), DType::I32);
+            self.own_mut().plans.push((key, plan));
+            plan
+        });
+        Shares { plan, parts: self.take_buffer(planner.lengths().parts, DType::F32) }
     }
 
     /// A buffer of arbitrary contents; give it back with [`Tape::give_buffer`] or [`Tape::push`].

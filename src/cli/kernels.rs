@@ -9,7 +9,7 @@ use crate::backend::cuda::{DType, Device, nvrtc};
 use crate::error::{Error, Result};
 use crate::model::config::{ModelConfig, TASKS};
 use crate::model::dit::Dit;
-use crate::ops::tile::{Tiling, tall_tiling, tiling};
+use crate::ops::tile::{Tile, gradient_tiling, overlapped_tiling, tiling};
 use crate::ops::work::{self, Flops};
 use crate::rng::{Philox, Stream};
 use crate::routing::{self, Routing, Window};
@@ -228,8 +228,6 @@ fn launches(device: &Device, model: ModelConfig, elem: DType, batch_size: usize)
 /// Batches over which the work of products is averaged.
 const BATCHES: u64 = 32;
 
-/// Chooses tiles.
-type Tiles = fn(&Device, DType, usize, usize) -> Tiling;
 /// Counts the work of a product, and that of its correction for inactive channels.
 type Work<'a> = dyn Fn(work::Batch) -> (Flops, u64) + 'a;
 
@@ -249,8 +247,7 @@ fn products(device: &Device, dit: &Dit, b: usize) -> Vec<ProductRow> {
             (0..b as u64).map(|i| all[draw(i)]).collect()
         })
         .collect();
-    let tiled = |tiles: Tiles, name: &str, [rows, columns]: [usize; 2], windowed: bool, work: &Work| {
-        let tile = tiles(device, DType::Bf16, rows, columns).tile;
+    let tiled = |tile: Tile, name: &str, windowed: bool, work: &Work| {
         let of = |windows| work(work::Batch { windows, tokens, channels: c, tile });
         let drawn = batches.iter().map(|windows| of(if windowed { windows } else { &full }));
         let (mut needed, mut issued) = (0.0, 0.0);
@@ -271,25 +268,28 @@ fn products(device: &Device, dit: &Dit, b: usize) -> Vec<ProductRow> {
             over_least: issued / (share * dense.issued as f64),
         }
     };
-    let row = |name: &str, rows: usize, columns: usize, windowed: bool, work: &Work| {
-        tiled(tiling, name, [rows, columns], windowed, work)
-    };
     let rows = b * tokens;
+    let of_c = tiling(device, DType::Bf16, rows, c).tile;
+    let of_others = |columns| overlapped_tiling(device, DType::Bf16, rows, columns).tile;
+    let of_weight = |rows_and_columns, windows_of_rows| {
+        gradient_tiling(device, DType::Bf16, rows_and_columns, rows, windows_of_rows).tile
+    };
     let sublayer = config.routing == Routing::Sublayer;
     let mut table = Vec::new();
     for (name, outputs, windowed) in [("qkv", 3 * c, true), ("fc1", mlp, sublayer)] {
         let each = |pass: &str| format!("{name} {pass}");
-        table.push(row(&each("forward"), rows, outputs, windowed, &|b| (b.reads(outputs), 0)));
-        table
-            .push(row(&each("input gradient"), rows, c, windowed, &|b| (b.writes(outputs), b.corrects_input(outputs))));
+        table.push(tiled(of_others(outputs), &each("forward"), windowed, &|b| (b.reads(outputs), 0)));
+        let gradient = |b: work::Batch| (b.writes(outputs), b.corrects_input(outputs));
+        table.push(tiled(of_c, &each("input gradient"), windowed, &gradient));
         let gradient = |b: work::Batch| (b.meets_columns(outputs), b.corrects_weight(outputs));
-        table.push(tiled(tall_tiling, &each("weight gradient"), [outputs, c], windowed, &gradient));
+        table.push(tiled(of_weight([outputs, c], false), &each("weight gradient"), windowed, &gradient));
     }
     for (name, inputs) in [("proj", c), ("fc2", mlp)] {
         let each = |pass: &str| format!("{name} {pass}");
-        table.push(row(&each("forward"), rows, c, sublayer, &|b| (b.writes(inputs), 0)));
-        table.push(row(&each("input gradient"), rows, inputs, sublayer, &|b| (b.reads(inputs), 0)));
-        table.push(row(&each("weight gradient"), c, inputs, sublayer, &|b| (b.meets_rows(inputs), 0)));
+        table.push(tiled(of_c, &each("forward"), sublayer, &|b| (b.writes(inputs), 0)));
+        table.push(tiled(of_others(inputs), &each("input gradient"), sublayer, &|b| (b.reads(inputs), 0)));
+        let gradient = |b: work::Batch| (b.meets_rows(inputs), 0);
+        table.push(tiled(of_weight([c, inputs], true), &each("weight gradient"), sublayer, &gradient));
     }
     table
 }

@@ -18,6 +18,7 @@ pub mod patch_embed;
 pub(crate) mod products;
 pub mod real;
 pub(crate) mod rows;
+pub(crate) mod shares;
 pub(crate) mod tile;
 pub mod timestep_embed;
 pub mod unpatchify;

@@ -1,6 +1,7 @@
 //! Tiles of the products on a CUDA device (`kernels/gemm.cuh`).
 
-use crate::backend::cuda::{Buffer, DType, Device, Launch};
+use crate::backend::cuda::launch::Matrix;
+use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
 
 /// Halves into which P and Q are split as operands of products in bf16 (`SPLIT` in `kernels/ln_linear_rows.cuh`).
@@ -37,6 +38,20 @@ pub struct Tile {
     shared: u32,
 }
 
+/// Chunks of a block, on average, that make one more worth while where there are no more tiles than blocks.
+const SHARE: usize = 16;
+
+impl Tile {
+    /// Blocks that a multiprocessor has at once.
+    fn resident(&self) -> usize {
+        match (self.kind, self.m) {
+            (Kind::Wgmma, _) => 1,
+            (Kind::Mma, 128) => 2,
+            (Kind::Mma, _) => 4,
+        }
+    }
+}
+
 const fn square(side: usize, cost: usize) -> Tile {
     let (chunk, stages) = (32, 3);
     let shared = stages * 2 * side * chunk * 2;
@@ -47,15 +62,25 @@ const fn wide(m: usize, n: usize, cost: usize) -> Tile {
     let chunk = 64;
     let stage = (m + n) * chunk * 2;
     // As many stages as a multiprocessor's shared memory holds.
-    let shared = (227 << 10) / stage * stage;
-    Tile { kind: Kind::Wgmma, m, n, chunk, align: 16, cost, threads: 256, shared: shared as u32 }
+    let shared = (227 << 10) / (stage + 8) * (stage + 8);
+    Tile { kind: Kind::Wgmma, m, n, chunk, align: 16, cost, threads: 2 * m as u32, shared: shared as u32 }
 }
 
 /// The tiles of [`Kind::Mma`].
 pub const SQUARE: [Tile; 2] = [square(128, 4), square(64, 6)];
-/// Those of bf16 on sm_90. The last is for products of which no window names rows: it would skip the fewest.
+/// Those of bf16 on sm_90. The last is for weights' gradients of which no window names rows: it would skip the fewest.
 /// (Two blocks of 128 x 128 on a multiprocessor were slower than one block in every product, on an H100.)
-pub const WGMMA: [Tile; 4] = [wide(128, 256, 8), wide(128, 192, 9), wide(128, 128, 10), wide(256, 128, 8)];
+pub const WGMMA: [Tile; 4] = [wide(128, 256, 12), wide(128, 192, 14), wide(128, 128, 16), wide(192, 256, 10)];
+
+/// Those of kernels whose blocks go over many tiles, and finish one while the next is multiplied: there is room for its sums.
+pub(crate) const OVERLAPPED: [Tile; 2] = [overlapped(192, 14), overlapped(128, 16)];
+
+const fn overlapped(n: usize, cost: usize) -> Tile {
+    let tile = wide(128, n, cost);
+    let (sums, stage) = (tile.m * (n + 8) * 4, (tile.m + n) * tile.chunk * 2);
+    let shared = sums + ((227 << 10) - sums) / (stage + 8) * (stage + 8);
+    Tile { threads: 512, shared: shared as u32, ..tile }
+}
 
 /// The tile of a product, and its grid.
 #[derive(Clone, Copy, Debug)]
@@ -64,11 +89,17 @@ pub(crate) struct Tiling {
     pub(crate) tile: Tile,
     /// Definitions of the kernel.
     pub(crate) defines: [(&'static str, i64); 2],
-    /// Tiles along the columns, tiles along the rows.
+    /// Tiles along the columns, tiles along the rows; or how many blocks go over them.
     pub(crate) grid: [u32; 3],
 }
 
 impl Tiling {
+    /// An operand `[rows, columns]` of the product, for its tensor copies.
+    pub(crate) fn operand(&self, buffer: Buffer, rows: usize, columns: usize) -> Arg {
+        let is_copied = self.tile.kind == Kind::Wgmma && !buffer.is_none();
+        Arg::Map(is_copied.then_some(Matrix { buffer, rows, columns }))
+    }
+
     /// The launch of a product.
     pub(crate) fn launch(&self, file: &'static str, kernel: &'static str, elem: DType) -> Launch<'_> {
         let Tile { threads: block, shared, .. } = self.tile;
@@ -81,9 +112,41 @@ pub(crate) fn tiling(device: &Device, elem: DType, rows: usize, columns: usize) 
     best(device, if has_wgmma(device, elem) { &WGMMA[..3] } else { &SQUARE }, rows, columns)
 }
 
-/// The same where no window names rows: tall tiles too.
-pub(crate) fn tall_tiling(device: &Device, elem: DType, rows: usize, columns: usize) -> Tiling {
-    best(device, if has_wgmma(device, elem) { &WGMMA } else { &SQUARE }, rows, columns)
+/// That of a kernel whose blocks go over many tiles.
+pub(crate) fn overlapped_tiling(device: &Device, elem: DType, rows: usize, columns: usize) -> Tiling {
+    if !has_wgmma(device, elem) {
+        return tiling(device, elem, rows, columns);
+    }
+    let tiling = best(device, &OVERLAPPED, rows, columns);
+    let blocks = device.multiprocessors().min(tiling.grid.iter().product());
+    Tiling { grid: [blocks, 1, 1], ..tiling }
+}
+
+/// A weight's gradient `[rows, columns]`, whose reduction is over `inner` rows: the tiles, and how many blocks compute them. More than
+/// tiles, if those would leave a quarter of the device idle: then their reductions are cut ([`crate::ops::shares`]). That costs about as
+/// much as ten chunks of a tile, on an H100, so tiles for which all blocks find work are left whole.
+pub(crate) fn gradient_tiling(
+    device: &Device,
+    elem: DType,
+    [rows, columns]: [usize; 2],
+    inner: usize,
+    windows_of_rows: bool,
+) -> Tiling {
+    let has_wgmma = has_wgmma(device, elem);
+    let tiles = match (has_wgmma, windows_of_rows) {
+        (false, _) => &SQUARE[..],
+        // A tall tile would skip fewer rows.
+        (true, true) => &WGMMA[..3],
+        (true, false) => &WGMMA,
+    };
+    let tiling = best(device, tiles, rows, columns);
+    let count = tiling.grid.iter().product::<u32>() as usize;
+    let at_once = device.multiprocessors() as usize * tiling.tile.resident();
+    let blocks = match 4 * count <= 3 * at_once {
+        true => at_once.min(count.max(count * inner.div_ceil(tiling.tile.chunk) / SHARE)),
+        false => count,
+    };
+    Tiling { grid: [blocks as u32, 1, 1], ..tiling }
 }
 
 fn has_wgmma(device: &Device, elem: DType) -> bool {
@@ -98,7 +161,11 @@ fn best(device: &Device, tiles: &[Tile], rows: usize, columns: usize) -> Tiling 
     };
     let tile = *tiles.iter().min_by_key(time).expect("there are some");
     let [x, y] = counts(&tile).map(|count| count as u32);
-    Tiling { tile, defines: [("TILE_M", tile.m as i64), ("TILE_N", tile.n as i64)], grid: [x, y, 1] }
+    Tiling { tile, defines: defines(&tile), grid: [x, y, 1] }
+}
+
+fn defines(tile: &Tile) -> [(&'static str, i64); 2] {
+    [("TILE_M", tile.m as i64), ("TILE_N", tile.n as i64)]
 }
 
 /// Refuses buffers that are too short, or in bf16 start where 16 bytes cannot be read at a time: each with its name and the length
@@ -179,8 +246,34 @@ mod tests {
         assert_eq!(tile(DType::Bf16, 8192, 4608), [128, 256]);
         assert_eq!(tile(DType::Bf16, 1152, 1152), [128, 128]);
         assert_eq!(tile(DType::Bf16, 64, 3456), [128, 128]);
-        let tall = tall_tiling(&device, DType::Bf16, 3456, 1152);
-        assert_eq!((tall.tile.m, tall.tile.n, tall.grid), (256, 128, [9, 14, 1]));
         assert_eq!(tile(DType::F32, 8192, 4608), [128, 128]);
+        let overlapped = |arch, rows, columns| {
+            let device = Device::on_paper("H100", arch, 132);
+            let Tiling { tile, grid, .. } = overlapped_tiling(&device, DType::Bf16, rows, columns);
+            (tile.m, tile.n, tile.threads, grid)
+        };
+        assert_eq!(overlapped(90, 8192, 4608), (128, 192, 512, [132, 1, 1]));
+        assert_eq!(overlapped(90, 1024, 1152), (128, 128, 512, [72, 1, 1]));
+        assert_eq!(overlapped(80, 8192, 4608), (128, 128, 128, [36, 64, 1]));
+    }
+
+    #[test]
+    fn tiles_of_gradients_are_cut_where_they_would_leave_a_device_idle() {
+        let device = Device::on_paper("H100", 90, 132);
+        let tile = |rows, columns, inner, windows_of_rows| {
+            let Tiling { tile, grid, .. } =
+                gradient_tiling(&device, DType::Bf16, [rows, columns], inner, windows_of_rows);
+            assert_eq!(grid[1..], [1, 1]);
+            [tile.m, tile.n, grid[0] as usize]
+        };
+        // 90 tiles are cut, 120 and 216 are not.
+        assert_eq!(tile(3456, 1152, 8192, false), [192, 256, 132]);
+        assert_eq!(tile(4608, 1152, 8192, false), [192, 256, 120]);
+        assert_eq!(tile(1152, 4608, 8192, true), [128, 192, 216]);
+        // 9 tiles, of which each block has 16 chunks.
+        assert_eq!(tile(32, 1152, 8192, false), [128, 128, 72]);
+        assert_eq!(tile(32, 8, 64, false), [128, 128, 1]);
+        let small = gradient_tiling(&Device::on_paper("A100", 80, 108), DType::Bf16, [72, 288], 48, true);
+        assert_eq!((small.tile.m, small.grid), (64, [10, 1, 1]));
     }
 }

@@ -188,6 +188,23 @@ pub fn drawn_sizes(seed: u64) -> ([usize; 4], Vec<Window>) {
     ([b, rows / b, channels, other], windows.collect())
 }
 
+/// The most parts of a tile in a plan for `blocks` blocks (`Piece` in kernels/gemm_shares.cuh).
+pub fn most_parts(plan: &[i32], blocks: usize) -> i32 {
+    let (begin, pieces) = plan.split_at(blocks + 1);
+    let pieces = &pieces[..begin[blocks] as usize * 8];
+    pieces.chunks_exact(8).map(|piece| piece[7]).max().expect("there are pieces")
+}
+
+/// Windows that make tiles of different lengths: few samples need the channels on the right, and none the last 8.
+pub fn uneven_windows(b: usize, channels: usize) -> Vec<Window> {
+    (0..b)
+        .map(|i| match i % 5 {
+            0 => Window { start: 40, width: channels - 48 },
+            _ => Window { start: 3, width: channels / 2 - i % 7 },
+        })
+        .collect()
+}
+
 /// Whether the device holds this input in the tape's element type.
 fn in_elem(input: &Input) -> bool {
     match input.place {

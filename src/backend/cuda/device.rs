@@ -1,7 +1,7 @@
 //! A CUDA device and its compiled kernels. All work goes to one stream, in order.
 
 use super::clock::Timed;
-use super::launch::{Arg, Launch};
+use super::launch::{Arg, Launch, Matrix};
 use super::{DType, cache, library, nvrtc};
 use crate::error::{Error, Result};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
@@ -17,13 +17,44 @@ const OLDEST_ARCH: u32 = 80;
 /// Oldest supported CUDA version of the driver: NVRTC 13.0 compiles for it.
 const OLDEST_DRIVER: i32 = 13_000;
 
-/// Dynamic shared memory that needs no permission.
-const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+/// Dynamic shared memory that needs no permission: of 48 KB in all, kernels have some of their own.
+const SHARED_WITHOUT_ASKING: u32 = 47 << 10;
 
 /// Says what failed.
 pub(crate) fn failed(what: &str, e: DriverError) -> Error {
     let text = e.error_string().ok().map(|s| s.to_string_lossy().into_owned());
     Error::Stopped(format!("the CUDA device failed to {what}: {}", text.unwrap_or_else(|| format!("{:?}", e.0))))
+}
+
+const NO_MAP: sys::CUtensorMap = sys::CUtensorMap { opaque: [0; 16] };
+
+/// How tensor copies find squares of 64 by 64 of a matrix, in the 128-byte swizzle, with zeros beyond.
+fn tensor_map(matrix: Matrix) -> Result<sys::CUtensorMap> {
+    let Matrix { buffer, rows, columns } = matrix;
+    let mut map = NO_MAP;
+    let sizes = [columns as u64, rows as u64];
+    let stride = [columns as u64 * buffer.dtype.bytes() as u64];
+    let (square, steps) = ([64, 64], [1, 1]);
+    // SAFETY: the arrays have as many numbers as there are dimensions (strides one fewer), and the map is aligned by its type.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            buffer.address as *mut c_void,
+            sizes.as_ptr(),
+            stride.as_ptr(),
+            square.as_ptr(),
+            steps.as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()
+    .map_err(|e| failed(&format!("describe a matrix of {rows} x {columns}"), e))?;
+    Ok(map)
 }
 
 /// The newest CUDA version that the driver knows: 13000 for 13.0.
@@ -265,10 +296,20 @@ impl Device {
         }
         let Some(driver) = self.running()? else { return Ok(()) };
         let function = self.function(driver, launch)?;
+        let maps = args
+            .iter()
+            .filter_map(
+                |arg| if let Arg::Map(matrix) = arg { Some(matrix.map_or(Ok(NO_MAP), tensor_map)) } else { None },
+            )
+            .collect::<Result<Vec<_>>>()?;
+        let mut next_map = maps.iter();
         let mut parameters: Vec<*mut c_void> = args
             .iter()
             .map(|arg| match arg {
                 Arg::Buffer(buffer) => (&raw const buffer.address).cast_mut().cast(),
+                Arg::Map(_) => {
+                    (&raw const *next_map.next().expect("one for each such argument")).cast_mut().cast::<c_void>()
+                }
                 Arg::I32(value) => (&raw const *value).cast_mut().cast(),
                 Arg::U32(value) => (&raw const *value).cast_mut().cast(),
                 Arg::F32(value) => (&raw const *value).cast_mut().cast(),

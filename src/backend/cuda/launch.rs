@@ -11,6 +11,7 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 pub(super) enum Kind {
     /// A buffer of this type; None: of the launch's `elem`.
     Buffer(Option<DType>),
+    Map,
     I32,
     U32,
     F32,
@@ -25,11 +26,41 @@ pub(super) struct Signature {
     pub(super) parameters: &'static [(&'static str, Kind)],
 }
 
+/// A matrix in bf16 of which kernels copy squares of 64 by 64 into shared memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    /// `[rows, columns]`
+    pub buffer: Buffer,
+    /// Rows.
+    pub rows: usize,
+    /// Columns, side by side in memory.
+    pub columns: usize,
+}
+
+impl Matrix {
+    /// Why it cannot be copied, if so.
+    fn misfit(&self) -> Option<String> {
+        let Matrix { buffer, rows, columns } = *self;
+        if rows.checked_mul(columns).is_none_or(|len| len > buffer.len) {
+            return Some(format!("a matrix of {rows} x {columns} in {} numbers", buffer.len));
+        }
+        if buffer.dtype != DType::Bf16 || !columns.is_multiple_of(8) || !buffer.address.is_multiple_of(16) {
+            return Some(format!(
+                "rows of {columns} {:?} from {:#x} on, but copies are of 8 Bf16, 16 bytes that start at a multiple of 16",
+                buffer.dtype, buffer.address
+            ));
+        }
+        None
+    }
+}
+
 /// An argument of a kernel.
 #[derive(Clone, Copy, Debug)]
 pub enum Arg {
     /// Numbers on the device.
     Buffer(Buffer),
+    /// `TensorMap`; None where the kernel needs none.
+    Map(Option<Matrix>),
     /// `int`
     I32(i32),
     /// `unsigned int`
@@ -118,7 +149,8 @@ impl Launch<'_> {
         for (arg, (name, kind)) in args.iter().zip(signature.parameters) {
             let fits = match (arg, kind) {
                 (Arg::Buffer(buffer), Kind::Buffer(dtype)) => buffer.dtype == dtype.unwrap_or(self.elem),
-                (Arg::I32(_), Kind::I32)
+                (Arg::Map(_), Kind::Map)
+                | (Arg::I32(_), Kind::I32)
                 | (Arg::U32(_), Kind::U32)
                 | (Arg::F32(_), Kind::F32)
                 | (Arg::F64(_), Kind::F64)
@@ -127,6 +159,11 @@ impl Launch<'_> {
             };
             if !fits {
                 return wrong(format!("the argument {name} is {arg:?}, expected {kind:?} (elem is {:?})", self.elem));
+            }
+            if let Arg::Map(Some(matrix)) = arg
+                && let Some(what) = matrix.misfit()
+            {
+                return wrong(format!("{name}: {what}"));
             }
         }
         if self.grid[1] > 65_535 || self.grid[2] > 65_535 {

@@ -2,7 +2,10 @@
 
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::Result;
-use crate::ops::tile::{SMALL, check_buffers, check_sizes, tiling};
+use crate::ops::shares::{Gradient, Planner, check_windows};
+pub use crate::ops::shares::{Lengths, Shares};
+use crate::ops::tile::{SMALL, check_buffers, check_sizes, overlapped_tiling, tiling};
+use crate::routing::Window;
 
 const FILE: &str = "linear_residual";
 const OP: &str = "linear_residual";
@@ -107,6 +110,8 @@ pub fn forward(
             windows.base.into(),
             windows.bypass.into(),
             windows.write.into(),
+            tiles.operand(a, b * t, k),
+            tiles.operand(weight, c, k),
             Arg::I32(gate.stride as i32),
             Arg::I32(b as i32),
             Arg::I32(t as i32),
@@ -146,6 +151,36 @@ pub struct Scratch {
     pub dz: Buffer,
     /// `[B, C]` f32
     pub dz_sums: Buffer,
+    /// [`counters_len`] u32
+    pub counters: Buffer,
+    /// Of [`shares_len`], with the [`plan`] for the write windows.
+    pub shares: Shares,
+}
+
+/// How the weight's gradient is shared out.
+pub(crate) fn planner(device: &Device, elem: DType, dims: Dims) -> Planner {
+    let Dims { b, t, k, c } = dims;
+    let gradient = Gradient { rows: c, columns: k, windows_of_rows: true, b, t, corrections: 0, bias: false };
+    Planner::new(device, elem, gradient)
+}
+
+/// Lengths of [`Scratch::shares`].
+pub fn shares_len(device: &Device, elem: DType, dims: Dims) -> Lengths {
+    planner(device, elem, dims).lengths()
+}
+
+/// Elements of [`Scratch::counters`].
+pub fn counters_len(device: &Device, elem: DType, dims: Dims) -> usize {
+    shares_len(device, elem, dims).stored
+}
+
+/// What [`Shares::plan`] of [`Scratch::shares`] must hold for these write windows, `[B]`.
+///
+/// # Errors
+/// When there are not as many windows as samples.
+pub fn plan(device: &Device, elem: DType, dims: Dims, write: &[Window]) -> Result<Vec<i32>> {
+    check_windows(OP, write, dims.b)?;
+    Ok(planner(device, elem, dims).plan(write))
 }
 
 /// The gradients, given that of the output, `dout` `[B, T, C]` elem. `pre` `[B, T, K]` elem: `a` is its GELU (none: it is
@@ -169,6 +204,9 @@ pub fn backward(
 ) -> Result<()> {
     let Dims { b, t, k, c } = dims;
     let elem = dout.dtype;
+    check_sizes(OP, elem, b * t, &[c, k])?;
+    let planner = planner(device, elem, dims);
+    let Lengths { plan, parts, stored } = planner.lengths();
     check(
         dims,
         elem,
@@ -181,6 +219,9 @@ pub fn backward(
             ("dbias", grads.dbias, c),
             ("dz", scratch.dz, b * t * c),
             ("dz_sums", scratch.dz_sums, b * c),
+            ("counters", scratch.counters, stored),
+            ("plan", scratch.shares.plan, plan),
+            ("parts", scratch.shares.parts, parts),
             ("dout", dout, b * t * c),
             ("a", a, b * t * k),
             ("pre", pre, unless_none(pre, b * t * k)),
@@ -224,21 +265,39 @@ pub fn backward(
             c32,
         ],
     )?;
-    let tiles = tiling(device, elem, b * t, k);
+    let tiles = overlapped_tiling(device, elem, b * t, k);
     device.launch(
         &tiles.launch(FILE, "linear_residual_bwd_input", elem),
-        &[grads.da.into(), scratch.dz.into(), weight.into(), pre.into(), windows.write.into(), b32, t32, k32, c32],
+        &[
+            grads.da.into(),
+            scratch.counters.into(),
+            scratch.dz.into(),
+            weight.into(),
+            pre.into(),
+            windows.write.into(),
+            tiles.operand(scratch.dz, b * t, c),
+            tiles.operand(weight, c, k),
+            Arg::I32(stored as i32),
+            b32,
+            t32,
+            k32,
+            c32,
+        ],
     )?;
-    let tiles = tiling(device, elem, c, k);
     device.launch(
-        &tiles.launch(FILE, "linear_residual_bwd_weight", elem),
+        &planner.tiling.launch(FILE, "linear_residual_bwd_weight", elem),
         &[
             grads.dweight.into(),
             grads.dbias.into(),
+            scratch.shares.parts.into(),
+            scratch.counters.into(),
+            scratch.shares.plan.into(),
             scratch.dz.into(),
             a.into(),
             scratch.dz_sums.into(),
             windows.write.into(),
+            planner.tiling.operand(scratch.dz, b * t, c),
+            planner.tiling.operand(a, b * t, k),
             flag(grads.add),
             b32,
             t32,

@@ -175,8 +175,13 @@ impl Saved {
             Some((x, _)) => tape.take_grad_buffer(x),
             None => (Buffer::none(elem), false),
         };
-        let scratch =
-            cuda::Scratch { dz: tape.take_buffer(b * t * c, elem), dz_sums: tape.take_buffer(b * c, DType::F32) };
+        let dims = cuda::Dims { b, t, k, c };
+        let scratch = cuda::Scratch {
+            dz: tape.take_buffer(b * t * c, elem),
+            dz_sums: tape.take_buffer(b * c, DType::F32),
+            counters: tape.take_buffer(cuda::counters_len(&device, elem, dims), DType::U32),
+            shares: tape.take_shares(self.write, &cuda::planner(&device, elem, dims)),
+        };
         let (dweight, add) = tape.grad_buffer(self.linear.weight);
         let (dbias, _) = tape.grad_buffer(self.linear.bias);
         let pre = tape.take_before_gelu(self.a).map_or(Buffer::none(elem), |pre| tape.buffer(pre));
@@ -192,7 +197,7 @@ impl Saved {
             tape.weight_buffer(self.linear.weight),
             cuda_gate(tape, self.gate),
             cuda_windows(tape, self.residual, self.write),
-            cuda::Dims { b, t, k, c },
+            dims,
         )?;
         tape.put_grad_buffer(self.residual.base, dbase);
         if let Some((x, _)) = self.residual.bypass {
@@ -207,7 +212,7 @@ impl Saved {
         if !fresh_base {
             tape.give_buffer(dout);
         }
-        for buffer in [scratch.dz, scratch.dz_sums] {
+        for buffer in [scratch.dz, scratch.dz_sums, scratch.counters, scratch.shares.parts] {
             tape.give_buffer(buffer);
         }
         Ok(())

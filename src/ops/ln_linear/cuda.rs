@@ -3,7 +3,10 @@
 use super::Activation;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
-use crate::ops::tile::{SMALL, SPLIT_BF16, check_buffers, check_sizes, tall_tiling, tiling};
+use crate::ops::shares::{Gradient, Planner, check_windows};
+pub use crate::ops::shares::{Lengths, Shares};
+use crate::ops::tile::{SMALL, SPLIT_BF16, check_buffers, check_sizes, overlapped_tiling, tiling};
+use crate::routing::Window;
 
 const FILE: &str = "ln_linear";
 const OP: &str = "ln_linear";
@@ -16,8 +19,6 @@ const ROW_TOKENS: usize = 16;
 const COLUMNS: usize = 128;
 /// Threads of such a block.
 const COLUMN_THREADS: u32 = 128;
-/// Outputs of a block that sums the bias's gradient.
-const BIAS_COLUMNS: usize = 64;
 /// Threads of a block of the element-wise kernel.
 const ELEMENTS: usize = 256;
 
@@ -112,8 +113,10 @@ pub struct Scratch {
     pub inactive_grads: Buffer,
     /// [`sums_len`] f32
     pub sums: Buffer,
-    /// `[B]` u32
-    pub finished: Buffer,
+    /// [`counters_len`] u32
+    pub counters: Buffer,
+    /// Of [`shares_len`], with the [`plan`] for the windows.
+    pub shares: Shares,
 }
 
 /// Where gradients go.
@@ -153,6 +156,33 @@ pub fn inactive_grads_len(dims: Dims, elem: DType) -> usize {
 /// Elements of [`Scratch::sums`].
 pub fn sums_len(dims: Dims) -> usize {
     dims.b * dims.t.div_ceil(ROW_TOKENS) * 2 * dims.c
+}
+
+/// How the weight's gradient is shared out.
+pub(crate) fn planner(device: &Device, elem: DType, dims: Dims, full: bool) -> Planner {
+    let Dims { b, t, c, n } = dims;
+    let corrections = if full { 0 } else { Dims::split(elem) };
+    let gradient = Gradient { rows: n, columns: c, windows_of_rows: false, b, t, corrections, bias: full };
+    Planner::new(device, elem, gradient)
+}
+
+/// Lengths of [`Scratch::shares`]; `full` as in [`Inputs`].
+pub fn shares_len(device: &Device, elem: DType, dims: Dims, full: bool) -> Lengths {
+    planner(device, elem, dims, full).lengths()
+}
+
+/// Elements of [`Scratch::counters`].
+pub fn counters_len(device: &Device, elem: DType, dims: Dims, full: bool) -> usize {
+    dims.b + shares_len(device, elem, dims, full).stored
+}
+
+/// What [`Shares::plan`] of [`Scratch::shares`] must hold for these windows, `[B]`; `full` as in [`Inputs`].
+///
+/// # Errors
+/// When there are not as many windows as samples.
+pub fn plan(device: &Device, elem: DType, dims: Dims, windows: &[Window], full: bool) -> Result<Vec<i32>> {
+    check_windows(OP, windows, dims.b)?;
+    Ok(planner(device, elem, dims, full).plan(windows))
 }
 
 /// Refuses sizes and buffers that the kernels cannot use: each buffer with its name and the length it must have.
@@ -226,10 +256,19 @@ pub fn forward(
     )?;
     if !inputs.full {
         let tiles = tiling(device, elem, 2 * b, n);
-        let args = [saved.uv.into(), saved.inactive.into(), inputs.weight.into(), b32, c32, n32];
+        let args = [
+            saved.uv.into(),
+            saved.inactive.into(),
+            inputs.weight.into(),
+            tiles.operand(saved.inactive, 2 * b, c),
+            tiles.operand(inputs.weight, n, c),
+            b32,
+            c32,
+            n32,
+        ];
         device.launch(&tiles.launch(FILE, "ln_linear_fwd_inactive", elem), &args)?;
     }
-    let tiles = tiling(device, elem, b * t, n);
+    let tiles = overlapped_tiling(device, elem, b * t, n);
     device.launch(
         &tiles.launch(FILE, "ln_linear_fwd", elem),
         &[
@@ -242,6 +281,8 @@ pub fn forward(
             if inputs.full { Buffer::none(DType::F32) } else { saved.uv }.into(),
             saved.mean.into(),
             saved.rstd.into(),
+            tiles.operand(saved.h, b * t, c),
+            tiles.operand(inputs.weight, n, c),
             Arg::I32(i32::from(activation == Activation::Gelu)),
             b32,
             t32,
@@ -283,6 +324,9 @@ pub fn backward(
     let Dims { b, t, c, n } = dims;
     let elem = g.dtype;
     let unless_full = |len| if inputs.full { 0 } else { len };
+    check_sizes(OP, elem, b * t, &[c, n])?;
+    let planner = planner(device, elem, dims, inputs.full);
+    let Lengths { plan, parts, stored } = planner.lengths();
     check(
         dims,
         elem,
@@ -298,7 +342,9 @@ pub fn backward(
             ("dr", scratch.dr, unless_full(dr_len(dims))),
             ("inactive_grads", scratch.inactive_grads, unless_full(inactive_grads_len(dims, elem))),
             ("sums", scratch.sums, sums_len(dims)),
-            ("finished", scratch.finished, b),
+            ("counters", scratch.counters, b + stored),
+            ("plan", scratch.shares.plan, plan),
+            ("parts", scratch.shares.parts, parts),
             ("g", g, b * t * n),
             ("x", inputs.x, b * t * c),
             ("windows", inputs.windows, b * 2),
@@ -331,6 +377,7 @@ pub fn backward(
         let outputs = [pq.into(), q.into(), dr.into(), g.into()];
         device.launch(&columns, &[&outputs[..], &statistics, &[b32, t32, n32]].concat())?;
     }
+    let (finished, stored) = (scratch.counters.slice(0..b), scratch.counters.slice(b..b + stored));
     let mut tiles = tiling(device, elem, b * t, c);
     if !inputs.full {
         tiles.grid[1] += (Dims::split(elem) * 2 * b).div_ceil(tiles.tile.m) as u32;
@@ -340,11 +387,15 @@ pub fn backward(
         &[
             scratch.dh.into(),
             inactive_grads.into(),
-            scratch.finished.into(),
+            scratch.counters.into(),
             g.into(),
             pq.into(),
             inputs.weight.into(),
             inputs.windows.into(),
+            tiles.operand(g, b * t, n),
+            tiles.operand(pq, Dims::split(elem) * 2 * b, n),
+            tiles.operand(inputs.weight, n, c),
+            Arg::I32((b + stored.len) as i32),
             b32,
             t32,
             c32,
@@ -360,7 +411,7 @@ pub fn backward(
             grads.dshift.into(),
             grads.dscale.into(),
             scratch.sums.into(),
-            scratch.finished.into(),
+            finished.into(),
             scratch.dh.into(),
             inputs.x.into(),
             inputs.windows.into(),
@@ -377,22 +428,24 @@ pub fn backward(
             c32,
         ],
     )?;
-    let mut tiles = tall_tiling(device, elem, n, c);
-    if inputs.full {
-        // Blocks for the bias.
-        tiles.grid[1] += (n.div_ceil(BIAS_COLUMNS) as u32).div_ceil(tiles.grid[0]);
-    }
     device.launch(
-        &tiles.launch(FILE, "ln_linear_bwd_weight", elem),
+        &planner.tiling.launch(FILE, "ln_linear_bwd_weight", elem),
         &[
             grads.dweight.into(),
             grads.dbias.into(),
+            scratch.shares.parts.into(),
+            stored.into(),
+            scratch.shares.plan.into(),
             g.into(),
             saved.h.into(),
             inputs.windows.into(),
             pq.into(),
             saved.inactive.into(),
             q.into(),
+            planner.tiling.operand(g, b * t, n),
+            planner.tiling.operand(saved.h, b * t, c),
+            planner.tiling.operand(pq, Dims::split(elem) * 2 * b, n),
+            planner.tiling.operand(saved.inactive, 2 * b, c),
             Arg::I32(i32::from(grads.add)),
             b32,
             t32,

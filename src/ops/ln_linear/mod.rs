@@ -215,7 +215,8 @@ impl Saved {
             dr: tape.take_buffer(if full { 0 } else { cuda::dr_len(dims) }, DType::F32),
             inactive_grads: tape.take_buffer(if full { 0 } else { cuda::inactive_grads_len(dims, elem) }, DType::F32),
             sums: tape.take_buffer(cuda::sums_len(dims), DType::F32),
-            finished: tape.take_buffer(b, DType::U32),
+            counters: tape.take_buffer(cuda::counters_len(&device, elem, dims, full), DType::U32),
+            shares: tape.take_shares(self.read, &cuda::planner(&device, elem, dims, full)),
         };
         let (dweight, add) = tape.grad_buffer(self.linear.weight);
         let (dbias, _) = tape.grad_buffer(self.linear.bias);
@@ -241,8 +242,8 @@ impl Saved {
         cuda::backward(&device, grads, scratch, dy, inputs, saved, dims)?;
         tape.put_grad_buffer(self.x, dx);
         tape.put_grad_buffer(self.shift.var, dmodulation);
-        let cuda::Scratch { dh, pq, q, dr, inactive_grads, sums, finished } = scratch;
-        for buffer in [dy, dh, pq, q, dr, inactive_grads, sums, finished] {
+        let cuda::Scratch { dh, pq, q, dr, inactive_grads, sums, counters, shares } = scratch;
+        for buffer in [dy, dh, pq, q, dr, inactive_grads, sums, counters, shares.parts] {
             tape.give_buffer(buffer);
         }
         Ok(())
