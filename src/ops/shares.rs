@@ -473,6 +473,7 @@ mod tests {
                 let loads = run(&planner, &windows);
                 if !planner.cuts {
                     assert_eq!((planner.lengths().parts, planner.blocks()), (1, planner.tiles() + planner.biases()));
+                    assert!(loads.is_sorted_by(|a, b| a >= b), "beta {beta}: {rows} x {columns}: {loads:?}");
                     continue;
                 }
                 let (most, sum) = (loads.iter().max().unwrap(), loads.iter().sum::<usize>());
