@@ -14,9 +14,10 @@
 // maps, is read as zero.
 //
 // product(..) is a tile of TILE_M x TILE_N by a block of THREADS threads. each_tile(..) calls its argument with the tiles of a matrix, and
-// with what computes one in place of product(..), by a block of TILES_THREADS. `epilogue(column, sample)` is called for OUT_WIDTH columns of a thread and
-// returns an Epilogue, which is given them for rows of that sample; `tokens` rows are a sample's, all of them where the epilogue does not
-// ask.
+// with what computes one in place of product(..), by a block of TILES_THREADS.
+//
+// `epilogue(column, sample)` is called for OUT_WIDTH columns of a thread and returns an Epilogue, which is given them for rows of that
+// sample; `tokens` rows are a sample's, all of them where the epilogue does not ask.
 //
 // Several blocks may share a tile's reduction: `others.complete(sums)` is called before the epilogue (gemm_shares.cuh).
 #pragma once

@@ -18,7 +18,7 @@ enum Layout { K_INNER, K_OUTER };
 #if defined(ELEM_BF16) && defined(__CUDA_ARCH_FEAT_SM90_ALL) && TILE_M * TILE_N > 64 * 64
 #define WGMMA
 constexpr int TILE_K = 64;
-constexpr int THREADS = TILE_M * 2;          // that multiply: a group of 128 for 64 rows
+constexpr int THREADS = TILE_M * 2;         // that multiply: a group of 128 for 64 rows
 constexpr int TILES_THREADS = 2 * THREADS;  // of a kernel of many tiles
 constexpr int BLOCKS = 1;
 constexpr int PART = 64;   // columns that a tile is cut by

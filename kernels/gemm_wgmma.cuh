@@ -106,9 +106,9 @@ __device__ __forceinline__ Maps maps_of(const Operands& operands) {
 // Chunks of a product on their way through a ring of COUNT stages.
 template <Layout A, Layout B, int COUNT>
 struct Ring {
-    unsigned int tiles, barriers;               // in shared memory
-    unsigned int writing = 0;                   // the stage of the chunk that is copied next
-    unsigned int reading = 0, round = 0;        // that is multiplied next
+    unsigned int tiles, barriers;         // in shared memory
+    unsigned int writing = 0;             // the stage of the chunk that is copied next
+    unsigned int reading = 0, round = 0;  // that is multiplied next
 
     // The barriers come after the stages and `room` bytes.
     __device__ Ring(unsigned char* memory, int room = 0)
