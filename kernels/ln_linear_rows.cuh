@@ -425,12 +425,22 @@ __device__ __forceinline__ void normalise_backward(
     int turn = 0;
     const elem *from_x = x + rows.start(T, C), *from_dh = dh + rows.start(T, C);
     elem* to = dx + rows.start(T, C);
+    Vector<W> next_xs[ROWS], next_dhs[ROWS];
+    rows.load(next_xs, from_x, rows.first, C);
+    rows.load(next_dhs, from_dh, rows.first, C);
     for (int t = rows.first; t < rows.end; t += ROWS, turn ^= 1) {
         long long row = (long long)b * T + t;
         int count = min(ROWS, rows.end - t);
         Vector<W> xs[ROWS], dhs[ROWS], befores[ROWS];
-        rows.load(xs, from_x, t, C);
-        rows.load(dhs, from_dh, t, C);
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) xs[i] = next_xs[i], dhs[i] = next_dhs[i];
+        // Under way while these rows are worked on.
+        if (!fresh) rows.load(befores, to, t, C);
+        from_x += (long long)ROWS * C;
+        from_dh += (long long)ROWS * C;
+        to += (long long)ROWS * C;
+        rows.load(next_xs, from_x, t + ROWS, C);
+        rows.load(next_dhs, from_dh, t + ROWS, C);
         float mu[ROWS], r[ROWS], sums[2 * ROWS];  // of dz, then of dz (x - mu) r
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
@@ -468,8 +478,6 @@ __device__ __forceinline__ void normalise_backward(
         }
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) sums[ROWS + i] *= r[i];
-        // Under way while the block sums.
-        if (!fresh) rows.load(befores, to, t, C);
         rows.each_beyond(C, [&](int c) {
             if (!window.meets(c, W)) return;
             float z[W], d[W], own_factor[W];
@@ -502,14 +510,11 @@ __device__ __forceinline__ void normalise_backward(
                 }
                 Vector<W> result;
                 result.pack(values);
-                result.store(to + (long long)i * C);
+                result.store(to + (long long)(i - ROWS) * C);
             }
         } else if (fresh && rows.c < C) {
-            for (int i = 0; i < count; ++i) Vector<W>{}.store(to + (long long)i * C);
+            for (int i = 0; i < count; ++i) Vector<W>{}.store(to + (long long)(i - ROWS) * C);
         }
-        from_x += (long long)ROWS * C;
-        from_dh += (long long)ROWS * C;
-        to += (long long)ROWS * C;
         rows.each_beyond(C, [&](int c) {
             elem* own_to = dx + row * C + c;
             if (window.meets(c, W)) {
@@ -556,7 +561,7 @@ __device__ __forceinline__ void normalise_backward(
             for (int e = 0; e < PIECE; ++e) sums[which][e] = 0.0f;
         if (window.meets(c / W * W, W)) {
             const float *scales = own_parts + part(0, c), *shifts = own_parts + part(1, c);
-#pragma unroll 4
+#pragma unroll 8
             for (int block = 0; block < gridDim.x; ++block, scales += 2 * C, shifts += 2 * C) {
                 float pieces[2][PIECE];
                 load_floats(pieces[0], scales, true);
