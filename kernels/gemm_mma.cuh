@@ -21,14 +21,6 @@ __device__ __forceinline__ unsigned int meeting_parts(Range window, int origin) 
 // Keeps a number in its register, where the compiler would rather compute it again in a loop.
 __device__ __forceinline__ void keep(unsigned int& x) { asm volatile("" : "+r"(x)); }
 
-// d += a b:  a 16 x 16, b 16 x 8.
-__device__ __forceinline__ void mma(float (&d)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // A tile of an operand in shared memory: EXTENT along i, TILE_K along k.
 template <Layout LAYOUT, int EXTENT>
 struct SharedTile {

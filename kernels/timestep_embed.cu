@@ -6,8 +6,8 @@
 // and sum_parts of the second layer, weight of the first.
 #include "rows.cuh"
 
-// Grid: (ceil(N / (ROW_WARPS WARP_OUTPUTS)), ceil(B / ROWS)) blocks of ROW_THREADS.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2) timestep_embed_fwd(
+// Grid: that of rows_forward.
+extern "C" __global__ void __launch_bounds__(LAYER_THREADS, 2) timestep_embed_fwd(
     float* __restrict__ y,            // [B, N]
     const float* __restrict__ x,      // [B, K]
     const elem* __restrict__ weight,  // [N, K]
@@ -19,18 +19,18 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2) timestep_embed_fwd(
     rows_forward(y, x, weight, bias, B, K, N);
 }
 
-// y = silu(x).  Grid: ceil(n / ROW_THREADS).
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_fwd_silu(
+// y = silu(x).  Grid: ceil(n / LAYER_THREADS).
+extern "C" __global__ void __launch_bounds__(LAYER_THREADS) timestep_embed_fwd_silu(
     float* __restrict__ y,        // [n]
     const float* __restrict__ x,  // [n]
     unsigned int n
 ) {
-    unsigned int i = blockIdx.x * ROW_THREADS + threadIdx.x;
+    unsigned int i = blockIdx.x * LAYER_THREADS + threadIdx.x;
     if (i < n) y[i] = silu(x[i]);
 }
 
-// Grid: (ceil(K / WEIGHT_COLUMNS), ceil(N / (ROW_WARPS WEIGHT_ROWS))) blocks of ROW_THREADS.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_bwd_weight(
+// Grid: (ceil(K / WEIGHT_COLUMNS), ceil(N / WEIGHT_OUTPUTS)) blocks of LAYER_THREADS.
+extern "C" __global__ void __launch_bounds__(LAYER_THREADS, 2) timestep_embed_bwd_weight(
     float* __restrict__ dweight,  // [N, K]  = or +=
     float* __restrict__ dbias,    // [N]     = or +=
     const float* __restrict__ dy, // [B, N]
@@ -43,8 +43,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_bwd_wei
     rows_backward_weight(dweight, dbias, dy, x, add, B, K, N);
 }
 
-// Grid: (ceil(K / K_COLUMNS), ceil(B / ROWS), splits).
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_bwd_input(
+// Grid: that of rows_backward_input.
+extern "C" __global__ void __launch_bounds__(INPUT_THREADS) timestep_embed_bwd_input(
     float* __restrict__ parts,        // [splits, B, K]
     const float* __restrict__ dy,     // [B, N]
     const elem* __restrict__ weight,  // [N, K]
@@ -55,8 +55,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_bwd_inp
     rows_backward_input(parts, dy, weight, B, K, N);
 }
 
-// Grid: ceil(n / ROW_THREADS).
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) timestep_embed_bwd_sum_parts(
+// Grid: ceil(n / LAYER_THREADS).
+extern "C" __global__ void __launch_bounds__(LAYER_THREADS) timestep_embed_bwd_sum_parts(
     float* __restrict__ dx,                 // [n]  = or +=
     const float* __restrict__ parts,        // [splits, n]
     const float* __restrict__ before_silu,  // [n], or null

@@ -7,10 +7,12 @@ mod common;
 use common::cuda::device;
 use common::numbers;
 use dtr_fused::autograd::Memory;
+use dtr_fused::autograd::cuda::{DeviceWeights, pass};
 use dtr_fused::backend::cuda::{Allocation, Arg, DType, Device, Launch};
 use dtr_fused::diffusion::{LossWeight, Schedule, ScheduleKind};
 use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::Dit;
+use dtr_fused::ops::modulation::modulation;
 use dtr_fused::ops::work::{Batch, SQUARE, WGMMA};
 use dtr_fused::routing::{Routing, Window};
 use dtr_fused::train::device::{DeviceState, How};
@@ -78,6 +80,7 @@ fn counts() {
         return;
     }
     main_loops_are_products(&device, &file);
+    weights_of_few_rows_are_read_once(&device, &file);
     a_block_moves_few_bytes(&device, &file);
 }
 
@@ -380,6 +383,33 @@ fn main_loops_are_products(device: &Arc<Device>, file: &Path) {
         assert!(sectors <= 1.1, "{kernel}: {sectors:.3} of the sectors that its loads need");
         assert!(shared <= 1.05, "{kernel}: {shared:.3} of the least wavefronts");
         assert!((wide - 1.0).abs() < 1e-9, "{kernel}: loads of {} bytes", wide * 16.0);
+    }
+}
+
+/// The modulation of one block of XL/2 and the final layer, for 32 samples: with each weight a block moves as many bytes of rows.
+fn weights_of_few_rows_are_read_once(device: &Arc<Device>, file: &Path) {
+    let (b, c, outputs) = (32, 1152, 8 * 1152);
+    let weights = DeviceWeights::upload(device, &vec![0.01; (c + 1) * outputs], DType::Bf16).unwrap();
+    let grads = device.alloc((c + 1) * outputs, DType::F32).unwrap();
+    let mut memory = Memory::on_device(device, DType::Bf16);
+    let (condition, upstream) = (numbers(1, b * c), numbers(2, b * outputs));
+    let launches = counted(file, || {
+        pass(&weights, Some((grads.buffer(), false)), &mut memory, |tape| {
+            let condition = tape.input(&condition, [b, c], true)?;
+            let y = modulation(tape, condition, common::any_linear(outputs, c))?;
+            tape.backward(y, &upstream)
+        })
+        .unwrap();
+    });
+    println!("{:<28} {:>14} {:>6} {:>28}", "32 rows", "instructions", "mma", "bytes moved / of the weight");
+    for l in launches.iter().filter(|l| l.kernel.starts_with("modulation")) {
+        let instructions = l.number("warp_instructions");
+        let mma = 100.0 * l.class("matrix") / instructions;
+        let moved = l.number("global_sectors") * 32.0 / (2 * c * outputs) as f64;
+        println!("{:<28} {:>12.3} M {mma:>5.1}% {moved:>28.2}", l.kernel, instructions / 1e6);
+        if ["modulation_fwd", "modulation_bwd_input"].contains(&l.kernel.as_str()) {
+            assert!(moved <= 2.2, "{} moves {moved:.2} times the weight's bytes", l.kernel);
+        }
     }
 }
 

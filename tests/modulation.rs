@@ -49,8 +49,22 @@ fn agrees_with_the_reference() {
 
 #[test]
 fn on_cuda() {
-    for (batch, channels, outputs) in [(1, 8, 8), (7, 64, 136), (33, 16, 304), (2, 8, 1104), (3, 13, 37), (9, 300, 70)]
-    {
+    for (batch, channels, outputs) in [
+        (1, 8, 8),
+        (7, 64, 136),
+        (33, 16, 304),
+        (2, 8, 1104),
+        // No whole vectors of one, or of both.
+        (3, 13, 37),
+        (9, 300, 70),
+        (33, 72, 100),
+        (5, 20, 16),
+        // More samples, inputs and columns than a block has, and less than its last part.
+        (1, 264, 136),
+        (33, 72, 136),
+        (40, 264, 1000),
+        (70, 520, 8),
+    ] {
         cuda::check_on_cuda(&format!("B {batch}, C {channels}, M {outputs}"), &Case { batch, channels, outputs });
     }
 }

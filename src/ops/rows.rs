@@ -3,6 +3,7 @@
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::Result;
 
+// As in kernels/rows.cuh.
 /// Samples that one block computes.
 const ROWS: usize = 8;
 const THREADS: usize = 256;
@@ -11,11 +12,26 @@ const OUTPUTS: usize = 32;
 /// Inputs of a block of the gradient of the input.
 const K_COLUMNS: usize = 256;
 /// Outputs and inputs of a block of the gradient of the weight.
-const WEIGHT_TILE: [usize; 2] = [64, 128];
+const WEIGHT_TILE: [usize; 2] = [128, 128];
 /// Outputs that one part of that gradient sums at least.
 const PART: usize = 256;
 /// Most parts.
 const MOST_SPLITS: usize = 64;
+
+// As in kernels/rows_mma.cuh.
+const MMA_THREADS: usize = 128;
+/// Samples that one block computes.
+const MMA_SAMPLES: usize = 32;
+/// Outputs of a block of the forward pass.
+const MMA_OUTPUTS: usize = 64;
+/// Inputs of a block of the gradient of the input.
+const MMA_COLUMNS: usize = 64;
+/// Outputs of a turn of its warps.
+const MMA_TURNS: usize = 128;
+/// Such blocks that a multiprocessor has at once.
+const MMA_INPUT_BLOCKS: usize = 2;
+/// Most parts: they are written and read again.
+const MMA_MOST_SPLITS: usize = 32;
 
 /// Names of a file's kernels.
 #[derive(Clone, Copy)]
@@ -42,21 +58,36 @@ impl Dims {
     fn args(self) -> [Arg; 3] {
         [self.b, self.k, self.n].map(|size| Arg::I32(size as i32))
     }
-
-    fn splits(self) -> usize {
-        self.n.div_ceil(PART).clamp(1, MOST_SPLITS)
-    }
-
-    /// Elements of the parts of the input's gradient.
-    pub(crate) fn parts_len(self) -> usize {
-        self.splits() * self.b * self.k
-    }
 }
 
 impl Rows {
     fn launch(&self, kernel: &'static str, grid: [usize; 3]) -> Launch<'static> {
         let grid = grid.map(|blocks| blocks as u32);
         Launch { file: self.file, kernel, elem: self.elem, defines: &[], grid, block: THREADS as u32, shared: 0 }
+    }
+
+    /// Whether products are by `mma.sync`: rows can be read in vectors.
+    fn by_mma(&self, weight: Buffer, dims: Dims) -> bool {
+        let are_vectors = dims.k.is_multiple_of(8) && dims.n.is_multiple_of(8) && weight.address.is_multiple_of(16);
+        self.elem == DType::Bf16 && are_vectors
+    }
+
+    /// Grid and threads of the gradient of the input: its third size is the number of parts.
+    fn input_blocks(&self, device: &Device, weight: Buffer, dims: Dims) -> ([usize; 3], usize) {
+        if !self.by_mma(weight, dims) {
+            let splits = dims.n.div_ceil(PART).clamp(1, MOST_SPLITS);
+            return ([dims.k.div_ceil(K_COLUMNS), dims.b.div_ceil(ROWS), splits], THREADS);
+        }
+        let [x, y] = [dims.k.div_ceil(MMA_COLUMNS), dims.b.div_ceil(MMA_SAMPLES)];
+        // As many as are resident at once, each with as many turns.
+        let (at_once, turns) = (MMA_INPUT_BLOCKS * device.multiprocessors() as usize, dims.n.div_ceil(MMA_TURNS));
+        let splits = (at_once / (x * y)).clamp(1, MMA_MOST_SPLITS);
+        ([x, y, turns.div_ceil(turns.div_ceil(splits))], MMA_THREADS)
+    }
+
+    /// Elements of the parts of the input's gradient.
+    pub(crate) fn parts_len(&self, device: &Device, weight: Buffer, dims: Dims) -> usize {
+        self.input_blocks(device, weight, dims).0[2] * dims.b * dims.k
     }
 
     /// `y = x W^T + b`.
@@ -70,7 +101,12 @@ impl Rows {
         dims: Dims,
     ) -> Result<()> {
         let [b, k, n] = dims.args();
-        let launch = self.launch(self.forward, [dims.n.div_ceil(OUTPUTS), dims.b.div_ceil(ROWS), 1]);
+        let (outputs, samples, threads) = match self.by_mma(weight, dims) {
+            true => (MMA_OUTPUTS, MMA_SAMPLES, MMA_THREADS),
+            false => (OUTPUTS, ROWS, THREADS),
+        };
+        let grid = [dims.n.div_ceil(outputs), dims.b.div_ceil(samples), 1];
+        let launch = Launch { block: threads as u32, ..self.launch(self.forward, grid) };
         device.launch(&launch, &[y.into(), x.into(), weight.into(), bias.into(), b, k, n])
     }
 
@@ -99,7 +135,7 @@ impl Rows {
         device.launch(&launch, &[dweight.into(), dbias.into(), dy.into(), x.into(), add, b, k, n])
     }
 
-    /// `dx = (silu'(before_silu)) dy W`, with `parts` of [`Dims::parts_len`] in between; `before_silu` none: no SiLU.
+    /// `dx = (silu'(before_silu)) dy W`, with `parts` of [`Rows::parts_len`] in between; `before_silu` none: no SiLU.
     #[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
     pub(crate) fn backward_input(
         &self,
@@ -113,10 +149,11 @@ impl Rows {
         dims: Dims,
     ) -> Result<()> {
         let [b, k, n] = dims.args();
-        let launch = self.launch(self.input, [dims.k.div_ceil(K_COLUMNS), dims.b.div_ceil(ROWS), dims.splits()]);
+        let (grid, block) = self.input_blocks(device, weight, dims);
+        let launch = Launch { block: block as u32, ..self.launch(self.input, grid) };
         device.launch(&launch, &[parts.into(), dy.into(), weight.into(), b, k, n])?;
         let launch = self.launch(self.sum_parts, [(dims.b * dims.k).div_ceil(THREADS), 1, 1]);
-        let (splits, add) = (Arg::I32(dims.splits() as i32), Arg::I32(i32::from(add)));
+        let (splits, add) = (Arg::I32(grid[2] as i32), Arg::I32(i32::from(add)));
         let len = Arg::U32((dims.b * dims.k) as u32);
         device.launch(&launch, &[dx.into(), parts.into(), before_silu.into(), splits, add, len])
     }

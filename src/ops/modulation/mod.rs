@@ -78,9 +78,9 @@ impl Saved {
         let (dweight, add) = tape.grad_buffer(self.linear.weight);
         let (dbias, _) = tape.grad_buffer(self.linear.bias);
         rows.backward_weight(&device, dweight, dbias, dy, tape.buffer(self.active), add, dims)?;
-        let parts = tape.take_buffer(dims.parts_len(), DType::F32);
-        let (dc, fresh) = tape.take_grad_buffer(self.c);
         let (weight, c) = (tape.weight_buffer(self.linear.weight), tape.buffer(self.c));
+        let parts = tape.take_buffer(rows.parts_len(&device, weight, dims), DType::F32);
+        let (dc, fresh) = tape.take_grad_buffer(self.c);
         rows.backward_input(&device, dc, parts, dy, weight, c, !fresh, dims)?;
         tape.put_grad_buffer(self.c, dc);
         tape.give_buffer(parts);

@@ -97,8 +97,8 @@ impl Saved {
         let (dbias, _) = tape.grad_buffer(self.second.bias);
         rows.backward_weight(&device, dweight, dbias, dy, tape.buffer(self.active), add, dims)?;
         let dhidden = tape.take_buffer(b * hidden, DType::F32);
-        let parts = tape.take_buffer(dims.parts_len(), DType::F32);
         let (weight, before) = (tape.weight_buffer(self.second.weight), tape.buffer(self.hidden));
+        let parts = tape.take_buffer(rows.parts_len(&device, weight, dims), DType::F32);
         rows.backward_input(&device, dhidden, parts, dy, weight, before, false, dims)?;
         let dims = Dims { b, k: FREQUENCIES, n: hidden };
         let (dweight, add) = tape.grad_buffer(self.first.weight);
