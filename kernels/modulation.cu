@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(LAYER_THREADS, 2) modulation_bwd_we
 }
 
 // Grid: that of rows_backward_input.
-extern "C" __global__ void __launch_bounds__(INPUT_THREADS) modulation_bwd_input(
+extern "C" __global__ void __launch_bounds__(LAYER_THREADS) modulation_bwd_input(
     float* __restrict__ parts,        // [splits, B, K]
     const float* __restrict__ dy,     // [B, N]
     const elem* __restrict__ weight,  // [N, K]

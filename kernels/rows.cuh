@@ -24,11 +24,8 @@ constexpr int WEIGHT_ROWS = 16;   // outputs of a warp of dW
 constexpr int WEIGHT_COLUMNS = 128;  // and its inputs
 constexpr int WEIGHT_OUTPUTS = LAYER_WARPS * WEIGHT_ROWS;  // of a block of dW
 constexpr int WEIGHT_SAMPLES = 32;  // that it holds at a time
-// Threads whose registers a multiprocessor must have for the gradient of the input.
 #ifdef ELEM_BF16
-constexpr int INPUT_THREADS = MMA_THREADS * INPUT_BLOCKS;
-#else
-constexpr int INPUT_THREADS = LAYER_THREADS;
+static_assert(MMA_THREADS * INPUT_BLOCKS <= LAYER_THREADS);  // so that their registers are there
 #endif
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }

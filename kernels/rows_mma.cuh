@@ -1,8 +1,8 @@
 // Linear layers of few rows (rows.cuh) in bf16, by mma.sync: each weight is read from memory once for 32 samples.
 //
-// Numbers in f32 are split into three of bf16, which hold all of their bits, a product for each. The order of k (or n) within 32 is
-// another than that of the instruction, the same in both operands, so that a lane's share of a row is 16 bytes: of eight numbers, the
-// first four are those of one m16n8k16, the others of a second.
+// Numbers in f32 are split into three of bf16, which hold all of their bits, a product for each. What lies in f32 starts at a multiple of
+// 16 bytes, as buffers do. Forward, the order of k within 32 is another than that of the instruction, the same in both operands, so that a
+// lane's share of a row is 16 bytes: of eight numbers, the first four are those of one m16n8k16, the others of a second.
 #pragma once
 
 #include "tensor_core.cuh"

@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use dtr_fused::autograd::{Tape, Var};
+use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::Result;
 use dtr_fused::ops::label_embed::label_embed;
 use dtr_fused::ops::modulation::{modulation, reference};
@@ -66,6 +67,12 @@ fn on_cuda() {
         (70, 520, 8),
     ] {
         cuda::check_on_cuda(&format!("B {batch}, C {channels}, M {outputs}"), &Case { batch, channels, outputs });
+    }
+    // Blocks with many turns: one part of dx, and three, the last of which is smaller.
+    for multiprocessors in [1, 15] {
+        let device = cuda::device().with_multiprocessors(multiprocessors);
+        let case = Case { batch: 40, channels: 264, outputs: 1000 };
+        cuda::check_on(device, &format!("{multiprocessors} multiprocessors"), &case, DType::Bf16);
     }
 }
 

@@ -13,25 +13,25 @@ const OUTPUTS: usize = 32;
 const K_COLUMNS: usize = 256;
 /// Outputs and inputs of a block of the gradient of the weight.
 const WEIGHT_TILE: [usize; 2] = [128, 128];
-/// Outputs that one part of that gradient sums at least.
-const PART: usize = 256;
-/// Most parts.
-const MOST_SPLITS: usize = 64;
 
 // As in kernels/rows_mma.cuh.
 const MMA_THREADS: usize = 128;
 /// Samples that one block computes.
 const MMA_SAMPLES: usize = 32;
 /// Outputs of a block of the forward pass.
-const MMA_OUTPUTS: usize = 64;
+const MMA_BLOCK_OUTPUTS: usize = 64;
 /// Inputs of a block of the gradient of the input.
 const MMA_COLUMNS: usize = 64;
 /// Outputs of a turn of its warps.
-const MMA_TURNS: usize = 128;
-/// Such blocks that a multiprocessor has at once.
-const MMA_INPUT_BLOCKS: usize = 2;
-/// Most parts: they are written and read again.
-const MMA_MOST_SPLITS: usize = 32;
+const MMA_TURN_OUTPUTS: usize = 128;
+/// Such blocks that a multiprocessor has at once, at least.
+const INPUT_BLOCKS: usize = 2;
+
+// Of the gradient of the input:
+/// Outputs that one part sums by FMA, where there are few parts.
+const PART: usize = 256;
+/// Most parts by FMA, and by `mma.sync`: they are written and read again.
+const MOST_SPLITS: [usize; 2] = [64, 32];
 
 /// Names of a file's kernels.
 #[derive(Clone, Copy)]
@@ -75,13 +75,13 @@ impl Rows {
     /// Grid and threads of the gradient of the input: its third size is the number of parts.
     fn input_blocks(&self, device: &Device, weight: Buffer, dims: Dims) -> ([usize; 3], usize) {
         if !self.by_mma(weight, dims) {
-            let splits = dims.n.div_ceil(PART).clamp(1, MOST_SPLITS);
+            let splits = dims.n.div_ceil(PART).clamp(1, MOST_SPLITS[0]);
             return ([dims.k.div_ceil(K_COLUMNS), dims.b.div_ceil(ROWS), splits], THREADS);
         }
         let [x, y] = [dims.k.div_ceil(MMA_COLUMNS), dims.b.div_ceil(MMA_SAMPLES)];
-        // As many as are resident at once, each with as many turns.
-        let (at_once, turns) = (MMA_INPUT_BLOCKS * device.multiprocessors() as usize, dims.n.div_ceil(MMA_TURNS));
-        let splits = (at_once / (x * y)).clamp(1, MMA_MOST_SPLITS);
+        // As many as are resident at once; turns are shared out evenly.
+        let (at_once, turns) = (INPUT_BLOCKS * device.multiprocessors() as usize, dims.n.div_ceil(MMA_TURN_OUTPUTS));
+        let splits = (at_once / (x * y)).clamp(1, MOST_SPLITS[1]);
         ([x, y, turns.div_ceil(turns.div_ceil(splits))], MMA_THREADS)
     }
 
@@ -102,7 +102,7 @@ impl Rows {
     ) -> Result<()> {
         let [b, k, n] = dims.args();
         let (outputs, samples, threads) = match self.by_mma(weight, dims) {
-            true => (MMA_OUTPUTS, MMA_SAMPLES, MMA_THREADS),
+            true => (MMA_BLOCK_OUTPUTS, MMA_SAMPLES, MMA_THREADS),
             false => (OUTPUTS, ROWS, THREADS),
         };
         let grid = [dims.n.div_ceil(outputs), dims.b.div_ceil(samples), 1];
