@@ -241,11 +241,10 @@ fn channel_tiles(panel: Range<usize>, group: &[Outer], mut work: impl FnMut(Rang
     for i in 1..PANEL {
         sets[i] ^= sets[i - 1];
     }
-    let fewest = FEWEST_CHANNELS.min(tile_rows());
     let (mut start, end) = (0, panel.len());
     while start < end {
         let (mut stop, mut set) = (start + 1, sets[start]);
-        while stop < end && (sets[stop] == set || stop - start < fewest) {
+        while stop < end && (sets[stop] == set || stop - start < FEWEST_CHANNELS) {
             set |= sets[stop];
             stop += 1;
         }

@@ -10,9 +10,27 @@
 //! own, and neither does a window of output channels (a range of panels, to the half). Every element of C is one chain of
 //! additions in the order of k: the result depends on the operands alone, neither on the threads nor on the tile.
 
+/// Calls `$kernel::<ROWS, ..>` with the number of rows as a constant.
+macro_rules! by_rows {
+    ($rows:expr, $kernel:ident::<$other:tt> $args:tt, [$($n:literal)*]) => {
+        match $rows {
+            $($n => $kernel::<$n, $other> $args,)*
+            _ => unreachable!("more rows than a tile has"),
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod plain;
+mod steps;
+
 use super::pack::interleave;
 use super::simd::{Level, level, simd_fn};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Columns of a panel of B, and of a tile.
 pub const PANEL: usize = 32;
@@ -22,14 +40,17 @@ pub const HALF: usize = PANEL / 2;
 /// sets of the cache.
 pub const STRIP: usize = 144;
 /// Most rows of a tile, of all processors.
-pub const MAX_ROWS: usize = 14;
+pub const MAX_ROWS: usize = steps::AT_ONCE * steps::ROWS;
 
-/// Rows of a tile on this processor: as many as its registers hold.
+/// Rows of which AVX-512 holds the sums in registers.
+const WIDE_ROWS: usize = 14;
+
+/// Rows of a tile on this processor.
 #[inline]
 pub fn tile_rows() -> usize {
     match level() {
-        Level::Avx512 => MAX_ROWS,
-        Level::Avx2 | Level::Baseline => 6,
+        Level::Avx512 => WIDE_ROWS,
+        Level::Avx2 | Level::Baseline => MAX_ROWS,
     }
 }
 
@@ -49,20 +70,19 @@ pub fn line_stride(len: usize) -> usize {
     if len.is_multiple_of(WORST) { len + HALF } else { len }
 }
 
-/// Splits `rows` into as few tiles as there can be, all of about one size.
-pub fn row_tiles(rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> + Clone {
-    let count = rows.div_ceil(tile_rows());
-    (0..count).map(move |i| i * rows / count..(i + 1) * rows / count)
+/// Splits `rows` into tiles.
+pub fn row_tiles(rows: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let (height, at_once) = match level() {
+        Level::Avx512 => (WIDE_ROWS, 1),
+        Level::Avx2 | Level::Baseline => (steps::ROWS, steps::AT_ONCE),
+    };
+    even_parts(rows, height, at_once)
 }
 
-/// Calls `$kernel::<ROWS, ..>` with the number of rows as a constant.
-macro_rules! by_rows {
-    ($rows:expr, $kernel:ident::<$other:tt> $args:tt, [$($n:literal)*]) => {
-        match $rows {
-            $($n => $kernel::<$n, $other> $args,)*
-            _ => unreachable!("more rows than a tile has"),
-        }
-    };
+/// Splits `rows` into as few parts of at most `height` as there can be, all of about one size, and names `at_once` together.
+fn even_parts(rows: usize, height: usize, at_once: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let count = rows.div_ceil(height);
+    (0..count).step_by(at_once).map(move |i| i * rows / count..(i + at_once).min(count) * rows / count)
 }
 
 /// The result of a kernel: row i is `rows[i]`, of which only the columns asked for are defined.
@@ -123,18 +143,20 @@ simd_fn! {
 simd_fn! {
     /// Writes (`add`: adds) the first `width` columns of `rows` rows as lines: column j to `to[j * stride..][..rows]`.
     pub fn write_transposed<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize, add: bool) {
-        let mut columns = Columns([[0.0; HALF]; PANEL]);
-        interleave(columns.0.as_flattened_mut(), HALF, tile.rows.as_flattened(), rows, width, PANEL);
-        let columns = &columns.0[..width];
-        if add {
-            by_rows!(rows, narrow::<true>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
-        } else {
-            by_rows!(rows, narrow::<false>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
+        for (part, sums) in tile.rows[..rows].chunks(HALF).enumerate() {
+            let mut columns = Columns([[0.0; HALF]; PANEL]);
+            interleave(columns.0.as_flattened_mut(), HALF, sums.as_flattened(), sums.len(), width, PANEL);
+            let (to, columns) = (&mut to[part * HALF..], &columns.0[..width]);
+            if add {
+                by_rows!(sums.len(), narrow::<true>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16])
+            } else {
+                by_rows!(sums.len(), narrow::<false>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16])
+            }
         }
     }
 }
 
-/// A transposed tile.
+/// Rows of a tile, transposed.
 #[repr(align(64))]
 struct Columns([[f32; HALF]; PANEL]);
 
@@ -248,185 +270,6 @@ pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, strid
     plain::multiply(tile, rows, halves, layout, stride, segments);
 }
 
-/// The kernel for one vector type: `ROWS` rows and `VECTORS` vectors of columns, from the column `first` of B and of the tile.
-#[cfg(target_arch = "x86_64")]
-macro_rules! vector_kernel {
-    ($features:literal, $lanes:literal, $vector:ty, $zero:ident, $load:ident, $splat:ident, $fma:ident, $store:ident) => {
-        #[target_feature(enable = $features)]
-        unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
-            tile: &mut Tile,
-            first: usize,
-            layout: Rows,
-            stride: usize,
-            segments: &[Segment],
-        ) {
-            let mut sums: [[$vector; VECTORS]; ROWS] = [[$zero(); VECTORS]; ROWS];
-            for segment in segments {
-                let (mut a, mut b) = (segment.a.as_ptr(), segment.b.as_ptr().wrapping_add(first));
-                for _ in 0..segment.len {
-                    let mut row = a;
-                    // SAFETY: `multiply` checked the last element that these reach; the pointers move past it only after the
-                    // last row and round, by wrapping arithmetic.
-                    unsafe {
-                        let columns: [$vector; VECTORS] = std::array::from_fn(|v| $load(b.add(v * $lanes)));
-                        for sums in &mut sums {
-                            let factor = $splat(*row);
-                            for v in 0..VECTORS {
-                                sums[v] = $fma(factor, columns[v], sums[v]);
-                            }
-                            row = row.wrapping_add(layout.row);
-                            // Keeps the compiler from loading all rows first, for which there are not enough registers: the
-                            // sums would go to memory and back in every round, which takes twice as long.
-                            std::arch::asm!("", options(nostack, preserves_flags));
-                        }
-                    }
-                    a = a.wrapping_add(layout.inner);
-                    b = b.wrapping_add(stride);
-                }
-            }
-            // By index: iterators here put the sums into memory in the loop above.
-            for i in 0..ROWS {
-                for v in 0..VECTORS {
-                    // SAFETY: the columns asked for lie inside of a row.
-                    unsafe { $store(tile.rows[i].as_mut_ptr().add(first + v * $lanes), sums[i][v]) };
-                }
-            }
-        }
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use super::{PANEL, Rows, Segment, Tile};
-    use std::arch::x86_64::{
-        __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_stream_ps,
-    };
-
-    /// # Safety
-    /// The processor has AVX-512F; `to` starts at a cache line, and nobody accesses it before this thread's next fence.
-    #[target_feature(enable = "avx512f,avx2,fma")]
-    pub(super) unsafe fn stream(to: &mut [f32; PANEL], row: &[f32; PANEL]) {
-        for v in (0..PANEL).step_by(16) {
-            // SAFETY: in bounds; aligned by the contract.
-            unsafe { _mm512_stream_ps(to.as_mut_ptr().add(v), _mm512_loadu_ps(row.as_ptr().add(v))) };
-        }
-    }
-
-    /// # Safety
-    /// The processor has AVX-512F; `rows`, `halves` and the segments are as [`super::multiply`] checks.
-    #[target_feature(enable = "avx512f,avx2,fma")]
-    pub(super) unsafe fn multiply(
-        tile: &mut Tile,
-        rows: usize,
-        halves: usize,
-        layout: Rows,
-        stride: usize,
-        segments: &[Segment],
-    ) {
-        // SAFETY: the contract is the same.
-        unsafe {
-            match halves {
-                1 => {
-                    by_rows!(rows, kernel::<1> (tile, 0, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
-                }
-                _ => {
-                    by_rows!(rows, kernel::<2> (tile, 0, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
-                }
-            }
-        }
-    }
-
-    vector_kernel!(
-        "avx512f,avx2,fma",
-        16,
-        __m512,
-        _mm512_setzero_ps,
-        _mm512_loadu_ps,
-        _mm512_set1_ps,
-        _mm512_fmadd_ps,
-        _mm512_storeu_ps
-    );
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use super::{HALF, Rows, Segment, Tile};
-    use std::arch::x86_64::{
-        __m256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
-    };
-
-    /// # Safety
-    /// The processor has AVX2 and FMA; `rows`, `halves` and the segments are as [`super::multiply`] checks.
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn multiply(
-        tile: &mut Tile,
-        rows: usize,
-        halves: usize,
-        layout: Rows,
-        stride: usize,
-        segments: &[Segment],
-    ) {
-        for half in 0..halves {
-            // SAFETY: the contract is the same.
-            unsafe { by_rows!(rows, kernel::<2> (tile, half * HALF, layout, stride, segments), [1 2 3 4 5 6]) }
-        }
-    }
-
-    vector_kernel!(
-        "avx2,fma",
-        8,
-        __m256,
-        _mm256_setzero_ps,
-        _mm256_loadu_ps,
-        _mm256_set1_ps,
-        _mm256_fmadd_ps,
-        _mm256_storeu_ps
-    );
-}
-
-mod plain {
-    use super::super::simd::fma;
-    use super::{HALF, Rows, Segment, Tile};
-
-    pub(super) fn multiply(
-        tile: &mut Tile,
-        rows: usize,
-        halves: usize,
-        layout: Rows,
-        stride: usize,
-        segments: &[Segment],
-    ) {
-        for half in 0..halves {
-            by_rows!(rows, kernel::<HALF> (tile, half, layout, stride, segments), [1 2 3 4 5 6])
-        }
-    }
-
-    fn kernel<const ROWS: usize, const COLUMNS: usize>(
-        tile: &mut Tile,
-        half: usize,
-        layout: Rows,
-        stride: usize,
-        segments: &[Segment],
-    ) {
-        let mut sums = [[0.0f32; COLUMNS]; ROWS];
-        for segment in segments {
-            for k in 0..segment.len {
-                let columns = segment.b[k * stride + half * HALF..].first_chunk::<COLUMNS>().expect("half a panel");
-                let a = &segment.a[k * layout.inner..];
-                for i in 0..ROWS {
-                    for j in 0..COLUMNS {
-                        sums[i][j] =
-                            fma::<{ cfg!(target_arch = "aarch64") }>(a[i * layout.row], columns[j], sums[i][j]);
-                    }
-                }
-            }
-        }
-        for (row, sums) in tile.rows.iter_mut().zip(&sums) {
-            row[half * HALF..][..COLUMNS].copy_from_slice(sums);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::aligned::AlignedVec;
@@ -440,14 +283,20 @@ mod tests {
 
     /// All sizes of a tile in both layouts, with the inner dimension in one, two and three parts, an empty one too.
     fn check(kernel: Kernel, most_rows: usize) {
-        let (a, b) = (numbers(1, MAX_ROWS * STRIP + 700), numbers(2, 40 * PANEL));
+        let (a, b) = (numbers(1, MAX_ROWS * STRIP + 700), numbers(2, 320 * PANEL));
         for rows in 1..=most_rows {
             for (halves, layout) in
                 [(1, Rows::lines(STRIP)), (2, Rows::lines(45)), (1, Rows::interleaved(16)), (2, Rows::interleaved(17))]
             {
-                for (stride, lens) in
-                    [(PANEL, vec![1]), (PANEL, vec![37]), (33, vec![3, 0, 11]), (45, vec![25]), (50, vec![])]
-                {
+                for (stride, lens) in [
+                    (PANEL, vec![1]),
+                    (PANEL, vec![37]),
+                    (33, vec![3, 0, 11]),
+                    (45, vec![25]),
+                    (50, vec![]),
+                    (PANEL, vec![300]),
+                    (35, vec![99, 30, 260, 5]),
+                ] {
                     let mut tile = Tile { rows: [[f32::NAN; PANEL]; MAX_ROWS] };
                     let segments: Vec<_> = lens
                         .iter()
@@ -456,16 +305,18 @@ mod tests {
                         .collect();
                     kernel(&mut tile, rows, halves, layout, stride, &segments);
                     for (i, j) in (0..rows).flat_map(|i| (0..halves * HALF).map(move |j| (i, j))) {
-                        let mut expected = 0.0f64;
+                        let (mut expected, mut size) = (0.0f64, 0.0f64);
                         for segment in &segments {
                             for k in 0..segment.len {
-                                expected += f64::from(segment.a[i * layout.row + k * layout.inner])
+                                let product = f64::from(segment.a[i * layout.row + k * layout.inner])
                                     * f64::from(segment.b[k * stride + j]);
+                                expected += product;
+                                size += product.abs();
                             }
                         }
                         let got = f64::from(tile.rows[i][j]);
                         assert!(
-                            (got - expected).abs() <= 1e-4,
+                            (got - expected).abs() <= 1e-6 * size.max(100.0),
                             "({i}, {j}) of {rows} rows, {halves}, {layout:?}, {stride}, {lens:?}: {got} for {expected}"
                         );
                     }
@@ -478,7 +329,7 @@ mod tests {
     #[test]
     fn tiles_agree_with_loops() {
         check(multiply, tile_rows());
-        check(plain::multiply, 6);
+        check(plain::multiply, MAX_ROWS);
         #[cfg(target_arch = "x86_64")]
         if level() != Level::Baseline {
             // SAFETY: the processor has AVX2; `check` keeps to what `multiply` checks.
@@ -486,7 +337,7 @@ mod tests {
                 |tile, rows, halves, layout, stride, segments| unsafe {
                     avx2::multiply(tile, rows, halves, layout, stride, segments)
                 },
-                6,
+                MAX_ROWS,
             );
         }
     }
@@ -519,6 +370,26 @@ mod tests {
             }
         }
         assert!(Streams::of(1 << 20).is_none() && Streams::of(1 << 22).is_some());
+    }
+
+    #[test]
+    fn tiles_are_transposed() {
+        let mut tile = Tile::new();
+        for (i, x) in tile.rows.as_flattened_mut().iter_mut().enumerate() {
+            *x = i as f32 + 1.0;
+        }
+        for (rows, width, stride) in (1..=MAX_ROWS).map(|rows| (rows, PANEL - rows % 3, rows + rows % 2)) {
+            for add in [false, true] {
+                let mut to = vec![0.5; PANEL * stride];
+                write_transposed(&mut to, &tile, rows, width, stride, add);
+                for (at, &x) in to.iter().enumerate() {
+                    let (j, i) = (at / stride, at % stride);
+                    let old = if add { 0.5 } else { 0.0 };
+                    let expected = if j < width && i < rows { tile.rows[i][j] + old } else { 0.5 };
+                    assert_eq!(x, expected, "({i}, {j}) of {rows} rows, {width} columns, {stride}, added: {add}");
+                }
+            }
+        }
     }
 
     #[test]

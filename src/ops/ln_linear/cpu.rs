@@ -7,7 +7,7 @@ use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, panels, tile_rows, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, panels, write_tile,
 };
 use crate::ops::products::{
     Layout, Other, Outer, RowTile, batches, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
@@ -70,9 +70,9 @@ fn flops(read: &[Window], t: usize, c: usize, n: usize) -> usize {
     read.iter().map(|window| 2 * n * (t * window.width + 2 * (c - window.width))).sum()
 }
 
-/// Samples whose two vectors fill a tile.
+/// Samples whose two vectors are the rows of a tile: few enough that there is work for each thread.
 fn samples_per_tile(b: usize) -> usize {
-    b.div_ceil(b.div_ceil(tile_rows() / 2))
+    b.div_ceil(b.div_ceil(7))
 }
 
 /// Whether `panel` holds channels of `ranges`.

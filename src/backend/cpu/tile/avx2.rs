@@ -1,0 +1,218 @@
+//! The kernel for AVX2: a [`Step`] in 12 registers, 2 for B and 1 for an element of A.
+//!
+//! It is assembly because instructions count: next to another busy thread on the core, a round of 6 rows takes 20 and a few
+//! more of 12 multiplications as long as its instructions, and the compiler adds up addresses row by row.
+
+use super::steps::{self, Step};
+use super::{HALF, PANEL, Rows, Segment, Tile};
+use std::arch::x86_64::{_mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps};
+
+const LANES: usize = 8;
+const BYTES: usize = size_of::<f32>();
+/// Cache lines of four rounds of a panel.
+const LINES: usize = 4 * PANEL / HALF;
+
+/// As [`super::multiply`].
+///
+/// # Safety
+/// The processor has AVX2 and FMA; `rows`, `halves` and the segments are as [`super::multiply`] checks.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn multiply(
+    tile: &mut Tile,
+    rows: usize,
+    halves: usize,
+    layout: Rows,
+    stride: usize,
+    segments: &[Segment],
+) {
+    // SAFETY: the contract is the same; steps stay inside of the tile and of the segments.
+    steps::multiply(tile, rows, halves, layout, stride, segments, |step| unsafe {
+        match (step.layout, step.sums.len()) {
+            (Rows { inner: 1, .. }, 1) => lines_1(step),
+            (Rows { inner: 1, .. }, 2) => lines_2(step),
+            (Rows { inner: 1, .. }, 3) => lines_3(step),
+            (Rows { inner: 1, .. }, 4) => lines_4(step),
+            (Rows { inner: 1, .. }, 5) => lines_5(step),
+            (Rows { inner: 1, .. }, _) => lines_6(step),
+            (_, 1) => interleaved_1(step),
+            (_, 2) => interleaved_2(step),
+            (_, 3) => interleaved_3(step),
+            (_, 4) => interleaved_4(step),
+            (_, 5) => interleaved_5(step),
+            (_, _) => interleaved_6(step),
+        }
+    });
+}
+
+/// Adds the products of a row, whose element of A is at `$far + $near`.
+macro_rules! row {
+    ($far:literal, $near:literal, $left:literal, $right:literal) => {
+        concat!(
+            "vbroadcastss {factor}, [",
+            $far,
+            " + ",
+            $near,
+            "]\n",
+            "vfmadd231ps ",
+            $left,
+            ", {factor}, {left}\n",
+            "vfmadd231ps ",
+            $right,
+            ", {factor}, {right}\n",
+        )
+    };
+}
+
+/// The rows of a matrix are far from each other, the elements of a row side by side.
+macro_rules! line {
+    (0, $near:literal) => {
+        row!("{a}", $near, "ymm0", "ymm1")
+    };
+    (1, $near:literal) => {
+        row!("{a} + {far}", $near, "ymm2", "ymm3")
+    };
+    (2, $near:literal) => {
+        row!("{a} + 2*{far}", $near, "ymm4", "ymm5")
+    };
+    (3, $near:literal) => {
+        row!("{a3}", $near, "ymm6", "ymm7")
+    };
+    (4, $near:literal) => {
+        row!("{a3} + {far}", $near, "ymm8", "ymm9")
+    };
+    (5, $near:literal) => {
+        row!("{a3} + 2*{far}", $near, "ymm10", "ymm11")
+    };
+}
+
+/// Interleaved rows are side by side, the elements of a row far from each other.
+macro_rules! interleaved {
+    (0, $far:literal) => {
+        row!($far, "0", "ymm0", "ymm1")
+    };
+    (1, $far:literal) => {
+        row!($far, "4", "ymm2", "ymm3")
+    };
+    (2, $far:literal) => {
+        row!($far, "8", "ymm4", "ymm5")
+    };
+    (3, $far:literal) => {
+        row!($far, "12", "ymm6", "ymm7")
+    };
+    (4, $far:literal) => {
+        row!($far, "16", "ymm8", "ymm9")
+    };
+    (5, $far:literal) => {
+        row!($far, "20", "ymm10", "ymm11")
+    };
+}
+
+/// A round: one element of the inner dimension, which is at `$b` of B and at `$a` of a row, or of all rows, of A.
+macro_rules! round {
+    ($b:literal, $a:literal, $row:ident, [$($i:tt)*]) => {
+        concat!(
+            "vmovups {left}, [", $b, "]\n",
+            "vmovups {right}, [", $b, " + 32]\n",
+            $($row!($i, $a),)*
+        )
+    };
+}
+
+/// A kernel for a number of rows of one layout: which distance is the far one, and where in A four rounds are.
+macro_rules! kernel {
+    ($name:ident, [$($i:tt)*], $row:ident, $far:ident, [$first:literal $second:literal $third:literal $fourth:literal]) => {
+        /// # Safety
+        /// The processor has AVX2 and FMA; the step has as many rows as the name says, and lies inside of its operands.
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn $name(step: Step) {
+            let Step { sums: rows, column, skip, layout, stride, segments, add, number } = step;
+            let mut sums = [[_mm256_setzero_ps(); 2]; steps::ROWS];
+            if add {
+                for i in [$($i),*] {
+                    // SAFETY: half a panel lies inside of a row.
+                    sums[i] = [0, LANES].map(|v| unsafe { _mm256_loadu_ps(rows[i].as_ptr().add(column + v)) });
+                }
+            }
+            for &Segment { a, b, len } in segments {
+                let (a, far) = (a.as_ptr().wrapping_add(skip), layout.$far);
+                // The first steps of a block fetch the next one of a panel, a line of each 8: it comes from afar.
+                let fetches = layout.inner == 1 && stride == PANEL && number < LINES;
+                let next = if fetches { (len * PANEL + number * HALF - column) * BYTES } else { 0 };
+                // SAFETY: it reads A and B where `multiply` checked them, and leaves what it writes in the registers named.
+                // Addresses beyond the last round are not read, and a prefetch may be of any.
+                unsafe {
+                    std::arch::asm!(
+                        "test {rest}, {rest}",
+                        "jz 3f",
+                        "2:",
+                        round!("{b}", $first, $row, [$($i)*]),
+                        "add {a}, {inner}",
+                        "add {a3}, {inner}",
+                        "add {b}, {stride}",
+                        "dec {rest}",
+                        "jnz 2b",
+                        "3:",
+                        "test {fours}, {fours}",
+                        "jz 5f",
+                        ".p2align 5",
+                        "4:",
+                        "prefetcht1 [{b} + {next}]",
+                        round!("{b}", $first, $row, [$($i)*]),
+                        round!("{b} + {stride}", $second, $row, [$($i)*]),
+                        round!("{b} + 2*{stride}", $third, $row, [$($i)*]),
+                        round!("{b} + {stride3}", $fourth, $row, [$($i)*]),
+                        "lea {a}, [{a} + 4*{inner}]",
+                        "lea {a3}, [{a3} + 4*{inner}]",
+                        "lea {b}, [{b} + 4*{stride}]",
+                        "dec {fours}",
+                        "jnz 4b",
+                        "5:",
+                        "/* {far} */",
+                        rest = inout(reg) len % 4 => _,
+                        fours = inout(reg) len / 4 => _,
+                        a = inout(reg) a => _,
+                        a3 = inout(reg) a.wrapping_add(3 * far) => _,
+                        b = inout(reg) b.as_ptr().wrapping_add(column) => _,
+                        far = in(reg) far * BYTES,
+                        inner = in(reg) layout.inner * BYTES,
+                        stride = in(reg) stride * BYTES,
+                        stride3 = in(reg) 3 * stride * BYTES,
+                        next = in(reg) next,
+                        left = out(ymm_reg) _,
+                        right = out(ymm_reg) _,
+                        factor = out(ymm_reg) _,
+                        inout("ymm0") sums[0][0], inout("ymm1") sums[0][1],
+                        inout("ymm2") sums[1][0], inout("ymm3") sums[1][1],
+                        inout("ymm4") sums[2][0], inout("ymm5") sums[2][1],
+                        inout("ymm6") sums[3][0], inout("ymm7") sums[3][1],
+                        inout("ymm8") sums[4][0], inout("ymm9") sums[4][1],
+                        inout("ymm10") sums[5][0], inout("ymm11") sums[5][1],
+                        options(readonly, nostack),
+                    );
+                }
+            }
+            for i in [$($i),*] {
+                for v in 0..2 {
+                    // SAFETY: as above.
+                    unsafe { _mm256_storeu_ps(rows[i].as_mut_ptr().add(column + v * LANES), sums[i][v]) };
+                }
+            }
+        }
+    };
+}
+
+macro_rules! kernels_of_lines {
+    ($($name:ident $rows:tt)*) => { $(kernel!($name, $rows, line, row, ["0" "4" "8" "12"]);)* };
+}
+
+macro_rules! kernels_of_interleaved {
+    ($($name:ident $rows:tt)*) => {
+        $(kernel!($name, $rows, interleaved, inner, ["{a}" "{a} + {far}" "{a} + 2*{far}" "{a3}"]);)*
+    };
+}
+
+kernels_of_lines!(lines_1 [0] lines_2 [0 1] lines_3 [0 1 2] lines_4 [0 1 2 3] lines_5 [0 1 2 3 4] lines_6 [0 1 2 3 4 5]);
+kernels_of_interleaved!(
+    interleaved_1 [0] interleaved_2 [0 1] interleaved_3 [0 1 2] interleaved_4 [0 1 2 3] interleaved_5 [0 1 2 3 4]
+    interleaved_6 [0 1 2 3 4 5]
+);

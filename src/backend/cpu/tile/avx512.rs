@@ -1,0 +1,80 @@
+//! The kernel for AVX-512: 32 columns of 14 rows.
+
+use super::{PANEL, Rows, Segment, Tile};
+use std::arch::x86_64::{
+    __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_stream_ps,
+};
+
+const LANES: usize = 16;
+
+/// # Safety
+/// The processor has AVX-512F; `to` starts at a cache line, and nobody accesses it before this thread's next fence.
+#[target_feature(enable = "avx512f,avx2,fma")]
+pub(super) unsafe fn stream(to: &mut [f32; PANEL], row: &[f32; PANEL]) {
+    for v in (0..PANEL).step_by(LANES) {
+        // SAFETY: in bounds; aligned by the contract.
+        unsafe { _mm512_stream_ps(to.as_mut_ptr().add(v), _mm512_loadu_ps(row.as_ptr().add(v))) };
+    }
+}
+
+/// As [`super::multiply`].
+///
+/// # Safety
+/// The processor has AVX-512F; `rows`, `halves` and the segments are as [`super::multiply`] checks.
+#[target_feature(enable = "avx512f,avx2,fma")]
+pub(super) unsafe fn multiply(
+    tile: &mut Tile,
+    rows: usize,
+    halves: usize,
+    layout: Rows,
+    stride: usize,
+    segments: &[Segment],
+) {
+    // SAFETY: the contract is the same.
+    unsafe {
+        match halves {
+            1 => by_rows!(rows, kernel::<1> (tile, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
+            _ => by_rows!(rows, kernel::<2> (tile, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx2,fma")]
+unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
+    tile: &mut Tile,
+    layout: Rows,
+    stride: usize,
+    segments: &[Segment],
+) {
+    let mut sums: [[__m512; VECTORS]; ROWS] = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+    for segment in segments {
+        let (mut a, mut b) = (segment.a.as_ptr(), segment.b.as_ptr());
+        for _ in 0..segment.len {
+            let mut row = a;
+            // SAFETY: `multiply` checked the last element that these reach; the pointers move past it only after the last
+            // row and round, by wrapping arithmetic.
+            unsafe {
+                let columns: [__m512; VECTORS] = std::array::from_fn(|v| _mm512_loadu_ps(b.add(v * LANES)));
+                for sums in &mut sums {
+                    let factor = _mm512_set1_ps(*row);
+                    for v in 0..VECTORS {
+                        sums[v] = _mm512_fmadd_ps(factor, columns[v], sums[v]);
+                    }
+                    row = row.wrapping_add(layout.row);
+                    // Keeps the compiler from loading all rows first, for which there are not enough registers: the sums
+                    // would go to memory and back in every round, which takes twice as long.
+                    std::arch::asm!("", options(nostack, preserves_flags));
+                }
+            }
+            a = a.wrapping_add(layout.inner);
+            b = b.wrapping_add(stride);
+        }
+    }
+    // By index: iterators here put the sums into memory in the loop above.
+    for i in 0..ROWS {
+        for v in 0..VECTORS {
+            // SAFETY: the columns asked for lie inside of a row.
+            unsafe { _mm512_storeu_ps(tile.rows[i].as_mut_ptr().add(v * LANES), sums[i][v]) };
+        }
+    }
+}

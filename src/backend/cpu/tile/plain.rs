@@ -1,0 +1,40 @@
+//! The kernel for any processor.
+
+use super::super::simd::fma;
+use super::steps::{self, Step};
+use super::{HALF, Rows, Segment, Tile};
+
+/// As [`super::multiply`].
+pub(super) fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
+    steps::multiply(tile, rows, halves, layout, stride, segments, |step| match step.sums.len() {
+        1 => kernel::<1>(step),
+        2 => kernel::<2>(step),
+        3 => kernel::<3>(step),
+        4 => kernel::<4>(step),
+        5 => kernel::<5>(step),
+        _ => kernel::<6>(step),
+    });
+}
+
+fn kernel<const ROWS: usize>(Step { sums: rows, column, skip, layout, stride, segments, add, .. }: Step) {
+    let mut sums = [[0.0f32; HALF]; ROWS];
+    if add {
+        for (sums, row) in sums.iter_mut().zip(&*rows) {
+            sums.copy_from_slice(&row[column..][..HALF]);
+        }
+    }
+    for segment in segments {
+        for k in 0..segment.len {
+            let columns = segment.b[k * stride + column..].first_chunk::<HALF>().expect("half a panel");
+            let a = &segment.a[skip + k * layout.inner..];
+            for i in 0..ROWS {
+                for j in 0..HALF {
+                    sums[i][j] = fma::<{ cfg!(target_arch = "aarch64") }>(a[i * layout.row], columns[j], sums[i][j]);
+                }
+            }
+        }
+    }
+    for (row, sums) in rows.iter_mut().zip(&sums) {
+        row[column..][..HALF].copy_from_slice(sums);
+    }
+}

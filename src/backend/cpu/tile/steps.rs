@@ -1,0 +1,76 @@
+//! A tile in steps, for processors with 16 registers: 16 columns of 6 rows, and of the inner dimension so much that its part of
+//! a panel stays in the first cache while the steps go down the rows.
+
+use super::{HALF, PANEL, Rows, Segment, Tile, even_parts};
+
+/// Rows of a step: what the registers hold sums of.
+pub(super) const ROWS: usize = 6;
+/// Steps down a tile.
+pub(super) const AT_ONCE: usize = 6;
+/// Most elements of the inner dimension of a step.
+const BLOCK: usize = 128;
+
+/// Adds the products of a block of the inner dimension to 16 columns of a few rows.
+pub(super) struct Step<'a> {
+    /// Rows of the tile, at most [`ROWS`].
+    pub(super) sums: &'a mut [[f32; PANEL]],
+    /// First of the columns, 0 or 16.
+    pub(super) column: usize,
+    /// Where the first row lies in A.
+    pub(super) skip: usize,
+    pub(super) layout: Rows,
+    pub(super) stride: usize,
+    pub(super) segments: &'a [Segment<'a>],
+    /// Whether there are sums already.
+    pub(super) add: bool,
+    /// Steps of this block before this one.
+    pub(super) number: usize,
+}
+
+/// Computes a tile by calls of `step`; the arguments are those of [`super::multiply`].
+#[inline(always)]
+pub(super) fn multiply(
+    tile: &mut Tile,
+    rows: usize,
+    halves: usize,
+    layout: Rows,
+    stride: usize,
+    segments: &[Segment],
+    step: impl Fn(Step),
+) {
+    let mut block = |segments: &[Segment], add: bool| {
+        let mut number = 0;
+        for column in (0..halves * HALF).step_by(HALF) {
+            for rows in even_parts(rows, ROWS, 1) {
+                let skip = rows.start * layout.row;
+                step(Step { sums: &mut tile.rows[rows], column, skip, layout, stride, segments, add, number });
+                number += 1;
+            }
+        }
+    };
+    let (mut rest, mut add) = (segments, false);
+    while let [first, others @ ..] = rest {
+        let parts = first.len.div_ceil(BLOCK);
+        if parts > 1 {
+            for i in 0..parts {
+                let part = i * first.len / parts..(i + 1) * first.len / parts;
+                let (a, b) = (&first.a[part.start * layout.inner..], &first.b[part.start * stride..]);
+                block(&[Segment { a, b, len: part.len() }], add);
+                add = true;
+            }
+            rest = others;
+            continue;
+        }
+        // Short ones together.
+        let (mut count, mut len) = (1, first.len);
+        while count < rest.len() && len + rest[count].len <= BLOCK {
+            len += rest[count].len;
+            count += 1;
+        }
+        block(&rest[..count], add);
+        (rest, add) = (&rest[count..], true);
+    }
+    if !add {
+        block(&[], false);
+    }
+}
