@@ -194,12 +194,13 @@ impl Streams {
             && stride >= PANEL
             && stride.is_multiple_of(HALF)
             && to.as_ptr().addr().is_multiple_of(64)
-            && level() == Level::Avx512
+            && level() != Level::Baseline
         {
             for (line, row) in to.chunks_mut(stride).zip(&tile.rows[..rows]) {
-                // SAFETY: the processor has AVX-512; each line starts at a cache line, since the first does and they are a
+                let line = line.first_chunk_mut().expect("a line holds a panel");
+                // SAFETY: the processor has the features; each line starts at a cache line, since the first does and they are a
                 // multiple of 16 numbers apart; nobody reads them before the fence, by this function's contract.
-                unsafe { avx512::stream(line.first_chunk_mut().expect("a line holds a panel"), row) };
+                unsafe { if level() == Level::Avx512 { avx512::stream(line, row) } else { avx2::stream(line, row) } }
             }
             return;
         }

@@ -5,12 +5,22 @@
 
 use super::steps::{self, Step};
 use super::{HALF, PANEL, Rows, Segment, Tile};
-use std::arch::x86_64::{_mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps};
+use std::arch::x86_64::{_mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps, _mm256_stream_ps};
 
 const LANES: usize = 8;
 const BYTES: usize = size_of::<f32>();
 /// Cache lines of four rounds of a panel.
 const LINES: usize = 4 * PANEL / HALF;
+
+/// # Safety
+/// The processor has AVX2; `to` starts at a cache line, and nobody accesses it before this thread's next fence.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn stream(to: &mut [f32; PANEL], row: &[f32; PANEL]) {
+    for v in (0..PANEL).step_by(LANES) {
+        // SAFETY: in bounds; aligned by the contract.
+        unsafe { _mm256_stream_ps(to.as_mut_ptr().add(v), _mm256_loadu_ps(row.as_ptr().add(v))) };
+    }
+}
 
 /// As [`super::multiply`].
 ///
