@@ -5,7 +5,8 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, copy_row, line_stride, multiply, panels, row_tiles, tile_rows, write_transposed,
+    HALF, PANEL, Rows, Segment, Tile, copy_row, line_stride, multiply, panels, row_tiles, step_rows, tile_rows,
+    write_transposed,
 };
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -25,17 +26,18 @@ const MOST_TILES: usize = 24;
 const RESIDENT: usize = 1 << 17;
 
 /// Numbers that the rows of a batch of [`batches`] take as lines [`line_stride`] apart.
-pub(crate) fn lines_len(rows: usize, inner: usize) -> usize {
-    (tiles_at_once(inner) * tile_rows()).min(rows) * line_stride(inner)
+pub(crate) fn lines_len(rows: usize, tokens: usize, inner: usize) -> usize {
+    (tiles_at_once(tokens, inner) * tile_rows().min(tokens)).min(rows) * line_stride(inner)
 }
 
-fn tiles_at_once(inner: usize) -> usize {
-    (RESIDENT / (inner * tile_rows()).max(1)).clamp(1, MOST_TILES)
+/// Tiles of a batch; none crosses samples.
+fn tiles_at_once(tokens: usize, inner: usize) -> usize {
+    (RESIDENT / (inner * tile_rows().min(tokens)).max(1)).clamp(1, MOST_TILES)
 }
 
 /// Numbers that [`spread`] needs for the rows of a batch.
-pub(crate) fn spread_len(rows: usize, inner: usize) -> usize {
-    if line_stride(inner) == inner { 0 } else { lines_len(rows, inner) }
+pub(crate) fn spread_len(rows: usize, tokens: usize, inner: usize) -> usize {
+    if line_stride(inner) == inner { 0 } else { lines_len(rows, tokens, inner) }
 }
 
 /// Rows of `inner` numbers as lines [`line_stride`] apart: where they are, or copied to `room`.
@@ -58,7 +60,7 @@ pub(crate) fn batches(rows: Range<usize>, tokens: usize, inner: usize, mut work:
         let (start, end) = ((sample * tokens).max(rows.start), ((sample + 1) * tokens).min(rows.end));
         row_tiles(end - start).map(move |tile| RowTile { sample, rows: start + tile.start..start + tile.end })
     });
-    let most = tiles_at_once(inner);
+    let most = tiles_at_once(tokens, inner);
     let mut batch: [RowTile; MOST_TILES] = Default::default();
     loop {
         let mut count = 0;
@@ -129,12 +131,12 @@ pub(crate) enum Layout {
     RoutedColumns,
 }
 
-/// Most samples that are summed in registers: bits of a set.
+/// Most samples that are summed at once: bits of a set.
 const MOST_SAMPLES: usize = u64::BITS as usize;
-/// Most tokens that are summed in registers: a panel of them stays in a core's cache.
+/// Most tokens that are summed at once: a panel of them stays in a core's cache.
 const MOST_TOKENS: usize = 4096;
-/// Fewest channels of a tile, where there are more and a tile holds them. Fewer cut the windows closer, but make more tiles of the
-/// same columns, and below 4 the latency of its sums bounds a tile.
+/// Fewest channels of a tile, where there are more and a step holds them. Fewer cut the windows closer, but make more tiles of
+/// the same columns, and below 4 the latency of its sums bounds a tile.
 const FEWEST_CHANNELS: usize = 7;
 
 /// `dw (+)= sum over samples`. The channels are the rows of a tile, so that a window is rounded by a few channels at most;
@@ -241,10 +243,11 @@ fn channel_tiles(panel: Range<usize>, group: &[Outer], mut work: impl FnMut(Rang
     for i in 1..PANEL {
         sets[i] ^= sets[i - 1];
     }
+    let fewest = FEWEST_CHANNELS.min(step_rows());
     let (mut start, end) = (0, panel.len());
     while start < end {
         let (mut stop, mut set) = (start + 1, sets[start]);
-        while stop < end && (sets[stop] == set || stop - start < FEWEST_CHANNELS) {
+        while stop < end && (sets[stop] == set || stop - start < fewest) {
             set |= sets[stop];
             stop += 1;
         }
@@ -266,7 +269,7 @@ mod tests {
             let mut seen = Vec::new();
             batches(rows.clone(), tokens, inner, |tiles| {
                 let of_batch = tiles[tiles.len() - 1].rows.end - tiles[0].rows.start;
-                assert!(of_batch * line_stride(inner) <= lines_len(rows.len(), inner));
+                assert!(of_batch * line_stride(inner) <= lines_len(rows.len(), tokens, inner));
                 for tile in tiles {
                     assert!(!tile.rows.is_empty() && tile.rows.len() <= tile_rows());
                     assert!(tile.rows.clone().all(|row| row / tokens == tile.sample));

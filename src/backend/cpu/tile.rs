@@ -1,4 +1,4 @@
-//! Matrix products by tiles that stay in registers: the kernels, and the layouts they read.
+//! Matrix products by tiles: the kernels, and the layouts they read.
 //!
 //! ```text
 //! A   up to `tile_rows()` rows, at any two distances: see `Rows`
@@ -42,15 +42,25 @@ pub const STRIP: usize = 144;
 /// Most rows of a tile, of all processors.
 pub const MAX_ROWS: usize = steps::AT_ONCE * steps::ROWS;
 
-/// Rows of which AVX-512 holds the sums in registers.
-const WIDE_ROWS: usize = 14;
+/// Rows whose sums the registers of this processor hold.
+#[inline]
+pub fn step_rows() -> usize {
+    match level() {
+        Level::Avx512 => 14,
+        Level::Avx2 | Level::Baseline => steps::ROWS,
+    }
+}
 
-/// Rows of a tile on this processor.
+/// Rows of a tile on this processor: with AVX-512 as many as its registers hold, else some times as many.
 #[inline]
 pub fn tile_rows() -> usize {
+    step_rows() * steps_at_once()
+}
+
+fn steps_at_once() -> usize {
     match level() {
-        Level::Avx512 => WIDE_ROWS,
-        Level::Avx2 | Level::Baseline => MAX_ROWS,
+        Level::Avx512 => 1,
+        Level::Avx2 | Level::Baseline => steps::AT_ONCE,
     }
 }
 
@@ -70,16 +80,13 @@ pub fn line_stride(len: usize) -> usize {
     if len.is_multiple_of(WORST) { len + HALF } else { len }
 }
 
-/// Splits `rows` into tiles.
+/// Splits `rows` into tiles of at most [`tile_rows`] rows.
 pub fn row_tiles(rows: usize) -> impl Iterator<Item = Range<usize>> + Clone {
-    let (height, at_once) = match level() {
-        Level::Avx512 => (WIDE_ROWS, 1),
-        Level::Avx2 | Level::Baseline => (steps::ROWS, steps::AT_ONCE),
-    };
-    even_parts(rows, height, at_once)
+    even_parts(rows, step_rows(), steps_at_once())
 }
 
-/// Splits `rows` into as few parts of at most `height` as there can be, all of about one size, and names `at_once` together.
+/// Splits `rows` into as few parts of at most `height` as there can be, all of about one size; each range is `at_once` of them
+/// that follow each other, the last what is left.
 fn even_parts(rows: usize, height: usize, at_once: usize) -> impl Iterator<Item = Range<usize>> + Clone {
     let count = rows.div_ceil(height);
     (0..count).step_by(at_once).map(move |i| i * rows / count..(i + at_once).min(count) * rows / count)
@@ -143,8 +150,8 @@ simd_fn! {
 simd_fn! {
     /// Writes (`add`: adds) the first `width` columns of `rows` rows as lines: column j to `to[j * stride..][..rows]`.
     pub fn write_transposed<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize, add: bool) {
+        let mut columns = Columns([[0.0; HALF]; PANEL]);
         for (part, sums) in tile.rows[..rows].chunks(HALF).enumerate() {
-            let mut columns = Columns([[0.0; HALF]; PANEL]);
             interleave(columns.0.as_flattened_mut(), HALF, sums.as_flattened(), sums.len(), width, PANEL);
             let (to, columns) = (&mut to[part * HALF..], &columns.0[..width]);
             if add {
@@ -282,22 +289,30 @@ mod tests {
 
     type Kernel = fn(&mut Tile, usize, usize, Rows, usize, &[Segment]);
 
-    /// All sizes of a tile in both layouts, with the inner dimension in one, two and three parts, an empty one too.
-    fn check(kernel: Kernel, most_rows: usize) {
-        let (a, b) = (numbers(1, MAX_ROWS * STRIP + 700), numbers(2, 320 * PANEL));
+    /// All sizes of a tile in both layouts, with the inner dimension in parts, empty ones and those of more than a step too: the
+    /// bits are those of one chain of additions.
+    fn check<const FMA: bool>(kernel: Kernel, most_rows: usize) {
+        let (a, b) = (numbers(1, MAX_ROWS * STRIP + 700), numbers(2, 340 * PANEL));
+        let lens: [&[usize]; 13] = [
+            &[],
+            &[0],
+            &[0, 5],
+            &[1],
+            &[25],
+            &[37],
+            &[3, 0, 11],
+            &[128],
+            &[129],
+            &[99, 29],
+            &[128, 128],
+            &[300],
+            &[99, 30, 260, 5],
+        ];
         for rows in 1..=most_rows {
             for (halves, layout) in
                 [(1, Rows::lines(STRIP)), (2, Rows::lines(45)), (1, Rows::interleaved(16)), (2, Rows::interleaved(17))]
             {
-                for (stride, lens) in [
-                    (PANEL, vec![1]),
-                    (PANEL, vec![37]),
-                    (33, vec![3, 0, 11]),
-                    (45, vec![25]),
-                    (50, vec![]),
-                    (PANEL, vec![300]),
-                    (35, vec![99, 30, 260, 5]),
-                ] {
+                for (stride, lens) in lens.iter().enumerate().map(|(i, lens)| ([PANEL, 33, 35][i % 3], lens)) {
                     let mut tile = Tile { rows: [[f32::NAN; PANEL]; MAX_ROWS] };
                     let segments: Vec<_> = lens
                         .iter()
@@ -306,18 +321,16 @@ mod tests {
                         .collect();
                     kernel(&mut tile, rows, halves, layout, stride, &segments);
                     for (i, j) in (0..rows).flat_map(|i| (0..halves * HALF).map(move |j| (i, j))) {
-                        let (mut expected, mut size) = (0.0f64, 0.0f64);
+                        let mut expected = 0.0f32;
                         for segment in &segments {
                             for k in 0..segment.len {
-                                let product = f64::from(segment.a[i * layout.row + k * layout.inner])
-                                    * f64::from(segment.b[k * stride + j]);
-                                expected += product;
-                                size += product.abs();
+                                let (a, b) = (segment.a[i * layout.row + k * layout.inner], segment.b[k * stride + j]);
+                                expected = if FMA { a.mul_add(b, expected) } else { a * b + expected };
                             }
                         }
-                        let got = f64::from(tile.rows[i][j]);
+                        let got = tile.rows[i][j];
                         assert!(
-                            (got - expected).abs() <= 1e-6 * size.max(100.0),
+                            got.to_bits() == expected.to_bits(),
                             "({i}, {j}) of {rows} rows, {halves}, {layout:?}, {stride}, {lens:?}: {got} for {expected}"
                         );
                     }
@@ -328,18 +341,18 @@ mod tests {
     }
 
     #[test]
-    fn tiles_agree_with_loops() {
-        check(multiply, tile_rows());
-        check(plain::multiply, MAX_ROWS);
+    fn tiles_are_chains_of_additions() {
+        check::<{ cfg!(target_arch = "aarch64") }>(plain::multiply, MAX_ROWS);
         #[cfg(target_arch = "x86_64")]
         if level() != Level::Baseline {
             // SAFETY: the processor has AVX2; `check` keeps to what `multiply` checks.
-            check(
+            check::<true>(
                 |tile, rows, halves, layout, stride, segments| unsafe {
                     avx2::multiply(tile, rows, halves, layout, stride, segments)
                 },
                 MAX_ROWS,
             );
+            check::<true>(multiply, tile_rows());
         }
     }
 
@@ -393,11 +406,24 @@ mod tests {
         }
     }
 
+    fn is_refused(rows: usize, halves: usize, layout: Rows, stride: usize, segment: Segment) -> bool {
+        let result = std::panic::catch_unwind(|| multiply(&mut Tile::new(), rows, halves, layout, stride, &[segment]));
+        result.is_err_and(|why| why.downcast_ref() == Some(&"an operand is too short"))
+    }
+
     #[test]
-    #[should_panic(expected = "an operand is too short")]
     fn operands_that_are_too_short_are_refused() {
-        let segment = Segment { a: &[0.0; 20], b: &[0.0; 2 * PANEL - 1], len: 2 };
-        multiply(&mut Tile::new(), 3, 2, Rows::interleaved(16), PANEL, &[segment]);
+        let numbers = [0.5; 500];
+        for halves in 1..=2 {
+            for (layout, a_len) in [(Rows::interleaved(16), 16 + 3), (Rows::lines(20), 2 * 20 + 2)] {
+                for (stride, b_len) in [(PANEL, PANEL + halves * HALF), (40, 40 + halves * HALF)] {
+                    let (a, b) = (&numbers[..a_len], &numbers[..b_len]);
+                    let refused = |a, b| is_refused(3, halves, layout, stride, Segment { a, b, len: 2 });
+                    assert!(!refused(a, b), "{halves}, {layout:?}, {stride}");
+                    assert!(refused(&a[1..], b) && refused(a, &b[1..]), "{halves}, {layout:?}, {stride}");
+                }
+            }
+        }
     }
 
     /// Distances whose product is 0, were it to wrap.
@@ -411,19 +437,34 @@ mod tests {
             (Rows::lines(1), FAR),
             (Rows::interleaved(1), FAR),
         ] {
-            let segment = Segment { a: &numbers, b: &numbers, len: 3 };
-            let refused = std::panic::catch_unwind(|| multiply(&mut Tile::new(), 3, 2, layout, stride, &[segment]));
-            let message = *refused.expect_err("refused").downcast::<&str>().expect("a message without numbers");
-            assert_eq!(message, "an operand is too short", "{layout:?}, {stride}");
+            assert!(
+                is_refused(3, 2, layout, stride, Segment { a: &numbers, b: &numbers, len: 3 }),
+                "{layout:?}, {stride}"
+            );
+        }
+        // One row, or one element, has no distances.
+        for (rows, layout) in [(1, Rows::lines(FAR)), (3, Rows::interleaved(FAR))] {
+            for stride in [PANEL, FAR] {
+                let segment = Segment { a: &numbers, b: &numbers, len: 1 };
+                assert!(!is_refused(rows, 2, layout, stride, segment), "{layout:?}, {stride}");
+            }
         }
     }
 
     #[test]
     fn tiles_cover_the_rows_evenly() {
-        for rows in 0..100 {
-            let tiles: Vec<_> = row_tiles(rows).collect();
-            assert_eq!(tiles.iter().flat_map(Clone::clone).collect::<Vec<_>>(), (0..rows).collect::<Vec<_>>());
-            assert!(tiles.iter().all(|tile| !tile.is_empty() && tile.len() <= tile_rows()));
+        for (height, at_once) in [(14, 1), (6, 6), (6, 1)] {
+            for rows in 0..100 {
+                let parts: Vec<_> = even_parts(rows, height, at_once).collect();
+                assert_eq!(parts.iter().flat_map(Clone::clone).collect::<Vec<_>>(), (0..rows).collect::<Vec<_>>());
+                assert_eq!(parts.len(), rows.div_ceil(height).div_ceil(at_once));
+                let lens = || parts.iter().map(Range::len);
+                assert!(lens().all(|len| 0 < len && len <= height * at_once));
+                if at_once == 1 && rows > 0 {
+                    assert!(lens().max().unwrap() - lens().min().unwrap() <= 1, "{rows}: {parts:?}");
+                }
+            }
         }
+        assert!(row_tiles(100).all(|tile| tile.len() <= tile_rows()) && tile_rows() <= MAX_ROWS);
     }
 }

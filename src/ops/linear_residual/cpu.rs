@@ -99,7 +99,7 @@ pub fn forward(
                 }
             }
             let mut tile = Tile::new();
-            scratch::with(spread_len(rows.len(), k), |room| {
+            scratch::with(spread_len(rows.len(), t, k), |room| {
                 batches(rows, t, k, |tiles| {
                     let start = tiles[0].rows.start;
                     let lines = spread(room, &a[start * k..tiles[tiles.len() - 1].rows.end * k], k);
@@ -262,7 +262,7 @@ impl BackwardInputs<'_> {
         let stride = line_stride(wide);
         // The columns of the panels that the window meets.
         let (start, end) = (window.start / PANEL * PANEL, panels(window.end()) * PANEL);
-        scratch::with(lines_len(t, wide), |lines| {
+        scratch::with(lines_len(t, t, wide), |lines| {
             for line in lines.chunks_exact_mut(stride) {
                 line[start..window.start].fill(0.0);
                 line[window.end()..end].fill(0.0);

@@ -7,7 +7,7 @@ use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, panels, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, panels, step_rows, write_tile,
 };
 use crate::ops::products::{
     Layout, Other, Outer, RowTile, batches, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
@@ -70,9 +70,9 @@ fn flops(read: &[Window], t: usize, c: usize, n: usize) -> usize {
     read.iter().map(|window| 2 * n * (t * window.width + 2 * (c - window.width))).sum()
 }
 
-/// Samples whose two vectors are the rows of a tile: few enough that there is work for each thread.
-fn samples_per_tile(b: usize) -> usize {
-    b.div_ceil(b.div_ceil(7))
+/// Samples whose two vectors fill the rows that registers hold.
+fn samples_at_once(b: usize) -> usize {
+    b.div_ceil(b.div_ceil(step_rows() / 2))
 }
 
 /// Whether `panel` holds channels of `ranges`.
@@ -90,7 +90,7 @@ fn forward_correction(
     c: usize,
 ) {
     let n = bias.len();
-    let samples = samples_per_tile(read.len());
+    let samples = samples_at_once(read.len());
     correction.par_chunks_mut(samples * 2 * n).zip(read.par_chunks(samples)).enumerate().for_each(
         |(chunk, (uv, windows))| {
             let m = 2 * windows.len();
@@ -188,7 +188,7 @@ impl Inputs<'_> {
             Some(streams) => unsafe { streams.write_tile(to, tile, rows, width, n) },
             None => write_tile(to, tile, rows, width, n),
         };
-        scratch::with(lines_len(rows.len(), c), |lines| {
+        scratch::with(lines_len(rows.len(), self.t, c), |lines| {
             batches(rows, self.t, c, |tiles| {
                 let start = tiles[0].rows.start;
                 for RowTile { sample, rows } in tiles {
@@ -363,7 +363,7 @@ impl BackwardInputs<'_> {
         let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
         let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
         pq.fill(0.0);
-        let (room, stride) = (spread_len(t, n), line_stride(n));
+        let (room, stride) = (spread_len(t, t, n), line_stride(n));
         let mut tile = Tile::new();
         scratch::with(room + t * (wide + 1) + wide, |buffer| {
             let (room, buffer) = buffer.split_at_mut(room);
@@ -424,7 +424,7 @@ fn inactive_gradient(
     n: usize,
     c: usize,
 ) {
-    let samples = samples_per_tile(read.len());
+    let samples = samples_at_once(read.len());
     let stride = modulation.stride;
     let chunks = dmodulation.par_chunks_mut(samples * stride).zip(pq.par_chunks(samples * 2 * n));
     chunks.zip(read.par_chunks(samples)).for_each(|((dmodulation, pq), windows)| {

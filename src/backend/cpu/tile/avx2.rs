@@ -1,7 +1,8 @@
-//! The kernel for AVX2: a [`Step`] in 12 registers, 2 for B and 1 for an element of A.
+//! The kernel for AVX2: a [`Step`] in 12 registers of sums, 2 for B and 1 for an element of A.
 //!
-//! It is assembly because instructions count: next to another busy thread on the core, a round of 6 rows takes 20 and a few
-//! more of 12 multiplications as long as its instructions, and the compiler adds up addresses row by row.
+//! It is assembly because the number of instructions decides: next to another busy thread on the core, a round of 6 rows takes
+//! as long as its instructions take to issue. They are 20, 12 of them multiplications, and 6 more for every four rounds; the
+//! compiler adds up the address of each row, which makes 29.
 
 use super::steps::{self, Step};
 use super::{HALF, PANEL, Rows, Segment, Tile};
@@ -37,19 +38,20 @@ pub(super) unsafe fn multiply(
 ) {
     // SAFETY: the contract is the same; steps stay inside of the tile and of the segments.
     steps::multiply(tile, rows, halves, layout, stride, segments, |step| unsafe {
-        match (step.layout, step.sums.len()) {
+        match (step.layout, step.rows.len()) {
             (Rows { inner: 1, .. }, 1) => lines_1(step),
             (Rows { inner: 1, .. }, 2) => lines_2(step),
             (Rows { inner: 1, .. }, 3) => lines_3(step),
             (Rows { inner: 1, .. }, 4) => lines_4(step),
             (Rows { inner: 1, .. }, 5) => lines_5(step),
-            (Rows { inner: 1, .. }, _) => lines_6(step),
+            (Rows { inner: 1, .. }, 6) => lines_6(step),
             (_, 1) => interleaved_1(step),
             (_, 2) => interleaved_2(step),
             (_, 3) => interleaved_3(step),
             (_, 4) => interleaved_4(step),
             (_, 5) => interleaved_5(step),
-            (_, _) => interleaved_6(step),
+            (_, 6) => interleaved_6(step),
+            _ => unreachable!("more rows than a step has"),
         }
     });
 }
@@ -74,7 +76,7 @@ macro_rules! row {
 }
 
 /// The rows of a matrix are far from each other, the elements of a row side by side.
-macro_rules! line {
+macro_rules! of_line {
     (0, $near:literal) => {
         row!("{a}", $near, "ymm0", "ymm1")
     };
@@ -96,7 +98,7 @@ macro_rules! line {
 }
 
 /// Interleaved rows are side by side, the elements of a row far from each other.
-macro_rules! interleaved {
+macro_rules! of_interleaved {
     (0, $far:literal) => {
         row!($far, "0", "ymm0", "ymm1")
     };
@@ -128,14 +130,15 @@ macro_rules! round {
     };
 }
 
-/// A kernel for a number of rows of one layout: which distance is the far one, and where in A four rounds are.
+/// A kernel for these rows of one layout. `$far` is the larger of the two distances of A; then the addresses in A of four rounds
+/// in a row.
 macro_rules! kernel {
     ($name:ident, [$($i:tt)*], $row:ident, $far:ident, [$first:literal $second:literal $third:literal $fourth:literal]) => {
         /// # Safety
         /// The processor has AVX2 and FMA; the step has as many rows as the name says, and lies inside of its operands.
         #[target_feature(enable = "avx2,fma")]
         unsafe fn $name(step: Step) {
-            let Step { sums: rows, column, skip, layout, stride, segments, add, number } = step;
+            let Step { rows, column, skip, layout, stride, segments, add, number } = step;
             let mut sums = [[_mm256_setzero_ps(); 2]; steps::ROWS];
             if add {
                 for i in [$($i),*] {
@@ -145,7 +148,9 @@ macro_rules! kernel {
             }
             for &Segment { a, b, len } in segments {
                 let (a, far) = (a.as_ptr().wrapping_add(skip), layout.$far);
-                // The first steps of a block fetch the next one of a panel, a line of each 8: it comes from afar.
+                // Each of the first steps of a block fetches one of the cache lines that four rounds of the next block of a
+                // panel take; else the prefetch is of the line about to be read, which does nothing. Interleaved rows read
+                // the same panel for all tiles: it is near.
                 let fetches = layout.inner == 1 && stride == PANEL && number < LINES;
                 let next = if fetches { (len * PANEL + number * HALF - column) * BYTES } else { 0 };
                 // SAFETY: it reads A and B where `multiply` checked them, and leaves what it writes in the registers named.
@@ -181,12 +186,12 @@ macro_rules! kernel {
                         rest = inout(reg) len % 4 => _,
                         fours = inout(reg) len / 4 => _,
                         a = inout(reg) a => _,
-                        a3 = inout(reg) a.wrapping_add(3 * far) => _,
+                        a3 = inout(reg) a.wrapping_add(far.wrapping_mul(3)) => _,
                         b = inout(reg) b.as_ptr().wrapping_add(column) => _,
-                        far = in(reg) far * BYTES,
-                        inner = in(reg) layout.inner * BYTES,
-                        stride = in(reg) stride * BYTES,
-                        stride3 = in(reg) 3 * stride * BYTES,
+                        far = in(reg) far.wrapping_mul(BYTES),
+                        inner = in(reg) layout.inner.wrapping_mul(BYTES),
+                        stride = in(reg) stride.wrapping_mul(BYTES),
+                        stride3 = in(reg) stride.wrapping_mul(3 * BYTES),
                         next = in(reg) next,
                         left = out(ymm_reg) _,
                         right = out(ymm_reg) _,
@@ -212,12 +217,12 @@ macro_rules! kernel {
 }
 
 macro_rules! kernels_of_lines {
-    ($($name:ident $rows:tt)*) => { $(kernel!($name, $rows, line, row, ["0" "4" "8" "12"]);)* };
+    ($($name:ident $rows:tt)*) => { $(kernel!($name, $rows, of_line, row, ["0" "4" "8" "12"]);)* };
 }
 
 macro_rules! kernels_of_interleaved {
     ($($name:ident $rows:tt)*) => {
-        $(kernel!($name, $rows, interleaved, inner, ["{a}" "{a} + {far}" "{a} + 2*{far}" "{a3}"]);)*
+        $(kernel!($name, $rows, of_interleaved, inner, ["{a}" "{a} + {far}" "{a} + 2*{far}" "{a3}"]);)*
     };
 }
 

@@ -6,17 +6,18 @@ use super::{HALF, Rows, Segment, Tile};
 
 /// As [`super::multiply`].
 pub(super) fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
-    steps::multiply(tile, rows, halves, layout, stride, segments, |step| match step.sums.len() {
+    steps::multiply(tile, rows, halves, layout, stride, segments, |step| match step.rows.len() {
         1 => kernel::<1>(step),
         2 => kernel::<2>(step),
         3 => kernel::<3>(step),
         4 => kernel::<4>(step),
         5 => kernel::<5>(step),
-        _ => kernel::<6>(step),
+        6 => kernel::<6>(step),
+        _ => unreachable!("more rows than a step has"),
     });
 }
 
-fn kernel<const ROWS: usize>(Step { sums: rows, column, skip, layout, stride, segments, add, .. }: Step) {
+fn kernel<const ROWS: usize>(Step { rows, column, skip, layout, stride, segments, add, .. }: Step) {
     let mut sums = [[0.0f32; HALF]; ROWS];
     if add {
         for (sums, row) in sums.iter_mut().zip(&*rows) {

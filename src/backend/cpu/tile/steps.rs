@@ -1,4 +1,4 @@
-//! A tile in steps, for processors with 16 registers: 16 columns of 6 rows, and of the inner dimension so much that its part of
+//! A tile in steps, for processors with 16 vector registers: 16 columns of 6 rows, and of the inner dimension so much that its part of
 //! a panel stays in the first cache while the steps go down the rows.
 
 use super::{HALF, PANEL, Rows, Segment, Tile, even_parts};
@@ -13,7 +13,7 @@ const BLOCK: usize = 128;
 /// Adds the products of a block of the inner dimension to 16 columns of a few rows.
 pub(super) struct Step<'a> {
     /// Rows of the tile, at most [`ROWS`].
-    pub(super) sums: &'a mut [[f32; PANEL]],
+    pub(super) rows: &'a mut [[f32; PANEL]],
     /// First of the columns, 0 or 16.
     pub(super) column: usize,
     /// Where the first row lies in A.
@@ -24,6 +24,7 @@ pub(super) struct Step<'a> {
     /// Whether there are sums already.
     pub(super) add: bool,
     /// Steps of this block before this one.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only the AVX2 kernel fetches ahead"))]
     pub(super) number: usize,
 }
 
@@ -42,8 +43,9 @@ pub(super) fn multiply(
         let mut number = 0;
         for column in (0..halves * HALF).step_by(HALF) {
             for rows in even_parts(rows, ROWS, 1) {
-                let skip = rows.start * layout.row;
-                step(Step { sums: &mut tile.rows[rows], column, skip, layout, stride, segments, add, number });
+                // Wrapping, as in the kernels: a distance that nothing is at may be any number.
+                let skip = rows.start.wrapping_mul(layout.row);
+                step(Step { rows: &mut tile.rows[rows], column, skip, layout, stride, segments, add, number });
                 number += 1;
             }
         }
@@ -61,7 +63,7 @@ pub(super) fn multiply(
             rest = others;
             continue;
         }
-        // Short ones together.
+        // Short ones together, up to a block.
         let (mut count, mut len) = (1, first.len);
         while count < rest.len() && len + rest[count].len <= BLOCK {
             len += rest[count].len;
