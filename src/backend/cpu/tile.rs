@@ -205,8 +205,8 @@ impl Streams {
         {
             for (line, row) in to.chunks_mut(stride).zip(&tile.rows[..rows]) {
                 let line = line.first_chunk_mut().expect("a line holds a panel");
-                // SAFETY: the processor has the features; each line starts at a cache line, since the first does and they are a
-                // multiple of 16 numbers apart; nobody reads them before the fence, by this function's contract.
+                // SAFETY: the processor has the features; each line starts at a cache line, since the first does and they
+                // are a multiple of 16 numbers apart; nobody reads them before the fence, by this function's contract.
                 unsafe { if level() == Level::Avx512 { avx512::stream(line, row) } else { avx2::stream(line, row) } }
             }
             return;
@@ -272,10 +272,12 @@ pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, strid
         // SAFETY: the processor has the features; rows, halves and the segments' lengths were checked above.
         Level::Avx512 => return unsafe { avx512::multiply(tile, rows, halves, layout, stride, segments) },
         // SAFETY: as above.
-        Level::Avx2 => return unsafe { avx2::multiply(tile, rows, halves, layout, stride, segments) },
+        Level::Avx2 => {
+            return steps::multiply(tile, rows, halves, layout, stride, segments, |step| unsafe { avx2::step(step) });
+        }
         Level::Baseline => {}
     }
-    plain::multiply(tile, rows, halves, layout, stride, segments);
+    steps::multiply(tile, rows, halves, layout, stride, segments, plain::step);
 }
 
 #[cfg(test)]
@@ -342,13 +344,18 @@ mod tests {
 
     #[test]
     fn tiles_are_chains_of_additions() {
-        check::<{ cfg!(target_arch = "aarch64") }>(plain::multiply, MAX_ROWS);
+        check::<{ cfg!(target_arch = "aarch64") }>(
+            |tile, rows, halves, layout, stride, segments| {
+                steps::multiply(tile, rows, halves, layout, stride, segments, plain::step)
+            },
+            MAX_ROWS,
+        );
         #[cfg(target_arch = "x86_64")]
         if level() != Level::Baseline {
-            // SAFETY: the processor has AVX2; `check` keeps to what `multiply` checks.
             check::<true>(
-                |tile, rows, halves, layout, stride, segments| unsafe {
-                    avx2::multiply(tile, rows, halves, layout, stride, segments)
+                |tile, rows, halves, layout, stride, segments| {
+                    // SAFETY: the processor has AVX2; `check` keeps to what `multiply` checks.
+                    steps::multiply(tile, rows, halves, layout, stride, segments, |step| unsafe { avx2::step(step) })
                 },
                 MAX_ROWS,
             );

@@ -5,7 +5,7 @@
 //! compiler adds up the address of each row, which makes 29.
 
 use super::steps::{self, Step};
-use super::{HALF, PANEL, Rows, Segment, Tile};
+use super::{HALF, PANEL, Rows, Segment};
 use std::arch::x86_64::{_mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps, _mm256_stream_ps};
 
 const LANES: usize = 8;
@@ -23,21 +23,12 @@ pub(super) unsafe fn stream(to: &mut [f32; PANEL], row: &[f32; PANEL]) {
     }
 }
 
-/// As [`super::multiply`].
-///
 /// # Safety
-/// The processor has AVX2 and FMA; `rows`, `halves` and the segments are as [`super::multiply`] checks.
+/// The processor has AVX2 and FMA; the step lies inside of its operands.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn multiply(
-    tile: &mut Tile,
-    rows: usize,
-    halves: usize,
-    layout: Rows,
-    stride: usize,
-    segments: &[Segment],
-) {
-    // SAFETY: the contract is the same; steps stay inside of the tile and of the segments.
-    steps::multiply(tile, rows, halves, layout, stride, segments, |step| unsafe {
+pub(super) unsafe fn step(step: Step) {
+    // SAFETY: the contract is the same, and the step has as many rows as the name says.
+    unsafe {
         match (step.layout, step.rows.len()) {
             (Rows { inner: 1, .. }, 1) => lines_1(step),
             (Rows { inner: 1, .. }, 2) => lines_2(step),
@@ -53,7 +44,7 @@ pub(super) unsafe fn multiply(
             (_, 6) => interleaved_6(step),
             _ => unreachable!("more rows than a step has"),
         }
-    });
+    }
 }
 
 /// Adds the products of a row, whose element of A is at `$far + $near`.

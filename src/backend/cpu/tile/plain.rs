@@ -1,12 +1,11 @@
 //! The kernel for any processor.
 
 use super::super::simd::fma;
-use super::steps::{self, Step};
-use super::{HALF, Rows, Segment, Tile};
+use super::HALF;
+use super::steps::Step;
 
-/// As [`super::multiply`].
-pub(super) fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
-    steps::multiply(tile, rows, halves, layout, stride, segments, |step| match step.rows.len() {
+pub(super) fn step(step: Step) {
+    match step.rows.len() {
         1 => kernel::<1>(step),
         2 => kernel::<2>(step),
         3 => kernel::<3>(step),
@@ -14,7 +13,7 @@ pub(super) fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows
         5 => kernel::<5>(step),
         6 => kernel::<6>(step),
         _ => unreachable!("more rows than a step has"),
-    });
+    }
 }
 
 fn kernel<const ROWS: usize>(Step { rows, column, skip, layout, stride, segments, add, .. }: Step) {

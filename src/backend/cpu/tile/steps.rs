@@ -1,5 +1,5 @@
-//! A tile in steps, for processors with 16 vector registers: 16 columns of 6 rows, and of the inner dimension so much that its part of
-//! a panel stays in the first cache while the steps go down the rows.
+//! A tile in steps, for processors with 16 vector registers: 16 columns of 6 rows, and of the inner dimension so much that its
+//! part of a panel stays in the first cache while the steps go down the rows.
 
 use super::{HALF, PANEL, Rows, Segment, Tile, even_parts};
 
