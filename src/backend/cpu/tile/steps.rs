@@ -8,6 +8,9 @@ pub(super) const ROWS: usize = 6;
 /// Steps down a tile.
 pub(super) const AT_ONCE: usize = 6;
 /// Most elements of the inner dimension of a step.
+///
+/// Half as many for interleaved rows, of which a block would then fit into the first cache beside one of the panel, are 7 %
+/// faster in a loop of products, but slower in a training step of DiT-S/2.
 const BLOCK: usize = 128;
 
 /// Adds the products of a block of the inner dimension to 16 columns of a few rows.
