@@ -271,8 +271,8 @@ pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, strid
     match level() {
         // SAFETY: the processor has the features; rows, halves and the segments' lengths were checked above.
         Level::Avx512 => return unsafe { avx512::multiply(tile, rows, halves, layout, stride, segments) },
-        // SAFETY: as above.
         Level::Avx2 => {
+            // SAFETY: as above; the steps lie inside of what was checked.
             return steps::multiply(tile, rows, halves, layout, stride, segments, |step| unsafe { avx2::step(step) });
         }
         Level::Baseline => {}
@@ -354,7 +354,7 @@ mod tests {
         if level() != Level::Baseline {
             check::<true>(
                 |tile, rows, halves, layout, stride, segments| {
-                    // SAFETY: the processor has AVX2; `check` keeps to what `multiply` checks.
+                    // SAFETY: the processor has AVX2; `check` keeps to what `multiply` checks, and so do the steps.
                     steps::multiply(tile, rows, halves, layout, stride, segments, |step| unsafe { avx2::step(step) })
                 },
                 MAX_ROWS,

@@ -144,8 +144,8 @@ macro_rules! kernel {
                 // the same panel for all tiles: it is near.
                 let fetches = layout.inner == 1 && stride == PANEL && number < LINES;
                 let next = if fetches { (len * PANEL + number * HALF - column) * BYTES } else { 0 };
-                // SAFETY: it reads A and B where `multiply` checked them, and leaves what it writes in the registers named.
-                // Addresses beyond the last round are not read, and a prefetch may be of any.
+                // SAFETY: it reads A and B inside of the step, by the contract, and leaves what it writes in the registers
+                // named. Addresses beyond the last round are not read, and a prefetch may be of any.
                 unsafe {
                     std::arch::asm!(
                         "test {rest}, {rest}",
