@@ -5,8 +5,8 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, copy_row, line_stride, multiply, panels, row_tiles, step_rows, tile_rows,
-    write_transposed,
+    HALF, PANEL, Rows, Segment, Tile, copy_row, line_stride, multiply, of_panel, of_panel_mut, panels, row_tiles,
+    step_rows, tile_rows, write_transposed,
 };
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -77,7 +77,7 @@ pub(crate) fn batches(rows: Range<usize>, tokens: usize, inner: usize, mut work:
 
 /// The panels of a row-major B `[len, n]`: of lines n apart, a tile's columns would crowd into few sets of the cache.
 pub(crate) fn pack_panels(to: &mut [f32], b: &[f32], n: usize, len: usize) {
-    to.par_chunks_mut(len * PANEL).enumerate().for_each(|(panel, to)| pack_panel(to, b, panel, n, len, n));
+    to.par_chunks_mut(len * PANEL).enumerate().for_each(|(panel, to)| pack_panel(of_panel_mut(to), b, panel, n, n));
 }
 
 /// Columns that a tile computes of a panel.
@@ -85,6 +85,14 @@ pub(crate) fn pack_panels(to: &mut [f32], b: &[f32], n: usize, len: usize) {
 pub(crate) struct Part {
     pub(crate) first: usize,  // in a panel 0 or 16
     pub(crate) halves: usize, // 1 or 2 of 16 columns
+}
+
+impl Part {
+    /// Its columns of a packed panel.
+    pub(crate) fn of(self, panel: &[f32]) -> [&[f32]; 2] {
+        let [left, right] = of_panel(panel, 0);
+        if self.first == 0 { [left, right] } else { [right, &[]] }
+    }
 }
 
 /// The part of `panel` to compute for `window`, if any.
@@ -101,25 +109,22 @@ pub(crate) fn columns(part: Part, panel: usize, range: Range<usize>) -> (Range<u
     (from..to.max(from), from - first..to.max(from) - first)
 }
 
-/// One sample of a weight gradient: `sum over its tokens of routed (outer product) other`.
+/// What a weight gradient is a sum over, `sum over rows of routed (outer product) other`: the rows of all samples, in their
+/// order.
 #[derive(Clone, Copy)]
-pub(crate) struct Outer<'a> {
-    pub(crate) routed: &'a [f32], // [panels(C), T, PANEL], zero outside of the window in the panels that it meets
-    pub(crate) window: Window,    // inside 0..C
-    pub(crate) other: Other<'a>,
+pub(crate) struct Operands<'a> {
+    /// `[panels(C), R, PANEL]`: of a sample, zero outside of its window in the panels that it meets.
+    pub(crate) routed: &'a [f32],
+    /// `[panels(M), 2, R, HALF]`, or empty: then each sample has its own.
+    pub(crate) panels: &'a [f32],
 }
 
-/// What the routed numbers are multiplied with.
+/// A sample of a weight gradient.
 #[derive(Clone, Copy)]
-pub(crate) enum Other<'a> {
-    Rows(&'a [f32]),   // [T, M]
-    Panels(&'a [f32]), // [panels(M), T, PANEL]
-}
-
-impl Outer<'_> {
-    fn tokens(&self, c: usize) -> usize {
-        self.routed.len() / (panels(c) * PANEL)
-    }
+pub(crate) struct Sample<'a> {
+    pub(crate) tokens: usize,
+    pub(crate) window: Window,   // inside 0..C
+    pub(crate) other: &'a [f32], // [T, M], or empty: see `Operands`
 }
 
 /// How a weight is stored.
@@ -146,55 +151,73 @@ pub(crate) fn weight_gradient<'a>(
     add: bool,
     layout: Layout,
     [c, m]: [usize; 2],
+    operands: Operands<'a>,
     samples: usize,
-    sample: impl Fn(usize) -> Outer<'a> + Sync,
+    sample: impl Fn(usize) -> Sample<'a> + Sync,
 ) {
     assert!(dw.len() == c * m, "a gradient of another size than its weight");
     let dw = Shared::new(dw);
     // One by one: in bundles, a thread would be idle at the end.
     (0..panels(m)).into_par_iter().with_max_len(1).for_each(|panel| {
-        let (mut add, mut first) = (add, 0);
+        let (mut add, mut first, mut row) = (add, 0, 0);
         while first < samples {
-            let nothing = Outer { routed: &[], window: Window { start: 0, width: 0 }, other: Other::Rows(&[]) };
+            let nothing = Sample { tokens: 0, window: Window { start: 0, width: 0 }, other: &[] };
             let mut group = [nothing; MOST_SAMPLES];
             let (mut count, mut tokens) = (0, 0);
             while count < MOST_SAMPLES && first + count < samples {
                 let next = sample(first + count);
-                if count > 0 && tokens + next.tokens(c) > MOST_TOKENS {
+                if count > 0 && tokens + next.tokens > MOST_TOKENS {
                     break;
                 }
                 group[count] = next;
-                tokens += next.tokens(c);
+                tokens += next.tokens;
                 count += 1;
             }
-            panel_of_weight_gradient(&dw, add, layout, [c, m], panel, &group[..count]);
+            let rows = row..row + tokens;
+            panel_of_weight_gradient(&dw, add, layout, [c, m], panel, operands, rows, &group[..count]);
             first += count;
+            row += tokens;
             add = true;
         }
     });
 }
 
-/// Columns `panel` of M.
-fn panel_of_weight_gradient(dw: &Shared, add: bool, layout: Layout, [c, m]: [usize; 2], panel: usize, group: &[Outer]) {
+/// Columns `panel` of M, and of the sum `rows`, those of `group`.
+#[allow(clippy::too_many_arguments)]
+fn panel_of_weight_gradient(
+    dw: &Shared,
+    add: bool,
+    layout: Layout,
+    [c, m]: [usize; 2],
+    panel: usize,
+    Operands { routed, panels: panels_of_other }: Operands,
+    rows: Range<usize>,
+    group: &[Sample],
+) {
     let columns = panel * PANEL..((panel + 1) * PANEL).min(m);
+    let all_rows = routed.len() / (panels(c) * PANEL);
     // Every tile of channels reads the panel: as lines M apart, it would crowd into few sets of the cache.
-    let packs = |sample: &Outer| matches!(sample.other, Other::Rows(_));
-    let tokens: usize = group.iter().filter(|sample| packs(sample)).map(|sample| sample.tokens(c)).sum();
-    scratch::with(tokens * PANEL, |mut packed| {
-        let mut others = [&[][..]; MOST_SAMPLES];
-        for (sample, other) in group.iter().zip(&mut others) {
-            let tokens = sample.tokens(c);
-            *other = match sample.other {
-                Other::Panels(panels) => &panels[panel * tokens * PANEL..][..tokens * PANEL],
-                Other::Rows(rows) => {
-                    let to = packed.split_off_mut(..tokens * PANEL).expect("room for all tokens");
-                    pack_panel(to, rows, panel, m, tokens, m);
-                    to
-                }
-            };
+    let packs = panels_of_other.is_empty();
+    scratch::with(if packs { rows.len() * PANEL } else { 0 }, |packed| {
+        let mut ends = [0; MOST_SAMPLES];
+        let mut end = 0;
+        let mut halves = of_panel_mut(packed);
+        for (sample, to) in group.iter().zip(&mut ends) {
+            if packs {
+                let of_sample = halves
+                    .each_mut()
+                    .map(|half| half.split_off_mut(..sample.tokens * HALF).expect("room for all rows"));
+                pack_panel(of_sample, sample.other, panel, m, m);
+            }
+            end += sample.tokens;
+            *to = end;
         }
+        let other = match packs {
+            true => of_panel(packed, 0),
+            false => of_panel(&panels_of_other[panel * all_rows * PANEL..][..all_rows * PANEL], rows.start),
+        };
         let mut tile = Tile::new();
-        let mut segments = [Segment { a: &[], b: &[], len: 0 }; MOST_SAMPLES];
+        let mut segments = [Segment { a: &[], b: [&[]; 2], len: 0 }; MOST_SAMPLES];
         for first in (0..c).step_by(PANEL) {
             channel_tiles(first..(first + PANEL).min(c), group, |channels, set| {
                 if set == 0 && add {
@@ -202,14 +225,17 @@ fn panel_of_weight_gradient(dw: &Shared, add: bool, layout: Layout, [c, m]: [usi
                 }
                 let (mut count, mut rest) = (0, set);
                 while rest != 0 {
-                    let sample = rest.trailing_zeros() as usize;
-                    let len = group[sample].tokens(c);
-                    let a = &group[sample].routed[first * len + channels.start - first..];
-                    segments[count] = Segment { a, b: others[sample], len };
-                    (count, rest) = (count + 1, rest & (rest - 1));
+                    // Neighbours are one segment.
+                    let sample = rest.trailing_zeros();
+                    let last = sample + (rest >> sample).trailing_ones() - 1;
+                    let start = if sample == 0 { 0 } else { ends[sample as usize - 1] };
+                    let a = &routed[first * all_rows + (rows.start + start) * PANEL + channels.start - first..];
+                    let b = other.map(|half| &half[start * HALF..]);
+                    segments[count] = Segment { a, b, len: ends[last as usize] - start };
+                    (count, rest) = (count + 1, rest & (u64::MAX << last << 1));
                 }
                 let halves = columns.len().div_ceil(HALF);
-                multiply(&mut tile, channels.len(), halves, Rows::interleaved(PANEL), PANEL, &segments[..count]);
+                multiply(&mut tile, channels.len(), halves, Rows::interleaved(PANEL), HALF, &segments[..count]);
                 match layout {
                     Layout::RoutedRows => {
                         for (channel, sums) in channels.zip(&tile.rows) {
@@ -230,7 +256,7 @@ fn panel_of_weight_gradient(dw: &Shared, add: bool, layout: Layout, [c, m]: [usi
 }
 
 /// Calls `work` with tiles of the channels of a panel, and for each the set of samples whose windows meet it.
-fn channel_tiles(panel: Range<usize>, group: &[Outer], mut work: impl FnMut(Range<usize>, u64)) {
+fn channel_tiles(panel: Range<usize>, group: &[Sample], mut work: impl FnMut(Range<usize>, u64)) {
     // Samples whose windows start or end at a channel; then those that hold it.
     let mut sets = [0u64; PANEL + 1];
     for (i, sample) in group.iter().enumerate() {
@@ -303,32 +329,42 @@ mod tests {
         (0..n).map(|i| (((i + 7919 * seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 400.0).collect()
     }
 
-    /// A sample of `t` tokens: its window, its routed numbers `[T, C]`, those as panels with NaN wherever nobody may look,
-    /// and the others `[T, M]`, in panels too.
-    struct Sample {
+    /// A sample of `t` tokens: its window, its routed numbers `[T, C]`, zero outside, and the others `[T, M]`.
+    struct Drawn {
         window: Window,
-        dense: Vec<f32>,
+        t: usize,
         routed: Vec<f32>,
         other: Vec<f32>,
-        packed: Vec<f32>,
     }
 
-    fn sample(seed: usize, window: Window, t: usize, [c, m]: [usize; 2]) -> Sample {
-        let (mut dense, mut routed) = (vec![0.0; t * c], vec![f32::NAN; panels(c) * t * PANEL]);
-        let values = numbers(seed, t * c);
-        for panel in window.start / PANEL..panels(window.end()) {
-            for (i, channel) in (0..t).flat_map(|i| (panel * PANEL..((panel + 1) * PANEL).min(c)).map(move |c| (i, c)))
-            {
-                if window.range().contains(&channel) {
-                    dense[i * c + channel] = values[i * c + channel];
-                }
-                routed[(panel * t + i) * PANEL + channel % PANEL] = dense[i * c + channel];
-            }
+    fn draw(seed: usize, window: Window, t: usize, [c, m]: [usize; 2]) -> Drawn {
+        let mut routed = numbers(seed, t * c);
+        for row in routed.chunks_exact_mut(c) {
+            row[..window.start].fill(0.0);
+            row[window.end()..].fill(0.0);
         }
-        let other = numbers(seed + 1000, t * m);
-        let mut packed = vec![f32::NAN; panels(m) * t * PANEL];
-        pack_panels(&mut packed, &other, m, t);
-        Sample { window, dense, routed, other, packed }
+        Drawn { window, t, routed, other: numbers(seed + 1000, t * m) }
+    }
+
+    /// The routed numbers of all samples as panels, NaN in those that a window does not meet, and the others.
+    fn operands(samples: &[Drawn], [c, m]: [usize; 2]) -> [Vec<f32>; 2] {
+        let rows: usize = samples.iter().map(|sample| sample.t).sum();
+        let mut routed = vec![f32::NAN; panels(c) * rows * PANEL];
+        let mut first = 0;
+        for Drawn { window, t, routed: from, .. } in samples {
+            for panel in window.start / PANEL..panels(window.end()) {
+                for (i, channel) in
+                    (0..*t).flat_map(|i| (panel * PANEL..((panel + 1) * PANEL).min(c)).map(move |c| (i, c)))
+                {
+                    routed[(panel * rows + first + i) * PANEL + channel % PANEL] = from[i * c + channel];
+                }
+            }
+            first += t;
+        }
+        let other: Vec<_> = samples.iter().flat_map(|sample| sample.other.iter().copied()).collect();
+        let mut packed = vec![f32::NAN; panels(m) * rows * PANEL];
+        pack_panels(&mut packed, &other, m, rows);
+        [routed, packed]
     }
 
     /// Windows at both ends and of one channel, all, and any.
@@ -348,13 +384,14 @@ mod tests {
 
     fn check_weight_gradient([c, m]: [usize; 2], tokens: &[usize], seed: usize) {
         let samples: Vec<_> =
-            tokens.iter().enumerate().map(|(i, &t)| sample(seed + i, window(seed + i, c), t, [c, m])).collect();
+            tokens.iter().enumerate().map(|(i, &t)| draw(seed + i, window(seed + i, c), t, [c, m])).collect();
+        let [routed, packed] = operands(&samples, [c, m]);
         // The sums, and those of their terms' sizes.
         let mut expected = vec![[0.0f64; 2]; c * m];
-        for Sample { window, dense, other, .. } in &samples {
-            for (dense, other) in dense.chunks_exact(c).zip(other.chunks_exact(m)) {
+        for Drawn { window, routed, other, .. } in &samples {
+            for (routed, other) in routed.chunks_exact(c).zip(other.chunks_exact(m)) {
                 for (channel, j) in window.range().flat_map(|channel| (0..m).map(move |j| (channel, j))) {
-                    let term = f64::from(dense[channel]) * f64::from(other[j]);
+                    let term = f64::from(routed[channel]) * f64::from(other[j]);
                     expected[channel * m + j][0] += term;
                     expected[channel * m + j][1] += term.abs();
                 }
@@ -368,13 +405,10 @@ mod tests {
                 let mut dw = vec![if add { 3.0 } else { f32::NAN }; c * m];
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
-                    weight_gradient(&mut dw, add, layout, [c, m], samples.len(), |i| {
-                        let Sample { window, routed, other, packed, .. } = &samples[i];
-                        Outer {
-                            routed,
-                            window: *window,
-                            other: if panels { Other::Panels(packed) } else { Other::Rows(other) },
-                        }
+                    let operands = Operands { routed: &routed, panels: if panels { &packed } else { &[] } };
+                    weight_gradient(&mut dw, add, layout, [c, m], operands, samples.len(), |i| {
+                        let Drawn { window, t, other, .. } = &samples[i];
+                        Sample { tokens: *t, window: *window, other: if panels { &[] } else { other } }
                     });
                 });
                 dw

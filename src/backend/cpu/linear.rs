@@ -7,7 +7,8 @@ use super::scratch;
 use super::shared::Shared;
 use super::simd::{add_assign, simd_fn};
 use super::tile::{
-    HALF, PANEL, Rows, Segment, Streams, Tile, add_tile, multiply, panels, row_tiles, write_tile, write_transposed,
+    HALF, PANEL, Rows, Segment, Streams, Tile, add_tile, multiply, of_matrix, of_panel, panels, row_tiles, write_tile,
+    write_transposed,
 };
 use rayon::prelude::*;
 
@@ -23,7 +24,7 @@ pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
     let y = Shared::new(y);
     scratch::with(panels(rows) * k * PANEL, |panels_of_x| {
         for (panel, to) in panels_of_x.chunks_exact_mut(k * PANEL).enumerate() {
-            pack_panel_transposed(to, x, panel, rows, k);
+            pack_panel_transposed(to, x, panel, rows, k, k);
         }
         let panels_of_x = &*panels_of_x;
         bias.par_chunks(OUTPUTS).enumerate().for_each(|(task, bias)| {
@@ -33,9 +34,9 @@ pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
                 for (panel, b) in panels_of_x.chunks_exact(k * PANEL).enumerate() {
                     let rows = panel * PANEL..((panel + 1) * PANEL).min(rows);
                     for outputs in row_tiles(count) {
-                        let segment = Segment { a: &weight[(first + outputs.start) * k..], b, len: k };
+                        let segment = Segment { a: &weight[(first + outputs.start) * k..], b: of_panel(b, 0), len: k };
                         let halves = rows.len().div_ceil(HALF);
-                        multiply(&mut tile, outputs.len(), halves, Rows::lines(k), PANEL, &[segment]);
+                        multiply(&mut tile, outputs.len(), halves, Rows::lines(k), HALF, &[segment]);
                         write_transposed(&mut part[outputs.start..], &tile, outputs.len(), rows.len(), count, false);
                     }
                     for (row, sums) in rows.zip(part.chunks_exact(count)) {
@@ -63,7 +64,7 @@ pub fn weight_gradient(dweight: &mut [f32], add: bool, dy: &[f32], x: &[f32], k:
                 for first in (0..k).step_by(PANEL) {
                     let width = PANEL.min(k - first);
                     let (a, b) = (dy.get(task * OUTPUTS + outputs.start..), x.get(first..));
-                    let segment = Segment { a: a.unwrap_or(&[]), b: b.unwrap_or(&[]), len: rows };
+                    let segment = Segment { a: a.unwrap_or(&[]), b: of_matrix(b.unwrap_or(&[])), len: rows };
                     let halves = width.div_ceil(HALF);
                     multiply(&mut tile, outputs.len(), halves, Rows::interleaved(n), stride, &[segment]);
                     let to = &mut dweight[first..];
@@ -92,7 +93,7 @@ pub fn input_gradient(dx: &mut [f32], dy: &[f32], weight: &[f32], k: usize) {
             for of_tile in row_tiles(rows) {
                 for column in (0..k).step_by(PANEL) {
                     let width = PANEL.min(k - column);
-                    let (a, b) = (&dy[of_tile.start * n + first..], &weight[first * stride + column..]);
+                    let (a, b) = (&dy[of_tile.start * n + first..], of_matrix(&weight[first * stride + column..]));
                     let segment = Segment { a, b, len: count };
                     let halves = width.div_ceil(HALF);
                     multiply(&mut tile, of_tile.len(), halves, Rows::lines(n), stride, &[segment]);

@@ -1,5 +1,6 @@
 //! Operands of products in the layouts that [`super::tile`] reads.
 
+use super::shared::Shared;
 use super::simd::{Level, level, simd_fn};
 use super::tile::{HALF, PANEL, panels};
 use crate::routing::Window;
@@ -86,25 +87,35 @@ mod transpose {
     }
 }
 
-/// Packs panel `panel` of `B = W^T`, W row-major `[n, len]`: `to[k * PANEL + j] = w[(panel * PANEL + j) * len + k]`.
-pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, len: usize) {
+/// Packs panel `panel` of `B = W^T`, W row-major `[n, len]`, its lines `stride` apart: column j of a half is row
+/// `panel * PANEL + half * HALF + j` of W.
+pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, len: usize, stride: usize) {
     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-    for half in columns.clone().step_by(HALF) {
-        let rows = HALF.min(columns.end - half);
-        interleave(&mut to[half - columns.start..], PANEL, &w[half * len..], rows, len, len);
+    for (first, to) in columns.clone().step_by(HALF).zip(to.chunks_exact_mut((len * HALF).max(1))) {
+        let rows = HALF.min(columns.end - first);
+        interleave(to, HALF, &w[first * stride..], rows, len, stride);
     }
 }
 
 simd_fn! {
-    /// Packs panel `panel` of a row-major B `[len, n]` (lines `stride` apart): a copy of its lines.
-    pub fn pack_panel<F>(to: &mut [f32], b: &[f32], panel: usize, n: usize, len: usize, stride: usize) {
+    /// Packs panel `panel` of a row-major B of `n` columns (lines `stride` apart): a copy of as many lines as the halves hold.
+    pub fn pack_panel<F>(halves: [&mut [f32]; 2], b: &[f32], panel: usize, n: usize, stride: usize) {
         let first = panel * PANEL;
         let width = PANEL.min(n - first);
-        for (k, to) in to.as_chunks_mut::<PANEL>().0.iter_mut().take(len).enumerate() {
+        let [left, right] = halves;
+        let halves = left.as_chunks_mut::<HALF>().0.iter_mut().zip(right.as_chunks_mut::<HALF>().0);
+        for (k, (left, right)) in halves.enumerate() {
             let from = &b[k * stride + first..];
-            match from.first_chunk() {
-                Some(from) if width == PANEL => *to = *from,
-                _ => to[..width].copy_from_slice(&from[..width]),
+            match from.first_chunk::<PANEL>() {
+                Some(from) if width == PANEL => {
+                    left.copy_from_slice(&from[..HALF]);
+                    right.copy_from_slice(&from[HALF..]);
+                }
+                _ => {
+                    let (of_left, of_right) = from[..width].split_at(HALF.min(width));
+                    left[..of_left.len()].copy_from_slice(of_left);
+                    right[..of_right.len()].copy_from_slice(of_right);
+                }
             }
         }
     }
@@ -129,18 +140,22 @@ pub fn whole_halves<'a>(room: &'a mut [f32], matrix: &'a [f32], columns: usize) 
     (room, stride)
 }
 
-simd_fn! {
-    /// Row `i` of panels `[panels, t, PANEL]` from a line: of those panels that the window meets, all columns.
-    pub fn scatter<F>(to: &mut [f32], line: &[f32], window: Window, i: usize, t: usize) {
-        let lines = line.as_chunks::<PANEL>().0;
-        for panel in window.start / PANEL..panels(window.end()) {
-            to[(panel * t + i) * PANEL..][..PANEL].copy_from_slice(&lines[panel]);
-        }
+/// Row `row` of panels `[panels, rows, PANEL]` from a line: of those panels that the window meets, all columns.
+///
+/// # Safety
+/// Nobody else may access this row.
+pub unsafe fn scatter(to: &Shared, line: &[f32], window: Window, row: usize, rows: usize) {
+    let lines = line.as_chunks::<PANEL>().0;
+    for panel in window.start / PANEL..panels(window.end()) {
+        let at = (panel * rows + row) * PANEL;
+        // SAFETY: a part of this row.
+        unsafe { to.slice(at..at + PANEL) }.copy_from_slice(&lines[panel]);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::tile::of_panel_mut;
     use super::*;
 
     fn numbers(seed: usize, n: usize) -> Vec<f32> {
@@ -155,15 +170,12 @@ mod tests {
                 let (mut transposed, mut copied) = (vec![f32::NAN; len * PANEL], vec![f32::NAN; len * PANEL]);
                 let b: Vec<f32> =
                     (0..len).flat_map(|k| (0..n).map(move |j| (j, k))).map(|(j, k)| w[j * len + k]).collect();
-                pack_panel_transposed(&mut transposed, &w, panel, n, len);
-                pack_panel(&mut copied, &b, panel, n, len, n);
+                pack_panel_transposed(&mut transposed, &w, panel, n, len, len);
+                pack_panel(of_panel_mut(&mut copied), &b, panel, n, n);
                 for (k, j) in (0..len).flat_map(|k| (0..PANEL.min(n - panel * PANEL)).map(move |j| (k, j))) {
                     let expected = w[(panel * PANEL + j) * len + k];
-                    assert_eq!(
-                        [transposed[k * PANEL + j], copied[k * PANEL + j]],
-                        [expected; 2],
-                        "panel {panel} of {n} x {len}"
-                    );
+                    let at = (j / HALF * len + k) * HALF + j % HALF;
+                    assert_eq!([transposed[at], copied[at]], [expected; 2], "panel {panel} of {n} x {len}");
                 }
             }
         }

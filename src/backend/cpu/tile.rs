@@ -2,9 +2,12 @@
 //!
 //! ```text
 //! A   up to `tile_rows()` rows, at any two distances: see `Rows`
-//! B   32 columns of a row-major matrix, or a panel: element (inner k, column j) at k * stride + j
+//! B   32 columns of a row-major matrix, or a panel, in halves of 16: element (inner k, column j) of a half at k * stride + j
 //! C   a tile of rows x 32 in a small buffer; what to do with it is the caller's epilogue
 //! ```
+//!
+//! A panel is its halves one after the other, `[2, len, 16]`: of lines of 32, a block of a half would fall into half the sets of
+//! the first cache, and that of A beside it would not fit.
 //!
 //! A range of the inner dimension is a sub-slice of both operands, so a window of input channels needs no packing of its
 //! own, and neither does a window of output channels (a range of panels, to the half). Every element of C is one chain of
@@ -249,14 +252,33 @@ impl Rows {
 pub struct Segment<'a> {
     /// Rows, in the layout the call names.
     pub a: &'a [f32],
-    /// Rows of a matrix or of a panel, from the first column asked for.
-    pub b: &'a [f32],
+    /// Rows of each half of the columns.
+    pub b: [&'a [f32]; 2],
     /// Inner elements.
     pub len: usize,
 }
 
+/// The halves of a panel `[2, len, HALF]` from its row `first` on.
+#[inline]
+pub fn of_panel(panel: &[f32], first: usize) -> [&[f32]; 2] {
+    let (left, right) = panel.split_at(panel.len() / 2);
+    [left, right].map(|half| &half[first * HALF..])
+}
+
+/// The halves of a panel, to write them.
+#[inline]
+pub fn of_panel_mut(panel: &mut [f32]) -> [&mut [f32]; 2] {
+    panel.split_at_mut(panel.len() / 2).into()
+}
+
+/// The halves of columns that lie side by side in a row-major matrix, from the first of them on.
+#[inline]
+pub fn of_matrix(columns: &[f32]) -> [&[f32]; 2] {
+    [columns, columns.get(HALF..).unwrap_or(&[])]
+}
+
 /// `tile[i, j] = sum over segments and their k of a[i, k] b[k, j]` for `rows` rows and `halves` times 16 columns; `stride` is
-/// the distance between the rows of B: [`PANEL`] in a panel.
+/// the distance between the rows of B: [`HALF`] in a panel.
 #[inline]
 pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
     assert!((1..=tile_rows()).contains(&rows) && (1..=2).contains(&halves));
@@ -264,8 +286,9 @@ pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, strid
         // Saturated, so that no stride wraps round to a place inside: no slice is that long.
         let before = len.saturating_sub(1);
         let last = (rows - 1).saturating_mul(layout.row).saturating_add(before.saturating_mul(layout.inner));
-        let end = before.saturating_mul(stride).saturating_add(halves * HALF);
-        assert!(len == 0 || last < a.len() && end <= b.len(), "an operand is too short");
+        let end = before.saturating_mul(stride).saturating_add(HALF);
+        let reaches = |b: &[f32]| end <= b.len();
+        assert!(len == 0 || last < a.len() && b[..halves].iter().all(|b| reaches(b)), "an operand is too short");
     }
     #[cfg(target_arch = "x86_64")]
     match level() {
@@ -294,7 +317,7 @@ mod tests {
     /// All sizes of a tile in both layouts, with the inner dimension in parts, empty ones and those of more than a step too: the
     /// bits are those of one chain of additions.
     fn check<const FMA: bool>(kernel: Kernel, most_rows: usize) {
-        let (a, b) = (numbers(1, MAX_ROWS * STRIP + 700), numbers(2, 340 * PANEL));
+        let (a, b) = (numbers(1, MAX_ROWS * STRIP + 700), numbers(2, 440 * PANEL));
         let lens: [&[usize]; 13] = [
             &[],
             &[0],
@@ -314,19 +337,22 @@ mod tests {
             for (halves, layout) in
                 [(1, Rows::lines(STRIP)), (2, Rows::lines(45)), (1, Rows::interleaved(16)), (2, Rows::interleaved(17))]
             {
-                for (stride, lens) in lens.iter().enumerate().map(|(i, lens)| ([PANEL, 33, 35][i % 3], lens)) {
+                for (stride, lens) in lens.iter().enumerate().map(|(i, lens)| ([HALF, 33, 35][i % 3], lens)) {
                     let mut tile = Tile { rows: [[f32::NAN; PANEL]; MAX_ROWS] };
                     let segments: Vec<_> = lens
                         .iter()
                         .enumerate()
-                        .map(|(s, &len)| Segment { a: &a[5 * s..], b: &b[7 * s..], len })
+                        .map(|(s, &len)| Segment { a: &a[5 * s..], b: [&b[7 * s..], &b[3000 + 9 * s..]], len })
                         .collect();
                     kernel(&mut tile, rows, halves, layout, stride, &segments);
                     for (i, j) in (0..rows).flat_map(|i| (0..halves * HALF).map(move |j| (i, j))) {
                         let mut expected = 0.0f32;
                         for segment in &segments {
                             for k in 0..segment.len {
-                                let (a, b) = (segment.a[i * layout.row + k * layout.inner], segment.b[k * stride + j]);
+                                let (a, b) = (
+                                    segment.a[i * layout.row + k * layout.inner],
+                                    segment.b[j / HALF][k * stride + j % HALF],
+                                );
                                 expected = if FMA { a.mul_add(b, expected) } else { a * b + expected };
                             }
                         }
@@ -423,11 +449,17 @@ mod tests {
         let numbers = [0.5; 500];
         for halves in 1..=2 {
             for (layout, a_len) in [(Rows::interleaved(16), 16 + 3), (Rows::lines(20), 2 * 20 + 2)] {
-                for (stride, b_len) in [(PANEL, PANEL + halves * HALF), (40, 40 + halves * HALF)] {
-                    let (a, b) = (&numbers[..a_len], &numbers[..b_len]);
+                for stride in [HALF, 40] {
+                    let (a, half) = (&numbers[..a_len], &numbers[..stride + HALF]);
+                    let b = [half, if halves == 2 { half } else { &[] }];
                     let refused = |a, b| is_refused(3, halves, layout, stride, Segment { a, b, len: 2 });
                     assert!(!refused(a, b), "{halves}, {layout:?}, {stride}");
-                    assert!(refused(&a[1..], b) && refused(a, &b[1..]), "{halves}, {layout:?}, {stride}");
+                    assert!(refused(&a[1..], b), "{halves}, {layout:?}, {stride}");
+                    for short in 0..halves {
+                        let mut b = b;
+                        b[short] = &half[1..];
+                        assert!(refused(a, b), "{halves}, {layout:?}, {stride}, half {short}");
+                    }
                 }
             }
         }
@@ -445,14 +477,14 @@ mod tests {
             (Rows::interleaved(1), FAR),
         ] {
             assert!(
-                is_refused(3, 2, layout, stride, Segment { a: &numbers, b: &numbers, len: 3 }),
+                is_refused(3, 2, layout, stride, Segment { a: &numbers, b: [&numbers; 2], len: 3 }),
                 "{layout:?}, {stride}"
             );
         }
         // One row, or one element, has no distances.
         for (rows, layout) in [(1, Rows::lines(FAR)), (3, Rows::interleaved(FAR))] {
             for stride in [PANEL, FAR] {
-                let segment = Segment { a: &numbers, b: &numbers, len: 1 };
+                let segment = Segment { a: &numbers, b: [&numbers; 2], len: 1 };
                 assert!(!is_refused(rows, 2, layout, stride, segment), "{layout:?}, {stride}");
             }
         }

@@ -3,12 +3,14 @@
 //! Scores are kept transposed, `[keys, queries]`: softmax then runs down columns, a vector of queries at a time, and the
 //! probabilities are where both kinds of products that follow read them (see [`Rows`]).
 
-use crate::backend::cpu::pack::{interleave, pack_panel};
+use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{exp, fma, simd_fn, sum_by};
-use crate::backend::cpu::tile::{HALF, PANEL, Rows, STRIP, Segment, Tile, multiply, panels, row_tiles};
+use crate::backend::cpu::tile::{
+    HALF, PANEL, Rows, STRIP, Segment, Tile, multiply, of_panel, of_panel_mut, panels, row_tiles,
+};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -50,11 +52,11 @@ fn halves(size: usize, panel: usize) -> usize {
     (size - panel * PANEL).div_ceil(HALF).min(2)
 }
 
-/// Rows of a head as columns that are multiplied: `[panels(rows), HS, PANEL]`.
+/// Rows of a head as columns that are multiplied: `[panels(rows), 2, HS, HALF]`.
 fn pack_transposed(to: &mut [f32], from: &[f32], head: Head, rows: Range<usize>) {
-    for (first, to) in rows.clone().step_by(PANEL).zip(to.chunks_exact_mut(head.size * PANEL)) {
-        let count = PANEL.min(rows.end - first);
-        interleave(to, PANEL, &from[head.at(first).start..], count, head.size, head.stride);
+    let from = &from[head.at(rows.start).start..];
+    for (panel, to) in to.chunks_exact_mut(head.size * PANEL).take(panels(rows.len())).enumerate() {
+        pack_panel_transposed(to, from, panel, rows.len(), head.size, head.stride);
     }
 }
 
@@ -63,7 +65,7 @@ fn pack_transposed(to: &mut [f32], from: &[f32], head: Head, rows: Range<usize>)
 struct Columns<'a> {
     data: &'a [f32],
     stride: usize, // between rows
-    panel: usize,  // between panels
+    half: usize,   // between halves of panels
 }
 
 impl<'a> Columns<'a> {
@@ -76,16 +78,16 @@ impl<'a> Columns<'a> {
     fn new(room: &'a mut [f32], from: &'a [f32], head: Head, rows: Range<usize>) -> Self {
         let from = &from[head.at(rows.start).start..];
         if room.is_empty() {
-            return Columns { data: from, stride: head.stride, panel: PANEL };
+            return Columns { data: from, stride: head.stride, half: HALF };
         }
         for (panel, to) in room.chunks_exact_mut(rows.len() * PANEL).take(panels(head.size)).enumerate() {
-            pack_panel(to, from, panel, head.size, rows.len(), head.stride);
+            pack_panel(of_panel_mut(to), from, panel, head.size, head.stride);
         }
-        Columns { data: room, stride: PANEL, panel: rows.len() * PANEL }
+        Columns { data: room, stride: HALF, half: rows.len() * HALF }
     }
 
-    fn panel(self, panel: usize) -> &'a [f32] {
-        &self.data[panel * self.panel..]
+    fn panel(self, panel: usize) -> [&'a [f32]; 2] {
+        [0, 1].map(|half| self.data.get((2 * panel + half) * self.half..).unwrap_or(&[]))
     }
 }
 
@@ -125,8 +127,8 @@ pub fn forward(
                 for (panel, b) in q.chunks_exact(size * PANEL).take(panels(count)).enumerate() {
                     for keys in row_tiles(t) {
                         let a = &qkv[part(1).at(keys.start).start..];
-                        let segment = Segment { a, b, len: size };
-                        multiply(&mut tile, keys.len(), halves(count, panel), Rows::lines(3 * c), PANEL, &[segment]);
+                        let segment = Segment { a, b: of_panel(b, 0), len: size };
+                        multiply(&mut tile, keys.len(), halves(count, panel), Rows::lines(3 * c), HALF, &[segment]);
                         for (key, scores) in keys.zip(&tile.rows) {
                             p[key * STRIP + panel * PANEL..][..PANEL].copy_from_slice(scores);
                         }
@@ -203,15 +205,16 @@ pub fn backward(
                 mean[count..].fill(0.0);
 
                 // P and dS, transposed.
-                let of_panel = q_transposed.chunks_exact(size * PANEL).zip(dy_transposed.chunks_exact(size * PANEL));
-                for (panel, (q, dy)) in of_panel.take(panels(count)).enumerate() {
+                let transposed = q_transposed.chunks_exact(size * PANEL).zip(dy_transposed.chunks_exact(size * PANEL));
+                for (panel, (q, dy)) in transposed.take(panels(count)).enumerate() {
                     let columns = panel * PANEL..(panel + 1) * PANEL;
                     for keys in row_tiles(t) {
                         let [k, v] = [1, 2].map(|i| &qkv[part(i).at(keys.start).start..]);
+                        let [q, dy] = [q, dy].map(|panel| of_panel(panel, 0));
                         let layout = Rows::lines(3 * c);
                         let halves = halves(count, panel);
-                        multiply(&mut scores, keys.len(), halves, layout, PANEL, &[Segment { a: k, b: q, len: size }]);
-                        multiply(&mut dp, keys.len(), halves, layout, PANEL, &[Segment { a: v, b: dy, len: size }]);
+                        multiply(&mut scores, keys.len(), halves, layout, HALF, &[Segment { a: k, b: q, len: size }]);
+                        multiply(&mut dp, keys.len(), halves, layout, HALF, &[Segment { a: v, b: dy, len: size }]);
                         let at = keys.start * STRIP + columns.start;
                         softmax_backward(
                             &mut p[at..],

@@ -7,10 +7,11 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, add_tile, line_stride, multiply, panels, write_tile,
+    HALF, PANEL, Rows, Segment, Tile, add_tile, line_stride, multiply, of_panel, panels, write_tile,
 };
 use crate::ops::products::{
-    Layout, Other, Outer, RowTile, batches, columns, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
+    Layout, Operands, RowTile, Sample, batches, columns, lines_len, pack_panels, part, spread, spread_len,
+    weight_gradient,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -76,7 +77,7 @@ pub fn forward(
         panels_of_w
             .par_chunks_mut(k * PANEL)
             .enumerate()
-            .for_each(|(panel, to)| pack_panel_transposed(to, weight, panel, c, k));
+            .for_each(|(panel, to)| pack_panel_transposed(to, weight, panel, c, k, k));
         let panels_of_w = &*panels_of_w;
         out.par_chunks_mut(rows * c).zip(z.par_chunks_mut(rows * c)).enumerate().for_each(|(block, (out, z))| {
             let first = block * rows;
@@ -108,8 +109,8 @@ pub fn forward(
                         for RowTile { sample, rows } in tiles {
                             let Some(part) = part(write[*sample], panel) else { continue };
                             let of_tile = &lines[(rows.start - start) * stride..];
-                            let segment = Segment { a: of_tile, b: &b[part.first..], len: k };
-                            multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), PANEL, &[segment]);
+                            let segment = Segment { a: of_tile, b: part.of(b), len: k };
+                            multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), HALF, &[segment]);
                             let (columns, of_tile) = columns(part, panel, write[*sample].range());
                             let at = (rows.start - first) * c + columns.start;
                             let gate = &gate.of(*sample, c)[columns.clone()];
@@ -149,12 +150,12 @@ pub struct Gradients<'a> {
 pub enum Input<'a> {
     /// `[B, T, K]`
     Rows(&'a [f32]),
-    /// It is the GELU of `pre` `[B, T, K]`: `a` is put into `room` `[B, panels(K), T, PANEL]`, and the gradient of `pre` into
+    /// It is the GELU of `pre` `[B, T, K]`: `a` is put into `room` `[panels(K), 2, B T, HALF]`, and the gradient of `pre` into
     /// `da`, which must be fresh.
     Gelu { pre: &'a [f32], room: &'a mut [f32] },
 }
 
-/// Numbers of `[B, panels(K), T, PANEL]`.
+/// Numbers of `[panels(K), 2, B T, HALF]`.
 pub fn panels_len([b, t, k]: [usize; 3]) -> usize {
     b * t * panels(k) * PANEL
 }
@@ -189,34 +190,25 @@ pub fn backward(
         assert!(pre.is_empty() || fresh_da, "a GELU that is read once has one gradient");
         assert!(pre.is_empty() || room.len() == b * t * wide_k, "room of another size than the panels");
         let inputs = BackwardInputs { dout, pre, panels_of_w, gate, z, write, t, c, k };
-        let recomputed = Shared::new(room);
-        dz.par_chunks_mut(samples * t * wide_c)
-            .zip(da.par_chunks_mut(samples * t * k))
+        let (shared_dz, recomputed) = (Shared::new(dz), Shared::new(room));
+        da.par_chunks_mut(samples * t * k)
             .zip(dmodulation.par_chunks_mut(samples * stride))
             .zip(dbias_parts.par_chunks_mut(samples * c))
             .enumerate()
-            .for_each(|(block, (((dz, da), dmodulation), dbias))| {
-                let each = dz
-                    .chunks_exact_mut(t * wide_c)
-                    .zip(da.chunks_exact_mut(t * k))
-                    .zip(dmodulation.chunks_exact_mut(stride))
-                    .zip(dbias.chunks_exact_mut(c));
-                for (s, (((dz, da), dmodulation), dbias)) in each.enumerate() {
+            .for_each(|(block, ((da, dmodulation), dbias))| {
+                let each =
+                    da.chunks_exact_mut(t * k).zip(dmodulation.chunks_exact_mut(stride)).zip(dbias.chunks_exact_mut(c));
+                for (s, ((da, dmodulation), dbias)) in each.enumerate() {
                     let (sample, dgate) = (block * samples + s, &mut dmodulation[gate.offset..][..c]);
-                    let of_sample = if pre.is_empty() { 0..0 } else { sample * t * wide_k..(sample + 1) * t * wide_k };
-                    // SAFETY: the part of this sample, which no other task has; it is read after all tasks.
-                    let recomputed = unsafe { recomputed.slice(of_sample) };
-                    inputs.sample(sample, dz, da, fresh_da, recomputed, dgate, dbias);
+                    // SAFETY: each sample once.
+                    unsafe { inputs.sample(sample, &shared_dz, da, fresh_da, &recomputed, dgate, dbias) };
                 }
             });
-        let (dz, room) = (&*dz, &*room);
-        weight_gradient(dweight, add, Layout::RoutedRows, [c, k], b, |i| Outer {
-            routed: &dz[i * t * wide_c..][..t * wide_c],
+        let operands = Operands { routed: dz, panels: room };
+        weight_gradient(dweight, add, Layout::RoutedRows, [c, k], operands, b, |i| Sample {
+            tokens: t,
             window: write[i],
-            other: match room.is_empty() {
-                true => Other::Rows(&rows[i * t * k..][..t * k]),
-                false => Other::Panels(&room[i * t * wide_k..][..t * wide_k]),
-            },
+            other: if pre.is_empty() { &rows[i * t * k..][..t * k] } else { &[] },
         });
     });
     if !add {
@@ -231,7 +223,7 @@ pub fn backward(
 struct BackwardInputs<'a> {
     dout: &'a [f32],
     pre: &'a [f32],         // [B, T, K] or empty
-    panels_of_w: &'a [f32], // [panels(K), C, PANEL]
+    panels_of_w: &'a [f32], // [panels(K), 2, C, HALF]
     gate: Gate<'a>,
     z: &'a [f32],
     write: &'a [Window],
@@ -242,18 +234,22 @@ struct BackwardInputs<'a> {
 
 impl BackwardInputs<'_> {
     /// One sample: `dz` in the panels that its window meets, `da`, and the sums over tokens.
+    ///
+    /// # Safety
+    /// Nobody else may access the rows of this sample in `dz` and `recomputed`.
     #[expect(clippy::too_many_arguments, reason = "those of one sample")]
-    fn sample(
+    unsafe fn sample(
         &self,
         sample: usize,
-        dz: &mut [f32], // [panels(C), T, PANEL]
+        dz: &Shared,    // [panels(C), B T, PANEL]
         da: &mut [f32], // [T, K]
         fresh_da: bool,
-        recomputed: &mut [f32], // [panels(K), T, PANEL] or empty
-        dgate: &mut [f32],      // [C]
-        dbias: &mut [f32],      // [C]
+        recomputed: &Shared, // [panels(K), 2, B T, HALF] or empty
+        dgate: &mut [f32],   // [C]
+        dbias: &mut [f32],   // [C]
     ) {
         let (t, c, k) = (self.t, self.c, self.k);
+        let all_rows = self.write.len() * t;
         let window = self.write[sample];
         let (range, wide) = (window.range(), panels(c) * PANEL);
         let gate = &self.gate.of(sample, c)[range.clone()];
@@ -271,28 +267,33 @@ impl BackwardInputs<'_> {
                 let first = tiles[0].rows.start;
                 let rows = first..tiles[tiles.len() - 1].rows.end;
                 for (i, line) in rows.zip(lines.chunks_exact_mut(stride)) {
-                    let row = (sample * t + i) * c;
+                    let row = sample * t + i;
                     gate_backward(
                         &mut line[range.clone()],
                         &mut dgate[range.clone()],
                         &mut dbias[range.clone()],
-                        &self.dout[row..][range.clone()],
-                        &self.z[row..][range.clone()],
+                        &self.dout[row * c..][range.clone()],
+                        &self.z[row * c..][range.clone()],
                         gate,
                     );
-                    scatter(dz, line, window, i, t);
+                    // SAFETY: a row of this sample.
+                    unsafe { scatter(dz, line, window, row, all_rows) };
                 }
                 for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
                     for RowTile { rows, .. } in tiles {
                         let a = &lines[(rows.start - first) * stride + window.start..];
-                        let segment = Segment { a, b: &b[window.start * PANEL..], len: window.width };
+                        let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
-                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), PANEL, &[segment]);
+                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), HALF, &[segment]);
                         let (width, at) = (columns.len(), rows.start * k + columns.start);
                         let da = &mut da[at..rows.end * k];
                         if !self.pre.is_empty() {
-                            let y = &mut recomputed[(panel * t + rows.start) * PANEL..][..rows.len() * PANEL];
+                            let y = [0, 1].map(|half| {
+                                let at = ((2 * panel + half) * all_rows + sample * t + rows.start) * HALF;
+                                // SAFETY: rows of this sample.
+                                unsafe { recomputed.slice(at..at + rows.len() * HALF) }
+                            });
                             gelu_backward(da, y, &self.pre[sample * t * k + at..], &tile, width, k);
                         } else if fresh_da {
                             write_tile(da, &tile, rows.len(), width, k);
@@ -385,16 +386,20 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// A tile of the gradient of `a = gelu(pre)`: writes that of `pre`, and `a` as rows of a panel. Lines of the others are `k`
-    /// apart.
-    fn gelu_backward<F>(dpre: &mut [f32], a: &mut [f32], pre: &[f32], tile: &Tile, width: usize, k: usize) {
-        for (i, a) in a.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+    /// A tile of the gradient of `a = gelu(pre)`: writes that of `pre`, and `a` as rows of the halves of a panel. Lines of the
+    /// others are `k` apart.
+    fn gelu_backward<F>(dpre: &mut [f32], a: [&mut [f32]; 2], pre: &[f32], tile: &Tile, width: usize, k: usize) {
+        let [left, right] = a.map(|half| half.as_chunks_mut::<HALF>().0);
+        for (i, (left, right)) in left.iter_mut().zip(right).enumerate() {
             let (dpre, pre) = (&mut dpre[i * k..][..width], &pre[i * k..][..width]);
-            for (((dpre, a), &pre), &da) in dpre.iter_mut().zip(a).zip(pre).zip(&tile.rows[i]) {
+            let mut row = [0.0; PANEL];
+            for (((dpre, a), &pre), &da) in dpre.iter_mut().zip(&mut row).zip(pre).zip(&tile.rows[i]) {
                 let slope;
                 (*a, slope) = gelu_and_derivative::<F>(pre);
                 *dpre = da * slope;
             }
+            left.copy_from_slice(&row[..HALF]);
+            right.copy_from_slice(&row[HALF..]);
         }
     }
 }

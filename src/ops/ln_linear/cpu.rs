@@ -2,15 +2,16 @@
 //! is a range; correction, bias and GELU are applied to each tile while it is in cache.
 
 use super::{Activation, EPS};
-use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed, scatter};
+use crate::backend::cpu::pack::{pack_panel_transposed, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
+use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, panels, step_rows, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, of_panel, panels, step_rows, write_tile,
 };
 use crate::ops::products::{
-    Layout, Other, Outer, RowTile, batches, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
+    Layout, Operands, RowTile, Sample, batches, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -99,12 +100,12 @@ fn forward_correction(
                 let mut tile = Tile::new();
                 for (panel, b) in panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-                    let mut segments = [Segment { a: &[], b: &[], len: 0 }; 2];
+                    let mut segments = [Segment { a: &[], b: [&[]; 2], len: 0 }; 2];
                     for (segment, range) in segments.iter_mut().zip(inactive_ranges(windows, c)) {
-                        let (a, b) = (&lines[range.start..], &b[range.start * PANEL..]);
+                        let (a, b) = (&lines[range.start..], of_panel(b, range.start));
                         *segment = Segment { a, b, len: range.len() };
                     }
-                    multiply(&mut tile, m, columns.len().div_ceil(HALF), Rows::lines(c), PANEL, &segments);
+                    multiply(&mut tile, m, columns.len().div_ceil(HALF), Rows::lines(c), HALF, &segments);
                     for (i, (uv, sums)) in uv.chunks_exact_mut(n).zip(&tile.rows).enumerate() {
                         let uv = &mut uv[columns.clone()];
                         uv.copy_from_slice(&sums[..uv.len()]);
@@ -142,7 +143,7 @@ pub fn forward(
         panels_of_w
             .par_chunks_mut(c * PANEL)
             .enumerate()
-            .for_each(|(panel, to)| pack_panel_transposed(to, weight, panel, n, c));
+            .for_each(|(panel, to)| pack_panel_transposed(to, weight, panel, n, c, c));
         let panels_of_w = &*panels_of_w;
         if !correction.is_empty() {
             forward_correction(correction, read, modulation, panels_of_w, bias, c);
@@ -166,7 +167,7 @@ struct Inputs<'a> {
     x: &'a [f32],
     read: &'a [Window],
     modulation: Modulation<'a>,
-    panels_of_w: &'a [f32], // [panels(N), C, PANEL]
+    panels_of_w: &'a [f32], // [panels(N), 2, C, HALF]
     bias: &'a [f32],
     correction: &'a [f32],
     activation: Activation,
@@ -209,9 +210,9 @@ impl Inputs<'_> {
                     for RowTile { sample, rows } in tiles {
                         let window = self.read[*sample];
                         let a = &lines[(rows.start - start) * stride..];
-                        let segment = Segment { a, b: &b[window.start * PANEL..], len: window.width };
+                        let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
-                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), PANEL, &[segment]);
+                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), HALF, &[segment]);
                         let rows = rows.start - first..rows.end - first;
                         let at = rows.start * n + columns.start;
                         let width = columns.len();
@@ -271,54 +272,59 @@ pub fn backward(
     let numbers = b * t * (2 * c + n) + 2 * n * c + pre.map_or(0, <[f32]>::len);
     let _span = span("ln_linear", Pass::Backward, [c, n], 2 * flops(read, t, c, n), numbers);
     let wide = panels(c) * PANEL;
-    scratch::with(n * wide + b * t * wide + b * 2 * n, |buffer| {
+    // Those of the samples, then the two of each that correct for the inactive channels.
+    let rows = b * t + if correction.is_some() { 2 * b } else { 0 };
+    scratch::with(n * wide + rows * wide + b * 2 * n, |buffer| {
         let (panels_of_w, buffer) = buffer.split_at_mut(n * wide);
-        let (h, pq) = buffer.split_at_mut(b * t * wide);
+        let (h, pq) = buffer.split_at_mut(rows * wide);
         pack_panels(panels_of_w, weight, c, n);
         let panels_of_w = &*panels_of_w;
 
         let samples = samples_per_block(b, t);
         let stride = modulation.stride;
         let inputs = BackwardInputs { x, read, modulation, panels_of_w, mean, rstd, correction, pre, t, c, n };
+        let shared_h = Shared::new(h);
         dy.par_chunks_mut(samples * t * n)
             .zip(dx.par_chunks_mut(samples * t * c))
-            .zip(h.par_chunks_mut(samples * t * wide))
             .zip(dmodulation.par_chunks_mut(samples * stride))
             .zip(pq.par_chunks_mut(samples * 2 * n))
             .enumerate()
-            .for_each(|(block, ((((g, dx), h), dmodulation), pq))| {
+            .for_each(|(block, (((g, dx), dmodulation), pq))| {
                 let each = g
                     .chunks_exact_mut(t * n)
                     .zip(dx.chunks_exact_mut(t * c))
-                    .zip(h.chunks_exact_mut(t * wide))
                     .zip(dmodulation.chunks_exact_mut(stride))
                     .zip(pq.chunks_exact_mut(2 * n));
-                for (s, ((((g, dx), h), dmodulation), pq)) in each.enumerate() {
-                    inputs.sample(block * samples + s, g, dx, fresh_dx, h, dmodulation, pq);
+                for (s, (((g, dx), dmodulation), pq)) in each.enumerate() {
+                    // SAFETY: each sample once.
+                    unsafe { inputs.sample(block * samples + s, g, dx, fresh_dx, &shared_h, rows, dmodulation, pq) };
                 }
             });
 
-        let (g, h, pq) = (&*dy, &*h, &*pq);
-        let of_sample = |i: usize| Outer {
-            routed: &h[i * t * wide..][..t * wide],
-            window: read[i],
-            other: Other::Rows(&g[i * t * n..][..t * n]),
-        };
+        let (g, pq) = (&*dy, &*pq);
         if correction.is_some() {
             inactive_gradient(dmodulation, pq, read, modulation, panels_of_w, n, c);
-            scratch::with(2 * b * (c + wide), |buffer| {
-                let (lines, inactive) = buffer.split_at_mut(2 * b * c);
+            scratch::with(2 * b * c, |lines| {
                 inactive_modulation(lines, read, 0, modulation, c);
-                for (panel, to) in inactive.chunks_exact_mut(2 * b * PANEL).enumerate() {
-                    pack_panel(to, lines, panel, c, 2 * b, c);
+                for (panel, h) in h.chunks_exact_mut(rows * PANEL).enumerate() {
+                    for (to, line) in
+                        h[b * t * PANEL..].as_chunks_mut::<PANEL>().0.iter_mut().zip(lines.chunks_exact(c))
+                    {
+                        let columns = &line[panel * PANEL..((panel + 1) * PANEL).min(c)];
+                        to[..columns.len()].copy_from_slice(columns);
+                    }
                 }
-                let outside = Outer { routed: inactive, window: Window { start: 0, width: c }, other: Other::Rows(pq) };
-                let sample = |i| if i < b { of_sample(i) } else { outside };
-                weight_gradient(dweight, add, Layout::RoutedColumns, [c, n], b + 1, sample);
             });
-        } else {
-            weight_gradient(dweight, add, Layout::RoutedColumns, [c, n], b, of_sample);
         }
+        let count = if correction.is_some() { b + 1 } else { b };
+        let operands = Operands { routed: h, panels: &[] };
+        weight_gradient(dweight, add, Layout::RoutedColumns, [c, n], operands, count, |i| {
+            if i < b {
+                Sample { tokens: t, window: read[i], other: &g[i * t * n..][..t * n] }
+            } else {
+                Sample { tokens: 2 * b, window: Window::all(c), other: pq }
+            }
+        });
         if !add {
             dbias.fill(0.0);
         }
@@ -333,7 +339,7 @@ struct BackwardInputs<'a> {
     x: &'a [f32],
     read: &'a [Window],
     modulation: Modulation<'a>,
-    panels_of_w: &'a [f32], // [panels(C), N, PANEL]
+    panels_of_w: &'a [f32], // [panels(C), 2, N, HALF]
     mean: &'a [f32],
     rstd: &'a [f32],
     correction: Option<&'a [f32]>,
@@ -346,14 +352,18 @@ struct BackwardInputs<'a> {
 impl BackwardInputs<'_> {
     /// One sample: `g` before GELU, `dx`, the modulated rows again as panels, the gradients of shift and scale on the
     /// window, and P and Q.
+    ///
+    /// # Safety
+    /// Nobody else may access the rows of this sample in `h`.
     #[expect(clippy::too_many_arguments, reason = "those of one sample")]
-    fn sample(
+    unsafe fn sample(
         &self,
         sample: usize,
         g: &mut [f32],  // [T, N]
         dx: &mut [f32], // [T, C]
         fresh_dx: bool,
-        h: &mut [f32], // [panels(C), T, PANEL]
+        h: &Shared, // [panels(C), rows_of_h, PANEL]
+        rows_of_h: usize,
         dmodulation: &mut [f32],
         pq: &mut [f32], // [2, N]
     ) {
@@ -384,8 +394,8 @@ impl BackwardInputs<'_> {
                     let Some(part) = part(window, panel) else { continue };
                     for RowTile { rows: of_tile, .. } in tiles {
                         let a = &lines[(of_tile.start - rows.start) * stride..];
-                        let segment = Segment { a, b: &b[part.first..], len: n };
-                        multiply(&mut tile, of_tile.len(), part.halves, Rows::lines(stride), PANEL, &[segment]);
+                        let segment = Segment { a, b: part.of(b), len: n };
+                        multiply(&mut tile, of_tile.len(), part.halves, Rows::lines(stride), HALF, &[segment]);
                         let dh = &mut dh[of_tile.start * wide + panel * PANEL + part.first..];
                         write_tile(dh, &tile, of_tile.len(), part.halves * HALF, wide);
                     }
@@ -407,7 +417,8 @@ impl BackwardInputs<'_> {
                         self.mean[row],
                         self.rstd[row],
                     );
-                    scatter(h, line, window, i, t);
+                    // SAFETY: a row of this sample.
+                    unsafe { scatter(h, line, window, row, rows_of_h) };
                 }
             });
         });
@@ -420,7 +431,7 @@ fn inactive_gradient(
     pq: &[f32], // [B, 2, N]
     read: &[Window],
     modulation: Modulation,
-    panels_of_w: &[f32], // [panels(C), N, PANEL]
+    panels_of_w: &[f32], // [panels(C), 2, N, HALF]
     n: usize,
     c: usize,
 ) {
@@ -435,9 +446,9 @@ fn inactive_gradient(
                 continue;
             }
             let end = ((panel + 1) * PANEL).min(c);
-            let segment = Segment { a: pq, b, len: n };
+            let segment = Segment { a: pq, b: of_panel(b, 0), len: n };
             let halves = (end - panel * PANEL).div_ceil(HALF);
-            multiply(&mut tile, m, halves, Rows::lines(n), PANEL, &[segment]);
+            multiply(&mut tile, m, halves, Rows::lines(n), HALF, &[segment]);
             for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
                 let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
                 for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {

@@ -10,8 +10,8 @@ use std::arch::x86_64::{_mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps, _m
 
 const LANES: usize = 8;
 const BYTES: usize = size_of::<f32>();
-/// Cache lines of four rounds of a panel.
-const LINES: usize = 4 * PANEL / HALF;
+/// Cache lines of four rounds of half a panel.
+const LINES: usize = 4;
 
 /// # Safety
 /// The processor has AVX2; `to` starts at a cache line, and nobody accesses it before this thread's next fence.
@@ -129,7 +129,8 @@ macro_rules! kernel {
         /// The processor has AVX2 and FMA; the step has as many rows as the name says, and lies inside of its operands.
         #[target_feature(enable = "avx2,fma")]
         unsafe fn $name(step: Step) {
-            let Step { rows, column, skip, layout, stride, segments, add, number } = step;
+            let Step { rows, half, skip, layout, stride, segments, add, number } = step;
+            let column = half * HALF;
             let mut sums = [[_mm256_setzero_ps(); 2]; steps::ROWS];
             if add {
                 for i in [$($i),*] {
@@ -139,11 +140,11 @@ macro_rules! kernel {
             }
             for &Segment { a, b, len } in segments {
                 let (a, far) = (a.as_ptr().wrapping_add(skip), layout.$far);
-                // Each of the first steps of a block fetches one of the cache lines that four rounds of the next block of a
-                // panel take; else the prefetch is of the line about to be read, which does nothing. Interleaved rows read
+                // Each of the first steps of a block fetches one of the cache lines that four rounds of the next block of half
+                // a panel take; else the prefetch is of the line about to be read, which does nothing. Interleaved rows read
                 // the same panel for all tiles: it is near.
-                let fetches = layout.inner == 1 && stride == PANEL && number < LINES;
-                let next = if fetches { (len * PANEL + number * HALF - column) * BYTES } else { 0 };
+                let fetches = layout.inner == 1 && stride == HALF && number < LINES;
+                let next = if fetches { (len + number) * HALF * BYTES } else { 0 };
                 // SAFETY: it reads A and B inside of the step, by the contract, and leaves what it writes in the registers
                 // named. Addresses beyond the last round are not read, and a prefetch may be of any.
                 unsafe {
@@ -178,7 +179,7 @@ macro_rules! kernel {
                         fours = inout(reg) len / 4 => _,
                         a = inout(reg) a => _,
                         a3 = inout(reg) a.wrapping_add(far.wrapping_mul(3)) => _,
-                        b = inout(reg) b.as_ptr().wrapping_add(column) => _,
+                        b = inout(reg) b[half].as_ptr() => _,
                         far = in(reg) far.wrapping_mul(BYTES),
                         inner = in(reg) layout.inner.wrapping_mul(BYTES),
                         stride = in(reg) stride.wrapping_mul(BYTES),

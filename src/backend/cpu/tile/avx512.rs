@@ -48,13 +48,13 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
 ) {
     let mut sums: [[__m512; VECTORS]; ROWS] = [[_mm512_setzero_ps(); VECTORS]; ROWS];
     for segment in segments {
-        let (mut a, mut b) = (segment.a.as_ptr(), segment.b.as_ptr());
+        let (mut a, mut b) = (segment.a.as_ptr(), segment.b.map(<[f32]>::as_ptr));
         for _ in 0..segment.len {
             let mut row = a;
             // SAFETY: `multiply` checked the last element that these reach; the pointers move past it only after the last
             // row and round, by wrapping arithmetic.
             unsafe {
-                let columns: [__m512; VECTORS] = std::array::from_fn(|v| _mm512_loadu_ps(b.add(v * LANES)));
+                let columns: [__m512; VECTORS] = std::array::from_fn(|v| _mm512_loadu_ps(b[v]));
                 for sums in &mut sums {
                     let factor = _mm512_set1_ps(*row);
                     for v in 0..VECTORS {
@@ -67,7 +67,7 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
                 }
             }
             a = a.wrapping_add(layout.inner);
-            b = b.wrapping_add(stride);
+            b = b.map(|half| half.wrapping_add(stride));
         }
     }
     // By index: iterators here put the sums into memory in the loop above.

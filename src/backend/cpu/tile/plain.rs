@@ -16,7 +16,8 @@ pub(super) fn step(step: Step) {
     }
 }
 
-fn kernel<const ROWS: usize>(Step { rows, column, skip, layout, stride, segments, add, .. }: Step) {
+fn kernel<const ROWS: usize>(Step { rows, half, skip, layout, stride, segments, add, .. }: Step) {
+    let column = half * HALF;
     let mut sums = [[0.0f32; HALF]; ROWS];
     if add {
         for (sums, row) in sums.iter_mut().zip(&*rows) {
@@ -25,7 +26,7 @@ fn kernel<const ROWS: usize>(Step { rows, column, skip, layout, stride, segments
     }
     for segment in segments {
         for k in 0..segment.len {
-            let columns = segment.b[k * stride + column..].first_chunk::<HALF>().expect("half a panel");
+            let columns = segment.b[half][k * stride..].first_chunk::<HALF>().expect("half a panel");
             let a = &segment.a[skip + k * layout.inner..];
             for i in 0..ROWS {
                 for j in 0..HALF {

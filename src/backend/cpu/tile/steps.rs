@@ -1,7 +1,7 @@
 //! A tile in steps, for processors with 16 vector registers: 16 columns of 6 rows, and of the inner dimension so much that its
 //! part of a panel stays in the first cache while the steps go down the rows.
 
-use super::{HALF, PANEL, Rows, Segment, Tile, even_parts};
+use super::{PANEL, Rows, Segment, Tile, even_parts};
 
 /// Rows of a step: what the registers hold sums of.
 pub(super) const ROWS: usize = 6;
@@ -17,8 +17,8 @@ const BLOCK: usize = 128;
 pub(super) struct Step<'a> {
     /// Rows of the tile, at most [`ROWS`].
     pub(super) rows: &'a mut [[f32; PANEL]],
-    /// First of the columns, 0 or 16.
-    pub(super) column: usize,
+    /// Which of the columns, 0 or 1.
+    pub(super) half: usize,
     /// Where the first row lies in A.
     pub(super) skip: usize,
     pub(super) layout: Rows,
@@ -26,7 +26,7 @@ pub(super) struct Step<'a> {
     pub(super) segments: &'a [Segment<'a>],
     /// Whether there are sums already.
     pub(super) add: bool,
-    /// Steps of this block before this one.
+    /// Steps of this half of the block before this one.
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only the AVX2 kernel fetches ahead"))]
     pub(super) number: usize,
 }
@@ -44,13 +44,11 @@ pub(super) fn multiply(
     step: impl Fn(Step),
 ) {
     let mut block = |segments: &[Segment], add: bool| {
-        let mut number = 0;
-        for column in (0..halves * HALF).step_by(HALF) {
-            for rows in even_parts(rows, ROWS, 1) {
+        for half in 0..halves {
+            for (number, rows) in even_parts(rows, ROWS, 1).enumerate() {
                 // Wrapping, as in the kernels: a distance that nothing is at may be any number.
                 let skip = rows.start.wrapping_mul(layout.row);
-                step(Step { rows: &mut tile.rows[rows], column, skip, layout, stride, segments, add, number });
-                number += 1;
+                step(Step { rows: &mut tile.rows[rows], half, skip, layout, stride, segments, add, number });
             }
         }
     };
@@ -60,7 +58,8 @@ pub(super) fn multiply(
         if parts > 1 {
             for i in 0..parts {
                 let part = i * first.len / parts..(i + 1) * first.len / parts;
-                let (a, b) = (&first.a[part.start * layout.inner..], &first.b[part.start * stride..]);
+                let a = &first.a[part.start * layout.inner..];
+                let b = first.b.map(|half| half.get(part.start * stride..).unwrap_or(&[]));
                 block(&[Segment { a, b, len: part.len() }], add);
                 add = true;
             }
