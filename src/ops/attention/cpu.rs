@@ -9,7 +9,7 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{exp, fma, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, STRIP, Segment, Tile, multiply, of_panel, of_panel_mut, panels, row_tiles,
+    HALF, PANEL, Rows, STRIP, Segment, Tile, copy_row, multiply, of_panel, of_panel_mut, panels, row_tiles,
 };
 use rayon::prelude::*;
 use std::ops::Range;
@@ -241,7 +241,7 @@ pub fn backward(
                             let to = unsafe { dqkv.slice(to.at(i)) };
                             let to = &mut to[panel * PANEL..][..width];
                             if set {
-                                to.copy_from_slice(&sums[..width]);
+                                copy_row(to, sums);
                             } else {
                                 to.iter_mut().zip(sums).for_each(|(to, sum)| *to += sum);
                             }

@@ -7,7 +7,7 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, add_tile, line_stride, multiply, of_panel, panels, write_tile,
+    HALF, PANEL, Rows, Segment, Tile, add_tile, fetch_tile, line_stride, multiply, of_panel, panels, write_tile,
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, columns, lines_len, pack_panels, part, spread, spread_len,
@@ -108,11 +108,14 @@ pub fn forward(
                     for (panel, b) in panels_of_w.chunks_exact(k * PANEL).enumerate() {
                         for RowTile { sample, rows } in tiles {
                             let Some(part) = part(write[*sample], panel) else { continue };
-                            let of_tile = &lines[(rows.start - start) * stride..];
-                            let segment = Segment { a: of_tile, b: part.of(b), len: k };
-                            multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), HALF, &[segment]);
+                            let a_tile = &lines[(rows.start - start) * stride..];
+                            let segment = Segment { a: a_tile, b: part.of(b), len: k };
                             let (columns, of_tile) = columns(part, panel, write[*sample].range());
                             let at = (rows.start - first) * c + columns.start;
+                            fetch_tile(&base.0[rows.start * c + columns.start..], rows.len(), columns.len(), c);
+                            fetch_tile(&out[at..], rows.len(), columns.len(), c);
+                            fetch_tile(&z[at..], rows.len(), columns.len(), c);
+                            multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), HALF, &[segment]);
                             let gate = &gate.of(*sample, c)[columns.clone()];
                             let (out, z) = (&mut out[at..], &mut z[at..]);
                             let bias = &bias[columns.clone()];
@@ -285,16 +288,19 @@ impl BackwardInputs<'_> {
                         let a = &lines[(rows.start - first) * stride + window.start..];
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
-                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), HALF, &[segment]);
                         let (width, at) = (columns.len(), rows.start * k + columns.start);
                         let da = &mut da[at..rows.end * k];
-                        if !self.pre.is_empty() {
+                        let pre = self.pre.get(sample * t * k + at..).unwrap_or(&[]);
+                        fetch_tile(pre, rows.len(), width, k);
+                        fetch_tile(da, rows.len(), width, k);
+                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), HALF, &[segment]);
+                        if !pre.is_empty() {
                             let y = [0, 1].map(|half| {
                                 let at = ((2 * panel + half) * all_rows + sample * t + rows.start) * HALF;
                                 // SAFETY: rows of this sample.
                                 unsafe { recomputed.slice(at..at + rows.len() * HALF) }
                             });
-                            gelu_backward(da, y, &self.pre[sample * t * k + at..], &tile, width, k);
+                            gelu_backward(da, y, pre, &tile, width, k);
                         } else if fresh_da {
                             write_tile(da, &tile, rows.len(), width, k);
                         } else {

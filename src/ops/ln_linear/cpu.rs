@@ -8,7 +8,8 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, of_panel, panels, step_rows, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, fetch_tile, line_stride, multiply, of_panel, panels,
+    step_rows, write_tile,
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
@@ -212,10 +213,14 @@ impl Inputs<'_> {
                         let a = &lines[(rows.start - start) * stride..];
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
-                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), HALF, &[segment]);
                         let rows = rows.start - first..rows.end - first;
                         let at = rows.start * n + columns.start;
                         let width = columns.len();
+                        if streams.is_none() {
+                            fetch_tile(&y[at..], rows.len(), width, n);
+                            fetch_tile(pre.get(at..).unwrap_or(&[]), rows.len(), width, n);
+                        }
+                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), HALF, &[segment]);
                         let mut r = [0.0; MAX_ROWS];
                         let (u, v) = if self.correction.is_empty() {
                             (&[][..], &self.bias[columns.clone()])
