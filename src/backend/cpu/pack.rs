@@ -1,7 +1,7 @@
 //! Operands of products in the layouts that [`super::tile`] reads.
 
 use super::shared::Shared;
-use super::simd::{Level, level, simd_fn};
+use super::simd::{Level, fetch_rows, level, simd_fn};
 use super::tile::{HALF, PANEL, panels};
 use crate::routing::Window;
 
@@ -93,6 +93,7 @@ pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, 
     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
     for (first, to) in columns.clone().step_by(HALF).zip(to.chunks_exact_mut((len * HALF).max(1))) {
         let rows = HALF.min(columns.end - first);
+        fetch_rows(&w[first * stride..], rows, len, stride);
         interleave(to, HALF, &w[first * stride..], rows, len, stride);
     }
 }

@@ -131,6 +131,21 @@ pub fn gelu_and_derivative<const FMA: bool>(x: f32) -> (f32, f32) {
     (x * s, fma::<FMA>(x * s * (1.0 - s), inner, s))
 }
 
+/// Fetches the first `width` numbers of `rows` rows, which start `stride` apart, into the second cache: many lines at a time,
+/// where a loop that reads few of each row would wait for one after the other.
+#[inline]
+pub fn fetch_rows(from: &[f32], rows: usize, width: usize, stride: usize) {
+    const LINE: usize = 64 / size_of::<f32>();
+    #[cfg(target_arch = "x86_64")]
+    for row in from.chunks(stride).take(rows) {
+        for line in row[..width.min(row.len())].chunks(LINE) {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            // SAFETY: SSE is part of x86-64, and a prefetch changes nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+        }
+    }
+}
+
 /// Partial sums of a vectorised reduction.
 const LANES: usize = 16;
 

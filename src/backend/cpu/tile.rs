@@ -124,23 +124,6 @@ pub fn copy_row(to: &mut [f32], row: &[f32; PANEL]) {
     }
 }
 
-/// Fetches the first `width` columns of `rows` rows, lines `stride` apart, into a near cache: what an epilogue reads, while the
-/// product is computed.
-#[inline]
-pub fn fetch_tile(from: &[f32], rows: usize, width: usize, stride: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in from.chunks(stride).take(rows) {
-        for at in (0..width).step_by(HALF) {
-            // SAFETY: SSE is part of x86-64, and a prefetch may be of any address.
-            unsafe {
-                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(
-                    line.as_ptr().wrapping_add(at).cast(),
-                )
-            };
-        }
-    }
-}
-
 simd_fn! {
     /// Adds the first `width` columns of `rows` rows to lines that are `stride` apart.
     pub fn add_tile<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize) {

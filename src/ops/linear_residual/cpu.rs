@@ -5,9 +5,9 @@ use crate::backend::cpu::pack::{pack_panel_transposed, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
-use crate::backend::cpu::simd::{add_assign, fma, gelu_and_derivative, simd_fn};
+use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, add_tile, fetch_tile, line_stride, multiply, of_panel, panels, write_tile,
+    HALF, PANEL, Rows, Segment, Tile, add_tile, line_stride, multiply, of_panel, panels, write_tile,
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, columns, lines_len, pack_panels, part, spread, spread_len,
@@ -112,9 +112,9 @@ pub fn forward(
                             let segment = Segment { a: a_tile, b: part.of(b), len: k };
                             let (columns, of_tile) = columns(part, panel, write[*sample].range());
                             let at = (rows.start - first) * c + columns.start;
-                            fetch_tile(&base.0[rows.start * c + columns.start..], rows.len(), columns.len(), c);
-                            fetch_tile(&out[at..], rows.len(), columns.len(), c);
-                            fetch_tile(&z[at..], rows.len(), columns.len(), c);
+                            fetch_rows(&base.0[rows.start * c + columns.start..], rows.len(), columns.len(), c);
+                            fetch_rows(&out[at..], rows.len(), columns.len(), c);
+                            fetch_rows(&z[at..], rows.len(), columns.len(), c);
                             multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), HALF, &[segment]);
                             let gate = &gate.of(*sample, c)[columns.clone()];
                             let (out, z) = (&mut out[at..], &mut z[at..]);
@@ -291,8 +291,8 @@ impl BackwardInputs<'_> {
                         let (width, at) = (columns.len(), rows.start * k + columns.start);
                         let da = &mut da[at..rows.end * k];
                         let pre = self.pre.get(sample * t * k + at..).unwrap_or(&[]);
-                        fetch_tile(pre, rows.len(), width, k);
-                        fetch_tile(da, rows.len(), width, k);
+                        fetch_rows(pre, rows.len(), width, k);
+                        fetch_rows(da, rows.len(), width, k);
                         multiply(&mut tile, rows.len(), halves, Rows::lines(stride), HALF, &[segment]);
                         if !pre.is_empty() {
                             let y = [0, 1].map(|half| {

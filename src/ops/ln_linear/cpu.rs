@@ -6,10 +6,9 @@ use crate::backend::cpu::pack::{pack_panel_transposed, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
-use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
+use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, fetch_tile, line_stride, multiply, of_panel, panels,
-    step_rows, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, of_panel, panels, step_rows, write_tile,
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
@@ -216,9 +215,12 @@ impl Inputs<'_> {
                         let rows = rows.start - first..rows.end - first;
                         let at = rows.start * n + columns.start;
                         let width = columns.len();
+                        if !self.correction.is_empty() {
+                            fetch_rows(&self.correction[sample * 2 * n + columns.start..], 2, width, n);
+                        }
                         if streams.is_none() {
-                            fetch_tile(&y[at..], rows.len(), width, n);
-                            fetch_tile(pre.get(at..).unwrap_or(&[]), rows.len(), width, n);
+                            fetch_rows(&y[at..], rows.len(), width, n);
+                            fetch_rows(pre.get(at..).unwrap_or(&[]), rows.len(), width, n);
                         }
                         multiply(&mut tile, rows.len(), halves, Rows::lines(stride), HALF, &[segment]);
                         let mut r = [0.0; MAX_ROWS];
