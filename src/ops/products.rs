@@ -75,7 +75,8 @@ pub(crate) fn batches(rows: Range<usize>, tokens: usize, inner: usize, mut work:
     }
 }
 
-/// The panels of a row-major B `[len, n]`: of lines n apart, a tile's columns would crowd into few sets of the cache.
+/// The panels `[panels(n), 2, len, HALF]` of a row-major B `[len, n]`: of lines n apart, a tile's columns would crowd into few
+/// sets of the cache.
 pub(crate) fn pack_panels(to: &mut [f32], b: &[f32], n: usize, len: usize) {
     to.par_chunks_mut(len * PANEL).enumerate().for_each(|(panel, to)| pack_panel(of_panel_mut(to), b, panel, n, n));
 }
@@ -113,10 +114,11 @@ pub(crate) fn columns(part: Part, panel: usize, range: Range<usize>) -> (Range<u
 /// order.
 #[derive(Clone, Copy)]
 pub(crate) struct Operands<'a> {
-    /// `[panels(C), R, PANEL]`: of a sample, zero outside of its window in the panels that it meets.
+    /// `[panels(C), R, PANEL]`, as interleaved rows of operand A: of a sample, zero outside of its window in the panels that it
+    /// meets.
     pub(crate) routed: &'a [f32],
-    /// `[panels(M), 2, R, HALF]`, or empty: then each sample has its own.
-    pub(crate) panels: &'a [f32],
+    /// `[panels(M), 2, R, HALF]`, as panels of operand B; or empty: then each sample has its own.
+    pub(crate) other: &'a [f32],
 }
 
 /// A sample of a weight gradient.
@@ -156,11 +158,16 @@ pub(crate) fn weight_gradient<'a>(
     sample: impl Fn(usize) -> Sample<'a> + Sync,
 ) {
     assert!(dw.len() == c * m, "a gradient of another size than its weight");
+    let rows: usize = (0..samples).map(|i| sample(i).tokens).sum();
+    let of_rows = |numbers: &[f32], columns| numbers.len() == panels(columns) * rows * PANEL;
+    assert!(of_rows(operands.routed, c), "routed numbers of other rows than those of the samples");
+    assert!(operands.other.is_empty() || of_rows(operands.other, m), "panels of other rows than those of the samples");
     let dw = Shared::new(dw);
     // One by one: in bundles, a thread would be idle at the end.
     (0..panels(m)).into_par_iter().with_max_len(1).for_each(|panel| {
         let (mut add, mut first, mut row) = (add, 0, 0);
-        while first < samples {
+        // At least once: the sum of no samples is zero.
+        loop {
             let nothing = Sample { tokens: 0, window: Window { start: 0, width: 0 }, other: &[] };
             let mut group = [nothing; MOST_SAMPLES];
             let (mut count, mut tokens) = (0, 0);
@@ -178,11 +185,14 @@ pub(crate) fn weight_gradient<'a>(
             first += count;
             row += tokens;
             add = true;
+            if first == samples {
+                return;
+            }
         }
     });
 }
 
-/// Columns `panel` of M, and of the sum `rows`, those of `group`.
+/// Panel `panel` of M: the part of the sum over `rows`, which are those of `group`.
 #[allow(clippy::too_many_arguments)]
 fn panel_of_weight_gradient(
     dw: &Shared,
@@ -190,31 +200,30 @@ fn panel_of_weight_gradient(
     layout: Layout,
     [c, m]: [usize; 2],
     panel: usize,
-    Operands { routed, panels: panels_of_other }: Operands,
+    Operands { routed, other }: Operands,
     rows: Range<usize>,
     group: &[Sample],
 ) {
     let columns = panel * PANEL..((panel + 1) * PANEL).min(m);
     let all_rows = routed.len() / (panels(c) * PANEL);
     // Every tile of channels reads the panel: as lines M apart, it would crowd into few sets of the cache.
-    let packs = panels_of_other.is_empty();
+    let packs = other.is_empty();
     scratch::with(if packs { rows.len() * PANEL } else { 0 }, |packed| {
-        let mut ends = [0; MOST_SAMPLES];
-        let mut end = 0;
+        // Where each sample starts in `rows`, and where the last ends.
+        let mut starts = [0; MOST_SAMPLES + 1];
         let mut halves = of_panel_mut(packed);
-        for (sample, to) in group.iter().zip(&mut ends) {
+        for (i, sample) in group.iter().enumerate() {
             if packs {
                 let of_sample = halves
                     .each_mut()
                     .map(|half| half.split_off_mut(..sample.tokens * HALF).expect("room for all rows"));
                 pack_panel(of_sample, sample.other, panel, m, m);
             }
-            end += sample.tokens;
-            *to = end;
+            starts[i + 1] = starts[i] + sample.tokens;
         }
         let other = match packs {
             true => of_panel(packed, 0),
-            false => of_panel(&panels_of_other[panel * all_rows * PANEL..][..all_rows * PANEL], rows.start),
+            false => of_panel(&other[panel * all_rows * PANEL..][..all_rows * PANEL], rows.start),
         };
         let mut tile = Tile::new();
         let mut segments = [Segment { a: &[], b: [&[]; 2], len: 0 }; MOST_SAMPLES];
@@ -225,13 +234,13 @@ fn panel_of_weight_gradient(
                 }
                 let (mut count, mut rest) = (0, set);
                 while rest != 0 {
-                    // Neighbours are one segment.
+                    // Neighbours are one segment. A batch is sorted by timestep, so there is one mostly.
                     let sample = rest.trailing_zeros();
                     let last = sample + (rest >> sample).trailing_ones() - 1;
-                    let start = if sample == 0 { 0 } else { ends[sample as usize - 1] };
+                    let (start, end) = (starts[sample as usize], starts[last as usize + 1]);
                     let a = &routed[first * all_rows + (rows.start + start) * PANEL + channels.start - first..];
                     let b = other.map(|half| &half[start * HALF..]);
-                    segments[count] = Segment { a, b, len: ends[last as usize] - start };
+                    segments[count] = Segment { a, b, len: end - start };
                     (count, rest) = (count + 1, rest & (u64::MAX << last << 1));
                 }
                 let halves = columns.len().div_ceil(HALF);
@@ -363,7 +372,9 @@ mod tests {
         }
         let other: Vec<_> = samples.iter().flat_map(|sample| sample.other.iter().copied()).collect();
         let mut packed = vec![f32::NAN; panels(m) * rows * PANEL];
-        pack_panels(&mut packed, &other, m, rows);
+        if rows > 0 {
+            pack_panels(&mut packed, &other, m, rows);
+        }
         [routed, packed]
     }
 
@@ -405,7 +416,7 @@ mod tests {
                 let mut dw = vec![if add { 3.0 } else { f32::NAN }; c * m];
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
-                    let operands = Operands { routed: &routed, panels: if panels { &packed } else { &[] } };
+                    let operands = Operands { routed: &routed, other: if panels { &packed } else { &[] } };
                     weight_gradient(&mut dw, add, layout, [c, m], operands, samples.len(), |i| {
                         let Drawn { window, t, other, .. } = &samples[i];
                         Sample { tokens: *t, window: *window, other: if panels { &[] } else { other } }
@@ -414,7 +425,7 @@ mod tests {
                 dw
             };
             let dw = run(1, false);
-            let what = format!("C {c}, M {m}, tokens {:?} x {}, {layout:?}, add {add}", &tokens[..1], tokens.len());
+            let what = format!("C {c}, M {m}, tokens {:?} x {}, {layout:?}, add {add}", tokens.first(), tokens.len());
             for (channel, j) in (0..c).flat_map(|channel| (0..m).map(move |j| (channel, j))) {
                 let at = if layout == Layout::RoutedRows { channel * m + j } else { j * c + channel };
                 let [sum, size] = expected[channel * m + j];
@@ -435,6 +446,7 @@ mod tests {
         for (i, dims) in
             [[1, 1], [4, 3], [12, 20], [20, 16], [33, 48], [60, 45], [64, 33], [97, 64]].into_iter().enumerate()
         {
+            check_weight_gradient(dims, &[], i);
             check_weight_gradient(dims, &[1], i);
             check_weight_gradient(dims, &[5, 1, 17, 2, 9, 3, 4, 8], 3 * i);
         }
@@ -443,7 +455,9 @@ mod tests {
     /// Groups of samples: of 64, and of about 4096 tokens or one sample of more.
     #[test]
     fn weight_gradients_of_many_samples_add_up() {
-        for dims in [[36, 20], [33, 32]] {
+        // With one channel, every sample holds it.
+        for dims in [[36, 20], [33, 32], [1, 20]] {
+            check_weight_gradient(dims, &[3; 64], 2);
             check_weight_gradient(dims, &[3; 65], 1);
             check_weight_gradient(dims, &[1; 200], 2);
             check_weight_gradient(dims, &[1500, 1500, 1500, 1096, 1], 3);

@@ -87,11 +87,11 @@ mod transpose {
     }
 }
 
-/// Packs panel `panel` of `B = W^T`, W row-major `[n, len]`, its lines `stride` apart: column j of a half is row
-/// `panel * PANEL + half * HALF + j` of W.
+/// Packs panel `panel` `[2, len, HALF]` of `B = W^T`, W row-major `[n, len]`, its lines `stride` apart: column j of a half is
+/// row `panel * PANEL + half * HALF + j` of W.
 pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, len: usize, stride: usize) {
     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-    for (first, to) in columns.clone().step_by(HALF).zip(to.chunks_exact_mut((len * HALF).max(1))) {
+    for (first, to) in columns.clone().step_by(HALF).zip(to.chunks_exact_mut(len * HALF)) {
         let rows = HALF.min(columns.end - first);
         fetch_rows(&w[first * stride..], rows, len, stride);
         interleave(to, HALF, &w[first * stride..], rows, len, stride);
@@ -141,7 +141,8 @@ pub fn whole_halves<'a>(room: &'a mut [f32], matrix: &'a [f32], columns: usize) 
     (room, stride)
 }
 
-/// Row `row` of panels `[panels, rows, PANEL]` from a line: of those panels that the window meets, all columns.
+/// Row `row` of `[panels, rows, PANEL]`, interleaved rows of an operand A, from a line: of those panels that the window meets,
+/// all columns.
 ///
 /// # Safety
 /// Nobody else may access this row.

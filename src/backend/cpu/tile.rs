@@ -252,7 +252,7 @@ impl Rows {
 pub struct Segment<'a> {
     /// Rows, in the layout the call names.
     pub a: &'a [f32],
-    /// Rows of each half of the columns.
+    /// Rows of each half of the columns; the second may be empty where one half is asked for.
     pub b: [&'a [f32]; 2],
     /// Inner elements.
     pub len: usize,
@@ -342,7 +342,10 @@ mod tests {
                     let segments: Vec<_> = lens
                         .iter()
                         .enumerate()
-                        .map(|(s, &len)| Segment { a: &a[5 * s..], b: [&b[7 * s..], &b[3000 + 9 * s..]], len })
+                        .map(|(s, &len)| {
+                            let right = if halves == 2 { &b[3000 + 9 * s..] } else { &[] };
+                            Segment { a: &a[5 * s..], b: [&b[7 * s..], right], len }
+                        })
                         .collect();
                     kernel(&mut tile, rows, halves, layout, stride, &segments);
                     for (i, j) in (0..rows).flat_map(|i| (0..halves * HALF).map(move |j| (i, j))) {

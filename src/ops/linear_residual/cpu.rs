@@ -108,23 +108,18 @@ pub fn forward(
                     for (panel, b) in panels_of_w.chunks_exact(k * PANEL).enumerate() {
                         for RowTile { sample, rows } in tiles {
                             let Some(part) = part(write[*sample], panel) else { continue };
-                            let a_tile = &lines[(rows.start - start) * stride..];
-                            let segment = Segment { a: a_tile, b: part.of(b), len: k };
+                            let a = &lines[(rows.start - start) * stride..];
+                            let segment = Segment { a, b: part.of(b), len: k };
                             let (columns, of_tile) = columns(part, panel, write[*sample].range());
                             let at = (rows.start - first) * c + columns.start;
-                            fetch_rows(&base.0[rows.start * c + columns.start..], rows.len(), columns.len(), c);
-                            fetch_rows(&out[at..], rows.len(), columns.len(), c);
-                            fetch_rows(&z[at..], rows.len(), columns.len(), c);
-                            multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), HALF, &[segment]);
-                            let gate = &gate.of(*sample, c)[columns.clone()];
+                            let base = if is_base(*sample) { &base.0[rows.start * c + columns.start..] } else { &[] };
                             let (out, z) = (&mut out[at..], &mut z[at..]);
-                            let bias = &bias[columns.clone()];
-                            if is_base(*sample) {
-                                let base = &base.0[rows.start * c + columns.start..];
-                                finish_tile(out, z, base, &tile, rows.len(), of_tile.start, c, bias, gate);
-                            } else {
-                                finish_tile(out, z, &[], &tile, rows.len(), of_tile.start, c, bias, gate);
+                            for numbers in [base, out, z] {
+                                fetch_rows(numbers, rows.len(), columns.len(), c);
                             }
+                            multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), HALF, &[segment]);
+                            let (bias, gate) = (&bias[columns.clone()], &gate.of(*sample, c)[columns]);
+                            finish_tile(out, z, base, &tile, rows.len(), of_tile.start, c, bias, gate);
                         }
                     }
                 });
@@ -203,11 +198,11 @@ pub fn backward(
                     da.chunks_exact_mut(t * k).zip(dmodulation.chunks_exact_mut(stride)).zip(dbias.chunks_exact_mut(c));
                 for (s, ((da, dmodulation), dbias)) in each.enumerate() {
                     let (sample, dgate) = (block * samples + s, &mut dmodulation[gate.offset..][..c]);
-                    // SAFETY: each sample once.
+                    // SAFETY: each sample once; they are read after all tasks.
                     unsafe { inputs.sample(sample, &shared_dz, da, fresh_da, &recomputed, dgate, dbias) };
                 }
             });
-        let operands = Operands { routed: dz, panels: room };
+        let operands = Operands { routed: dz, other: room };
         weight_gradient(dweight, add, Layout::RoutedRows, [c, k], operands, b, |i| Sample {
             tokens: t,
             window: write[i],

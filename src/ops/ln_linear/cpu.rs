@@ -303,7 +303,7 @@ pub fn backward(
                     .zip(dmodulation.chunks_exact_mut(stride))
                     .zip(pq.chunks_exact_mut(2 * n));
                 for (s, (((g, dx), dmodulation), pq)) in each.enumerate() {
-                    // SAFETY: each sample once.
+                    // SAFETY: each sample once; they are read after all tasks.
                     unsafe { inputs.sample(block * samples + s, g, dx, fresh_dx, &shared_h, rows, dmodulation, pq) };
                 }
             });
@@ -324,7 +324,7 @@ pub fn backward(
             });
         }
         let count = if correction.is_some() { b + 1 } else { b };
-        let operands = Operands { routed: h, panels: &[] };
+        let operands = Operands { routed: h, other: &[] };
         weight_gradient(dweight, add, Layout::RoutedColumns, [c, n], operands, count, |i| {
             if i < b {
                 Sample { tokens: t, window: read[i], other: &g[i * t * n..][..t * n] }

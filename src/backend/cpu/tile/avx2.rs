@@ -144,7 +144,7 @@ macro_rules! kernel {
                 // a panel take; else the prefetch is of the line about to be read, which does nothing. Interleaved rows read
                 // the same panel for all tiles: it is near.
                 let fetches = layout.inner == 1 && stride == HALF && number < LINES;
-                let next = if fetches { (len + number) * HALF * BYTES } else { 0 };
+                let next = if fetches { (len / 4 * 4 + number) * HALF * BYTES } else { 0 };
                 // SAFETY: it reads A and B inside of the step, by the contract, and leaves what it writes in the registers
                 // named. Addresses beyond the last round are not read, and a prefetch may be of any.
                 unsafe {

@@ -67,7 +67,7 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
                 }
             }
             a = a.wrapping_add(layout.inner);
-            b = b.map(|half| half.wrapping_add(stride));
+            b = [b[0].wrapping_add(stride), b[1].wrapping_add(stride)];
         }
     }
     // By index: iterators here put the sums into memory in the loop above.

@@ -9,8 +9,8 @@ pub(super) const ROWS: usize = 6;
 pub(super) const AT_ONCE: usize = 6;
 /// Most elements of the inner dimension of a step.
 ///
-/// Measured (Zen 3, AVX2): with 64 for interleaved rows, so that a block of A fits into the first cache beside that of the
-/// panel, a loop of products was 7 % faster, but a training step of DiT-S/2 took 8 % longer.
+/// Measured (Zen 3, AVX2), when panels were lines of 32 and a block of A did not fit into the first cache beside that of the
+/// panel: with 64 for interleaved rows a loop of products was 7 % faster, but a training step of DiT-S/2 took 8 % longer.
 const BLOCK: usize = 128;
 
 /// Adds the products of a block of the inner dimension to 16 columns of a few rows.
