@@ -1,7 +1,9 @@
 //! Operands of products in the layouts that [`super::tile`] reads.
 
 use super::shared::Shared;
-use super::simd::{Level, fetch_rows, level, simd_fn};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Level, level};
+use super::simd::{fetch_rows, simd_fn};
 use super::tile::{HALF, PANEL, panels};
 use crate::routing::Window;
 
