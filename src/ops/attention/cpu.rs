@@ -7,7 +7,7 @@ use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
-use crate::backend::cpu::simd::{exp, fma, simd_fn, sum_by};
+use crate::backend::cpu::simd::{exp, fetch_rows, fma, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
     HALF, PANEL, Rows, STRIP, Segment, Tile, copy_row, multiply, of_panel, of_panel_mut, panels, row_tiles,
 };
@@ -112,15 +112,17 @@ pub fn forward(
     let at_once = queries_at_once(t);
     let sizes = [Columns::room(size, t), at_once * size, t * STRIP, 2 * at_once];
     let (out, lse) = (Shared::new(out), Shared::new(lse));
-    (0..b * heads).into_par_iter().for_each(|task| {
+    (0..b * heads).into_par_iter().for_each_init(Tile::new, |tile, task| {
         let (sample, head) = (task / heads, task % heads);
         let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
         let of_out = Head { stride: c, ..part(0) };
+        for i in 0..3 {
+            fetch_rows(&qkv[part(i).at(0).start..], t.min(64), size, 3 * c);
+        }
         scratch::with(sizes.iter().sum(), |buffer| {
             let [v, q, p, numbers] = split(buffer, sizes);
             let (inverse, log_sum) = numbers.split_at_mut(at_once);
             let v = Columns::new(v, qkv, part(2), 0..t);
-            let mut tile = Tile::new();
             for first in (0..t).step_by(at_once) {
                 let count = at_once.min(t - first);
                 pack_transposed(q, qkv, part(0), first..first + count);
@@ -128,19 +130,27 @@ pub fn forward(
                     for keys in row_tiles(t) {
                         let a = &qkv[part(1).at(keys.start).start..];
                         let segment = Segment { a, b: of_panel(b, 0), len: size };
-                        multiply(&mut tile, keys.len(), halves(count, panel), Rows::lines(3 * c), HALF, &[segment]);
+                        multiply(tile, keys.len(), halves(count, panel), Rows::lines(3 * c), HALF, &[segment]);
                         for (key, scores) in keys.zip(&tile.rows) {
                             p[key * STRIP + panel * PANEL..][..PANEL].copy_from_slice(scores);
                         }
                     }
-                    let columns = panel * PANEL..(panel + 1) * PANEL;
-                    softmax(&mut p[columns.start..], t, scale, &mut inverse[columns.clone()], &mut log_sum[columns]);
+                    for half in 0..halves(count, panel) {
+                        let columns = panel * PANEL + half * HALF..panel * PANEL + (half + 1) * HALF;
+                        softmax(
+                            &mut p[columns.start..],
+                            t,
+                            scale,
+                            &mut inverse[columns.clone()],
+                            &mut log_sum[columns],
+                        );
+                    }
                 }
                 for queries in row_tiles(count) {
                     for panel in 0..panels(size) {
                         let segment = Segment { a: &p[queries.start..], b: v.panel(panel), len: t };
                         let halves = halves(size, panel);
-                        multiply(&mut tile, queries.len(), halves, Rows::interleaved(STRIP), v.stride, &[segment]);
+                        multiply(tile, queries.len(), halves, Rows::interleaved(STRIP), v.stride, &[segment]);
                         let width = PANEL.min(size - panel * PANEL);
                         for (i, sums) in queries.clone().zip(&tile.rows) {
                             // SAFETY: this head's columns of a row of this sample: no other task has them.
@@ -182,85 +192,91 @@ pub fn backward(
     let sizes =
         [Columns::room(size, t), block[0], block[0], block[1], block[1], t * STRIP, t * STRIP, at_once, at_once];
     let dqkv = Shared::new(dqkv);
-    (0..b * heads).into_par_iter().for_each(|task| {
-        let (sample, head) = (task / heads, task % heads);
-        let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
-        let of_out = Head { stride: c, ..part(0) };
-        scratch::with(sizes.iter().sum(), |buffer| {
-            let [k, q_transposed, dy_transposed, q, dy, p, ds, log_sum, mean] = split(buffer, sizes);
-            let k = Columns::new(k, qkv, part(1), 0..t);
-            let (mut scores, mut dp) = (Tile::new(), Tile::new());
-            for first in (0..t).step_by(at_once) {
-                let count = at_once.min(t - first);
-                let queries = first..first + count;
-                pack_transposed(q_transposed, qkv, part(0), queries.clone());
-                pack_transposed(dy_transposed, dout, of_out, queries.clone());
-                let q = Columns::new(q, qkv, part(0), queries.clone());
-                let dy = Columns::new(dy, dout, of_out, queries.clone());
-                for (i, query) in queries.enumerate() {
-                    log_sum[i] = lse[(sample * t + query) * heads + head];
-                    mean[i] = dot(&dout[of_out.at(query)], &out[of_out.at(query)]);
-                }
-                log_sum[count..].fill(0.0);
-                mean[count..].fill(0.0);
-
-                // P and dS, transposed.
-                let transposed = q_transposed.chunks_exact(size * PANEL).zip(dy_transposed.chunks_exact(size * PANEL));
-                for (panel, (q, dy)) in transposed.take(panels(count)).enumerate() {
-                    let columns = panel * PANEL..(panel + 1) * PANEL;
-                    for keys in row_tiles(t) {
-                        let [k, v] = [1, 2].map(|i| &qkv[part(i).at(keys.start).start..]);
-                        let [q, dy] = [q, dy].map(|panel| of_panel(panel, 0));
-                        let layout = Rows::lines(3 * c);
-                        let halves = halves(count, panel);
-                        multiply(&mut scores, keys.len(), halves, layout, HALF, &[Segment { a: k, b: q, len: size }]);
-                        multiply(&mut dp, keys.len(), halves, layout, HALF, &[Segment { a: v, b: dy, len: size }]);
-                        let at = keys.start * STRIP + columns.start;
-                        softmax_backward(
-                            &mut p[at..],
-                            &mut ds[at..],
-                            &scores,
-                            &dp,
-                            keys.len(),
-                            &log_sum[columns.clone()],
-                            &mean[columns.clone()],
-                            scale,
-                        );
+    (0..b * heads).into_par_iter().for_each_init(
+        || [Tile::new(), Tile::new()],
+        |[scores, dp], task| {
+            let (sample, head) = (task / heads, task % heads);
+            let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
+            let of_out = Head { stride: c, ..part(0) };
+            fetch_rows(&dout[of_out.at(0).start..], t.min(64), size, c);
+            fetch_rows(&out[of_out.at(0).start..], t.min(64), size, c);
+            for i in 0..3 {
+                fetch_rows(&qkv[part(i).at(0).start..], t.min(64), size, 3 * c);
+            }
+            scratch::with(sizes.iter().sum(), |buffer| {
+                let [k, q_transposed, dy_transposed, q, dy, p, ds, log_sum, mean] = split(buffer, sizes);
+                let k = Columns::new(k, qkv, part(1), 0..t);
+                for first in (0..t).step_by(at_once) {
+                    let count = at_once.min(t - first);
+                    let queries = first..first + count;
+                    pack_transposed(q_transposed, qkv, part(0), queries.clone());
+                    pack_transposed(dy_transposed, dout, of_out, queries.clone());
+                    let q = Columns::new(q, qkv, part(0), queries.clone());
+                    let dy = Columns::new(dy, dout, of_out, queries.clone());
+                    for (i, query) in queries.enumerate() {
+                        log_sum[i] = lse[(sample * t + query) * heads + head];
+                        mean[i] = dot(&dout[of_out.at(query)], &out[of_out.at(query)]);
                     }
-                }
+                    log_sum[count..].fill(0.0);
+                    mean[count..].fill(0.0);
 
-                // dv += P^T dout, dk += dS^T q: sums over the queries of the block; dq = dS k: over all keys.
-                for panel in 0..panels(size) {
-                    let width = PANEL.min(size - panel * PANEL);
-                    let halves = halves(size, panel);
-                    let mut product = |tile: Range<usize>, layout, a: &[f32], b: Columns, len, to: Head, set: bool| {
-                        let segment = Segment { a, b: b.panel(panel), len };
-                        multiply(&mut scores, tile.len(), halves, layout, b.stride, &[segment]);
-                        for (i, sums) in tile.zip(&scores.rows) {
-                            // SAFETY: this head's columns of a row of this sample: no other task has them.
-                            let to = unsafe { dqkv.slice(to.at(i)) };
-                            let to = &mut to[panel * PANEL..][..width];
-                            if set {
-                                copy_row(to, sums);
-                            } else {
-                                to.iter_mut().zip(sums).for_each(|(to, sum)| *to += sum);
+                    // P and dS, transposed.
+                    let transposed =
+                        q_transposed.chunks_exact(size * PANEL).zip(dy_transposed.chunks_exact(size * PANEL));
+                    for (panel, (q, dy)) in transposed.take(panels(count)).enumerate() {
+                        let columns = panel * PANEL..(panel + 1) * PANEL;
+                        for keys in row_tiles(t) {
+                            let [k, v] = [1, 2].map(|i| &qkv[part(i).at(keys.start).start..]);
+                            let [q, dy] = [q, dy].map(|panel| of_panel(panel, 0));
+                            let layout = Rows::lines(3 * c);
+                            let halves = halves(count, panel);
+                            multiply(scores, keys.len(), halves, layout, HALF, &[Segment { a: k, b: q, len: size }]);
+                            multiply(dp, keys.len(), halves, layout, HALF, &[Segment { a: v, b: dy, len: size }]);
+                            let at = keys.start * STRIP + columns.start;
+                            for half in 0..halves {
+                                let at = at + half * HALF;
+                                let numbers = columns.start + half * HALF..columns.start + (half + 1) * HALF;
+                                let (log_sum, mean) = (&log_sum[numbers.clone()], &mean[numbers]);
+                                let (p, ds) = (&mut p[at..], &mut ds[at..]);
+                                softmax_backward(p, ds, scores, dp, keys.len(), half, log_sum, mean, scale);
                             }
                         }
-                    };
-                    for keys in row_tiles(t) {
-                        let at = keys.start * STRIP;
-                        let (p, ds) = (&p[at..], &ds[at..]);
-                        product(keys.clone(), Rows::lines(STRIP), p, dy, count, part(2), first == 0);
-                        product(keys, Rows::lines(STRIP), ds, q, count, part(1), first == 0);
                     }
-                    for queries in row_tiles(count) {
-                        let rows = first + queries.start..first + queries.end;
-                        product(rows, Rows::interleaved(STRIP), &ds[queries.start..], k, t, part(0), true);
+
+                    // dv += P^T dout, dk += dS^T q: sums over the queries of the block; dq = dS k: over all keys.
+                    for panel in 0..panels(size) {
+                        let width = PANEL.min(size - panel * PANEL);
+                        let halves = halves(size, panel);
+                        let mut product =
+                            |tile: Range<usize>, layout, a: &[f32], b: Columns, len, to: Head, set: bool| {
+                                let segment = Segment { a, b: b.panel(panel), len };
+                                multiply(scores, tile.len(), halves, layout, b.stride, &[segment]);
+                                for (i, sums) in tile.zip(&scores.rows) {
+                                    // SAFETY: this head's columns of a row of this sample: no other task has them.
+                                    let to = unsafe { dqkv.slice(to.at(i)) };
+                                    let to = &mut to[panel * PANEL..][..width];
+                                    if set {
+                                        copy_row(to, sums);
+                                    } else {
+                                        to.iter_mut().zip(sums).for_each(|(to, sum)| *to += sum);
+                                    }
+                                }
+                            };
+                        for keys in row_tiles(t) {
+                            let at = keys.start * STRIP;
+                            let (p, ds) = (&p[at..], &ds[at..]);
+                            product(keys.clone(), Rows::lines(STRIP), p, dy, count, part(2), first == 0);
+                            product(keys, Rows::lines(STRIP), ds, q, count, part(1), first == 0);
+                        }
+                        for queries in row_tiles(count) {
+                            let rows = first + queries.start..first + queries.end;
+                            product(rows, Rows::interleaved(STRIP), &ds[queries.start..], k, t, part(0), true);
+                        }
                     }
                 }
-            }
-        });
-    });
+            });
+        },
+    );
 }
 
 simd_fn! {
@@ -271,24 +287,24 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// Columns of `p` `[keys, PANEL]` (rows [`STRIP`] apart) become `exp(scale (p - max))`; `inverse` is one over their sum,
+    /// Columns of `p` `[keys, HALF]` (rows [`STRIP`] apart) become `exp(scale (p - max))`; `inverse` is one over their sum,
     /// `log_sum` the log-sum-exp of `scale p`.
     fn softmax<F>(p: &mut [f32], keys: usize, scale: f32, inverse: &mut [f32], log_sum: &mut [f32]) {
-        let mut max = [f32::NEG_INFINITY; PANEL];
+        let mut max = [f32::NEG_INFINITY; HALF];
         for row in p.chunks(STRIP).take(keys) {
-            for (max, &x) in max.iter_mut().zip(&row[..PANEL]) {
+            for (max, &x) in max.iter_mut().zip(&row[..HALF]) {
                 *max = if x > *max { x } else { *max };
             }
         }
-        let mut sum = [0.0f32; PANEL];
+        let mut sum = [0.0f32; HALF];
         for row in p.chunks_mut(STRIP).take(keys) {
-            let row: &mut [f32; PANEL] = (&mut row[..PANEL]).try_into().expect("a row holds a panel");
-            for j in 0..PANEL {
+            let row: &mut [f32; HALF] = (&mut row[..HALF]).try_into().expect("a row holds half a panel");
+            for j in 0..HALF {
                 row[j] = exp::<F>((row[j] - max[j]) * scale);
                 sum[j] += row[j];
             }
         }
-        for j in 0..PANEL {
+        for j in 0..HALF {
             inverse[j] = 1.0 / sum[j];
             log_sum[j] = max[j] * scale + sum[j].ln();
         }
@@ -303,16 +319,17 @@ simd_fn! {
         scores: &Tile,
         dp: &Tile,
         keys: usize,
+        half: usize,
         log_sum: &[f32],
         mean: &[f32],
         scale: f32,
     ) {
-        let log_sum: &[f32; PANEL] = log_sum.try_into().expect("a panel of queries");
-        let mean: &[f32; PANEL] = mean.try_into().expect("a panel of queries");
+        let log_sum: &[f32; HALF] = log_sum.try_into().expect("half a panel of queries");
+        let mean: &[f32; HALF] = mean.try_into().expect("half a panel of queries");
         for i in 0..keys {
-            let (p, ds) = (&mut p[i * STRIP..][..PANEL], &mut ds[i * STRIP..][..PANEL]);
-            let (scores, dp) = (&scores.rows[i], &dp.rows[i]);
-            for j in 0..PANEL {
+            let (p, ds) = (&mut p[i * STRIP..][..HALF], &mut ds[i * STRIP..][..HALF]);
+            let (scores, dp) = (&scores.rows[i][half * HALF..][..HALF], &dp.rows[i][half * HALF..][..HALF]);
+            for j in 0..HALF {
                 let probability = exp::<F>(fma::<F>(scores[j], scale, -log_sum[j]));
                 p[j] = probability;
                 ds[j] = probability * (dp[j] - mean[j]) * scale;
