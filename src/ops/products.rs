@@ -114,19 +114,18 @@ pub(crate) fn columns(part: Part, panel: usize, range: Range<usize>) -> (Range<u
 /// order.
 #[derive(Clone, Copy)]
 pub(crate) struct Operands<'a> {
-    /// `[panels(C), R, PANEL]`, as interleaved rows of operand A: of a sample, zero outside of its window in the panels that it
-    /// meets.
+    /// `[panels(C), R, PANEL]`, as interleaved rows of operand A: of a sample, zero outside of its channels in the panels that
+    /// they meet.
     pub(crate) routed: &'a [f32],
     /// `[panels(M), 2, R, HALF]`, as panels of operand B; or empty: then each sample has its own.
     pub(crate) other: &'a [f32],
 }
 
 /// A sample of a weight gradient.
-#[derive(Clone, Copy)]
 pub(crate) struct Sample<'a> {
     pub(crate) tokens: usize,
-    pub(crate) window: Window,   // inside 0..C
-    pub(crate) other: &'a [f32], // [T, M], or empty: see `Operands`
+    pub(crate) channels: [Range<usize>; 2], // those that are not zero: apart, in 0..C; may be empty
+    pub(crate) other: &'a [f32],            // [T, M], or empty: see `Operands`
 }
 
 /// How a weight is stored.
@@ -168,16 +167,15 @@ pub(crate) fn weight_gradient<'a>(
         let (mut add, mut first, mut row) = (add, 0, 0);
         // At least once: the sum of no samples is zero.
         loop {
-            let nothing = Sample { tokens: 0, window: Window { start: 0, width: 0 }, other: &[] };
-            let mut group = [nothing; MOST_SAMPLES];
+            let mut group = [const { Sample { tokens: 0, channels: [0..0, 0..0], other: &[] } }; MOST_SAMPLES];
             let (mut count, mut tokens) = (0, 0);
             while count < MOST_SAMPLES && first + count < samples {
                 let next = sample(first + count);
                 if count > 0 && tokens + next.tokens > MOST_TOKENS {
                     break;
                 }
-                group[count] = next;
                 tokens += next.tokens;
+                group[count] = next;
                 count += 1;
             }
             let rows = row..row + tokens;
@@ -264,15 +262,17 @@ fn panel_of_weight_gradient(
     });
 }
 
-/// Calls `work` with tiles of the channels of a panel, and for each the set of samples whose windows meet it.
+/// Calls `work` with tiles of the channels of a panel, and for each the set of samples whose channels meet it.
 fn channel_tiles(panel: Range<usize>, group: &[Sample], mut work: impl FnMut(Range<usize>, u64)) {
-    // Samples whose windows start or end at a channel; then those that hold it.
+    // Samples whose channels start or end at a channel; then those that hold it.
     let mut sets = [0u64; PANEL + 1];
     for (i, sample) in group.iter().enumerate() {
-        let (start, end) = (sample.window.start.max(panel.start), sample.window.end().min(panel.end));
-        if start < end {
-            sets[start - panel.start] ^= 1 << i;
-            sets[end - panel.start] ^= 1 << i;
+        for channels in &sample.channels {
+            let (start, end) = (channels.start.max(panel.start), channels.end.min(panel.end));
+            if start < end {
+                sets[start - panel.start] ^= 1 << i;
+                sets[end - panel.start] ^= 1 << i;
+            }
         }
     }
     for i in 1..PANEL {
@@ -419,7 +419,10 @@ mod tests {
                     let operands = Operands { routed: &routed, other: if panels { &packed } else { &[] } };
                     weight_gradient(&mut dw, add, layout, [c, m], operands, samples.len(), |i| {
                         let Drawn { window, t, other, .. } = &samples[i];
-                        Sample { tokens: *t, window: *window, other: if panels { &[] } else { other } }
+                        // In two parts, one of them or none empty.
+                        let part = window.start + (i + seed) % (window.width + 1);
+                        let channels = [window.start..part, part..window.end()];
+                        Sample { tokens: *t, channels, other: if panels { &[] } else { other } }
                     });
                 });
                 dw

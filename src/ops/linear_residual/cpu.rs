@@ -205,7 +205,7 @@ pub fn backward(
         let operands = Operands { routed: dz, other: room };
         weight_gradient(dweight, add, Layout::RoutedRows, [c, k], operands, b, |i| Sample {
             tokens: t,
-            window: write[i],
+            channels: [write[i].range(), 0..0],
             other: if pre.is_empty() { &rows[i * t * k..][..t * k] } else { &[] },
         });
     });

@@ -45,12 +45,11 @@ impl<'a> Modulation<'a> {
     }
 }
 
-/// The channels that are inactive in some of the samples, as at most two ranges.
-fn inactive_ranges(windows: &[Window], c: usize) -> impl Iterator<Item = Range<usize>> {
+/// The channels that are inactive in some of the samples.
+fn inactive_ranges(windows: &[Window], c: usize) -> [Range<usize>; 2] {
     let left = windows.iter().map(|w| w.start).max().unwrap_or(0);
     let right = windows.iter().map(|w| w.end()).min().unwrap_or(c);
-    let ranges = if right <= left { [0..c, c..c] } else { [0..left, right..c] };
-    ranges.into_iter().filter(|range| !range.is_empty())
+    if right <= left { [0..c, c..c] } else { [0..left, right..c] }
 }
 
 /// `[2 samples, C]`: `1 + scale` and `shift` of each sample on its inactive channels, zero on the active ones.
@@ -77,8 +76,8 @@ fn samples_at_once(b: usize) -> usize {
 }
 
 /// Whether `panel` holds channels of `ranges`.
-fn touched(mut ranges: impl Iterator<Item = Range<usize>>, panel: usize) -> bool {
-    ranges.any(|range| range.start < (panel + 1) * PANEL && panel * PANEL < range.end)
+fn touched(ranges: [Range<usize>; 2], panel: usize) -> bool {
+    ranges.iter().any(|range| range.start.max(panel * PANEL) < range.end.min((panel + 1) * PANEL))
 }
 
 /// u and v + b of every sample: `[B, 2, N]`.
@@ -327,9 +326,9 @@ pub fn backward(
         let operands = Operands { routed: h, other: &[] };
         weight_gradient(dweight, add, Layout::RoutedColumns, [c, n], operands, count, |i| {
             if i < b {
-                Sample { tokens: t, window: read[i], other: &g[i * t * n..][..t * n] }
+                Sample { tokens: t, channels: [read[i].range(), 0..0], other: &g[i * t * n..][..t * n] }
             } else {
-                Sample { tokens: 2 * b, window: Window::all(c), other: pq }
+                Sample { tokens: 2 * b, channels: inactive_ranges(read, c), other: pq }
             }
         });
         if !add {
