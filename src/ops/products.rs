@@ -124,8 +124,10 @@ pub(crate) struct Operands<'a> {
 /// A sample of a weight gradient.
 pub(crate) struct Sample<'a> {
     pub(crate) tokens: usize,
-    pub(crate) channels: [Range<usize>; 2], // those that are not zero: apart, in 0..C; may be empty
-    pub(crate) other: &'a [f32],            // [T, M], or empty: see `Operands`
+    /// Outside of these the sample is zero. They are disjoint, inside 0..C, and may be empty.
+    pub(crate) channels: [Range<usize>; 2],
+    /// `[T, M]`, or empty: see [`Operands`].
+    pub(crate) other: &'a [f32],
 }
 
 /// How a weight is stored.
@@ -338,30 +340,36 @@ mod tests {
         (0..n).map(|i| (((i + 7919 * seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 400.0).collect()
     }
 
-    /// A sample of `t` tokens: its window, its routed numbers `[T, C]`, zero outside, and the others `[T, M]`.
+    /// A sample of `t` tokens: its channels, its routed numbers `[T, C]`, zero outside, and the others `[T, M]`.
     struct Drawn {
-        window: Window,
+        channels: [Range<usize>; 2],
         t: usize,
         routed: Vec<f32>,
         other: Vec<f32>,
     }
 
     fn draw(seed: usize, window: Window, t: usize, [c, m]: [usize; 2]) -> Drawn {
+        // Every other sample without some in the middle.
+        let gap = if seed.is_multiple_of(2) { window.width / 2 } else { 0 };
+        let left = window.start + (window.width - gap) / 3;
+        let channels = [window.start..left, left + gap..window.end()];
         let mut routed = numbers(seed, t * c);
         for row in routed.chunks_exact_mut(c) {
-            row[..window.start].fill(0.0);
-            row[window.end()..].fill(0.0);
+            for outside in [0..channels[0].start, left..left + gap, channels[1].end..c] {
+                row[outside].fill(0.0);
+            }
         }
-        Drawn { window, t, routed, other: numbers(seed + 1000, t * m) }
+        Drawn { channels, t, routed, other: numbers(seed + 1000, t * m) }
     }
 
-    /// The routed numbers of all samples as panels, NaN in those that a window does not meet, and the others.
+    /// The routed numbers of all samples as panels, NaN in those that no channels meet, and the others.
     fn operands(samples: &[Drawn], [c, m]: [usize; 2]) -> [Vec<f32>; 2] {
         let rows: usize = samples.iter().map(|sample| sample.t).sum();
         let mut routed = vec![f32::NAN; panels(c) * rows * PANEL];
         let mut first = 0;
-        for Drawn { window, t, routed: from, .. } in samples {
-            for panel in window.start / PANEL..panels(window.end()) {
+        for Drawn { channels, t, routed: from, .. } in samples {
+            let met = channels.iter().flat_map(|channels| channels.clone().map(|channel| channel / PANEL));
+            for panel in met {
                 for (i, channel) in
                     (0..*t).flat_map(|i| (panel * PANEL..((panel + 1) * PANEL).min(c)).map(move |c| (i, c)))
                 {
@@ -399,9 +407,9 @@ mod tests {
         let [routed, packed] = operands(&samples, [c, m]);
         // The sums, and those of their terms' sizes.
         let mut expected = vec![[0.0f64; 2]; c * m];
-        for Drawn { window, routed, other, .. } in &samples {
+        for Drawn { routed, other, .. } in &samples {
             for (routed, other) in routed.chunks_exact(c).zip(other.chunks_exact(m)) {
-                for (channel, j) in window.range().flat_map(|channel| (0..m).map(move |j| (channel, j))) {
+                for (channel, j) in (0..c).flat_map(|channel| (0..m).map(move |j| (channel, j))) {
                     let term = f64::from(routed[channel]) * f64::from(other[j]);
                     expected[channel * m + j][0] += term;
                     expected[channel * m + j][1] += term.abs();
@@ -418,11 +426,8 @@ mod tests {
                 pool.install(|| {
                     let operands = Operands { routed: &routed, other: if panels { &packed } else { &[] } };
                     weight_gradient(&mut dw, add, layout, [c, m], operands, samples.len(), |i| {
-                        let Drawn { window, t, other, .. } = &samples[i];
-                        // In two parts, one of them or none empty.
-                        let part = window.start + (i + seed) % (window.width + 1);
-                        let channels = [window.start..part, part..window.end()];
-                        Sample { tokens: *t, channels, other: if panels { &[] } else { other } }
+                        let Drawn { channels, t, other, .. } = &samples[i];
+                        Sample { tokens: *t, channels: channels.clone(), other: if panels { &[] } else { other } }
                     });
                 });
                 dw

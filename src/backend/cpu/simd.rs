@@ -79,12 +79,13 @@ pub fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// `e^x` to 2e-7 relative; outside of [-87.3, 88.37] that of the end; NaN stays NaN.
+/// `e^x` to 1e-7 relative; beyond [-80, 88.37] it is e to the nearer end. NaN stays NaN.
 #[inline(always)]
 pub fn exp<const FMA: bool>(x: f32) -> f32 {
-    // Clamped by comparisons that keep NaN.
+    // Clamped by comparisons that keep NaN, to where 2^n below is a normal number. Next to 1, which softmax and sigmoid add, e^-80
+    // is nothing, and its products are still normal numbers: others are slow on some processors.
     let x = if x > 88.37 { 88.37 } else { x };
-    let x = if x < -87.3 { -87.3 } else { x };
+    let x = if x < -80.0 { -80.0 } else { x };
     // x = n ln 2 + r: adding and subtracting 1.5 * 2^23 rounds to the nearest integer, and with 127 more the low bits are the
     // exponent of 2^n.
     const ROUND: f32 = 12_582_912.0 + 127.0;
@@ -92,7 +93,7 @@ pub fn exp<const FMA: bool>(x: f32) -> f32 {
     let n = shifted - ROUND;
     let r = fma::<FMA>(n, -0.693_145_75, x);
     let r = fma::<FMA>(n, -1.428_606_8e-6, r);
-    // Of the polynomials 1 + r + .. of degree 6 the one whose largest relative error is least, 3e-9.
+    // Of the polynomials 1 + r + .. of degree 6 the one whose largest relative error is least: 4e-9, before it is rounded.
     let mut p = 1.381_461_3e-3;
     for c in [8.368_71e-3, 0.041_668_39, 0.166_665_21, 0.499_999_94, 1.0, 1.0] {
         p = fma::<FMA>(p, r, c);
@@ -135,7 +136,7 @@ pub fn gelu_and_derivative<const FMA: bool>(x: f32) -> (f32, f32) {
     let s = gelu_factor::<FMA>(x);
     let y = x * s;
     let inner = fma::<FMA>(3.0 * GELU_SLOPE * GELU_CUBIC, x * x, GELU_SLOPE);
-    (y, fma::<FMA>(fma::<FMA>(-y, s, y), inner, s))
+    (y, fma::<FMA>(y * (1.0 - s), inner, s))
 }
 
 /// Fetches the first `width` numbers of `rows` rows, which start `stride` apart, into the second cache: many lines at a time,
@@ -234,19 +235,21 @@ mod tests {
 
     #[test]
     fn exponential_agrees_with_f64() {
-        for k in -87_300..=88_370 {
+        for k in -80_000..=88_370 {
             let x = k as f32 / 1000.0;
             let expected = f64::from(x).exp();
             for got in [exp::<true>(x), exp::<false>(x)] {
                 let err = (f64::from(got) - expected).abs();
-                assert!(err <= 2e-7 * expected, "at {x}: {got} for {expected}");
+                assert!(err <= 1e-7 * expected, "at {x}: {got} for {expected}");
             }
         }
-        for (x, end) in [(-1000.0, -87.3), (f32::NEG_INFINITY, -87.3), (1000.0, 88.37), (f32::INFINITY, 88.37)] {
-            assert_eq!(exp::<false>(x), exp::<false>(end), "{x}");
+        for (x, end) in [(-1000.0, -80.0), (f32::NEG_INFINITY, -80.0), (1000.0, 88.37), (f32::INFINITY, 88.37)] {
+            assert_eq!([exp::<true>(x), exp::<false>(x)], [exp::<true>(end), exp::<false>(end)], "{x}");
         }
-        // NaN with any payload.
-        assert!((0..1 << 10).all(|payload| exp::<true>(f32::from_bits(0x7FC0_0000 + payload)).is_nan()));
+        // NaN with any low bits, which are those that make the exponent.
+        for nan in (0..1 << 10).map(|low| f32::from_bits(0x7FC0_0000 + low)) {
+            assert!(exp::<true>(nan).is_nan() && exp::<false>(nan).is_nan());
+        }
     }
 
     #[test]
@@ -259,11 +262,13 @@ mod tests {
         }
         for k in -2000..=2000 {
             let x = k as f32 / 200.0;
-            let (y, d) = (gelu::<true>(x), gelu_derivative::<true>(x));
-            assert!((f64::from(y) - truth(f64::from(x))).abs() <= 1e-6, "gelu({x}) = {y}");
-            assert!((f64::from(d) - slope(f64::from(x))).abs() <= 2e-6, "gelu'({x}) = {d}");
-            assert_eq!(gelu_and_derivative::<true>(x), (y, d));
-            assert_eq!(gelu_and_derivative::<false>(x), (gelu::<false>(x), gelu_derivative::<false>(x)));
+            let (fused, plain) = (gelu_and_derivative::<true>(x), gelu_and_derivative::<false>(x));
+            for (y, d) in [fused, plain] {
+                assert!((f64::from(y) - truth(f64::from(x))).abs() <= 1e-6, "gelu({x}) = {y}");
+                assert!((f64::from(d) - slope(f64::from(x))).abs() <= 2e-6, "gelu'({x}) = {d}");
+            }
+            assert_eq!(fused, (gelu::<true>(x), gelu_derivative::<true>(x)));
+            assert_eq!(plain, (gelu::<false>(x), gelu_derivative::<false>(x)));
         }
     }
 

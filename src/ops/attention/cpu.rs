@@ -31,6 +31,10 @@ fn queries_at_once(keys: usize) -> usize {
     }
 }
 
+/// Most rows of a head that are fetched before they are used: with few tokens the misses would come one after the other, with
+/// more the products are long enough to hide them.
+const FETCHED: usize = 64;
+
 /// Columns of one head of one sample in rows `stride` apart.
 #[derive(Clone, Copy)]
 struct Head {
@@ -117,7 +121,7 @@ pub fn forward(
         let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
         let of_out = Head { stride: c, ..part(0) };
         for i in 0..3 {
-            fetch_rows(&qkv[part(i).at(0).start..], t.min(64), size, 3 * c);
+            fetch_rows(&qkv[part(i).at(0).start..], t.min(FETCHED), size, 3 * c);
         }
         scratch::with(sizes.iter().sum(), |buffer| {
             let [v, q, p, numbers] = split(buffer, sizes);
@@ -135,15 +139,9 @@ pub fn forward(
                             p[key * STRIP + panel * PANEL..][..PANEL].copy_from_slice(scores);
                         }
                     }
-                    for half in 0..halves(count, panel) {
-                        let columns = panel * PANEL + half * HALF..panel * PANEL + (half + 1) * HALF;
-                        softmax(
-                            &mut p[columns.start..],
-                            t,
-                            scale,
-                            &mut inverse[columns.clone()],
-                            &mut log_sum[columns],
-                        );
+                    for half in (panel * PANEL..count.min((panel + 1) * PANEL)).step_by(HALF) {
+                        let (inverse, log_sum) = (&mut inverse[half..][..HALF], &mut log_sum[half..][..HALF]);
+                        softmax(&mut p[half..], t, scale, inverse, log_sum);
                     }
                 }
                 for queries in row_tiles(count) {
@@ -198,10 +196,10 @@ pub fn backward(
             let (sample, head) = (task / heads, task % heads);
             let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
             let of_out = Head { stride: c, ..part(0) };
-            fetch_rows(&dout[of_out.at(0).start..], t.min(64), size, c);
-            fetch_rows(&out[of_out.at(0).start..], t.min(64), size, c);
+            fetch_rows(&dout[of_out.at(0).start..], t.min(FETCHED), size, c);
+            fetch_rows(&out[of_out.at(0).start..], t.min(FETCHED), size, c);
             for i in 0..3 {
-                fetch_rows(&qkv[part(i).at(0).start..], t.min(64), size, 3 * c);
+                fetch_rows(&qkv[part(i).at(0).start..], t.min(FETCHED), size, 3 * c);
             }
             scratch::with(sizes.iter().sum(), |buffer| {
                 let [k, q_transposed, dy_transposed, q, dy, p, ds, log_sum, mean] = split(buffer, sizes);
@@ -312,7 +310,8 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// A tile of keys: the probabilities and the gradient of the scores, rows [`STRIP`] apart.
+    /// Half `half` of the queries of a tile of keys: the probabilities and the gradient of the scores, rows [`STRIP`] apart. The
+    /// tiles are whole, the other numbers begin at that half.
     fn softmax_backward<F>(
         p: &mut [f32],
         ds: &mut [f32],
