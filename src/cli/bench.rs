@@ -68,9 +68,12 @@ struct Report {
     step_gflop_saved: f64,
     /// Highest memory use of the process, when the system tells.
     peak_memory_mb: Option<f64>,
-    /// With `--profile`: a step by operation, the mean of the runs.
+    /// With `--profile`: a step by operation, the mean of as many runs again.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     profile: Vec<Entry>,
+    /// With `--profile`: the mean time of those runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    profile_seconds: Option<f64>,
 }
 
 pub(super) fn run(args: BenchArgs) -> Result<()> {
@@ -149,10 +152,12 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
         Ok(())
     };
     let (step_seconds, step_cpu_seconds) = median(runs, &mut step)?;
-    let mut entries = Vec::new();
+    let (mut entries, mut profile_seconds) = (Vec::new(), None);
     if profiled {
+        let start = Instant::now();
         let (result, found) = profile(|| (0..runs).try_for_each(|_| step()));
         result?;
+        profile_seconds = Some(start.elapsed().as_secs_f64() / runs as f64);
         entries = found;
         for entry in &mut entries {
             entry.calls /= runs;
@@ -184,21 +189,20 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
         step_gflop_saved: 3.0 * (flops.dense - flops.done) / 1e9,
         peak_memory_mb: peak_memory_mb(),
         profile: entries,
+        profile_seconds,
     })
 }
 
 /// The step by operation, and what is left.
 fn print_profile(report: &Report) {
-    if report.profile.is_empty() {
-        return;
-    }
+    let Some(all) = report.profile_seconds else { return };
     println!("\noperation           sizes            pass      calls       ms      %  GFLOP/s   GB/s");
-    let mut rest = report.step_seconds;
+    let mut rest = all;
     for e in &report.profile {
         rest -= e.seconds;
         let sizes = format!("{} -> {}", e.sizes[0], e.sizes[1]);
         let pass = format!("{:?}", e.pass).to_lowercase();
-        let share = 100.0 * e.seconds / report.step_seconds;
+        let share = 100.0 * e.seconds / all;
         let rate = |work: f64| work / e.seconds / 1e9;
         let (flops, bytes) = (rate(e.flops), rate(e.bytes));
         println!(
@@ -208,7 +212,7 @@ fn print_profile(report: &Report) {
             e.seconds * 1e3
         );
     }
-    println!("{:<52}{:>9.1}{:>7.1}", "everything else", rest * 1e3, 100.0 * rest / report.step_seconds);
+    println!("{:<52}{:>9.1}{:>7.1}", "everything else", rest * 1e3, 100.0 * rest / all);
 }
 
 fn forward(
