@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times a DiT training step in plain, idiomatic PyTorch: what `dtr-fused bench` is compared with.
+"""Times a DiT training step, a forward pass and a DDIM step in plain, idiomatic PyTorch: what `dtr-fused bench` is compared with.
 
 Usage: scripts/bench_pytorch.py [--hidden-size 384] [--depth 12] [--heads 6] [--patch 2] [--size 32] [--channels 4]
                                 [--classes 1000] [--batch-size 8] [--threads 2] [--runs 5] [--compile] [--json]
@@ -112,9 +112,22 @@ def main():
         with autocast:
             run_model(x_start, t, y)
 
+    # Two DDIM steps of the linear schedule, without guidance: as `dtr-fused bench` times them.
+    bars = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).tolist()
+
+    @torch.inference_mode()
+    def sampling():
+        x = torch.randn_like(x_start)
+        for now, bar, before in [(666, bars[666], bars[333]), (333, bars[333], 1.0)]:
+            with autocast:
+                epsilon = run_model(x, torch.full_like(t, now), y).float()[:, : a.channels]
+            x_0 = (x - math.sqrt(1 - bar) * epsilon) / math.sqrt(bar)
+            x = math.sqrt(before) * x_0 + math.sqrt(1 - before) * epsilon
+
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     step_seconds, step_cpu = median(step, a.runs, wait)
     forward_seconds, _ = median(forward, a.runs, wait)
+    sampling_seconds = median(sampling, a.runs, wait)[0] / 2
     report = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -124,6 +137,7 @@ def main():
         "step_seconds": step_seconds,
         "step_cpu_seconds": step_cpu,
         "forward_seconds": forward_seconds,
+        "sampling_seconds": sampling_seconds,
         "peak_memory_mb": peak_memory_mb(),
         "import_memory_mb": imported,
         "peak_device_memory_mb": torch.cuda.max_memory_allocated() / 1e6 if on_gpu else None,
@@ -131,8 +145,11 @@ def main():
     if a.json:
         print(json.dumps(report))
     else:
-        step, forward = step_seconds * 1e3, forward_seconds * 1e3
-        print(f"PyTorch {torch.__version__}, {report['device']}, {a.threads} threads: training step {step:.1f} ms, forward pass {forward:.1f} ms")
+        step, forward, sampling_step = step_seconds * 1e3, forward_seconds * 1e3, sampling_seconds * 1e3
+        print(
+            f"PyTorch {torch.__version__}, {report['device']}, {a.threads} threads: training step {step:.1f} ms, "
+            f"forward pass {forward:.1f} ms, DDIM step {sampling_step:.1f} ms"
+        )
 
 
 NAMES = {

@@ -134,7 +134,8 @@ def main():
                 command = [a.dtr_fused, "bench", *ours.split(), *flags.split(), *common, "--json"]
                 found[name].append(undisturbed(command, a.attempts, allowed))
         median = lambda name, key: statistics.median(run[key] for run in found[name])
-        for what, key in [("step", "step_seconds")] + ([] if on_gpu else [("forward", "forward_seconds")]):
+        on_cpu_only = [("forward", "forward_seconds"), ("DDIM step", "sampling_seconds")]
+        for what, key in [("step", "step_seconds")] + ([] if on_gpu else on_cpu_only):
             best = min(median(name, key) for name in peers)
             cells = [f"{median(name, key):.4f}" for name in peers]
             cells += [f"{median(name, key):.4f} ({best / median(name, key):.2f}x)" for name in ROUTES]

@@ -6,9 +6,11 @@ use clap::Args;
 
 use super::bench_cuda;
 use super::knobs::KnobFlags;
-use crate::autograd::{Memory, Tape};
+use crate::autograd::{Memory, Tape, Weights};
 use crate::backend::cpu::profile::{Entry, profile};
+use crate::diffusion::sampler::{Method, Sampler};
 use crate::error::{Error, Result};
+use crate::generate::generate;
 use crate::model::config::TASKS;
 use crate::model::flops::forward_flops;
 use crate::rng::{Philox, Stream};
@@ -25,11 +27,11 @@ Examples:
 DiT models are timed on 32 x 32 x 4 latents of 1000 classes unless --image-size, --in-channels, --num-classes say otherwise.
 ";
 
-/// Time a training step and a forward pass of a model on random data
+/// Time a training step, a forward pass and a sampling step of a model on random data
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct BenchArgs {
-    /// Training steps and forward passes that are timed, after two of each that are not
+    /// How many of each are timed, after two that are not
     #[arg(long, default_value_t = 7)]
     runs: usize,
     /// Print one JSON object
@@ -52,7 +54,10 @@ struct Report {
     threads: usize,
     parameters: usize,
     step_seconds: f64,
+    /// Of a batch with the timesteps of the training step.
     forward_seconds: f64,
+    /// A DDIM step of the batch without guidance: a forward pass at one timestep, and the next images.
+    sampling_seconds: f64,
     /// Processor time of all threads in a step and in a forward pass, when the system tells. Less than the time times the
     /// threads: other processes had the processor, or threads waited.
     step_cpu_seconds: Option<f64>,
@@ -111,6 +116,7 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
         "products",
         format!("{:.1} GFLOP a step, {saved:.1} % of the dense model's saved by skipping", report.step_gflop),
     );
+    row("sampling step", format!("{:.1} ms (DDIM, without guidance)", report.sampling_seconds * 1e3));
     if let Some(peak) = report.peak_memory_mb {
         row("peak memory", format!("{peak:.0} MB"));
     }
@@ -169,6 +175,16 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
     let Learner { dit, weights, memory, .. } = &mut learner;
     let (forward_seconds, forward_cpu_seconds) = median(runs, || forward(dit, weights, memory, &x_start, &t, &labels))?;
 
+    // Two steps far from the ends of the schedule, where windows do not start or end with the channels.
+    let schedule = learner.schedule.respaced(&[TASKS as u32 / 3, 2 * TASKS as u32 / 3])?;
+    let sampler = Sampler::new(schedule, Method::Ddim { eta: 0.0 }, false, None)?;
+    let Learner { dit, weights, memory, .. } = &mut learner;
+    let (both_seconds, _) = median(runs, || {
+        let weights = Weights::Cpu(weights);
+        generate(dit, weights, memory, &sampler, &labels, config.seed, b, |_| Ok(())).map(std::hint::black_box)?;
+        Ok(())
+    })?;
+
     let windows: Vec<_> = t.iter().map(|&t| dit.windows()[t as usize]).collect();
     let flops = forward_flops(&dit.config, &windows);
     Ok(Report {
@@ -180,6 +196,7 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
         parameters: dit.layout.len(),
         step_seconds,
         forward_seconds,
+        sampling_seconds: both_seconds / sampler.steps() as f64,
         step_cpu_seconds,
         forward_cpu_seconds,
         images_per_s: b as f64 / step_seconds,

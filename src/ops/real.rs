@@ -43,21 +43,27 @@ pub trait Real:
 macro_rules! real {
     ($t:ty) => {
         impl Real for $t {
+            #[inline]
             fn from_f64(x: f64) -> Self {
                 x as $t
             }
+            #[inline]
             fn to_f64(self) -> f64 {
                 f64::from(self)
             }
+            #[inline]
             fn sqrt(self) -> Self {
                 <$t>::sqrt(self)
             }
+            #[inline]
             fn exp(self) -> Self {
                 <$t>::exp(self)
             }
+            #[inline]
             fn ln(self) -> Self {
                 <$t>::ln(self)
             }
+            #[inline]
             fn tanh(self) -> Self {
                 <$t>::tanh(self)
             }
@@ -75,6 +81,7 @@ macro_rules! in_bf16 {
     ($($operator:ident $method:ident)+) => {
         $(impl $operator for InBf16 {
             type Output = Self;
+            #[inline]
             fn $method(self, other: Self) -> Self {
                 InBf16($operator::$method(self.0, other.0))
             }
@@ -85,36 +92,45 @@ in_bf16!(Add add Sub sub Mul mul Div div);
 
 impl Neg for InBf16 {
     type Output = Self;
+    #[inline]
     fn neg(self) -> Self {
         InBf16(-self.0)
     }
 }
 
 impl AddAssign for InBf16 {
+    #[inline]
     fn add_assign(&mut self, other: Self) {
         self.0 += other.0;
     }
 }
 
 impl Real for InBf16 {
+    #[inline]
     fn from_f64(x: f64) -> Self {
         InBf16(x as f32)
     }
+    #[inline]
     fn to_f64(self) -> f64 {
         f64::from(self.0)
     }
+    #[inline]
     fn sqrt(self) -> Self {
         InBf16(self.0.sqrt())
     }
+    #[inline]
     fn exp(self) -> Self {
         InBf16(self.0.exp())
     }
+    #[inline]
     fn ln(self) -> Self {
         InBf16(self.0.ln())
     }
+    #[inline]
     fn tanh(self) -> Self {
         InBf16(self.0.tanh())
     }
+    #[inline]
     fn stored(self) -> Self {
         InBf16(half::bf16::from_f32(self.0).to_f32())
     }
