@@ -1,11 +1,11 @@
 //! What the linear layers on the CPU share: tiles of rows that never cross samples, panels of a weight, and its gradient.
 
-use crate::backend::cpu::pack::pack_panel;
+use crate::backend::cpu::pack::{pack_panel, pack_rows};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, copy_row, line_stride, multiply, of_panel, of_panel_mut, panels, row_tiles,
+    HALF, PANEL, Rows, Segment, Tile, copy_row, multiply, of_panel, of_panel_mut, packed_len, panels, row_tiles,
     step_rows, tile_rows, write_transposed,
 };
 use crate::routing::Window;
@@ -25,9 +25,14 @@ const MOST_TILES: usize = 24;
 /// Numbers of the rows of a batch that leave room in a core's cache for the panels.
 const RESIDENT: usize = 1 << 17;
 
-/// Numbers that the rows of a batch of [`batches`] take as lines [`line_stride`] apart.
-pub(crate) fn lines_len(rows: usize, tokens: usize, inner: usize) -> usize {
-    (tiles_at_once(tokens, inner) * tile_rows().min(tokens)).min(rows) * line_stride(inner)
+/// Numbers that a tile of a sample takes, packed.
+pub(crate) fn packed_tile_len(tokens: usize, inner: usize) -> usize {
+    packed_len(tile_rows().min(tokens), inner)
+}
+
+/// Numbers that the tiles of a batch of [`batches`] take, packed.
+pub(crate) fn packed_tiles_len(tokens: usize, inner: usize) -> usize {
+    tiles_at_once(tokens, inner) * packed_tile_len(tokens, inner)
 }
 
 /// Tiles of a batch; none crosses samples.
@@ -35,21 +40,13 @@ fn tiles_at_once(tokens: usize, inner: usize) -> usize {
     (RESIDENT / (inner * tile_rows().min(tokens)).max(1)).clamp(1, MOST_TILES)
 }
 
-/// Numbers that [`spread`] needs for the rows of a batch.
-pub(crate) fn spread_len(rows: usize, tokens: usize, inner: usize) -> usize {
-    if line_stride(inner) == inner { 0 } else { lines_len(rows, tokens, inner) }
-}
-
-/// Rows of `inner` numbers as lines [`line_stride`] apart: where they are, or copied to `room`.
-pub(crate) fn spread<'a>(room: &'a mut [f32], rows: &'a [f32], inner: usize) -> &'a [f32] {
-    let stride = line_stride(inner);
-    if stride == inner {
-        return rows;
+/// Packs the tiles of a batch one after the other, each [`packed_tile_len`] numbers: of rows of `inner` numbers, the first of
+/// which is that of the first tile.
+pub(crate) fn pack_tiles(to: &mut [f32], rows: &[f32], tiles: &[RowTile], tokens: usize, inner: usize) {
+    let first = tiles[0].rows.start;
+    for (to, tile) in to.chunks_exact_mut(packed_tile_len(tokens, inner)).zip(tiles) {
+        pack_rows(to, &rows[(tile.rows.start - first) * inner..], tile.rows.len(), inner, inner);
     }
-    for (line, row) in room.chunks_exact_mut(stride).zip(rows.chunks_exact(inner)) {
-        line[..inner].copy_from_slice(row);
-    }
-    room
 }
 
 /// Calls `work` with the tiles of `rows`, as many at a time as can stay in cache with `inner` numbers a row. Those of a call
@@ -305,8 +302,8 @@ mod tests {
         for (rows, tokens, inner) in [(0..10, 5, 3), (7..61, 9, 1 << 13), (3..4, 1, 1), (128..256, 256, 384)] {
             let mut seen = Vec::new();
             batches(rows.clone(), tokens, inner, |tiles| {
-                let of_batch = tiles[tiles.len() - 1].rows.end - tiles[0].rows.start;
-                assert!(of_batch * line_stride(inner) <= lines_len(rows.len(), tokens, inner));
+                assert!(tiles.len() * packed_tile_len(tokens, inner) <= packed_tiles_len(tokens, inner));
+                assert!(tiles.iter().all(|tile| packed_len(tile.rows.len(), inner) <= packed_tile_len(tokens, inner)));
                 for tile in tiles {
                     assert!(!tile.rows.is_empty() && tile.rows.len() <= tile_rows());
                     assert!(tile.rows.clone().all(|row| row / tokens == tile.sample));

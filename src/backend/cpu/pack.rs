@@ -4,11 +4,11 @@ use super::shared::Shared;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Level, level};
 use super::simd::{fetch_rows, simd_fn};
-use super::tile::{HALF, PANEL, panels};
+use super::tile::{HALF, PANEL, packed_stride, panels, steps_of};
 use crate::routing::Window;
 
 /// Interleaves `rows` rows (`stride` apart) of `len` elements: `to[k * to_stride + i] = from[i * stride + k]`. Elements of
-/// `to` that belong to no row, up to the next multiple of 8, may be overwritten.
+/// `to` that belong to no row, up to the next multiple of 8, may be overwritten; only up to 8 rows may be closer than that.
 #[inline]
 pub fn interleave(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, len: usize, stride: usize) {
     if rows == 0 || len == 0 {
@@ -17,7 +17,9 @@ pub fn interleave(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, l
     // Saturated, so that no stride wraps round to a place inside: no slice is that long.
     let end = |lines: usize, stride: usize, last: usize| (lines - 1).saturating_mul(stride).saturating_add(last);
     let width = rows.div_ceil(8).saturating_mul(8);
-    assert!(width <= to_stride && end(len, to_stride, width) <= to.len(), "too small for interleaved rows");
+    // Of up to 8 rows each element is written in turn, and what an earlier one wrote beyond its rows is overwritten.
+    let apart = width <= to_stride || width == 8 && rows <= to_stride;
+    assert!(apart && end(len, to_stride, width) <= to.len(), "too small for interleaved rows");
     assert!(end(rows, stride, len) <= from.len(), "interleaved rows exceed their data");
     #[cfg(target_arch = "x86_64")]
     if level() != Level::Baseline {
@@ -86,6 +88,16 @@ mod transpose {
             _mm256_shuffle_ps::<0x44>(c, d),
             _mm256_shuffle_ps::<0xEE>(c, d),
         ]
+    }
+}
+
+/// Packs a tile of rows of `len` numbers, `stride` apart, as [`Rows::packed`](super::tile::Rows::packed) says; `to` has
+/// [`packed_len`](super::tile::packed_len) numbers.
+pub fn pack_rows(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
+    let of_step = packed_stride();
+    for (number, step) in steps_of(rows).enumerate() {
+        let from = &from[step.start * stride..];
+        interleave(&mut to[number * of_step * len..], of_step, from, step.len(), len, stride);
     }
 }
 
@@ -159,7 +171,7 @@ pub unsafe fn scatter(to: &Shared, line: &[f32], window: Window, row: usize, row
 
 #[cfg(test)]
 mod tests {
-    use super::super::tile::of_panel_mut;
+    use super::super::tile::{of_panel_mut, packed_len, tile_rows};
     use super::*;
 
     fn numbers(seed: usize, n: usize) -> Vec<f32> {
@@ -181,6 +193,23 @@ mod tests {
                     let at = (j / HALF * len + k) * HALF + j % HALF;
                     assert_eq!([transposed[at], copied[at]], [expected; 2], "panel {panel} of {n} x {len}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn packed_rows_are_in_the_order_of_steps() {
+        for (rows, len) in (1..=tile_rows()).flat_map(|rows| [0, 1, 3, 4, 9, 16].map(|len| (rows, len))) {
+            let stride = len + 2;
+            let (from, mut to) = (numbers(5, rows * stride), vec![f32::NAN; packed_len(rows, len)]);
+            pack_rows(&mut to, &from, rows, len, stride);
+            let mut first = 0;
+            for step in steps_of(rows) {
+                for (i, k) in step.clone().enumerate().flat_map(|(i, _)| (0..len).map(move |k| (i, k))) {
+                    let expected = from[(step.start + i) * stride + k];
+                    assert_eq!(to[first + k * packed_stride() + i], expected, "{rows} rows of {len}: {step:?}, {k}");
+                }
+                first += len * packed_stride();
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Matrix products by tiles: the kernels, and the layouts they read.
 //!
 //! ```text
-//! A   up to `tile_rows()` rows, at any two distances: see `Rows`
+//! A   up to `tile_rows()` rows, at any two distances, or packed: see `Rows`
 //! B   32 columns of a row-major matrix, or a panel, in halves of 16: element (inner k, column j) of a half at k * stride + j
 //! C   a tile of rows x 32 in a small buffer; what to do with it is the caller's epilogue
 //! ```
@@ -67,20 +67,33 @@ fn steps_at_once() -> usize {
     }
 }
 
+/// The rows of each step of a tile of `rows` rows.
+#[inline]
+pub fn steps_of(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    even_parts(rows, step_rows(), 1)
+}
+
 /// Panels that hold `columns`.
 #[inline]
 pub fn panels(columns: usize) -> usize {
     columns.div_ceil(PANEL)
 }
 
-/// Distance for rows of `len` numbers in scratch memory.
-///
-/// The rows of a tile are read side by side. At a multiple of 4 KB they would all fall into one set of the first cache, which
-/// holds 8 lines: a product took 1.3 times as long.
+/// Distance between the elements of a row in a packed step: the rows of a step, and for more than 8 of them a multiple of 8,
+/// as [`super::pack::interleave`] needs.
 #[inline]
-pub fn line_stride(len: usize) -> usize {
-    const WORST: usize = 4096 / size_of::<f32>();
-    if len.is_multiple_of(WORST) { len + HALF } else { len }
+pub fn packed_stride() -> usize {
+    match level() {
+        Level::Avx512 => 16,
+        Level::Avx2 | Level::Baseline => steps::ROWS,
+    }
+}
+
+/// Numbers of a packed tile of up to `rows` rows of `len` numbers.
+#[inline]
+pub fn packed_len(rows: usize, len: usize) -> usize {
+    // The last vector that is written may end behind the last element.
+    rows.div_ceil(step_rows()) * packed_stride() * len + 8
 }
 
 /// Splits `rows` into tiles of at most [`tile_rows`] rows.
@@ -228,22 +241,36 @@ impl Drop for Streams {
     }
 }
 
-/// How the rows of A lie in memory: element (row i, inner k) at `i * row + k * inner`.
+/// How the rows of A lie in memory: element (row i, inner k) at `i * row + k * inner`, where i counts from the first row of the
+/// tile, or if steps are apart, from the first row of its step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rows {
     row: usize,
     inner: usize,
+    step: usize, // between steps; 0: a step follows the rows of the one before
 }
 
 impl Rows {
     /// Rows side by side: (i, k) at `k * stride + i`.
     pub fn interleaved(stride: usize) -> Rows {
-        Rows { row: 1, inner: stride }
+        Rows { row: 1, inner: stride, step: 0 }
     }
 
     /// Rows of a row-major matrix: (i, k) at `i * stride + k`.
     pub fn lines(stride: usize) -> Rows {
-        Rows { row: stride, inner: 1 }
+        Rows { row: stride, inner: 1, step: 0 }
+    }
+
+    /// Rows of `len` numbers as [`super::pack::pack_rows`] puts them: `[steps, len, packed_stride()]`, in the order in which a
+    /// step reads them.
+    pub fn packed(len: usize) -> Rows {
+        Rows { row: 1, inner: packed_stride(), step: len.saturating_mul(packed_stride()) }
+    }
+
+    /// Where the first row of step `number` of a tile is, which is row `row` of the tile. Wrapping, as in the kernels: a
+    /// distance that nothing is at may be any number.
+    fn first_of_step(self, number: usize, row: usize) -> usize {
+        if self.step == 0 { row.wrapping_mul(self.row) } else { number.wrapping_mul(self.step) }
     }
 }
 
@@ -285,7 +312,12 @@ pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, strid
     for &Segment { a, b, len } in segments {
         // Saturated, so that no stride wraps round to a place inside: no slice is that long.
         let before = len.saturating_sub(1);
-        let last = (rows - 1).saturating_mul(layout.row).saturating_add(before.saturating_mul(layout.inner));
+        let (step, row) =
+            if layout.step == 0 { (0, rows - 1) } else { ((rows - 1) / step_rows(), step_rows().min(rows) - 1) };
+        let last = step
+            .saturating_mul(layout.step)
+            .saturating_add(row.saturating_mul(layout.row))
+            .saturating_add(before.saturating_mul(layout.inner));
         let end = before.saturating_mul(stride).saturating_add(HALF);
         let reaches = |b: &[f32]| end <= b.len();
         assert!(len == 0 || last < a.len() && b[..halves].iter().all(|b| reaches(b)), "an operand is too short");
@@ -314,11 +346,12 @@ mod tests {
 
     type Kernel = fn(&mut Tile, usize, usize, Rows, usize, &[Segment]);
 
-    /// All sizes of a tile in both layouts, with the inner dimension in parts, empty ones and those of more than a step too: the
+    /// All sizes of a tile in all layouts, with the inner dimension in parts, empty ones and those of more than a step too: the
     /// bits are those of one chain of additions.
-    fn check<const FMA: bool>(kernel: Kernel, most_rows: usize) {
-        let (a, b) = (numbers(1, MAX_ROWS * STRIP + 700), numbers(2, 440 * PANEL));
-        let lens: [&[usize]; 13] = [
+    fn check<const FMA: bool>(kernel: Kernel, most_rows: usize, step_rows: usize) {
+        let apart = |inner| Rows { row: 1, inner, step: 700 };
+        let (a, b) = (numbers(1, 12_000), numbers(2, 640 * PANEL));
+        let lens: [&[usize]; 14] = [
             &[],
             &[0],
             &[0, 5],
@@ -332,11 +365,23 @@ mod tests {
             &[128, 128],
             &[300],
             &[99, 30, 260, 5],
+            &[500],
         ];
         for rows in 1..=most_rows {
-            for (halves, layout) in
-                [(1, Rows::lines(STRIP)), (2, Rows::lines(45)), (1, Rows::interleaved(16)), (2, Rows::interleaved(17))]
-            {
+            // Where the first row of the step that holds a row is, and the row in that step.
+            let steps: Vec<_> = even_parts(rows, step_rows, 1).enumerate().collect();
+            let in_step = |i: usize, layout: Rows| match steps.iter().find(|(_, step)| step.contains(&i)) {
+                Some((number, step)) if layout.step > 0 => (number * layout.step, i - step.start),
+                _ => (0, i),
+            };
+            for (halves, layout) in [
+                (1, Rows::lines(STRIP)),
+                (2, Rows::lines(45)),
+                (1, Rows::interleaved(16)),
+                (2, Rows::interleaved(17)),
+                (1, apart(6)),
+                (2, apart(16)),
+            ] {
                 for (stride, lens) in lens.iter().enumerate().map(|(i, lens)| ([HALF, 33, 35][i % 3], lens)) {
                     let mut tile = Tile { rows: [[f32::NAN; PANEL]; MAX_ROWS] };
                     let segments: Vec<_> = lens
@@ -349,11 +394,12 @@ mod tests {
                         .collect();
                     kernel(&mut tile, rows, halves, layout, stride, &segments);
                     for (i, j) in (0..rows).flat_map(|i| (0..halves * HALF).map(move |j| (i, j))) {
+                        let (first, row) = in_step(i, layout);
                         let mut expected = 0.0f32;
                         for segment in &segments {
                             for k in 0..segment.len {
                                 let (a, b) = (
-                                    segment.a[i * layout.row + k * layout.inner],
+                                    segment.a[first + row * layout.row + k * layout.inner],
                                     segment.b[j / HALF][k * stride + j % HALF],
                                 );
                                 expected = if FMA { a.mul_add(b, expected) } else { a * b + expected };
@@ -378,6 +424,7 @@ mod tests {
                 steps::multiply(tile, rows, halves, layout, stride, segments, plain::step)
             },
             MAX_ROWS,
+            steps::ROWS,
         );
         #[cfg(target_arch = "x86_64")]
         if level() != Level::Baseline {
@@ -387,8 +434,9 @@ mod tests {
                     steps::multiply(tile, rows, halves, layout, stride, segments, |step| unsafe { avx2::step(step) })
                 },
                 MAX_ROWS,
+                steps::ROWS,
             );
-            check::<true>(multiply, tile_rows());
+            check::<true>(multiply, tile_rows(), step_rows());
         }
     }
 
@@ -451,7 +499,12 @@ mod tests {
     fn operands_that_are_too_short_are_refused() {
         let numbers = [0.5; 500];
         for halves in 1..=2 {
-            for (layout, a_len) in [(Rows::interleaved(16), 16 + 3), (Rows::lines(20), 2 * 20 + 2)] {
+            let layouts = [
+                (Rows::interleaved(16), 16 + 3),
+                (Rows::lines(20), 2 * 20 + 2),
+                (Rows::packed(2), packed_stride() + 3),
+            ];
+            for (layout, a_len) in layouts {
                 for stride in [HALF, 40] {
                     let (a, half) = (&numbers[..a_len], &numbers[..stride + HALF]);
                     let b = [half, if halves == 2 { half } else { &[] }];
@@ -478,11 +531,16 @@ mod tests {
             (Rows::interleaved(FAR), PANEL),
             (Rows::lines(1), FAR),
             (Rows::interleaved(1), FAR),
+            (Rows::packed(1), FAR),
         ] {
             assert!(
                 is_refused(3, 2, layout, stride, Segment { a: &numbers, b: [&numbers; 2], len: 3 }),
                 "{layout:?}, {stride}"
             );
+        }
+        if tile_rows() > step_rows() {
+            let segment = Segment { a: &numbers, b: [&numbers; 2], len: 3 };
+            assert!(is_refused(step_rows() + 1, 2, Rows::packed(FAR), PANEL, segment), "steps that are far apart");
         }
         // One row, or one element, has no distances.
         for (rows, layout) in [(1, Rows::lines(FAR)), (3, Rows::interleaved(FAR))] {

@@ -1,17 +1,17 @@
-//! The CPU version: rows where they lie times the panels of the weight, of which a window is a range; bias, gate and residual
-//! are applied to each tile while it is in cache.
+//! The CPU version: rows, packed, times the panels of the weight, of which a window is a range; bias, gate and residual are
+//! applied to each tile while it is in cache.
 
-use crate::backend::cpu::pack::{pack_panel_transposed, scatter};
+use crate::backend::cpu::pack::{pack_panel_transposed, pack_rows, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, add_tile, line_stride, multiply, of_panel, panels, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Tile, add_tile, multiply, of_panel, panels, write_tile,
 };
 use crate::ops::products::{
-    Layout, Operands, RowTile, Sample, batches, columns, lines_len, pack_panels, part, spread, spread_len,
-    weight_gradient,
+    Layout, Operands, RowTile, Sample, batches, columns, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len,
+    part, weight_gradient,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -100,15 +100,14 @@ pub fn forward(
                 }
             }
             let mut tile = Tile::new();
-            scratch::with(spread_len(rows.len(), t, k), |room| {
+            scratch::with(packed_tiles_len(t, k), |packed| {
                 batches(rows, t, k, |tiles| {
-                    let start = tiles[0].rows.start;
-                    let lines = spread(room, &a[start * k..tiles[tiles.len() - 1].rows.end * k], k);
-                    let stride = line_stride(k);
+                    pack_tiles(packed, &a[tiles[0].rows.start * k..], tiles, t, k);
                     for (panel, b) in panels_of_w.chunks_exact(k * PANEL).enumerate() {
-                        for RowTile { sample, rows } in tiles {
+                        for (RowTile { sample, rows }, a) in
+                            tiles.iter().zip(packed.chunks_exact(packed_tile_len(t, k)))
+                        {
                             let Some(part) = part(write[*sample], panel) else { continue };
-                            let a = &lines[(rows.start - start) * stride..];
                             let segment = Segment { a, b: part.of(b), len: k };
                             let (columns, of_tile) = columns(part, panel, write[*sample].range());
                             let at = (rows.start - first) * c + columns.start;
@@ -117,7 +116,7 @@ pub fn forward(
                             for numbers in [base, out, z] {
                                 fetch_rows(numbers, rows.len(), columns.len(), c);
                             }
-                            multiply(&mut tile, rows.len(), part.halves, Rows::lines(stride), HALF, &[segment]);
+                            multiply(&mut tile, rows.len(), part.halves, Rows::packed(k), HALF, &[segment]);
                             let (bias, gate) = (&bias[columns.clone()], &gate.of(*sample, c)[columns]);
                             finish_tile(out, z, base, &tile, rows.len(), of_tile.start, c, bias, gate);
                         }
@@ -253,34 +252,35 @@ impl BackwardInputs<'_> {
         let gate = &self.gate.of(sample, c)[range.clone()];
         dbias.fill(0.0);
         let mut tile = Tile::new();
-        let stride = line_stride(wide);
         // The columns of the panels that the window meets.
         let (start, end) = (window.start / PANEL * PANEL, panels(window.end()) * PANEL);
-        scratch::with(lines_len(t, t, wide), |lines| {
-            for line in lines.chunks_exact_mut(stride) {
+        let (room, of_tile) = (MAX_ROWS.min(t) * wide, packed_tile_len(t, wide));
+        scratch::with(room + packed_tiles_len(t, wide), |buffer| {
+            let (lines, packed) = buffer.split_at_mut(room);
+            for line in lines.chunks_exact_mut(wide) {
                 line[start..window.start].fill(0.0);
                 line[window.end()..end].fill(0.0);
             }
             batches(0..t, t, wide, |tiles| {
-                let first = tiles[0].rows.start;
-                let rows = first..tiles[tiles.len() - 1].rows.end;
-                for (i, line) in rows.zip(lines.chunks_exact_mut(stride)) {
-                    let row = sample * t + i;
-                    gate_backward(
-                        &mut line[range.clone()],
-                        &mut dgate[range.clone()],
-                        &mut dbias[range.clone()],
-                        &self.dout[row * c..][range.clone()],
-                        &self.z[row * c..][range.clone()],
-                        gate,
-                    );
-                    // SAFETY: a row of this sample.
-                    unsafe { scatter(dz, line, window, row, all_rows) };
+                for (RowTile { rows, .. }, packed) in tiles.iter().zip(packed.chunks_exact_mut(of_tile)) {
+                    for (i, line) in rows.clone().zip(lines.chunks_exact_mut(wide)) {
+                        let row = sample * t + i;
+                        gate_backward(
+                            &mut line[range.clone()],
+                            &mut dgate[range.clone()],
+                            &mut dbias[range.clone()],
+                            &self.dout[row * c..][range.clone()],
+                            &self.z[row * c..][range.clone()],
+                            gate,
+                        );
+                        // SAFETY: a row of this sample.
+                        unsafe { scatter(dz, line, window, row, all_rows) };
+                    }
+                    pack_rows(packed, &lines[window.start..], rows.len(), window.width, wide);
                 }
                 for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
-                    for RowTile { rows, .. } in tiles {
-                        let a = &lines[(rows.start - first) * stride + window.start..];
+                    for (RowTile { rows, .. }, a) in tiles.iter().zip(packed.chunks_exact(of_tile)) {
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
                         let (width, at) = (columns.len(), rows.start * k + columns.start);
@@ -288,7 +288,7 @@ impl BackwardInputs<'_> {
                         let pre = self.pre.get(sample * t * k + at..).unwrap_or(&[]);
                         fetch_rows(pre, rows.len(), width, k);
                         fetch_rows(da, rows.len(), width, k);
-                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), HALF, &[segment]);
+                        multiply(&mut tile, rows.len(), halves, Rows::packed(window.width), HALF, &[segment]);
                         if !pre.is_empty() {
                             let y = [0, 1].map(|half| {
                                 let at = ((2 * panel + half) * all_rows + sample * t + rows.start) * HALF;

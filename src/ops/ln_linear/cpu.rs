@@ -2,16 +2,17 @@
 //! is a range; correction, bias and GELU are applied to each tile while it is in cache.
 
 use super::{Activation, EPS};
-use crate::backend::cpu::pack::{pack_panel_transposed, scatter};
+use crate::backend::cpu::pack::{pack_panel_transposed, pack_rows, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, line_stride, multiply, of_panel, panels, step_rows, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, of_panel, panels, step_rows, write_tile,
 };
 use crate::ops::products::{
-    Layout, Operands, RowTile, Sample, batches, lines_len, pack_panels, part, spread, spread_len, weight_gradient,
+    Layout, Operands, RowTile, Sample, batches, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len, part,
+    weight_gradient,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -180,7 +181,6 @@ impl Inputs<'_> {
     fn block(&self, first: usize, y: &mut [f32], pre: &mut [f32], mean: &mut [f32], rstd: &mut [f32]) {
         let (c, n) = (self.c, self.bias.len());
         let rows = first..first + mean.len();
-        let stride = line_stride(c);
         let mut tile = Tile::new();
         let streams = Streams::of(self.len);
         let write = |to: &mut [f32], tile: &Tile, rows: usize, width: usize| match &streams {
@@ -188,13 +188,13 @@ impl Inputs<'_> {
             Some(streams) => unsafe { streams.write_tile(to, tile, rows, width, n) },
             None => write_tile(to, tile, rows, width, n),
         };
-        scratch::with(lines_len(rows.len(), self.t, c), |lines| {
+        let (room, of_tile) = (MAX_ROWS.min(self.t) * c, packed_tile_len(self.t, c));
+        scratch::with(room + packed_tiles_len(self.t, c), |buffer| {
+            let (lines, packed) = buffer.split_at_mut(room);
             batches(rows, self.t, c, |tiles| {
-                let start = tiles[0].rows.start;
-                for RowTile { sample, rows } in tiles {
+                for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact_mut(of_tile)) {
                     let window = self.read[*sample];
-                    for row in rows.clone() {
-                        let line = &mut lines[(row - start) * stride..];
+                    for (row, line) in rows.clone().zip(lines.chunks_exact_mut(c)) {
                         (mean[row - first], rstd[row - first]) = normalise(
                             &mut line[..window.width],
                             &self.x[row * c..][..c],
@@ -203,12 +203,12 @@ impl Inputs<'_> {
                             self.modulation.scale(*sample, c),
                         );
                     }
+                    pack_rows(packed, lines, rows.len(), window.width, c);
                 }
                 for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-                    for RowTile { sample, rows } in tiles {
+                    for (RowTile { sample, rows }, a) in tiles.iter().zip(packed.chunks_exact(of_tile)) {
                         let window = self.read[*sample];
-                        let a = &lines[(rows.start - start) * stride..];
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
                         let rows = rows.start - first..rows.end - first;
@@ -221,7 +221,7 @@ impl Inputs<'_> {
                             fetch_rows(&y[at..], rows.len(), width, n);
                             fetch_rows(pre.get(at..).unwrap_or(&[]), rows.len(), width, n);
                         }
-                        multiply(&mut tile, rows.len(), halves, Rows::lines(stride), HALF, &[segment]);
+                        multiply(&mut tile, rows.len(), halves, Rows::packed(window.width), HALF, &[segment]);
                         let mut r = [0.0; MAX_ROWS];
                         let (u, v) = if self.correction.is_empty() {
                             (&[][..], &self.bias[columns.clone()])
@@ -379,10 +379,10 @@ impl BackwardInputs<'_> {
         let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
         let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
         pq.fill(0.0);
-        let (room, stride) = (spread_len(t, t, n), line_stride(n));
+        let room = packed_tiles_len(t, n);
         let mut tile = Tile::new();
         scratch::with(room + t * (wide + 1) + wide, |buffer| {
-            let (room, buffer) = buffer.split_at_mut(room);
+            let (packed, buffer) = buffer.split_at_mut(room);
             let (dh, buffer) = buffer.split_at_mut(t * wide);
             let (line, dr) = buffer.split_at_mut(wide);
             line.fill(0.0);
@@ -395,13 +395,14 @@ impl BackwardInputs<'_> {
                 }
                 let (mean, rstd) = (&self.mean[of_sample.clone()], &self.rstd[of_sample.clone()]);
                 sums_over_tokens(pq, &mut dr[rows.clone()], lines, mean, rstd, u);
-                let lines = spread(room, lines, n);
+                pack_tiles(packed, lines, tiles, t, n);
                 for (panel, b) in self.panels_of_w.chunks_exact(n * PANEL).enumerate() {
                     let Some(part) = part(window, panel) else { continue };
-                    for RowTile { rows: of_tile, .. } in tiles {
-                        let a = &lines[(of_tile.start - rows.start) * stride..];
+                    for (RowTile { rows: of_tile, .. }, a) in
+                        tiles.iter().zip(packed.chunks_exact(packed_tile_len(t, n)))
+                    {
                         let segment = Segment { a, b: part.of(b), len: n };
-                        multiply(&mut tile, of_tile.len(), part.halves, Rows::lines(stride), HALF, &[segment]);
+                        multiply(&mut tile, of_tile.len(), part.halves, Rows::packed(n), HALF, &[segment]);
                         let dh = &mut dh[of_tile.start * wide + panel * PANEL + part.first..];
                         write_tile(dh, &tile, of_tile.len(), part.halves * HALF, wide);
                     }

@@ -1,7 +1,7 @@
 //! The kernel for AVX2: a [`Step`] in 12 registers of sums, 2 for B and 1 for an element of A.
 //!
 //! It is assembly because the number of instructions decides: next to another busy thread on the core, a round of 6 rows takes
-//! as long as its instructions take to issue. They are 20, 12 of them multiplications, and 6 more for every four rounds; the
+//! as long as its instructions take to issue. They are 20, 12 of them multiplications, and 5 more for every four rounds; the
 //! compiler adds up the address of each row, which makes 29.
 
 use super::steps::{self, Step};
@@ -10,8 +10,6 @@ use std::arch::x86_64::{_mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps, _m
 
 const LANES: usize = 8;
 const BYTES: usize = size_of::<f32>();
-/// Cache lines of four rounds of half a panel.
-const LINES: usize = 4;
 
 /// # Safety
 /// The processor has AVX2; `to` starts at a cache line, and nobody accesses it before this thread's next fence.
@@ -129,7 +127,7 @@ macro_rules! kernel {
         /// The processor has AVX2 and FMA; the step has as many rows as the name says, and lies inside of its operands.
         #[target_feature(enable = "avx2,fma")]
         unsafe fn $name(step: Step) {
-            let Step { rows, half, skip, layout, stride, segments, add, number } = step;
+            let Step { rows, half, skip, layout, stride, segments, add } = step;
             let column = half * HALF;
             let mut sums = [[_mm256_setzero_ps(); 2]; steps::ROWS];
             if add {
@@ -140,13 +138,8 @@ macro_rules! kernel {
             }
             for &Segment { a, b, len } in segments {
                 let (a, far) = (a.as_ptr().wrapping_add(skip), layout.$far);
-                // Each of the first steps of a block fetches one of the cache lines that four rounds of the next block of half
-                // a panel take; else the prefetch is of the line about to be read, which does nothing. Interleaved rows read
-                // the same panel for all tiles: it is near.
-                let fetches = layout.inner == 1 && stride == HALF && number < LINES;
-                let next = if fetches { (len / 4 * 4 + number) * HALF * BYTES } else { 0 };
                 // SAFETY: it reads A and B inside of the step, by the contract, and leaves what it writes in the registers
-                // named. Addresses beyond the last round are not read, and a prefetch may be of any.
+                // named. Addresses beyond the last round are not read.
                 unsafe {
                     std::arch::asm!(
                         "test {rest}, {rest}",
@@ -163,7 +156,6 @@ macro_rules! kernel {
                         "jz 5f",
                         ".p2align 5",
                         "4:",
-                        "prefetcht1 [{b} + {next}]",
                         round!("{b}", $first, $row, [$($i)*]),
                         round!("{b} + {stride}", $second, $row, [$($i)*]),
                         round!("{b} + 2*{stride}", $third, $row, [$($i)*]),
@@ -184,7 +176,6 @@ macro_rules! kernel {
                         inner = in(reg) layout.inner.wrapping_mul(BYTES),
                         stride = in(reg) stride.wrapping_mul(BYTES),
                         stride3 = in(reg) stride.wrapping_mul(3 * BYTES),
-                        next = in(reg) next,
                         left = out(ymm_reg) _,
                         right = out(ymm_reg) _,
                         factor = out(ymm_reg) _,

@@ -12,6 +12,10 @@ pub(super) const AT_ONCE: usize = 6;
 /// Measured (Zen 3, AVX2), when panels were lines of 32 and a block of A did not fit into the first cache beside that of the
 /// panel: with 64 for interleaved rows a loop of products was 7 % faster, but a training step of DiT-S/2 took 8 % longer.
 const BLOCK: usize = 128;
+/// The same of packed rows. They are one stream, which the processor fetches ahead, so they need not stay in the first cache from
+/// one half of the columns to the other, and with longer blocks sums go to memory and back less often. Measured on Zen 3, packing
+/// included: forward products of DiT-S/2 and S/4 took 3 to 9 % less time than from lines in blocks of 128.
+const PACKED_BLOCK: usize = 384;
 
 /// Adds the products of a block of the inner dimension to 16 columns of a few rows.
 pub(super) struct Step<'a> {
@@ -26,9 +30,6 @@ pub(super) struct Step<'a> {
     pub(super) segments: &'a [Segment<'a>],
     /// Whether there are sums already.
     pub(super) add: bool,
-    /// Steps of this half of the block before this one.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only the AVX2 kernel fetches ahead"))]
-    pub(super) number: usize,
 }
 
 /// Computes a tile by calls of `step`; the arguments are those of [`super::multiply`]. If they are as it checks, every step
@@ -46,15 +47,15 @@ pub(super) fn multiply(
     let mut block = |segments: &[Segment], add: bool| {
         for half in 0..halves {
             for (number, rows) in even_parts(rows, ROWS, 1).enumerate() {
-                // Wrapping, as in the kernels: a distance that nothing is at may be any number.
-                let skip = rows.start.wrapping_mul(layout.row);
-                step(Step { rows: &mut tile.rows[rows], half, skip, layout, stride, segments, add, number });
+                let skip = layout.first_of_step(number, rows.start);
+                step(Step { rows: &mut tile.rows[rows], half, skip, layout, stride, segments, add });
             }
         }
     };
+    let most = if layout.step == 0 { BLOCK } else { PACKED_BLOCK };
     let (mut rest, mut add) = (segments, false);
     while let [first, others @ ..] = rest {
-        let parts = first.len.div_ceil(BLOCK);
+        let parts = first.len.div_ceil(most);
         if parts > 1 {
             for i in 0..parts {
                 let part = i * first.len / parts..(i + 1) * first.len / parts;
@@ -68,7 +69,7 @@ pub(super) fn multiply(
         }
         // Short ones together, up to a block.
         let (mut count, mut len) = (1, first.len);
-        while count < rest.len() && len + rest[count].len <= BLOCK {
+        while count < rest.len() && len + rest[count].len <= most {
             len += rest[count].len;
             count += 1;
         }
