@@ -202,9 +202,9 @@ fn channels_and_inputs_beyond_the_tiles() {
     check(3, 5, 300, 36);
 }
 
-/// Lines of 1024 numbers are put further apart in scratch memory: with more rows than are kept at once.
+/// Inner dimensions of several blocks, with more rows than are packed at once.
 #[test]
-fn lines_of_a_multiple_of_4_kb() {
+fn long_rows_in_several_batches() {
     for (b, tokens, inputs, channels) in [(2, 15, 1024, 28), (4, 128, 1024, 5), (1, 130, 5, 1024), (2, 15, 20, 1000)] {
         for (label, case) in cases(b, tokens, inputs, channels) {
             if label.ends_with("random, sublayer out") || label.ends_with("right end, three windows") {

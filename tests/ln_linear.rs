@@ -97,9 +97,9 @@ fn channels_and_outputs_beyond_the_tiles() {
     every_window(3, 5, 36, 300, 0.0);
 }
 
-/// Lines of 1024 numbers are put further apart in scratch memory: with more rows than are kept at once.
+/// Inner dimensions of several blocks, with more rows than are packed at once.
 #[test]
-fn lines_of_a_multiple_of_4_kb() {
+fn long_rows_in_several_batches() {
     for (b, tokens, channels, outputs) in [(2, 15, 1024, 33), (4, 128, 1024, 5), (1, 130, 28, 1024)] {
         for (name, read) in window_sets(b, channels) {
             if !["all", "one at the right end", "random"].contains(&name) {

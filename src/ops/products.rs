@@ -22,7 +22,7 @@ pub(crate) struct RowTile {
 
 /// Most tiles of a batch.
 const MOST_TILES: usize = 24;
-/// Numbers of the rows of a batch that leave room in a core's cache for the panels.
+/// Numbers of the packed rows of a batch that leave room in a core's cache for the panels.
 const RESIDENT: usize = 1 << 17;
 
 /// Numbers that a tile of a sample takes, packed.
@@ -37,7 +37,7 @@ pub(crate) fn packed_tiles_len(tokens: usize, inner: usize) -> usize {
 
 /// Tiles of a batch; none crosses samples.
 fn tiles_at_once(tokens: usize, inner: usize) -> usize {
-    (RESIDENT / (inner * tile_rows().min(tokens)).max(1)).clamp(1, MOST_TILES)
+    (RESIDENT / packed_tile_len(tokens, inner)).clamp(1, MOST_TILES)
 }
 
 /// Packs the tiles of a batch one after the other, each [`packed_tile_len`] numbers: of rows of `inner` numbers, the first of
@@ -47,6 +47,18 @@ pub(crate) fn pack_tiles(to: &mut [f32], rows: &[f32], tiles: &[RowTile], tokens
     for (to, tile) in to.chunks_exact_mut(packed_tile_len(tokens, inner)).zip(tiles) {
         pack_rows(to, &rows[(tile.rows.start - first) * inner..], tile.rows.len(), inner, inner);
     }
+}
+
+/// The tiles of a batch, each with its part of `packed`.
+pub(crate) fn with_packed<'a>(
+    tiles: &'a [RowTile],
+    packed: &'a [f32],
+    tokens: usize,
+    inner: usize,
+) -> impl Iterator<Item = (&'a RowTile, &'a [f32])> {
+    let len = packed_tile_len(tokens, inner);
+    assert!(tiles.len() * len <= packed.len(), "fewer packed tiles than tiles");
+    tiles.iter().zip(packed.chunks_exact(len))
 }
 
 /// Calls `work` with the tiles of `rows`, as many at a time as can stay in cache with `inner` numbers a row. Those of a call

@@ -8,7 +8,8 @@ use super::tile::{HALF, PANEL, packed_stride, panels, steps_of};
 use crate::routing::Window;
 
 /// Interleaves `rows` rows (`stride` apart) of `len` elements: `to[k * to_stride + i] = from[i * stride + k]`. Elements of
-/// `to` that belong to no row, up to the next multiple of 8, may be overwritten; only up to 8 rows may be closer than that.
+/// `to` that belong to no row, up to the next multiple of 8, may be overwritten. `to_stride` is at least that multiple; for up to
+/// 8 rows it need only be their number, and then up to 7 elements behind the last are overwritten.
 #[inline]
 pub fn interleave(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, len: usize, stride: usize) {
     if rows == 0 || len == 0 {
@@ -214,14 +215,28 @@ mod tests {
         }
     }
 
+    /// Three numbers of each row.
+    fn is_refused(to_stride: usize, rows: usize, stride: usize) -> bool {
+        let result = std::panic::catch_unwind(|| interleave(&mut [0.0; 64], to_stride, &[0.0; 64], rows, 3, stride));
+        let message = |why: Box<dyn std::any::Any + Send>| why.downcast::<&str>().expect("a message without numbers");
+        result.is_err_and(|why| message(why).contains("interleaved rows"))
+    }
+
+    #[test]
+    fn rows_that_would_overwrite_each_other_are_refused() {
+        for (to_stride, rows, refused) in
+            [(2, 3, true), (3, 3, false), (7, 8, true), (8, 8, false), (12, 9, true), (16, 9, false), (16, 17, true)]
+        {
+            assert_eq!(is_refused(to_stride, rows, 3), refused, "{rows} rows, {to_stride} apart");
+        }
+    }
+
     /// Distances whose product is 0, were it to wrap.
     #[test]
     fn strides_that_overflow_are_refused() {
         const FAR: usize = 1 << (usize::BITS - 1);
         for [to_stride, stride] in [[FAR, 4], [8, FAR]] {
-            let refused = std::panic::catch_unwind(|| interleave(&mut [0.0; 64], to_stride, &[0.0; 64], 3, 3, stride));
-            let message = *refused.expect_err("refused").downcast::<&str>().expect("a message without numbers");
-            assert!(message.contains("interleaved rows"), "{to_stride}, {stride}: {message}");
+            assert!(is_refused(to_stride, 3, stride), "{to_stride}, {stride}");
         }
     }
 }

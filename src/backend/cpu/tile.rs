@@ -9,8 +9,8 @@
 //! A panel is its halves one after the other, `[2, len, 16]`: of lines of 32, a block of a half would fall into half the sets of
 //! the first cache, and that of A beside it would not fit.
 //!
-//! A range of the inner dimension is a sub-slice of both operands, so a window of input channels needs no packing of its
-//! own, and neither does a window of output channels (a range of panels, to the half). Every element of C is one chain of
+//! A range of the inner dimension is a sub-slice of both operands, so a window of input channels needs no panels of its own, and
+//! neither does a window of output channels (a range of panels, to the half). Every element of C is one chain of
 //! additions in the order of k: the result depends on the operands alone, neither on the threads nor on the tile.
 
 /// Calls `$kernel::<ROWS, ..>` with the number of rows as a constant.
@@ -379,7 +379,8 @@ mod tests {
                 (2, Rows::lines(45)),
                 (1, Rows::interleaved(16)),
                 (2, Rows::interleaved(17)),
-                (1, apart(6)),
+                (1, apart(16)),
+                (2, apart(6)),
                 (2, apart(16)),
             ] {
                 for (stride, lens) in lens.iter().enumerate().map(|(i, lens)| ([HALF, 33, 35][i % 3], lens)) {
@@ -539,6 +540,13 @@ mod tests {
             );
         }
         if tile_rows() > step_rows() {
+            let (rows, stride) = (step_rows() + 1, packed_stride());
+            // Two steps of 4 and 3 rows, counted as if they could be of 6.
+            let ends = 2 * stride + stride + step_rows();
+            for (len, refused) in [(ends, false), (ends - 1, true)] {
+                let segment = Segment { a: &numbers[..len], b: [&numbers; 2], len: 2 };
+                assert_eq!(is_refused(rows, 2, Rows::packed(2), HALF, segment), refused, "{len} numbers of two steps");
+            }
             let segment = Segment { a: &numbers, b: [&numbers; 2], len: 3 };
             assert!(is_refused(step_rows() + 1, 2, Rows::packed(FAR), PANEL, segment), "steps that are far apart");
         }

@@ -7,11 +7,11 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Tile, add_tile, multiply, of_panel, panels, write_tile,
+    HALF, PANEL, Rows, Segment, Tile, add_tile, multiply, of_panel, panels, tile_rows, write_tile,
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, columns, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len,
-    part, weight_gradient,
+    part, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -104,9 +104,7 @@ pub fn forward(
                 batches(rows, t, k, |tiles| {
                     pack_tiles(packed, &a[tiles[0].rows.start * k..], tiles, t, k);
                     for (panel, b) in panels_of_w.chunks_exact(k * PANEL).enumerate() {
-                        for (RowTile { sample, rows }, a) in
-                            tiles.iter().zip(packed.chunks_exact(packed_tile_len(t, k)))
-                        {
+                        for (RowTile { sample, rows }, a) in with_packed(tiles, packed, t, k) {
                             let Some(part) = part(write[*sample], panel) else { continue };
                             let segment = Segment { a, b: part.of(b), len: k };
                             let (columns, of_tile) = columns(part, panel, write[*sample].range());
@@ -254,15 +252,15 @@ impl BackwardInputs<'_> {
         let mut tile = Tile::new();
         // The columns of the panels that the window meets.
         let (start, end) = (window.start / PANEL * PANEL, panels(window.end()) * PANEL);
-        let (room, of_tile) = (MAX_ROWS.min(t) * wide, packed_tile_len(t, wide));
-        scratch::with(room + packed_tiles_len(t, wide), |buffer| {
-            let (lines, packed) = buffer.split_at_mut(room);
+        let (lines_len, tile_len) = (tile_rows().min(t) * wide, packed_tile_len(t, wide));
+        scratch::with(lines_len + packed_tiles_len(t, wide), |buffer| {
+            let (lines, packed) = buffer.split_at_mut(lines_len);
             for line in lines.chunks_exact_mut(wide) {
                 line[start..window.start].fill(0.0);
                 line[window.end()..end].fill(0.0);
             }
             batches(0..t, t, wide, |tiles| {
-                for (RowTile { rows, .. }, packed) in tiles.iter().zip(packed.chunks_exact_mut(of_tile)) {
+                for (RowTile { rows, .. }, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
                     for (i, line) in rows.clone().zip(lines.chunks_exact_mut(wide)) {
                         let row = sample * t + i;
                         gate_backward(
@@ -280,7 +278,7 @@ impl BackwardInputs<'_> {
                 }
                 for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
-                    for (RowTile { rows, .. }, a) in tiles.iter().zip(packed.chunks_exact(of_tile)) {
+                    for (RowTile { rows, .. }, a) in with_packed(tiles, packed, t, wide) {
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
                         let (width, at) = (columns.len(), rows.start * k + columns.start);

@@ -1,5 +1,5 @@
-//! The CPU version: the windows of a few rows are normalised, and multiplied with the panels of the weight, of which a window
-//! is a range; correction, bias and GELU are applied to each tile while it is in cache.
+//! The CPU version: the windows of a few rows are normalised, packed, and multiplied with the panels of the weight, of which a
+//! window is a range; correction, bias and GELU are applied to each tile while it is in cache.
 
 use super::{Activation, EPS};
 use crate::backend::cpu::pack::{pack_panel_transposed, pack_rows, scatter};
@@ -8,11 +8,11 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, of_panel, panels, step_rows, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, of_panel, panels, step_rows, tile_rows, write_tile,
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len, part,
-    weight_gradient,
+    weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -188,11 +188,11 @@ impl Inputs<'_> {
             Some(streams) => unsafe { streams.write_tile(to, tile, rows, width, n) },
             None => write_tile(to, tile, rows, width, n),
         };
-        let (room, of_tile) = (MAX_ROWS.min(self.t) * c, packed_tile_len(self.t, c));
-        scratch::with(room + packed_tiles_len(self.t, c), |buffer| {
-            let (lines, packed) = buffer.split_at_mut(room);
+        let (lines_len, tile_len) = (tile_rows().min(self.t) * c, packed_tile_len(self.t, c));
+        scratch::with(lines_len + packed_tiles_len(self.t, c), |buffer| {
+            let (lines, packed) = buffer.split_at_mut(lines_len);
             batches(rows, self.t, c, |tiles| {
-                for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact_mut(of_tile)) {
+                for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
                     let window = self.read[*sample];
                     for (row, line) in rows.clone().zip(lines.chunks_exact_mut(c)) {
                         (mean[row - first], rstd[row - first]) = normalise(
@@ -207,7 +207,7 @@ impl Inputs<'_> {
                 }
                 for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-                    for (RowTile { sample, rows }, a) in tiles.iter().zip(packed.chunks_exact(of_tile)) {
+                    for (RowTile { sample, rows }, a) in with_packed(tiles, packed, self.t, c) {
                         let window = self.read[*sample];
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
@@ -379,10 +379,10 @@ impl BackwardInputs<'_> {
         let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
         let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
         pq.fill(0.0);
-        let room = packed_tiles_len(t, n);
+        let packed_len = packed_tiles_len(t, n);
         let mut tile = Tile::new();
-        scratch::with(room + t * (wide + 1) + wide, |buffer| {
-            let (packed, buffer) = buffer.split_at_mut(room);
+        scratch::with(packed_len + t * (wide + 1) + wide, |buffer| {
+            let (packed, buffer) = buffer.split_at_mut(packed_len);
             let (dh, buffer) = buffer.split_at_mut(t * wide);
             let (line, dr) = buffer.split_at_mut(wide);
             line.fill(0.0);
@@ -398,9 +398,7 @@ impl BackwardInputs<'_> {
                 pack_tiles(packed, lines, tiles, t, n);
                 for (panel, b) in self.panels_of_w.chunks_exact(n * PANEL).enumerate() {
                     let Some(part) = part(window, panel) else { continue };
-                    for (RowTile { rows: of_tile, .. }, a) in
-                        tiles.iter().zip(packed.chunks_exact(packed_tile_len(t, n)))
-                    {
+                    for (RowTile { rows: of_tile, .. }, a) in with_packed(tiles, packed, t, n) {
                         let segment = Segment { a, b: part.of(b), len: n };
                         multiply(&mut tile, of_tile.len(), part.halves, Rows::packed(n), HALF, &[segment]);
                         let dh = &mut dh[of_tile.start * wide + panel * PANEL + part.first..];
