@@ -337,8 +337,7 @@ impl<'a> Tape<'a> {
     /// # Errors
     /// As [`Tape::backward`].
     pub fn backward_with(&mut self, output: Var, upstream: Var) -> Result<()> {
-        let upstream =
-            std::mem::replace(&mut self.memory.values[upstream.0 as usize].data, Storage::Cpu(AlignedVec::new()));
+        let upstream = self.take_value(upstream);
         self.backward_from(output, upstream)
     }
 
@@ -426,9 +425,14 @@ impl<'a> Tape<'a> {
         }
     }
 
-    /// Recycles the numbers of an activation.
-    fn release(&mut self, var: Var) {
-        let storage = std::mem::replace(&mut self.memory.values[var.0 as usize].data, Storage::Cpu(AlignedVec::new()));
+    /// Takes the numbers of an activation that nobody else will read.
+    pub(crate) fn take_value(&mut self, var: Var) -> Storage {
+        std::mem::replace(&mut self.memory.values[var.0 as usize].data, Storage::Cpu(AlignedVec::new()))
+    }
+
+    /// Recycles the numbers of an activation that nobody will read.
+    pub(crate) fn release(&mut self, var: Var) {
+        let storage = self.take_value(var);
         self.recycle(storage);
     }
 

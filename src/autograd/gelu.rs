@@ -28,6 +28,7 @@ impl Tape<'_> {
     /// The input of the GELU that made `output`, where it is read once. Whoever takes it promises to multiply the gradient.
     pub(crate) fn take_before_gelu(&mut self, output: Var) -> Option<Var> {
         let at = self.memory.gelus.iter().position(|gelu| gelu.output == output && gelu.read_once)?;
+        assert!(self.memory.grads[output.0 as usize].is_none(), "a GELU that is read once has one gradient");
         Some(self.memory.gelus.swap_remove(at).pre)
     }
 

@@ -5,8 +5,8 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, copy_row, multiply, of_panel, of_panel_mut, packed_len, panels, row_tiles,
-    step_rows, tile_rows, write_transposed,
+    HALF, MOST_INNER, PANEL, Rows, Segment, copy_row, groups, multiply_add, of_panel, of_panel_mut, packed_len,
+    packed_stride, panels, row_tiles, step_rows, tile_rows, write_transposed,
 };
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -123,11 +123,16 @@ pub(crate) fn columns(part: Part, panel: usize, range: Range<usize>) -> (Range<u
 /// order.
 #[derive(Clone, Copy)]
 pub(crate) struct Operands<'a> {
-    /// `[panels(C), R, PANEL]`, as interleaved rows of operand A: of a sample, zero outside of its channels in the panels that
-    /// they meet.
+    /// `[groups(C), R, packed_stride()]`, as packed rows of operand A: of a sample, zero outside of its channels in the groups
+    /// that they meet.
     pub(crate) routed: &'a [f32],
     /// `[panels(M), 2, R, HALF]`, as panels of operand B; or empty: then each sample has its own.
     pub(crate) other: &'a [f32],
+}
+
+/// Numbers of [`Operands::routed`].
+pub(crate) fn routed_len(rows: usize, channels: usize) -> usize {
+    groups(channels) * rows * packed_stride()
 }
 
 /// A sample of a weight gradient.
@@ -148,16 +153,19 @@ pub(crate) enum Layout {
     RoutedColumns,
 }
 
-/// Most samples that are summed at once: bits of a set.
-const MOST_SAMPLES: usize = u64::BITS as usize;
-/// Most tokens that are summed at once: a panel of them stays in a core's cache.
-const MOST_TOKENS: usize = 4096;
-/// Fewest channels of a tile, where there are more and a step holds them. Fewer cut the windows closer, but make more tiles of
-/// the same columns, and below 4 the latency of its sums bounds a tile.
-const FEWEST_CHANNELS: usize = 7;
+/// Most parts of samples that are summed at once: bits of a set.
+const MOST_PARTS: usize = u64::BITS as usize;
+/// Groups of channels of which the parts that hold them are found at once: a few tiles.
+const GROUPS: usize = 36;
 
-/// `dw (+)= sum over samples`. The channels are the rows of a tile, so that a window is rounded by a few channels at most;
-/// the sums are over whole samples in their order, whatever the number of threads.
+/// Tokens of a sample that are summed at once.
+struct TokensOf<'a> {
+    sample: Sample<'a>,
+    tokens: Range<usize>,
+}
+
+/// `dw (+)= sum over samples`. Groups of channels are the rows of a tile, so that a window is rounded by a few channels at most;
+/// each sum is one chain of additions in the order of the samples, whatever the number of threads.
 pub(crate) fn weight_gradient<'a>(
     dw: &mut [f32],
     add: bool,
@@ -169,139 +177,136 @@ pub(crate) fn weight_gradient<'a>(
 ) {
     assert!(dw.len() == c * m, "a gradient of another size than its weight");
     let rows: usize = (0..samples).map(|i| sample(i).tokens).sum();
-    let of_rows = |numbers: &[f32], columns| numbers.len() == panels(columns) * rows * PANEL;
-    assert!(of_rows(operands.routed, c), "routed numbers of other rows than those of the samples");
-    assert!(operands.other.is_empty() || of_rows(operands.other, m), "panels of other rows than those of the samples");
+    assert!(operands.routed.len() == routed_len(rows, c), "routed numbers of other rows than those of the samples");
+    let of_rows = operands.other.len() == panels(m) * rows * PANEL;
+    assert!(operands.other.is_empty() || of_rows, "panels of other rows than those of the samples");
     let dw = Shared::new(dw);
     // One by one: in bundles, a thread would be idle at the end.
     (0..panels(m)).into_par_iter().with_max_len(1).for_each(|panel| {
-        let (mut add, mut first, mut row) = (add, 0, 0);
-        // At least once: the sum of no samples is zero.
-        loop {
-            let mut group = [const { Sample { tokens: 0, channels: [0..0, 0..0], other: &[] } }; MOST_SAMPLES];
-            let (mut count, mut tokens) = (0, 0);
-            while count < MOST_SAMPLES && first + count < samples {
-                let next = sample(first + count);
-                if count > 0 && tokens + next.tokens > MOST_TOKENS {
-                    break;
-                }
-                tokens += next.tokens;
-                group[count] = next;
-                count += 1;
-            }
-            let rows = row..row + tokens;
-            panel_of_weight_gradient(&dw, add, layout, [c, m], panel, operands, rows, &group[..count]);
-            first += count;
-            row += tokens;
-            add = true;
-            if first == samples {
-                return;
-            }
-        }
+        let parts = (0..samples).flat_map(|i| {
+            let count = sample(i).tokens.div_ceil(MOST_INNER);
+            let sample = &sample;
+            (0..count).map(move |part| {
+                let sample = sample(i);
+                let tokens = part * sample.tokens / count..(part + 1) * sample.tokens / count;
+                TokensOf { sample, tokens }
+            })
+        });
+        panel_of_weight_gradient(&dw, add, layout, [c, m], panel, operands, rows, parts);
     });
 }
 
-/// Panel `panel` of M: the part of the sum over `rows`, which are those of `group`.
+/// Panel `panel` of M: the sum over all rows, which are those of the parts.
 #[allow(clippy::too_many_arguments)]
-fn panel_of_weight_gradient(
+fn panel_of_weight_gradient<'a>(
     dw: &Shared,
     add: bool,
     layout: Layout,
     [c, m]: [usize; 2],
     panel: usize,
     Operands { routed, other }: Operands,
-    rows: Range<usize>,
-    group: &[Sample],
+    all_rows: usize,
+    parts: impl Iterator<Item = TokensOf<'a>>,
 ) {
     let columns = panel * PANEL..((panel + 1) * PANEL).min(m);
-    let all_rows = routed.len() / (panels(c) * PANEL);
+    let halves = columns.len().div_ceil(HALF);
     // Every tile of channels reads the panel: as lines M apart, it would crowd into few sets of the cache.
     let packs = other.is_empty();
-    scratch::with(if packs { rows.len() * PANEL } else { 0 }, |packed| {
-        // Where each sample starts in `rows`, and where the last ends.
-        let mut starts = [0; MOST_SAMPLES + 1];
-        let mut halves = of_panel_mut(packed);
-        for (i, sample) in group.iter().enumerate() {
-            if packs {
-                let of_sample = halves
-                    .each_mut()
-                    .map(|half| half.split_off_mut(..sample.tokens * HALF).expect("room for all rows"));
-                pack_panel(of_sample, sample.other, panel, m, m);
-            }
-            starts[i + 1] = starts[i] + sample.tokens;
-        }
-        let other = match packs {
-            true => of_panel(packed, 0),
-            false => of_panel(&other[panel * all_rows * PANEL..][..all_rows * PANEL], rows.start),
-        };
-        let mut tile = Tile::new();
-        let mut segments = [Segment { a: &[], b: [&[]; 2], len: 0 }; MOST_SAMPLES];
-        for first in (0..c).step_by(PANEL) {
-            channel_tiles(first..(first + PANEL).min(c), group, |channels, set| {
-                if set == 0 && add {
-                    return;
+    scratch::with((c + if packs { MOST_INNER } else { 0 }) * PANEL, |buffer| {
+        let (sums, packed) = buffer.split_at_mut(c * PANEL);
+        sums.fill(0.0);
+        let sums = sums.as_chunks_mut::<PANEL>().0;
+        let (mut parts, mut row) = (parts.peekable(), 0);
+        while parts.peek().is_some() {
+            // The channels of each part, and where it starts in the block, and where the last ends.
+            let (mut channels, mut starts) = ([const { [0..0, 0..0] }; MOST_PARTS], [0; MOST_PARTS + 1]);
+            let mut count = 0;
+            let fits = |count: usize, start: usize, part: &TokensOf| {
+                count == 0 || count < MOST_PARTS && start + part.tokens.len() <= MOST_INNER
+            };
+            while let Some(TokensOf { sample, tokens }) = parts.next_if(|part| fits(count, starts[count], part)) {
+                let rows = starts[count]..starts[count] + tokens.len();
+                if packs {
+                    let of_part = of_panel_mut(packed).map(|half| &mut half[rows.start * HALF..rows.end * HALF]);
+                    pack_panel(of_part, &sample.other[tokens.start * m..tokens.end * m], panel, m, m);
                 }
+                channels[count] = sample.channels;
+                starts[count + 1] = rows.end;
+                count += 1;
+            }
+            let b = match packs {
+                true => of_panel(packed, 0),
+                false => of_panel(&other[panel * all_rows * PANEL..][..all_rows * PANEL], row),
+            };
+            channel_tiles(c, &channels[..count], |tile, set| {
+                let mut segments = [Segment { a: &[], b: [&[]; 2], len: 0 }; MOST_PARTS];
                 let (mut count, mut rest) = (0, set);
                 while rest != 0 {
                     // Neighbours are one segment. A batch is sorted by timestep, so there is one mostly.
-                    let sample = rest.trailing_zeros();
-                    let last = sample + (rest >> sample).trailing_ones() - 1;
-                    let (start, end) = (starts[sample as usize], starts[last as usize + 1]);
-                    let a = &routed[first * all_rows + (rows.start + start) * PANEL + channels.start - first..];
-                    let b = other.map(|half| &half[start * HALF..]);
-                    segments[count] = Segment { a, b, len: end - start };
+                    let part = rest.trailing_zeros();
+                    let last = part + (rest >> part).trailing_ones() - 1;
+                    let (start, end) = (starts[part as usize], starts[last as usize + 1]);
+                    let a = &routed[(tile.start / step_rows() * all_rows + row + start) * packed_stride()..];
+                    segments[count] = Segment { a, b: b.map(|half| &half[start * HALF..]), len: end - start };
                     (count, rest) = (count + 1, rest & (u64::MAX << last << 1));
                 }
-                let halves = columns.len().div_ceil(HALF);
-                multiply(&mut tile, channels.len(), halves, Rows::interleaved(PANEL), HALF, &segments[..count]);
-                match layout {
-                    Layout::RoutedRows => {
-                        for (channel, sums) in channels.zip(&tile.rows) {
-                            // SAFETY: these columns of all rows belong to this panel's task alone.
-                            let to = unsafe { dw.slice(channel * m + columns.start..channel * m + columns.end) };
-                            if add { add_assign(to, &sums[..to.len()]) } else { copy_row(to, sums) }
-                        }
-                    }
-                    Layout::RoutedColumns => {
-                        // SAFETY: these rows belong to this panel's task alone.
-                        let to = unsafe { dw.slice(columns.start * c + channels.start..columns.end * c) };
-                        write_transposed(to, &tile, channels.len(), columns.len(), c, add);
-                    }
-                }
+                multiply_add(&mut sums[tile], halves, Rows::packed(all_rows), HALF, &segments[..count]);
             });
+            row += starts[count];
+        }
+        match layout {
+            Layout::RoutedRows => {
+                for (channel, sums) in sums.iter().enumerate() {
+                    // SAFETY: these columns of all rows belong to this panel's task alone.
+                    let to = unsafe { dw.slice(channel * m + columns.start..channel * m + columns.end) };
+                    if add { add_assign(to, &sums[..to.len()]) } else { copy_row(to, sums) }
+                }
+            }
+            Layout::RoutedColumns => {
+                // SAFETY: these rows belong to this panel's task alone.
+                let to = unsafe { dw.slice(columns.start * c..columns.end * c) };
+                write_transposed(to, sums, columns.len(), c, add);
+            }
         }
     });
 }
 
-/// Calls `work` with tiles of the channels of a panel, and for each the set of samples whose channels meet it.
-fn channel_tiles(panel: Range<usize>, group: &[Sample], mut work: impl FnMut(Range<usize>, u64)) {
-    // Samples whose channels start or end at a channel; then those that hold it.
-    let mut sets = [0u64; PANEL + 1];
-    for (i, sample) in group.iter().enumerate() {
-        for channels in &sample.channels {
-            let (start, end) = (channels.start.max(panel.start), channels.end.min(panel.end));
-            if start < end {
-                sets[start - panel.start] ^= 1 << i;
-                sets[end - panel.start] ^= 1 << i;
+/// Calls `work` with tiles of channels, and for each the set of parts whose channels meet it, which is not empty. A tile is of
+/// whole groups, or of the channels of the last.
+fn channel_tiles(c: usize, parts: &[[Range<usize>; 2]], mut work: impl FnMut(Range<usize>, u64)) {
+    let (height, whole) = (step_rows(), c / step_rows());
+    for first in (0..groups(c)).step_by(GROUPS) {
+        // Parts whose channels start or end at a group; then those that meet it.
+        let mut sets = [[0u64; 2]; GROUPS + 1];
+        let here = first..(first + GROUPS).min(groups(c));
+        for (i, channels) in parts.iter().enumerate() {
+            for (range, channels) in channels.iter().enumerate().filter(|(_, channels)| !channels.is_empty()) {
+                let (start, end) = (channels.start / height, channels.end.div_ceil(height));
+                let (start, end) = (start.max(here.start), end.min(here.end));
+                if start < end {
+                    sets[start - first][range] ^= 1 << i;
+                    sets[end - first][range] ^= 1 << i;
+                }
             }
         }
-    }
-    for i in 1..PANEL {
-        sets[i] ^= sets[i - 1];
-    }
-    let fewest = FEWEST_CHANNELS.min(step_rows());
-    let (mut start, end) = (0, panel.len());
-    while start < end {
-        let (mut stop, mut set) = (start + 1, sets[start]);
-        while stop < end && (sets[stop] == set || stop - start < fewest) {
-            set |= sets[stop];
-            stop += 1;
+        for i in 1..GROUPS {
+            for range in 0..2 {
+                sets[i][range] ^= sets[i - 1][range];
+            }
         }
-        for tile in row_tiles(stop - start) {
-            let start = panel.start + start;
-            work(start + tile.start..start + tile.end, set);
+        let set = |group: usize| sets[group - first][0] | sets[group - first][1];
+        let mut start = here.start;
+        while start < here.end {
+            let mut end = start + 1;
+            while end < here.end.min(whole) && set(end) == set(start) {
+                end += 1;
+            }
+            for tile in row_tiles((end - start) * height).filter(|_| set(start) != 0) {
+                let first = start * height;
+                work(first + tile.start..(first + tile.end).min(c), set(start));
+            }
+            start = end;
         }
-        start = stop;
     }
 }
 
@@ -371,18 +376,18 @@ mod tests {
         Drawn { channels, t, routed, other: numbers(seed + 1000, t * m) }
     }
 
-    /// The routed numbers of all samples as panels, NaN in those that no channels meet, and the others.
+    /// The routed numbers of all samples in groups, NaN in those that no channels meet, and the others as panels.
     fn operands(samples: &[Drawn], [c, m]: [usize; 2]) -> [Vec<f32>; 2] {
         let rows: usize = samples.iter().map(|sample| sample.t).sum();
-        let mut routed = vec![f32::NAN; panels(c) * rows * PANEL];
+        let mut routed = vec![f32::NAN; routed_len(rows, c)];
         let mut first = 0;
         for Drawn { channels, t, routed: from, .. } in samples {
-            let met = channels.iter().flat_map(|channels| channels.clone().map(|channel| channel / PANEL));
-            for panel in met {
-                for (i, channel) in
-                    (0..*t).flat_map(|i| (panel * PANEL..((panel + 1) * PANEL).min(c)).map(move |c| (i, c)))
-                {
-                    routed[(panel * rows + first + i) * PANEL + channel % PANEL] = from[i * c + channel];
+            let met = channels.iter().flat_map(|channels| channels.clone().map(|channel| channel / step_rows()));
+            for group in met {
+                let of_group = group * step_rows()..((group + 1) * step_rows()).min(c);
+                for (i, channel) in (0..*t).flat_map(|i| of_group.clone().map(move |channel| (i, channel))) {
+                    let row = (group * rows + first + i) * packed_stride();
+                    routed[row + channel - of_group.start] = from[i * c + channel];
                 }
             }
             first += t;
@@ -460,8 +465,9 @@ mod tests {
 
     #[test]
     fn weight_gradients_agree_with_loops() {
-        for (i, dims) in
-            [[1, 1], [4, 3], [12, 20], [20, 16], [33, 48], [60, 45], [64, 33], [97, 64]].into_iter().enumerate()
+        for (i, dims) in [[1, 1], [4, 3], [12, 20], [20, 16], [33, 48], [60, 45], [64, 33], [97, 64], [611, 9]]
+            .into_iter()
+            .enumerate()
         {
             check_weight_gradient(dims, &[], i);
             check_weight_gradient(dims, &[1], i);
@@ -469,7 +475,7 @@ mod tests {
         }
     }
 
-    /// Groups of samples: of 64, and of about 4096 tokens or one sample of more.
+    /// Blocks of samples: of 64, of few tokens, and of a part of one with many.
     #[test]
     fn weight_gradients_of_many_samples_add_up() {
         // With one channel, every sample holds it.
@@ -477,8 +483,8 @@ mod tests {
             check_weight_gradient(dims, &[3; 64], 2);
             check_weight_gradient(dims, &[3; 65], 1);
             check_weight_gradient(dims, &[1; 200], 2);
-            check_weight_gradient(dims, &[1500, 1500, 1500, 1096, 1], 3);
-            check_weight_gradient(dims, &[4100, 7, 4096, 3], 4);
+            check_weight_gradient(dims, &[MOST_INNER, 1, MOST_INNER - 1, 2, MOST_INNER + 1], 3);
+            check_weight_gradient(dims, &[4100, 7, 0, 4096, 3], 4);
         }
     }
 }

@@ -37,7 +37,13 @@ pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
                         let segment = Segment { a: &weight[(first + outputs.start) * k..], b: of_panel(b, 0), len: k };
                         let halves = rows.len().div_ceil(HALF);
                         multiply(&mut tile, outputs.len(), halves, Rows::lines(k), HALF, &[segment]);
-                        write_transposed(&mut part[outputs.start..], &tile, outputs.len(), rows.len(), count, false);
+                        write_transposed(
+                            &mut part[outputs.start..],
+                            &tile.rows[..outputs.len()],
+                            rows.len(),
+                            count,
+                            false,
+                        );
                     }
                     for (row, sums) in rows.zip(part.chunks_exact(count)) {
                         // SAFETY: these outputs belong to this task alone.

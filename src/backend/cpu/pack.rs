@@ -4,7 +4,7 @@ use super::shared::Shared;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Level, level};
 use super::simd::{fetch_rows, simd_fn};
-use super::tile::{HALF, PANEL, packed_stride, panels, steps_of};
+use super::tile::{HALF, PANEL, packed_stride, step_rows, steps_of};
 use crate::routing::Window;
 
 /// Interleaves `rows` rows (`stride` apart) of `len` elements: `to[k * to_stride + i] = from[i * stride + k]`. Elements of
@@ -156,23 +156,47 @@ pub fn whole_halves<'a>(room: &'a mut [f32], matrix: &'a [f32], columns: usize) 
     (room, stride)
 }
 
-/// Row `row` of `[panels, rows, PANEL]`, interleaved rows of an operand A, from a line: of those panels that the window meets,
-/// all columns.
+/// Lines of channels as a part of `[groups(C), rows, packed_stride()]`, which are the packed rows of an operand A whose rows are
+/// the channels: of those groups that the window meets, all columns. Lines are `stride` apart and hold whole groups; the first is
+/// row `first`.
 ///
 /// # Safety
-/// Nobody else may access this row.
-pub unsafe fn scatter(to: &Shared, line: &[f32], window: Window, row: usize, rows: usize) {
-    let lines = line.as_chunks::<PANEL>().0;
-    for panel in window.start / PANEL..panels(window.end()) {
-        let at = (panel * rows + row) * PANEL;
-        // SAFETY: a part of this row.
-        unsafe { to.slice(at..at + PANEL) }.copy_from_slice(&lines[panel]);
+/// Nobody else may access these rows.
+pub unsafe fn scatter(to: &Shared, lines: &[f32], stride: usize, window: Window, first: usize, rows: usize) {
+    match step_rows() {
+        // SAFETY: the contract is the same.
+        6 => unsafe { scatter_groups::<6>(to, lines, stride, window, first, rows) },
+        // SAFETY: the contract is the same.
+        14 => unsafe { scatter_groups::<14>(to, lines, stride, window, first, rows) },
+        _ => unreachable!("a step of another height"),
+    }
+}
+
+/// # Safety
+/// That of [`scatter`].
+unsafe fn scatter_groups<const N: usize>(
+    to: &Shared,
+    lines: &[f32],
+    stride: usize,
+    window: Window,
+    first: usize,
+    rows: usize,
+) {
+    let (width, count) = (packed_stride(), lines.len() / stride);
+    for group in window.start / N..window.end().div_ceil(N) {
+        let at = (group * rows + first) * width;
+        // SAFETY: parts of these rows.
+        let to = unsafe { to.slice(at..at + count * width) };
+        for (to, line) in to.chunks_exact_mut(width).zip(lines.chunks_exact(stride)) {
+            let from: &[f32; N] = line[group * N..].first_chunk().expect("a line holds whole groups");
+            *to.first_chunk_mut().expect("a group fits into its distance") = *from;
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::tile::{of_panel_mut, packed_len, tile_rows};
+    use super::super::tile::{of_panel_mut, packed_len, padded, panels, tile_rows};
     use super::*;
 
     fn numbers(seed: usize, n: usize) -> Vec<f32> {
@@ -211,6 +235,28 @@ mod tests {
                     assert_eq!(to[first + k * packed_stride() + i], expected, "{rows} rows of {len}: {step:?}, {k}");
                 }
                 first += len * packed_stride();
+            }
+        }
+    }
+
+    #[test]
+    fn channels_are_scattered_to_the_groups_that_the_window_meets() {
+        let (c, rows, count) = (5 * step_rows() - 3, 7, 4);
+        let stride = padded(c);
+        let lines = numbers(8, count * stride);
+        for (start, width) in [(0, 1), (0, c), (c - 1, 1), (step_rows() - 1, 2), (step_rows(), step_rows())] {
+            let window = Window { start, width };
+            let mut to = vec![f32::NAN; c.div_ceil(step_rows()) * rows * packed_stride()];
+            // SAFETY: nobody else has it.
+            unsafe { scatter(&Shared::new(&mut to), &lines, stride, window, 2, rows) };
+            for (at, &got) in to.iter().enumerate() {
+                let (group, row, i) = (at / packed_stride() / rows, at / packed_stride() % rows, at % packed_stride());
+                let met = (window.start / step_rows()..=(window.end() - 1) / step_rows()).contains(&group);
+                if met && (2..2 + count).contains(&row) && i < step_rows() {
+                    assert_eq!(got, lines[(row - 2) * stride + group * step_rows() + i], "{at} for {window:?}");
+                } else {
+                    assert!(got.is_nan(), "{at} is written for {window:?}");
+                }
             }
         }
     }

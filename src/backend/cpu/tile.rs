@@ -42,6 +42,8 @@ pub const HALF: usize = PANEL / 2;
 /// Distance between the rows of a matrix of at most 128 columns: 9 cache lines, so that the rows of a tile fall into different
 /// sets of the cache.
 pub const STRIP: usize = 144;
+/// Elements of the inner dimension whose part of a panel stays in the first cache.
+pub const MOST_INNER: usize = steps::PACKED_BLOCK;
 /// Most rows of a tile, of all processors.
 pub const MAX_ROWS: usize = steps::AT_ONCE * steps::ROWS;
 
@@ -87,6 +89,18 @@ pub fn packed_stride() -> usize {
         Level::Avx512 => 16,
         Level::Avx2 | Level::Baseline => steps::ROWS,
     }
+}
+
+/// Groups of [`step_rows`] rows that hold `rows`, of which only the last may be smaller.
+#[inline]
+pub fn groups(rows: usize) -> usize {
+    rows.div_ceil(step_rows())
+}
+
+/// Columns that hold `columns` in whole panels and in whole groups.
+#[inline]
+pub fn padded(columns: usize) -> usize {
+    (panels(columns) * PANEL).max(groups(columns) * step_rows())
 }
 
 /// Numbers of a packed tile of up to `rows` rows of `len` numbers.
@@ -164,10 +178,10 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// Writes (`add`: adds) the first `width` columns of `rows` rows as lines: column j to `to[j * stride..][..rows]`.
-    pub fn write_transposed<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize, add: bool) {
+    /// Writes (`add`: adds) the first `width` columns of rows as lines: column j to `to[j * stride..][..rows.len()]`.
+    pub fn write_transposed<F>(to: &mut [f32], rows: &[[f32; PANEL]], width: usize, stride: usize, add: bool) {
         let mut columns = Columns([[0.0; HALF]; PANEL]);
-        for (part, sums) in tile.rows[..rows].chunks(HALF).enumerate() {
+        for (part, sums) in rows.chunks(HALF).enumerate() {
             interleave(columns.0.as_flattened_mut(), HALF, sums.as_flattened(), sums.len(), width, PANEL);
             let (to, columns) = (&mut to[part * HALF..], &columns.0[..width]);
             if add {
@@ -261,8 +275,8 @@ impl Rows {
         Rows { row: stride, inner: 1, step: 0 }
     }
 
-    /// Rows of `len` numbers as [`super::pack::pack_rows`] puts them: `[steps, len, packed_stride()]`, in the order in which a
-    /// step reads them.
+    /// Rows of `len` numbers as [`super::pack::pack_rows`] and [`super::pack::scatter`] put them: `[steps, len, packed_stride()]`,
+    /// in the order in which a step reads them.
     pub fn packed(len: usize) -> Rows {
         Rows { row: 1, inner: packed_stride(), step: len.saturating_mul(packed_stride()) }
     }
@@ -308,6 +322,18 @@ pub fn of_matrix(columns: &[f32]) -> [&[f32]; 2] {
 /// the distance between the rows of B: [`HALF`] in a panel.
 #[inline]
 pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
+    products(&mut tile.rows[..rows], false, halves, layout, stride, segments);
+}
+
+/// As [`multiply`], but the products are added, each to what is there.
+#[inline]
+pub fn multiply_add(sums: &mut [[f32; PANEL]], halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
+    products(sums, true, halves, layout, stride, segments);
+}
+
+#[inline]
+fn products(sums: &mut [[f32; PANEL]], add: bool, halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
+    let rows = sums.len();
     assert!((1..=tile_rows()).contains(&rows) && (1..=2).contains(&halves));
     for &Segment { a, b, len } in segments {
         // Saturated, so that no stride wraps round to a place inside: no slice is that long.
@@ -325,14 +351,14 @@ pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, strid
     #[cfg(target_arch = "x86_64")]
     match level() {
         // SAFETY: the processor has the features; rows, halves and the segments' lengths were checked above.
-        Level::Avx512 => return unsafe { avx512::multiply(tile, rows, halves, layout, stride, segments) },
+        Level::Avx512 => return unsafe { avx512::multiply(sums, add, halves, layout, stride, segments) },
         Level::Avx2 => {
             // SAFETY: as above; the steps lie inside of what was checked.
-            return steps::multiply(tile, rows, halves, layout, stride, segments, |step| unsafe { avx2::step(step) });
+            return steps::multiply(sums, add, halves, layout, stride, segments, |step| unsafe { avx2::step(step) });
         }
         Level::Baseline => {}
     }
-    steps::multiply(tile, rows, halves, layout, stride, segments, plain::step);
+    steps::multiply(sums, add, halves, layout, stride, segments, plain::step);
 }
 
 #[cfg(test)]
@@ -344,10 +370,10 @@ mod tests {
         (0..n).map(|i| (((i + seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 250.0).collect()
     }
 
-    type Kernel = fn(&mut Tile, usize, usize, Rows, usize, &[Segment]);
+    type Kernel = fn(&mut [[f32; PANEL]], bool, usize, Rows, usize, &[Segment]);
 
-    /// All sizes of a tile in all layouts, with the inner dimension in parts, empty ones and those of more than a step too: the
-    /// bits are those of one chain of additions.
+    /// All sizes of a tile in all layouts, with the inner dimension in parts, empty ones and those of more than a step too, from
+    /// nothing and added: the bits are those of one chain of additions.
     fn check<const FMA: bool>(kernel: Kernel, most_rows: usize, step_rows: usize) {
         let apart = |inner| Rows { row: 1, inner, step: 700 };
         let (a, b) = (numbers(1, 12_000), numbers(2, 640 * PANEL));
@@ -383,8 +409,12 @@ mod tests {
                 (2, apart(6)),
                 (2, apart(16)),
             ] {
-                for (stride, lens) in lens.iter().enumerate().map(|(i, lens)| ([HALF, 33, 35][i % 3], lens)) {
+                for (number, lens) in lens.iter().enumerate() {
+                    let (stride, add) = ([HALF, 33, 35][number % 3], (rows + number).is_multiple_of(2));
                     let mut tile = Tile { rows: [[f32::NAN; PANEL]; MAX_ROWS] };
+                    if add {
+                        tile.rows[..rows].fill(std::array::from_fn(|j| j as f32 - 7.3));
+                    }
                     let segments: Vec<_> = lens
                         .iter()
                         .enumerate()
@@ -393,10 +423,10 @@ mod tests {
                             Segment { a: &a[5 * s..], b: [&b[7 * s..], right], len }
                         })
                         .collect();
-                    kernel(&mut tile, rows, halves, layout, stride, &segments);
+                    kernel(&mut tile.rows[..rows], add, halves, layout, stride, &segments);
                     for (i, j) in (0..rows).flat_map(|i| (0..halves * HALF).map(move |j| (i, j))) {
                         let (first, row) = in_step(i, layout);
-                        let mut expected = 0.0f32;
+                        let mut expected = if add { j as f32 - 7.3 } else { 0.0 };
                         for segment in &segments {
                             for k in 0..segment.len {
                                 let (a, b) = (
@@ -409,7 +439,7 @@ mod tests {
                         let got = tile.rows[i][j];
                         assert!(
                             got.to_bits() == expected.to_bits(),
-                            "({i}, {j}) of {rows} rows, {halves}, {layout:?}, {stride}, {lens:?}: {got} for {expected}"
+                            "({i}, {j}) of {rows} rows, {halves}, {layout:?}, {stride}, {lens:?}, added: {add}: {got} for {expected}"
                         );
                     }
                     assert!(tile.rows[rows..].iter().flatten().all(|x| x.is_nan()), "rows beyond the tile are written");
@@ -421,8 +451,8 @@ mod tests {
     #[test]
     fn tiles_are_chains_of_additions() {
         check::<{ cfg!(target_arch = "aarch64") }>(
-            |tile, rows, halves, layout, stride, segments| {
-                steps::multiply(tile, rows, halves, layout, stride, segments, plain::step)
+            |rows, add, halves, layout, stride, segments| {
+                steps::multiply(rows, add, halves, layout, stride, segments, plain::step)
             },
             MAX_ROWS,
             steps::ROWS,
@@ -430,14 +460,14 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         if level() != Level::Baseline {
             check::<true>(
-                |tile, rows, halves, layout, stride, segments| {
+                |rows, add, halves, layout, stride, segments| {
                     // SAFETY: the processor has AVX2; `check` keeps to what `multiply` checks, and so do the steps.
-                    steps::multiply(tile, rows, halves, layout, stride, segments, |step| unsafe { avx2::step(step) })
+                    steps::multiply(rows, add, halves, layout, stride, segments, |step| unsafe { avx2::step(step) })
                 },
                 MAX_ROWS,
                 steps::ROWS,
             );
-            check::<true>(multiply, tile_rows(), step_rows());
+            check::<true>(products, tile_rows(), step_rows());
         }
     }
 
@@ -480,7 +510,7 @@ mod tests {
         for (rows, width, stride) in (1..=MAX_ROWS).map(|rows| (rows, PANEL - rows % 3, rows + rows % 2)) {
             for add in [false, true] {
                 let mut to = vec![0.5; PANEL * stride];
-                write_transposed(&mut to, &tile, rows, width, stride, add);
+                write_transposed(&mut to, &tile.rows[..rows], width, stride, add);
                 for (at, &x) in to.iter().enumerate() {
                     let (j, i) = (at / stride, at % stride);
                     let old = if add { 0.5 } else { 0.0 };

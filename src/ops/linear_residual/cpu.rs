@@ -7,11 +7,11 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, add_tile, multiply, of_panel, panels, tile_rows, write_tile,
+    HALF, PANEL, Rows, Segment, Tile, add_tile, multiply, of_panel, padded, panels, tile_rows, write_tile,
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, columns, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len,
-    part, weight_gradient, with_packed,
+    part, routed_len, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -133,7 +133,7 @@ fn clip(range: Range<usize>, of: &Range<usize>) -> Range<usize> {
 
 /// What backward writes. `da` and the weights are overwritten or added to as the flags say; `dmodulation` is added to.
 pub struct Gradients<'a> {
-    pub da: &'a mut [f32],          // [B, T, K]
+    pub da: &'a mut [f32],          // [B, T, K], see Input
     pub fresh_da: bool,             // overwrite da
     pub dmodulation: &'a mut [f32], // [B, stride]
     pub dweight: &'a mut [f32],     // [C, K]
@@ -145,9 +145,8 @@ pub struct Gradients<'a> {
 pub enum Input<'a> {
     /// `[B, T, K]`
     Rows(&'a [f32]),
-    /// It is the GELU of `pre` `[B, T, K]`: `a` is put into `room` `[panels(K), 2, B T, HALF]`, and the gradient of `pre` into
-    /// `da`, which must be fresh.
-    Gelu { pre: &'a [f32], room: &'a mut [f32] },
+    /// It is the GELU of what `da` holds, whose gradient takes its place; `a` is put into this room `[panels(K), 2, B T, HALF]`.
+    GeluOfDa(&'a mut [f32]),
 }
 
 /// Numbers of `[panels(K), 2, B T, HALF]`.
@@ -169,22 +168,21 @@ pub fn backward(
     Dims { b, t, c, k }: Dims,
 ) {
     let Gradients { da, fresh_da, dmodulation, dweight, dbias, add } = grads;
-    let each = if matches!(a, Input::Gelu { .. }) { 4 * k } else { 2 * k };
+    let each = if matches!(a, Input::GeluOfDa(_)) { 3 * k } else { 2 * k };
     let numbers = b * t * (each + 3 * c) + 2 * c * k;
     let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
     let samples = samples_per_block(b, t);
     let stride = gate.stride;
-    let (wide_c, wide_k) = (panels(c) * PANEL, panels(k) * PANEL);
-    scratch::with(c * wide_k + b * t * wide_c, |buffer| {
+    let wide_k = panels(k) * PANEL;
+    scratch::with(c * wide_k + routed_len(b * t, c), |buffer| {
         let (panels_of_w, dz) = buffer.split_at_mut(c * wide_k);
         pack_panels(panels_of_w, weight, k, c);
-        let (rows, pre, room) = match a {
-            Input::Rows(rows) => (rows, &[][..], &mut [][..]),
-            Input::Gelu { pre, room } => (&[][..], pre, room),
+        let (rows, room, of_gelu) = match a {
+            Input::Rows(rows) => (rows, &mut [][..], false),
+            Input::GeluOfDa(room) => (&[][..], room, true),
         };
-        assert!(pre.is_empty() || fresh_da, "a GELU that is read once has one gradient");
-        assert!(pre.is_empty() || room.len() == b * t * wide_k, "room of another size than the panels");
-        let inputs = BackwardInputs { dout, pre, panels_of_w, gate, z, write, t, c, k };
+        assert!(!of_gelu || room.len() == b * t * wide_k, "room of another size than the panels");
+        let inputs = BackwardInputs { dout, of_gelu, panels_of_w, gate, z, write, t, c, k };
         let (shared_dz, recomputed) = (Shared::new(dz), Shared::new(room));
         da.par_chunks_mut(samples * t * k)
             .zip(dmodulation.par_chunks_mut(samples * stride))
@@ -203,7 +201,7 @@ pub fn backward(
         weight_gradient(dweight, add, Layout::RoutedRows, [c, k], operands, b, |i| Sample {
             tokens: t,
             channels: [write[i].range(), 0..0],
-            other: if pre.is_empty() { &rows[i * t * k..][..t * k] } else { &[] },
+            other: if of_gelu { &[] } else { &rows[i * t * k..][..t * k] },
         });
     });
     if !add {
@@ -217,7 +215,7 @@ pub fn backward(
 /// What backward reads of all samples.
 struct BackwardInputs<'a> {
     dout: &'a [f32],
-    pre: &'a [f32],         // [B, T, K] or empty
+    of_gelu: bool,          // see Input
     panels_of_w: &'a [f32], // [panels(K), 2, C, HALF]
     gate: Gate<'a>,
     z: &'a [f32],
@@ -228,7 +226,7 @@ struct BackwardInputs<'a> {
 }
 
 impl BackwardInputs<'_> {
-    /// One sample: `dz` in the panels that its window meets, `da`, and the sums over tokens.
+    /// One sample: `dz` in the groups that its window meets, `da`, and the sums over tokens.
     ///
     /// # Safety
     /// Nobody else may access the rows of this sample in `dz` and `recomputed`.
@@ -236,7 +234,7 @@ impl BackwardInputs<'_> {
     unsafe fn sample(
         &self,
         sample: usize,
-        dz: &Shared,    // [panels(C), B T, PANEL]
+        dz: &Shared,    // [groups(C), B T, packed_stride()]
         da: &mut [f32], // [T, K]
         fresh_da: bool,
         recomputed: &Shared, // [panels(K), 2, B T, HALF] or empty
@@ -246,19 +244,14 @@ impl BackwardInputs<'_> {
         let (t, c, k) = (self.t, self.c, self.k);
         let all_rows = self.write.len() * t;
         let window = self.write[sample];
-        let (range, wide) = (window.range(), panels(c) * PANEL);
+        let (range, wide) = (window.range(), padded(c));
         let gate = &self.gate.of(sample, c)[range.clone()];
         dbias.fill(0.0);
         let mut tile = Tile::new();
-        // The columns of the panels that the window meets.
-        let (start, end) = (window.start / PANEL * PANEL, panels(window.end()) * PANEL);
         let (lines_len, tile_len) = (tile_rows().min(t) * wide, packed_tile_len(t, wide));
         scratch::with(lines_len + packed_tiles_len(t, wide), |buffer| {
             let (lines, packed) = buffer.split_at_mut(lines_len);
-            for line in lines.chunks_exact_mut(wide) {
-                line[start..window.start].fill(0.0);
-                line[window.end()..end].fill(0.0);
-            }
+            lines.fill(0.0);
             batches(0..t, t, wide, |tiles| {
                 for (RowTile { rows, .. }, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
                     for (i, line) in rows.clone().zip(lines.chunks_exact_mut(wide)) {
@@ -271,9 +264,10 @@ impl BackwardInputs<'_> {
                             &self.z[row * c..][range.clone()],
                             gate,
                         );
-                        // SAFETY: a row of this sample.
-                        unsafe { scatter(dz, line, window, row, all_rows) };
                     }
+                    let lines = &lines[..rows.len() * wide];
+                    // SAFETY: rows of this sample.
+                    unsafe { scatter(dz, lines, wide, window, sample * t + rows.start, all_rows) };
                     pack_rows(packed, &lines[window.start..], rows.len(), window.width, wide);
                 }
                 for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
@@ -283,17 +277,15 @@ impl BackwardInputs<'_> {
                         let halves = columns.len().div_ceil(HALF);
                         let (width, at) = (columns.len(), rows.start * k + columns.start);
                         let da = &mut da[at..rows.end * k];
-                        let pre = self.pre.get(sample * t * k + at..).unwrap_or(&[]);
-                        fetch_rows(pre, rows.len(), width, k);
                         fetch_rows(da, rows.len(), width, k);
                         multiply(&mut tile, rows.len(), halves, Rows::packed(window.width), HALF, &[segment]);
-                        if !pre.is_empty() {
+                        if self.of_gelu {
                             let y = [0, 1].map(|half| {
                                 let at = ((2 * panel + half) * all_rows + sample * t + rows.start) * HALF;
                                 // SAFETY: rows of this sample.
                                 unsafe { recomputed.slice(at..at + rows.len() * HALF) }
                             });
-                            gelu_backward(da, y, pre, &tile, width, k);
+                            gelu_backward(da, y, &tile, width, k);
                         } else if fresh_da {
                             write_tile(da, &tile, rows.len(), width, k);
                         } else {
@@ -385,17 +377,16 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// A tile of the gradient of `a = gelu(pre)`: writes that of `pre`, and `a` as rows of the halves of a panel. Lines of the
-    /// others are `k` apart.
-    fn gelu_backward<F>(dpre: &mut [f32], a: [&mut [f32]; 2], pre: &[f32], tile: &Tile, width: usize, k: usize) {
+    /// A tile of the gradient of `a = gelu(pre)`: puts that of `pre` in its place, and `a` into rows of the halves of a panel.
+    /// Lines of `pre` are `k` apart.
+    fn gelu_backward<F>(pre: &mut [f32], a: [&mut [f32]; 2], tile: &Tile, width: usize, k: usize) {
         let [left, right] = a.map(|half| half.as_chunks_mut::<HALF>().0);
         for (i, (left, right)) in left.iter_mut().zip(right).enumerate() {
-            let (dpre, pre) = (&mut dpre[i * k..][..width], &pre[i * k..][..width]);
             let mut row = [0.0; PANEL];
-            for (((dpre, a), &pre), &da) in dpre.iter_mut().zip(&mut row).zip(pre).zip(&tile.rows[i]) {
+            for ((pre, a), &da) in pre[i * k..][..width].iter_mut().zip(&mut row).zip(&tile.rows[i]) {
                 let slope;
-                (*a, slope) = gelu_and_derivative::<F>(pre);
-                *dpre = da * slope;
+                (*a, slope) = gelu_and_derivative::<F>(*pre);
+                *pre = da * slope;
             }
             left.copy_from_slice(&row[..HALF]);
             right.copy_from_slice(&row[HALF..]);
@@ -445,8 +436,8 @@ mod tests {
             let (mut a, mut slope) = (vec![0.0; b * t * k], vec![0.0; b * t * k]);
             after_gelu(&pre, &mut a, &mut slope);
             let windows: Vec<_> = (0..b).map(|i| Window { start: i, width: c - 2 * i }).collect();
-            let run = |input: Input, add: bool| {
-                let (mut da, mut dmodulation) = (vec![f32::NAN; b * t * k], vec![0.5; b * c]);
+            let run = |input: Input, mut da: Vec<f32>, add: bool| {
+                let mut dmodulation = vec![0.5; b * c];
                 let (mut dweight, mut dbias) = (vec![2.0; c * k], vec![3.0; c]);
                 backward(
                     Gradients {
@@ -469,9 +460,9 @@ mod tests {
                 (da, [dmodulation, dweight, dbias])
             };
             for add in [false, true] {
-                let (da, others) = run(Input::Rows(&a), add);
+                let (da, others) = run(Input::Rows(&a), vec![f32::NAN; b * t * k], add);
                 let mut room = vec![f32::NAN; panels_len([b, t, k])];
-                let (dpre, same) = run(Input::Gelu { pre: &pre, room: &mut room }, add);
+                let (dpre, same) = run(Input::GeluOfDa(&mut room), pre.clone(), add);
                 let expected: Vec<_> = da.iter().zip(&slope).map(|(da, slope)| da * slope).collect();
                 assert_eq!(dpre, expected, "{b} x {t} x {k}");
                 assert_eq!(same, others, "{b} x {t} x {k} -> {c}");

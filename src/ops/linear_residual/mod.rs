@@ -28,6 +28,7 @@ use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::{Node, PerSample, check, check_per_sample, dims3};
 use crate::params::Linear;
+use crate::tensor::Storage;
 
 /// The residual stream around the linear layer.
 #[derive(Clone, Copy, Debug)]
@@ -221,15 +222,19 @@ impl Saved {
     pub(crate) fn backward(self, tape: &mut Tape, dout: AlignedVec) {
         let &[b, t, k] = tape.shape(self.a) else { unreachable!("checked by the forward pass") };
         let c = self.linear.outputs;
-        let (mut da, fresh_da) = tape.take_grad(self.a);
+        // Of a GELU that is read once the gradient is handed on as that of its input, in its place, and its output is had from
+        // it again.
+        let pre = tape.take_before_gelu(self.a);
+        let (mut da, fresh_da) = match pre.map(|pre| tape.take_value(pre)) {
+            Some(Storage::Cpu(pre)) => (pre, true),
+            _ => tape.take_grad(self.a),
+        };
+        let mut room = pre.map_or_else(AlignedVec::new, |_| tape.take(cpu::panels_len([b, t, k])));
         let (mut dmodulation, fresh) = tape.take_grad(self.gate.var);
         if fresh {
             dmodulation.fill(0.0);
         }
         let mut dbias_parts = tape.take(b * c);
-        // Of a GELU that is read once the gradient is handed on as that of its input, and its output is had from it again.
-        let pre = tape.take_before_gelu(self.a);
-        let mut room = pre.map_or_else(AlignedVec::new, |_| tape.take(cpu::panels_len([b, t, k])));
         let (values, grads) = tape.split();
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(self.linear);
@@ -239,7 +244,7 @@ impl Saved {
             &mut dbias_parts,
             &dout,
             match pre {
-                Some(pre) => cpu::Input::Gelu { pre: values.value(pre), room: &mut room },
+                Some(_) => cpu::Input::GeluOfDa(&mut room),
                 None => cpu::Input::Rows(values.value(self.a)),
             },
             values.weight(self.linear.weight),
@@ -252,6 +257,7 @@ impl Saved {
         tape.put_grad(self.gate.var, dmodulation);
         tape.give(dbias_parts);
         tape.give(room);
+        tape.release(self.z);
 
         if let Some((x, windows)) = self.residual.bypass {
             let (mut dx, fresh) = tape.take_grad(x);

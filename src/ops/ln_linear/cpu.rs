@@ -8,11 +8,12 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, of_panel, panels, step_rows, tile_rows, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, of_panel, padded, panels, step_rows, tile_rows,
+    write_tile,
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len, part,
-    weight_gradient, with_packed,
+    routed_len, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -53,14 +54,21 @@ fn inactive_ranges(windows: &[Window], c: usize) -> [Range<usize>; 2] {
     if right <= left { [0..c, c..c] } else { [0..left, right..c] }
 }
 
-/// `[2 samples, C]`: `1 + scale` and `shift` of each sample on its inactive channels, zero on the active ones.
-fn inactive_modulation(out: &mut [f32], windows: &[Window], first: usize, modulation: Modulation, c: usize) {
-    for ((i, rows), &window) in out.chunks_exact_mut(2 * c).enumerate().zip(windows) {
-        let (one_plus_scale, shift) = rows.split_at_mut(c);
+/// `[2 samples, stride]`: `1 + scale` and `shift` of each sample on its inactive channels, zero on the active ones.
+fn inactive_modulation(
+    out: &mut [f32],
+    windows: &[Window],
+    first: usize,
+    modulation: Modulation,
+    c: usize,
+    stride: usize,
+) {
+    for ((i, rows), &window) in out.chunks_exact_mut(2 * stride).enumerate().zip(windows) {
+        let (one_plus_scale, shift) = rows.split_at_mut(stride);
         for (y, s) in one_plus_scale.iter_mut().zip(modulation.scale(first + i, c)) {
             *y = 1.0 + s;
         }
-        shift.copy_from_slice(modulation.shift(first + i, c));
+        shift[..c].copy_from_slice(modulation.shift(first + i, c));
         one_plus_scale[window.range()].fill(0.0);
         shift[window.range()].fill(0.0);
     }
@@ -96,7 +104,7 @@ fn forward_correction(
         |(chunk, (uv, windows))| {
             let m = 2 * windows.len();
             scratch::with(m * c, |lines| {
-                inactive_modulation(lines, windows, chunk * samples, modulation, c);
+                inactive_modulation(lines, windows, chunk * samples, modulation, c, c);
                 let mut tile = Tile::new();
                 for (panel, b) in panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
@@ -277,12 +285,12 @@ pub fn backward(
     let Gradients { dx, fresh_dx, dmodulation, dweight, dbias, add } = grads;
     let numbers = b * t * (2 * c + n) + 2 * n * c + pre.map_or(0, <[f32]>::len);
     let _span = span("ln_linear", Pass::Backward, [c, n], 2 * flops(read, t, c, n), numbers);
-    let wide = panels(c) * PANEL;
     // Those of the samples, then the two of each that correct for the inactive channels.
     let rows = b * t + if correction.is_some() { 2 * b } else { 0 };
-    scratch::with(n * wide + rows * wide + b * 2 * n, |buffer| {
-        let (panels_of_w, buffer) = buffer.split_at_mut(n * wide);
-        let (h, pq) = buffer.split_at_mut(rows * wide);
+    let (panels_len, h_len) = (n * panels(c) * PANEL, routed_len(rows, c));
+    scratch::with(panels_len + h_len + b * 2 * n, |buffer| {
+        let (panels_of_w, buffer) = buffer.split_at_mut(panels_len);
+        let (h, pq) = buffer.split_at_mut(h_len);
         pack_panels(panels_of_w, weight, c, n);
         let panels_of_w = &*panels_of_w;
 
@@ -310,16 +318,11 @@ pub fn backward(
         let (g, pq) = (&*dy, &*pq);
         if correction.is_some() {
             inactive_gradient(dmodulation, pq, read, modulation, panels_of_w, n, c);
-            scratch::with(2 * b * c, |lines| {
-                inactive_modulation(lines, read, 0, modulation, c);
-                for (panel, h) in h.chunks_exact_mut(rows * PANEL).enumerate() {
-                    for (to, line) in
-                        h[b * t * PANEL..].as_chunks_mut::<PANEL>().0.iter_mut().zip(lines.chunks_exact(c))
-                    {
-                        let columns = &line[panel * PANEL..((panel + 1) * PANEL).min(c)];
-                        to[..columns.len()].copy_from_slice(columns);
-                    }
-                }
+            let wide = padded(c);
+            scratch::with(2 * b * wide, |lines| {
+                inactive_modulation(lines, read, 0, modulation, c, wide);
+                // SAFETY: all tasks are done.
+                unsafe { scatter(&Shared::new(h), lines, wide, Window::all(c), b * t, rows) };
             });
         }
         let count = if correction.is_some() { b + 1 } else { b };
@@ -368,24 +371,25 @@ impl BackwardInputs<'_> {
         g: &mut [f32],  // [T, N]
         dx: &mut [f32], // [T, C]
         fresh_dx: bool,
-        h: &Shared, // [panels(C), rows_of_h, PANEL]
+        h: &Shared, // [groups(C), rows_of_h, packed_stride()]
         rows_of_h: usize,
         dmodulation: &mut [f32],
         pq: &mut [f32], // [2, N]
     ) {
         let (t, c, n) = (self.t, self.c, self.n);
-        let (window, wide) = (self.read[sample], panels(c) * PANEL);
+        let (window, wide) = (self.read[sample], padded(c));
         let u = self.correction.map_or(&[][..], |uv| &uv[sample * 2 * n..][..n]);
         let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
         let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
         pq.fill(0.0);
         let packed_len = packed_tiles_len(t, n);
         let mut tile = Tile::new();
-        scratch::with(packed_len + t * (wide + 1) + wide, |buffer| {
+        let lines_len = tile_rows().min(t) * wide;
+        scratch::with(packed_len + t * (wide + 1) + lines_len, |buffer| {
             let (packed, buffer) = buffer.split_at_mut(packed_len);
             let (dh, buffer) = buffer.split_at_mut(t * wide);
-            let (line, dr) = buffer.split_at_mut(wide);
-            line.fill(0.0);
+            let (lines_of_h, dr) = buffer.split_at_mut(lines_len);
+            lines_of_h.fill(0.0);
             batches(0..t, t, n, |tiles| {
                 let rows = tiles[0].rows.start..tiles[tiles.len() - 1].rows.end;
                 let of_sample = sample * t + rows.start..sample * t + rows.end;
@@ -405,25 +409,28 @@ impl BackwardInputs<'_> {
                         write_tile(dh, &tile, of_tile.len(), part.halves * HALF, wide);
                     }
                 }
-                for i in rows {
-                    let row = sample * t + i;
-                    normalise_backward(
-                        &mut dx[i * c..][..c],
-                        fresh_dx,
-                        &mut line[..c],
-                        dshift,
-                        dscale,
-                        &dh[i * wide..][..c],
-                        dr[i],
-                        &self.x[row * c..][..c],
-                        shift,
-                        scale,
-                        window,
-                        self.mean[row],
-                        self.rstd[row],
-                    );
-                    // SAFETY: a row of this sample.
-                    unsafe { scatter(h, line, window, row, rows_of_h) };
+                for RowTile { rows, .. } in tiles {
+                    for (i, line) in rows.clone().zip(lines_of_h.chunks_exact_mut(wide)) {
+                        let row = sample * t + i;
+                        normalise_backward(
+                            &mut dx[i * c..][..c],
+                            fresh_dx,
+                            &mut line[..c],
+                            dshift,
+                            dscale,
+                            &dh[i * wide..][..c],
+                            dr[i],
+                            &self.x[row * c..][..c],
+                            shift,
+                            scale,
+                            window,
+                            self.mean[row],
+                            self.rstd[row],
+                        );
+                    }
+                    let lines = &lines_of_h[..rows.len() * wide];
+                    // SAFETY: rows of this sample.
+                    unsafe { scatter(h, lines, wide, window, sample * t + rows.start, rows_of_h) };
                 }
             });
         });

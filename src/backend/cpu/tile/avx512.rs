@@ -1,6 +1,6 @@
 //! The kernel for AVX-512: 32 columns of 14 rows.
 
-use super::{PANEL, Rows, Segment, Tile};
+use super::{PANEL, Rows, Segment};
 use std::arch::x86_64::{
     __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_stream_ps,
 };
@@ -17,36 +17,46 @@ pub(super) unsafe fn stream(to: &mut [f32; PANEL], row: &[f32; PANEL]) {
     }
 }
 
-/// As [`super::multiply`].
+/// As [`super::multiply_add`], or without `add` as [`super::multiply`].
 ///
 /// # Safety
-/// The processor has AVX-512F; `rows`, `halves` and the segments are as [`super::multiply`] checks.
+/// The processor has AVX-512F; rows, halves and segments are as [`super::multiply`] checks.
 #[target_feature(enable = "avx512f,avx2,fma")]
 pub(super) unsafe fn multiply(
-    tile: &mut Tile,
-    rows: usize,
+    rows: &mut [[f32; PANEL]],
+    add: bool,
     halves: usize,
     layout: Rows,
     stride: usize,
     segments: &[Segment],
 ) {
+    let count = rows.len();
     // SAFETY: the contract is the same.
     unsafe {
         match halves {
-            1 => by_rows!(rows, kernel::<1> (tile, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
-            _ => by_rows!(rows, kernel::<2> (tile, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
+            1 => by_rows!(count, kernel::<1> (rows, add, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
+            _ => by_rows!(count, kernel::<2> (rows, add, layout, stride, segments), [1 2 3 4 5 6 7 8 9 10 11 12 13 14]),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx2,fma")]
 unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
-    tile: &mut Tile,
+    rows: &mut [[f32; PANEL]],
+    add: bool,
     layout: Rows,
     stride: usize,
     segments: &[Segment],
 ) {
     let mut sums: [[__m512; VECTORS]; ROWS] = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+    if add {
+        for i in 0..ROWS {
+            for v in 0..VECTORS {
+                // SAFETY: the columns asked for lie inside of a row.
+                sums[i][v] = unsafe { _mm512_loadu_ps(rows[i].as_ptr().add(v * LANES)) };
+            }
+        }
+    }
     for segment in segments {
         let (mut a, mut b) = (segment.a.as_ptr(), segment.b.map(<[f32]>::as_ptr));
         for _ in 0..segment.len {
@@ -73,8 +83,8 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
     // By index: iterators here put the sums into memory in the loop above.
     for i in 0..ROWS {
         for v in 0..VECTORS {
-            // SAFETY: the columns asked for lie inside of a row.
-            unsafe { _mm512_storeu_ps(tile.rows[i].as_mut_ptr().add(v * LANES), sums[i][v]) };
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(rows[i].as_mut_ptr().add(v * LANES), sums[i][v]) };
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A tile in steps, for processors with 16 vector registers: 16 columns of 6 rows, and of the inner dimension so much that its
 //! part of a panel stays in the first cache while the steps go down the rows.
 
-use super::{PANEL, Rows, Segment, Tile, even_parts};
+use super::{PANEL, Rows, Segment, even_parts};
 
 /// Rows of a step: what the registers hold sums of.
 pub(super) const ROWS: usize = 6;
@@ -15,7 +15,7 @@ const BLOCK: usize = 128;
 /// The same of packed rows. They are one stream, which the processor fetches ahead, so they need not stay in the first cache from
 /// one half of the columns to the other, and with longer blocks sums go to memory and back less often. Measured on Zen 3, packing
 /// included: forward products of DiT-S/2 and S/4 took 3 to 9 % less time than from lines in blocks of 128.
-const PACKED_BLOCK: usize = 384;
+pub(super) const PACKED_BLOCK: usize = 384;
 
 /// Adds the products of a block of the inner dimension to 16 columns of a few rows.
 pub(super) struct Step<'a> {
@@ -32,12 +32,12 @@ pub(super) struct Step<'a> {
     pub(super) add: bool,
 }
 
-/// Computes a tile by calls of `step`; the arguments are those of [`super::multiply`]. If they are as it checks, every step
-/// lies inside of the tile and of the segments.
+/// Computes sums by calls of `step`; the arguments are those of [`super::multiply_add`], which adds, or [`super::multiply`], which
+/// does not. If they are as it checks, every step lies inside of the sums and of the segments.
 #[inline(always)]
 pub(super) fn multiply(
-    tile: &mut Tile,
-    rows: usize,
+    sums: &mut [[f32; PANEL]],
+    mut add: bool,
     halves: usize,
     layout: Rows,
     stride: usize,
@@ -46,14 +46,14 @@ pub(super) fn multiply(
 ) {
     let mut block = |segments: &[Segment], add: bool| {
         for half in 0..halves {
-            for (number, rows) in even_parts(rows, ROWS, 1).enumerate() {
+            for (number, rows) in even_parts(sums.len(), ROWS, 1).enumerate() {
                 let skip = layout.first_of_step(number, rows.start);
-                step(Step { rows: &mut tile.rows[rows], half, skip, layout, stride, segments, add });
+                step(Step { rows: &mut sums[rows], half, skip, layout, stride, segments, add });
             }
         }
     };
     let most = if layout.step == 0 { BLOCK } else { PACKED_BLOCK };
-    let (mut rest, mut add) = (segments, false);
+    let mut rest = segments;
     while let [first, others @ ..] = rest {
         let parts = first.len.div_ceil(most);
         if parts > 1 {
