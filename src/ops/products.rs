@@ -238,8 +238,8 @@ fn panel_of_weight_gradient<'a>(
                 true => of_panel(packed, 0),
                 false => of_panel(&other[panel * all_rows * PANEL..][..all_rows * PANEL], row),
             };
+            let mut segments = [Segment { a: &[], b: [&[]; 2], len: 0 }; MOST_PARTS];
             channel_tiles(c, &channels[..count], |tile, set| {
-                let mut segments = [Segment { a: &[], b: [&[]; 2], len: 0 }; MOST_PARTS];
                 let (mut count, mut rest) = (0, set);
                 while rest != 0 {
                     // Neighbours are one segment. A batch is sorted by timestep, so there is one mostly.
