@@ -23,7 +23,7 @@ pub(crate) struct RowTile {
 /// Most tiles of a batch.
 const MOST_TILES: usize = 24;
 /// Numbers of the packed rows of a batch that leave room in a core's cache for the panels.
-const RESIDENT: usize = 1 << 17;
+const RESIDENT: usize = 1 << 16;
 
 /// Numbers that a tile of a sample takes, packed.
 pub(crate) fn packed_tile_len(tokens: usize, inner: usize) -> usize {
