@@ -127,6 +127,9 @@ fn blocks_of_queries_that_do_not_divide_the_tokens() {
     check(2, 65, 2, 8);
     check(1, 128, 1, 16);
     check(2, 129, 2, 8);
+    check(1, 127, 1, 32);
+    check(1, 130, 2, 48);
+    check(1, 200, 1, 64);
     check(1, 257, 3, 8);
     check(1, 300, 2, 12);
 }

@@ -16,7 +16,8 @@ impl Tape<'_> {
     }
 
     /// Promises that one `linear_residual`, as its `a`, is all that ever reads the output of a GELU. Its backward then hands the
-    /// gradient on as that of the GELU's input; and in main memory the output is recycled, since it is had from the input again.
+    /// gradient on as that of the GELU's input; and in main memory the output is recycled, since it is had
+    /// from the input again, whose place the gradient takes.
     pub(crate) fn read_once(&mut self, output: Var) {
         let Some(gelu) = self.memory.gelus.iter_mut().find(|gelu| gelu.output == output) else { return };
         gelu.read_once = true;
@@ -35,5 +36,24 @@ impl Tape<'_> {
     /// Whether nobody has multiplied the gradient by the derivative of the GELU of `pre`.
     pub(crate) fn gelu_is_pending(&self, pre: Var) -> bool {
         self.memory.gelus.iter().any(|gelu| gelu.pre == pre)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autograd::Memory;
+
+    #[test]
+    #[should_panic(expected = "a GELU that is read once has one gradient")]
+    fn a_second_reader_is_refused() {
+        let mut memory = Memory::new();
+        let mut tape = Tape::new(&[], &mut [], false, &mut memory);
+        let [pre, output] = [0.5, 0.25].map(|x| tape.input(&[x; 4], [1, 1, 4], true).unwrap());
+        tape.note_gelu(output, pre);
+        tape.read_once(output);
+        let of_another = tape.take(4);
+        tape.put_grad(output, of_another);
+        tape.take_before_gelu(output);
     }
 }

@@ -183,9 +183,10 @@ unsafe fn scatter_groups<const N: usize>(
     rows: usize,
 ) {
     let (width, count) = (packed_stride(), lines.len() / stride);
+    assert!(first + count <= rows, "lines of more rows than there are");
     for group in window.start / N..window.end().div_ceil(N) {
         let at = (group * rows + first) * width;
-        // SAFETY: parts of these rows.
+        // SAFETY: a part of these rows of the group.
         let to = unsafe { to.slice(at..at + count * width) };
         for (to, line) in to.chunks_exact_mut(width).zip(lines.chunks_exact(stride)) {
             let from: &[f32; N] = line[group * N..].first_chunk().expect("a line holds whole groups");
@@ -196,7 +197,7 @@ unsafe fn scatter_groups<const N: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::tile::{of_panel_mut, packed_len, padded, panels, tile_rows};
+    use super::super::tile::{groups, of_panel_mut, packed_len, padded_columns, panels, tile_rows};
     use super::*;
 
     fn numbers(seed: usize, n: usize) -> Vec<f32> {
@@ -242,11 +243,11 @@ mod tests {
     #[test]
     fn channels_are_scattered_to_the_groups_that_the_window_meets() {
         let (c, rows, count) = (5 * step_rows() - 3, 7, 4);
-        let stride = padded(c);
+        let stride = padded_columns(c);
         let lines = numbers(8, count * stride);
         for (start, width) in [(0, 1), (0, c), (c - 1, 1), (step_rows() - 1, 2), (step_rows(), step_rows())] {
             let window = Window { start, width };
-            let mut to = vec![f32::NAN; c.div_ceil(step_rows()) * rows * packed_stride()];
+            let mut to = vec![f32::NAN; groups(c) * rows * packed_stride()];
             // SAFETY: nobody else has it.
             unsafe { scatter(&Shared::new(&mut to), &lines, stride, window, 2, rows) };
             for (at, &got) in to.iter().enumerate() {

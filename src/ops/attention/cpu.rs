@@ -190,7 +190,7 @@ pub fn backward(
     let size = c / heads;
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
-    let block = [at_once * size, Columns::room(size, at_once)];
+    let block = [at_once * size, Columns::room(size, at_once.min(t))];
     let sizes =
         [Columns::room(size, t), block[0], block[0], block[1], block[1], t * STRIP, t * STRIP, at_once, at_once];
     let dqkv = Shared::new(dqkv);

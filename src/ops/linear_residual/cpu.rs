@@ -7,7 +7,7 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, add_tile, multiply, of_panel, padded, panels, tile_rows, write_tile,
+    HALF, PANEL, Rows, Segment, Tile, add_tile, multiply, of_panel, padded_columns, panels, tile_rows, write_tile,
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, columns, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len,
@@ -134,7 +134,7 @@ fn clip(range: Range<usize>, of: &Range<usize>) -> Range<usize> {
 /// What backward writes. `da` and the weights are overwritten or added to as the flags say; `dmodulation` is added to.
 pub struct Gradients<'a> {
     pub da: &'a mut [f32],          // [B, T, K], see Input
-    pub fresh_da: bool,             // overwrite da
+    pub fresh_da: bool,             // overwrite da; of no meaning with GeluOfDa
     pub dmodulation: &'a mut [f32], // [B, stride]
     pub dweight: &'a mut [f32],     // [C, K]
     pub dbias: &'a mut [f32],       // [C]
@@ -244,15 +244,15 @@ impl BackwardInputs<'_> {
         let (t, c, k) = (self.t, self.c, self.k);
         let all_rows = self.write.len() * t;
         let window = self.write[sample];
-        let (range, wide) = (window.range(), padded(c));
+        let (range, wide) = (window.range(), padded_columns(c));
         let gate = &self.gate.of(sample, c)[range.clone()];
         dbias.fill(0.0);
         let mut tile = Tile::new();
-        let (lines_len, tile_len) = (tile_rows().min(t) * wide, packed_tile_len(t, wide));
-        scratch::with(lines_len + packed_tiles_len(t, wide), |buffer| {
+        let (lines_len, tile_len) = (tile_rows().min(t) * wide, packed_tile_len(t, c));
+        scratch::with(lines_len + packed_tiles_len(t, c), |buffer| {
             let (lines, packed) = buffer.split_at_mut(lines_len);
             lines.fill(0.0);
-            batches(0..t, t, wide, |tiles| {
+            batches(0..t, t, c, |tiles| {
                 for (RowTile { rows, .. }, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
                     for (i, line) in rows.clone().zip(lines.chunks_exact_mut(wide)) {
                         let row = sample * t + i;
@@ -272,7 +272,7 @@ impl BackwardInputs<'_> {
                 }
                 for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
-                    for (RowTile { rows, .. }, a) in with_packed(tiles, packed, t, wide) {
+                    for (RowTile { rows, .. }, a) in with_packed(tiles, packed, t, c) {
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
                         let (width, at) = (columns.len(), rows.start * k + columns.start);

@@ -49,7 +49,7 @@ pub(crate) struct Saved {
     gate: PerSample,    // [B, C]
     residual: Residual, // [B, T, C]
     write: Windows,     // B
-    z: Var,             // [B, T, C], defined on the write windows
+    z: Var,             // [B, T, C], defined on the write windows; in main memory backward recycles it
 }
 
 /// `out`, `[B, T, C]`.
@@ -227,7 +227,8 @@ impl Saved {
         let pre = tape.take_before_gelu(self.a);
         let (mut da, fresh_da) = match pre.map(|pre| tape.take_value(pre)) {
             Some(Storage::Cpu(pre)) => (pre, true),
-            _ => tape.take_grad(self.a),
+            Some(Storage::Cuda(_)) => unreachable!("a backward pass in main memory"),
+            None => tape.take_grad(self.a),
         };
         let mut room = pre.map_or_else(AlignedVec::new, |_| tape.take(cpu::panels_len([b, t, k])));
         let (mut dmodulation, fresh) = tape.take_grad(self.gate.var);

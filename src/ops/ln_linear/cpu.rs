@@ -8,8 +8,8 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, of_panel, padded, panels, step_rows, tile_rows,
-    write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, of_panel, padded_columns, panels, step_rows,
+    tile_rows, write_tile,
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len, part,
@@ -318,10 +318,10 @@ pub fn backward(
         let (g, pq) = (&*dy, &*pq);
         if correction.is_some() {
             inactive_gradient(dmodulation, pq, read, modulation, panels_of_w, n, c);
-            let wide = padded(c);
+            let wide = padded_columns(c);
             scratch::with(2 * b * wide, |lines| {
                 inactive_modulation(lines, read, 0, modulation, c, wide);
-                // SAFETY: all tasks are done.
+                // SAFETY: `h` is borrowed here alone.
                 unsafe { scatter(&Shared::new(h), lines, wide, Window::all(c), b * t, rows) };
             });
         }
@@ -359,7 +359,7 @@ struct BackwardInputs<'a> {
 }
 
 impl BackwardInputs<'_> {
-    /// One sample: `g` before GELU, `dx`, the modulated rows again as panels, the gradients of shift and scale on the
+    /// One sample: `g` before GELU, `dx`, the modulated rows again in groups, the gradients of shift and scale on the
     /// window, and P and Q.
     ///
     /// # Safety
@@ -377,7 +377,7 @@ impl BackwardInputs<'_> {
         pq: &mut [f32], // [2, N]
     ) {
         let (t, c, n) = (self.t, self.c, self.n);
-        let (window, wide) = (self.read[sample], padded(c));
+        let (window, wide) = (self.read[sample], padded_columns(c));
         let u = self.correction.map_or(&[][..], |uv| &uv[sample * 2 * n..][..n]);
         let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
         let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
@@ -386,9 +386,9 @@ impl BackwardInputs<'_> {
         let mut tile = Tile::new();
         let lines_len = tile_rows().min(t) * wide;
         scratch::with(packed_len + t * (wide + 1) + lines_len, |buffer| {
-            let (packed, buffer) = buffer.split_at_mut(packed_len);
             let (dh, buffer) = buffer.split_at_mut(t * wide);
-            let (lines_of_h, dr) = buffer.split_at_mut(lines_len);
+            let (lines_of_h, buffer) = buffer.split_at_mut(lines_len);
+            let (packed, dr) = buffer.split_at_mut(packed_len);
             lines_of_h.fill(0.0);
             batches(0..t, t, n, |tiles| {
                 let rows = tiles[0].rows.start..tiles[tiles.len() - 1].rows.end;

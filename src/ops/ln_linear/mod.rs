@@ -57,7 +57,7 @@ pub(crate) struct Saved {
     mean: Var,               // [B, T]
     rstd: Var,               // [B, T]
     correction: Option<Var>, // [B, 2, N]: u, and v + b (CUDA: v); None when every window is full
-    pre: Option<Var>,        // [B, T, N] before GELU; None without
+    pre: Option<Var>,        // [B, T, N] before GELU, taken where the GELU is read once; None without
     h: Option<Var>,          // CUDA: [B, T, C] normalised and modulated
     inactive: Option<Var>,   // CUDA: [B, 2, C]: 1 + scale and shift outside of the windows
 }

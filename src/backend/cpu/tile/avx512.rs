@@ -17,10 +17,10 @@ pub(super) unsafe fn stream(to: &mut [f32; PANEL], row: &[f32; PANEL]) {
     }
 }
 
-/// As [`super::multiply_add`], or without `add` as [`super::multiply`].
+/// As [`super::sum_products`].
 ///
 /// # Safety
-/// The processor has AVX-512F; rows, halves and segments are as [`super::multiply`] checks.
+/// The processor has AVX-512F; rows, halves and segments are as [`super::sum_products`] checks.
 #[target_feature(enable = "avx512f,avx2,fma")]
 pub(super) unsafe fn multiply(
     rows: &mut [[f32; PANEL]],
@@ -48,6 +48,7 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
     stride: usize,
     segments: &[Segment],
 ) {
+    let rows: &mut [[f32; PANEL]; ROWS] = rows.try_into().expect("as many rows as the kernel is for");
     let mut sums: [[__m512; VECTORS]; ROWS] = [[_mm512_setzero_ps(); VECTORS]; ROWS];
     if add {
         for i in 0..ROWS {
@@ -61,7 +62,7 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(
         let (mut a, mut b) = (segment.a.as_ptr(), segment.b.map(<[f32]>::as_ptr));
         for _ in 0..segment.len {
             let mut row = a;
-            // SAFETY: `multiply` checked the last element that these reach; the pointers move past it only after the last
+            // SAFETY: `sum_products` checked the last element that these reach; the pointers move past it only after the last
             // row and round, by wrapping arithmetic.
             unsafe {
                 let columns: [__m512; VECTORS] = std::array::from_fn(|v| _mm512_loadu_ps(b[v]));

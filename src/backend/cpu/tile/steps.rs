@@ -7,14 +7,13 @@ use super::{PANEL, Rows, Segment, even_parts};
 pub(super) const ROWS: usize = 6;
 /// Steps down a tile.
 pub(super) const AT_ONCE: usize = 6;
-/// Most elements of the inner dimension of a step.
-///
-/// Measured (Zen 3, AVX2), when panels were lines of 32 and a block of A did not fit into the first cache beside that of the
-/// panel: with 64 for interleaved rows a loop of products was 7 % faster, but a training step of DiT-S/2 took 8 % longer.
+/// Most elements of the inner dimension of a step. Measured (Zen 3, AVX2): with 64 attention, which has most of the rows that are
+/// not packed, takes 1 to 5 % longer.
 const BLOCK: usize = 128;
-/// The same of packed rows. They are one stream, which the processor fetches ahead, so they need not stay in the first cache from
-/// one half of the columns to the other, and with longer blocks sums go to memory and back less often. Measured on Zen 3, packing
-/// included: forward products of DiT-S/2 and S/4 took 3 to 9 % less time than from lines in blocks of 128.
+/// The same of packed rows, and most tokens that a weight gradient takes at a time. Packed rows are one stream, which the processor
+/// fetches ahead, so they need not stay in the first cache from one half of the columns to the other, and with longer blocks sums
+/// go to memory and back less often. Measured on Zen 3, packing included: forward products of DiT-S/2 and S/4 took 3 to 9 % less
+/// time than from lines in blocks of 128.
 pub(super) const PACKED_BLOCK: usize = 384;
 
 /// Adds the products of a block of the inner dimension to 16 columns of a few rows.
@@ -32,8 +31,8 @@ pub(super) struct Step<'a> {
     pub(super) add: bool,
 }
 
-/// Computes sums by calls of `step`; the arguments are those of [`super::multiply_add`], which adds, or [`super::multiply`], which
-/// does not. If they are as it checks, every step lies inside of the sums and of the segments.
+/// Computes sums by calls of `step`; the arguments are those of [`super::sum_products`]. If they are as it checks, every step lies
+/// inside of the sums and of the segments.
 #[inline(always)]
 pub(super) fn multiply(
     sums: &mut [[f32; PANEL]],

@@ -1,0 +1,240 @@
+//! The kernels against chains of additions, and what they refuse.
+
+use super::super::aligned::AlignedVec;
+use super::*;
+
+fn numbers(seed: usize, n: usize) -> Vec<f32> {
+    (0..n).map(|i| (((i + seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 250.0).collect()
+}
+
+type Kernel = fn(&mut [[f32; PANEL]], bool, usize, Rows, usize, &[Segment]);
+
+/// All sizes of a tile in all layouts, with the inner dimension in parts, empty ones and those of more than a step too, from
+/// nothing and added: the bits are those of one chain of additions.
+fn check<const FMA: bool>(kernel: Kernel, most_rows: usize, step_rows: usize) {
+    let apart = |inner| Rows { row: 1, inner, step: 700 };
+    let (a, b) = (numbers(1, 12_000), numbers(2, 640 * PANEL));
+    let lens: [&[usize]; 14] = [
+        &[],
+        &[0],
+        &[0, 5],
+        &[1],
+        &[25],
+        &[37],
+        &[3, 0, 11],
+        &[128],
+        &[129],
+        &[99, 29],
+        &[128, 128],
+        &[300],
+        &[99, 30, 260, 5],
+        &[500],
+    ];
+    for rows in 1..=most_rows {
+        // Where the first row of the step that holds a row is, and the row in that step.
+        let steps: Vec<_> = even_parts(rows, step_rows, 1).enumerate().collect();
+        let in_step = |i: usize, layout: Rows| match steps.iter().find(|(_, step)| step.contains(&i)) {
+            Some((number, step)) if layout.step > 0 => (number * layout.step, i - step.start),
+            _ => (0, i),
+        };
+        for (halves, layout) in [
+            (1, Rows::lines(STRIP)),
+            (2, Rows::lines(45)),
+            (1, Rows::interleaved(16)),
+            (2, Rows::interleaved(17)),
+            (1, apart(16)),
+            (2, apart(6)),
+            (2, apart(16)),
+        ] {
+            for (case, lens) in lens.iter().enumerate() {
+                let (stride, add) = ([HALF, 33, 35][case % 3], (rows + case).is_multiple_of(2));
+                let mut tile = Tile { rows: [[f32::NAN; PANEL]; MAX_ROWS] };
+                if add {
+                    tile.rows[..rows].fill(std::array::from_fn(|j| j as f32 - 7.3));
+                }
+                let segments: Vec<_> = lens
+                    .iter()
+                    .enumerate()
+                    .map(|(s, &len)| {
+                        let right = if halves == 2 { &b[3000 + 9 * s..] } else { &[] };
+                        Segment { a: &a[5 * s..], b: [&b[7 * s..], right], len }
+                    })
+                    .collect();
+                kernel(&mut tile.rows[..rows], add, halves, layout, stride, &segments);
+                for (i, j) in (0..rows).flat_map(|i| (0..halves * HALF).map(move |j| (i, j))) {
+                    let (first, row) = in_step(i, layout);
+                    let mut expected = if add { j as f32 - 7.3 } else { 0.0 };
+                    for segment in &segments {
+                        for k in 0..segment.len {
+                            let (a, b) = (
+                                segment.a[first + row * layout.row + k * layout.inner],
+                                segment.b[j / HALF][k * stride + j % HALF],
+                            );
+                            expected = if FMA { a.mul_add(b, expected) } else { a * b + expected };
+                        }
+                    }
+                    let got = tile.rows[i][j];
+                    assert!(
+                        got.to_bits() == expected.to_bits(),
+                        "({i}, {j}) of {rows} rows, {halves}, {layout:?}, {stride}, {lens:?}, added: {add}: {got} for {expected}"
+                    );
+                }
+                assert!(tile.rows[rows..].iter().flatten().all(|x| x.is_nan()), "rows beyond the tile are written");
+            }
+        }
+    }
+}
+
+#[test]
+fn tiles_are_chains_of_additions() {
+    check::<{ cfg!(target_arch = "aarch64") }>(
+        |rows, add, halves, layout, stride, segments| {
+            steps::multiply(rows, add, halves, layout, stride, segments, plain::step)
+        },
+        MAX_ROWS,
+        steps::ROWS,
+    );
+    #[cfg(target_arch = "x86_64")]
+    if level() != Level::Baseline {
+        check::<true>(
+            |rows, add, halves, layout, stride, segments| {
+                // SAFETY: the processor has AVX2; `check` keeps to what `sum_products` checks, and so do the steps.
+                steps::multiply(rows, add, halves, layout, stride, segments, |step| unsafe { avx2::step(step) })
+            },
+            MAX_ROWS,
+            steps::ROWS,
+        );
+        check::<true>(sum_products, tile_rows(), step_rows());
+    }
+}
+
+/// Rows that start at cache lines and rows that do not, whole and part: the rest of the destination stays as it is.
+#[test]
+fn tiles_are_written_where_they_belong() {
+    let mut tile = Tile::new();
+    for (i, x) in tile.rows.as_flattened_mut().iter_mut().enumerate() {
+        *x = i as f32 + 1.0;
+    }
+    for (first, width, stride) in [(0, PANEL, 64), (16, PANEL, 48), (3, PANEL, 64), (0, PANEL, 37), (0, 5, 64)] {
+        for streams in [None, Streams::of(usize::MAX)] {
+            for rows in [0, 1, MAX_ROWS] {
+                let mut to = AlignedVec::zeros(first + MAX_ROWS * stride);
+                let what = format!("{rows} rows from {first}, {width} of {stride}, streamed: {}", streams.is_some());
+                match &streams {
+                    None => write_tile(&mut to[first..], &tile, rows, width, stride),
+                    // SAFETY: `to` is read after the fence of another `Streams`.
+                    Some(streams) => unsafe { streams.write_tile(&mut to[first..], &tile, rows, width, stride) },
+                }
+                drop(Streams(PhantomData));
+                for (at, &x) in to.iter().enumerate() {
+                    let (i, j) = (at.wrapping_sub(first) / stride, at.wrapping_sub(first) % stride);
+                    let inside = at >= first && i < rows && j < width;
+                    assert_eq!(x, if inside { tile.rows[i][j] } else { 0.0 }, "{at} of {what}");
+                }
+            }
+        }
+    }
+    assert!(Streams::of(1 << 20).is_none() && Streams::of(1 << 22).is_some());
+}
+
+#[test]
+fn tiles_are_transposed() {
+    let mut tile = Tile::new();
+    for (i, x) in tile.rows.as_flattened_mut().iter_mut().enumerate() {
+        *x = i as f32 + 1.0;
+    }
+    for (rows, width, stride) in (1..=MAX_ROWS).map(|rows| (rows, PANEL - rows % 3, rows + rows % 2)) {
+        for add in [false, true] {
+            let mut to = vec![0.5; PANEL * stride];
+            write_transposed(&mut to, &tile.rows[..rows], width, stride, add);
+            for (at, &x) in to.iter().enumerate() {
+                let (j, i) = (at / stride, at % stride);
+                let old = if add { 0.5 } else { 0.0 };
+                let expected = if j < width && i < rows { tile.rows[i][j] + old } else { 0.5 };
+                assert_eq!(x, expected, "({i}, {j}) of {rows} rows, {width} columns, {stride}, added: {add}");
+            }
+        }
+    }
+}
+
+fn is_refused(rows: usize, halves: usize, layout: Rows, stride: usize, segment: Segment) -> bool {
+    let result = std::panic::catch_unwind(|| multiply(&mut Tile::new(), rows, halves, layout, stride, &[segment]));
+    result.is_err_and(|why| why.downcast_ref() == Some(&"an operand is too short"))
+}
+
+#[test]
+fn operands_that_are_too_short_are_refused() {
+    let numbers = [0.5; 500];
+    for halves in 1..=2 {
+        let layouts =
+            [(Rows::interleaved(16), 16 + 3), (Rows::lines(20), 2 * 20 + 2), (Rows::packed(2), packed_stride() + 3)];
+        for (layout, a_len) in layouts {
+            for stride in [HALF, 40] {
+                let (a, half) = (&numbers[..a_len], &numbers[..stride + HALF]);
+                let b = [half, if halves == 2 { half } else { &[] }];
+                let refused = |a, b| is_refused(3, halves, layout, stride, Segment { a, b, len: 2 });
+                assert!(!refused(a, b), "{halves}, {layout:?}, {stride}");
+                assert!(refused(&a[1..], b), "{halves}, {layout:?}, {stride}");
+                for short in 0..halves {
+                    let mut b = b;
+                    b[short] = &half[1..];
+                    assert!(refused(a, b), "{halves}, {layout:?}, {stride}, half {short}");
+                }
+            }
+        }
+    }
+}
+
+/// Distances whose product is 0, were it to wrap.
+#[test]
+fn strides_that_overflow_are_refused() {
+    const FAR: usize = 1 << (usize::BITS - 1);
+    let numbers = [0.0; 4 * PANEL];
+    for (layout, stride) in [
+        (Rows::lines(FAR), PANEL),
+        (Rows::interleaved(FAR), PANEL),
+        (Rows::lines(1), FAR),
+        (Rows::interleaved(1), FAR),
+        (Rows::packed(1), FAR),
+    ] {
+        assert!(
+            is_refused(3, 2, layout, stride, Segment { a: &numbers, b: [&numbers; 2], len: 3 }),
+            "{layout:?}, {stride}"
+        );
+    }
+    if tile_rows() > step_rows() {
+        let (rows, stride) = (step_rows() + 1, packed_stride());
+        // Two steps of 4 and 3 rows, counted as if they could be of 6.
+        let ends = 2 * stride + stride + step_rows();
+        for (len, refused) in [(ends, false), (ends - 1, true)] {
+            let segment = Segment { a: &numbers[..len], b: [&numbers; 2], len: 2 };
+            assert_eq!(is_refused(rows, 2, Rows::packed(2), HALF, segment), refused, "{len} numbers of two steps");
+        }
+        let segment = Segment { a: &numbers, b: [&numbers; 2], len: 3 };
+        assert!(is_refused(step_rows() + 1, 2, Rows::packed(FAR), PANEL, segment), "steps that are far apart");
+    }
+    // One row, or one element, has no distances.
+    for (rows, layout) in [(1, Rows::lines(FAR)), (3, Rows::interleaved(FAR))] {
+        for stride in [PANEL, FAR] {
+            let segment = Segment { a: &numbers, b: [&numbers; 2], len: 1 };
+            assert!(!is_refused(rows, 2, layout, stride, segment), "{layout:?}, {stride}");
+        }
+    }
+}
+
+#[test]
+fn tiles_cover_the_rows_evenly() {
+    for (height, at_once) in [(14, 1), (6, 6), (6, 1)] {
+        for rows in 0..100 {
+            let parts: Vec<_> = even_parts(rows, height, at_once).collect();
+            assert_eq!(parts.iter().flat_map(Clone::clone).collect::<Vec<_>>(), (0..rows).collect::<Vec<_>>());
+            assert_eq!(parts.len(), rows.div_ceil(height).div_ceil(at_once));
+            let lens = || parts.iter().map(Range::len);
+            assert!(lens().all(|len| 0 < len && len <= height * at_once));
+            if at_once == 1 && rows > 0 {
+                assert!(lens().max().unwrap() - lens().min().unwrap() <= 1, "{rows}: {parts:?}");
+            }
+        }
+    }
+    assert!(row_tiles(100).all(|tile| tile.len() <= tile_rows()) && tile_rows() <= MAX_ROWS);
+}
