@@ -22,17 +22,10 @@ pub(crate) struct RowTile {
 
 /// Most tiles of a batch.
 const MOST_TILES: usize = 24;
-/// Fewest rows of a batch, where there are as many: they share what is read of the panels.
-const FEWEST_ROWS: usize = 36;
-
-/// Numbers of the packed rows of a batch that leave room in a core's cache for the panels. Measured on Zen 3, with 512 KB a core:
-/// with twice as many DiT-S/4 takes 2 % longer. Processors with AVX-512 have at least 1 MB.
-fn resident() -> usize {
-    match level() {
-        Level::Avx512 => 1 << 17,
-        Level::Avx2 | Level::Baseline => 1 << 16,
-    }
-}
+/// Numbers of packed rows that leave room in a core's cache for the panels.
+const RESIDENT: usize = 1 << 17;
+/// Tiles that are multiplied at once even when they leave less room: they share what is read of the panels.
+const FEW_TILES: usize = 4;
 
 /// Numbers that a tile of a sample takes, packed.
 pub(crate) fn packed_tile_len(tokens: usize, inner: usize) -> usize {
@@ -46,7 +39,14 @@ pub(crate) fn packed_tiles_len(tokens: usize, inner: usize) -> usize {
 
 /// Tiles of a batch; none crosses samples.
 fn tiles_at_once(tokens: usize, inner: usize) -> usize {
-    (resident() / packed_tile_len(tokens, inner)).clamp(FEWEST_ROWS.div_ceil(tile_rows()), MOST_TILES)
+    let fit = |numbers: usize| numbers / packed_tile_len(tokens, inner);
+    let tiles = match level() {
+        Level::Avx512 => fit(RESIDENT),
+        // Measured on Zen 3, with 512 KB a core. Half as much: DiT-S/4 takes 2 % less time, 1 at sublayer .5, but forward passes
+        // of DiT-B/4 with less than 4 tiles 7 % more.
+        Level::Avx2 | Level::Baseline => fit(RESIDENT / 2).max(fit(RESIDENT).min(FEW_TILES)),
+    };
+    tiles.clamp(1, MOST_TILES)
 }
 
 /// Packs the tiles of a batch one after the other, each [`packed_tile_len`] numbers: of rows of `inner` numbers, the first of
