@@ -16,8 +16,8 @@ impl Tape<'_> {
     }
 
     /// Promises that one `linear_residual`, as its `a`, is all that ever reads the output of a GELU. Its backward then hands the
-    /// gradient on as that of the GELU's input; and in main memory the output is recycled, since it is had
-    /// from the input again, whose place the gradient takes.
+    /// gradient on as that of the GELU's input. In main memory the output is recycled, since it is had from the input again, and
+    /// the gradient takes the place of that input.
     pub(crate) fn read_once(&mut self, output: Var) {
         let Some(gelu) = self.memory.gelus.iter_mut().find(|gelu| gelu.output == output) else { return };
         gelu.read_once = true;

@@ -227,7 +227,7 @@ fn panel_of_weight_gradient<'a>(
         let sums = sums.as_chunks_mut::<PANEL>().0;
         let (mut parts, mut row) = (parts.peekable(), 0);
         while parts.peek().is_some() {
-            // The channels of each part, and where it starts in the block, and where the last ends.
+            // The channels of each part, where it starts in the block, and where the last ends.
             let (mut channels, mut starts) = ([const { [0..0, 0..0] }; MOST_PARTS], [0; MOST_PARTS + 1]);
             let mut count = 0;
             let fits = |count: usize, start: usize, part: &TokensOf| {
@@ -306,13 +306,13 @@ fn channel_tiles(c: usize, parts: &[[Range<usize>; 2]], mut work: impl FnMut(Ran
         let set = |group: usize| sets[group - first][0] | sets[group - first][1];
         let mut start = here.start;
         while start < here.end {
-            let (parts, mut end) = (set(start), start + 1);
-            while end < here.end.min(whole) && set(end) == parts {
+            let (met_by, mut end) = (set(start), start + 1);
+            while end < here.end.min(whole) && set(end) == met_by {
                 end += 1;
             }
-            if parts != 0 {
+            if met_by != 0 {
                 for tile in row_tiles((end - start) * height) {
-                    work(start * height + tile.start..(start * height + tile.end).min(c), parts);
+                    work(start * height + tile.start..(start * height + tile.end).min(c), met_by);
                 }
             }
             start = end;

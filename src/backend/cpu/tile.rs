@@ -11,7 +11,8 @@
 //!
 //! A range of the inner dimension is a sub-slice of both operands, so a window of input channels needs no panels of its own, and
 //! neither does a window of output channels (a range of panels, to the half). Every element of C is one chain of
-//! additions in the order of k, from 0 or from what is there: the result depends on the operands alone, neither on the threads nor on the tile.
+//! additions in the order of k, from 0 or from what is there: the result depends on the operands alone, neither on the threads
+//! nor on the tile.
 
 /// Calls `$kernel::<ROWS, ..>` with the number of rows as a constant.
 macro_rules! by_rows {
