@@ -14,11 +14,14 @@
 //! additions in the order of k, from 0 or from what is there: the result depends on the operands alone, neither on the threads
 //! nor on the tile.
 
-/// Calls `$kernel::<ROWS, ..>` with the number of rows as a constant.
+/// `$call` with the number of rows as a constant of this name.
 macro_rules! by_rows {
-    ($rows:expr, $kernel:ident::<$other:tt> $args:tt, [$($n:literal)*]) => {
+    ($rows:expr, $name:ident => $call:expr, [$($n:literal)*]) => {
         match $rows {
-            $($n => $kernel::<$n, $other> $args,)*
+            $($n => {
+                const $name: usize = $n;
+                $call
+            })*
             _ => unreachable!("more rows than a tile has"),
         }
     };
@@ -188,9 +191,9 @@ simd_fn! {
             interleave(columns.0.as_flattened_mut(), HALF, sums.as_flattened(), sums.len(), width, PANEL);
             let (to, columns) = (&mut to[part * HALF..], &columns.0[..width]);
             if add {
-                by_rows!(sums.len(), narrow::<true>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16])
+                by_rows!(sums.len(), N => narrow::<N, true>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16])
             } else {
-                by_rows!(sums.len(), narrow::<false>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16])
+                by_rows!(sums.len(), N => narrow::<N, false>(to, columns, stride), [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16])
             }
         }
     }
