@@ -58,16 +58,26 @@ pub(crate) fn pack_tiles(to: &mut [f32], rows: &[f32], tiles: &[RowTile], tokens
     }
 }
 
-/// The tiles of a batch, each with its part of `packed`.
+/// The tiles of a batch, each with its part of `packed`, and with a part of `next` to fetch meanwhile.
 pub(crate) fn with_packed<'a>(
     tiles: &'a [RowTile],
     packed: &'a [f32],
+    next: &'a [f32],
     tokens: usize,
     inner: usize,
-) -> impl Iterator<Item = (&'a RowTile, &'a [f32])> {
+) -> impl Iterator<Item = (&'a RowTile, &'a [f32], &'a [f32])> {
     let len = packed_tile_len(tokens, inner);
     assert!(tiles.len() * len <= packed.len(), "fewer packed tiles than tiles");
-    tiles.iter().zip(packed.chunks_exact(len))
+    let part = move |i: usize| &next[i * next.len() / tiles.len()..(i + 1) * next.len() / tiles.len()];
+    tiles.iter().zip(packed.chunks_exact(len)).enumerate().map(move |(i, (tile, packed))| (tile, packed, part(i)))
+}
+
+/// Panels of `len` rows, each with the one that follows, to fetch it in time; with nothing the last, and all of so few that they
+/// stay in a core's cache.
+pub(crate) fn each_panel(panels: &[f32], len: usize) -> impl Iterator<Item = (&[f32], &[f32])> {
+    let fetched = if panels.len() > RESIDENT { panels } else { &[] };
+    let following = fetched.chunks_exact(len * PANEL).skip(1).chain(std::iter::repeat(&[][..]));
+    panels.chunks_exact(len * PANEL).zip(following)
 }
 
 /// Calls `work` with the tiles of `rows`, as many at a time as can stay in cache with `inner` numbers a row. Those of a call
@@ -259,7 +269,11 @@ fn panel_of_weight_gradient<'a>(
                     segments[used] = Segment { a, b: b.map(|half| &half[start * HALF..]), len: end - start };
                     (used, rest) = (used + 1, rest & (u64::MAX << last << 1));
                 }
-                multiply_add(&mut sums[tile], halves, Rows::packed(all_rows), HALF, &segments[..used]);
+                // What the next tile reads, unless all of it stays in cache.
+                let (part, fetched) = (set.trailing_zeros() as usize, routed.len() > RESIDENT);
+                let next = (tile.end / step_rows() * all_rows + row + starts[part]) * packed_stride();
+                let next = if fetched { routed.get(next..).unwrap_or(&[]) } else { &[] };
+                multiply_add(&mut sums[tile], halves, Rows::packed(all_rows), HALF, &segments[..used], next);
             });
             row += starts[count];
         }

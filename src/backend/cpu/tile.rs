@@ -328,13 +328,27 @@ pub fn of_matrix(columns: &[f32]) -> [&[f32]; 2] {
 /// the distance between the rows of B: [`HALF`] in a panel.
 #[inline]
 pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
-    sum_products(&mut tile.rows[..rows], false, halves, layout, stride, segments);
+    sum_products(&mut tile.rows[..rows], false, halves, layout, stride, segments, &[]);
 }
 
-/// As [`multiply`], but the products are added, each to what is there.
+/// As [`multiply`] of whole packed rows and a panel. Meanwhile `next`, which is read soon, may be fetched into the second cache: up
+/// to a line of it for each inner element.
 #[inline]
-pub fn multiply_add(sums: &mut [[f32; PANEL]], halves: usize, layout: Rows, stride: usize, segments: &[Segment]) {
-    sum_products(sums, true, halves, layout, stride, segments);
+pub fn multiply_packed(tile: &mut Tile, rows: usize, halves: usize, segment: Segment, next: &[f32]) {
+    sum_products(&mut tile.rows[..rows], false, halves, Rows::packed(segment.len), HALF, &[segment], next);
+}
+
+/// As [`multiply`], but the products are added, each to what is there; `next` as in [`multiply_packed`].
+#[inline]
+pub fn multiply_add(
+    sums: &mut [[f32; PANEL]],
+    halves: usize,
+    layout: Rows,
+    stride: usize,
+    segments: &[Segment],
+    next: &[f32],
+) {
+    sum_products(sums, true, halves, layout, stride, segments, next);
 }
 
 /// The products, added to what is there or not.
@@ -346,6 +360,7 @@ fn sum_products(
     layout: Rows,
     stride: usize,
     segments: &[Segment],
+    next: &[f32],
 ) {
     let rows = sums.len();
     assert!((1..=tile_rows()).contains(&rows) && (1..=2).contains(&halves));
@@ -365,7 +380,7 @@ fn sum_products(
     #[cfg(target_arch = "x86_64")]
     match level() {
         // SAFETY: the processor has the features; rows, halves and the segments' lengths were checked above.
-        Level::Avx512 => return unsafe { avx512::multiply(sums, add, halves, layout, stride, segments) },
+        Level::Avx512 => return unsafe { avx512::multiply(sums, add, halves, layout, stride, segments, next) },
         Level::Avx2 => {
             // SAFETY: as above; the steps lie inside of what was checked.
             return steps::multiply(sums, add, halves, layout, stride, segments, |step| unsafe { avx2::step(step) });

@@ -7,11 +7,11 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{
-    HALF, PANEL, Rows, Segment, Tile, add_tile, multiply, of_panel, padded_columns, panels, tile_rows, write_tile,
+    HALF, PANEL, Segment, Tile, add_tile, multiply_packed, of_panel, padded_columns, panels, tile_rows, write_tile,
 };
 use crate::ops::products::{
-    Layout, Operands, RowTile, Sample, batches, columns, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len,
-    part, routed_len, weight_gradient, with_packed,
+    Layout, Operands, RowTile, Sample, batches, columns, each_panel, pack_panels, pack_tiles, packed_tile_len,
+    packed_tiles_len, part, routed_len, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -103,8 +103,8 @@ pub fn forward(
             scratch::with(packed_tiles_len(t, k), |packed| {
                 batches(rows, t, k, |tiles| {
                     pack_tiles(packed, &a[tiles[0].rows.start * k..], tiles, t, k);
-                    for (panel, b) in panels_of_w.chunks_exact(k * PANEL).enumerate() {
-                        for (RowTile { sample, rows }, a) in with_packed(tiles, packed, t, k) {
+                    for (panel, (b, next)) in each_panel(panels_of_w, k).enumerate() {
+                        for (RowTile { sample, rows }, a, next) in with_packed(tiles, packed, next, t, k) {
                             let Some(part) = part(write[*sample], panel) else { continue };
                             let segment = Segment { a, b: part.of(b), len: k };
                             let (columns, of_tile) = columns(part, panel, write[*sample].range());
@@ -114,7 +114,7 @@ pub fn forward(
                             for numbers in [base, out, z] {
                                 fetch_rows(numbers, rows.len(), columns.len(), c);
                             }
-                            multiply(&mut tile, rows.len(), part.halves, Rows::packed(k), HALF, &[segment]);
+                            multiply_packed(&mut tile, rows.len(), part.halves, segment, next);
                             let (bias, gate) = (&bias[columns.clone()], &gate.of(*sample, c)[columns]);
                             finish_tile(out, z, base, &tile, rows.len(), of_tile.start, c, bias, gate);
                         }
@@ -270,15 +270,15 @@ impl BackwardInputs<'_> {
                     unsafe { scatter(dz, lines, wide, window, sample * t + rows.start, all_rows) };
                     pack_rows(packed, &lines[window.start..], rows.len(), window.width, wide);
                 }
-                for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
+                for (panel, (b, next)) in each_panel(self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
-                    for (RowTile { rows, .. }, a) in with_packed(tiles, packed, t, c) {
+                    for (RowTile { rows, .. }, a, next) in with_packed(tiles, packed, next, t, c) {
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
                         let (width, at) = (columns.len(), rows.start * k + columns.start);
                         let da = &mut da[at..rows.end * k];
                         fetch_rows(da, rows.len(), width, k);
-                        multiply(&mut tile, rows.len(), halves, Rows::packed(window.width), HALF, &[segment]);
+                        multiply_packed(&mut tile, rows.len(), halves, segment, next);
                         if self.of_gelu {
                             let y = [0, 1].map(|half| {
                                 let at = ((2 * panel + half) * all_rows + sample * t + rows.start) * HALF;

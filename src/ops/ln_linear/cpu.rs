@@ -8,12 +8,12 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, of_panel, padded_columns, panels, step_rows,
-    tile_rows, write_tile,
+    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, multiply_packed, of_panel, padded_columns, panels,
+    step_rows, tile_rows, write_tile,
 };
 use crate::ops::products::{
-    Layout, Operands, RowTile, Sample, batches, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len, part,
-    routed_len, weight_gradient, with_packed,
+    Layout, Operands, RowTile, Sample, batches, each_panel, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len,
+    part, routed_len, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -213,9 +213,9 @@ impl Inputs<'_> {
                     }
                     pack_rows(packed, lines, rows.len(), window.width, c);
                 }
-                for (panel, b) in self.panels_of_w.chunks_exact(c * PANEL).enumerate() {
+                for (panel, (b, next)) in each_panel(self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-                    for (RowTile { sample, rows }, a) in with_packed(tiles, packed, self.t, c) {
+                    for (RowTile { sample, rows }, a, next) in with_packed(tiles, packed, next, self.t, c) {
                         let window = self.read[*sample];
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
@@ -229,7 +229,7 @@ impl Inputs<'_> {
                             fetch_rows(&y[at..], rows.len(), width, n);
                             fetch_rows(pre.get(at..).unwrap_or(&[]), rows.len(), width, n);
                         }
-                        multiply(&mut tile, rows.len(), halves, Rows::packed(window.width), HALF, &[segment]);
+                        multiply_packed(&mut tile, rows.len(), halves, segment, next);
                         let mut r = [0.0; MAX_ROWS];
                         let (u, v) = if self.correction.is_empty() {
                             (&[][..], &self.bias[columns.clone()])
@@ -400,11 +400,11 @@ impl BackwardInputs<'_> {
                 let (mean, rstd) = (&self.mean[of_sample.clone()], &self.rstd[of_sample.clone()]);
                 sums_over_tokens(pq, &mut dr[rows.clone()], lines, mean, rstd, u);
                 pack_tiles(packed, lines, tiles, t, n);
-                for (panel, b) in self.panels_of_w.chunks_exact(n * PANEL).enumerate() {
+                for (panel, (b, next)) in each_panel(self.panels_of_w, n).enumerate() {
                     let Some(part) = part(window, panel) else { continue };
-                    for (RowTile { rows: of_tile, .. }, a) in with_packed(tiles, packed, t, n) {
+                    for (RowTile { rows: of_tile, .. }, a, next) in with_packed(tiles, packed, next, t, n) {
                         let segment = Segment { a, b: part.of(b), len: n };
-                        multiply(&mut tile, of_tile.len(), part.halves, Rows::packed(n), HALF, &[segment]);
+                        multiply_packed(&mut tile, of_tile.len(), part.halves, segment, next);
                         let dh = &mut dh[of_tile.start * wide + panel * PANEL + part.first..];
                         write_tile(dh, &tile, of_tile.len(), part.halves * HALF, wide);
                     }

@@ -2,8 +2,8 @@
 
 use super::{PANEL, Rows, Segment};
 use std::arch::x86_64::{
-    __m512, _MM_HINT_T0, _mm_prefetch, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_storeu_ps, _mm512_stream_ps,
+    __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_storeu_ps, _mm512_stream_ps,
 };
 
 const LANES: usize = 16;
@@ -30,15 +30,17 @@ pub(super) unsafe fn multiply(
     layout: Rows,
     stride: usize,
     segments: &[Segment],
+    next: &[f32],
 ) {
-    let operands = Operands { add, layout, stride, segments };
+    let operands = Operands { add, layout, stride, segments, next };
     // SAFETY: the contract is the same.
     unsafe {
-        match (halves, layout.row) {
-            (1, 1) => kernels::<1, true>(rows, operands),
-            (1, _) => kernels::<1, false>(rows, operands),
-            (_, 1) => kernels::<2, true>(rows, operands),
-            (_, _) => kernels::<2, false>(rows, operands),
+        match (halves, layout.row, next.is_empty()) {
+            (1, 1, _) => kernels::<1, true, false>(rows, operands),
+            (1, _, _) => kernels::<1, false, false>(rows, operands),
+            (_, 1, true) => kernels::<2, true, false>(rows, operands),
+            (_, 1, false) => kernels::<2, true, true>(rows, operands),
+            (_, _, _) => kernels::<2, false, false>(rows, operands),
         }
     }
 }
@@ -49,27 +51,31 @@ struct Operands<'a> {
     layout: Rows,
     stride: usize,
     segments: &'a [Segment<'a>],
+    next: &'a [f32],
 }
 
 /// # Safety
 /// That of [`kernel`].
 #[target_feature(enable = "avx512f,avx2,fma")]
-unsafe fn kernels<const VECTORS: usize, const SIDE_BY_SIDE: bool>(rows: &mut [[f32; PANEL]], operands: Operands) {
+unsafe fn kernels<const VECTORS: usize, const SIDE_BY_SIDE: bool, const NEXT: bool>(
+    rows: &mut [[f32; PANEL]],
+    operands: Operands,
+) {
     let count = rows.len();
     // SAFETY: the contract is the same.
     unsafe {
-        by_rows!(count, N => kernel::<N, VECTORS, SIDE_BY_SIDE>(rows, operands), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
+        by_rows!(count, N => kernel::<N, VECTORS, SIDE_BY_SIDE, NEXT>(rows, operands), [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
     }
 }
 
-/// `SIDE_BY_SIDE`: the rows of A are, so that their distance is a constant.
+/// `SIDE_BY_SIDE`: the rows of A are, so that their distance is a constant. `NEXT`: there is something to fetch.
 ///
 /// # Safety
 /// That of [`multiply`].
 #[target_feature(enable = "avx512f,avx2,fma")]
-unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bool>(
+unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bool, const NEXT: bool>(
     rows: &mut [[f32; PANEL]],
-    Operands { add, layout, stride, segments }: Operands,
+    Operands { add, layout, stride, segments, next }: Operands,
 ) {
     let rows: &mut [[f32; PANEL]; ROWS] = rows.try_into().expect("as many rows as the kernel is for");
     let mut sums: [[__m512; VECTORS]; ROWS] = [[_mm512_setzero_ps(); VECTORS]; ROWS];
@@ -82,14 +88,19 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bo
         }
     }
     let distance = if SIDE_BY_SIDE { 1 } else { layout.row };
+    let mut next = next.as_ptr();
     for segment in segments {
         let (mut a, mut b) = (segment.a.as_ptr(), segment.b.map(<[f32]>::as_ptr));
         for _ in 0..segment.len {
             if SIDE_BY_SIDE {
-                fetch(a.wrapping_add(layout.inner.wrapping_mul(AHEAD)));
+                fetch::<_MM_HINT_T0>(a.wrapping_add(layout.inner.wrapping_mul(AHEAD)));
             }
             for b in &b[..VECTORS] {
-                fetch(b.wrapping_add(stride.wrapping_mul(AHEAD)));
+                fetch::<_MM_HINT_T0>(b.wrapping_add(stride.wrapping_mul(AHEAD)));
+            }
+            if NEXT {
+                fetch::<_MM_HINT_T1>(next);
+                next = next.wrapping_add(LANES);
             }
             let mut row = a;
             // SAFETY: `sum_products` checked the last element that these reach; the pointers move past it only after the last
@@ -125,7 +136,7 @@ const AHEAD: usize = 16;
 
 /// Fetches a line, or nothing where there is none.
 #[inline(always)]
-fn fetch(line: *const f32) {
+fn fetch<const TO: i32>(line: *const f32) {
     // SAFETY: SSE is part of x86-64, and a prefetch of any address changes nothing.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+    unsafe { _mm_prefetch::<TO>(line.cast()) };
 }

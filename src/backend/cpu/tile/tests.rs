@@ -7,11 +7,13 @@ fn numbers(seed: usize, n: usize) -> Vec<f32> {
     (0..n).map(|i| (((i + seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 250.0).collect()
 }
 
-type Kernel = fn(&mut [[f32; PANEL]], bool, usize, Rows, usize, &[Segment]);
-
 /// All sizes of a tile in all layouts, with the inner dimension in parts, empty ones and those of more than a step too, from
 /// nothing and added: the bits are those of one chain of additions.
-fn check<const FMA: bool>(kernel: Kernel, most_rows: usize, step_rows: usize) {
+fn check<const FMA: bool>(
+    kernel: impl Fn(&mut [[f32; PANEL]], bool, usize, Rows, usize, &[Segment]),
+    most_rows: usize,
+    step_rows: usize,
+) {
     let apart = |inner| Rows { row: 1, inner, step: 700 };
     let (a, b) = (numbers(1, 12_000), numbers(2, 640 * PANEL));
     let lens: [&[usize]; 14] = [
@@ -104,7 +106,15 @@ fn tiles_are_chains_of_additions() {
             MAX_ROWS,
             steps::ROWS,
         );
-        check::<true>(sum_products, tile_rows(), step_rows());
+        for next in [&[][..], &[1.0; 100]] {
+            check::<true>(
+                |rows, add, halves, layout, stride, segments| {
+                    sum_products(rows, add, halves, layout, stride, segments, next);
+                },
+                tile_rows(),
+                step_rows(),
+            );
+        }
     }
 }
 
