@@ -177,6 +177,9 @@ const MOST_PARTS: usize = u64::BITS as usize;
 /// Groups of channels of which the parts that hold them are found at once: a few tiles.
 const GROUPS: usize = 36;
 
+/// Channels whose place in a gradient is fetched before it is written.
+const FETCHED: usize = 16;
+
 /// Tokens of a sample that are summed at once.
 struct TokensOf<'a> {
     sample: Sample<'a>,
@@ -280,6 +283,9 @@ fn panel_of_weight_gradient<'a>(
         match layout {
             Layout::RoutedRows => {
                 for (channel, sums) in sums.iter().enumerate() {
+                    // Far apart, they come one after the other unless they are asked for in time.
+                    let ahead = (channel + FETCHED).min(c - 1) * m;
+                    dw.fetch(ahead + columns.start..ahead + columns.end);
                     // SAFETY: these columns of all rows belong to this panel's task alone.
                     let to = unsafe { dw.slice(channel * m + columns.start..channel * m + columns.end) };
                     if add { add_assign(to, &sums[..to.len()]) } else { copy_row(to, sums) }

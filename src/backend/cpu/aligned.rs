@@ -1,9 +1,8 @@
 //! Numbers that start at a cache line: a vector of 512 bits that straddles two lines costs a second access.
 
+use super::simd::LINE;
 use memmap2::MmapMut;
 
-/// f32s of a cache line.
-const LINE: usize = 16;
 /// f32s from which on numbers have pages of their own: one large page of x86-64.
 const LARGE: usize = (2 << 20) / size_of::<f32>();
 

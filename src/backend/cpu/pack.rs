@@ -102,14 +102,26 @@ pub fn pack_rows(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: 
     }
 }
 
+/// Inner elements that are transposed while the next ones are fetched, which are far apart in memory. Measured (2 cores of an Intel
+/// Xeon): a step of DiT-S/4 takes 5 % less time than when the rows are fetched whole beforehand.
+const BLOCK: usize = 64;
+/// Lines that are copied while the next one is fetched, for the same reason: 2 to 3 %.
+const LINES: usize = 16;
+
 /// Packs panel `panel` `[2, len, HALF]` of `B = W^T`, W row-major `[n, len]`, its lines `stride` apart: column j of a half is
 /// row `panel * PANEL + half * HALF + j` of W.
 pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, len: usize, stride: usize) {
     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
     for (first, to) in columns.clone().step_by(HALF).zip(to.chunks_exact_mut(len * HALF)) {
         let rows = HALF.min(columns.end - first);
-        fetch_rows(&w[first * stride..], rows, len, stride);
-        interleave(to, HALF, &w[first * stride..], rows, len, stride);
+        let w = &w[first * stride..];
+        fetch_rows(w, rows, BLOCK, stride);
+        for k in (0..len).step_by(BLOCK) {
+            // At the end of a half the next half, be it of this panel or of the next.
+            let next = if k + BLOCK < len { k + BLOCK } else { HALF * stride };
+            fetch_rows(w.get(next..).unwrap_or(&[]), rows, BLOCK.min(len), stride);
+            interleave(&mut to[k * HALF..], HALF, &w[k..], rows, BLOCK.min(len - k), stride);
+        }
     }
 }
 
@@ -120,8 +132,12 @@ simd_fn! {
         let width = PANEL.min(n - first);
         let [left, right] = halves;
         let halves = left.as_chunks_mut::<HALF>().0.iter_mut().zip(right.as_chunks_mut::<HALF>().0);
+        fetch_rows(&b[first..], LINES, width, stride);
         for (k, (left, right)) in halves.enumerate() {
             let from = &b[k * stride + first..];
+            if let Some(ahead) = from.get(LINES * stride..) {
+                fetch_rows(ahead, 1, width, stride);
+            }
             match from.first_chunk::<PANEL>() {
                 Some(from) if width == PANEL => {
                     left.copy_from_slice(&from[..HALF]);

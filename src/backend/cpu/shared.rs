@@ -1,5 +1,6 @@
 //! Numbers of which several threads write different parts, where the parts are no chunks.
 
+use super::simd::{LINE, fetch};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -17,6 +18,14 @@ impl<'a> Shared<'a> {
     /// All of `data`.
     pub fn new(data: &'a mut [f32]) -> Self {
         Shared { data: data.as_mut_ptr(), len: data.len(), of: PhantomData }
+    }
+
+    /// Fetches a part into the second cache, before it is written.
+    #[inline]
+    pub fn fetch(&self, range: Range<usize>) {
+        for at in range.step_by(LINE) {
+            fetch(self.data.wrapping_add(at));
+        }
     }
 
     /// # Safety

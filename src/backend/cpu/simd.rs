@@ -139,19 +139,29 @@ pub fn gelu_and_derivative<const FMA: bool>(x: f32) -> (f32, f32) {
     (y, fma::<FMA>(y * (1.0 - s), inner, s))
 }
 
+/// Numbers of a cache line.
+pub const LINE: usize = 64 / size_of::<f32>();
+
+/// Fetches a cache line into the second cache. It changes nothing: where there is none, nothing comes.
+#[inline]
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "fetched where it was measured"))]
+pub fn fetch(line: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: SSE is part of x86-64, and a prefetch of any address changes nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+    }
+}
+
 /// Fetches the first `width` numbers of `rows` rows, which start `stride` apart, into the second cache: many lines at a time,
 /// where a loop that reads few of each row would wait for one after the other.
 #[inline]
-#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "fetched where it was measured"))]
 pub fn fetch_rows(from: &[f32], rows: usize, width: usize, stride: usize) {
-    #[cfg(target_arch = "x86_64")]
     for row in from.chunks(stride).take(rows) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        const LINE: usize = 64 / size_of::<f32>();
         // A row that does not start at a cache line may end in one more, which is left out.
         for line in row[..width.min(row.len())].chunks(LINE) {
-            // SAFETY: SSE is part of x86-64, and a prefetch changes nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+            fetch(line.as_ptr());
         }
     }
 }

@@ -37,7 +37,7 @@ mod steps;
 mod tests;
 
 use super::pack::interleave;
-use super::simd::{Level, level, simd_fn};
+use super::simd::{Level, fetch_rows, level, simd_fn};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -187,7 +187,9 @@ simd_fn! {
     /// Writes (`add`: adds) the first `width` columns of rows as lines: column j to `to[j * stride..][..rows.len()]`.
     pub fn write_transposed<F>(to: &mut [f32], rows: &[[f32; PANEL]], width: usize, stride: usize, add: bool) {
         let mut columns = Columns([[0.0; HALF]; PANEL]);
+        fetch_rows(to, width, HALF, stride);
         for (part, sums) in rows.chunks(HALF).enumerate() {
+            fetch_rows(to.get((part + 1) * HALF..).unwrap_or(&[]), width, HALF, stride);
             interleave(columns.0.as_flattened_mut(), HALF, sums.as_flattened(), sums.len(), width, PANEL);
             let (to, columns) = (&mut to[part * HALF..], &columns.0[..width]);
             if add {
