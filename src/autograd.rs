@@ -21,6 +21,7 @@ mod gelu;
 use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::simd::add_assign;
+use crate::backend::cpu::threads::awake;
 use crate::backend::cuda::DType;
 use crate::error::{Error, Result};
 use crate::ops::Node;
@@ -188,9 +189,13 @@ impl<'a> From<&'a DeviceWeights> for Weights<'a> {
 ///
 /// # Errors
 /// Those of `work`, and when the device has not enough memory.
-pub fn infer<R>(weights: Weights, memory: &mut Memory, mut work: impl FnMut(&mut Tape) -> Result<R>) -> Result<R> {
+pub fn infer<R: Send>(
+    weights: Weights,
+    memory: &mut Memory,
+    mut work: impl FnMut(&mut Tape) -> Result<R> + Send,
+) -> Result<R> {
     match weights {
-        Weights::Cpu(weights) => work(&mut Tape::inference(weights, memory)),
+        Weights::Cpu(weights) => awake(|| work(&mut Tape::inference(weights, memory))),
         Weights::Cuda(weights) => cuda::pass(weights, None, memory, work),
     }
 }

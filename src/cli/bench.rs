@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::bench_cuda;
 use super::knobs::KnobFlags;
-use crate::autograd::{Memory, Tape, Weights};
+use crate::autograd::{Memory, Weights, infer};
 use crate::backend::cpu::profile::{Entry, profile};
 use crate::diffusion::sampler::{Method, Sampler};
 use crate::error::{Error, Result};
@@ -239,11 +239,12 @@ fn forward(
     labels: &[u32],
 ) -> Result<()> {
     let (channels, side) = (dit.config.in_channels, dit.config.input_size);
-    let mut tape = Tape::inference(weights, memory);
-    let x = tape.input(x, [t.len(), channels, side, side], false)?;
-    let out = dit.forward(&mut tape, x, t, labels)?;
-    std::hint::black_box(tape.value(out));
-    Ok(())
+    infer(Weights::Cpu(weights), memory, |tape| {
+        let x = tape.input(x, [t.len(), channels, side, side], false)?;
+        let out = dit.forward(tape, x, t, labels)?;
+        std::hint::black_box(tape.value(out));
+        Ok(())
+    })
 }
 
 /// Median seconds of `work` over `runs`, after two that are not timed; and the mean processor time.

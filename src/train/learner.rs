@@ -6,6 +6,7 @@ use super::device::{Decision, DeviceState, DeviceUpdate, How};
 use super::optimizer::{self, Update};
 use crate::autograd::{Memory, Tape};
 use crate::backend::cpu::aligned::AlignedVec;
+use crate::backend::cpu::threads::awake;
 use crate::backend::cuda::{DType, Device};
 use crate::diffusion::weighting::{CLUSTERS, uncertainty_coefficients, uncertainty_loss};
 use crate::diffusion::{ImageDims, LossTerms, LossWeight, Schedule, losses, q_sample};
@@ -200,6 +201,10 @@ impl Learner {
     /// # Errors
     /// When sizes do not fit, or a timestep or label is out of range.
     pub fn gradients(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
+        awake(|| self.pass(batch, add, found))
+    }
+
+    fn pass(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
         let config = &self.dit.config;
         let (b, side, channels) = (batch.t.len(), config.input_size, config.in_channels);
         let dims = ImageDims { channels, pixels: side * side, learn_sigma: config.learn_sigma };

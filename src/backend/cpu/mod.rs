@@ -1,5 +1,5 @@
 //! The CPU: products (`tile` is their kernel, `pack` its operands, `linear` the layers without windows), vectorised loops
-//! (`simd`), scratch memory of a thread (`scratch`), and where the time goes (`profile`).
+//! (`simd`), scratch memory of a thread (`scratch`), threads between loops (`threads`), and where the time goes (`profile`).
 
 pub mod aligned;
 pub mod linear;
@@ -8,4 +8,5 @@ pub mod profile;
 pub mod scratch;
 pub mod shared;
 pub mod simd;
+pub mod threads;
 pub mod tile;
