@@ -185,7 +185,8 @@ impl<'a> From<&'a DeviceWeights> for Weights<'a> {
     }
 }
 
-/// A pass that records nothing, wherever the weights are. `work` is run twice on a CUDA device, see [`cuda`].
+/// A pass that records nothing, wherever the weights are. `work` is run twice on a CUDA device, see [`cuda`]; on the CPU it is run
+/// [`awake`], by a thread of the pool.
 ///
 /// # Errors
 /// Those of `work`, and when the device has not enough memory.

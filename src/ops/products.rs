@@ -22,7 +22,7 @@ pub(crate) struct RowTile {
 
 /// Most tiles of a batch.
 const MOST_TILES: usize = 24;
-/// Numbers of packed rows that leave room in a core's cache for the panels.
+/// Numbers of packed rows that leave room in a core's cache for the panels; and of an operand that stays there.
 const RESIDENT: usize = 1 << 17;
 /// Tiles that are multiplied at once even when they leave less room: they share what is read of the panels.
 const FEW_TILES: usize = 4;
@@ -58,7 +58,7 @@ pub(crate) fn pack_tiles(to: &mut [f32], rows: &[f32], tiles: &[RowTile], tokens
     }
 }
 
-/// The tiles of a batch, each with its part of `packed`, and with a part of `next` to fetch meanwhile.
+/// The tiles of a batch, each with its part of `packed`; and the first two with a half of the panel `next`, to fetch it meanwhile.
 pub(crate) fn with_packed<'a>(
     tiles: &'a [RowTile],
     packed: &'a [f32],
@@ -68,8 +68,8 @@ pub(crate) fn with_packed<'a>(
 ) -> impl Iterator<Item = (&'a RowTile, &'a [f32], &'a [f32])> {
     let len = packed_tile_len(tokens, inner);
     assert!(tiles.len() * len <= packed.len(), "fewer packed tiles than tiles");
-    let part = move |i: usize| &next[i * next.len() / tiles.len()..(i + 1) * next.len() / tiles.len()];
-    tiles.iter().zip(packed.chunks_exact(len)).enumerate().map(move |(i, (tile, packed))| (tile, packed, part(i)))
+    let halves = <[_; 2]>::from(next.split_at(next.len() / 2)).into_iter().chain(std::iter::repeat(&[][..]));
+    tiles.iter().zip(packed.chunks_exact(len)).zip(halves).map(|((tile, packed), half)| (tile, packed, half))
 }
 
 /// Panels of `len` rows, each with the one that follows, to fetch it in time; with nothing the last, and all of so few that they
@@ -272,9 +272,9 @@ fn panel_of_weight_gradient<'a>(
                     segments[used] = Segment { a, b: b.map(|half| &half[start * HALF..]), len: end - start };
                     (used, rest) = (used + 1, rest & (u64::MAX << last << 1));
                 }
-                // What the next tile reads, unless all of it stays in cache.
+                // What the next tile reads, if it has the same parts, and unless all of it stays in cache.
                 let (part, fetched) = (set.trailing_zeros() as usize, routed.len() > RESIDENT);
-                let next = (tile.end / step_rows() * all_rows + row + starts[part]) * packed_stride();
+                let next = (groups(tile.end) * all_rows + row + starts[part]) * packed_stride();
                 let next = if fetched { routed.get(next..).unwrap_or(&[]) } else { &[] };
                 multiply_add(&mut sums[tile], halves, Rows::packed(all_rows), HALF, &segments[..used], next);
             });
@@ -535,6 +535,26 @@ mod tests {
                     assert!(sets.iter().all(|&set| set == expected), "group {group} of {c}, {parts:?}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn the_first_two_tiles_fetch_the_next_panel_where_panels_are_many() {
+        let (tokens, inner) = (2 * tile_rows() + 1, 3);
+        let packed = vec![0.0; 4 * packed_tile_len(tokens, inner)];
+        for (count, large) in [(4, false), (RESIDENT / (inner * PANEL) + 1, true)] {
+            let panels: Vec<_> = (0..count * inner * PANEL).map(|i| i as f32).collect();
+            let mut rest = &panels[..];
+            for (i, (panel, next)) in each_panel(&panels, inner).enumerate() {
+                assert_eq!(panel, rest.split_off(..inner * PANEL).unwrap());
+                assert_eq!(next, if large && i + 1 < count { &rest[..inner * PANEL] } else { &[] });
+                let tiles = [const { RowTile { sample: 0, rows: 0..1 } }; 4];
+                let fetched: Vec<_> =
+                    with_packed(&tiles, &packed, next, tokens, inner).map(|(_, _, half)| half).collect();
+                assert!(fetched.len() == 4 && fetched.concat() == next, "{count} panels");
+                assert!(next.is_empty() || fetched[0] == of_panel(next, 0)[0] && fetched[1] == of_panel(next, 0)[1]);
+            }
+            assert!(rest.is_empty());
         }
     }
 

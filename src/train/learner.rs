@@ -196,7 +196,8 @@ impl Learner {
         }
     }
 
-    /// Loss and gradients of `batch`. `add` adds to the gradients of the parts of a batch before it.
+    /// Loss and gradients of `batch`, computed [`awake`], by a thread of the pool. `add` adds to the gradients of the parts of a
+    /// batch before it.
     ///
     /// # Errors
     /// When sizes do not fit, or a timestep or label is out of range.

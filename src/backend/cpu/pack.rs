@@ -115,7 +115,9 @@ pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, 
     for (first, to) in columns.clone().step_by(HALF).zip(to.chunks_exact_mut(len * HALF)) {
         let rows = HALF.min(columns.end - first);
         let w = &w[first * stride..];
-        fetch_rows(w, rows, BLOCK, stride);
+        if first == columns.start {
+            fetch_rows(w, rows, BLOCK.min(len), stride);
+        }
         for k in (0..len).step_by(BLOCK) {
             // At the end of a half the next half, be it of this panel or of the next.
             let next = if k + BLOCK < len { k + BLOCK } else { HALF * stride };
@@ -132,7 +134,7 @@ simd_fn! {
         let width = PANEL.min(n - first);
         let [left, right] = halves;
         let halves = left.as_chunks_mut::<HALF>().0.iter_mut().zip(right.as_chunks_mut::<HALF>().0);
-        fetch_rows(&b[first..], LINES, width, stride);
+        fetch_rows(b.get(first..).unwrap_or(&[]), LINES, width, stride);
         for (k, (left, right)) in halves.enumerate() {
             let from = &b[k * stride + first..];
             if let Some(ahead) = from.get(LINES * stride..) {
@@ -222,18 +224,20 @@ mod tests {
 
     #[test]
     fn packed_operands_hold_the_matrix() {
-        for (n, len) in [(1, 1), (3, 8), (16, 9), (33, 24), (70, 13)] {
-            let w = numbers(3, n * len);
-            for panel in 0..panels(n) {
-                let (mut transposed, mut copied) = (vec![f32::NAN; len * PANEL], vec![f32::NAN; len * PANEL]);
-                let b: Vec<f32> =
-                    (0..len).flat_map(|k| (0..n).map(move |j| (j, k))).map(|(j, k)| w[j * len + k]).collect();
-                pack_panel_transposed(&mut transposed, &w, panel, n, len, len);
-                pack_panel(of_panel_mut(&mut copied), &b, panel, n, n);
-                for (k, j) in (0..len).flat_map(|k| (0..PANEL.min(n - panel * PANEL)).map(move |j| (k, j))) {
-                    let expected = w[(panel * PANEL + j) * len + k];
-                    let at = (j / HALF * len + k) * HALF + j % HALF;
-                    assert_eq!([transposed[at], copied[at]], [expected; 2], "panel {panel} of {n} x {len}");
+        let lens = [1, 8, 9, 24, 13, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3];
+        for (n, len) in [1, 3, 16, 33, 70].into_iter().flat_map(|n| lens.map(|len| (n, len))) {
+            // Lines that end with the matrix, and lines that go on.
+            for (stride, of_b) in [(len, n), (len + 5, n + 3)] {
+                let (w, b) = (numbers(3, n * stride), numbers(4, len * of_b));
+                for panel in 0..panels(n) {
+                    let (mut transposed, mut copied) = (vec![f32::NAN; len * PANEL], vec![f32::NAN; len * PANEL]);
+                    pack_panel_transposed(&mut transposed, &w, panel, n, len, stride);
+                    pack_panel(of_panel_mut(&mut copied), &b, panel, n, of_b);
+                    for (k, j) in (0..len).flat_map(|k| (0..PANEL.min(n - panel * PANEL)).map(move |j| (k, j))) {
+                        let (column, at) = (panel * PANEL + j, (j / HALF * len + k) * HALF + j % HALF);
+                        let expected = [w[column * stride + k], b[k * of_b + column]];
+                        assert_eq!([transposed[at], copied[at]], expected, "panel {panel} of {n} x {len}, {stride}");
+                    }
                 }
             }
         }

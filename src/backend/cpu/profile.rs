@@ -76,7 +76,7 @@ impl Drop for Span {
 }
 
 /// Runs `work` and returns what its operations noted, in the order of their first calls. Only those called from this
-/// thread are seen (they may use others).
+/// thread are seen (they may use others): call it on a thread of the pool, where passes stay.
 pub fn profile<R>(work: impl FnOnce() -> R) -> (R, Vec<Entry>) {
     ENTRIES.with_borrow_mut(Vec::clear);
     ON.store(true, Ordering::Relaxed);

@@ -20,7 +20,8 @@ impl<'a> Shared<'a> {
         Shared { data: data.as_mut_ptr(), len: data.len(), of: PhantomData }
     }
 
-    /// Fetches a part into the second cache, before it is written.
+    /// Fetches a part into the second cache before it is written, except what it has of a last cache line, as in
+    /// [`super::simd::fetch_rows`].
     #[inline]
     pub fn fetch(&self, range: Range<usize>) {
         for at in range.step_by(LINE) {

@@ -8,60 +8,77 @@ use rayon::Yield;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-/// Time for the other threads to come; on a busy machine those that have not come sleep between the loops as ever.
+/// Time for the other threads to come. Those that have not come sleep between the loops as ever: they are busy with something
+/// else, or the machine is.
 const TO_COME: Duration = Duration::from_millis(1);
-/// Looks for work, some 100 ns each, after which a thread lets other processes go first.
+/// Looks for work, each of which visits every thread of the pool, after which a thread lets other processes go first.
 const EAGER: usize = 2000;
 
-/// Runs `work` on a thread of the pool, while its other threads look for parts of it without pause.
+/// Runs `work` on a thread of the pool, outside of any on one of the global pool, while the other threads look for parts of it
+/// without pause. Not for calls inside of each other: the inner one waits in vain for threads that are with the outer one.
 pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
-    let others = rayon::current_num_threads() - 1;
-    if others == 0 {
-        return work();
+    match rayon::current_num_threads() - 1 {
+        0 => work(),
+        others => watched(others, TO_COME, |_| work()),
     }
+}
+
+/// `work` is told which threads came.
+fn watched<R: Send>(others: usize, to_come: Duration, work: impl FnOnce(&Watch) -> R + Send) -> R {
     let watch = Watch::default();
     let run = || {
         let _end = End(&watch);
-        watch.gather(others);
-        work()
+        watch.gather(others, to_come);
+        work(&watch)
     };
-    rayon::join(run, || watch.by(others)).0
+    rayon::join(run, || watch.keep(others)).0
 }
 
 /// The threads that look for work.
+///
+/// Nobody waits for ever: a thread that comes stays until the work it came for ends, and may have come in the middle of other work,
+/// which then waits for this one. But it came before this work began, so what lies beneath it on its stack is older than this work;
+/// and rayon lets work wait only for parts that are younger.
 #[derive(Default)]
 struct Watch {
-    /// How many there are, and [`FULL`] when no more may come.
+    /// How many came, and [`FULL`] when no more may come.
     threads: AtomicUsize,
     ended: AtomicBool,
+    #[cfg(test)]
+    came: std::sync::Mutex<Vec<Option<usize>>>,
 }
 
 const FULL: usize = 1 << (usize::BITS - 1);
 
 impl Watch {
-    /// Waits for `others`, but not for long. After it nobody can come, and that is what makes it safe: whoever came has nothing
-    /// else to do, but a thread that waits in the middle of `work` for a part of it might come too, and would stay to its end.
-    fn gather(&self, others: usize) {
+    /// Waits for `others`, but not for long.
+    fn gather(&self, others: usize, to_come: Duration) {
         let start = Instant::now();
-        while self.threads.load(SeqCst) < others && start.elapsed() < TO_COME {
-            std::hint::spin_loop();
+        while self.threads.load(SeqCst) < others && start.elapsed() < to_come {
+            std::thread::yield_now();
         }
         self.threads.fetch_or(FULL, SeqCst);
     }
 
-    /// Keeps this thread, and wakes `others - 1` more.
-    fn by(&self, others: usize) {
-        if others > 1 {
-            rayon::join(|| self.keep(), || self.by(others - 1));
-        } else {
-            self.keep();
-        }
+    fn is_full(&self) -> bool {
+        self.threads.load(SeqCst) & FULL != 0
     }
 
-    fn keep(&self) {
+    /// Keeps this thread, and wakes more: `count` in all.
+    fn keep(&self, count: usize) {
+        if count > 1 && !self.is_full() {
+            rayon::join(|| self.keep(count - count / 2), || self.keep(count / 2));
+            return;
+        }
         let come = |threads| (threads & FULL == 0).then_some(threads + 1);
         if self.threads.fetch_update(SeqCst, SeqCst, come).is_err() {
             return;
+        }
+        #[cfg(test)]
+        self.came.lock().unwrap().push(rayon::current_thread_index());
+        // Whoever looked for work now would find the call that is to wake another thread.
+        while !self.is_full() {
+            std::thread::yield_now();
         }
         let mut idle = 0;
         while !self.ended.load(SeqCst) {
@@ -111,15 +128,26 @@ mod tests {
         }
     }
 
+    #[test]
+    fn every_other_thread_comes_once() {
+        for threads in [2, 3, 8] {
+            pool(threads).install(|| {
+                let came = watched(threads - 1, Duration::from_secs(60), |watch| watch.came.lock().unwrap().clone());
+                let mut all: Vec<_> = came.into_iter().chain([rayon::current_thread_index()]).flatten().collect();
+                all.sort();
+                assert_eq!(all, Vec::from_iter(0..threads));
+            });
+        }
+    }
+
     /// Every thread of a pool does this at once, and others send work from outside: none is left for the watch.
     #[test]
     fn many_at_once_do_not_wait_for_each_other_for_ever() {
         let pool = pool(2);
+        let work = || (0..50).for_each(|n| assert_eq!(awake(|| sum(n)), n * n.saturating_sub(1) / 2));
         std::thread::scope(|scope| {
             for _ in 0..6 {
-                scope.spawn(|| {
-                    pool.install(|| (0..50).for_each(|n| assert_eq!(awake(|| sum(n)), n * n.saturating_sub(1) / 2)))
-                });
+                scope.spawn(|| pool.install(work));
             }
         });
     }

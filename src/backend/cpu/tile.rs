@@ -187,8 +187,10 @@ simd_fn! {
     /// Writes (`add`: adds) the first `width` columns of rows as lines: column j to `to[j * stride..][..rows.len()]`.
     pub fn write_transposed<F>(to: &mut [f32], rows: &[[f32; PANEL]], width: usize, stride: usize, add: bool) {
         let mut columns = Columns([[0.0; HALF]; PANEL]);
-        fetch_rows(to, width, HALF, stride);
         for (part, sums) in rows.chunks(HALF).enumerate() {
+            if part == 0 {
+                fetch_rows(to, width, HALF, stride);
+            }
             fetch_rows(to.get((part + 1) * HALF..).unwrap_or(&[]), width, HALF, stride);
             interleave(columns.0.as_flattened_mut(), HALF, sums.as_flattened(), sums.len(), width, PANEL);
             let (to, columns) = (&mut to[part * HALF..], &columns.0[..width]);
@@ -333,8 +335,8 @@ pub fn multiply(tile: &mut Tile, rows: usize, halves: usize, layout: Rows, strid
     sum_products(&mut tile.rows[..rows], false, halves, layout, stride, segments, &[]);
 }
 
-/// As [`multiply`] of whole packed rows and a panel. Meanwhile `next`, which is read soon, may be fetched into the second cache: up
-/// to a line of it for each inner element.
+/// As [`multiply`] of whole packed rows and a panel. Meanwhile `next`, which is read soon, may be fetched into the second cache, from
+/// its start on a line for each inner element; nothing if it is empty.
 #[inline]
 pub fn multiply_packed(tile: &mut Tile, rows: usize, halves: usize, segment: Segment, next: &[f32]) {
     sum_products(&mut tile.rows[..rows], false, halves, Rows::packed(segment.len), HALF, &[segment], next);
@@ -355,6 +357,7 @@ pub fn multiply_add(
 
 /// The products, added to what is there or not.
 #[inline]
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "`next` is fetched where it was measured"))]
 fn sum_products(
     sums: &mut [[f32; PANEL]],
     add: bool,

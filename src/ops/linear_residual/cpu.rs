@@ -278,6 +278,7 @@ impl BackwardInputs<'_> {
                         let (width, at) = (columns.len(), rows.start * k + columns.start);
                         let da = &mut da[at..rows.end * k];
                         fetch_rows(da, rows.len(), width, k);
+                        let next = next.get(window.start * HALF..).unwrap_or(&[]);
                         multiply_packed(&mut tile, rows.len(), halves, segment, next);
                         if self.of_gelu {
                             let y = [0, 1].map(|half| {

@@ -229,6 +229,7 @@ impl Inputs<'_> {
                             fetch_rows(&y[at..], rows.len(), width, n);
                             fetch_rows(pre.get(at..).unwrap_or(&[]), rows.len(), width, n);
                         }
+                        let next = next.get(window.start * HALF..).unwrap_or(&[]);
                         multiply_packed(&mut tile, rows.len(), halves, segment, next);
                         let mut r = [0.0; MAX_ROWS];
                         let (u, v) = if self.correction.is_empty() {

@@ -33,7 +33,7 @@ pub(super) unsafe fn multiply(
     next: &[f32],
 ) {
     let operands = Operands { add, layout, stride, segments, next };
-    // SAFETY: the contract is the same.
+    // SAFETY: the contract is the same; `SIDE_BY_SIDE` and `VECTORS` are what layout and halves say.
     unsafe {
         match (halves, layout.row, next.is_empty()) {
             (1, 1, _) => kernels::<1, true, false>(rows, operands),
@@ -71,7 +71,7 @@ unsafe fn kernels<const VECTORS: usize, const SIDE_BY_SIDE: bool, const NEXT: bo
 /// `SIDE_BY_SIDE`: the rows of A are, so that their distance is a constant. `NEXT`: there is something to fetch.
 ///
 /// # Safety
-/// That of [`multiply`].
+/// That of [`multiply`]; `SIDE_BY_SIDE` only if `layout.row` is 1, and `VECTORS` at most the halves.
 #[target_feature(enable = "avx512f,avx2,fma")]
 unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bool, const NEXT: bool>(
     rows: &mut [[f32; PANEL]],
