@@ -112,7 +112,8 @@ fn ends_with_nothing(found: &[(usize, usize)], steps: usize) -> bool {
     found.len() >= steps && found[found.len() - steps..].iter().all(|&step| step == (0, 0))
 }
 
-/// One test: the count is of the whole process.
+/// One test: the count is of the whole process. Arrays of 2 MB or more would not be seen, since they are mapped; this model has
+/// none, and that buffers do not grow is asked of the tape itself.
 #[test]
 fn a_steady_state_step_allocates_nothing() {
     // The count sees what a step would do wrong.

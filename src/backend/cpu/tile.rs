@@ -1,7 +1,7 @@
 //! Matrix products by tiles: the kernels, and the layouts they read.
 //!
 //! ```text
-//! A   up to `tile_rows()` rows, at any two distances, or packed: see `Rows`
+//! A   up to `tile_rows()` rows: lines, side by side, or packed, see `Rows`
 //! B   32 columns of a row-major matrix, or a panel, in halves of 16: element (inner k, column j) of a half at k * stride + j
 //! C   a tile of rows x 32 in a small buffer, and what to do with it is the caller's epilogue; or sums that are added to
 //! ```

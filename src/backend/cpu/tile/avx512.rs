@@ -1,9 +1,10 @@
 //! The kernel for AVX-512: 32 columns of 14 rows.
 
+use super::super::simd::fetch;
 use super::{PANEL, Rows, Segment};
 use std::arch::x86_64::{
-    __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_storeu_ps, _mm512_stream_ps,
+    __m512, _MM_HINT_T0, _mm_prefetch, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_storeu_ps, _mm512_stream_ps,
 };
 
 const LANES: usize = 16;
@@ -93,13 +94,13 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bo
         let (mut a, mut b) = (segment.a.as_ptr(), segment.b.map(<[f32]>::as_ptr));
         for _ in 0..segment.len {
             if SIDE_BY_SIDE {
-                fetch::<_MM_HINT_T0>(a.wrapping_add(layout.inner.wrapping_mul(AHEAD)));
+                fetch_near(a.wrapping_add(layout.inner.wrapping_mul(AHEAD)));
             }
             for b in &b[..VECTORS] {
-                fetch::<_MM_HINT_T0>(b.wrapping_add(stride.wrapping_mul(AHEAD)));
+                fetch_near(b.wrapping_add(stride.wrapping_mul(AHEAD)));
             }
             if NEXT {
-                fetch::<_MM_HINT_T1>(next);
+                fetch(next);
                 next = next.wrapping_add(LANES);
             }
             let mut row = a;
@@ -134,9 +135,9 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bo
 /// Rounds from a fetch to its use: a round of 14 rows takes 14 cycles or more, and a line from the third cache up to a few hundred.
 const AHEAD: usize = 16;
 
-/// Fetches a line, or nothing where there is none.
+/// As [`fetch`], into the first cache.
 #[inline(always)]
-fn fetch<const TO: i32>(line: *const f32) {
+fn fetch_near(line: *const f32) {
     // SAFETY: SSE is part of x86-64, and a prefetch of any address changes nothing.
-    unsafe { _mm_prefetch::<TO>(line.cast()) };
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
 }
