@@ -113,10 +113,10 @@ pub(crate) fn check_per_sample(
     })
 }
 
-/// Rows of one block of work: about 256, fewer when there are few rows, whole samples where they fit. It depends on the
-/// shapes alone, never on the number of threads, so that sums come out the same.
+/// Rows of one block of work: about 256, or as many as each thread has, whole samples where they fit. Nothing may be summed over a
+/// block, but over rows or samples: results never depend on the number of threads.
 pub(crate) fn rows_per_block(rows: usize, tokens: usize) -> usize {
-    let target = if rows >= 1024 { 256 } else { (rows / 4).clamp(32, 256) };
+    let target = (rows / rayon::current_num_threads()).clamp(32, 256);
     if tokens <= target { target / tokens * tokens } else { tokens.div_ceil(tokens.div_ceil(target)) }
 }
 

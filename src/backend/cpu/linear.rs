@@ -36,7 +36,10 @@ pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
                     for outputs in row_tiles(count) {
                         let segment = Segment { a: &weight[(first + outputs.start) * k..], b: of_panel(b, 0), len: k };
                         let halves = rows.len().div_ceil(HALF);
-                        multiply(&mut tile, outputs.len(), halves, Rows::lines(k), HALF, &[segment]);
+                        // Their lines lie side by side, of which the processor makes out few on its own.
+                        let next = (first + outputs.end) * k..(first + outputs.end + outputs.len()) * k;
+                        let next = weight.get(next).unwrap_or(&[]);
+                        multiply(&mut tile.rows[..outputs.len()], halves, Rows::lines(k), HALF, &[segment], next);
                         write_transposed(
                             &mut part[outputs.start..],
                             &tile.rows[..outputs.len()],
@@ -72,7 +75,7 @@ pub fn weight_gradient(dweight: &mut [f32], add: bool, dy: &[f32], x: &[f32], k:
                     let (a, b) = (dy.get(task * OUTPUTS + outputs.start..), x.get(first..));
                     let segment = Segment { a: a.unwrap_or(&[]), b: of_matrix(b.unwrap_or(&[])), len: rows };
                     let halves = width.div_ceil(HALF);
-                    multiply(&mut tile, outputs.len(), halves, Rows::interleaved(n), stride, &[segment]);
+                    multiply(&mut tile.rows[..outputs.len()], halves, Rows::interleaved(n), stride, &[segment], &[]);
                     let to = &mut dweight[first..];
                     match &streams {
                         // SAFETY: each place is written once, and read by nobody before all tasks are done.
@@ -102,7 +105,7 @@ pub fn input_gradient(dx: &mut [f32], dy: &[f32], weight: &[f32], k: usize) {
                     let (a, b) = (&dy[of_tile.start * n + first..], of_matrix(&weight[first * stride + column..]));
                     let segment = Segment { a, b, len: count };
                     let halves = width.div_ceil(HALF);
-                    multiply(&mut tile, of_tile.len(), halves, Rows::lines(n), stride, &[segment]);
+                    multiply(&mut tile.rows[..of_tile.len()], halves, Rows::lines(n), stride, &[segment], &[]);
                     write_tile(&mut dx[of_tile.start * k + column..], &tile, of_tile.len(), width, k);
                 }
             }

@@ -1,7 +1,7 @@
 //! The CPU version: a head of a sample at a time, a block of queries against all keys, so that its scores stay in cache.
 //!
-//! Scores are kept transposed, `[keys, queries]`: softmax then runs down columns, a vector of queries at a time, and the
-//! probabilities are where both kinds of products that follow read them (see [`Rows`]).
+//! Scores are kept transposed, `[queries / PANEL, keys, PANEL]`: softmax then runs down columns, a vector of queries at a time, and
+//! the probabilities are where both kinds of products that follow read them (see [`Rows`]).
 
 use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed};
 use crate::backend::cpu::profile::{Pass, span};
@@ -22,7 +22,7 @@ pub struct Dims {
     pub heads: usize,
 }
 
-/// Queries of a block: a multiple of [`PANEL`], at most [`STRIP`], fewer when there are many keys.
+/// Queries of a block of backward: a multiple of [`PANEL`], fewer when there are many keys.
 fn queries_at_once(keys: usize) -> usize {
     match keys {
         0..=384 => 128,
@@ -117,8 +117,7 @@ pub fn forward(
     let _span = span("attention", Pass::Forward, [c, heads], 4 * b * t * t * c, 4 * b * t * c);
     let size = c / heads;
     let scale = 1.0 / (size as f32).sqrt();
-    let at_once = queries_at_once(t);
-    let sizes = [Columns::room(size, t), at_once * size, t * STRIP, 2 * at_once];
+    let sizes = [Columns::room(size, t), PANEL * size, t * PANEL];
     let (out, lse) = (Shared::new(out), Shared::new(lse));
     (0..b * heads).into_par_iter().for_each_init(Tile::new, |tile, task| {
         let (sample, head) = (task / heads, task % heads);
@@ -128,31 +127,26 @@ pub fn forward(
             fetch_rows(&qkv[part(i).at(0).start..], t.min(FETCHED), size, 3 * c);
         }
         scratch::with(sizes.iter().sum(), |buffer| {
-            let [v, q, p, numbers] = split(buffer, sizes);
-            let (inverse, log_sum) = numbers.split_at_mut(at_once);
+            let [v, q, p] = split(buffer, sizes);
             let v = Columns::new(v, qkv, part(2), 0..t);
-            for first in (0..t).step_by(at_once) {
-                let count = at_once.min(t - first);
+            let p = p.as_chunks_mut::<PANEL>().0;
+            for first in (0..t).step_by(PANEL) {
+                let count = PANEL.min(t - first);
                 pack_transposed(q, qkv, part(0), first..first + count);
-                for (panel, b) in q.chunks_exact(size * PANEL).take(panels(count)).enumerate() {
-                    for keys in row_tiles(t) {
-                        let a = &qkv[part(1).at(keys.start).start..];
-                        let segment = Segment { a, b: of_panel(b, 0), len: size };
-                        multiply(tile, keys.len(), halves(count, panel), Rows::lines(3 * c), HALF, &[segment]);
-                        for (key, scores) in keys.zip(&tile.rows) {
-                            p[key * STRIP + panel * PANEL..][..PANEL].copy_from_slice(scores);
-                        }
-                    }
-                    for half in (panel * PANEL..count.min((panel + 1) * PANEL)).step_by(HALF) {
-                        let (inverse, log_sum) = (&mut inverse[half..][..HALF], &mut log_sum[half..][..HALF]);
-                        softmax(&mut p[half..], t, scale, inverse, log_sum);
-                    }
+                for keys in row_tiles(t) {
+                    let a = &qkv[part(1).at(keys.start).start..];
+                    let segment = Segment { a, b: of_panel(q, 0), len: size };
+                    multiply(&mut p[keys], halves(count, 0), Rows::lines(3 * c), HALF, &[segment], &[]);
+                }
+                let (mut inverse, mut log_sum) = ([0.0; PANEL], [0.0; PANEL]);
+                for half in (0..count).step_by(HALF) {
+                    softmax(p, half, scale, &mut inverse[half..][..HALF], &mut log_sum[half..][..HALF]);
                 }
                 for queries in row_tiles(count) {
                     for panel in 0..panels(size) {
-                        let segment = Segment { a: &p[queries.start..], b: v.panel(panel), len: t };
-                        let halves = halves(size, panel);
-                        multiply(tile, queries.len(), halves, Rows::interleaved(STRIP), v.stride, &[segment]);
+                        let segment = Segment { a: &p.as_flattened()[queries.start..], b: v.panel(panel), len: t };
+                        let (sums, halves) = (&mut tile.rows[..queries.len()], halves(size, panel));
+                        multiply(sums, halves, Rows::interleaved(PANEL), v.stride, &[segment], &[]);
                         let width = PANEL.min(size - panel * PANEL);
                         for (i, sums) in queries.clone().zip(&tile.rows) {
                             // SAFETY: this head's columns of a row of this sample: no other task has them.
@@ -232,8 +226,22 @@ pub fn backward(
                             let [q, dy] = [q, dy].map(|panel| of_panel(panel, 0));
                             let layout = Rows::lines(3 * c);
                             let halves = halves(count, panel);
-                            multiply(scores, keys.len(), halves, layout, HALF, &[Segment { a: k, b: q, len: size }]);
-                            multiply(dp, keys.len(), halves, layout, HALF, &[Segment { a: v, b: dy, len: size }]);
+                            multiply(
+                                &mut scores.rows[..keys.len()],
+                                halves,
+                                layout,
+                                HALF,
+                                &[Segment { a: k, b: q, len: size }],
+                                &[],
+                            );
+                            multiply(
+                                &mut dp.rows[..keys.len()],
+                                halves,
+                                layout,
+                                HALF,
+                                &[Segment { a: v, b: dy, len: size }],
+                                &[],
+                            );
                             let at = keys.start * STRIP + columns.start;
                             for half in 0..halves {
                                 let at = at + half * HALF;
@@ -250,7 +258,14 @@ pub fn backward(
                         for panel in 0..panels(size) {
                             let width = PANEL.min(size - panel * PANEL);
                             let segment = Segment { a, b: b.panel(panel), len };
-                            multiply(scores, tile.len(), halves(size, panel), layout, b.stride, &[segment]);
+                            multiply(
+                                &mut scores.rows[..tile.len()],
+                                halves(size, panel),
+                                layout,
+                                b.stride,
+                                &[segment],
+                                &[],
+                            );
                             for (i, sums) in tile.clone().zip(&scores.rows) {
                                 // SAFETY: this head's columns of a row of this sample: no other task has them.
                                 let to = unsafe { dqkv.slice(to.at(i)) };
@@ -287,18 +302,18 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// Columns of `p` `[keys, HALF]` (rows [`STRIP`] apart) become `exp(scale (p - max))`; `inverse` is one over their sum,
-    /// `log_sum` the log-sum-exp of `scale p`.
-    fn softmax<F>(p: &mut [f32], keys: usize, scale: f32, inverse: &mut [f32], log_sum: &mut [f32]) {
+    /// Half a panel of columns of `p` `[keys, PANEL]`, from column `first` on, become `exp(scale (p - max))`; `inverse` is one over
+    /// their sum, `log_sum` the log-sum-exp of `scale p`.
+    fn softmax<F>(p: &mut [[f32; PANEL]], first: usize, scale: f32, inverse: &mut [f32], log_sum: &mut [f32]) {
         let mut max = [f32::NEG_INFINITY; HALF];
-        for row in p.chunks(STRIP).take(keys) {
-            for (max, &x) in max.iter_mut().zip(&row[..HALF]) {
+        for row in &*p {
+            for (max, &x) in max.iter_mut().zip(&row[first..][..HALF]) {
                 *max = if x > *max { x } else { *max };
             }
         }
         let mut sum = [0.0f32; HALF];
-        for row in p.chunks_mut(STRIP).take(keys) {
-            let row: &mut [f32; HALF] = (&mut row[..HALF]).try_into().expect("a row holds half a panel");
+        for row in p {
+            let row: &mut [f32; HALF] = (&mut row[first..][..HALF]).try_into().expect("a row holds half a panel");
             for j in 0..HALF {
                 row[j] = exp::<F>((row[j] - max[j]) * scale);
                 sum[j] += row[j];

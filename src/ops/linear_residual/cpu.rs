@@ -11,7 +11,7 @@ use crate::backend::cpu::tile::{
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, columns, each_panel, pack_panels, pack_tiles, packed_tile_len,
-    packed_tiles_len, part, routed_len, weight_gradient, with_packed,
+    packed_tiles_len, part, routed_len, shares, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -104,7 +104,9 @@ pub fn forward(
                 batches(rows, t, k, |tiles| {
                     pack_tiles(packed, &a[tiles[0].rows.start * k..], tiles, t, k);
                     for (panel, (b, next)) in each_panel(panels_of_w, k).enumerate() {
-                        for (RowTile { sample, rows }, a, next) in with_packed(tiles, packed, next, t, k) {
+                        let active = tiles.iter().filter(|tile| part(write[tile.sample], panel).is_some()).count();
+                        let mut shares = shares(next, 0..k, active);
+                        for (RowTile { sample, rows }, a) in with_packed(tiles, packed, t, k) {
                             let Some(part) = part(write[*sample], panel) else { continue };
                             let segment = Segment { a, b: part.of(b), len: k };
                             let (columns, of_tile) = columns(part, panel, write[*sample].range());
@@ -114,6 +116,7 @@ pub fn forward(
                             for numbers in [base, out, z] {
                                 fetch_rows(numbers, rows.len(), columns.len(), c);
                             }
+                            let next = shares.next().unwrap_or(&[]);
                             multiply_packed(&mut tile, rows.len(), part.halves, segment, next);
                             let (bias, gate) = (&bias[columns.clone()], &gate.of(*sample, c)[columns]);
                             finish_tile(out, z, base, &tile, rows.len(), of_tile.start, c, bias, gate);
@@ -272,13 +275,13 @@ impl BackwardInputs<'_> {
                 }
                 for (panel, (b, next)) in each_panel(self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
-                    for (RowTile { rows, .. }, a, next) in with_packed(tiles, packed, next, t, c) {
+                    let shares = shares(next, range.clone(), tiles.len());
+                    for ((RowTile { rows, .. }, a), next) in with_packed(tiles, packed, t, c).zip(shares) {
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
                         let (width, at) = (columns.len(), rows.start * k + columns.start);
                         let da = &mut da[at..rows.end * k];
                         fetch_rows(da, rows.len(), width, k);
-                        let next = next.get(window.start * HALF..).unwrap_or(&[]);
                         multiply_packed(&mut tile, rows.len(), halves, segment, next);
                         if self.of_gelu {
                             let y = [0, 1].map(|half| {

@@ -13,7 +13,7 @@ use crate::backend::cpu::tile::{
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, each_panel, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len,
-    part, routed_len, weight_gradient, with_packed,
+    part, routed_len, shares, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -89,42 +89,39 @@ fn touched(ranges: [Range<usize>; 2], panel: usize) -> bool {
     ranges.iter().any(|range| range.start.max(panel * PANEL) < range.end.min((panel + 1) * PANEL))
 }
 
-/// u and v + b of every sample: `[B, 2, N]`.
-fn forward_correction(
-    correction: &mut [f32],
+/// Panel `panel` of u and v + b of every sample: those columns of `correction` `[B, 2, N]`.
+///
+/// # Safety
+/// Nobody else may access these columns.
+unsafe fn forward_correction(
+    correction: &Shared,
+    lines: &[f32], // [B, 2, C], see inactive_modulation
     read: &[Window],
-    modulation: Modulation,
-    panels_of_w: &[f32],
+    panel: usize,
+    b: &[f32], // [2, C, HALF]
     bias: &[f32],
-    c: usize,
 ) {
-    let n = bias.len();
+    let (n, c) = (bias.len(), b.len() / PANEL);
+    let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
     let samples = samples_at_once(read.len());
-    correction.par_chunks_mut(samples * 2 * n).zip(read.par_chunks(samples)).enumerate().for_each(
-        |(chunk, (uv, windows))| {
-            let m = 2 * windows.len();
-            scratch::with(m * c, |lines| {
-                inactive_modulation(lines, windows, chunk * samples, modulation, c, c);
-                let mut tile = Tile::new();
-                for (panel, b) in panels_of_w.chunks_exact(c * PANEL).enumerate() {
-                    let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-                    let mut segments = [Segment { a: &[], b: [&[]; 2], len: 0 }; 2];
-                    for (segment, range) in segments.iter_mut().zip(inactive_ranges(windows, c)) {
-                        let (a, b) = (&lines[range.start..], of_panel(b, range.start));
-                        *segment = Segment { a, b, len: range.len() };
-                    }
-                    multiply(&mut tile, m, columns.len().div_ceil(HALF), Rows::lines(c), HALF, &segments);
-                    for (i, (uv, sums)) in uv.chunks_exact_mut(n).zip(&tile.rows).enumerate() {
-                        let uv = &mut uv[columns.clone()];
-                        uv.copy_from_slice(&sums[..uv.len()]);
-                        if i % 2 == 1 {
-                            add_assign(uv, &bias[columns.clone()]);
-                        }
-                    }
-                }
-            });
-        },
-    );
+    let mut tile = Tile::new();
+    for (chunk, (windows, lines)) in read.chunks(samples).zip(lines.chunks(samples * 2 * c)).enumerate() {
+        let m = 2 * windows.len();
+        let segments = inactive_ranges(windows, c).map(|range| {
+            let (a, b) = (&lines[range.start..], of_panel(b, range.start));
+            Segment { a, b, len: range.len() }
+        });
+        multiply(&mut tile.rows[..m], columns.len().div_ceil(HALF), Rows::lines(c), HALF, &segments, &[]);
+        for (i, sums) in tile.rows[..m].iter().enumerate() {
+            let row = (chunk * samples * 2 + i) * n;
+            // SAFETY: columns of this panel.
+            let uv = unsafe { correction.slice(row + columns.start..row + columns.end) };
+            uv.copy_from_slice(&sums[..uv.len()]);
+            if i % 2 == 1 {
+                add_assign(uv, &bias[columns.clone()]);
+            }
+        }
+    }
 }
 
 /// See [`super::ln_linear`]. `pre` and `correction` are empty when they are not needed.
@@ -147,15 +144,22 @@ pub fn forward(
         return;
     }
     let _span = span("ln_linear", Pass::Forward, [c, n], flops(read, t, c, n), b * t * (c + n) + n * c + pre.len());
-    scratch::with(panels(n) * c * PANEL, |panels_of_w| {
-        panels_of_w
-            .par_chunks_mut(c * PANEL)
-            .enumerate()
-            .for_each(|(panel, to)| pack_panel_transposed(to, weight, panel, n, c, c));
-        let panels_of_w = &*panels_of_w;
-        if !correction.is_empty() {
-            forward_correction(correction, read, modulation, panels_of_w, bias, c);
-        }
+    let of_lines = if correction.is_empty() { 0 } else { 2 * b * c };
+    scratch::with(panels(n) * c * PANEL + of_lines, |buffer| {
+        let (panels_of_w, lines) = buffer.split_at_mut(panels(n) * c * PANEL);
+        let samples = samples_at_once(b);
+        lines.par_chunks_mut(samples * 2 * c).zip(read.par_chunks(samples)).enumerate().for_each(
+            |(chunk, (lines, windows))| inactive_modulation(lines, windows, chunk * samples, modulation, c, c),
+        );
+        let (lines, shared_correction) = (&*lines, Shared::new(correction));
+        panels_of_w.par_chunks_mut(c * PANEL).enumerate().for_each(|(panel, to)| {
+            pack_panel_transposed(to, weight, panel, n, c, c);
+            if !lines.is_empty() {
+                // While the panel is in cache. SAFETY: each panel once.
+                unsafe { forward_correction(&shared_correction, lines, read, panel, to, bias) };
+            }
+        });
+        let (panels_of_w, correction) = (&*panels_of_w, &*correction);
         let inputs = Inputs { x, read, modulation, panels_of_w, bias, correction, activation, t, c, len: y.len() };
         let rows = rows_per_block(b * t, t);
         let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
@@ -213,9 +217,13 @@ impl Inputs<'_> {
                     }
                     pack_rows(packed, lines, rows.len(), window.width, c);
                 }
+                let windows = tiles.iter().map(|tile| self.read[tile.sample]);
+                let first_read = windows.clone().map(|window| window.start).min().unwrap_or(0);
+                let inner = first_read..windows.map(|window| window.end()).max().unwrap_or(0);
                 for (panel, (b, next)) in each_panel(self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-                    for (RowTile { sample, rows }, a, next) in with_packed(tiles, packed, next, self.t, c) {
+                    let shares = shares(next, inner.clone(), tiles.len());
+                    for ((RowTile { sample, rows }, a), next) in with_packed(tiles, packed, self.t, c).zip(shares) {
                         let window = self.read[*sample];
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);
@@ -229,7 +237,6 @@ impl Inputs<'_> {
                             fetch_rows(&y[at..], rows.len(), width, n);
                             fetch_rows(pre.get(at..).unwrap_or(&[]), rows.len(), width, n);
                         }
-                        let next = next.get(window.start * HALF..).unwrap_or(&[]);
                         multiply_packed(&mut tile, rows.len(), halves, segment, next);
                         let mut r = [0.0; MAX_ROWS];
                         let (u, v) = if self.correction.is_empty() {
@@ -403,7 +410,8 @@ impl BackwardInputs<'_> {
                 pack_tiles(packed, lines, tiles, t, n);
                 for (panel, (b, next)) in each_panel(self.panels_of_w, n).enumerate() {
                     let Some(part) = part(window, panel) else { continue };
-                    for (RowTile { rows: of_tile, .. }, a, next) in with_packed(tiles, packed, next, t, n) {
+                    let shares = shares(next, 0..n, tiles.len());
+                    for ((RowTile { rows: of_tile, .. }, a), next) in with_packed(tiles, packed, t, n).zip(shares) {
                         let segment = Segment { a, b: part.of(b), len: n };
                         multiply_packed(&mut tile, of_tile.len(), part.halves, segment, next);
                         let dh = &mut dh[of_tile.start * wide + panel * PANEL + part.first..];
@@ -449,26 +457,30 @@ fn inactive_gradient(
     c: usize,
 ) {
     let samples = samples_at_once(read.len());
-    let stride = modulation.stride;
-    let chunks = dmodulation.par_chunks_mut(samples * stride).zip(pq.par_chunks(samples * 2 * n));
-    chunks.zip(read.par_chunks(samples)).for_each(|((dmodulation, pq), windows)| {
-        let m = 2 * windows.len();
+    let dmodulation = Shared::new(dmodulation);
+    panels_of_w.par_chunks_exact(n * PANEL).enumerate().with_max_len(1).for_each(|(panel, b)| {
+        let end = ((panel + 1) * PANEL).min(c);
+        let next = panels_of_w.get((panel + 1) * n * PANEL..(panel + 2) * n * PANEL).unwrap_or(&[]);
+        let next = of_panel(next, 0).into_iter().chain(std::iter::repeat(&[][..]));
         let mut tile = Tile::new();
-        for (panel, b) in panels_of_w.chunks_exact(n * PANEL).enumerate() {
+        for (chunk, ((windows, pq), next)) in read.chunks(samples).zip(pq.chunks(samples * 2 * n)).zip(next).enumerate()
+        {
             if !touched(inactive_ranges(windows, c), panel) {
                 continue;
             }
-            let end = ((panel + 1) * PANEL).min(c);
             let segment = Segment { a: pq, b: of_panel(b, 0), len: n };
             let halves = (end - panel * PANEL).div_ceil(HALF);
-            multiply(&mut tile, m, halves, Rows::lines(n), HALF, &[segment]);
-            for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
-                let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
-                for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {
+            multiply(&mut tile.rows[..2 * windows.len()], halves, Rows::lines(n), HALF, &[segment], next);
+            for (s, window) in windows.iter().enumerate() {
+                let row = (chunk * samples + s) * modulation.stride;
+                for (offset, sums) in [(modulation.scale, &tile.rows[2 * s]), (modulation.shift, &tile.rows[2 * s + 1])]
+                {
                     for range in [0..window.start, window.end()..c] {
                         let (from, to) = (range.start.max(panel * PANEL), range.end.min(end));
                         if from < to {
-                            add_assign(&mut d[from..to], &sums[from - panel * PANEL..to - panel * PANEL]);
+                            // SAFETY: each channel of a sample belongs to one panel, and shift and scale are different columns.
+                            let d = unsafe { dmodulation.slice(row + offset + from..row + offset + to) };
+                            add_assign(d, &sums[from - panel * PANEL..to - panel * PANEL]);
                         }
                     }
                 }

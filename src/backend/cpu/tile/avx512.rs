@@ -8,6 +8,8 @@ use std::arch::x86_64::{
 };
 
 const LANES: usize = 16;
+/// Bytes of a cache line.
+const LINE_BYTES: usize = LANES * size_of::<f32>();
 
 /// # Safety
 /// The processor has AVX-512F; `to` starts at a cache line, and nobody accesses it before this thread's next fence.
@@ -38,10 +40,12 @@ pub(super) unsafe fn multiply(
     unsafe {
         match (halves, layout.row, next.is_empty()) {
             (1, 1, _) => kernels::<1, true, false>(rows, operands),
-            (1, _, _) => kernels::<1, false, false>(rows, operands),
+            (1, _, true) => kernels::<1, false, false>(rows, operands),
+            (1, _, false) => kernels::<1, false, true>(rows, operands),
             (_, 1, true) => kernels::<2, true, false>(rows, operands),
             (_, 1, false) => kernels::<2, true, true>(rows, operands),
-            (_, _, _) => kernels::<2, false, false>(rows, operands),
+            (_, _, true) => kernels::<2, false, false>(rows, operands),
+            (_, _, false) => kernels::<2, false, true>(rows, operands),
         }
     }
 }
@@ -89,6 +93,9 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bo
         }
     }
     let distance = if SIDE_BY_SIDE { 1 } else { layout.row };
+    // In even steps, so that the last line is fetched in the last round; most lines more than once, which costs nothing.
+    let rounds: usize = segments.iter().map(|segment| segment.len).sum();
+    let step = if NEXT { (size_of_val(next) / rounds.max(1)).min(LINE_BYTES) } else { 0 };
     let mut next = next.as_ptr();
     for segment in segments {
         let (mut a, mut b) = (segment.a.as_ptr(), segment.b.map(<[f32]>::as_ptr));
@@ -101,7 +108,7 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bo
             }
             if NEXT {
                 fetch(next);
-                next = next.wrapping_add(LANES);
+                next = next.wrapping_byte_add(step);
             }
             let mut row = a;
             // SAFETY: `sum_products` checked the last element that these reach; the pointers move past it only after the last

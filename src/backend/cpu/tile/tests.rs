@@ -168,7 +168,8 @@ fn tiles_are_transposed() {
 }
 
 fn is_refused(rows: usize, halves: usize, layout: Rows, stride: usize, segment: Segment) -> bool {
-    let result = std::panic::catch_unwind(|| multiply(&mut Tile::new(), rows, halves, layout, stride, &[segment]));
+    let result =
+        std::panic::catch_unwind(|| multiply(&mut Tile::new().rows[..rows], halves, layout, stride, &[segment], &[]));
     result.is_err_and(|why| why.downcast_ref() == Some(&"an operand is too short"))
 }
 
