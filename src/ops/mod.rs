@@ -113,10 +113,11 @@ pub(crate) fn check_per_sample(
     })
 }
 
-/// Rows of one block of work: about 256, or as many as each thread has, whole samples where they fit. Nothing may be summed over a
-/// block, but over rows or samples: results never depend on the number of threads.
+/// Rows of one block of work: about 256, or fewer for as many blocks as there are threads or some times as many; whole samples
+/// where they fit. Nothing may be summed over a block: results never depend on the number of threads.
 pub(crate) fn rows_per_block(rows: usize, tokens: usize) -> usize {
-    let target = (rows / rayon::current_num_threads()).clamp(32, 256);
+    let blocks = rows.div_ceil(256).next_multiple_of(rayon::current_num_threads());
+    let target = rows.div_ceil(blocks.max(1)).clamp(32, 256);
     if tokens <= target { target / tokens * tokens } else { tokens.div_ceil(tokens.div_ceil(target)) }
 }
 

@@ -41,7 +41,8 @@ pub(crate) fn packed_tiles_len(tokens: usize, inner: usize) -> usize {
 fn tiles_at_once(tokens: usize, inner: usize) -> usize {
     let fit = |numbers: usize| numbers / packed_tile_len(tokens, inner);
     let tiles = match level() {
-        // Measured on an Intel Xeon, with 2 MB a core: with 2 tiles instead of 4 a step of DiT-B/4 takes 1 to 2 % more.
+        // Measured on an Intel Xeon, with 2 MB a core: with 2 tiles instead of 4 a step of DiT-B/4 takes 1 to 2 % more. With less
+        // it is not known.
         Level::Avx512 => fit(RESIDENT).max(fit(2 * RESIDENT).min(FEW_TILES)),
         // Measured on Zen 3, with 512 KB a core. Half as much: DiT-S/4 takes 2 % less time, 1 at sublayer .5, but forward passes
         // of DiT-B/4 with less than 4 tiles 7 % more.
@@ -71,11 +72,13 @@ pub(crate) fn with_packed<'a>(
     tiles.iter().zip(packed.chunks_exact(len))
 }
 
-/// What each of `count` products fetches of the panel `next` of `len` rows, if it has any: a share of its rows `inner`.
-pub(crate) fn shares(next: &[f32], inner: Range<usize>, count: usize) -> impl Iterator<Item = &[f32]> {
-    let share = (inner.len() * HALF).div_ceil(count.div_ceil(2).max(1)).max(1);
-    let halves = of_panel(next, 0).map(|half| half.get(inner.start * HALF..inner.end * HALF).unwrap_or(&[]));
-    halves.into_iter().flat_map(move |half| half.chunks(share)).chain(std::iter::repeat(&[][..]))
+/// What each of `count` products fetches of the rows `inner` of the panel `next`, which may be empty: a share of one half. With one
+/// product nobody fetches the right half.
+pub(crate) fn fetched_by_each(next: &[f32], inner: Range<usize>, count: usize) -> impl Iterator<Item = &[f32]> {
+    let [left, right] = of_panel(next, 0).map(|half| half.get(inner.start * HALF..inner.end * HALF).unwrap_or(&[]));
+    let shares = |half: &'_ [f32], count: usize| half.len().div_ceil(count.max(1)).max(1);
+    let (of_left, of_right) = (shares(left, count.div_ceil(2)), shares(right, count / 2));
+    left.chunks(of_left).chain(right.chunks(of_right)).chain(std::iter::repeat(&[][..]))
 }
 
 /// Panels of `len` rows, each with the one that follows, to fetch it in time; with nothing the last, and all of so few that they
@@ -109,8 +112,8 @@ pub(crate) fn batches(rows: Range<usize>, tokens: usize, inner: usize, mut work:
     }
 }
 
-/// Lines of one task of [`pack_panels`].
-const LINES: usize = 64;
+/// Most lines of one task of [`pack_panels`].
+const MOST_LINES: usize = 64;
 /// Lines from one that is copied to the one that is fetched meanwhile.
 const LINES_AHEAD: usize = 4;
 
@@ -119,8 +122,9 @@ const LINES_AHEAD: usize = 4;
 /// panel: measured (2 cores of an Intel Xeon), a step of DiT-S/4 takes 1 to 2 % less time.
 pub(crate) fn pack_panels(to: &mut [f32], b: &[f32], n: usize, len: usize) {
     let to = Shared::new(to);
-    (0..len.div_ceil(LINES)).into_par_iter().for_each(|block| {
-        for k in block * LINES..((block + 1) * LINES).min(len) {
+    let lines = len.div_ceil(rayon::current_num_threads()).clamp(8, MOST_LINES);
+    (0..len.div_ceil(lines)).into_par_iter().for_each(|block| {
+        for k in block * lines..((block + 1) * lines).min(len) {
             for (half, from) in b[k * n..][..n].chunks(HALF).enumerate() {
                 fetch(from.as_ptr().wrapping_add(LINES_AHEAD * n));
                 let at = (half * len + k) * HALF;
@@ -309,7 +313,8 @@ fn panel_of_weight_gradient<'a>(
         }
         match layout {
             Layout::RoutedRows => {
-                let streams = Streams::for_later(c * m).filter(|_| !add);
+                let of_lines = m.is_multiple_of(HALF) && dw.starts_line();
+                let streams = Streams::for_later(c * m).filter(|_| of_lines && !add);
                 for (channel, sums) in sums.iter().enumerate() {
                     if streams.is_none() {
                         // Far apart, they come one after the other unless they are asked for in time.
@@ -460,9 +465,7 @@ mod tests {
         }
         let other: Vec<_> = samples.iter().flat_map(|sample| sample.other.iter().copied()).collect();
         let mut packed = vec![f32::NAN; panels(m) * rows * PANEL];
-        if rows > 0 {
-            pack_panels(&mut packed, &other, m, rows);
-        }
+        pack_panels(&mut packed, &other, m, rows);
         [routed, packed]
     }
 
@@ -597,16 +600,16 @@ mod tests {
             assert!(rest.is_empty());
         }
         let panel: Vec<_> = (0..inner * PANEL).map(|i| i as f32).collect();
-        for (rows, products) in [(0..inner, 4), (1..3, 2), (2..inner, 6), (0..inner, 40)] {
-            let shares: Vec<_> = shares(&panel, rows.clone(), products).take(products).collect();
+        for (rows, products) in
+            [(0..inner, 4), (1..3, 2), (2..inner, 5), (0..inner, 3), (0..inner, 40), (0..inner, 321)]
+        {
+            let shares: Vec<_> = fetched_by_each(&panel, rows.clone(), products).take(products).collect();
             let rows = rows.start * HALF..rows.end * HALF;
             assert_eq!(shares.concat(), of_panel(&panel, 0).map(|half| &half[rows.clone()]).concat());
-            assert!(shares.iter().all(|share| share.len() <= (2 * rows.len()).div_ceil(products)));
+            assert!(shares.iter().all(|share| share.len() <= rows.len().div_ceil(products / 2)));
         }
-        // With an odd number the last share is left out, and with no product there is none.
-        assert_eq!(shares(&panel, 0..inner, 1).next().unwrap(), &panel[..inner * HALF]);
-        assert!(shares(&panel, 0..inner, 0).nth(2).is_some_and(<[f32]>::is_empty));
-        assert!(shares(&[], 0..inner, 3).next().is_some_and(<[f32]>::is_empty));
+        assert_eq!(fetched_by_each(&panel, 0..inner, 1).next().unwrap(), &panel[..inner * HALF]);
+        assert!(fetched_by_each(&[], 0..inner, 3).next().is_some_and(<[f32]>::is_empty));
     }
 
     /// Blocks of samples: of 64, of few tokens, and of a part of one with many.

@@ -5,10 +5,10 @@
 use super::pack::{pack_panel_transposed, whole_halves, whole_halves_len};
 use super::scratch;
 use super::shared::Shared;
-use super::simd::{add_assign, simd_fn};
+use super::simd::{add_assign, fetch_rows, simd_fn};
 use super::tile::{
-    HALF, PANEL, Rows, Segment, Streams, Tile, add_tile, multiply, of_matrix, of_panel, panels, row_tiles, write_tile,
-    write_transposed,
+    HALF, PANEL, Rows, Segment, Streams, Tile, add_tile, copy_row, multiply, multiply_add, of_matrix, of_panel, panels,
+    row_tiles, write_tile, write_transposed,
 };
 use rayon::prelude::*;
 
@@ -16,6 +16,8 @@ use rayon::prelude::*;
 const OUTPUTS: usize = 56;
 /// Outputs whose part of a sum over all is computed by itself.
 const PART: usize = 256;
+/// Outputs whose weights are read while those of as many more are fetched, in the order in which they lie in memory.
+const AT_ONCE: usize = 64;
 
 /// `y = x weight^T + bias`. Outputs are the rows of a tile, so that the weight is read once and as it lies.
 pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
@@ -37,8 +39,8 @@ pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
                         let segment = Segment { a: &weight[(first + outputs.start) * k..], b: of_panel(b, 0), len: k };
                         let halves = rows.len().div_ceil(HALF);
                         // Their lines lie side by side, of which the processor makes out few on its own.
-                        let next = (first + outputs.end) * k..(first + outputs.end + outputs.len()) * k;
-                        let next = weight.get(next).unwrap_or(&[]);
+                        let next = weight.get((first + outputs.end) * k..).unwrap_or(&[]);
+                        let next = &next[..(outputs.len() * k).min(next.len())];
                         multiply(&mut tile.rows[..outputs.len()], halves, Rows::lines(k), HALF, &[segment], next);
                         write_transposed(
                             &mut part[outputs.start..],
@@ -98,16 +100,29 @@ pub fn input_gradient(dx: &mut [f32], dy: &[f32], weight: &[f32], k: usize) {
         let (weight, stride) = whole_halves(room, weight, k);
         parts.par_chunks_mut(dx.len().max(1)).enumerate().for_each(|(part, dx)| {
             let (first, count) = (part * PART, PART.min(n - part * PART));
-            let mut tile = Tile::new();
             for of_tile in row_tiles(rows) {
-                for column in (0..k).step_by(PANEL) {
-                    let width = PANEL.min(k - column);
-                    let (a, b) = (&dy[of_tile.start * n + first..], of_matrix(&weight[first * stride + column..]));
-                    let segment = Segment { a, b, len: count };
-                    let halves = width.div_ceil(HALF);
-                    multiply(&mut tile.rows[..of_tile.len()], halves, Rows::lines(n), stride, &[segment], &[]);
-                    write_tile(&mut dx[of_tile.start * k + column..], &tile, of_tile.len(), width, k);
-                }
+                scratch::with(panels(k) * of_tile.len() * PANEL, |sums| {
+                    sums.fill(0.0);
+                    for start in (first..first + count).step_by(AT_ONCE) {
+                        let end = (start + AT_ONCE).min(first + count);
+                        for (panel, sums) in sums.chunks_exact_mut(of_tile.len() * PANEL).enumerate() {
+                            let column = panel * PANEL;
+                            let next = weight.get(end * stride + panel * AT_ONCE * PANEL..).unwrap_or(&[]);
+                            fetch_rows(next, 1, AT_ONCE * PANEL, next.len().max(1));
+                            let (a, b) =
+                                (&dy[of_tile.start * n + start..], of_matrix(&weight[start * stride + column..]));
+                            let segment = Segment { a, b, len: end - start };
+                            let halves = PANEL.min(k - column).div_ceil(HALF);
+                            multiply_add(sums.as_chunks_mut().0, halves, Rows::lines(n), stride, &[segment], &[]);
+                        }
+                    }
+                    for (panel, sums) in sums.chunks_exact(of_tile.len() * PANEL).enumerate() {
+                        let column = panel * PANEL;
+                        for (i, sums) in sums.as_chunks().0.iter().enumerate() {
+                            copy_row(&mut dx[(of_tile.start + i) * k + column..][..PANEL.min(k - column)], sums);
+                        }
+                    }
+                });
             }
         });
         dx.fill(0.0);

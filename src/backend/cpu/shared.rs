@@ -29,6 +29,11 @@ impl<'a> Shared<'a> {
         }
     }
 
+    /// Whether the first number starts a cache line.
+    pub fn starts_line(&self) -> bool {
+        self.data.addr().is_multiple_of(LINE * size_of::<f32>())
+    }
+
     /// # Safety
     /// Nobody else may hold any of these numbers for as long as the result lives.
     #[expect(clippy::mut_from_ref, reason = "disjoint parts of one borrow, by the contract")]

@@ -218,7 +218,7 @@ fn narrow<const N: usize, const ADD: bool>(to: &mut [f32], columns: &[[f32; HALF
     }
 }
 
-/// Writes tiles past the caches, which then need not read the lines first: for results too large to stay there. What was
+/// Writes tiles and rows past the caches, which then need not read the lines first: for results that would not stay there. What was
 /// written is there when this is dropped; it stays on its thread, since a fence is of the thread that wrote.
 pub struct Streams(PhantomData<*const ()>);
 

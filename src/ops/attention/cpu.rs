@@ -1,7 +1,7 @@
 //! The CPU version: a head of a sample at a time, a block of queries against all keys, so that its scores stay in cache.
 //!
-//! Scores are kept transposed, `[queries / PANEL, keys, PANEL]`: softmax then runs down columns, a vector of queries at a time, and
-//! the probabilities are where both kinds of products that follow read them (see [`Rows`]).
+//! Scores are kept transposed, `[keys, queries]`: softmax then runs down columns, a vector of queries at a time, and the
+//! probabilities are where both kinds of products that follow read them (see [`Rows`]).
 
 use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed};
 use crate::backend::cpu::profile::{Pass, span};
@@ -22,7 +22,7 @@ pub struct Dims {
     pub heads: usize,
 }
 
-/// Queries of a block of backward: a multiple of [`PANEL`], fewer when there are many keys.
+/// Queries of a block of backward: a multiple of [`PANEL`], at most [`STRIP`], fewer when there are many keys.
 fn queries_at_once(keys: usize) -> usize {
     match keys {
         0..=384 => 128,
@@ -139,9 +139,7 @@ pub fn forward(
                     multiply(&mut p[keys], halves(count, 0), Rows::lines(3 * c), HALF, &[segment], &[]);
                 }
                 let (mut inverse, mut log_sum) = ([0.0; PANEL], [0.0; PANEL]);
-                for half in (0..count).step_by(HALF) {
-                    softmax(p, half, scale, &mut inverse[half..][..HALF], &mut log_sum[half..][..HALF]);
-                }
+                softmax(p, halves(count, 0), scale, &mut inverse, &mut log_sum);
                 for queries in row_tiles(count) {
                     for panel in 0..panels(size) {
                         let segment = Segment { a: &p.as_flattened()[queries.start..], b: v.panel(panel), len: t };
@@ -302,27 +300,47 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// Half a panel of columns of `p` `[keys, PANEL]`, from column `first` on, become `exp(scale (p - max))`; `inverse` is one over
-    /// their sum, `log_sum` the log-sum-exp of `scale p`.
-    fn softmax<F>(p: &mut [[f32; PANEL]], first: usize, scale: f32, inverse: &mut [f32], log_sum: &mut [f32]) {
-        let mut max = [f32::NEG_INFINITY; HALF];
-        for row in &*p {
-            for (max, &x) in max.iter_mut().zip(&row[first..][..HALF]) {
-                *max = if x > *max { x } else { *max };
-            }
+    /// The first `halves` halves of the columns of `p` `[keys, PANEL]` become `exp(scale (p - max))`; `inverse` is one over their
+    /// sum, `log_sum` the log-sum-exp of `scale p`.
+    fn softmax<F>(
+        p: &mut [[f32; PANEL]],
+        halves: usize,
+        scale: f32,
+        inverse: &mut [f32; PANEL],
+        log_sum: &mut [f32; PANEL],
+    ) {
+        if halves == 1 {
+            softmax_of::<F, HALF>(p, scale, inverse, log_sum)
+        } else {
+            softmax_of::<F, PANEL>(p, scale, inverse, log_sum)
         }
-        let mut sum = [0.0f32; HALF];
-        for row in p {
-            let row: &mut [f32; HALF] = (&mut row[first..][..HALF]).try_into().expect("a row holds half a panel");
-            for j in 0..HALF {
-                row[j] = exp::<F>((row[j] - max[j]) * scale);
-                sum[j] += row[j];
-            }
+    }
+}
+
+/// [`softmax`] of the first `N` columns.
+#[inline(always)]
+fn softmax_of<const FMA: bool, const N: usize>(
+    p: &mut [[f32; PANEL]],
+    scale: f32,
+    inverse: &mut [f32; PANEL],
+    log_sum: &mut [f32; PANEL],
+) {
+    let mut max = [f32::NEG_INFINITY; N];
+    for row in &*p {
+        for j in 0..N {
+            max[j] = if row[j] > max[j] { row[j] } else { max[j] };
         }
-        for j in 0..HALF {
-            inverse[j] = 1.0 / sum[j];
-            log_sum[j] = max[j] * scale + sum[j].ln();
+    }
+    let mut sum = [0.0f32; N];
+    for row in p {
+        for j in 0..N {
+            row[j] = exp::<FMA>((row[j] - max[j]) * scale);
+            sum[j] += row[j];
         }
+    }
+    for j in 0..N {
+        inverse[j] = 1.0 / sum[j];
+        log_sum[j] = max[j] * scale + sum[j].ln();
     }
 }
 

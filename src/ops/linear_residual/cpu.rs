@@ -10,8 +10,8 @@ use crate::backend::cpu::tile::{
     HALF, PANEL, Segment, Tile, add_tile, multiply_packed, of_panel, padded_columns, panels, tile_rows, write_tile,
 };
 use crate::ops::products::{
-    Layout, Operands, RowTile, Sample, batches, columns, each_panel, pack_panels, pack_tiles, packed_tile_len,
-    packed_tiles_len, part, routed_len, shares, weight_gradient, with_packed,
+    Layout, Operands, RowTile, Sample, batches, columns, each_panel, fetched_by_each, pack_panels, pack_tiles,
+    packed_tile_len, packed_tiles_len, part, routed_len, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -105,7 +105,7 @@ pub fn forward(
                     pack_tiles(packed, &a[tiles[0].rows.start * k..], tiles, t, k);
                     for (panel, (b, next)) in each_panel(panels_of_w, k).enumerate() {
                         let active = tiles.iter().filter(|tile| part(write[tile.sample], panel).is_some()).count();
-                        let mut shares = shares(next, 0..k, active);
+                        let mut shares = fetched_by_each(next, 0..k, active);
                         for (RowTile { sample, rows }, a) in with_packed(tiles, packed, t, k) {
                             let Some(part) = part(write[*sample], panel) else { continue };
                             let segment = Segment { a, b: part.of(b), len: k };
@@ -275,7 +275,7 @@ impl BackwardInputs<'_> {
                 }
                 for (panel, (b, next)) in each_panel(self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
-                    let shares = shares(next, range.clone(), tiles.len());
+                    let shares = fetched_by_each(next, range.clone(), tiles.len());
                     for ((RowTile { rows, .. }, a), next) in with_packed(tiles, packed, t, c).zip(shares) {
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
                         let halves = columns.len().div_ceil(HALF);

@@ -12,8 +12,8 @@ use crate::backend::cpu::tile::{
     step_rows, tile_rows, write_tile,
 };
 use crate::ops::products::{
-    Layout, Operands, RowTile, Sample, batches, each_panel, pack_panels, pack_tiles, packed_tile_len, packed_tiles_len,
-    part, routed_len, shares, weight_gradient, with_packed,
+    Layout, Operands, RowTile, Sample, batches, each_panel, fetched_by_each, pack_panels, pack_tiles, packed_tile_len,
+    packed_tiles_len, part, routed_len, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -55,20 +55,13 @@ fn inactive_ranges(windows: &[Window], c: usize) -> [Range<usize>; 2] {
 }
 
 /// `[2 samples, stride]`: `1 + scale` and `shift` of each sample on its inactive channels, zero on the active ones.
-fn inactive_modulation(
-    out: &mut [f32],
-    windows: &[Window],
-    first: usize,
-    modulation: Modulation,
-    c: usize,
-    stride: usize,
-) {
+fn inactive_modulation(out: &mut [f32], windows: &[Window], modulation: Modulation, c: usize, stride: usize) {
     for ((i, rows), &window) in out.chunks_exact_mut(2 * stride).enumerate().zip(windows) {
         let (one_plus_scale, shift) = rows.split_at_mut(stride);
-        for (y, s) in one_plus_scale.iter_mut().zip(modulation.scale(first + i, c)) {
+        for (y, s) in one_plus_scale.iter_mut().zip(modulation.scale(i, c)) {
             *y = 1.0 + s;
         }
-        shift[..c].copy_from_slice(modulation.shift(first + i, c));
+        shift[..c].copy_from_slice(modulation.shift(i, c));
         one_plus_scale[window.range()].fill(0.0);
         shift[window.range()].fill(0.0);
     }
@@ -147,15 +140,13 @@ pub fn forward(
     let of_lines = if correction.is_empty() { 0 } else { 2 * b * c };
     scratch::with(panels(n) * c * PANEL + of_lines, |buffer| {
         let (panels_of_w, lines) = buffer.split_at_mut(panels(n) * c * PANEL);
-        let samples = samples_at_once(b);
-        lines.par_chunks_mut(samples * 2 * c).zip(read.par_chunks(samples)).enumerate().for_each(
-            |(chunk, (lines, windows))| inactive_modulation(lines, windows, chunk * samples, modulation, c, c),
-        );
+        inactive_modulation(lines, read, modulation, c, c);
         let (lines, shared_correction) = (&*lines, Shared::new(correction));
         panels_of_w.par_chunks_mut(c * PANEL).enumerate().for_each(|(panel, to)| {
             pack_panel_transposed(to, weight, panel, n, c, c);
             if !lines.is_empty() {
-                // While the panel is in cache. SAFETY: each panel once.
+                // While the panel is in cache.
+                // SAFETY: each panel once.
                 unsafe { forward_correction(&shared_correction, lines, read, panel, to, bias) };
             }
         });
@@ -222,7 +213,7 @@ impl Inputs<'_> {
                 let inner = first_read..windows.map(|window| window.end()).max().unwrap_or(0);
                 for (panel, (b, next)) in each_panel(self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-                    let shares = shares(next, inner.clone(), tiles.len());
+                    let shares = fetched_by_each(next, inner.clone(), tiles.len());
                     for ((RowTile { sample, rows }, a), next) in with_packed(tiles, packed, self.t, c).zip(shares) {
                         let window = self.read[*sample];
                         let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
@@ -328,7 +319,7 @@ pub fn backward(
             inactive_gradient(dmodulation, pq, read, modulation, panels_of_w, n, c);
             let wide = padded_columns(c);
             scratch::with(2 * b * wide, |lines| {
-                inactive_modulation(lines, read, 0, modulation, c, wide);
+                inactive_modulation(lines, read, modulation, c, wide);
                 // SAFETY: `h` is borrowed here alone.
                 unsafe { scatter(&Shared::new(h), lines, wide, Window::all(c), b * t, rows) };
             });
@@ -410,7 +401,7 @@ impl BackwardInputs<'_> {
                 pack_tiles(packed, lines, tiles, t, n);
                 for (panel, (b, next)) in each_panel(self.panels_of_w, n).enumerate() {
                     let Some(part) = part(window, panel) else { continue };
-                    let shares = shares(next, 0..n, tiles.len());
+                    let shares = fetched_by_each(next, 0..n, tiles.len());
                     for ((RowTile { rows: of_tile, .. }, a), next) in with_packed(tiles, packed, t, n).zip(shares) {
                         let segment = Segment { a, b: part.of(b), len: n };
                         multiply_packed(&mut tile, of_tile.len(), part.halves, segment, next);
@@ -457,11 +448,16 @@ fn inactive_gradient(
     c: usize,
 ) {
     let samples = samples_at_once(read.len());
+    let (shift, scale) = (modulation.shift, modulation.scale);
+    assert!(
+        shift.abs_diff(scale) >= c && shift.max(scale) + c <= modulation.stride,
+        "shift and scale are different columns"
+    );
     let dmodulation = Shared::new(dmodulation);
     panels_of_w.par_chunks_exact(n * PANEL).enumerate().with_max_len(1).for_each(|(panel, b)| {
         let end = ((panel + 1) * PANEL).min(c);
         let next = panels_of_w.get((panel + 1) * n * PANEL..(panel + 2) * n * PANEL).unwrap_or(&[]);
-        let next = of_panel(next, 0).into_iter().chain(std::iter::repeat(&[][..]));
+        let next = fetched_by_each(next, 0..n, read.len().div_ceil(samples));
         let mut tile = Tile::new();
         for (chunk, ((windows, pq), next)) in read.chunks(samples).zip(pq.chunks(samples * 2 * n)).zip(next).enumerate()
         {
@@ -473,12 +469,11 @@ fn inactive_gradient(
             multiply(&mut tile.rows[..2 * windows.len()], halves, Rows::lines(n), HALF, &[segment], next);
             for (s, window) in windows.iter().enumerate() {
                 let row = (chunk * samples + s) * modulation.stride;
-                for (offset, sums) in [(modulation.scale, &tile.rows[2 * s]), (modulation.shift, &tile.rows[2 * s + 1])]
-                {
+                for (offset, sums) in [(scale, &tile.rows[2 * s]), (shift, &tile.rows[2 * s + 1])] {
                     for range in [0..window.start, window.end()..c] {
                         let (from, to) = (range.start.max(panel * PANEL), range.end.min(end));
                         if from < to {
-                            // SAFETY: each channel of a sample belongs to one panel, and shift and scale are different columns.
+                            // SAFETY: each channel of a sample belongs to one panel, and shift and scale do not overlap.
                             let d = unsafe { dmodulation.slice(row + offset + from..row + offset + to) };
                             add_assign(d, &sums[from - panel * PANEL..to - panel * PANEL]);
                         }

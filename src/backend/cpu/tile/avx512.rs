@@ -1,6 +1,6 @@
 //! The kernel for AVX-512: 32 columns of 14 rows.
 
-use super::super::simd::fetch;
+use super::super::simd::{LINE, fetch};
 use super::{PANEL, Rows, Segment};
 use std::arch::x86_64::{
     __m512, _MM_HINT_T0, _mm_prefetch, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
@@ -9,7 +9,7 @@ use std::arch::x86_64::{
 
 const LANES: usize = 16;
 /// Bytes of a cache line.
-const LINE_BYTES: usize = LANES * size_of::<f32>();
+const LINE_BYTES: usize = LINE * size_of::<f32>();
 
 /// # Safety
 /// The processor has AVX-512F; `to` starts at a cache line, and nobody accesses it before this thread's next fence.
@@ -93,9 +93,9 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bo
         }
     }
     let distance = if SIDE_BY_SIDE { 1 } else { layout.row };
-    // In even steps, so that the last line is fetched in the last round; most lines more than once, which costs nothing.
+    // In even steps, so that the last line is fetched by the last round; most lines more than once, which costs nothing.
     let rounds: usize = segments.iter().map(|segment| segment.len).sum();
-    let step = if NEXT { (size_of_val(next) / rounds.max(1)).min(LINE_BYTES) } else { 0 };
+    let step = if NEXT { size_of_val(next).div_ceil(rounds.max(1)).min(LINE_BYTES) } else { 0 };
     let mut next = next.as_ptr();
     for segment in segments {
         let (mut a, mut b) = (segment.a.as_ptr(), segment.b.map(<[f32]>::as_ptr));
