@@ -117,10 +117,15 @@ const MOST_PANELS: usize = 4;
 /// Lines from one that is copied to the one that is fetched meanwhile.
 const LINES_AHEAD: usize = 8;
 
+/// Panels of `n` columns that a task packs.
+pub(crate) fn panels_at_once(n: usize) -> usize {
+    panels(n).div_ceil(2 * rayon::current_num_threads()).clamp(1, MOST_PANELS)
+}
+
 /// The panels `[panels(n), 2, len, HALF]` of a row-major B `[len, n]`: of lines n apart, a tile's columns would crowd into few
 /// sets of the cache.
 pub(crate) fn pack_panels(to: &mut [f32], b: &[f32], n: usize, len: usize) {
-    let at_once = panels(n).div_ceil(2 * rayon::current_num_threads()).clamp(1, MOST_PANELS);
+    let at_once = panels_at_once(n);
     to.par_chunks_mut((at_once * len * PANEL).max(1))
         .enumerate()
         .for_each(|(task, to)| pack_some_panels(to, b, task * at_once * PANEL, n, len));

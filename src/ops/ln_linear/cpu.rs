@@ -13,7 +13,7 @@ use crate::backend::cpu::tile::{
 };
 use crate::ops::products::{
     Layout, Operands, RowTile, Sample, batches, each_panel, fetched_by_each, pack_panels, pack_tiles, packed_tile_len,
-    packed_tiles_len, part, routed_len, weight_gradient, with_packed,
+    packed_tiles_len, panels_at_once, part, routed_len, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -82,7 +82,7 @@ fn touched(ranges: [Range<usize>; 2], panel: usize) -> bool {
     ranges.iter().any(|range| range.start.max(panel * PANEL) < range.end.min((panel + 1) * PANEL))
 }
 
-/// Panel `panel` of u and v + b of every sample: those columns of `correction` `[B, 2, N]`.
+/// u and v + b of every sample in the columns of some panels, the first of which is `first`: those of `correction` `[B, 2, N]`.
 ///
 /// # Safety
 /// Nobody else may access these columns.
@@ -90,28 +90,31 @@ unsafe fn forward_correction(
     correction: &Shared,
     lines: &[f32], // [B, 2, C], see inactive_modulation
     read: &[Window],
-    panel: usize,
-    b: &[f32], // [2, C, HALF]
+    first: usize,
+    panels_of_w: &[f32], // [panels, 2, C, HALF]
     bias: &[f32],
+    c: usize,
 ) {
-    let (n, c) = (bias.len(), b.len() / PANEL);
-    let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
+    let n = bias.len();
     let samples = samples_at_once(read.len());
     let mut tile = Tile::new();
     for (chunk, (windows, lines)) in read.chunks(samples).zip(lines.chunks(samples * 2 * c)).enumerate() {
         let m = 2 * windows.len();
-        let segments = inactive_ranges(windows, c).map(|range| {
-            let (a, b) = (&lines[range.start..], of_panel(b, range.start));
-            Segment { a, b, len: range.len() }
-        });
-        multiply(&mut tile.rows[..m], columns.len().div_ceil(HALF), Rows::lines(c), HALF, &segments, &[]);
-        for (i, sums) in tile.rows[..m].iter().enumerate() {
-            let row = (chunk * samples * 2 + i) * n;
-            // SAFETY: columns of this panel.
-            let uv = unsafe { correction.slice(row + columns.start..row + columns.end) };
-            uv.copy_from_slice(&sums[..uv.len()]);
-            if i % 2 == 1 {
-                add_assign(uv, &bias[columns.clone()]);
+        for (panel, b) in (first..).zip(panels_of_w.chunks_exact(c * PANEL)) {
+            let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
+            let segments = inactive_ranges(windows, c).map(|range| {
+                let (a, b) = (&lines[range.start..], of_panel(b, range.start));
+                Segment { a, b, len: range.len() }
+            });
+            multiply(&mut tile.rows[..m], columns.len().div_ceil(HALF), Rows::lines(c), HALF, &segments, &[]);
+            for (i, sums) in tile.rows[..m].iter().enumerate() {
+                let row = (chunk * samples * 2 + i) * n;
+                // SAFETY: columns of these panels.
+                let uv = unsafe { correction.slice(row + columns.start..row + columns.end) };
+                uv.copy_from_slice(&sums[..uv.len()]);
+                if i % 2 == 1 {
+                    add_assign(uv, &bias[columns.clone()]);
+                }
             }
         }
     }
@@ -142,12 +145,16 @@ pub fn forward(
         let (panels_of_w, lines) = buffer.split_at_mut(panels(n) * c * PANEL);
         inactive_modulation(lines, read, modulation, c, c);
         let (lines, shared_correction) = (&*lines, Shared::new(correction));
-        panels_of_w.par_chunks_mut(c * PANEL).enumerate().for_each(|(panel, to)| {
-            pack_panel_transposed(to, weight, panel, n, c, c);
+        let at_once = panels_at_once(n);
+        panels_of_w.par_chunks_mut(at_once * c * PANEL).enumerate().for_each(|(task, to)| {
+            let first = task * at_once;
+            for (panel, to) in (first..).zip(to.chunks_exact_mut(c * PANEL)) {
+                pack_panel_transposed(to, weight, panel, n, c, c);
+            }
             if !lines.is_empty() {
-                // While the panel is in cache.
+                // While the panels are in cache.
                 // SAFETY: each panel once.
-                unsafe { forward_correction(&shared_correction, lines, read, panel, to, bias) };
+                unsafe { forward_correction(&shared_correction, lines, read, first, to, bias, c) };
             }
         });
         let (panels_of_w, correction) = (&*panels_of_w, &*correction);
@@ -448,34 +455,26 @@ fn inactive_gradient(
     c: usize,
 ) {
     let samples = samples_at_once(read.len());
-    let (shift, scale) = (modulation.shift, modulation.scale);
-    assert!(
-        shift.abs_diff(scale) >= c && shift.max(scale) + c <= modulation.stride,
-        "shift and scale are different columns"
-    );
-    let dmodulation = Shared::new(dmodulation);
-    panels_of_w.par_chunks_exact(n * PANEL).enumerate().with_max_len(1).for_each(|(panel, b)| {
-        let end = ((panel + 1) * PANEL).min(c);
-        let next = panels_of_w.get((panel + 1) * n * PANEL..(panel + 2) * n * PANEL).unwrap_or(&[]);
-        let next = fetched_by_each(next, 0..n, read.len().div_ceil(samples));
+    let stride = modulation.stride;
+    let chunks = dmodulation.par_chunks_mut(samples * stride).zip(pq.par_chunks(samples * 2 * n));
+    chunks.zip(read.par_chunks(samples)).for_each(|((dmodulation, pq), windows)| {
+        let m = 2 * windows.len();
         let mut tile = Tile::new();
-        for (chunk, ((windows, pq), next)) in read.chunks(samples).zip(pq.chunks(samples * 2 * n)).zip(next).enumerate()
-        {
+        for (panel, b) in panels_of_w.chunks_exact(n * PANEL).enumerate() {
             if !touched(inactive_ranges(windows, c), panel) {
                 continue;
             }
+            let end = ((panel + 1) * PANEL).min(c);
             let segment = Segment { a: pq, b: of_panel(b, 0), len: n };
             let halves = (end - panel * PANEL).div_ceil(HALF);
-            multiply(&mut tile.rows[..2 * windows.len()], halves, Rows::lines(n), HALF, &[segment], next);
-            for (s, window) in windows.iter().enumerate() {
-                let row = (chunk * samples + s) * modulation.stride;
-                for (offset, sums) in [(scale, &tile.rows[2 * s]), (shift, &tile.rows[2 * s + 1])] {
+            multiply(&mut tile.rows[..m], halves, Rows::lines(n), HALF, &[segment], &[]);
+            for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
+                let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
+                for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {
                     for range in [0..window.start, window.end()..c] {
                         let (from, to) = (range.start.max(panel * PANEL), range.end.min(end));
                         if from < to {
-                            // SAFETY: each channel of a sample belongs to one panel, and shift and scale do not overlap.
-                            let d = unsafe { dmodulation.slice(row + offset + from..row + offset + to) };
-                            add_assign(d, &sums[from - panel * PANEL..to - panel * PANEL]);
+                            add_assign(&mut d[from..to], &sums[from - panel * PANEL..to - panel * PANEL]);
                         }
                     }
                 }
