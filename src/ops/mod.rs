@@ -113,7 +113,8 @@ pub(crate) fn check_per_sample(
     })
 }
 
-/// Rows of one block of work: about 256, or fewer so that each thread has about as many blocks; whole samples where they fit. Nothing may be summed over a block: results never depend on the number of threads.
+/// Rows of one block of work: about 256, or fewer so that each thread has about as many blocks; whole samples where they fit.
+/// Nothing may be summed over a block: results never depend on the number of threads.
 pub(crate) fn rows_per_block(rows: usize, tokens: usize) -> usize {
     let blocks = rows.div_ceil(256).next_multiple_of(rayon::current_num_threads());
     let target = rows.div_ceil(blocks.max(1)).clamp(32, 256);

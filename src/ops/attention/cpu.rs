@@ -224,22 +224,10 @@ pub fn backward(
                             let [q, dy] = [q, dy].map(|panel| of_panel(panel, 0));
                             let layout = Rows::lines(3 * c);
                             let halves = halves(count, panel);
-                            multiply(
-                                &mut scores.rows[..keys.len()],
-                                halves,
-                                layout,
-                                HALF,
-                                &[Segment { a: k, b: q, len: size }],
-                                &[],
-                            );
-                            multiply(
-                                &mut dp.rows[..keys.len()],
-                                halves,
-                                layout,
-                                HALF,
-                                &[Segment { a: v, b: dy, len: size }],
-                                &[],
-                            );
+                            for (tile, a, b) in [(&mut *scores, k, q), (&mut *dp, v, dy)] {
+                                let (sums, segment) = (&mut tile.rows[..keys.len()], Segment { a, b, len: size });
+                                multiply(sums, halves, layout, HALF, &[segment], &[]);
+                            }
                             let at = keys.start * STRIP + columns.start;
                             for half in 0..halves {
                                 let at = at + half * HALF;
@@ -256,14 +244,8 @@ pub fn backward(
                         for panel in 0..panels(size) {
                             let width = PANEL.min(size - panel * PANEL);
                             let segment = Segment { a, b: b.panel(panel), len };
-                            multiply(
-                                &mut scores.rows[..tile.len()],
-                                halves(size, panel),
-                                layout,
-                                b.stride,
-                                &[segment],
-                                &[],
-                            );
+                            let sums = &mut scores.rows[..tile.len()];
+                            multiply(sums, halves(size, panel), layout, b.stride, &[segment], &[]);
                             for (i, sums) in tile.clone().zip(&scores.rows) {
                                 // SAFETY: this head's columns of a row of this sample: no other task has them.
                                 let to = unsafe { dqkv.slice(to.at(i)) };

@@ -93,7 +93,7 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bo
         }
     }
     let distance = if SIDE_BY_SIDE { 1 } else { layout.row };
-    // In even steps, so that the last line is fetched by the last round if there are enough; most more than once, which costs nothing.
+    // In even steps, so that the last line is fetched by the last round if there are enough; most more than once, which is free.
     let rounds: usize = segments.iter().map(|segment| segment.len).sum();
     let step = if NEXT { size_of_val(next).div_ceil(rounds.max(1)).min(LINE_BYTES) } else { 0 };
     let mut next = next.as_ptr();
