@@ -49,7 +49,8 @@ fn width(read: &[Window]) -> f64 {
 fn bench_ln_linear(c: &mut Criterion) {
     let mut group = group(c, "ln_linear");
     let (x, modulation) = (numbers(2, BATCH * T * C), numbers(3, BATCH * 2 * C));
-    for (layer, n, activation) in [("qkv", 3 * C, Activation::None), ("fc1", MLP, Activation::Gelu)] {
+    // In main memory the GELU of fc1 is computed where fc2 reads it.
+    for (layer, n) in [("qkv", 3 * C), ("fc1", MLP)] {
         let weights = linear_weights(n, C);
         for beta in [1.0, 0.8, 0.5] {
             let windows = batch_windows(C, beta);
@@ -60,7 +61,7 @@ fn bench_ln_linear(c: &mut Criterion) {
                 scale: &modulation[C..2 * C],
                 weight: &weights[..n * C],
                 bias: &weights[n * C..],
-                activation,
+                activation: Activation::None,
                 tokens: ROWS,
                 channels: C,
             });
@@ -69,7 +70,7 @@ fn bench_ln_linear(c: &mut Criterion) {
                 let (x, var) = (input(tape, &x, [BATCH, T, C])?, input(tape, &modulation, [BATCH, 2 * C])?);
                 let read = tape.windows(windows.iter().copied());
                 let [shift, scale] = [0, C].map(|offset| PerSample { var, offset });
-                ln_linear(tape, x, read, shift, scale, linear(n, C, 0), activation)
+                ln_linear(tape, x, read, shift, scale, linear(n, C, 0), Activation::None)
             });
         }
     }

@@ -16,7 +16,6 @@
 //! until the operation that made the activation has used them.
 
 pub mod cuda;
-mod gelu;
 
 use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
@@ -29,8 +28,7 @@ use crate::params::{Linear, Param};
 use crate::routing::Window;
 use crate::tensor::{Shape, Storage, Tensor};
 use cuda::{DeviceMemory, DeviceWeights};
-use gelu::Gelu;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 /// An activation on a tape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +62,6 @@ pub struct Memory {
     wants_grad: Vec<bool>,
     steps: Vec<Step>,
     windows: Vec<Window>,
-    gelus: Vec<Gelu>,
     pool: Pool,
     cuda: Option<Box<DeviceMemory>>,
 }
@@ -100,24 +97,26 @@ impl Memory {
         self.wants_grad.clear();
         self.steps.clear();
         self.windows.clear();
-        self.gelus.clear();
     }
 }
 
-/// Free buffers by length.
+/// Free buffers by capacity.
 #[derive(Default)]
 pub(crate) struct Pool {
-    free: HashMap<usize, Vec<AlignedVec>>,
+    free: BTreeMap<usize, Vec<AlignedVec>>,
     total: usize,
 }
 
 impl Pool {
-    /// A buffer of `len` numbers with arbitrary contents (NaN in debug builds, so that reading them shows).
+    /// A buffer of `len` numbers with arbitrary contents (NaN in debug builds, so that reading them shows): the smallest that is
+    /// free, unless half of it would lie idle.
     pub(crate) fn take(&mut self, len: usize) -> AlignedVec {
-        let mut buffer = self.free.get_mut(&len).and_then(Vec::pop).unwrap_or_else(|| {
+        let fitting = self.free.range_mut(len..(2 * len).max(len + 1)).find_map(|(_, buffers)| buffers.pop());
+        let mut buffer = fitting.unwrap_or_else(|| {
             self.total += len;
             AlignedVec::zeros(len)
         });
+        buffer.set_len(len);
         if cfg!(debug_assertions) {
             buffer.fill(f32::NAN);
         }
@@ -126,8 +125,8 @@ impl Pool {
 
     /// Takes a buffer back.
     pub(crate) fn give(&mut self, buffer: AlignedVec) {
-        if !buffer.is_empty() {
-            self.free.entry(buffer.len()).or_default().push(buffer);
+        if buffer.capacity() > 0 {
+            self.free.entry(buffer.capacity()).or_default().push(buffer);
         }
     }
 }
@@ -139,7 +138,7 @@ pub(crate) struct WeightGrads<'a> {
 }
 
 impl WeightGrads<'_> {
-    /// The gradient of `param`. Whether to add to it or to overwrite it says `add`.
+    /// The gradient of `param`: to be added to if `add` is set, else to be overwritten.
     pub(crate) fn of(&mut self, param: Param) -> &mut [f32] {
         &mut self.data[param.range()]
     }
@@ -263,7 +262,11 @@ impl<'a> Tape<'a> {
         for (to, &row) in buffer.chunks_exact_mut(columns).zip(rows) {
             to.copy_from_slice(&table[row as usize * columns..][..columns]);
         }
-        let storage = if self.on_cuda() { self.holding(&buffer, DType::F32) } else { buffer.into() };
+        if !self.on_cuda() {
+            return self.push([rows.len(), columns], buffer, false);
+        }
+        let storage = self.holding(&buffer, DType::F32);
+        self.give(buffer);
         self.push([rows.len(), columns], storage, false)
     }
 
@@ -367,6 +370,8 @@ impl<'a> Tape<'a> {
                 },
                 Step::Checkpointed { work, output } => {
                     let Some(grad) = self.memory.grads[output.0 as usize].take() else { continue };
+                    // All that read it is undone.
+                    self.release(output);
                     // Below the steps of the work, so that it comes after them.
                     self.memory.steps.push(Step::DoneSince { mark: self.mark() });
                     let again = work(self)?;
@@ -378,7 +383,7 @@ impl<'a> Tape<'a> {
         Ok(())
     }
 
-    /// `work(self)`, and of all that it puts on the tape only its result is kept: backward does it again to have the rest.
+    /// `work(self)`, and of all that it puts on the tape only its result is kept, until backward does it again to have the rest.
     /// So `work` must do the same every time, from what was on the tape before. On an inference tape it is only done.
     ///
     /// # Errors
@@ -402,7 +407,6 @@ impl<'a> Tape<'a> {
         let values = self.memory.values.drain(mark..).map(|value| value.data);
         let buffers: Vec<Storage> = values.chain(self.memory.grads.drain(mark..).flatten()).collect();
         self.memory.wants_grad.truncate(mark);
-        self.memory.gelus.retain(|gelu| (gelu.output.0 as usize) < mark);
         buffers.into_iter().for_each(|buffer| self.recycle(buffer));
     }
 

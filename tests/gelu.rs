@@ -1,4 +1,4 @@
-//! A GELU's gradient is multiplied by its derivative once, whoever reads its output.
+//! A GELU's gradient is multiplied by its derivative once, whoever reads its output: any number, or one that takes it away.
 
 mod common;
 
@@ -6,8 +6,8 @@ use common::numbers;
 use dtr_fused::autograd::{Memory, Tape, Var};
 use dtr_fused::error::Result;
 use dtr_fused::ops::PerSample;
-use dtr_fused::ops::linear_residual::{Residual, linear_residual};
-use dtr_fused::ops::ln_linear::{Activation, ln_linear};
+use dtr_fused::ops::linear_residual::{Input, Residual, linear_residual};
+use dtr_fused::ops::ln_linear::{Activation, Gelu, ln_linear, ln_linear_gelu};
 use dtr_fused::params::{Linear, Param};
 use dtr_fused::routing::Window;
 
@@ -28,7 +28,13 @@ fn mlp(tape: &mut Tape, x: Var, modulation: Var, index: usize, activation: Activ
     ln_linear(tape, x, windows, shift, scale, layer(index), activation)
 }
 
-fn residual(tape: &mut Tape, a: Var, base: Var, modulation: Var, index: usize) -> Result<Var> {
+fn mlp_for_one_reader(tape: &mut Tape, x: Var, modulation: Var, index: usize) -> Result<Gelu> {
+    let [shift, scale] = [0, C].map(|offset| PerSample { var: modulation, offset });
+    let windows = tape.windows([Window::all(C); B]);
+    ln_linear_gelu(tape, x, windows, shift, scale, layer(index))
+}
+
+fn residual(tape: &mut Tape, a: impl Into<Input>, base: Var, modulation: Var, index: usize) -> Result<Var> {
     let gate = PerSample { var: modulation, offset: 2 * C };
     let windows = tape.windows([Window::all(C); B]);
     linear_residual(tape, a, layer(index), gate, Residual { base, base_window: windows, bypass: None }, windows)
@@ -37,10 +43,20 @@ fn residual(tape: &mut Tape, a: Var, base: Var, modulation: Var, index: usize) -
 type Build = fn(&mut Tape, Var, Var) -> Result<Var>;
 
 /// What is built from x and the modulation. An operation may read what another reads, before or after it, or be done again.
-const CASES: [(&str, Build); 5] = [
+const CASES: [(&str, Build); 7] = [
     ("one reader", |tape, x, m| {
         let y = mlp(tape, x, m, 0, Activation::Gelu)?;
         residual(tape, y, x, m, 1)
+    }),
+    ("one reader that takes it", |tape, x, m| {
+        let y = mlp_for_one_reader(tape, x, m, 0)?;
+        residual(tape, y, x, m, 1)
+    }),
+    ("one reader that takes it, twice", |tape, x, m| {
+        let first = mlp_for_one_reader(tape, x, m, 0)?;
+        let second = mlp_for_one_reader(tape, x, m, 2)?;
+        let x = residual(tape, second, x, m, 3)?;
+        residual(tape, first, x, m, 1)
     }),
     ("input and base of one", |tape, x, m| {
         let y = mlp(tape, x, m, 0, Activation::Gelu)?;
@@ -58,7 +74,7 @@ const CASES: [(&str, Build); 5] = [
     }),
     ("two checkpoints", |tape, x, m| {
         let y = tape.checkpointed(move |tape| {
-            let y = mlp(tape, x, m, 0, Activation::Gelu)?;
+            let y = mlp_for_one_reader(tape, x, m, 0)?;
             residual(tape, y, x, m, 1)
         })?;
         tape.checkpointed(move |tape| {

@@ -414,8 +414,8 @@ impl Tape<'_> {
         found.expect("uploaded when the handle was made").1
     }
 
-    /// Memory of the product of a weight's gradient; give [`Shares::parts`] back with [`Tape::give_buffer`]. Layers of the same sizes and
-    /// windows have one plan.
+    /// Memory of the product of a weight's gradient; give [`Shares::parts`] back with [`Tape::give_buffer`]. Layers of the same
+    /// sizes and windows have one plan.
     pub(crate) fn take_shares(&mut self, windows: Windows, planner: &Planner) -> Shares {
         let key = (windows.start, planner.gradient);
         let known = self.own().plans.iter().find(|(known, _)| *known == key).map(|(_, plan)| *plan);

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::ops::PerSample;
 use crate::ops::attention::attention;
 use crate::ops::linear_residual::{Residual, linear_residual};
-use crate::ops::ln_linear::{Activation, ln_linear};
+use crate::ops::ln_linear::{Activation, ln_linear, ln_linear_gelu};
 use crate::params::{Layout, Linear};
 
 /// The layers of a block.
@@ -54,10 +54,8 @@ impl Block {
         let a = attention(tape, qkv, self.heads)?; // [B, T, C]
         let stream = Residual { base: x, base_window: active, bypass: None };
         let x1 = linear_residual(tape, a, self.proj, gate1, stream, written)?; // [B, T, C]
-        let h = ln_linear(tape, x1, written, shift2, scale2, self.fc1, Activation::Gelu)?; // [B, T, H]
+        let h = ln_linear_gelu(tape, x1, written, shift2, scale2, self.fc1)?; // [B, T, H]
         let stream = Residual { base: x1, base_window: written, bypass: Some((x, active)) };
-        let out = linear_residual(tape, h, self.fc2, gate2, stream, written)?; // [B, T, C]
-        tape.read_once(h); // so it need not be kept
-        Ok(out)
+        linear_residual(tape, h, self.fc2, gate2, stream, written) // [B, T, C]
     }
 }

@@ -1,6 +1,6 @@
 //! What the linear layers on the CPU share: tiles of rows that never cross samples, panels of a weight, and its gradient.
 
-use crate::backend::cpu::pack::{pack_panel, pack_rows};
+use crate::backend::cpu::pack::{pack_panel, pack_rows, pack_rows_of_gelu};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{Level, add_assign, fetch, level, simd_fn};
@@ -52,11 +52,12 @@ fn tiles_at_once(tokens: usize, inner: usize) -> usize {
 }
 
 /// Packs the tiles of a batch one after the other, each [`packed_tile_len`] numbers: of rows of `inner` numbers, the first of
-/// which is that of the first tile.
-pub(crate) fn pack_tiles(to: &mut [f32], rows: &[f32], tiles: &[RowTile], tokens: usize, inner: usize) {
+/// which is that of the first tile, or of their GELU.
+pub(crate) fn pack_tiles(to: &mut [f32], rows: &[f32], of_gelu: bool, tiles: &[RowTile], tokens: usize, inner: usize) {
+    let pack = if of_gelu { pack_rows_of_gelu } else { pack_rows };
     let first = tiles[0].rows.start;
     for (to, tile) in to.chunks_exact_mut(packed_tile_len(tokens, inner)).zip(tiles) {
-        pack_rows(to, &rows[(tile.rows.start - first) * inner..], tile.rows.len(), inner, inner);
+        pack(to, &rows[(tile.rows.start - first) * inner..], tile.rows.len(), inner, inner);
     }
 }
 

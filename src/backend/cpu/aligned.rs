@@ -6,7 +6,7 @@ use memmap2::MmapMut;
 /// Bytes of a large page of x86-64.
 const LARGE_PAGE: usize = 2 << 20;
 
-/// Numbers that start at a cache line. Their count is fixed when they are made; it is a slice in all else.
+/// Numbers that start at a cache line; a slice in all else. Their room is fixed when they are made.
 pub struct AlignedVec {
     room: Room,
     start: usize,
@@ -33,6 +33,20 @@ impl AlignedVec {
         let room = vec![0.0; len + LINE - 1];
         let start = room.as_ptr().align_offset(LINE * size_of::<f32>());
         AlignedVec { room: Room::Heap(room), start, len }
+    }
+
+    /// Numbers that it has room for.
+    pub fn capacity(&self) -> usize {
+        match &self.room {
+            Room::Heap(room) => room.len().saturating_sub(LINE - 1),
+            Room::Pages(pages) => (pages.len() - LARGE_PAGE) / size_of::<f32>(),
+        }
+    }
+
+    /// Makes it `len` numbers, at most its capacity: the first ones of its room.
+    pub fn set_len(&mut self, len: usize) {
+        assert!(len <= self.capacity(), "{len} numbers in room for {}", self.capacity());
+        self.len = len;
     }
 }
 
@@ -125,7 +139,17 @@ mod tests {
             assert_eq!((copy.as_ptr().align_offset(64), &copy[..]), (0, &numbers[..]));
             aligned.fill(1.0);
             assert_eq!((aligned.iter().sum::<f32>(), aligned.len()), (len as f32, len));
+            aligned.set_len(len / 2);
+            assert_eq!((aligned.len(), aligned.capacity()), (len / 2, len));
+            aligned.set_len(len);
+            assert_eq!(aligned.iter().sum::<f32>(), len as f32);
         }
-        assert!(AlignedVec::new().is_empty());
+        assert!(AlignedVec::new().is_empty() && AlignedVec::new().capacity() == 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "11 numbers in room for 10")]
+    fn more_than_there_is_room_for() {
+        AlignedVec::zeros(10).set_len(11);
     }
 }

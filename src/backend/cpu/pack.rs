@@ -3,8 +3,8 @@
 use super::shared::Shared;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Level, level};
-use super::simd::{fetch_rows, simd_fn};
-use super::tile::{HALF, PANEL, packed_stride, step_rows, steps_of};
+use super::simd::{fetch_rows, gelu, simd_fn};
+use super::tile::{HALF, MAX_ROWS, PANEL, packed_stride, step_rows, steps_of};
 use crate::routing::Window;
 
 /// Interleaves `rows` rows (`stride` apart) of `len` elements: `to[k * to_stride + i] = from[i * stride + k]`. Elements of
@@ -107,6 +107,32 @@ pub fn pack_rows(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: 
 const BLOCK: usize = 64;
 /// Lines that are copied while the next one is fetched, for the same reason: 2 to 3 %.
 const LINES: usize = 16;
+
+/// [`pack_rows`] of the GELU of the rows.
+pub fn pack_rows_of_gelu(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
+    let of_step = packed_stride();
+    let mut lines = [[0.0; BLOCK]; MAX_ROWS];
+    for (number, step) in steps_of(rows).enumerate() {
+        let (to, from) = (&mut to[number * of_step * len..], &from[step.start * stride..]);
+        let lines = &mut lines[..step.len()];
+        for k in (0..len).step_by(BLOCK) {
+            fetch_rows(from.get(k + BLOCK..).unwrap_or(&[]), step.len(), BLOCK, stride);
+            let width = BLOCK.min(len - k);
+            gelu_of_rows(lines, &from[k..], width, stride);
+            interleave(&mut to[k * of_step..], of_step, lines.as_flattened(), step.len(), width, BLOCK);
+        }
+    }
+}
+
+simd_fn! {
+    fn gelu_of_rows<F>(to: &mut [[f32; BLOCK]], from: &[f32], width: usize, stride: usize) {
+        for (i, to) in to.iter_mut().enumerate() {
+            for (to, &x) in to[..width].iter_mut().zip(&from[i * stride..][..width]) {
+                *to = gelu::<F>(x);
+            }
+        }
+    }
+}
 
 /// Packs panel `panel` `[2, len, HALF]` of `B = W^T`, W row-major `[n, len]`, its lines `stride` apart: column j of a half is
 /// row `panel * PANEL + half * HALF + j` of W.

@@ -51,6 +51,7 @@ pub fn forward(
     out: &mut [f32], // [B, T, C]
     z: &mut [f32],   // [B, T, C], written on the write windows
     a: &[f32],       // [B, T, K]
+    of_gelu: bool,   // multiply the GELU of `a`
     weight: &[f32],  // [C, K]
     bias: &[f32],    // [C]
     gate: Gate,      // [B, C]
@@ -102,7 +103,7 @@ pub fn forward(
             let mut tile = Tile::new();
             scratch::with(packed_tiles_len(t, k), |packed| {
                 batches(rows, t, k, |tiles| {
-                    pack_tiles(packed, &a[tiles[0].rows.start * k..], tiles, t, k);
+                    pack_tiles(packed, &a[tiles[0].rows.start * k..], of_gelu, tiles, t, k);
                     for (panel, (b, next)) in each_panel(panels_of_w, k).enumerate() {
                         let active = tiles.iter().filter(|tile| part(write[tile.sample], panel).is_some()).count();
                         let mut shares = fetched_by_each(next, 0..k, active);

@@ -15,7 +15,7 @@
 //! ```
 //!
 //! Backward: `dz = gate dout` on the written channels and 0 elsewhere; `da = dz W` (times `gelu'(pre)` where `a = gelu(pre)` is
-//! read by this operation alone), `dW = dz^T a`, `db = sum dz`,
+//! an [`Input::Gelu`]), `dW = dz^T a`, `db = sum dz`,
 //! `dgate = sum_t dout z`; base and bypass get `dout` where they were let through.
 
 pub(crate) mod cpu;
@@ -26,6 +26,7 @@ use crate::autograd::{Tape, Var, Windows};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
+use crate::ops::ln_linear::Gelu;
 use crate::ops::{Node, PerSample, check, check_per_sample, dims3};
 use crate::params::Linear;
 use crate::tensor::Storage;
@@ -41,15 +42,37 @@ pub struct Residual {
     pub bypass: Option<(Var, Windows)>,
 }
 
+/// What the linear layer multiplies, `[B, T, K]`.
+#[derive(Debug)]
+pub enum Input {
+    /// An activation.
+    Rows(Var),
+    /// A GELU, of which this is the only reader.
+    Gelu(Gelu),
+}
+
+impl From<Var> for Input {
+    fn from(rows: Var) -> Self {
+        Input::Rows(rows)
+    }
+}
+
+impl From<Gelu> for Input {
+    fn from(gelu: Gelu) -> Self {
+        Input::Gelu(gelu)
+    }
+}
+
 /// What backward needs.
 #[derive(Clone, Copy)]
 pub(crate) struct Saved {
-    a: Var,             // [B, T, K], released if it is a GELU that is read once
-    linear: Linear,     // [C, K], [C]
-    gate: PerSample,    // [B, C]
+    a: Var,             // [B, T, K]
+    pre: Option<Var>, // [B, T, K], of which `a` is the GELU; in main memory `a` itself, and backward puts its gradient there
+    linear: Linear,   // [C, K], [C]
+    gate: PerSample,  // [B, C]
     residual: Residual, // [B, T, C]
-    write: Windows,     // B
-    z: Var,             // [B, T, C], defined on the write windows; in main memory backward recycles it
+    write: Windows,   // B
+    z: Var,           // [B, T, C], defined on the write windows; in main memory backward recycles it
 }
 
 /// `out`, `[B, T, C]`.
@@ -60,13 +83,17 @@ pub(crate) struct Saved {
 /// When shapes do not fit together.
 pub fn linear_residual(
     tape: &mut Tape,
-    a: Var,
+    a: impl Into<Input>,
     linear: Linear,
     gate: PerSample,
     mut residual: Residual,
     write: Windows,
 ) -> Result<Var> {
     const OP: &str = "linear_residual";
+    let (a, pre) = match a.into() {
+        Input::Rows(a) => (a, None),
+        Input::Gelu(gelu) => (gelu.value, gelu.pre),
+    };
     let [b, t, k] = dims3(tape, a, OP, "[batch, tokens, inputs]")?;
     let c = linear.outputs;
     check(linear.inputs == k, OP, || format!("a has {k} inputs, but the weight is [{c}, {}]", linear.inputs))?;
@@ -86,7 +113,7 @@ pub fn linear_residual(
     // Nothing lies outside full windows.
     residual.bypass = residual.bypass.filter(|&(_, windows)| tape.get_windows(windows).iter().any(|w| w.width < c));
     if tape.on_cuda() {
-        return on_cuda(tape, a, linear, gate, residual, write, [b, t, k, c]);
+        return on_cuda(tape, a, pre, linear, gate, residual, write, [b, t, k, c]);
     }
     let mut z = tape.take(b * t * c);
     let mut out = tape.take(b * t * c);
@@ -95,6 +122,7 @@ pub fn linear_residual(
         &mut out,
         &mut z,
         tape.value(a),
+        pre.is_some(),
         &tape.weights[linear.weight.range()],
         &tape.weights[linear.bias.range()],
         cpu::Gate { data: modulation, stride: modulation.len() / b.max(1), offset: gate.offset },
@@ -106,7 +134,7 @@ pub fn linear_residual(
     let out = tape.push([b, t, c], out, true);
     if tape.records() {
         let z = tape.push([b, t, c], z, false);
-        tape.record(out, Node::LinearResidual(Saved { a, linear, gate, residual, write, z }));
+        tape.record(out, Node::LinearResidual(Saved { a, pre, linear, gate, residual, write, z }));
     } else {
         tape.give(z);
     }
@@ -114,9 +142,11 @@ pub fn linear_residual(
 }
 
 /// [`linear_residual`] on a CUDA device.
+#[expect(clippy::too_many_arguments, reason = "those of linear_residual, checked")]
 fn on_cuda(
     tape: &mut Tape,
     a: Var,
+    pre: Option<Var>,
     linear: Linear,
     gate: PerSample,
     residual: Residual,
@@ -142,7 +172,7 @@ fn on_cuda(
     let out = tape.push([b, t, c], out, true);
     if tape.records() {
         let z = tape.push([b, t, c], z, false);
-        tape.record(out, Node::LinearResidual(Saved { a, linear, gate, residual, write, z }));
+        tape.record(out, Node::LinearResidual(Saved { a, pre, linear, gate, residual, write, z }));
     }
     Ok(out)
 }
@@ -185,7 +215,7 @@ impl Saved {
         };
         let (dweight, add) = tape.grad_buffer(self.linear.weight);
         let (dbias, _) = tape.grad_buffer(self.linear.bias);
-        let pre = tape.take_before_gelu(self.a).map_or(Buffer::none(elem), |pre| tape.buffer(pre));
+        let pre = self.pre.map_or(Buffer::none(elem), |pre| tape.buffer(pre));
         let dgate = dmodulation.slice(self.gate.offset..dmodulation.len);
         cuda::backward(
             &device,
@@ -222,15 +252,13 @@ impl Saved {
     pub(crate) fn backward(self, tape: &mut Tape, dout: AlignedVec) {
         let &[b, t, k] = tape.shape(self.a) else { unreachable!("checked by the forward pass") };
         let c = self.linear.outputs;
-        // Of a GELU that is read once the gradient is handed on as that of its input, in its place, and its output is had from
-        // it again.
-        let pre = tape.take_before_gelu(self.a);
-        let (mut da, fresh_da) = match pre.map(|pre| tape.take_value(pre)) {
+        // The gradient of a GELU is handed on as that of its input, in the place of that.
+        let (mut da, fresh_da) = match self.pre.map(|pre| tape.take_value(pre)) {
             Some(Storage::Cpu(pre)) => (pre, true),
             Some(Storage::Cuda(_)) => unreachable!("a backward pass in main memory"),
             None => tape.take_grad(self.a),
         };
-        let mut room = pre.map_or_else(AlignedVec::new, |_| tape.take(cpu::panels_len([b, t, k])));
+        let mut room = self.pre.map_or_else(AlignedVec::new, |_| tape.take(cpu::panels_len([b, t, k])));
         let (mut dmodulation, fresh) = tape.take_grad(self.gate.var);
         if fresh {
             dmodulation.fill(0.0);
@@ -244,7 +272,7 @@ impl Saved {
             cpu::Gradients { da: &mut da, fresh_da, dmodulation: &mut dmodulation, dweight, dbias, add },
             &mut dbias_parts,
             &dout,
-            match pre {
+            match self.pre {
                 Some(_) => cpu::Input::GeluOfDa(&mut room),
                 None => cpu::Input::Rows(values.value(self.a)),
             },

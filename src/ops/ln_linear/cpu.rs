@@ -1,7 +1,8 @@
 //! The CPU version: the windows of a few rows are normalised, packed, and multiplied with the panels of the weight, of which a
-//! window is a range; correction, bias and GELU are applied to each tile while it is in cache.
+//! window is a range; correction and bias are added to each tile while it is in cache. GELU is left to the reader of its output, or
+//! a pass of its own.
 
-use super::{Activation, EPS};
+use super::EPS;
 use crate::backend::cpu::pack::{pack_panel_transposed, pack_rows, scatter};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
@@ -120,11 +121,10 @@ unsafe fn forward_correction(
     }
 }
 
-/// See [`super::ln_linear`]. `pre` and `correction` are empty when they are not needed.
+/// See [`super::ln_linear`], without activation. `correction` is empty when it is not needed.
 #[allow(clippy::too_many_arguments)]
 pub fn forward(
     y: &mut [f32],          // [B, T, N]
-    pre: &mut [f32],        // [B, T, N] or empty
     mean: &mut [f32],       // [B, T]
     rstd: &mut [f32],       // [B, T]
     correction: &mut [f32], // [B, 2, N] or empty
@@ -133,13 +133,12 @@ pub fn forward(
     modulation: Modulation,
     weight: &[f32], // [N, C]
     bias: &[f32],   // [N]
-    activation: Activation,
     Dims { b, t, c, n }: Dims,
 ) {
     if b * t == 0 {
         return;
     }
-    let _span = span("ln_linear", Pass::Forward, [c, n], flops(read, t, c, n), b * t * (c + n) + n * c + pre.len());
+    let _span = span("ln_linear", Pass::Forward, [c, n], flops(read, t, c, n), b * t * (c + n) + n * c);
     let of_lines = if correction.is_empty() { 0 } else { 2 * b * c };
     scratch::with(panels(n) * c * PANEL + of_lines, |buffer| {
         let (panels_of_w, lines) = buffer.split_at_mut(panels(n) * c * PANEL);
@@ -158,17 +157,11 @@ pub fn forward(
             }
         });
         let (panels_of_w, correction) = (&*panels_of_w, &*correction);
-        let inputs = Inputs { x, read, modulation, panels_of_w, bias, correction, activation, t, c, len: y.len() };
+        let inputs = Inputs { x, read, modulation, panels_of_w, bias, correction, t, c, len: y.len() };
         let rows = rows_per_block(b * t, t);
         let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
         let blocks = y.par_chunks_mut(rows * n).zip(stats).enumerate();
-        if pre.is_empty() {
-            blocks.for_each(|(block, (y, (mean, rstd)))| inputs.block(block * rows, y, &mut [], mean, rstd));
-        } else {
-            blocks
-                .zip(pre.par_chunks_mut(rows * n))
-                .for_each(|((block, (y, (mean, rstd))), pre)| inputs.block(block * rows, y, pre, mean, rstd));
-        }
+        blocks.for_each(|(block, (y, (mean, rstd)))| inputs.block(block * rows, y, mean, rstd));
     });
 }
 
@@ -180,7 +173,6 @@ struct Inputs<'a> {
     panels_of_w: &'a [f32], // [panels(N), 2, C, HALF]
     bias: &'a [f32],
     correction: &'a [f32],
-    activation: Activation,
     t: usize,
     c: usize,
     len: usize, // of y
@@ -188,16 +180,11 @@ struct Inputs<'a> {
 
 impl Inputs<'_> {
     /// Rows from `first` on, as many as `mean` has.
-    fn block(&self, first: usize, y: &mut [f32], pre: &mut [f32], mean: &mut [f32], rstd: &mut [f32]) {
+    fn block(&self, first: usize, y: &mut [f32], mean: &mut [f32], rstd: &mut [f32]) {
         let (c, n) = (self.c, self.bias.len());
         let rows = first..first + mean.len();
         let mut tile = Tile::new();
         let streams = Streams::of(self.len);
-        let write = |to: &mut [f32], tile: &Tile, rows: usize, width: usize| match &streams {
-            // SAFETY: each place of `y` and `pre` is written once and read by nobody before this block is done.
-            Some(streams) => unsafe { streams.write_tile(to, tile, rows, width, n) },
-            None => write_tile(to, tile, rows, width, n),
-        };
         let (lines_len, tile_len) = (tile_rows().min(self.t) * c, packed_tile_len(self.t, c));
         scratch::with(lines_len + packed_tiles_len(self.t, c), |buffer| {
             let (lines, packed) = buffer.split_at_mut(lines_len);
@@ -233,7 +220,6 @@ impl Inputs<'_> {
                         }
                         if streams.is_none() {
                             fetch_rows(&y[at..], rows.len(), width, n);
-                            fetch_rows(pre.get(at..).unwrap_or(&[]), rows.len(), width, n);
                         }
                         multiply_packed(&mut tile, rows.len(), halves, segment, next);
                         let mut r = [0.0; MAX_ROWS];
@@ -249,13 +235,13 @@ impl Inputs<'_> {
                             (&u[columns.clone()], &v[columns.clone()])
                         };
                         correct_tile(&mut tile, rows.len(), &r, u, v);
-                        if !pre.is_empty() {
-                            write(&mut pre[at..], &tile, rows.len(), width);
+                        match &streams {
+                            // SAFETY: each place of `y` is written once and read by nobody before this block is done.
+                            Some(streams) => unsafe {
+                                streams.write_tile(&mut y[at..], &tile, rows.len(), width, n);
+                            },
+                            None => write_tile(&mut y[at..], &tile, rows.len(), width, n),
                         }
-                        if self.activation == Activation::Gelu {
-                            gelu_tile(&mut tile, rows.len());
-                        }
-                        write(&mut y[at..], &tile, rows.len(), width);
                     }
                 }
             });
@@ -273,11 +259,11 @@ pub struct Gradients<'a> {
     pub add: bool,                  // add to dweight and dbias
 }
 
-/// See [`super::ln_linear`]. With `pre`, multiplies `dy` by the derivative of GELU in place.
+/// See [`super::ln_linear`], without activation.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     grads: Gradients,
-    dy: &mut [f32],  // [B, T, N]
+    dy: &[f32],      // [B, T, N]
     x: &[f32],       // [B, T, C]
     read: &[Window], // B
     modulation: Modulation,
@@ -285,11 +271,10 @@ pub fn backward(
     mean: &[f32],               // [B, T]
     rstd: &[f32],               // [B, T]
     correction: Option<&[f32]>, // [B, 2, N]: u, v + b
-    pre: Option<&[f32]>,        // [B, T, N]; None: no GELU, or `dy` was multiplied on its way
     Dims { b, t, c, n }: Dims,
 ) {
     let Gradients { dx, fresh_dx, dmodulation, dweight, dbias, add } = grads;
-    let numbers = b * t * (2 * c + n) + 2 * n * c + pre.map_or(0, <[f32]>::len);
+    let numbers = b * t * (2 * c + n) + 2 * n * c;
     let _span = span("ln_linear", Pass::Backward, [c, n], 2 * flops(read, t, c, n), numbers);
     // Those of the samples, then the two of each that correct for the inactive channels.
     let rows = b * t + if correction.is_some() { 2 * b } else { 0 };
@@ -302,16 +287,16 @@ pub fn backward(
 
         let samples = samples_per_block(b, t);
         let stride = modulation.stride;
-        let inputs = BackwardInputs { x, read, modulation, panels_of_w, mean, rstd, correction, pre, t, c, n };
+        let inputs = BackwardInputs { x, read, modulation, panels_of_w, mean, rstd, correction, t, c, n };
         let shared_h = Shared::new(h);
-        dy.par_chunks_mut(samples * t * n)
+        dy.par_chunks(samples * t * n)
             .zip(dx.par_chunks_mut(samples * t * c))
             .zip(dmodulation.par_chunks_mut(samples * stride))
             .zip(pq.par_chunks_mut(samples * 2 * n))
             .enumerate()
             .for_each(|(block, (((g, dx), dmodulation), pq))| {
                 let each = g
-                    .chunks_exact_mut(t * n)
+                    .chunks_exact(t * n)
                     .zip(dx.chunks_exact_mut(t * c))
                     .zip(dmodulation.chunks_exact_mut(stride))
                     .zip(pq.chunks_exact_mut(2 * n));
@@ -321,7 +306,7 @@ pub fn backward(
                 }
             });
 
-        let (g, pq) = (&*dy, &*pq);
+        let pq = &*pq;
         if correction.is_some() {
             inactive_gradient(dmodulation, pq, read, modulation, panels_of_w, n, c);
             let wide = padded_columns(c);
@@ -335,7 +320,7 @@ pub fn backward(
         let operands = Operands { routed: h, other: &[] };
         weight_gradient(dweight, add, Layout::RoutedColumns, [c, n], operands, count, |i| {
             if i < b {
-                Sample { tokens: t, channels: [read[i].range(), 0..0], other: &g[i * t * n..][..t * n] }
+                Sample { tokens: t, channels: [read[i].range(), 0..0], other: &dy[i * t * n..][..t * n] }
             } else {
                 Sample { tokens: 2 * b, channels: inactive_ranges(read, c), other: pq }
             }
@@ -358,14 +343,13 @@ struct BackwardInputs<'a> {
     mean: &'a [f32],
     rstd: &'a [f32],
     correction: Option<&'a [f32]>,
-    pre: Option<&'a [f32]>,
     t: usize,
     c: usize,
     n: usize,
 }
 
 impl BackwardInputs<'_> {
-    /// One sample: `g` before GELU, `dx`, the modulated rows again in groups, the gradients of shift and scale on the
+    /// One sample: `dx`, the modulated rows again in groups, the gradients of shift and scale on the
     /// window, and P and Q.
     ///
     /// # Safety
@@ -374,7 +358,7 @@ impl BackwardInputs<'_> {
     unsafe fn sample(
         &self,
         sample: usize,
-        g: &mut [f32],  // [T, N]
+        g: &[f32],      // [T, N]
         dx: &mut [f32], // [T, C]
         fresh_dx: bool,
         h: &Shared, // [groups(C), rows_of_h, packed_stride()]
@@ -399,13 +383,10 @@ impl BackwardInputs<'_> {
             batches(0..t, t, n, |tiles| {
                 let rows = tiles[0].rows.start..tiles[tiles.len() - 1].rows.end;
                 let of_sample = sample * t + rows.start..sample * t + rows.end;
-                let lines = &mut g[rows.start * n..rows.end * n];
-                if let Some(pre) = self.pre {
-                    gelu_backward(lines, &pre[of_sample.start * n..of_sample.end * n]);
-                }
+                let lines = &g[rows.start * n..rows.end * n];
                 let (mean, rstd) = (&self.mean[of_sample.clone()], &self.rstd[of_sample.clone()]);
                 sums_over_tokens(pq, &mut dr[rows.clone()], lines, mean, rstd, u);
-                pack_tiles(packed, lines, tiles, t, n);
+                pack_tiles(packed, lines, false, tiles, t, n);
                 for (panel, (b, next)) in each_panel(self.panels_of_w, n).enumerate() {
                     let Some(part) = part(window, panel) else { continue };
                     let shares = fetched_by_each(next, 0..n, tiles.len());
@@ -525,16 +506,31 @@ simd_fn! {
     }
 }
 
+/// Numbers of a task of a pass over all.
+const AT_ONCE: usize = 1 << 14;
+
+/// `y = gelu(pre)`.
+pub fn gelu_forward(y: &mut [f32], pre: &[f32]) {
+    let _span = span("gelu", Pass::Forward, [1, 1], 0, 2 * y.len());
+    y.par_chunks_mut(AT_ONCE).zip(pre.par_chunks(AT_ONCE)).for_each(|(y, pre)| gelu_of(y, pre));
+}
+
+/// `dy *= gelu'(pre)`.
+pub fn gelu_backward(dy: &mut [f32], pre: &[f32]) {
+    let _span = span("gelu", Pass::Backward, [1, 1], 0, 3 * dy.len());
+    dy.par_chunks_mut(AT_ONCE).zip(pre.par_chunks(AT_ONCE)).for_each(|(dy, pre)| times_slope(dy, pre));
+}
+
 simd_fn! {
-    fn gelu_tile<F>(tile: &mut Tile, rows: usize) {
-        for x in tile.rows[..rows].as_flattened_mut() {
-            *x = gelu::<F>(*x);
+    fn gelu_of<F>(y: &mut [f32], pre: &[f32]) {
+        for (y, &x) in y.iter_mut().zip(pre) {
+            *y = gelu::<F>(x);
         }
     }
 }
 
 simd_fn! {
-    fn gelu_backward<F>(g: &mut [f32], pre: &[f32]) {
+    fn times_slope<F>(g: &mut [f32], pre: &[f32]) {
         for (g, &x) in g.iter_mut().zip(pre) {
             *g *= gelu_derivative::<F>(x);
         }

@@ -57,9 +57,19 @@ pub(crate) struct Saved {
     mean: Var,               // [B, T]
     rstd: Var,               // [B, T]
     correction: Option<Var>, // [B, 2, N]: u, and v + b (CUDA: v); None when every window is full
-    pre: Option<Var>,        // [B, T, N] before GELU, taken where the GELU is read once; None without
+    pre: Option<Var>,        // [B, T, N] before GELU; None without, and where its one reader sees to it
     h: Option<Var>,          // CUDA: [B, T, C] normalised and modulated
     inactive: Option<Var>,   // CUDA: [B, 2, C]: 1 + scale and shift outside of the windows
+}
+
+/// The GELU of a linear layer, for one reader: [`linear_residual`](super::linear_residual::linear_residual) takes it away. So in main
+/// memory it is computed where it is read and never stored, and everywhere its reader hands the gradient on as that of its input.
+#[derive(Debug)]
+pub struct Gelu {
+    /// On a CUDA device the GELU; in main memory `pre`.
+    pub(crate) value: Var,
+    /// What it is applied to; None on a CUDA device when nothing is recorded.
+    pub(crate) pre: Option<Var>,
 }
 
 /// `y = activation(linear(modulate(LN(x in its windows))))`, `[B, T, N]`.
@@ -77,10 +87,86 @@ pub fn ln_linear(
     linear: Linear,
     activation: Activation,
 ) -> Result<Var> {
-    const OP: &str = "ln_linear";
-    let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
+    let full = all_full(tape, x, read, shift, scale, linear)?;
+    if tape.on_cuda() {
+        let (y, pre, saved) = on_cuda(tape, x, read, shift, scale, linear, activation, full)?;
+        tape.record(y, Node::LnLinear(Saved { pre, ..saved }));
+        return Ok(y);
+    }
+    let [b, t, c] = dims3(tape, x, OPERATION, "[batch, tokens, channels]")?;
     let n = linear.outputs;
-    check(linear.inputs == c, OP, || format!("x has {c} channels, but the weight is [{n}, {}]", linear.inputs))?;
+    let mut y = tape.take(b * t * n);
+    let mut mean = tape.take(b * t);
+    let mut rstd = tape.take(b * t);
+    let mut correction = if full { AlignedVec::new() } else { tape.take(b * 2 * n) };
+    let modulation = tape.value(shift.var);
+    let modulation = cpu::Modulation {
+        data: modulation,
+        stride: modulation.len() / b.max(1),
+        shift: shift.offset,
+        scale: scale.offset,
+    };
+    cpu::forward(
+        &mut y,
+        &mut mean,
+        &mut rstd,
+        &mut correction,
+        tape.value(x),
+        tape.get_windows(read),
+        modulation,
+        &tape.weights[linear.weight.range()],
+        &tape.weights[linear.bias.range()],
+        cpu::Dims { b, t, c, n },
+    );
+    let mut pre = None;
+    if activation == Activation::Gelu {
+        let before = std::mem::replace(&mut y, tape.take(b * t * n));
+        cpu::gelu_forward(&mut y, &before);
+        if tape.records() {
+            pre = Some(tape.push([b, t, n], before, false));
+        } else {
+            tape.give(before);
+        }
+    }
+    let y = tape.push([b, t, n], y, true);
+    let mean = tape.push([b, t], mean, false);
+    let rstd = tape.push([b, t], rstd, false);
+    let correction = (!full).then(|| tape.push([b, 2, n], correction, false));
+    let (h, inactive) = (None, None);
+    tape.record(y, Node::LnLinear(Saved { x, read, shift, scale, linear, mean, rstd, correction, pre, h, inactive }));
+    Ok(y)
+}
+
+/// [`ln_linear`] with GELU, for one reader.
+///
+/// # Errors
+/// When shapes do not fit together.
+pub fn ln_linear_gelu(
+    tape: &mut Tape,
+    x: Var,
+    read: Windows,
+    shift: PerSample,
+    scale: PerSample,
+    linear: Linear,
+) -> Result<Gelu> {
+    if !tape.on_cuda() {
+        let value = ln_linear(tape, x, read, shift, scale, linear, Activation::None)?;
+        return Ok(Gelu { value, pre: Some(value) });
+    }
+    let full = all_full(tape, x, read, shift, scale, linear)?;
+    let (value, pre, saved) = on_cuda(tape, x, read, shift, scale, linear, Activation::Gelu, full)?;
+    tape.record(value, Node::LnLinear(saved));
+    Ok(Gelu { value, pre })
+}
+
+const OPERATION: &str = "ln_linear";
+
+/// Refuses operands that do not fit; whether every window is full.
+fn all_full(tape: &Tape, x: Var, read: Windows, shift: PerSample, scale: PerSample, linear: Linear) -> Result<bool> {
+    const OP: &str = OPERATION;
+    let [b, _, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
+    let (n, inputs) = (linear.outputs, linear.inputs);
+    check(inputs == c, OP, || format!("x has {c} channels, but the weight is [{n}, {inputs}]"))?;
     check_per_sample(tape, shift, b, c, OP)?;
     check_per_sample(tape, scale, b, c, OP)?;
     check(shift.var == scale.var, OP, || "shift and scale must be columns of one modulation".into())?;
@@ -91,53 +177,10 @@ pub fn ln_linear(
     check(windows.len() == b && windows.iter().all(|w| w.width > 0 && w.end() <= c), OP, || {
         format!("needs {b} read windows inside 0..{c}, got {windows:?}")
     })?;
-    let full = windows.iter().all(|w| w.width == c);
-    if tape.on_cuda() {
-        return on_cuda(tape, x, read, shift, scale, linear, activation, full);
-    }
-
-    let mut y = tape.take(b * t * n);
-    let mut mean = tape.take(b * t);
-    let mut rstd = tape.take(b * t);
-    let mut correction = if full { AlignedVec::new() } else { tape.take(b * 2 * n) };
-    let keeps_pre = activation == Activation::Gelu && tape.records();
-    let mut pre = if keeps_pre { tape.take(b * t * n) } else { AlignedVec::new() };
-    let modulation = tape.value(shift.var);
-    let modulation = cpu::Modulation {
-        data: modulation,
-        stride: modulation.len() / b.max(1),
-        shift: shift.offset,
-        scale: scale.offset,
-    };
-    cpu::forward(
-        &mut y,
-        &mut pre,
-        &mut mean,
-        &mut rstd,
-        &mut correction,
-        tape.value(x),
-        tape.get_windows(read),
-        modulation,
-        &tape.weights[linear.weight.range()],
-        &tape.weights[linear.bias.range()],
-        activation,
-        cpu::Dims { b, t, c, n },
-    );
-
-    let y = tape.push([b, t, n], y, true);
-    let mean = tape.push([b, t], mean, false);
-    let rstd = tape.push([b, t], rstd, false);
-    let correction = (!full).then(|| tape.push([b, 2, n], correction, false));
-    let pre = keeps_pre.then(|| tape.push([b, t, n], pre, false));
-    if let Some(pre) = pre {
-        tape.note_gelu(y, pre);
-    }
-    let (h, inactive) = (None, None);
-    tape.record(y, Node::LnLinear(Saved { x, read, shift, scale, linear, mean, rstd, correction, pre, h, inactive }));
-    Ok(y)
+    Ok(windows.iter().all(|w| w.width == c))
 }
 
-/// [`ln_linear`] on a CUDA device.
+/// [`ln_linear`] on a CUDA device, not yet recorded: the output, what GELU was applied to, and what backward needs but that.
 #[expect(clippy::too_many_arguments, reason = "those of ln_linear, checked")]
 fn on_cuda(
     tape: &mut Tape,
@@ -148,8 +191,8 @@ fn on_cuda(
     linear: Linear,
     activation: Activation,
     full: bool,
-) -> Result<Var> {
-    let [b, t, c] = dims3(tape, x, "ln_linear", "[batch, tokens, channels]")?;
+) -> Result<(Var, Option<Var>, Saved)> {
+    let [b, t, c] = dims3(tape, x, OPERATION, "[batch, tokens, channels]")?;
     let (n, elem, device) = (linear.outputs, tape.elem(), tape.device());
     let y = tape.take_buffer(b * t * n, elem);
     let keeps_pre = activation == Activation::Gelu && tape.records();
@@ -171,11 +214,7 @@ fn on_cuda(
     let pre = keeps_pre.then(|| tape.push([b, t, n], pre, false));
     let h = Some(tape.push([b, t, c], saved.h, false));
     let inactive = Some(tape.push([b, 2, c], saved.inactive, false));
-    if let Some(pre) = pre {
-        tape.note_gelu(y, pre);
-    }
-    tape.record(y, Node::LnLinear(Saved { x, read, shift, scale, linear, mean, rstd, correction, pre, h, inactive }));
-    Ok(y)
+    Ok((y, pre, Saved { x, read, shift, scale, linear, mean, rstd, correction, pre: None, h, inactive }))
 }
 
 fn cuda_inputs(
@@ -203,7 +242,7 @@ impl Saved {
         let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
         let (n, elem, device) = (self.linear.outputs, tape.elem(), tape.device());
         let (dims, full) = (cuda::Dims { b, t, c, n }, self.correction.is_none());
-        if let Some(pre) = self.pre.filter(|&pre| tape.gelu_is_pending(pre)) {
+        if let Some(pre) = self.pre {
             cuda::gelu_backward(&device, dy, tape.buffer(pre))?;
         }
         let (dx, fresh_dx) = tape.take_grad_buffer(self.x);
@@ -252,7 +291,9 @@ impl Saved {
     pub(crate) fn backward(self, tape: &mut Tape, mut dy: AlignedVec) {
         let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
         let n = self.linear.outputs;
-        let pre = self.pre.filter(|&pre| tape.gelu_is_pending(pre));
+        if let Some(pre) = self.pre {
+            cpu::gelu_backward(&mut dy, tape.value(pre));
+        }
         let (mut dx, fresh_dx) = tape.take_grad(self.x);
         let (mut dmodulation, fresh) = tape.take_grad(self.shift.var);
         if fresh {
@@ -264,7 +305,7 @@ impl Saved {
         let (dweight, dbias) = grads.of_linear(self.linear);
         cpu::backward(
             cpu::Gradients { dx: &mut dx, fresh_dx, dmodulation: &mut dmodulation, dweight, dbias, add },
-            &mut dy,
+            &dy,
             values.value(self.x),
             values.windows(self.read),
             cpu::Modulation {
@@ -277,7 +318,6 @@ impl Saved {
             values.value(self.mean),
             values.value(self.rstd),
             self.correction.map(|v| values.value(v)),
-            pre.map(|v| values.value(v)),
             cpu::Dims { b, t, c, n },
         );
         tape.put_grad(self.x, dx);
