@@ -7,6 +7,7 @@ use dtr_fused::autograd::{Memory, Tape};
 use dtr_fused::error::Error;
 use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::{Dit, Init};
+use dtr_fused::model::memory::activation_numbers;
 use dtr_fused::routing::Routing;
 
 const ROUTINGS: [Routing; 4] = [Routing::Dense, Routing::Paper, Routing::Sublayer, Routing::Random];
@@ -156,8 +157,11 @@ fn windows_are_the_masks_of_the_same_channels() {
 
 fn close(what: &str, a: &[f32], b: &[f32]) {
     let largest = b.iter().fold(0.0, |m: f32, x| m.max(x.abs()));
-    let err = a.iter().zip(b).fold(0.0, |m: f32, (a, b)| if (a - b).abs() <= m { m } else { (a - b).abs() });
-    assert!(err <= 3e-5 * largest, "{what}: off by {err} of {largest}");
+    assert_eq!(a.len(), b.len(), "{what}");
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        // Not of a largest error: NaN is not above any bound.
+        assert!((a - b).abs() <= 3e-5 * largest, "{what}: {a} instead of {b} at {i}, where the largest is {largest}");
+    }
 }
 
 #[test]
@@ -199,6 +203,27 @@ fn a_used_memory_changes_no_bit() {
         let (y, g) = step(&model, &weights, &mut memory);
         let (expected_y, expected_g) = step(&model, &weights, &mut Memory::new());
         assert!(same_bits(&y, &expected_y) && same_bits(&g, &expected_g), "{routing:?}");
+    }
+}
+
+/// The estimate is of what the tape really holds, and a second step holds no more.
+#[test]
+fn activations_take_the_memory_that_was_told() {
+    for (routing, checkpointed) in [Routing::Dense, Routing::Sublayer].into_iter().flat_map(|r| [(r, false), (r, true)])
+    {
+        for (hidden_size, depth, mlp_ratio) in [(60, 3, 2.5), (96, 8, 4.0)] {
+            let mut model = Dit::new(ModelConfig { hidden_size, depth, mlp_ratio, ..config(routing, 0.6) }).unwrap();
+            model.checkpoint_activations = checkpointed;
+            let (weights, mut memory) = (weights(&model), Memory::new());
+            step(&model, &weights, &mut memory);
+            let held = memory.bytes();
+            step(&model, &weights, &mut memory);
+            assert_eq!(memory.bytes(), held, "{routing:?}, checkpointed {checkpointed}: a second step took more");
+            let told = 4.0 * activation_numbers(&model.config, TIMESTEPS.len(), checkpointed);
+            let ratio = told / held as f64;
+            let what = format!("{routing:?}, C {hidden_size}, depth {depth}, checkpointed {checkpointed}");
+            assert!((0.9..1.2).contains(&ratio), "{what}: told {ratio:.2} of the {held} bytes that are held");
+        }
     }
 }
 

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::generate::generate;
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
+use crate::model::memory::activation_numbers;
 use crate::picture::grid_png;
 use crate::safetensors_file::SafetensorsFile;
 use std::path::{Path, PathBuf};
@@ -150,7 +151,7 @@ pub fn learner_on_device(
     elem: DType,
     weights: impl FnOnce(&Dit) -> AlignedVec + Send,
 ) -> Result<Learner> {
-    check_memory(config, &dit)?;
+    check_memory(config, &dit, 0.0)?;
     let (launches, _) = plan::launches(&dit, device, elem, config.batch_size / config.grad_accumulation)?;
     let schedule = Schedule::new(config.schedule, TASKS)?;
     let learner = || {
@@ -174,26 +175,35 @@ pub fn learner(config: &TrainConfig) -> Result<Learner> {
 }
 
 fn learner_of(config: &TrainConfig, dit: Dit) -> Result<Learner> {
-    check_memory(config, &dit)?;
+    let part = config.batch_size / config.grad_accumulation;
+    let activations = activation_numbers(&dit.config, part, dit.checkpoint_activations) * size_of::<f32>() as f64;
+    check_memory(config, &dit, activations)?;
     let weights = dit.init(config.seed, config.init);
     let schedule = Schedule::new(config.schedule, TASKS)?;
     Ok(Learner::new(dit, schedule, config.loss_weight, weights))
 }
 
-/// Refuses models that main memory cannot hold.
-fn check_memory(config: &TrainConfig, dit: &Dit) -> Result<()> {
+/// Refuses what main memory cannot hold: weights and what goes with them, and the `activations` of a step.
+fn check_memory(config: &TrainConfig, dit: &Dit, activations: f64) -> Result<()> {
     // Weights, gradients, two moments and the moving average.
-    let needed = 5 * size_of::<f32>() as u64 * dit.layout.len() as u64;
-    if let Some(there) = memory_bytes().filter(|&there| needed > there) {
-        return Err(Error::usage(format!(
-            "training {} takes {:.1} GB for the weights and what goes with them, but this machine has {:.1} GB: choose a \
-             smaller model",
+    let weights = 5.0 * size_of::<f32>() as f64 * dit.layout.len() as f64;
+    let Some(there) = memory_bytes().filter(|&there| weights + activations > there as f64) else { return Ok(()) };
+    let [weights, activations, there] = [weights, activations, there as f64].map(|bytes| bytes / 1e9);
+    Err(Error::usage(match weights > there {
+        true => format!(
+            "training {} takes {weights:.1} GB for the weights and what goes with them, but this machine has {there:.1} GB: \
+             choose a smaller model",
+            config.model
+        ),
+        false => format!(
+            "training {} with {} images at a time takes about {:.1} GB (weights and what goes with them {weights:.1}, \
+             activations {activations:.1}), but this machine has {there:.1} GB: give --grad-accumulation N (the same steps in \
+             N parts), --checkpoint-activations or a smaller --batch-size",
             config.model,
-            needed as f64 / 1e9,
-            there as f64 / 1e9
-        )));
-    }
-    Ok(())
+            config.batch_size / config.grad_accumulation,
+            weights + activations
+        ),
+    }))
 }
 
 /// Memory of this machine, where the system tells (Linux).
