@@ -10,7 +10,8 @@ use crate::rng::{Philox, Stream};
 /// Images (or latents) of the classes in `labels`: `[labels.len(), IC, H, W]`.
 ///
 /// They are made `batch` at a time. The noise of sample i depends only on `seed` and i, so the batch size changes
-/// nothing but speed (and rounding, where products of another size add in another order). All samples of a step share its timestep, hence its window: one product covers them all.
+/// nothing but speed (and rounding, where products of another size add in another order). All samples of a step share its
+/// timestep, hence its window: one product covers them all.
 /// `progress` is called with the number of denoising steps done, out of [`steps`].
 ///
 /// # Errors

@@ -4,7 +4,7 @@
 //! out is not computed, forward or backward, and the result is still exactly that of masking after computing.
 //!
 //! ```text
-//! data ──> train::learner ──> model::dit ──> model::block ──> ops ──> backend::cpu
+//! data ──> train::learner ──> model::dit ──> model::block ──> ops ──> backend::{cpu, cuda}
 //!            │  ▲                 │ windows of t                │
 //!            │  │ loss, gradient  └── routing                   └── autograd (tape)
 //!            │  └── diffusion

@@ -45,7 +45,7 @@ impl Philox {
 
     /// Four random words for element block `index` of `sample` at `step`.
     ///
-    /// `step` and `sample` are used modulo 2^32 and 2^28: more than any run has.
+    /// `step` and `sample` are used modulo 2^32 and 2^60: more than any run has.
     #[inline(always)]
     pub fn block(&self, step: u64, sample: u64, index: u32) -> [u32; 4] {
         let counter =
@@ -60,7 +60,7 @@ impl Philox {
         ((u128::from(word) * u128::from(n)) >> 64) as u64
     }
 
-    /// A number in the open interval (0, 1), on a grid of 2^-24.
+    /// A number in the open interval (0, 1): an odd multiple of 2^-24.
     pub fn uniform(&self, step: u64, sample: u64, index: u32) -> f32 {
         open_unit(self.block(step, sample, index)[0])
     }
@@ -115,10 +115,10 @@ fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// The upper 24 bits of `word` as a number in (0, 1): never 0, never 1.
+/// The upper 23 bits of `word` as a number in (0, 1): never 0, never 1.
 #[inline(always)]
 fn open_unit(word: u32) -> f32 {
-    // 2^-24 * (k + 1/2) needs 25 bits; dropping one more bit keeps it exact in f32.
+    // k + 1/2 of 23 bits has 24, as many as f32 holds: the result is exact.
     ((word >> 9) as f32 + 0.5) * (1.0 / 8_388_608.0)
 }
 

@@ -8,6 +8,7 @@ use dtr_fused::autograd::Memory;
 use dtr_fused::backend::cuda::{Arg, DType, Device, Launch};
 use dtr_fused::model::dit::Dit;
 use dtr_fused::rng::{Philox, Stream};
+use dtr_fused::safetensors_file::SafetensorsFile;
 use dtr_fused::train::device::{DeviceState, DrawnNoise, How};
 use dtr_fused::train::learner::Batch;
 use dtr_fused::train::optimizer::{Update, adamw};
@@ -164,13 +165,38 @@ fn steps_that_are_not_finite_change_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
     // The first update throws the weights out of range; every step after it is left out.
-    let set =
-        [("lr", "1000"), ("warmup_steps", "0"), ("adam_eps", "1e-30"), ("max_nonfinite_steps", "2"), ("steps", "40")];
+    let set = [
+        ("lr", "1000"),
+        ("warmup_steps", "0"),
+        ("adam_eps", "1e-30"),
+        ("max_nonfinite_steps", "2"),
+        ("steps", "40"),
+        ("checkpoint_every", "1"),
+        ("keep_checkpoints", "40"),
+    ];
     let error = trainer::start(config(&out, &set), &AtomicBool::new(false)).unwrap_err().to_string();
     assert!(error.contains("not finite 2 steps in a row"), "{error}");
-    let (_, at) = checkpoint::latest(&out).unwrap().expect("the weights before are kept");
-    let file = dtr_fused::safetensors_file::SafetensorsFile::open(at.join(checkpoint::MODEL)).unwrap();
-    drop(file);
+    // One checkpoint after the update, one or more after the steps that were left out.
+    let kept = checkpoint::list(&out).unwrap();
+    assert!(kept.len() >= 2 && kept[0].0 == 1, "{kept:?}");
+    let numbers = |at: &Path| -> Vec<Vec<u32>> {
+        let mut found = Vec::new();
+        for file in [checkpoint::MODEL, checkpoint::EMA, checkpoint::OPTIMIZER] {
+            let file = SafetensorsFile::open(at.join(file)).unwrap();
+            for name in file.names() {
+                let tensor = file.tensor(name).unwrap();
+                let mut numbers = vec![0.0; tensor.elements()];
+                tensor.to_f32(&mut numbers);
+                found.push(numbers.iter().map(|x| x.to_bits()).collect());
+            }
+        }
+        found
+    };
+    let first = numbers(&kept[0].1);
+    assert!(
+        first.len() > 100 && numbers(&kept[kept.len() - 1].1) == first,
+        "a step that was left out changed something"
+    );
 }
 
 /// Launches by file and kernel of a step in two parts of `samples` each, planned on paper.

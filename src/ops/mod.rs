@@ -4,6 +4,7 @@
 //! x/mod.rs        formula, shapes, what is saved, and the entry on the tape
 //! x/reference.rs  plain loops, generic over f32 and f64: the specification
 //! x/cpu.rs        the fast version, proven against it in tests/x.rs (in mod.rs where it is a few lines)
+//! x/cuda.rs       the launches of kernels/x.cu, proven there too (in mod.rs where they are a few lines)
 //! ```
 //!
 //! Letters for sizes: `B` samples, `T` tokens a sample, `C` channels, `NH` heads, `HS = C / NH` head size, `N` outputs.

@@ -100,7 +100,7 @@ pub fn read(path: &Path, params: &Archive) -> Result<ModelConfig> {
     fit(config, params)
 }
 
-/// Checks every size against a shape in the file; whether there is a null class says the label table.
+/// Checks every size against a shape in the file; the label table tells whether there is a null class.
 fn fit(mut config: ModelConfig, params: &Archive) -> Result<ModelConfig> {
     let (c, p) = (config.hidden_size, config.patch_size);
     params.check_shape("x_embedder.proj.weight", &[c, config.in_channels, p, p])?;

@@ -22,6 +22,9 @@ const AT_ONCE: usize = 64;
 /// `y = x weight^T + bias`. Outputs are the rows of a tile, so that the weight is read once and as it lies.
 pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
     let n = bias.len();
+    if n == 0 {
+        return;
+    }
     let (rows, k) = (y.len() / n, weight.len() / n);
     let y = Shared::new(y);
     scratch::with(panels(rows) * k * PANEL, |panels_of_x| {

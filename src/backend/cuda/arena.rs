@@ -18,7 +18,7 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// An arena over memory at `base`. How much there must be says [`Arena::peak`] of a pass before.
+    /// An arena over memory at `base`: as much as [`Arena::peak`] of a pass before.
     pub fn new(base: u64) -> Self {
         Arena { base, free: Vec::new(), end: 0, peak: 0 }
     }

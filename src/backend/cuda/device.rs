@@ -270,7 +270,8 @@ impl Device {
         self.launches.load(Ordering::Relaxed)
     }
 
-    /// While dry (one pass at a time: the device is shared), launches and copies are checked and counted, but nothing runs and nothing is compiled.
+    /// While dry (one pass at a time: the device is shared), launches and copies are checked and counted, but nothing runs and
+    /// nothing is compiled.
     pub fn set_dry(&self, dry: bool) {
         self.dry.store(dry, Ordering::Relaxed);
     }

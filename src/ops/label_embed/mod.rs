@@ -32,11 +32,11 @@ pub(crate) struct Saved {
 pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> Result<Var> {
     const OP: &str = "label_embed";
     let shape = tape.shape(base);
-    check(shape.len() == 2 && shape[0] == labels.len(), OP, || {
-        format!("base is {shape:?}, expected [{}, channels]", labels.len())
+    check(shape.len() == 2 && shape[0] == labels.len() && !shape.contains(&0), OP, || {
+        format!("base is {shape:?}, expected [{}, channels], where no size may be 0", labels.len())
     })?;
     let c = shape[1];
-    let rows = table.len / c.max(1);
+    let rows = table.len / c;
     check(table.len == rows * c && rows < 1 << 24, OP, || format!("a table of {} is not [classes, {c}]", table.len))?;
     if let Some(label) = labels.iter().find(|&&label| label as usize >= rows) {
         let what = format!("label {label} is outside 0..{rows} (the last of these is the null class)");
@@ -96,7 +96,7 @@ impl Saved {
     pub(crate) fn backward(self, tape: &mut Tape, dy: AlignedVec) {
         let (values, grads) = tape.split();
         let labels = values.value(self.labels);
-        let c = dy.len() / labels.len().max(1);
+        let c = dy.len() / labels.len();
         if !grads.add {
             grads.of(self.table).fill(0.0);
         }
