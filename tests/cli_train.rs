@@ -83,6 +83,30 @@ fn the_number_of_threads_does_not_change_a_bit() {
     assert_same(&place.path().join("one"), &place.path().join("three"));
 }
 
+/// Waits until the run of `child` has its first checkpoint: then it trains.
+#[cfg(unix)]
+fn until_a_checkpoint(child: &mut std::process::Child, run: &Path) {
+    let waiting = Instant::now();
+    while !run.join("checkpoints/0000003").exists() {
+        assert!(waiting.elapsed() < Duration::from_secs(60), "no checkpoint after a minute");
+        assert!(child.try_wait().unwrap().is_none(), "it ended before its first checkpoint");
+        sleep(Duration::from_millis(1));
+    }
+}
+
+#[cfg(unix)]
+fn kill(signal: &str, child: &std::process::Child) {
+    let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+}
+
+/// The last step of `run` that has a checkpoint.
+#[cfg(unix)]
+fn last_checkpoint(run: &Path) -> u64 {
+    let names = fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter_map(|name| name.to_str()?.parse().ok()).max().expect("a checkpoint")
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupted_run_saves_and_goes_on() {
@@ -91,19 +115,13 @@ fn an_interrupted_run_saves_and_goes_on() {
     succeeds(train(place, &[STEPS, &["--out", "whole"]].concat()));
     let long = [&["train"], program::TINY, STEPS, &["--out", "cut", "--steps", "1000000"]].concat();
     let mut child = command(place, &long).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    // It trains once its first checkpoint is there.
-    let waiting = Instant::now();
-    while !place.join("cut/checkpoints/0000003").exists() {
-        assert!(waiting.elapsed() < Duration::from_secs(60), "no checkpoint after a minute");
-        assert!(child.try_wait().unwrap().is_none(), "it ended before its first checkpoint");
-        sleep(Duration::from_millis(1));
-    }
-    let kill =
-        |signal: &str| std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+    until_a_checkpoint(&mut child, &place.join("cut"));
     // A trainer that is already at work on a run keeps others out.
     let second = run(place, &["train", "--resume", "cut"]);
-    assert!(kill("-INT").success());
-    let said = succeeds(child.wait_with_output().unwrap());
+    kill("-INT", &child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "for the shell it was interrupted");
+    let said = String::from_utf8(output.stdout).unwrap();
     fails(second, 1, &["cut", "another process"]);
     assert!(said.contains("dtr-fused train --resume cut"), "{said}");
     let step: u64 = said.split_whitespace().find_map(|word| word.parse().ok()).expect("the step in the message");
@@ -111,6 +129,67 @@ fn an_interrupted_run_saves_and_goes_on() {
     let more = (step + 2).to_string();
     let said = succeeds(run(place, &["train", "--resume", "cut", "--steps", &more]));
     assert!(said.contains(&format!("cut/samples/{:07}.png", step + 2)), "{said}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_whose_messages_nobody_reads_saves_too() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let endless = ["--checkpoint-every", "3", "--keep-checkpoints", "1", "--steps", "1000000", "--out"];
+    for (signals, code) in [(&["-INT"][..], 130), (&["-TERM"], 143), (&["-HUP", "-HUP", "-TERM"], 129)] {
+        let out = format!("run{code}");
+        let args = [&["train"], program::TINY, &endless, &[&out]].concat();
+        let mut child = command(place, &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // As when a terminal closes, or the program after a pipe ends.
+        drop((child.stdout.take(), child.stderr.take()));
+        until_a_checkpoint(&mut child, &place.join(&out));
+        signals.iter().for_each(|signal| kill(signal, &child));
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+        // The next checkpoint was never due at most steps, so most of the time this is one that the signal brought.
+        let step = last_checkpoint(&place.join(&out));
+        let metrics = fs::read_to_string(place.join(&out).join("metrics.jsonl")).unwrap_or_default();
+        let logged = metrics
+            .lines()
+            .last()
+            .map_or(0, |line| serde_json::from_str::<serde_json::Value>(line).unwrap()["step"].as_u64().unwrap());
+        assert!(step >= logged, "a checkpoint of step {step}, but {logged} were done");
+    }
+    if let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") {
+        let args = [&["train"], program::TINY, &["--steps", "2", "--out", "full"]].concat();
+        let status = command(place, &args).stdout(Stdio::null()).stderr(full).status().unwrap();
+        assert!(status.success(), "{status}");
+        assert_eq!(last_checkpoint(&place.join("full")), 2);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn signals_that_the_parent_ignores_stay_ignored() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run");
+    // As nohup does for SIGHUP, and a script for Ctrl-C of its jobs in the background.
+    let flags = "--checkpoint-every 3 --keep-checkpoints 1 --steps 1000000 --out run";
+    let script = format!(
+        "trap '' HUP INT; exec '{}' train {} {flags}",
+        env!("CARGO_BIN_EXE_dtr-fused"),
+        program::TINY.join(" ")
+    );
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", &script]).current_dir(place.path()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = shell.spawn().unwrap();
+    until_a_checkpoint(&mut child, &run);
+    kill("-HUP", &child);
+    kill("-INT", &child);
+    // It saves on: the signals did not set the end going.
+    let (before, waiting) = (last_checkpoint(&run), Instant::now());
+    while last_checkpoint(&run) < before + 9 {
+        assert!(waiting.elapsed() < Duration::from_secs(60), "no checkpoints after the signals");
+        assert!(child.try_wait().unwrap().is_none(), "it ended");
+        sleep(Duration::from_millis(1));
+    }
+    kill("-TERM", &child);
+    assert_eq!(child.wait().unwrap().code(), Some(143));
 }
 
 #[test]
