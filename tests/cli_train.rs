@@ -227,6 +227,19 @@ fn steps_that_are_not_finite_stop_the_run_with_a_good_checkpoint() {
     fails(train(place, &diverging), 1, &["not finite 3 steps in a row", "run", "--lr"]);
     // The checkpoint holds no NaN and no infinity: loading would name them instead of going on to the next bad step.
     fails(run(place, &["train", "--resume", "run"]), 1, &["not finite 4 steps in a row"]);
+
+    // With this seed some samples of the skipped steps have finite losses; no step that is skipped is averaged.
+    let partly = [&diverging[..diverging.len() - 1], &["partly", "--seed", "2", "--log-every", "1"]].concat();
+    fails(train(place, &partly), 1, &["not finite 3 steps in a row"]);
+    let (mut lines, mut skipped) = (0, 0);
+    for line in fs::read_to_string(place.join("partly/metrics.jsonl")).unwrap().lines() {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let counts = line["skipped"].as_u64().unwrap() == skipped;
+        assert_eq!(line["loss"].is_number(), counts, "{line}");
+        skipped = line["skipped"].as_u64().unwrap();
+        lines += 1;
+    }
+    assert!(skipped == 3 && lines > 3, "{skipped} of {lines}");
 }
 
 #[test]

@@ -229,7 +229,7 @@ struct Trainer {
     meter: Meter,
     nonfinite_in_a_row: u64,
     coefficients: Vec<f64>, // [B], as drawn
-    losses: Vec<f32>,       // [B], as drawn
+    losses: Losses,         // [B], as drawn
     computed: Losses,       // of a part on the CPU, of all parts on a device; in the order of computation
     notes: Vec<String>,
 }
@@ -243,7 +243,11 @@ impl Trainer {
             meter: Meter::default(),
             nonfinite_in_a_row: 0,
             coefficients: vec![0.0; config.batch_size],
-            losses: vec![0.0; config.batch_size],
+            losses: Losses {
+                mse: vec![0.0; config.batch_size],
+                vb: vec![0.0; config.batch_size],
+                loss: vec![0.0; config.batch_size],
+            },
             computed: Losses::default(),
             notes,
         })
@@ -357,7 +361,7 @@ impl Trainer {
             self.note_losses(0);
         }
         let learner = &mut self.learner;
-        let objective = learner.objective(&self.losses);
+        let objective = learner.objective(&self.losses.loss);
         let norm = decision.map_or_else(|| learner.gradient_norm(), |decision| decision.norm);
         let fit = decision.map_or(objective.is_finite() && norm < LARGEST_NORM, |decision| decision.updated);
         if fit {
@@ -367,7 +371,7 @@ impl Trainer {
                 true => learner.updated_on_device(update, config.uw_lr),
                 false => learner.update(Update { grad_scale, ..update }, config.uw_lr),
             }
-            self.meter.add_step(norm);
+            self.measure(norm);
             self.nonfinite_in_a_row = 0;
         } else {
             self.meter.add_skipped();
@@ -389,15 +393,24 @@ impl Trainer {
 
     /// Notes the losses that were computed: of the samples of this step from number `first` of its order on.
     fn note_losses(&mut self, first: usize) {
-        let drawn = self.batches.drawn(self.step);
-        let Losses { mse, vb, loss } = &self.computed;
-        for (i, &sample) in drawn.order[first..].iter().take(loss.len()).enumerate() {
-            self.losses[sample as usize] = loss[i];
-            if loss[i].is_finite() {
-                let [mse, vb, loss] = [mse[i], vb[i], loss[i]].map(f64::from);
-                self.meter.add_sample(drawn.t[sample as usize] as usize, loss, mse, vb);
-            }
+        let order = &self.batches.drawn(self.step).order[first..];
+        let Trainer { losses, computed, .. } = self;
+        for (i, &sample) in order.iter().take(computed.loss.len()).enumerate() {
+            losses.mse[sample as usize] = computed.mse[i];
+            losses.vb[sample as usize] = computed.vb[i];
+            losses.loss[sample as usize] = computed.loss[i];
         }
+    }
+
+    /// Adds this step, which counts, to the averages, in the order of computation.
+    fn measure(&mut self, norm: f64) {
+        let drawn = self.batches.drawn(self.step);
+        let Losses { mse, vb, loss } = &self.losses;
+        for sample in drawn.order.iter().map(|&sample| sample as usize) {
+            let [loss, mse, vb] = [loss[sample], mse[sample], vb[sample]].map(f64::from);
+            self.meter.add_sample(drawn.t[sample] as usize, loss, mse, vb);
+        }
+        self.meter.add_step(norm);
     }
 
     /// Samples of the moving average in a grid, one row a class.
