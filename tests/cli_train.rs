@@ -163,6 +163,51 @@ fn a_run_whose_messages_nobody_reads_saves_too() {
     }
 }
 
+#[test]
+fn pictures_that_cannot_be_made_cost_nothing_and_are_made_later() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    succeeds(train(place, &[STEPS, &["--out", "whole"]].concat()));
+    let start: Vec<&str> = STEPS.iter().map(|&word| if word == "24" { "3" } else { word }).collect();
+    succeeds(train(place, &[&start, &["--out", "run"][..]].concat()));
+    fs::remove_dir_all(place.join("run/samples")).unwrap();
+    fs::write(place.join("run/samples"), "in the way").unwrap();
+    fs::remove_file(place.join("run/loss.png")).unwrap();
+    fs::create_dir(place.join("run/loss.png")).unwrap();
+    let resume = |more: &[&str]| run(place, &[&["train", "--resume", "run"], more].concat());
+    let output = resume(&["--steps", "24"]);
+    let said = program::stderr(&output);
+    succeeds(output);
+    assert!(said.contains("no samples of step 12") && said.contains("no samples of step 24"), "{said}");
+    assert!(said.contains("no curve of the loss") && said.contains("loss.png"), "{said}");
+    // As after a kill between a checkpoint and its samples.
+    fs::remove_file(place.join("run/samples")).unwrap();
+    let said = succeeds(resume(&[]));
+    assert!(said.contains("run/samples/0000024.png"), "{said}");
+    for file in ["checkpoints/0000024/ema.safetensors", "samples/0000024.png"] {
+        let [whole, late] = ["whole", "run"].map(|run| fs::read(place.join(run).join(file)).unwrap());
+        assert!(whole == late, "{file} differs");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_ends_sampling() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    // Sampling would take minutes.
+    let slow = ["--steps", "3", "--out", "run", "--sample-steps", "1000", "--samples-per-class", "1000"];
+    let args = [&["train"], program::TINY, &slow].concat();
+    let mut child = command(place, &args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    until_a_checkpoint(&mut child, &place.join("run"));
+    kill("-INT", &child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(!place.join("run/samples/0000003.png").exists());
+    let said = succeeds(run(place, &["train", "--resume", "run", "--sample-steps", "3", "--samples-per-class", "1"]));
+    assert!(said.contains("run/samples/0000003.png"), "{said}");
+}
+
 #[cfg(unix)]
 #[test]
 fn signals_that_the_parent_ignores_stay_ignored() {

@@ -63,6 +63,26 @@ impl Progress {
         }
     }
 
+    /// Shows that something else is done meanwhile (`"sampling 12/50"`), at the step that was shown last.
+    pub fn meanwhile(&mut self, what: String) {
+        match &mut self.output {
+            Output::Bar(bar) => bar.set_prefix(what),
+            Output::Lines { last } => {
+                if last.is_none_or(|last| last.elapsed() >= LINE_EVERY) {
+                    *last = Some(Instant::now());
+                    say(&what);
+                }
+            }
+        }
+    }
+
+    /// Goes back to the job itself after [`meanwhile`](Self::meanwhile).
+    pub fn end_meanwhile(&self) {
+        if let Output::Bar(bar) = &self.output {
+            bar.set_prefix(self.what);
+        }
+    }
+
     /// Prints a line without tearing the bar.
     pub fn say(&self, line: &str) {
         match &self.output {

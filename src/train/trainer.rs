@@ -20,7 +20,7 @@ use crate::data::{self, Dataset};
 use crate::diffusion::weighting::CLUSTERS;
 use crate::diffusion::{Method, Sampler, Schedule, space_timesteps};
 use crate::error::{Error, Result};
-use crate::generate::generate;
+use crate::generate;
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::picture::grid_png;
@@ -37,9 +37,9 @@ pub struct Outcome {
     pub run: PathBuf,
     /// Steps done.
     pub step: u64,
-    /// Whether all steps of the configuration are done (else it was interrupted).
+    /// Whether all steps of the configuration are done, and the samples after the last (else it was interrupted).
     pub finished: bool,
-    /// The last grid of samples.
+    /// The last grid of samples, unless it failed.
     pub samples: Option<PathBuf>,
 }
 
@@ -226,6 +226,8 @@ struct Trainer {
     learner: Learner,
     batches: Batches,
     step: u64,
+    saved: Option<u64>, // step of the last checkpoint
+    whole: bool,        // whether the numbers are those after a step, not in the middle of one
     meter: Meter,
     nonfinite_in_a_row: u64,
     coefficients: Vec<f64>, // [B], as drawn
@@ -240,6 +242,8 @@ impl Trainer {
             batches: Batches::new(config, dataset, learner.on_device.is_some())?,
             learner,
             step: 0,
+            saved: None,
+            whole: true,
             meter: Meter::default(),
             nonfinite_in_a_row: 0,
             coefficients: vec![0.0; config.batch_size],
@@ -271,18 +275,24 @@ impl Trainer {
         self.notes.iter().for_each(|note| progress.say(note));
         let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
         let (mut samples, mut figures) = (None, String::new());
+        if self.step > 0 && due(self.step, config.sample_every) {
+            // A run that ended between a checkpoint and the samples of its step makes them now, from the same weights.
+            let there = run.samples(self.step).ok().filter(|path| path.exists());
+            samples = there.or_else(|| self.samples(config, run, stop, &mut progress));
+        }
         let mut since = (Instant::now(), self.step);
         while self.step < config.steps && !stop.load(Ordering::Relaxed) {
-            self.train_step(config)?;
+            let trained = self.train_step(config);
+            trained.map_err(|error| self.saved_before(error, config, run, &progress))?;
             self.batches.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
             if due(self.step, config.log_every) {
                 let images = (self.step - since.1) * config.batch_size as u64;
-                let line = self.meter.line(
-                    self.step,
-                    config.lr_at(self.step - 1),
-                    images as f64 / since.0.elapsed().as_secs_f64(),
-                );
-                log.append(&line)?;
+                let mut meter = self.meter.clone();
+                let line =
+                    meter.line(self.step, config.lr_at(self.step - 1), images as f64 / since.0.elapsed().as_secs_f64());
+                let logged = log.append(&line);
+                logged.map_err(|error| self.saved_before(error, config, run, &progress))?;
+                self.meter = meter;
                 since = (Instant::now(), self.step);
                 figures = format!(
                     "loss {:.4}  {:.0} images/s",
@@ -295,7 +305,7 @@ impl Trainer {
             }
             progress.set(self.step, &figures);
             if self.nonfinite_in_a_row >= config.max_nonfinite_steps {
-                self.save(config, run)?;
+                self.save(config, run, &progress)?;
                 return Err(Error::Stopped(format!(
                     "training stopped at step {}: loss or gradient was not finite {} steps in a row; no such step changed the \
                      weights, and {} holds them: try a smaller --lr or --grad-clip 1",
@@ -305,21 +315,37 @@ impl Trainer {
                 )));
             }
             let pause = Instant::now();
-            if due(self.step, config.sample_every) {
-                samples = Some(self.sample_grid(config, run)?);
-            }
             if due(self.step, config.checkpoint_every) {
-                self.save(config, run)?;
+                self.save(config, run, &progress)?;
+            }
+            // After the checkpoint, which nothing that goes wrong here can cost then.
+            if due(self.step, config.sample_every) {
+                samples = self.samples(config, run, stop, &mut progress);
             }
             // Images a second are those of training alone.
             since.0 += pause.elapsed();
         }
-        let finished = self.step >= config.steps;
-        if !finished {
-            self.save(config, run)?;
+        let stopped = stop.load(Ordering::Relaxed);
+        if stopped && self.saved != Some(self.step) {
+            self.save(config, run, &progress)?;
         }
         progress.finish();
+        let finished = self.step >= config.steps && !(stopped && samples.is_none());
         Ok(Outcome { run: run.path().to_path_buf(), step: self.step, finished, samples })
+    }
+
+    /// Saves what was trained before `error` ends the run (a full disk, data that cannot be read), and says so in it.
+    fn saved_before(&mut self, error: Error, config: &TrainConfig, run: &RunDir, progress: &Progress) -> Error {
+        let unsaved = self.whole && self.step > 0 && self.saved != Some(self.step);
+        if unsaved && let Err(why) = self.save(config, run, progress) {
+            return error.and(&format!("; nor could step {} be saved: {why}", self.step));
+        }
+        match self.saved {
+            Some(step) => {
+                error.and(&format!("; step {step} is saved: mend this, then --resume {} goes on", run.path().display()))
+            }
+            None => error,
+        }
     }
 
     /// One step: draw, gradients part by part, and the update, unless something is not finite. On a device, the next part is
@@ -340,7 +366,7 @@ impl Trainer {
         let parts = config.grad_accumulation;
         for index in 0..parts {
             self.prepare(config, self.step, index)?;
-            let Trainer { learner, batches: Batches { part, .. }, coefficients, computed, .. } = self;
+            let Trainer { learner, batches: Batches { part, .. }, coefficients, computed, whole, .. } = self;
             part.set_coefficients(coefficients);
             if !on_device {
                 learner.gradients(part.batch(), index > 0, computed)?;
@@ -348,6 +374,8 @@ impl Trainer {
                 continue;
             }
             let update = (index + 1 == parts).then_some(DeviceUpdate { update, clip: config.grad_clip });
+            // From here on the device may have made the update.
+            *whole = update.is_none();
             learner.launch(part.batch(), part.how(config), update)?;
             let (step, index) = if index + 1 < parts { (self.step, index + 1) } else { (self.step + 1, 0) };
             if step < config.steps {
@@ -378,6 +406,7 @@ impl Trainer {
             self.nonfinite_in_a_row += 1;
         }
         self.step += 1;
+        self.whole = true;
         Ok(())
     }
 
@@ -413,8 +442,33 @@ impl Trainer {
         self.meter.add_step(norm);
     }
 
-    /// Samples of the moving average in a grid, one row a class.
-    fn sample_grid(&mut self, config: &TrainConfig, run: &RunDir) -> Result<PathBuf> {
+    /// [`sample_grid`](Self::sample_grid), of which a failure is told but does not end training.
+    fn samples(
+        &mut self,
+        config: &TrainConfig,
+        run: &RunDir,
+        stop: &AtomicBool,
+        progress: &mut Progress,
+    ) -> Option<PathBuf> {
+        let made = self.sample_grid(config, run, stop, progress);
+        progress.end_meanwhile();
+        made.inspect_err(|error| {
+            if !stop.load(Ordering::Relaxed) {
+                progress.say(&format!("no samples of step {}: {error}", self.step));
+            }
+        })
+        .ok()
+    }
+
+    /// Samples of the moving average in a grid, one row a class. A request to stop ends it.
+    fn sample_grid(
+        &mut self,
+        config: &TrainConfig,
+        run: &RunDir,
+        stop: &AtomicBool,
+        progress: &mut Progress,
+    ) -> Result<PathBuf> {
+        let path = run.samples(self.step)?;
         let steps = config.sample_steps.to_string();
         let sampler = sampler(config, config.sample_sampler, &steps, 0.0, config.sample_cfg)?;
         let columns = config.samples_per_class;
@@ -432,15 +486,19 @@ impl Trainer {
         let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
         // As many at once as the plan of the device's memory counts with; how many does not change the samples.
         let at_once = (config.batch_size / config.grad_accumulation).clamp(1, 64);
-        let pixels = generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, |_| Ok(()))?;
-        let path = run.samples(self.step)?;
+        let total = generate::steps(&sampler, labels.len(), at_once);
+        let show = |done| {
+            progress.meanwhile(format!("sampling {done}/{total}"));
+            if stop.load(Ordering::Relaxed) { Err(Error::Stopped("sampling was stopped".into())) } else { Ok(()) }
+        };
+        let pixels = generate::generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, show)?;
         let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
         grid_png(&path, &pixels, shape, columns, scale_of(config.image_size))?;
         Ok(path)
     }
 
     /// Writes a checkpoint and the loss curve, and deletes checkpoints that are no longer kept.
-    fn save(&mut self, config: &TrainConfig, run: &RunDir) -> Result<()> {
+    fn save(&mut self, config: &TrainConfig, run: &RunDir, progress: &Progress) -> Result<()> {
         self.learner.fetch()?;
         let Learner { dit, weights, ema, m, v, uncertainty, updates, .. } = &self.learner;
         let tokens = [1, dit.config.tokens(), dit.config.hidden_size];
@@ -469,8 +527,13 @@ impl Trainer {
             FileOut { name: checkpoint::OPTIMIZER, tensors: moments, metadata },
         ];
         checkpoint::write(run.path(), self.step, &files, &config.to_toml())?;
+        self.saved = Some(self.step);
         checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every)?;
-        plot::write_loss(run, &metrics::read(run.path())?, &config.model)
+        let drawn = metrics::read(run.path()).and_then(|lines| plot::write_loss(run, &lines, &config.model));
+        if let Err(error) = drawn {
+            progress.say(&format!("no curve of the loss: {error}"));
+        }
+        Ok(())
     }
 
     /// Takes everything from a checkpoint.
@@ -502,6 +565,7 @@ impl Trainer {
             text(key)?.parse::<u64>().map_err(bad)
         };
         self.step = number("step")?;
+        self.saved = Some(self.step);
         learner.updates = number("updates")?;
         self.nonfinite_in_a_row = number("nonfinite_in_a_row")?;
         self.meter = Meter::from_text(text("meter")?)
@@ -518,4 +582,64 @@ pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
     let file = SafetensorsFile::open(path)?;
     checkpoint::check_names(&file, &dit.layout, &[""], &["pos_embed"])?;
     checkpoint::read_layout(&file, &dit.layout, "", buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    /// Four samples that cannot be read any more after some reads.
+    struct Failing {
+        left: AtomicUsize,
+        names: Vec<String>,
+    }
+
+    impl Dataset for Failing {
+        fn shape(&self) -> [usize; 3] {
+            [1, 4, 4]
+        }
+
+        fn class_names(&self) -> &[String] {
+            &self.names
+        }
+
+        fn len(&self) -> usize {
+            4
+        }
+
+        fn read(&self, index: usize, _flip: bool, out: &mut [f32]) -> Result<u32> {
+            let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+            left.map_err(|_| Error::file("sample", "is gone"))?;
+            out.fill(index as f32 / 4.0);
+            Ok(0)
+        }
+    }
+
+    #[test]
+    fn what_was_trained_before_an_error_is_saved() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("run");
+        let mut config = TrainConfig {
+            out: out.display().to_string(),
+            hidden_size: 32,
+            depth: 1,
+            batch_size: 4,
+            steps: 1000,
+            checkpoint_every: 0,
+            device: "cpu".into(),
+            ..TrainConfig::default()
+        };
+        config.fit_to_data(4, 1, 1).unwrap();
+        let dataset = Arc::new(Failing { left: AtomicUsize::new(200), names: vec!["all".into()] });
+        let error = in_pool(&config, || {
+            let run = RunDir::create(&config)?;
+            let trainer = Trainer::new(&config, dataset, learner(&config)?, Vec::new())?;
+            trainer.run(&config, &run, &AtomicBool::new(false))
+        });
+        let error = error.unwrap_err().to_string();
+        let (step, _) = checkpoint::latest(&out).unwrap().expect("a checkpoint");
+        assert!(step >= 10, "only {step} steps");
+        assert!(error.contains(&format!("step {step} is saved")) && error.contains("--resume"), "{error}");
+    }
 }
