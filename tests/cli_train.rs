@@ -259,8 +259,59 @@ fn a_run_is_not_overwritten_and_keeps_its_nature() {
     fails(run(place, &["train", "--resume", "moved"]), 1, &["moved", "outside of its run"]);
     // Killed before its first checkpoint: it starts over.
     fs::remove_dir(place.join("run/checkpoints")).unwrap();
-    succeeds(run(place, &["train", "--resume", "run"]));
+    let output = run(place, &["train", "--resume", "run"]);
+    assert!(program::stderr(&output).contains("starting it over"), "{}", program::stderr(&output));
+    succeeds(output);
     assert!(place.join("run/checkpoints/0000001").exists());
+}
+
+#[test]
+fn a_resume_that_would_lose_or_change_the_run_is_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let resume = |more: &[&str]| run(place, &[&["train", "--resume"], more].concat());
+    let each = ["--checkpoint-every", "1", "--keep-checkpoints", "9", "--log-every", "1"];
+    succeeds(train(place, &[&each[..], &["--steps", "4", "--out", "run"]].concat()));
+    let at = |path: &str| place.join("run").join(path);
+    let metrics = fs::read(at("metrics.jsonl")).unwrap();
+
+    fails(resume(&["run", "--steps", "3"]), 2, &["steps is 3, but 4 are done"]);
+    let said = succeeds(resume(&["run"]));
+    assert!(said.starts_with("All 4 steps were done already") && said.contains("--steps"), "{said}");
+
+    // A configuration that was cut, or edited in what a run keeps for life.
+    let config = fs::read_to_string(at("config.toml")).unwrap();
+    fs::write(at("config.toml"), "").unwrap();
+    fails(resume(&["run"]), 1, &["run/config.toml", "no key 'model'"]);
+    fs::write(at("config.toml"), config.replace("\nseed = 0\n", "\nseed = 1\n")).unwrap();
+    fails(resume(&["run"]), 1, &["run/config.toml", "seed is 1", "trained with 0"]);
+    fs::write(at("config.toml"), &config).unwrap();
+
+    // Damaged checkpoints: the good one before them is named, and works when they are moved away.
+    fs::write(at("checkpoints/0000004/optimizer.safetensors"), "x").unwrap();
+    fs::remove_file(at("checkpoints/0000003/model.safetensors")).unwrap();
+    fails(
+        resume(&["run"]),
+        1,
+        &["0000004/optimizer.safetensors", "last good one", "checkpoints/0000002", "--resume run"],
+    );
+    fails(resume(&["run/checkpoints/0000003"]), 1, &["no whole checkpoint", "model.safetensors"]);
+    fails(resume(&["run/checkpoints/0000002"]), 2, &["step 2 is not the last"]);
+    assert!(!at("checkpoints/0000003/.lock").exists(), "it is no run");
+    for step in ["0000003", "0000004"] {
+        fs::rename(at("checkpoints").join(step), place.join(step)).unwrap();
+    }
+    let output = resume(&["run", "--steps", "5"]);
+    let said = program::stderr(&output);
+    succeeds(output);
+    assert!(said.contains("going on after step 2 of 5"), "{said}");
+
+    // All checkpoints moved away.
+    fs::rename(at("checkpoints"), place.join("elsewhere")).unwrap();
+    fails(resume(&["run"]), 1, &["run/checkpoints", "no checkpoint", "step 5"]);
+    let now = fs::read_to_string(at("metrics.jsonl")).unwrap();
+    assert_eq!(now.lines().count(), 5);
+    assert!(metrics.starts_with(now.lines().next().unwrap().as_bytes()), "the metrics are kept");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use super::signals::{self, STOP};
 use crate::error::{Error, Result};
 use crate::train::config::{Assignment, Layer};
 use crate::train::progress::say;
-use crate::train::{TrainConfig, checkpoint, trainer};
+use crate::train::{TrainConfig, checkpoint, resume, trainer};
 
 const EXAMPLES: &str = "\
 Values are taken from the defaults of the model, then the file of --config, then --set, then the other flags.
@@ -67,7 +67,7 @@ pub(super) fn run(args: TrainArgs) -> Result<ExitCode> {
             "is a checkpoint outside of its run: --resume needs DIR/checkpoints/STEP with the run's config.toml in DIR",
         ));
     };
-    let config = TrainConfig::from_file(&run.join(checkpoint::CONFIG))?.resumed_with(&layers)?;
+    let config = resume::config_of(run)?.resumed_with(&layers)?;
     if args.print_config {
         print!("{}", config.to_toml());
         return Ok(ExitCode::SUCCESS);
@@ -98,7 +98,9 @@ fn report(outcome: &trainer::Outcome) -> ExitCode {
     let (line, code) = if outcome.finished {
         let samples = outcome.samples.as_deref().map_or(run.clone(), quoted);
         let line = format!("Samples are in {samples}; for more, type: dtr-fused sample --checkpoint {run}");
-        (line, ExitCode::SUCCESS)
+        let done =
+            format!("All {0} steps were done already: to train on, give --steps with more than {0}. ", outcome.step);
+        (if outcome.step == outcome.began { done + &line } else { line }, ExitCode::SUCCESS)
     } else {
         let line = format!(
             "Stopped after step {} with a checkpoint; to go on, type: dtr-fused train --resume {run}",

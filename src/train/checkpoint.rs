@@ -26,7 +26,8 @@ pub const CONFIG: &str = "config.toml";
 /// Free text of a file: what the trainer must remember beside tensors.
 pub type Metadata = BTreeMap<String, String>;
 
-const DIRECTORY: &str = "checkpoints";
+/// Where a run has its checkpoints.
+pub(super) const DIRECTORY: &str = "checkpoints";
 /// A checkpoint being written or deleted.
 const TEMPORARY: &str = ".tmp-";
 /// A checkpoint being replaced by another of the same step.
@@ -244,12 +245,13 @@ pub fn resolve(path: &Path) -> Result<Location> {
     if !kind.is_dir() {
         return Err(Error::file(path, "is not a directory: give a run's directory or one of its checkpoints/STEP"));
     }
+    let run = run_around(path)?;
     if path.join(MODEL).exists() {
-        // The path may be relative or end in dots, so its parents are only known of the absolute one.
-        let absolute = fs::canonicalize(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
-        let parent = absolute.parent().filter(|parent| parent.file_name().is_some_and(|name| name == DIRECTORY));
-        let run = parent.and_then(Path::parent).filter(|run| run.join(CONFIG).exists());
-        return Ok(Location { run: run.map(Path::to_path_buf), checkpoint: Some(path.to_path_buf()) });
+        return Ok(Location { run, checkpoint: Some(path.to_path_buf()) });
+    }
+    // Its config.toml does not make it a run.
+    if run.is_some() || [EMA, OPTIMIZER].iter().any(|name| path.join(name).exists()) {
+        return Err(Error::file(path, format!("is no whole checkpoint, as it has no {MODEL}: give another one")));
     }
     let checkpoint = latest(path)?.map(|(_, checkpoint)| checkpoint);
     if checkpoint.is_none() && !path.join(CONFIG).exists() {
@@ -259,6 +261,14 @@ pub fn resolve(path: &Path) -> Result<Location> {
         ));
     }
     Ok(Location { run: Some(path.to_path_buf()), checkpoint })
+}
+
+/// The run that has `path` in its `checkpoints/`.
+fn run_around(path: &Path) -> Result<Option<PathBuf>> {
+    // The path may be relative or end in dots, so its parents are only known of the absolute one.
+    let absolute = fs::canonicalize(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
+    let parent = absolute.parent().filter(|parent| parent.file_name().is_some_and(|name| name == DIRECTORY));
+    Ok(parent.and_then(Path::parent).filter(|run| run.join(CONFIG).exists()).map(Path::to_path_buf))
 }
 
 /// The name of a step's directory: sorts as text up to ten million steps.

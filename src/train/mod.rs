@@ -11,6 +11,7 @@ pub mod optimizer;
 pub mod plan;
 pub mod plot;
 pub mod progress;
+pub mod resume;
 pub mod run_dir;
 pub mod timing;
 pub mod trainer;

@@ -10,6 +10,7 @@ use super::optimizer::Update;
 use super::plan;
 use super::plot;
 use super::progress::Progress;
+use super::resume;
 use super::run_dir::RunDir;
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
@@ -35,6 +36,8 @@ use std::time::Instant;
 pub struct Outcome {
     /// The run's directory.
     pub run: PathBuf,
+    /// Steps that were done before.
+    pub began: u64,
     /// Steps done.
     pub step: u64,
     /// Whether all steps of the configuration are done, and the samples after the last (else it was interrupted).
@@ -61,25 +64,26 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
 /// Goes on with a run from `checkpoint` (from the start without one), exactly as if it had never stopped.
 ///
 /// # Errors
-/// As [`start`], and when the checkpoint is damaged or another model's.
+/// As [`start`], and when the checkpoint is damaged or another model's, or the run had checkpoints that are gone.
 pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
     let dataset = open_data(&mut config)?;
+    match checkpoint {
+        Some(checkpoint) => resume::check_same_run(&config, run, checkpoint)?,
+        None => resume::check_never_saved(run)?,
+    }
     in_pool(&config, || {
         let (learner, notes) = learner_on(&config)?;
         let run = RunDir::open(run)?;
         let mut trainer = Trainer::new(&config, dataset, learner, notes)?;
-        if let Some(checkpoint) = checkpoint {
-            trainer.load(checkpoint)?;
-            // Later checkpoints would be taken for the run's newest, and those written from here on pruned before them.
-            if let Some((latest, path)) = checkpoint::latest(run.path())?.filter(|(latest, _)| *latest > trainer.step) {
-                return Err(Error::usage(format!(
-                    "step {} is not the last of this run, {latest} is: move {} and others after it away to go on from here",
-                    trainer.step,
-                    path.display()
-                )));
+        let note = match checkpoint {
+            Some(checkpoint) => {
+                trainer.go_on_from(checkpoint, &config, &run)?;
+                format!("going on after step {} of {}, from {}", trainer.step, config.steps, checkpoint.display())
             }
-        }
+            None => "the run has no checkpoint yet: starting it over".to_string(),
+        };
+        trainer.notes.insert(0, note);
         // What was changed for this run (more steps, say) holds for the next resume too.
         run.replace(checkpoint::CONFIG, |out| out.write_all(config.to_toml().as_bytes()))?;
         trainer.run(&config, &run, stop)
@@ -274,6 +278,7 @@ impl Trainer {
         }
         self.notes.iter().for_each(|note| progress.say(note));
         let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
+        let began = self.step;
         let (mut samples, mut figures) = (None, String::new());
         if self.step > 0 && due(self.step, config.sample_every) {
             // A run that ended between a checkpoint and the samples of its step makes them now, from the same weights.
@@ -331,7 +336,7 @@ impl Trainer {
         }
         progress.finish();
         let finished = self.step >= config.steps && !(stopped && samples.is_none());
-        Ok(Outcome { run: run.path().to_path_buf(), step: self.step, finished, samples })
+        Ok(Outcome { run: run.path().to_path_buf(), began, step: self.step, finished, samples })
     }
 
     /// Saves what was trained before `error` ends the run (a full disk, data that cannot be read), and says so in it.
@@ -532,6 +537,36 @@ impl Trainer {
         let drawn = metrics::read(run.path()).and_then(|lines| plot::write_loss(run, &lines, &config.model));
         if let Err(error) = drawn {
             progress.say(&format!("no curve of the loss: {error}"));
+        }
+        Ok(())
+    }
+
+    /// Takes everything from the last checkpoint of a run.
+    fn go_on_from(&mut self, checkpoint: &Path, config: &TrainConfig, run: &RunDir) -> Result<()> {
+        let all = checkpoint::list(run.path())?;
+        if let Err(error) = self.load(checkpoint) {
+            // The names of checkpoints sort as their steps do.
+            let mut before = all.iter().rev().filter(|(_, path)| path.file_name() < checkpoint.file_name());
+            let Some((_, good)) = before.find(|(_, path)| self.load(path).is_ok()) else { return Err(error) };
+            return Err(error.and(&format!(
+                "; the last good one before it is {}: move those after that away, then --resume {} goes on from there",
+                good.display(),
+                run.path().display()
+            )));
+        }
+        // Later checkpoints would be taken for the run's newest, and those written from here on pruned before them.
+        if let Some((latest, path)) = all.last().filter(|(latest, _)| *latest > self.step) {
+            return Err(Error::usage(format!(
+                "step {} is not the last of this run, {latest} is: move {} and others after it away to go on from here",
+                self.step,
+                path.display()
+            )));
+        }
+        if config.steps < self.step {
+            return Err(Error::usage(format!(
+                "steps is {}, but {} are done: give more to train on",
+                config.steps, self.step
+            )));
         }
         Ok(())
     }
