@@ -6,10 +6,11 @@
 //! killed while it wrote or deleted; they are cleared by the next write.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use crate::atomic_file::{rename_synced, sync_directory, write_synced};
 use crate::error::{Error, Result};
 use crate::params::Layout;
 use crate::safetensors_file::SafetensorsFile;
@@ -82,6 +83,7 @@ pub fn write(run: &Path, step: u64, files: &[FileOut], config: &str) -> Result<P
     let temporary = directory.join(format!("{TEMPORARY}{}", name_of(step)));
     let result = clear_leftovers(&directory)
         .and_then(|()| fs::create_dir_all(&temporary))
+        .and_then(|()| sync_directory(run))
         .and_then(|()| write_files(&temporary, files, config))
         .and_then(|()| put_in_place(&directory, &temporary, &target));
     result.map_err(|e| {
@@ -109,12 +111,10 @@ fn put_in_place(directory: &Path, temporary: &Path, target: &Path) -> io::Result
         let name = target.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let old = directory.join(format!("{REPLACED}{name}"));
         fs::rename(target, &old)?;
-        fs::rename(temporary, target)?;
-        sync_directory(directory)?;
+        rename_synced(temporary, target)?;
         return fs::remove_dir_all(&old);
     }
-    fs::rename(temporary, target)?;
-    sync_directory(directory)
+    rename_synced(temporary, target)
 }
 
 /// Removes what killed runs left behind; a checkpoint that was being replaced is put back if its successor never came.
@@ -136,19 +136,6 @@ fn clear_leftovers(directory: &Path) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Creates `path`, lets `content` write it and waits until it is on the disk.
-pub(super) fn write_synced(path: &Path, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
-    let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
-    content(&mut out)?;
-    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
-}
-
-/// Waits until the names in `directory` are on the disk.
-pub(super) fn sync_directory(directory: &Path) -> io::Result<()> {
-    // Elsewhere a directory cannot be opened as a file; renames are in order there.
-    if cfg!(unix) { File::open(directory)?.sync_all() } else { Ok(()) }
 }
 
 /// Writes a `.safetensors` file: the header's length, the header, the tensors one after the other.
