@@ -37,7 +37,7 @@ struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  dtr-fused train                              train a small model on handwritten digits (two minutes on two cores)
+  dtr-fused train                              train a small model on handwritten digits (about a minute on two cores)
   dtr-fused train --data photos --image-size 64 --model DiT-S/4
   dtr-fused sample --checkpoint runs/digits-paper-0001
   dtr-fused info runs/digits-paper-0001        what a run holds

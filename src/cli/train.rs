@@ -17,7 +17,7 @@ const EXAMPLES: &str = "\
 Values are taken from the defaults of the model, then the file of --config, then --set, then the other flags.
 
 Examples:
-  dtr-fused train                                       digits, about two minutes on two cores
+  dtr-fused train                                       digits, about a minute on two cores
   dtr-fused train --routing sublayer --beta 0.5         our variant that skips half of all channels
   dtr-fused train --data photos --image-size 64 --model DiT-S/4 --batch-size 32 --steps 20000
   dtr-fused train --resume runs/digits-paper-0001       go on after a kill, bit for bit
