@@ -299,11 +299,8 @@ impl Trainer {
                 logged.map_err(|error| self.saved_before(error, config, run, &progress))?;
                 self.meter = meter;
                 since = (Instant::now(), self.step);
-                figures = format!(
-                    "loss {:.4}  {:.0} images/s",
-                    line.loss.unwrap_or(f64::NAN),
-                    line.images_per_s.unwrap_or(0.0)
-                );
+                let loss = line.loss.map_or("not finite".into(), metrics::loss_text);
+                figures = format!("loss {loss}  {:.0} images/s", line.images_per_s.unwrap_or(0.0));
                 if self.batches.loader.bad_samples() > 0 {
                     figures += &format!("  {} damaged images skipped", self.batches.loader.bad_samples());
                 }
