@@ -324,6 +324,12 @@ fn steps_that_are_not_finite_stop_the_run_with_a_good_checkpoint() {
     // The checkpoint holds no NaN and no infinity: loading would name them instead of going on to the next bad step.
     fails(run(place, &["train", "--resume", "run"]), 1, &["not finite 4 steps in a row"]);
 
+    // A step whose loss and gradient are finite, but not the weights it makes.
+    let decay = ["--lr", "1", "--weight-decay", "1e39", "--warmup-steps", "0", "--steps", "60", "--out", "decay"];
+    fails(train(place, &decay), 1, &["decay/checkpoints/0000011", "not finite: training diverged"]);
+    assert!(!place.join("decay/checkpoints/0000011").exists());
+    fails(train(place, &["--adam-eps", "1e-46"]), 2, &["adam_eps is", "1.2e-38"]);
+
     // With this seed some samples of the skipped steps have finite losses; no step that is skipped is averaged.
     let partly = [&diverging[..diverging.len() - 1], &["partly", "--seed", "2", "--log-every", "1"]].concat();
     fails(train(place, &partly), 1, &["not finite 3 steps in a row"]);

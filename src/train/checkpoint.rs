@@ -5,6 +5,7 @@
 //! is it renamed: whatever has a step for its name is whole. Names that begin with a dot are the leftovers of a run that was
 //! killed while it wrote or deleted; they are cleared by the next write.
 
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
@@ -75,12 +76,20 @@ impl<'a> TensorOut<'a> {
 /// Writes the checkpoint of `step` and returns its directory. A checkpoint of the same step is replaced.
 ///
 /// # Errors
-/// [`Error::File`] when a directory or file cannot be written (no permission, disk full). All earlier checkpoints are intact,
-/// and what was written of this one is removed.
+/// [`Error::File`] when a directory or file cannot be written (no permission, disk full), or a number is not finite. All
+/// earlier checkpoints are intact, and what was written of this one is removed.
 pub fn write(run: &Path, step: u64, files: &[FileOut], config: &str) -> Result<PathBuf> {
     let directory = run.join(DIRECTORY);
     let target = directory.join(name_of(step));
     let temporary = directory.join(format!("{TEMPORARY}{}", name_of(step)));
+    // Reading would refuse it, when the checkpoints before it may be gone.
+    let finite = |tensor: &&TensorOut| {
+        tensor.data.par_chunks(1 << 16).all(|part| part.iter().fold(true, |all, x| all & x.is_finite()))
+    };
+    if let Some(bad) = files.iter().flat_map(|file| &file.tensors).find(|tensor| !finite(tensor)) {
+        let what = format!("is not written, as tensor '{}' is not finite: training diverged", bad.name);
+        return Err(Error::file(&target, what + "; use a smaller --lr, from an earlier checkpoint if there is one"));
+    }
     let result = clear_leftovers(&directory)
         .and_then(|()| fs::create_dir_all(&temporary))
         .and_then(|()| sync_directory(run))

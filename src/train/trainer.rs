@@ -307,13 +307,16 @@ impl Trainer {
             }
             progress.set(self.step, &figures);
             if self.nonfinite_in_a_row >= config.max_nonfinite_steps {
-                self.save(config, run, &progress)?;
+                let end = match self.save(config, run, &progress) {
+                    Ok(()) => format!(
+                        "no such step changed the weights, and {} holds them: try a smaller --lr or --grad-clip 1",
+                        run.path().display()
+                    ),
+                    Err(error) => error.to_string(),
+                };
                 return Err(Error::Stopped(format!(
-                    "training stopped at step {}: loss or gradient was not finite {} steps in a row; no such step changed the \
-                     weights, and {} holds them: try a smaller --lr or --grad-clip 1",
-                    self.step,
-                    self.nonfinite_in_a_row,
-                    run.path().display()
+                    "training stopped at step {}: loss or gradient was not finite {} steps in a row; {end}",
+                    self.step, self.nonfinite_in_a_row
                 )));
             }
             let pause = Instant::now();
