@@ -1,6 +1,6 @@
 //! Files that are there whole or not at all: written under a temporary name beside the final one, synced, then renamed.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -45,8 +45,8 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::File`] when the disk is full or the file cannot be renamed; the path then still holds what it held before.
     pub fn commit(mut self) -> Result<()> {
-        let result = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
-        result.and_then(|()| std::fs::rename(&self.temporary, &self.path)).map_err(|e| self.error(&e))
+        let result = sync(&mut self.file);
+        result.and_then(|()| rename_synced(&self.temporary, &self.path)).map_err(|e| self.error(&e))
     }
 
     /// What to say when writing failed with `e`.
@@ -55,10 +55,50 @@ impl AtomicFile {
     }
 }
 
+/// Whether a kill may have left a file of this name of the writing of one called `of`.
+pub(crate) fn is_leftover(name: &str, of: &str) -> bool {
+    let rest = name.strip_prefix('.').and_then(|name| name.strip_prefix(of));
+    rest.is_some_and(|rest| rest.starts_with('.') && rest.ends_with(".tmp"))
+}
+
+/// Creates `path`, lets `content` write it and waits until it is on the disk.
+pub(crate) fn write_synced(path: &Path, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    content(&mut out)?;
+    sync(&mut out)
+}
+
+/// Renames `from`, whose content is on the disk, to `to` in the same directory and waits until that is on the disk too.
+pub(crate) fn rename_synced(from: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(from, to)?;
+    // The parent of a bare name is the empty path.
+    let directory = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+    sync_directory(directory.unwrap_or(Path::new(".")))
+}
+
+/// Waits until the names in `directory` are on the disk.
+pub(crate) fn sync_directory(directory: &Path) -> io::Result<()> {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, Unsupported};
+    // Elsewhere a directory cannot be opened as a file; renames are in order there.
+    if !cfg!(unix) {
+        return Ok(());
+    }
+    match File::open(directory).and_then(|directory| directory.sync_all()) {
+        // A directory may be writable but not readable, and not every file system syncs directories.
+        Err(e) if matches!(e.kind(), InvalidInput | PermissionDenied | Unsupported) => Ok(()),
+        synced => synced,
+    }
+}
+
+fn sync(file: &mut BufWriter<File>) -> io::Result<()> {
+    file.flush()?;
+    file.get_ref().sync_all()
+}
+
 impl Drop for AtomicFile {
     fn drop(&mut self) {
         // Fails after a commit, when the name is gone already.
-        let _ = std::fs::remove_file(&self.temporary);
+        let _ = fs::remove_file(&self.temporary);
     }
 }
 

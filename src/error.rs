@@ -38,6 +38,15 @@ impl Error {
         Error::Usage(what.into())
     }
 
+    /// The same error with `more` at the end of its sentence.
+    #[must_use]
+    pub fn and(mut self, more: &str) -> Self {
+        let (Error::Usage(what) | Error::Stopped(what) | Error::Shape { what, .. } | Error::File { what, .. }) =
+            &mut self;
+        what.push_str(more);
+        self
+    }
+
     /// A [`Error::File`] for `path`.
     pub fn file(path: impl Into<PathBuf>, what: impl std::fmt::Display) -> Self {
         Error::File { path: path.into(), what: what.to_string() }

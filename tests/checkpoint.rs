@@ -212,7 +212,17 @@ fn weights_that_do_not_fit_are_refused_by_name() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut buffer = good.clone();
         buffer[25] = bad;
-        let message = refused(TensorOut::of_layout(&layout, &buffer, ""), &layout);
+        // Such numbers are not written, and refused where something else wrote them.
+        let run = tempfile::tempdir().unwrap();
+        let tensors = TensorOut::of_layout(&layout, &buffer, "");
+        let files = [FileOut { name: MODEL, tensors, metadata: Metadata::new() }];
+        let message = checkpoint::write(run.path(), 1, &files, "").unwrap_err().to_string();
+        assert!(message.contains("'blocks.0.attn.qkv.bias' is not finite"), "{message}");
+        assert_eq!(steps(run.path()), [0; 0]);
+        let mut bytes = model_file();
+        let place = bytes.len() - 4 * layout.len() + 4 * 25;
+        bytes[place..place + 4].copy_from_slice(&bad.to_le_bytes());
+        let message = open(&bytes).unwrap_err();
         assert!(message.contains("'blocks.0.attn.qkv.bias'") && message.contains("element 1"), "{message}");
     }
     let mut missing = TensorOut::of_layout(&layout, &good, "");

@@ -83,6 +83,30 @@ fn the_number_of_threads_does_not_change_a_bit() {
     assert_same(&place.path().join("one"), &place.path().join("three"));
 }
 
+/// Waits until the run of `child` has its first checkpoint: then it trains.
+#[cfg(unix)]
+fn until_a_checkpoint(child: &mut std::process::Child, run: &Path) {
+    let waiting = Instant::now();
+    while !run.join("checkpoints/0000003").exists() {
+        assert!(waiting.elapsed() < Duration::from_secs(60), "no checkpoint after a minute");
+        assert!(child.try_wait().unwrap().is_none(), "it ended before its first checkpoint");
+        sleep(Duration::from_millis(1));
+    }
+}
+
+#[cfg(unix)]
+fn kill(signal: &str, child: &std::process::Child) {
+    let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+}
+
+/// The last step of `run` that has a checkpoint.
+#[cfg(unix)]
+fn last_checkpoint(run: &Path) -> u64 {
+    let names = fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter_map(|name| name.to_str()?.parse().ok()).max().expect("a checkpoint")
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupted_run_saves_and_goes_on() {
@@ -91,19 +115,13 @@ fn an_interrupted_run_saves_and_goes_on() {
     succeeds(train(place, &[STEPS, &["--out", "whole"]].concat()));
     let long = [&["train"], program::TINY, STEPS, &["--out", "cut", "--steps", "1000000"]].concat();
     let mut child = command(place, &long).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    // It trains once its first checkpoint is there.
-    let waiting = Instant::now();
-    while !place.join("cut/checkpoints/0000003").exists() {
-        assert!(waiting.elapsed() < Duration::from_secs(60), "no checkpoint after a minute");
-        assert!(child.try_wait().unwrap().is_none(), "it ended before its first checkpoint");
-        sleep(Duration::from_millis(1));
-    }
-    let kill =
-        |signal: &str| std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+    until_a_checkpoint(&mut child, &place.join("cut"));
     // A trainer that is already at work on a run keeps others out.
     let second = run(place, &["train", "--resume", "cut"]);
-    assert!(kill("-INT").success());
-    let said = succeeds(child.wait_with_output().unwrap());
+    kill("-INT", &child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "for the shell it was interrupted");
+    let said = String::from_utf8(output.stdout).unwrap();
     fails(second, 1, &["cut", "another process"]);
     assert!(said.contains("dtr-fused train --resume cut"), "{said}");
     let step: u64 = said.split_whitespace().find_map(|word| word.parse().ok()).expect("the step in the message");
@@ -111,6 +129,112 @@ fn an_interrupted_run_saves_and_goes_on() {
     let more = (step + 2).to_string();
     let said = succeeds(run(place, &["train", "--resume", "cut", "--steps", &more]));
     assert!(said.contains(&format!("cut/samples/{:07}.png", step + 2)), "{said}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_whose_messages_nobody_reads_saves_too() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let endless = ["--checkpoint-every", "3", "--keep-checkpoints", "1", "--steps", "1000000", "--out"];
+    for (signals, code) in [(&["-INT"][..], 130), (&["-TERM"], 143), (&["-HUP", "-HUP", "-TERM"], 129)] {
+        let out = format!("run{code}");
+        let args = [&["train"], program::TINY, &endless, &[&out]].concat();
+        let mut child = command(place, &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // As when a terminal closes, or the program after a pipe ends.
+        drop((child.stdout.take(), child.stderr.take()));
+        until_a_checkpoint(&mut child, &place.join(&out));
+        signals.iter().for_each(|signal| kill(signal, &child));
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+        // The next checkpoint was never due at most steps, so most of the time this is one that the signal brought.
+        let step = last_checkpoint(&place.join(&out));
+        let metrics = fs::read_to_string(place.join(&out).join("metrics.jsonl")).unwrap_or_default();
+        let logged = metrics
+            .lines()
+            .last()
+            .map_or(0, |line| serde_json::from_str::<serde_json::Value>(line).unwrap()["step"].as_u64().unwrap());
+        assert!(step >= logged, "a checkpoint of step {step}, but {logged} were done");
+    }
+    if let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") {
+        let args = [&["train"], program::TINY, &["--steps", "2", "--out", "full"]].concat();
+        let status = command(place, &args).stdout(Stdio::null()).stderr(full).status().unwrap();
+        assert!(status.success(), "{status}");
+        assert_eq!(last_checkpoint(&place.join("full")), 2);
+    }
+}
+
+#[test]
+fn pictures_that_cannot_be_made_cost_nothing_and_are_made_later() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    succeeds(train(place, &[STEPS, &["--out", "whole"]].concat()));
+    let start: Vec<&str> = STEPS.iter().map(|&word| if word == "24" { "3" } else { word }).collect();
+    succeeds(train(place, &[&start, &["--out", "run"][..]].concat()));
+    fs::remove_dir_all(place.join("run/samples")).unwrap();
+    fs::write(place.join("run/samples"), "in the way").unwrap();
+    fs::remove_file(place.join("run/loss.png")).unwrap();
+    fs::create_dir(place.join("run/loss.png")).unwrap();
+    let resume = |more: &[&str]| run(place, &[&["train", "--resume", "run"], more].concat());
+    let output = resume(&["--steps", "24"]);
+    let said = program::stderr(&output);
+    succeeds(output);
+    assert!(said.contains("no samples of step 12") && said.contains("no samples of step 24"), "{said}");
+    assert!(said.contains("no curve of the loss") && said.contains("loss.png"), "{said}");
+    // As after a kill between a checkpoint and its samples.
+    fs::remove_file(place.join("run/samples")).unwrap();
+    let said = succeeds(resume(&[]));
+    assert!(said.contains("run/samples/0000024.png"), "{said}");
+    for file in ["checkpoints/0000024/ema.safetensors", "samples/0000024.png"] {
+        let [whole, late] = ["whole", "run"].map(|run| fs::read(place.join(run).join(file)).unwrap());
+        assert!(whole == late, "{file} differs");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_ends_sampling() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    // Sampling would take minutes.
+    let slow = ["--steps", "3", "--out", "run", "--sample-steps", "1000", "--samples-per-class", "1000"];
+    let args = [&["train"], program::TINY, &slow].concat();
+    let mut child = command(place, &args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    until_a_checkpoint(&mut child, &place.join("run"));
+    kill("-INT", &child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(!place.join("run/samples/0000003.png").exists());
+    let said = succeeds(run(place, &["train", "--resume", "run", "--sample-steps", "3", "--samples-per-class", "1"]));
+    assert!(said.contains("run/samples/0000003.png"), "{said}");
+}
+
+#[cfg(unix)]
+#[test]
+fn signals_that_the_parent_ignores_stay_ignored() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run");
+    // As nohup does for SIGHUP, and a script for Ctrl-C of its jobs in the background.
+    let flags = "--checkpoint-every 3 --keep-checkpoints 1 --steps 1000000 --out run";
+    let script = format!(
+        "trap '' HUP INT; exec '{}' train {} {flags}",
+        env!("CARGO_BIN_EXE_dtr-fused"),
+        program::TINY.join(" ")
+    );
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", &script]).current_dir(place.path()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = shell.spawn().unwrap();
+    until_a_checkpoint(&mut child, &run);
+    kill("-HUP", &child);
+    kill("-INT", &child);
+    // It saves on: the signals did not set the end going.
+    let (before, waiting) = (last_checkpoint(&run), Instant::now());
+    while last_checkpoint(&run) < before + 9 {
+        assert!(waiting.elapsed() < Duration::from_secs(60), "no checkpoints after the signals");
+        assert!(child.try_wait().unwrap().is_none(), "it ended");
+        sleep(Duration::from_millis(1));
+    }
+    kill("-TERM", &child);
+    assert_eq!(child.wait().unwrap().code(), Some(143));
 }
 
 #[test]
@@ -135,8 +259,59 @@ fn a_run_is_not_overwritten_and_keeps_its_nature() {
     fails(run(place, &["train", "--resume", "moved"]), 1, &["moved", "outside of its run"]);
     // Killed before its first checkpoint: it starts over.
     fs::remove_dir(place.join("run/checkpoints")).unwrap();
-    succeeds(run(place, &["train", "--resume", "run"]));
+    let output = run(place, &["train", "--resume", "run"]);
+    assert!(program::stderr(&output).contains("starting it over"), "{}", program::stderr(&output));
+    succeeds(output);
     assert!(place.join("run/checkpoints/0000001").exists());
+}
+
+#[test]
+fn a_resume_that_would_lose_or_change_the_run_is_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let resume = |more: &[&str]| run(place, &[&["train", "--resume"], more].concat());
+    let each = ["--checkpoint-every", "1", "--keep-checkpoints", "9", "--log-every", "1"];
+    succeeds(train(place, &[&each[..], &["--steps", "4", "--out", "run"]].concat()));
+    let at = |path: &str| place.join("run").join(path);
+    let metrics = fs::read(at("metrics.jsonl")).unwrap();
+
+    fails(resume(&["run", "--steps", "3"]), 2, &["steps is 3, but 4 are done"]);
+    let said = succeeds(resume(&["run"]));
+    assert!(said.starts_with("All 4 steps were done already") && said.contains("--steps"), "{said}");
+
+    // A configuration that was cut, or edited in what a run keeps for life.
+    let config = fs::read_to_string(at("config.toml")).unwrap();
+    fs::write(at("config.toml"), "").unwrap();
+    fails(resume(&["run"]), 1, &["run/config.toml", "no key 'model'"]);
+    fs::write(at("config.toml"), config.replace("\nseed = 0\n", "\nseed = 1\n")).unwrap();
+    fails(resume(&["run"]), 1, &["run/config.toml", "seed is 1", "trained with 0"]);
+    fs::write(at("config.toml"), &config).unwrap();
+
+    // Damaged checkpoints: the good one before them is named, and works when they are moved away.
+    fs::write(at("checkpoints/0000004/optimizer.safetensors"), "x").unwrap();
+    fs::remove_file(at("checkpoints/0000003/model.safetensors")).unwrap();
+    fails(
+        resume(&["run"]),
+        1,
+        &["0000004/optimizer.safetensors", "last good one", "checkpoints/0000002", "--resume run"],
+    );
+    fails(resume(&["run/checkpoints/0000003"]), 1, &["no whole checkpoint", "model.safetensors"]);
+    fails(resume(&["run/checkpoints/0000002"]), 2, &["step 2 is not the last"]);
+    assert!(!at("checkpoints/0000003/.lock").exists(), "it is no run");
+    for step in ["0000003", "0000004"] {
+        fs::rename(at("checkpoints").join(step), place.join(step)).unwrap();
+    }
+    let output = resume(&["run", "--steps", "5"]);
+    let said = program::stderr(&output);
+    succeeds(output);
+    assert!(said.contains("going on after step 2 of 5"), "{said}");
+
+    // All checkpoints moved away.
+    fs::rename(at("checkpoints"), place.join("elsewhere")).unwrap();
+    fails(resume(&["run"]), 1, &["run/checkpoints", "no checkpoint", "step 5"]);
+    let now = fs::read_to_string(at("metrics.jsonl")).unwrap();
+    assert_eq!(now.lines().count(), 5);
+    assert!(metrics.starts_with(now.lines().next().unwrap().as_bytes()), "the metrics are kept");
 }
 
 #[test]
@@ -148,6 +323,25 @@ fn steps_that_are_not_finite_stop_the_run_with_a_good_checkpoint() {
     fails(train(place, &diverging), 1, &["not finite 3 steps in a row", "run", "--lr"]);
     // The checkpoint holds no NaN and no infinity: loading would name them instead of going on to the next bad step.
     fails(run(place, &["train", "--resume", "run"]), 1, &["not finite 4 steps in a row"]);
+
+    // A step whose loss and gradient are finite, but not the weights it makes.
+    let decay = ["--lr", "1", "--weight-decay", "1e39", "--warmup-steps", "0", "--steps", "60", "--out", "decay"];
+    fails(train(place, &decay), 1, &["decay/checkpoints/0000011", "not finite: training diverged"]);
+    assert!(!place.join("decay/checkpoints/0000011").exists());
+    fails(train(place, &["--adam-eps", "1e-46"]), 2, &["adam_eps is", "1.2e-38"]);
+
+    // With this seed some samples of the skipped steps have finite losses; no step that is skipped is averaged.
+    let partly = [&diverging[..diverging.len() - 1], &["partly", "--seed", "2", "--log-every", "1"]].concat();
+    fails(train(place, &partly), 1, &["not finite 3 steps in a row"]);
+    let (mut lines, mut skipped) = (0, 0);
+    for line in fs::read_to_string(place.join("partly/metrics.jsonl")).unwrap().lines() {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let counts = line["skipped"].as_u64().unwrap() == skipped;
+        assert_eq!(line["loss"].is_number(), counts, "{line}");
+        skipped = line["skipped"].as_u64().unwrap();
+        lines += 1;
+    }
+    assert!(skipped == 3 && lines > 3, "{skipped} of {lines}");
 }
 
 #[test]

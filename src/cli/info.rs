@@ -53,7 +53,7 @@ fn show_run(run: &Path) -> Result<()> {
     show_config(&config);
     let lines = metrics::read(run)?;
     if let Some(last) = lines.last() {
-        let loss = last.loss.map_or("not measured".into(), |loss| format!("{loss:.4}"));
+        let loss = last.loss.map_or("not measured".into(), metrics::loss_text);
         row("last loss", format!("{loss} at step {} of {}", last.step, config.steps));
         if last.skipped > 0 {
             row("skipped", format!("{} steps that were not finite", last.skipped));

@@ -8,6 +8,7 @@ mod kernels;
 mod knobs;
 mod parity;
 mod sample;
+mod signals;
 mod train;
 
 use std::panic::{self, PanicHookInfo};
@@ -17,6 +18,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::error::{Error, Result};
+use crate::train::progress::say;
 
 /// Exit code when what was asked for makes no sense; clap uses the same.
 const USAGE: u8 = 2;
@@ -35,7 +37,7 @@ struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  dtr-fused train                              train a small model on handwritten digits (two minutes on two cores)
+  dtr-fused train                              train a small model on handwritten digits (about a minute on two cores)
   dtr-fused train --data photos --image-size 64 --model DiT-S/4
   dtr-fused sample --checkpoint runs/digits-paper-0001
   dtr-fused info runs/digits-paper-0001        what a run holds
@@ -55,6 +57,7 @@ enum Command {
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
     panic::set_hook(Box::new(report_panic));
+    signals::ignore_file_limit();
     let outcome = panic::catch_unwind(|| match Cli::try_parse() {
         Ok(cli) => run(cli.command),
         // Help and version, asked for or in place of a missing command.
@@ -66,9 +69,9 @@ pub fn main() -> ExitCode {
         Err(message) => Err(Error::Usage(one_sentence(&message.to_string()))),
     });
     match outcome {
-        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Ok(code)) => code,
         Ok(Err(error)) => {
-            eprintln!("error: {error}");
+            say(&format!("error: {error}"));
             ExitCode::from(if matches!(error, Error::Usage(_)) { USAGE } else { FAILURE })
         }
         // The hook has said what there is to say.
@@ -76,16 +79,17 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<()> {
+fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Train(args) => train::run(args),
+        Command::Train(args) => return train::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Kernels(args) => kernels::run(args),
         Command::Info(args) => info::run(args),
         Command::Parity(args) => parity::run(args),
         Command::Completions(args) => completions::run(args),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// clap's message without its usage lines: what is wrong, and the near name if there is one.
@@ -103,19 +107,15 @@ fn report_panic(info: &PanicHookInfo) {
     let message = message.unwrap_or("no message").replace('\n', " ");
     if let Some(what) = message.strip_prefix("failed printing to std") {
         if !what.contains("Broken pipe") {
-            eprintln!(
-                "error: the output cannot be written: {}",
-                what.split_once(": ").map_or(what, |(_, error)| error)
-            );
+            let why = what.split_once(": ").map_or(what, |(_, error)| error);
+            say(&format!("error: the output cannot be written: {why}"));
             std::process::exit(i32::from(FAILURE));
         }
         std::process::exit(BROKEN_PIPE);
     }
     let place = info.location().map_or(String::new(), |at| format!(" at {}:{}", at.file(), at.line()));
-    eprintln!(
-        "error: this is a bug in dtr-fused {}{place}: {message}; please report this line",
-        env!("CARGO_PKG_VERSION")
-    );
+    let version = env!("CARGO_PKG_VERSION");
+    say(&format!("error: this is a bug in dtr-fused {version}{place}: {message}; please report this line"));
 }
 
 #[cfg(test)]

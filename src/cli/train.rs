@@ -1,30 +1,32 @@
 //! `dtr-fused train`.
 
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::process::ExitCode;
 
 use clap::Args;
 
 use super::knobs::KnobFlags;
+use super::signals::{self, STOP};
 use crate::error::{Error, Result};
 use crate::train::config::{Assignment, Layer};
-use crate::train::{TrainConfig, checkpoint, trainer};
-
-/// Set by Ctrl-C: finish the step, write a checkpoint, end.
-static STOP: AtomicBool = AtomicBool::new(false);
+use crate::train::progress::say;
+use crate::train::{TrainConfig, checkpoint, resume, trainer};
 
 const EXAMPLES: &str = "\
 Values are taken from the defaults of the model, then the file of --config, then --set, then the other flags.
 
 Examples:
-  dtr-fused train                                       digits, about two minutes on two cores
+  dtr-fused train                                       digits, about a minute on two cores
   dtr-fused train --routing sublayer --beta 0.5         our variant that skips half of all channels
   dtr-fused train --data photos --image-size 64 --model DiT-S/4 --batch-size 32 --steps 20000
   dtr-fused train --resume runs/digits-paper-0001       go on after a kill, bit for bit
   dtr-fused train --resume runs/digits-paper-0001 --steps 2000
   dtr-fused train --print-config > my.toml              a file with every knob, to edit
   dtr-fused train --config my.toml --set lr=1e-4 ema_decay=0.9995
+
+Ctrl-C, SIGTERM and SIGHUP stop after the step in progress, with a checkpoint; --resume goes on. The exit code is then 130
+(Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), and 0 only when all steps are done.
 ";
 
 /// Train a diffusion transformer; with no arguments, a small one on handwritten digits
@@ -47,16 +49,16 @@ pub(super) struct TrainArgs {
     knobs: KnobFlags,
 }
 
-pub(super) fn run(args: TrainArgs) -> Result<()> {
+pub(super) fn run(args: TrainArgs) -> Result<ExitCode> {
     let layers = layers(&args)?;
     let Some(path) = &args.resume else {
         let config = TrainConfig::from_layers(&layers)?;
         if args.print_config {
             print!("{}", config.to_toml());
-            return Ok(());
+            return Ok(ExitCode::SUCCESS);
         }
         stop_on_signals();
-        return report(&trainer::start(config, &STOP)?);
+        return Ok(report(&trainer::start(config, &STOP)?));
     };
     let place = checkpoint::resolve(path)?;
     let Some(run) = &place.run else {
@@ -65,13 +67,13 @@ pub(super) fn run(args: TrainArgs) -> Result<()> {
             "is a checkpoint outside of its run: --resume needs DIR/checkpoints/STEP with the run's config.toml in DIR",
         ));
     };
-    let config = TrainConfig::from_file(&run.join(checkpoint::CONFIG))?.resumed_with(&layers)?;
+    let config = resume::config_of(run)?.resumed_with(&layers)?;
     if args.print_config {
         print!("{}", config.to_toml());
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     stop_on_signals();
-    report(&trainer::resume(config, run, place.checkpoint.as_deref(), &STOP)?)
+    Ok(report(&trainer::resume(config, run, place.checkpoint.as_deref(), &STOP)?))
 }
 
 /// What was given beyond the defaults, in rising order of weight.
@@ -84,30 +86,31 @@ fn layers(args: &TrainArgs) -> Result<Vec<Layer>> {
 }
 
 fn stop_on_signals() {
-    let handler = || {
-        if STOP.swap(true, Ordering::Relaxed) {
-            process::exit(130);
-        }
-        eprintln!("\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once, without");
-    };
     // A process whose signals cannot be caught trains all the same; a kill costs it the steps since the last checkpoint.
-    if let Err(error) = ctrlc::set_handler(handler) {
-        eprintln!("note: Ctrl-C will stop without a checkpoint: {error}");
+    if let Err(error) = signals::stop_on_signals() {
+        say(&format!("note: Ctrl-C will stop without a checkpoint: {error}"));
     }
 }
 
-fn report(outcome: &trainer::Outcome) -> Result<()> {
+/// Says how training ended and what to type next.
+fn report(outcome: &trainer::Outcome) -> ExitCode {
     let run = quoted(&outcome.run);
-    if !outcome.finished {
-        println!(
+    let (line, code) = if outcome.finished {
+        let samples = outcome.samples.as_deref().map_or(run.clone(), quoted);
+        let line = format!("Samples are in {samples}; for more, type: dtr-fused sample --checkpoint {run}");
+        let done =
+            format!("All {0} steps were done already: to train on, give --steps with more than {0}. ", outcome.step);
+        (if outcome.step == outcome.began { done + &line } else { line }, ExitCode::SUCCESS)
+    } else {
+        let line = format!(
             "Stopped after step {} with a checkpoint; to go on, type: dtr-fused train --resume {run}",
             outcome.step
         );
-        return Ok(());
-    }
-    let samples = outcome.samples.as_deref().map_or(run.clone(), quoted);
-    println!("Samples are in {samples}; for more, type: dtr-fused sample --checkpoint {run}");
-    Ok(())
+        (line, ExitCode::from(signals::exit_code()))
+    };
+    // The run is on the disk: that nobody reads this line is no failure.
+    let _ = writeln!(io::stdout(), "{line}");
+    code
 }
 
 /// A path as one can paste it into a shell.

@@ -5,11 +5,13 @@
 //! is it renamed: whatever has a step for its name is whole. Names that begin with a dot are the leftovers of a run that was
 //! killed while it wrote or deleted; they are cleared by the next write.
 
+use rayon::prelude::*;
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use crate::atomic_file::{rename_synced, sync_directory, write_synced};
 use crate::error::{Error, Result};
 use crate::params::Layout;
 use crate::safetensors_file::SafetensorsFile;
@@ -26,7 +28,8 @@ pub const CONFIG: &str = "config.toml";
 /// Free text of a file: what the trainer must remember beside tensors.
 pub type Metadata = BTreeMap<String, String>;
 
-const DIRECTORY: &str = "checkpoints";
+/// Where a run has its checkpoints.
+pub(super) const DIRECTORY: &str = "checkpoints";
 /// A checkpoint being written or deleted.
 const TEMPORARY: &str = ".tmp-";
 /// A checkpoint being replaced by another of the same step.
@@ -73,14 +76,23 @@ impl<'a> TensorOut<'a> {
 /// Writes the checkpoint of `step` and returns its directory. A checkpoint of the same step is replaced.
 ///
 /// # Errors
-/// [`Error::File`] when a directory or file cannot be written (no permission, disk full). All earlier checkpoints are intact,
-/// and what was written of this one is removed.
+/// [`Error::File`] when a directory or file cannot be written (no permission, disk full), or a number is not finite. All
+/// earlier checkpoints are intact, and what was written of this one is removed.
 pub fn write(run: &Path, step: u64, files: &[FileOut], config: &str) -> Result<PathBuf> {
     let directory = run.join(DIRECTORY);
     let target = directory.join(name_of(step));
     let temporary = directory.join(format!("{TEMPORARY}{}", name_of(step)));
+    // Reading would refuse it, when the checkpoints before it may be gone.
+    let finite = |tensor: &&TensorOut| {
+        tensor.data.par_chunks(1 << 16).all(|part| part.iter().fold(true, |all, x| all & x.is_finite()))
+    };
+    if let Some(bad) = files.iter().flat_map(|file| &file.tensors).find(|tensor| !finite(tensor)) {
+        let what = format!("is not written, as tensor '{}' is not finite: training diverged", bad.name);
+        return Err(Error::file(&target, what + "; use a smaller --lr, from an earlier checkpoint if there is one"));
+    }
     let result = clear_leftovers(&directory)
         .and_then(|()| fs::create_dir_all(&temporary))
+        .and_then(|()| sync_directory(run))
         .and_then(|()| write_files(&temporary, files, config))
         .and_then(|()| put_in_place(&directory, &temporary, &target));
     result.map_err(|e| {
@@ -108,12 +120,10 @@ fn put_in_place(directory: &Path, temporary: &Path, target: &Path) -> io::Result
         let name = target.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let old = directory.join(format!("{REPLACED}{name}"));
         fs::rename(target, &old)?;
-        fs::rename(temporary, target)?;
-        sync_directory(directory)?;
+        rename_synced(temporary, target)?;
         return fs::remove_dir_all(&old);
     }
-    fs::rename(temporary, target)?;
-    sync_directory(directory)
+    rename_synced(temporary, target)
 }
 
 /// Removes what killed runs left behind; a checkpoint that was being replaced is put back if its successor never came.
@@ -135,19 +145,6 @@ fn clear_leftovers(directory: &Path) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Creates `path`, lets `content` write it and waits until it is on the disk.
-pub(super) fn write_synced(path: &Path, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
-    let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
-    content(&mut out)?;
-    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
-}
-
-/// Waits until the names in `directory` are on the disk.
-pub(super) fn sync_directory(directory: &Path) -> io::Result<()> {
-    // Elsewhere a directory cannot be opened as a file; renames are in order there.
-    if cfg!(unix) { File::open(directory)?.sync_all() } else { Ok(()) }
 }
 
 /// Writes a `.safetensors` file: the header's length, the header, the tensors one after the other.
@@ -244,12 +241,13 @@ pub fn resolve(path: &Path) -> Result<Location> {
     if !kind.is_dir() {
         return Err(Error::file(path, "is not a directory: give a run's directory or one of its checkpoints/STEP"));
     }
+    let run = run_around(path)?;
     if path.join(MODEL).exists() {
-        // The path may be relative or end in dots, so its parents are only known of the absolute one.
-        let absolute = fs::canonicalize(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
-        let parent = absolute.parent().filter(|parent| parent.file_name().is_some_and(|name| name == DIRECTORY));
-        let run = parent.and_then(Path::parent).filter(|run| run.join(CONFIG).exists());
-        return Ok(Location { run: run.map(Path::to_path_buf), checkpoint: Some(path.to_path_buf()) });
+        return Ok(Location { run, checkpoint: Some(path.to_path_buf()) });
+    }
+    // Its config.toml does not make it a run.
+    if run.is_some() || [EMA, OPTIMIZER].iter().any(|name| path.join(name).exists()) {
+        return Err(Error::file(path, format!("is no whole checkpoint, as it has no {MODEL}: give another one")));
     }
     let checkpoint = latest(path)?.map(|(_, checkpoint)| checkpoint);
     if checkpoint.is_none() && !path.join(CONFIG).exists() {
@@ -259,6 +257,14 @@ pub fn resolve(path: &Path) -> Result<Location> {
         ));
     }
     Ok(Location { run: Some(path.to_path_buf()), checkpoint })
+}
+
+/// The run that has `path` in its `checkpoints/`.
+fn run_around(path: &Path) -> Result<Option<PathBuf>> {
+    // The path may be relative or end in dots, so its parents are only known of the absolute one.
+    let absolute = fs::canonicalize(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
+    let parent = absolute.parent().filter(|parent| parent.file_name().is_some_and(|name| name == DIRECTORY));
+    Ok(parent.and_then(Path::parent).filter(|run| run.join(CONFIG).exists()).map(Path::to_path_buf))
 }
 
 /// The name of a step's directory: sorts as text up to ten million steps.

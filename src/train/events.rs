@@ -12,7 +12,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::run_dir::RunDir;
 use crate::error::{Error, Result};
 
-const PREFIX: &str = "events.out.tfevents.";
+/// What the names of event files begin with.
+pub(super) const EVENTS: &str = "events.out.tfevents";
 /// Largest file that a resumed run trims; a line of metrics takes about 500 bytes.
 const MAX_FILE_BYTES: u64 = 1 << 30;
 
@@ -27,7 +28,7 @@ impl EventFile {
     /// Opens the event file of `run`, or a new one. Records of steps after `step` are dropped, as is a record cut short.
     pub(super) fn open(run: &RunDir, step: u64) -> Result<Self> {
         let seconds = now() as u64;
-        let name = existing(run)?.unwrap_or_else(|| format!("{PREFIX}{seconds:010}.dtr-fused"));
+        let name = existing(run)?.unwrap_or_else(|| format!("{EVENTS}.{seconds:010}.dtr-fused"));
         let path = run.path().join(&name);
         let old = match fs::metadata(&path) {
             Ok(file) if file.len() > MAX_FILE_BYTES => {
@@ -69,7 +70,7 @@ impl EventFile {
 fn existing(run: &RunDir) -> Result<Option<String>> {
     let entries = fs::read_dir(run.path()).map_err(|e| Error::file(run.path(), format!("cannot be read: {e}")))?;
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    Ok(names.filter(|name| name.starts_with(PREFIX)).max())
+    Ok(names.filter(|name| name.starts_with(EVENTS)).max())
 }
 
 /// Seconds since 1970.

@@ -121,6 +121,11 @@ impl Meter {
     }
 }
 
+/// A loss for people, who lose count of the digits of one that diverged.
+pub fn loss_text(loss: f64) -> String {
+    if loss.abs() < 1e6 { format!("{loss:.4}") } else { format!("{loss:.3e}") }
+}
+
 /// The open metric files of a run: `metrics.jsonl` and TensorBoard's events.
 #[derive(Debug)]
 pub struct MetricsLog {
@@ -242,6 +247,12 @@ mod tests {
         assert_eq!((empty.loss, empty.images_per_s, empty.skipped), (None, None, 1));
         let text = serde_json::to_string(&empty).unwrap();
         assert_eq!(serde_json::from_str::<Line>(&text).unwrap(), empty, "{text}");
+    }
+
+    #[test]
+    fn losses_are_readable() {
+        assert_eq!([0.123_456, -1.0, 999_999.0].map(loss_text), ["0.1235", "-1.0000", "999999.0000"]);
+        assert_eq!([1_883_881_395_451_313.0, -1e6].map(loss_text), ["1.884e15", "-1.000e6"]);
     }
 
     #[test]

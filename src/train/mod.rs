@@ -11,7 +11,9 @@ pub mod optimizer;
 pub mod plan;
 pub mod plot;
 pub mod progress;
+pub mod resume;
 pub mod run_dir;
+mod state;
 pub mod timing;
 pub mod trainer;
 

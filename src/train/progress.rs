@@ -1,12 +1,18 @@
 //! Progress of training or sampling on standard error: a bar on a terminal, a line every few seconds elsewhere.
 
-use std::io::IsTerminal;
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Between two lines where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Writes a line to standard error. That nobody reads it any more (a closed terminal, a full disk under a log) must not end
+/// the work, as `eprintln!` would.
+pub fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
 
 /// Progress of a job of a known number of steps.
 #[derive(Debug)]
@@ -27,8 +33,9 @@ enum Output {
 impl Progress {
     /// Starts at `step` of `total`; `what` names the job (`"training"`).
     pub fn new(what: &'static str, step: u64, total: u64) -> Self {
-        let output = if std::io::stderr().is_terminal() {
-            let bar = ProgressBar::new(total).with_position(step);
+        let bar = ProgressBar::new(total).with_position(step);
+        // Hidden where there is no terminal, or one that cannot move its cursor (TERM=dumb).
+        let output = if !bar.is_hidden() {
             let template = "{prefix} {wide_bar:.blue/black.bright} {pos}/{len}  {msg}";
             bar.set_style(ProgressStyle::with_template(template).expect("a valid template").progress_chars("━━─"));
             bar.set_prefix(what);
@@ -50,17 +57,37 @@ impl Progress {
             Output::Lines { last } => {
                 if step >= self.total || last.is_none_or(|last| last.elapsed() >= LINE_EVERY) {
                     *last = Some(Instant::now());
-                    eprintln!("{} {step}/{}  {figures}  {left}", self.what, self.total);
+                    say(&format!("{} {step}/{}  {figures}  {left}", self.what, self.total));
                 }
             }
+        }
+    }
+
+    /// Shows that something else is done meanwhile (`"sampling 12/50"`), at the step that was shown last.
+    pub fn meanwhile(&mut self, what: String) {
+        match &mut self.output {
+            Output::Bar(bar) => bar.set_prefix(what),
+            Output::Lines { last } => {
+                if last.is_none_or(|last| last.elapsed() >= LINE_EVERY) {
+                    *last = Some(Instant::now());
+                    say(&what);
+                }
+            }
+        }
+    }
+
+    /// Goes back to the job itself after [`meanwhile`](Self::meanwhile).
+    pub fn end_meanwhile(&self) {
+        if let Output::Bar(bar) = &self.output {
+            bar.set_prefix(self.what);
         }
     }
 
     /// Prints a line without tearing the bar.
     pub fn say(&self, line: &str) {
         match &self.output {
-            Output::Bar(bar) => bar.suspend(|| eprintln!("{line}")),
-            Output::Lines { .. } => eprintln!("{line}"),
+            Output::Bar(bar) => bar.suspend(|| say(line)),
+            Output::Lines { .. } => say(line),
         }
     }
 

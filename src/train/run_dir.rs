@@ -8,8 +8,12 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use super::checkpoint::{CONFIG, sync_directory, write_synced};
+use super::checkpoint::CONFIG;
 use super::config::TrainConfig;
+use super::events::EVENTS;
+use super::metrics::METRICS;
+use super::plot::LOSS_PNG;
+use crate::atomic_file::{AtomicFile, is_leftover};
 use crate::error::{Error, Result};
 
 const LOCK: &str = ".lock";
@@ -39,7 +43,9 @@ impl RunDir {
             )));
         }
         let mut others = fs::read_dir(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
-        if others.any(|entry| entry.is_ok_and(|entry| entry.file_name() != LOCK)) {
+        // A run that was killed, or found no room, before it had its config.toml leaves no more than these.
+        let ours = |name: &str| name == LOCK || is_leftover(name, CONFIG);
+        if others.any(|entry| entry.is_ok_and(|entry| !entry.file_name().to_str().is_some_and(ours))) {
             return Err(Error::file(
                 &path,
                 "is not empty, and what is in it is no run: give another directory (--out DIR)",
@@ -69,7 +75,11 @@ impl RunDir {
                 Err(Error::file(&path, "another process trains this run: wait for it, or start a new run"))
             }
             // A file system without locks cannot tell; that must not keep anybody from training.
-            Ok(()) | Err(TryLockError::Error(_)) => Ok(RunDir { path, _lock: file }),
+            Err(TryLockError::Error(_)) => Ok(RunDir { path, _lock: file }),
+            Ok(()) => {
+                clear_leftovers(&path);
+                Ok(RunDir { path, _lock: file })
+            }
         }
     }
 
@@ -93,14 +103,20 @@ impl RunDir {
     /// # Errors
     /// [`Error::File`] when it cannot be written; what was there before is intact.
     pub fn replace(&self, name: &str, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-        let (path, temporary) = (self.path.join(name), self.path.join(format!(".{name}.tmp")));
-        write_synced(&temporary, content)
-            .and_then(|()| fs::rename(&temporary, &path))
-            .and_then(|()| sync_directory(&self.path))
-            .map_err(|e| {
-                let _ = fs::remove_file(&temporary);
-                Error::file(&path, format!("cannot be written: {e}"))
-            })
+        let mut file = AtomicFile::create(self.path.join(name))?;
+        content(&mut file).map_err(|e| file.error(&e))?;
+        file.commit()
+    }
+}
+
+/// Removes half-written files that killed trainers left in the run in `path`. Where that fails they are in nobody's way.
+fn clear_leftovers(path: &Path) {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    for entry in entries {
+        let ours = |name: &str| [CONFIG, METRICS, LOSS_PNG, EVENTS].iter().any(|file| is_leftover(name, file));
+        if entry.file_name().to_str().is_some_and(ours) {
+            let _ = fs::remove_file(entry.path());
+        }
     }
 }
 
@@ -140,6 +156,11 @@ mod tests {
         assert!(RunDir::create(&config(&out)).unwrap_err().to_string().contains("--resume"));
         let other = place.path().join("other");
         fs::create_dir(&other).unwrap();
+        // What a run leaves that was killed while it wrote its configuration, and something else.
+        fs::write(other.join(".config.toml.123.0.tmp"), "model").unwrap();
+        RunDir::create(&config(&other)).unwrap();
+        assert!(!other.join(".config.toml.123.0.tmp").exists());
+        fs::remove_file(other.join(CONFIG)).unwrap();
         fs::write(other.join("thesis.tex"), "x").unwrap();
         assert!(RunDir::create(&config(&other)).unwrap_err().to_string().contains("not empty"));
     }

@@ -1,15 +1,15 @@
 //! The training loop, top to bottom.
 
 use super::batches::Batches;
-use super::checkpoint::{self, FileOut, Metadata, TensorOut};
+use super::checkpoint;
 use super::config::{Precision, SamplerKind, TrainConfig};
 use super::device::{DeviceUpdate, LARGEST_NORM};
-use super::learner::{Learner, Losses, Uncertainty};
+use super::learner::{Learner, Losses};
 use super::metrics::{self, Meter, MetricsLog};
 use super::optimizer::Update;
 use super::plan;
-use super::plot;
 use super::progress::Progress;
+use super::resume;
 use super::run_dir::RunDir;
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
@@ -17,10 +17,9 @@ use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{DType, Device};
 use crate::data::{self, Dataset};
-use crate::diffusion::weighting::CLUSTERS;
 use crate::diffusion::{Method, Sampler, Schedule, space_timesteps};
 use crate::error::{Error, Result};
-use crate::generate::generate;
+use crate::generate;
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::model::memory::activation_numbers;
@@ -36,11 +35,13 @@ use std::time::Instant;
 pub struct Outcome {
     /// The run's directory.
     pub run: PathBuf,
+    /// Steps that were done before.
+    pub began: u64,
     /// Steps done.
     pub step: u64,
-    /// Whether all steps of the configuration are done (else it was interrupted).
+    /// Whether all steps of the configuration are done, and the samples after the last (else it was interrupted).
     pub finished: bool,
-    /// The last grid of samples.
+    /// The last grid of samples, unless it failed.
     pub samples: Option<PathBuf>,
 }
 
@@ -62,25 +63,26 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
 /// Goes on with a run from `checkpoint` (from the start without one), exactly as if it had never stopped.
 ///
 /// # Errors
-/// As [`start`], and when the checkpoint is damaged or another model's.
+/// As [`start`], and when the checkpoint is damaged or another model's, or the run had checkpoints that are gone.
 pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
     let dataset = open_data(&mut config)?;
+    match checkpoint {
+        Some(checkpoint) => resume::check_same_run(&config, run, checkpoint)?,
+        None => resume::check_never_saved(run)?,
+    }
     in_pool(&config, || {
         let (learner, notes) = learner_on(&config)?;
         let run = RunDir::open(run)?;
         let mut trainer = Trainer::new(&config, dataset, learner, notes)?;
-        if let Some(checkpoint) = checkpoint {
-            trainer.load(checkpoint)?;
-            // Later checkpoints would be taken for the run's newest, and those written from here on pruned before them.
-            if let Some((latest, path)) = checkpoint::latest(run.path())?.filter(|(latest, _)| *latest > trainer.step) {
-                return Err(Error::usage(format!(
-                    "step {} is not the last of this run, {latest} is: move {} and others after it away to go on from here",
-                    trainer.step,
-                    path.display()
-                )));
+        let note = match checkpoint {
+            Some(checkpoint) => {
+                trainer.go_on_from(checkpoint, &config, &run)?;
+                format!("going on after step {} of {}, from {}", trainer.step, config.steps, checkpoint.display())
             }
-        }
+            None => "the run has no checkpoint yet: starting it over".to_string(),
+        };
+        trainer.notes.insert(0, note);
         // What was changed for this run (more steps, say) holds for the next resume too.
         run.replace(checkpoint::CONFIG, |out| out.write_all(config.to_toml().as_bytes()))?;
         trainer.run(&config, &run, stop)
@@ -232,14 +234,16 @@ pub fn scale_of(side: usize) -> usize {
     (64 / side).max(1)
 }
 
-struct Trainer {
-    learner: Learner,
+pub(super) struct Trainer {
+    pub(super) learner: Learner,
     batches: Batches,
-    step: u64,
-    meter: Meter,
-    nonfinite_in_a_row: u64,
+    pub(super) step: u64,
+    pub(super) saved: Option<u64>, // step of the last checkpoint
+    whole: bool,                   // whether the numbers are those after a step, not in the middle of one
+    pub(super) meter: Meter,
+    pub(super) nonfinite_in_a_row: u64,
     coefficients: Vec<f64>, // [B], as drawn
-    losses: Vec<f32>,       // [B], as drawn
+    losses: Losses,         // [B], as drawn
     computed: Losses,       // of a part on the CPU, of all parts on a device; in the order of computation
     notes: Vec<String>,
 }
@@ -250,10 +254,16 @@ impl Trainer {
             batches: Batches::new(config, dataset, learner.on_device.is_some())?,
             learner,
             step: 0,
+            saved: None,
+            whole: true,
             meter: Meter::default(),
             nonfinite_in_a_row: 0,
             coefficients: vec![0.0; config.batch_size],
-            losses: vec![0.0; config.batch_size],
+            losses: Losses {
+                mse: vec![0.0; config.batch_size],
+                vb: vec![0.0; config.batch_size],
+                loss: vec![0.0; config.batch_size],
+            },
             computed: Losses::default(),
             notes,
         })
@@ -276,56 +286,79 @@ impl Trainer {
         }
         self.notes.iter().for_each(|note| progress.say(note));
         let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
+        let began = self.step;
         let (mut samples, mut figures) = (None, String::new());
+        if self.step > 0 && due(self.step, config.sample_every) {
+            // A run that ended between a checkpoint and the samples of its step makes them now, from the same weights.
+            let there = run.samples(self.step).ok().filter(|path| path.exists());
+            samples = there.or_else(|| self.samples(config, run, stop, &mut progress));
+        }
         let mut since = (Instant::now(), self.step);
         while self.step < config.steps && !stop.load(Ordering::Relaxed) {
-            self.train_step(config)?;
+            let trained = self.train_step(config);
+            trained.map_err(|error| self.saved_before(error, config, run, &progress))?;
             self.batches.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
             if due(self.step, config.log_every) {
                 let images = (self.step - since.1) * config.batch_size as u64;
-                let line = self.meter.line(
-                    self.step,
-                    config.lr_at(self.step - 1),
-                    images as f64 / since.0.elapsed().as_secs_f64(),
-                );
-                log.append(&line)?;
+                let mut meter = self.meter.clone();
+                let line =
+                    meter.line(self.step, config.lr_at(self.step - 1), images as f64 / since.0.elapsed().as_secs_f64());
+                let logged = log.append(&line);
+                logged.map_err(|error| self.saved_before(error, config, run, &progress))?;
+                self.meter = meter;
                 since = (Instant::now(), self.step);
-                figures = format!(
-                    "loss {:.4}  {:.0} images/s",
-                    line.loss.unwrap_or(f64::NAN),
-                    line.images_per_s.unwrap_or(0.0)
-                );
+                let loss = line.loss.map_or("not finite".into(), metrics::loss_text);
+                figures = format!("loss {loss}  {:.0} images/s", line.images_per_s.unwrap_or(0.0));
                 if self.batches.loader.bad_samples() > 0 {
                     figures += &format!("  {} damaged images skipped", self.batches.loader.bad_samples());
                 }
             }
             progress.set(self.step, &figures);
             if self.nonfinite_in_a_row >= config.max_nonfinite_steps {
-                self.save(config, run)?;
+                let end = match self.save(config, run, &progress) {
+                    Ok(()) => format!(
+                        "no such step changed the weights, and {} holds them: try a smaller --lr or --grad-clip 1",
+                        run.path().display()
+                    ),
+                    Err(error) => error.to_string(),
+                };
                 return Err(Error::Stopped(format!(
-                    "training stopped at step {}: loss or gradient was not finite {} steps in a row; no such step changed the \
-                     weights, and {} holds them: try a smaller --lr or --grad-clip 1",
-                    self.step,
-                    self.nonfinite_in_a_row,
-                    run.path().display()
+                    "training stopped at step {}: loss or gradient was not finite {} steps in a row; {end}",
+                    self.step, self.nonfinite_in_a_row
                 )));
             }
             let pause = Instant::now();
-            if due(self.step, config.sample_every) {
-                samples = Some(self.sample_grid(config, run)?);
-            }
             if due(self.step, config.checkpoint_every) {
-                self.save(config, run)?;
+                self.save(config, run, &progress)?;
+            }
+            // After the checkpoint, which nothing that goes wrong here can cost then.
+            if due(self.step, config.sample_every) {
+                samples = self.samples(config, run, stop, &mut progress);
             }
             // Images a second are those of training alone.
             since.0 += pause.elapsed();
         }
-        let finished = self.step >= config.steps;
-        if !finished {
-            self.save(config, run)?;
+        let stopped = stop.load(Ordering::Relaxed);
+        if stopped && self.saved != Some(self.step) {
+            self.save(config, run, &progress)?;
         }
         progress.finish();
-        Ok(Outcome { run: run.path().to_path_buf(), step: self.step, finished, samples })
+        let finished = self.step >= config.steps && !(stopped && samples.is_none());
+        Ok(Outcome { run: run.path().to_path_buf(), began, step: self.step, finished, samples })
+    }
+
+    /// Saves what was trained before `error` ends the run (a full disk, data that cannot be read), and says so in it.
+    fn saved_before(&mut self, error: Error, config: &TrainConfig, run: &RunDir, progress: &Progress) -> Error {
+        let unsaved = self.whole && self.step > 0 && self.saved != Some(self.step);
+        if unsaved && let Err(why) = self.save(config, run, progress) {
+            return error.and(&format!("; nor could step {} be saved: {why}", self.step));
+        }
+        match self.saved {
+            Some(step) => {
+                error.and(&format!("; step {step} is saved: mend this, then --resume {} goes on", run.path().display()))
+            }
+            None => error,
+        }
     }
 
     /// One step: draw, gradients part by part, and the update, unless something is not finite. On a device, the next part is
@@ -346,7 +379,7 @@ impl Trainer {
         let parts = config.grad_accumulation;
         for index in 0..parts {
             self.prepare(config, self.step, index)?;
-            let Trainer { learner, batches: Batches { part, .. }, coefficients, computed, .. } = self;
+            let Trainer { learner, batches: Batches { part, .. }, coefficients, computed, whole, .. } = self;
             part.set_coefficients(coefficients);
             if !on_device {
                 learner.gradients(part.batch(), index > 0, computed)?;
@@ -354,6 +387,8 @@ impl Trainer {
                 continue;
             }
             let update = (index + 1 == parts).then_some(DeviceUpdate { update, clip: config.grad_clip });
+            // From here on the device may have made the update.
+            *whole = update.is_none();
             learner.launch(part.batch(), part.how(config), update)?;
             let (step, index) = if index + 1 < parts { (self.step, index + 1) } else { (self.step + 1, 0) };
             if step < config.steps {
@@ -367,7 +402,7 @@ impl Trainer {
             self.note_losses(0);
         }
         let learner = &mut self.learner;
-        let objective = learner.objective(&self.losses);
+        let objective = learner.objective(&self.losses.loss);
         let norm = decision.map_or_else(|| learner.gradient_norm(), |decision| decision.norm);
         let fit = decision.map_or(objective.is_finite() && norm < LARGEST_NORM, |decision| decision.updated);
         if fit {
@@ -377,13 +412,14 @@ impl Trainer {
                 true => learner.updated_on_device(update, config.uw_lr),
                 false => learner.update(Update { grad_scale, ..update }, config.uw_lr),
             }
-            self.meter.add_step(norm);
+            self.measure(norm);
             self.nonfinite_in_a_row = 0;
         } else {
             self.meter.add_skipped();
             self.nonfinite_in_a_row += 1;
         }
         self.step += 1;
+        self.whole = true;
         Ok(())
     }
 
@@ -399,19 +435,53 @@ impl Trainer {
 
     /// Notes the losses that were computed: of the samples of this step from number `first` of its order on.
     fn note_losses(&mut self, first: usize) {
-        let drawn = self.batches.drawn(self.step);
-        let Losses { mse, vb, loss } = &self.computed;
-        for (i, &sample) in drawn.order[first..].iter().take(loss.len()).enumerate() {
-            self.losses[sample as usize] = loss[i];
-            if loss[i].is_finite() {
-                let [mse, vb, loss] = [mse[i], vb[i], loss[i]].map(f64::from);
-                self.meter.add_sample(drawn.t[sample as usize] as usize, loss, mse, vb);
-            }
+        let order = &self.batches.drawn(self.step).order[first..];
+        let Trainer { losses, computed, .. } = self;
+        for (i, &sample) in order.iter().take(computed.loss.len()).enumerate() {
+            losses.mse[sample as usize] = computed.mse[i];
+            losses.vb[sample as usize] = computed.vb[i];
+            losses.loss[sample as usize] = computed.loss[i];
         }
     }
 
-    /// Samples of the moving average in a grid, one row a class.
-    fn sample_grid(&mut self, config: &TrainConfig, run: &RunDir) -> Result<PathBuf> {
+    /// Adds this step, which counts, to the averages, in the order of computation.
+    fn measure(&mut self, norm: f64) {
+        let drawn = self.batches.drawn(self.step);
+        let Losses { mse, vb, loss } = &self.losses;
+        for sample in drawn.order.iter().map(|&sample| sample as usize) {
+            let [loss, mse, vb] = [loss[sample], mse[sample], vb[sample]].map(f64::from);
+            self.meter.add_sample(drawn.t[sample] as usize, loss, mse, vb);
+        }
+        self.meter.add_step(norm);
+    }
+
+    /// [`sample_grid`](Self::sample_grid), of which a failure is told but does not end training.
+    fn samples(
+        &mut self,
+        config: &TrainConfig,
+        run: &RunDir,
+        stop: &AtomicBool,
+        progress: &mut Progress,
+    ) -> Option<PathBuf> {
+        let made = self.sample_grid(config, run, stop, progress);
+        progress.end_meanwhile();
+        made.inspect_err(|error| {
+            if !stop.load(Ordering::Relaxed) {
+                progress.say(&format!("no samples of step {}: {error}", self.step));
+            }
+        })
+        .ok()
+    }
+
+    /// Samples of the moving average in a grid, one row a class. A request to stop ends it.
+    fn sample_grid(
+        &mut self,
+        config: &TrainConfig,
+        run: &RunDir,
+        stop: &AtomicBool,
+        progress: &mut Progress,
+    ) -> Result<PathBuf> {
+        let path = run.samples(self.step)?;
         let steps = config.sample_steps.to_string();
         let sampler = sampler(config, config.sample_sampler, &steps, 0.0, config.sample_cfg)?;
         let columns = config.samples_per_class;
@@ -429,81 +499,15 @@ impl Trainer {
         let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
         // As many at once as the plan of the device's memory counts with; how many does not change the samples.
         let at_once = (config.batch_size / config.grad_accumulation).clamp(1, 64);
-        let pixels = generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, |_| Ok(()))?;
-        let path = run.samples(self.step)?;
+        let total = generate::steps(&sampler, labels.len(), at_once);
+        let show = |done| {
+            progress.meanwhile(format!("sampling {done}/{total}"));
+            if stop.load(Ordering::Relaxed) { Err(Error::Stopped("sampling was stopped".into())) } else { Ok(()) }
+        };
+        let pixels = generate::generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, show)?;
         let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
         grid_png(&path, &pixels, shape, columns, scale_of(config.image_size))?;
         Ok(path)
-    }
-
-    /// Writes a checkpoint and the loss curve, and deletes checkpoints that are no longer kept.
-    fn save(&mut self, config: &TrainConfig, run: &RunDir) -> Result<()> {
-        self.learner.fetch()?;
-        let Learner { dit, weights, ema, m, v, uncertainty, updates, .. } = &self.learner;
-        let tokens = [1, dit.config.tokens(), dit.config.hidden_size];
-        let weights_file = |name, data| {
-            let mut tensors = TensorOut::of_layout(&dit.layout, data, "");
-            tensors.push(TensorOut { name: "pos_embed".into(), shape: &tokens, data: dit.positions() });
-            FileOut { name, tensors, metadata: Metadata::new() }
-        };
-        let mut moments = TensorOut::of_layout(&dit.layout, m, "m.");
-        moments.extend(TensorOut::of_layout(&dit.layout, v, "v."));
-        if let Some(Uncertainty { log_variances, m, v, .. }) = uncertainty {
-            for (name, data) in [("loss_scale", log_variances), ("m.loss_scale", m), ("v.loss_scale", v)] {
-                moments.push(TensorOut { name: name.into(), shape: &[CLUSTERS], data });
-            }
-        }
-        let state = [
-            ("step", self.step.to_string()),
-            ("updates", updates.to_string()),
-            ("nonfinite_in_a_row", self.nonfinite_in_a_row.to_string()),
-            ("meter", self.meter.to_text()),
-        ];
-        let metadata: Metadata = state.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
-        let files = [
-            weights_file(checkpoint::MODEL, weights),
-            weights_file(checkpoint::EMA, ema),
-            FileOut { name: checkpoint::OPTIMIZER, tensors: moments, metadata },
-        ];
-        checkpoint::write(run.path(), self.step, &files, &config.to_toml())?;
-        checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every)?;
-        plot::write_loss(run, &metrics::read(run.path())?, &config.model)
-    }
-
-    /// Takes everything from a checkpoint.
-    fn load(&mut self, directory: &Path) -> Result<()> {
-        let learner = &mut self.learner;
-        let layout = &learner.dit.layout;
-        for (name, buffer) in [(checkpoint::MODEL, &mut learner.weights), (checkpoint::EMA, &mut learner.ema)] {
-            read_weights(&directory.join(name), &learner.dit, buffer)?;
-        }
-        let path = directory.join(checkpoint::OPTIMIZER);
-        let file = SafetensorsFile::open(&path)?;
-        let extra = ["loss_scale", "m.loss_scale", "v.loss_scale"];
-        let extra = if learner.uncertainty.is_some() { &extra[..] } else { &[] };
-        checkpoint::check_names(&file, layout, &["m.", "v."], extra)?;
-        checkpoint::read_layout(&file, layout, "m.", &mut learner.m)?;
-        checkpoint::read_layout(&file, layout, "v.", &mut learner.v)?;
-        if let Some(Uncertainty { log_variances, m, v, .. }) = &mut learner.uncertainty {
-            for (name, out) in extra.iter().zip([log_variances, m, v]) {
-                checkpoint::read_tensor(&file, name, &[CLUSTERS], out)?;
-            }
-        }
-        let text = |key: &str| {
-            let missing =
-                || Error::file(&path, format!("says nothing usable of '{key}': it was not written by dtr-fused"));
-            file.metadata().get(key).ok_or_else(missing)
-        };
-        let number = |key: &str| {
-            let bad = |_| Error::file(&path, format!("'{key}' is no number: the file is damaged"));
-            text(key)?.parse::<u64>().map_err(bad)
-        };
-        self.step = number("step")?;
-        learner.updates = number("updates")?;
-        self.nonfinite_in_a_row = number("nonfinite_in_a_row")?;
-        self.meter = Meter::from_text(text("meter")?)
-            .ok_or_else(|| Error::file(&path, "the running sums are unreadable: the file is damaged"))?;
-        self.learner.push()
     }
 }
 
@@ -515,4 +519,64 @@ pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
     let file = SafetensorsFile::open(path)?;
     checkpoint::check_names(&file, &dit.layout, &[""], &["pos_embed"])?;
     checkpoint::read_layout(&file, &dit.layout, "", buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    /// Four samples that cannot be read any more after some reads.
+    struct Failing {
+        left: AtomicUsize,
+        names: Vec<String>,
+    }
+
+    impl Dataset for Failing {
+        fn shape(&self) -> [usize; 3] {
+            [1, 4, 4]
+        }
+
+        fn class_names(&self) -> &[String] {
+            &self.names
+        }
+
+        fn len(&self) -> usize {
+            4
+        }
+
+        fn read(&self, index: usize, _flip: bool, out: &mut [f32]) -> Result<u32> {
+            let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+            left.map_err(|_| Error::file("sample", "is gone"))?;
+            out.fill(index as f32 / 4.0);
+            Ok(0)
+        }
+    }
+
+    #[test]
+    fn what_was_trained_before_an_error_is_saved() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("run");
+        let mut config = TrainConfig {
+            out: out.display().to_string(),
+            hidden_size: 32,
+            depth: 1,
+            batch_size: 4,
+            steps: 1000,
+            checkpoint_every: 0,
+            device: "cpu".into(),
+            ..TrainConfig::default()
+        };
+        config.fit_to_data(4, 1, 1).unwrap();
+        let dataset = Arc::new(Failing { left: AtomicUsize::new(200), names: vec!["all".into()] });
+        let error = in_pool(&config, || {
+            let run = RunDir::create(&config)?;
+            let trainer = Trainer::new(&config, dataset, learner(&config)?, Vec::new())?;
+            trainer.run(&config, &run, &AtomicBool::new(false))
+        });
+        let error = error.unwrap_err().to_string();
+        let (step, _) = checkpoint::latest(&out).unwrap().expect("a checkpoint");
+        assert!(step >= 10, "only {step} steps");
+        assert!(error.contains(&format!("step {step} is saved")) && error.contains("--resume"), "{error}");
+    }
 }

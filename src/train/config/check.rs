@@ -111,7 +111,9 @@ impl TrainConfig {
         share("min_lr_ratio", self.min_lr_ratio)?;
         not_negative("weight_decay", self.weight_decay)?;
         not_negative("grad_clip", self.grad_clip)?;
-        positive("adam_eps", self.adam_eps)?;
+        // The update reads it as f32: smaller ones would be 0 there, and divide by it.
+        let in_f32 = f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX);
+        require("adam_eps", self.adam_eps, in_f32.contains(&self.adam_eps), "at least 1.2e-38 and at most 3.4e38")?;
         decay("adam_beta1", self.adam_beta1)?;
         decay("adam_beta2", self.adam_beta2)?;
         decay("ema_decay", self.ema_decay)?;
@@ -148,10 +150,6 @@ fn at_most(key: &str, value: usize, most: usize) -> Result<()> {
 /// Written so that NaN is refused.
 fn require(key: &str, value: f64, good: bool, range: &str) -> Result<()> {
     if good { Ok(()) } else { Err(Error::usage(format!("{key} is {value}, but it must be {range}"))) }
-}
-
-fn positive(key: &str, value: f64) -> Result<()> {
-    require(key, value, value > 0.0 && value.is_finite(), "a number above 0")
 }
 
 fn not_negative(key: &str, value: f64) -> Result<()> {

@@ -1,0 +1,66 @@
+//! Whether a run can be gone on with: what is checked before anything of it is changed.
+
+use std::path::Path;
+
+use super::checkpoint::{self, CONFIG};
+use super::config::{KNOBS, Layer, TrainConfig};
+use super::metrics;
+use super::plot::LOSS_PNG;
+use crate::error::{Error, Result};
+
+/// Keys that hold for a run's life but name places, which may have been moved (by an edit of its `config.toml`).
+const PLACES: [&str; 2] = ["data", "out"];
+
+/// The configuration of the run in the directory `run`.
+///
+/// # Errors
+/// As [`TrainConfig::from_file`], and when the file has lost what every run's has: the defaults in its place would make
+/// another run of this one.
+pub fn config_of(run: &Path) -> Result<TrainConfig> {
+    let path = run.join(CONFIG);
+    let layer = Layer::from_file(&path)?;
+    let there = |key: &str| layer.assignments.iter().any(|assignment| assignment.key == key);
+    if let Some(missing) = ["model", "seed"].into_iter().find(|key| !there(key)) {
+        return Err(Error::file(
+            &path,
+            format!(
+                "has no key '{missing}', so it is not whole: copy the config.toml of the run's latest checkpoint over it"
+            ),
+        ));
+    }
+    TrainConfig::from_file(&path)
+}
+
+/// Refuses a configuration under which `checkpoint` of `run` was not trained.
+pub(super) fn check_same_run(config: &TrainConfig, run: &Path, checkpoint: &Path) -> Result<()> {
+    let path = checkpoint.join(CONFIG);
+    if !path.exists() {
+        return Ok(());
+    }
+    let saved = TrainConfig::from_file(&path)?;
+    for knob in KNOBS.iter().filter(|knob| knob.fixed && !PLACES.contains(&knob.name)) {
+        let (is, was) = (config.toml_of(knob.name), saved.toml_of(knob.name));
+        if is != was {
+            let what = format!("{} is {is}, but its checkpoint was trained with {was}", knob.name);
+            return Err(Error::file(run.join(CONFIG), what + ": put that back, or start a new run"));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses to start `run` over when it had a checkpoint, which must then have been moved away.
+pub(super) fn check_never_saved(run: &Path) -> Result<()> {
+    let every = config_of(run)?.checkpoint_every;
+    let last = metrics::read(run)?.last().map_or(0, |line| line.step);
+    // A step's line is written before its checkpoint, and the curve of the loss after one.
+    if every > 0 && last > every || run.join(LOSS_PNG).exists() {
+        return Err(Error::file(
+            run.join(checkpoint::DIRECTORY),
+            format!(
+                "holds no checkpoint, but the run had one, and its metrics.jsonl goes to step {last}: put the checkpoints back, or \
+                 start a new run (--out DIR)"
+            ),
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,123 @@
+//! A trainer's state in checkpoints: everything that a run needs to go on bit for bit.
+
+use std::path::Path;
+
+use super::checkpoint::{self, FileOut, Metadata, TensorOut};
+use super::config::TrainConfig;
+use super::learner::{Learner, Uncertainty};
+use super::metrics::{self, Meter};
+use super::plot;
+use super::progress::Progress;
+use super::run_dir::RunDir;
+use super::trainer::{Trainer, read_weights};
+use crate::diffusion::weighting::CLUSTERS;
+use crate::error::{Error, Result};
+use crate::safetensors_file::SafetensorsFile;
+
+impl Trainer {
+    /// Writes a checkpoint and the loss curve, and deletes checkpoints that are no longer kept.
+    pub(super) fn save(&mut self, config: &TrainConfig, run: &RunDir, progress: &Progress) -> Result<()> {
+        self.learner.fetch()?;
+        let Learner { dit, weights, ema, m, v, uncertainty, updates, .. } = &self.learner;
+        let tokens = [1, dit.config.tokens(), dit.config.hidden_size];
+        let weights_file = |name, data| {
+            let mut tensors = TensorOut::of_layout(&dit.layout, data, "");
+            tensors.push(TensorOut { name: "pos_embed".into(), shape: &tokens, data: dit.positions() });
+            FileOut { name, tensors, metadata: Metadata::new() }
+        };
+        let mut moments = TensorOut::of_layout(&dit.layout, m, "m.");
+        moments.extend(TensorOut::of_layout(&dit.layout, v, "v."));
+        if let Some(Uncertainty { log_variances, m, v, .. }) = uncertainty {
+            for (name, data) in [("loss_scale", log_variances), ("m.loss_scale", m), ("v.loss_scale", v)] {
+                moments.push(TensorOut { name: name.into(), shape: &[CLUSTERS], data });
+            }
+        }
+        let state = [
+            ("step", self.step.to_string()),
+            ("updates", updates.to_string()),
+            ("nonfinite_in_a_row", self.nonfinite_in_a_row.to_string()),
+            ("meter", self.meter.to_text()),
+        ];
+        let metadata: Metadata = state.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
+        let files = [
+            weights_file(checkpoint::MODEL, weights),
+            weights_file(checkpoint::EMA, ema),
+            FileOut { name: checkpoint::OPTIMIZER, tensors: moments, metadata },
+        ];
+        checkpoint::write(run.path(), self.step, &files, &config.to_toml())?;
+        self.saved = Some(self.step);
+        checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every)?;
+        let drawn = metrics::read(run.path()).and_then(|lines| plot::write_loss(run, &lines, &config.model));
+        if let Err(error) = drawn {
+            progress.say(&format!("no curve of the loss: {error}"));
+        }
+        Ok(())
+    }
+
+    /// Takes everything from the last checkpoint of a run.
+    pub(super) fn go_on_from(&mut self, checkpoint: &Path, config: &TrainConfig, run: &RunDir) -> Result<()> {
+        let all = checkpoint::list(run.path())?;
+        if let Err(error) = self.load(checkpoint) {
+            // The names of checkpoints sort as their steps do.
+            let mut before = all.iter().rev().filter(|(_, path)| path.file_name() < checkpoint.file_name());
+            let Some((_, good)) = before.find(|(_, path)| self.load(path).is_ok()) else { return Err(error) };
+            return Err(error.and(&format!(
+                "; the last good one before it is {}: move those after that away, then --resume {} goes on from there",
+                good.display(),
+                run.path().display()
+            )));
+        }
+        // Later checkpoints would be taken for the run's newest, and those written from here on pruned before them.
+        if let Some((latest, path)) = all.last().filter(|(latest, _)| *latest > self.step) {
+            return Err(Error::usage(format!(
+                "step {} is not the last of this run, {latest} is: move {} and others after it away to go on from here",
+                self.step,
+                path.display()
+            )));
+        }
+        if config.steps < self.step {
+            return Err(Error::usage(format!(
+                "steps is {}, but {} are done: give more to train on",
+                config.steps, self.step
+            )));
+        }
+        Ok(())
+    }
+
+    /// Takes everything from a checkpoint.
+    fn load(&mut self, directory: &Path) -> Result<()> {
+        let learner = &mut self.learner;
+        let layout = &learner.dit.layout;
+        for (name, buffer) in [(checkpoint::MODEL, &mut learner.weights), (checkpoint::EMA, &mut learner.ema)] {
+            read_weights(&directory.join(name), &learner.dit, buffer)?;
+        }
+        let path = directory.join(checkpoint::OPTIMIZER);
+        let file = SafetensorsFile::open(&path)?;
+        let extra = ["loss_scale", "m.loss_scale", "v.loss_scale"];
+        let extra = if learner.uncertainty.is_some() { &extra[..] } else { &[] };
+        checkpoint::check_names(&file, layout, &["m.", "v."], extra)?;
+        checkpoint::read_layout(&file, layout, "m.", &mut learner.m)?;
+        checkpoint::read_layout(&file, layout, "v.", &mut learner.v)?;
+        if let Some(Uncertainty { log_variances, m, v, .. }) = &mut learner.uncertainty {
+            for (name, out) in extra.iter().zip([log_variances, m, v]) {
+                checkpoint::read_tensor(&file, name, &[CLUSTERS], out)?;
+            }
+        }
+        let text = |key: &str| {
+            let missing =
+                || Error::file(&path, format!("says nothing usable of '{key}': it was not written by dtr-fused"));
+            file.metadata().get(key).ok_or_else(missing)
+        };
+        let number = |key: &str| {
+            let bad = |_| Error::file(&path, format!("'{key}' is no number: the file is damaged"));
+            text(key)?.parse::<u64>().map_err(bad)
+        };
+        self.step = number("step")?;
+        self.saved = Some(self.step);
+        learner.updates = number("updates")?;
+        self.nonfinite_in_a_row = number("nonfinite_in_a_row")?;
+        self.meter = Meter::from_text(text("meter")?)
+            .ok_or_else(|| Error::file(&path, "the running sums are unreadable: the file is damaged"))?;
+        self.learner.push()
+    }
+}
