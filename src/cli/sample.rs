@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::generate::{generate, steps};
 use crate::model::dit::Dit;
 use crate::picture::grid_png;
-use crate::train::config::SamplerKind;
+use crate::train::config::{Precision, SamplerKind};
 use crate::train::progress::Progress;
 use crate::train::{TrainConfig, checkpoint, trainer};
 
@@ -133,7 +133,11 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
     let mut progress = Progress::new("sampling", 0, total);
     let images = format!("{} images", labels.len());
     let pixels = trainer::in_pool(&config, || {
-        let (compute, note) = trainer::compute(&config)?;
+        // Checkpoints hold f32, so what a GPU trained in bf16 can be sampled anywhere.
+        let (compute, note) = Compute::open_or_f32(&config.device, config.precision == Precision::Bf16)?;
+        if let Compute::Cuda { elem, .. } = &compute {
+            config.model_config().check_cuda(*elem)?;
+        }
         note.iter().for_each(|note| progress.say(note));
         let mut memory = Memory::on(&compute);
         let uploaded = match &compute {

@@ -160,7 +160,7 @@ knobs! {
         /// Where to compute: auto, cpu, cuda or cuda:N
         device: String;
         /// Number format of products and activations: f32 or bf16
-        precision: Precision = fixed;
+        precision: Precision;
         /// Keep only the input of each block for the backward pass and compute the rest again: less memory, a third more work, the same bits
         checkpoint_activations: bool;
         /// Threads on the CPU; 0 = one per core (the result is the same)
