@@ -44,3 +44,60 @@ fn a_run_in_bf16_is_sampled_and_resumed_on_the_cpu() {
     fails(resume(&[]), 2, &["the CPU computes in f32 only: give --precision f32"]);
     succeeds(resume(&["--precision", "f32"]));
 }
+
+/// Names of what is in `place`.
+fn names(place: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(place).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_archive_is_the_same_in_batches_of_any_size_and_the_grid_shows_its_first_images() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &[]);
+    let made = |name: &str, batch: &str| {
+        let (png, npz) = (format!("{name}.png"), format!("{name}.npz"));
+        let num = ["--num", "45", "--classes", "1,3", "--batch-size", batch, "--out", &png, "--npz", &npz];
+        succeeds(sample(place, &num));
+        (fs::read(place.join(png)).unwrap(), fs::read(place.join(npz)).unwrap())
+    };
+    let (few, whole) = (made("few", "7"), made("whole", "45"));
+    assert!(few.0 == whole.0, "the grids differ");
+    assert!(few.1 == whole.1, "the archives differ");
+    // 45 images of 8 x 8, 45 labels of 8 bytes, and headers.
+    assert!((45 * 72..45 * 72 + 1000).contains(&whole.1.len()), "{}", whole.1.len());
+    assert_eq!(names(place), ["few.npz", "few.png", "run", "whole.npz", "whole.png"]);
+}
+
+#[test]
+fn files_that_cannot_be_written_are_refused_before_anything_is_computed() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &[]);
+    fs::create_dir(place.join("folder")).unwrap();
+    fails(sample(place, &["--out", "x", "--npz", "x"]), 2, &["--out and --npz are both x"]);
+    fails(sample(place, &["--out", "folder/x", "--npz", "./folder/../folder/x"]), 2, &["--out and --npz are both"]);
+    fails(sample(place, &["--npz", "folder"]), 1, &["folder: is a directory"]);
+    fails(sample(place, &["--out", "folder/"]), 1, &["folder/: is a directory"]);
+    fails(sample(place, &["--npz", "nowhere/x.npz"]), 1, &["nowhere/x.npz", "cannot be written"]);
+    assert_eq!(names(place), ["folder", "run"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn an_archive_that_a_full_disk_cuts_short_leaves_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &[]);
+    // No file may grow beyond 16 kB.
+    let program = env!("CARGO_BIN_EXE_dtr-fused");
+    let limited = format!(
+        "trap '' XFSZ; ulimit -f 32; exec '{program}' sample --checkpoint run --steps 1 --num 1000 --npz samples.npz"
+    );
+    let output = std::process::Command::new("sh").args(["-c", &limited]).current_dir(place).output().unwrap();
+    fails(output, 1, &["samples.npz: cannot be written"]);
+    assert_eq!(names(place), ["run"]);
+}
