@@ -101,3 +101,24 @@ fn an_archive_that_a_full_disk_cuts_short_leaves_nothing() {
     fails(output, 1, &["samples.npz: cannot be written"]);
     assert_eq!(names(place), ["run"]);
 }
+
+#[test]
+fn of_many_classes_only_what_the_grid_shows_is_made() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &["--num-classes", "70", "--sample-classes", "1"]);
+    let said = |args: &[&str]| {
+        let output = sample(place, args);
+        let text = stderr(&output);
+        succeeds(output);
+        text
+    };
+    let text = said(&[]);
+    assert!(text.contains("the grid shows 64 of 70 classes: choose others with --classes"), "{text}");
+    assert!(text.contains(" 640 images"), "{text}");
+    let text = said(&["--classes", "69", "--num", "17"]);
+    assert!(text.contains("the grid shows 16 of 17 images") && text.contains("--npz FILE"), "{text}");
+    let text = said(&["--npz", "all.npz"]);
+    assert!(text.contains(" 700 images") && text.contains("the grid shows 640 of 700 images"), "{text}");
+    assert!(!said(&["--classes", "69"]).contains("the grid shows"));
+}

@@ -54,7 +54,7 @@ enum Algorithm {
     Ddpm,
 }
 
-/// Make images with a trained model: a PNG grid, a row for each class, and an .npz for evaluation
+/// Make images with a trained model: a PNG grid, a row a class, and an .npz for evaluation
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct SampleArgs {
@@ -73,7 +73,7 @@ pub(super) struct SampleArgs {
     /// Strength of classifier-free guidance; 1 = none
     #[arg(long, default_value_t = 1.5)]
     cfg: f64,
-    /// Classes to make, by number [default: all]
+    /// Classes to make, by number [default: all; without --num and --npz, those that the grid has rows for]
     #[arg(long, value_delimiter = ',')]
     classes: Vec<u32>,
     /// Images in all, shared equally among the classes [default: 10 for each]
@@ -88,7 +88,7 @@ pub(super) struct SampleArgs {
     /// Which weights
     #[arg(long, value_enum, default_value = "ema")]
     weights: Weights,
-    /// The grid of images
+    /// The grid of images: a row for each of the first 64 classes, with 16 images at most
     #[arg(long, default_value = "grid.png", value_name = "FILE")]
     out: PathBuf,
     /// All images for evaluation suites: arr_0 uint8 [N, H, W, C] (latents: float32 [N, C, H, W]) and arr_1 int64 labels
@@ -143,6 +143,7 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
     let mut progress = Progress::new("sampling", 0, total);
     let images = format!("{} images", labels.len());
     let mut grid = Grid::new(&labels, &config);
+    grid.note(labels.len(), args.npz.is_some()).iter().for_each(|note| progress.say(note));
     trainer::in_pool(&config, || {
         // Checkpoints hold f32, so what a GPU trained in bf16 can be sampled anywhere.
         let (compute, note) = Compute::open_or_f32(&config.device, config.precision == Precision::Bf16)?;
@@ -219,7 +220,9 @@ fn check_outputs(out: &Path, npz: Option<&Path>) -> Result<()> {
 /// The label of every image, by class.
 fn labels(args: &SampleArgs, config: &TrainConfig) -> Result<Vec<u32>> {
     let all = config.num_classes as u32;
-    let classes = if args.classes.is_empty() { (0..all).collect() } else { args.classes.clone() };
+    // Images that nobody asked for and the grid does not show are not made.
+    let rows = if args.num.is_some() || args.npz.is_some() { all } else { all.min(GRID_ROWS as u32) };
+    let classes = if args.classes.is_empty() { (0..rows).collect() } else { args.classes.clone() };
     if let Some(class) = classes.iter().find(|&&class| class >= all) {
         return Err(Error::usage(format!("class {class} is outside 0..{all}: this model knows {all} classes")));
     }
@@ -251,6 +254,19 @@ impl<'a> Grid<'a> {
         }
         let pixels = vec![-1.0; classes.len() * columns * image_len(config)];
         Grid { config, shown, columns, rows: classes.len(), pixels }
+    }
+
+    /// What it leaves out of `made` images, if anything.
+    fn note(&self, made: usize, archived: bool) -> Option<String> {
+        let (shown, all) = (self.shown.len(), self.config.num_classes);
+        if shown < made {
+            let rest = if archived { "" } else { "; --npz FILE keeps them all" };
+            return Some(format!(
+                "the grid shows {shown} of {made} images: {GRID_COLUMNS} of a class and {GRID_ROWS} classes at most{rest}"
+            ));
+        }
+        (self.rows == GRID_ROWS && all > GRID_ROWS)
+            .then(|| format!("the grid shows {GRID_ROWS} of {all} classes: choose others with --classes"))
     }
 
     /// Keeps what it shows of `images`, of which the first is number `first`.
