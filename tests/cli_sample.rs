@@ -122,3 +122,16 @@ fn of_many_classes_only_what_the_grid_shows_is_made() {
     assert!(text.contains(" 700 images") && text.contains("the grid shows 640 of 700 images"), "{text}");
     assert!(!said(&["--classes", "69"]).contains("the grid shows"));
 }
+
+#[test]
+fn a_model_that_saw_every_label_is_sampled_without_guidance() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    fails(train(place, &["--label-dropout", "0", "--sample-cfg", "1.5"]), 2, &["sample_cfg is 1.5", "label_dropout"]);
+    short_run(place, &["--label-dropout", "0"]);
+    assert!(fs::read_to_string(place.join("run/config.toml")).unwrap().contains("\nsample_cfg = 1.0\n"));
+    fails(sample(place, &["--cfg", "1.5"]), 2, &["--cfg is 1.5", "label_dropout"]);
+    succeeds(sample(place, &["--out", "default.png"]));
+    succeeds(sample(place, &["--out", "none.png", "--cfg", "1"]));
+    assert!(fs::read(place.join("default.png")).unwrap() == fs::read(place.join("none.png")).unwrap());
+}

@@ -70,9 +70,9 @@ pub(super) struct SampleArgs {
     /// Noise of ddim, as a share of that of ddpm
     #[arg(long, default_value_t = 0.0)]
     eta: f64,
-    /// Strength of classifier-free guidance; 1 = none
-    #[arg(long, default_value_t = 1.5)]
-    cfg: f64,
+    /// Strength of classifier-free guidance; 1 = none [default: 1.5; 1 for a model trained with label_dropout 0]
+    #[arg(long)]
+    cfg: Option<f64>,
     /// Classes to make, by number [default: all; without --num and --npz, those that the grid has rows for]
     #[arg(long, value_delimiter = ',')]
     classes: Vec<u32>,
@@ -126,7 +126,9 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
         Algorithm::Ddpm => (SamplerKind::Ddpm, "250"),
     };
     let respacing = args.steps.as_deref().unwrap_or(default_steps);
-    let sampler = trainer::sampler(&config, kind, respacing, args.eta, args.cfg)?;
+    let cfg = args.cfg.unwrap_or(config.default_cfg());
+    config.check_cfg("--cfg", cfg)?;
+    let sampler = trainer::sampler(&config, kind, respacing, args.eta, cfg)?;
 
     // Hours of work must not end in a directory that cannot be written.
     check_outputs(&args.out, args.npz.as_deref())?;

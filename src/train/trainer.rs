@@ -49,6 +49,7 @@ pub struct Outcome {
 /// When the configuration, the data or the run's directory are not usable, or too many steps in a row are not finite.
 pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
+    config.check_cfg("sample_cfg", config.sample_cfg)?;
     let dataset = open_data(&mut config)?;
     in_pool(&config, || {
         let (learner, notes) = learner_on(&config)?;
@@ -64,6 +65,7 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
 /// As [`start`], and when the checkpoint is damaged or another model's.
 pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
+    config.check_cfg("sample_cfg", config.sample_cfg)?;
     let dataset = open_data(&mut config)?;
     in_pool(&config, || {
         let (learner, notes) = learner_on(&config)?;

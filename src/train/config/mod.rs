@@ -187,10 +187,13 @@ knobs! {
         sample_sampler: SamplerKind;
         /// Denoising steps of the grids, 1 to 1000
         sample_steps: usize;
-        /// Strength of classifier-free guidance in the grids; 1 = none
+        /// Strength of classifier-free guidance in the grids; 1 = none, as always with label_dropout 0
         sample_cfg: f64;
     }
 }
+
+/// Guidance where nothing is said.
+const GUIDANCE: f64 = 1.5;
 
 /// Shape of a network: hidden size, depth, heads, patch size.
 fn shape_of(model: &str) -> Option<[usize; 4]> {
@@ -259,7 +262,7 @@ impl Default for TrainConfig {
             sample_classes: 10,
             sample_sampler: SamplerKind::Ddim,
             sample_steps: 50,
-            sample_cfg: 1.5,
+            sample_cfg: GUIDANCE,
         }
     }
 }
@@ -316,6 +319,11 @@ impl TrainConfig {
         self.mlp_ratio = 4.0;
         self.model = model.into();
         Ok(())
+    }
+
+    /// Guidance of samples where nothing is said: none for a model that never saw a sample without its label.
+    pub fn default_cfg(&self) -> f64 {
+        if self.label_dropout == 0.0 { 1.0 } else { GUIDANCE }
     }
 
     /// The decay of the moving average at update `n` (the first update is 0).

@@ -114,6 +114,9 @@ impl TrainConfig {
             config.apply(layer)?;
         }
         config.rename_if_reshaped();
+        if last("sample_cfg").is_none() {
+            config.sample_cfg = config.default_cfg();
+        }
         config.validate()?;
         Ok(config)
     }
