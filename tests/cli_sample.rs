@@ -135,3 +135,34 @@ fn a_model_that_saw_every_label_is_sampled_without_guidance() {
     succeeds(sample(place, &["--out", "none.png", "--cfg", "1"]));
     assert!(fs::read(place.join("default.png")).unwrap() == fs::read(place.join("none.png")).unwrap());
 }
+
+/// A `.safetensors` file of 8 samples of 3 x 4 x 4 between -20 and 20 under this name, with labels 0 and 1.
+fn save_samples(path: &Path, name: &str) {
+    let values: Vec<u8> = (0..8 * 48).flat_map(|i| ((i * 37 % 41) as f32 - 20.0).to_le_bytes()).collect();
+    let labels: Vec<u8> = (0..8u8).map(|i| i % 2).collect();
+    let view = |dtype, shape: &[usize], data| safetensors::tensor::TensorView::new(dtype, shape.to_vec(), data).unwrap();
+    use safetensors::tensor::Dtype;
+    let tensors = [(name, view(Dtype::F32, &[8, 3, 4, 4], &values)), ("labels", view(Dtype::U8, &[8], &labels))];
+    fs::write(path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+}
+
+#[test]
+fn latents_of_three_channels_are_no_images() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    save_samples(&place.join("latents.safetensors"), "latents");
+    short_run(place, &["--data", "latents.safetensors"]);
+    assert!(fs::read_to_string(place.join("run/config.toml")).unwrap().contains("\ndata_kind = \"latents\"\n"));
+    let made = |npz: &str| {
+        succeeds(sample(place, &["--num", "4", "--npz", npz]));
+        fs::read(place.join(npz)).unwrap()
+    };
+    let latents = made("latents.npz");
+    // 4 samples of 48 f32, and not bytes.
+    assert!(latents.len() > 4 * 48 * 4, "{}", latents.len());
+    assert!(latents.windows(5).any(|bytes| bytes == b"'<f4'"));
+    // A run of before that was written down tells by the channels, as it did.
+    edit_config(place, "data_kind = \"latents\"\n", "");
+    assert!(made("images.npz").windows(5).any(|bytes| bytes == b"'|u1'"));
+    fails(train(place, &["--data", "digits", "--data-kind", "latents"]), 2, &["data_kind is latents", "are images"]);
+}

@@ -78,8 +78,13 @@ fn show_config(config: &TrainConfig) {
     row(
         "data",
         format!(
-            "{}, {} x {} x {}, {} classes",
-            config.data, config.in_channels, config.image_size, config.image_size, config.num_classes
+            "{}, {} of {} x {} x {}, {} classes",
+            config.data,
+            if config.are_images() { "images" } else { "latents" },
+            config.in_channels,
+            config.image_size,
+            config.image_size,
+            config.num_classes
         ),
     );
     row(
@@ -95,6 +100,7 @@ fn show_config(config: &TrainConfig) {
         "alpha",
         "image_size",
         "in_channels",
+        "data_kind",
         "num_classes",
         "steps",
         "batch_size",

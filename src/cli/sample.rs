@@ -283,7 +283,7 @@ impl<'a> Grid<'a> {
     fn write(&self, path: &Path) -> Result<()> {
         let (channels, side) = (self.config.in_channels, self.config.image_size);
         let shape = [self.rows * self.columns, channels, side, side];
-        grid_png(path, &self.pixels, shape, self.columns, trainer::scale_of(side))
+        grid_png(path, &self.pixels, shape, self.columns, trainer::scale_of(side), self.config.are_images())
     }
 }
 
@@ -302,7 +302,7 @@ impl<'a> Archive<'a> {
     fn create(path: &Path, n: usize, config: &'a TrainConfig) -> Result<Self> {
         let (c, side) = (config.in_channels, config.image_size);
         let mut file = NpzWriter::create(path)?;
-        match matches!(c, 1 | 3) {
+        match config.are_images() {
             true => file.begin("arr_0", Element::U8, &[n, side, side, c])?,
             false => file.begin("arr_0", Element::F32, &[n, c, side, side])?,
         }
@@ -311,7 +311,7 @@ impl<'a> Archive<'a> {
 
     fn write(&mut self, images: &[f32]) -> Result<()> {
         let c = self.config.in_channels;
-        if !matches!(c, 1 | 3) {
+        if !self.config.are_images() {
             return self.file.write(bytemuck::cast_slice(images));
         }
         let mut bytes = vec![0u8; image_len(self.config)];

@@ -120,10 +120,6 @@ impl Dataset for ImageFolder {
         Ok(self.files[index].0)
     }
 
-    fn may_flip(&self) -> bool {
-        true
-    }
-
     fn note(&self) -> Option<&str> {
         self.note.as_deref()
     }

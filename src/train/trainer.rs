@@ -2,7 +2,7 @@
 
 use super::batches::Batches;
 use super::checkpoint::{self, FileOut, Metadata, TensorOut};
-use super::config::{Precision, SamplerKind, TrainConfig};
+use super::config::{DataKind, Precision, SamplerKind, TrainConfig};
 use super::device::{DeviceUpdate, LARGEST_NORM};
 use super::learner::{Learner, Losses, Uncertainty};
 use super::metrics::{self, Meter, MetricsLog};
@@ -99,6 +99,14 @@ fn open_data(config: &mut TrainConfig) -> Result<Arc<dyn Dataset>> {
             config.data
         )));
     }
+    let kind = if dataset.is_pictures() { DataKind::Images } else { DataKind::Latents };
+    if config.data_kind != DataKind::Auto && config.data_kind != kind {
+        return Err(Error::usage(format!(
+            "data_kind is {}, but the data '{}' are {kind}: give auto, and call them images or latents in a .safetensors file",
+            config.data_kind, config.data
+        )));
+    }
+    config.data_kind = kind;
     config.fit_to_data(height, channels, dataset.num_classes())?;
     Ok(dataset)
 }
@@ -205,7 +213,7 @@ fn memory_bytes() -> Option<u64> {
     line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The sampler of a model: `steps` is a respacing such as `50`; pixels are clipped, latents are not.
+/// The sampler of a model: `steps` is a respacing such as `50`; images are clipped, latents are not.
 ///
 /// # Errors
 /// When the respacing or the guidance is not usable.
@@ -215,8 +223,7 @@ pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f6
         SamplerKind::Ddim => Method::Ddim { eta },
         SamplerKind::Ddpm => Method::Ddpm,
     };
-    let pixels = matches!(config.in_channels, 1 | 3);
-    Sampler::new(schedule, method, pixels, (cfg != 1.0).then_some(cfg))
+    Sampler::new(schedule, method, config.are_images(), (cfg != 1.0).then_some(cfg))
 }
 
 /// How much a picture of images of this side is enlarged, so that small ones can be seen.
@@ -424,7 +431,7 @@ impl Trainer {
         let pixels = generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, |_| Ok(()))?;
         let path = run.samples(self.step)?;
         let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
-        grid_png(&path, &pixels, shape, columns, scale_of(config.image_size))?;
+        grid_png(&path, &pixels, shape, columns, scale_of(config.image_size), config.are_images())?;
         Ok(path)
     }
 

@@ -8,7 +8,7 @@ mod source;
 mod value;
 
 pub use source::{Assignment, Layer};
-pub use value::{Decay, Precision, SamplerKind};
+pub use value::{DataKind, Decay, Precision, SamplerKind};
 
 use crate::diffusion::{LossWeight, ScheduleKind};
 use crate::error::Result;
@@ -109,6 +109,8 @@ knobs! {
         in_channels: usize = fixed;
         /// Number of classes; 0 = those of the data
         num_classes: usize = fixed;
+        /// What the samples are: images (in [-1, 1]), latents (any numbers), or auto (what the data say)
+        data_kind: DataKind = fixed;
         /// Mirror half of the training images left to right
         flip: bool;
         /// Share of labels replaced by "no class", which classifier-free guidance needs; 0 to 1
@@ -227,6 +229,7 @@ impl Default for TrainConfig {
             image_size: 0,
             in_channels: 0,
             num_classes: 0,
+            data_kind: DataKind::Auto,
             flip: false,
             label_dropout: 0.1,
             schedule: ScheduleKind::Cosine,
@@ -297,9 +300,7 @@ impl TrainConfig {
                 ..config
             };
         }
-        // Digits and latents have no mirror images; photographs do.
-        let array = [".npy", ".safetensors"].iter().any(|end| data.ends_with(end));
-        config.flip = data != "digits" && !array;
+        config.flip = crate::data::may_flip(data);
         config.data = data.into();
         Ok(config)
     }
@@ -319,6 +320,14 @@ impl TrainConfig {
         self.mlp_ratio = 4.0;
         self.model = model.into();
         Ok(())
+    }
+
+    /// Whether the samples are images. Runs that were begun when this was not written down tell by their channels.
+    pub fn are_images(&self) -> bool {
+        match self.data_kind {
+            DataKind::Auto => matches!(self.in_channels, 1 | 3),
+            kind => kind == DataKind::Images,
+        }
     }
 
     /// Guidance of samples where nothing is said: none for a model that never saw a sample without its label.

@@ -147,6 +147,18 @@ own_choice! {
 }
 
 own_choice! {
+    /// What the samples of a data set are.
+    DataKind, "auto|images|latents" {
+        /// What the data say.
+        Auto = "auto",
+        /// Numbers in [-1, 1], which samplers keep inside.
+        Images = "images",
+        /// Any numbers.
+        Latents = "latents",
+    }
+}
+
+own_choice! {
     /// Number format of products and activations.
     Precision, "f32|bf16" {
         /// IEEE 754 single precision.
