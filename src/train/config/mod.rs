@@ -101,7 +101,7 @@ knobs! {
         alpha: f64 = fixed;
     }
     "Data" {
-        /// Training images: digits (built in), a folder with one subfolder of images per class, or an array file (.npy, .safetensors)
+        /// Training images: digits (built in), a folder with one subfolder of images per class, or an array file (.npy, .safetensors; images as bytes or numbers from -1 to 1)
         data: String = fixed;
         /// Side of the images in pixels; 0 = that of the data (folders of images are scaled to 32)
         image_size: usize = fixed;
