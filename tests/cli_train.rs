@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use program::{command, fails, run, succeeds, train};
+use program::{command, fails, run, stderr, succeeds, train};
 
 const STEPS: &[&str] = &["--steps", "24", "--checkpoint-every", "3", "--log-every", "2", "--sample-every", "12"];
 
@@ -117,7 +117,10 @@ fn an_interrupted_run_saves_and_goes_on() {
 fn a_run_is_not_overwritten_and_keeps_its_nature() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
-    let said = succeeds(train(place, &["--out", "run", "--steps", "1"]));
+    let output = train(place, &["--out", "run", "--steps", "1"]);
+    let first = stderr(&output);
+    assert!(first.contains("1797 images of 1 x 8 x 8 in 10 classes from 'digits' -> run"), "{first}");
+    let said = succeeds(output);
     assert!(said.ends_with("dtr-fused sample --checkpoint run\n"), "{said}");
     fails(train(place, &["--out", "run", "--steps", "1"]), 2, &["run already holds a run", "--resume", "--out"]);
     fails(run(place, &["train", "--resume", "run", "--beta", "0.5"]), 2, &["beta", "resumed"]);

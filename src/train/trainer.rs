@@ -262,11 +262,16 @@ impl Trainer {
         let mut log = MetricsLog::open(run, self.step)?;
         let mut progress = Progress::new("training", self.step, config.steps);
         progress.say(&format!(
-            "{} with {} routing, {:.1} M parameters, {} images of '{}' -> {}",
+            "{} with {} routing, {:.1} M parameters, {} {} of {} x {} x {} in {} classes from '{}' -> {}",
             config.model,
             config.toml_of("routing").trim_matches('"'),
             self.learner.weights.len() as f64 / 1e6,
             self.batches.loader.dataset().len(),
+            config.data_kind,
+            config.in_channels,
+            config.image_size,
+            config.image_size,
+            config.num_classes,
             config.data,
             run.path().display()
         ));
