@@ -5,7 +5,7 @@ use std::io::Read as _;
 use std::path::Path;
 
 use super::value::{Value, did_you_mean};
-use super::{KNOBS, TrainConfig, shape_of};
+use super::{DataKind, KNOBS, TrainConfig, shape_of};
 use crate::error::{Error, Result};
 
 /// Longest configuration file that is read: a hundred times the full one.
@@ -142,6 +142,7 @@ impl TrainConfig {
             config.apply(layer)?;
         }
         config.rename_if_reshaped();
+        config.keep_what_is_left_open(self);
         for knob in KNOBS.iter().filter(|knob| knob.fixed) {
             let (was, is) = (self.toml_of(knob.name), config.toml_of(knob.name));
             if was != is {
@@ -178,6 +179,23 @@ impl TrainConfig {
             }
         }
         Ok(())
+    }
+
+    /// Takes from `begun` what a file for many runs leaves to the data and the time: they have decided it.
+    fn keep_what_is_left_open(&mut self, begun: &Self) {
+        for (size, begun) in [
+            (&mut self.image_size, begun.image_size),
+            (&mut self.in_channels, begun.in_channels),
+            (&mut self.num_classes, begun.num_classes),
+        ] {
+            *size = if *size == 0 { begun } else { *size };
+        }
+        if self.data_kind == DataKind::Auto {
+            self.data_kind = begun.data_kind;
+        }
+        if self.out.is_empty() {
+            self.out.clone_from(&begun.out);
+        }
     }
 
     fn rename_if_reshaped(&mut self) {
@@ -312,5 +330,15 @@ mod tests {
             let e = config.resumed_with(&[layer("flags", &[(key, text)])]).unwrap_err().to_string();
             assert!(e.contains("resumed"), "{key}: {e}");
         }
+    }
+
+    #[test]
+    fn the_file_that_a_run_was_begun_with_resumes_it() {
+        let mut begun = TrainConfig { out: "z".into(), ..TrainConfig::default() };
+        begun.fit_to_data(8, 1, 10).unwrap();
+        begun.data_kind = DataKind::Images;
+        let file = Layer::from_toml(&TrainConfig::default().to_toml(), "my.toml").unwrap();
+        assert_eq!(begun.resumed_with(&[file]).unwrap(), begun);
+        assert!(begun.resumed_with(&[layer("flags", &[("out", "y")])]).is_err());
     }
 }
