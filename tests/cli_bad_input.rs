@@ -5,6 +5,8 @@ mod program;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use dtr_fused::data::npy;
+use dtr_fused::element::Element;
 use program::{fails, run, succeeds, train};
 
 #[test]
@@ -67,9 +69,17 @@ fn data_that_are_not_there_or_empty_are_named() {
     let place = tempfile::tempdir().unwrap();
     fs::create_dir(place.path().join("empty")).unwrap();
     fs::write(place.path().join("notes.txt"), "hello").unwrap();
-    for data in ["nowhere", "empty", "notes.txt"] {
+    for data in ["nowhere", "nowhere.npy", "empty", "notes.txt"] {
         fails(train(place.path(), &["--data", data]), 1, &[data]);
     }
+    let data = |name: &str, element, shape: &[usize], bytes| {
+        let path = place.path().join(name);
+        npy::write(&path, element, shape, &vec![0; shape.iter().product::<usize>() * bytes]).unwrap();
+        npy::write(path.with_extension("labels.npy"), Element::U8, &shape[..1], &vec![0; shape[0]]).unwrap();
+        train(place.path(), &["--data", name])
+    };
+    fails(data("last.npy", Element::F32, &[2, 8, 8, 3], 4), 2, &["look like [N, H, W, C]", "[N, 3, 8, 8]"]);
+    fails(data("oblong.npy", Element::F32, &[2, 3, 8, 6], 4), 2, &["8 x 6", "crop them first"]);
     assert!(!place.path().join("runs").exists(), "no run was begun");
 }
 

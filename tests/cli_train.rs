@@ -214,3 +214,31 @@ fn info_shows_runs_and_checkpoints() {
     assert!(said.contains("blocks.0.attn.qkv.weight") && said.contains("F32 [96, 32]"), "{said}");
     assert!(said.lines().any(|line| line.starts_with("step") && line.ends_with(" 2")), "{said}");
 }
+
+/// An `.npy` file of `n` samples of 1 x 8 x 8 (bytes), of which the last has label `last`, and its labels.
+fn save_samples(path: &Path, n: usize, last: u8) {
+    use dtr_fused::data::npy;
+    use dtr_fused::element::Element;
+    npy::write(path, Element::U8, &[n, 1, 8, 8], &vec![9; n * 64]).unwrap();
+    let labels: Vec<u8> = (0..n).map(|i| if i + 1 == n { last } else { 0 }).collect();
+    npy::write(path.with_extension("labels.npy"), Element::U8, &[n], &labels).unwrap();
+}
+
+#[test]
+fn data_that_were_moved_are_found_again() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    save_samples(&place.join("here.npy"), 20, 3);
+    succeeds(train(place, &["--data", "here.npy", "--out", "run", "--steps", "1"]));
+    save_samples(&place.join("there.npy"), 20, 3);
+    fs::remove_file(place.join("here.npy")).unwrap();
+    let resume = |args: &[&str]| run(place, &[&["train", "--resume", "run", "--steps", "2"], args].concat());
+    fails(resume(&[]), 1, &["here.npy", "not there", "--data"]);
+    // A class more is another model.
+    save_samples(&place.join("other.npy"), 20, 4);
+    fails(resume(&["--data", "other.npy"]), 1, &["has label 4 for sample 19; labels are 0 to 3"]);
+    fails(resume(&["--data", "digits"]), 2, &["1 x 8 x 8 in 10 classes", "begun with 1 x 8 x 8 in 4", "--data"]);
+    succeeds(resume(&["--data", "there.npy"]));
+    // It is where the run looks from now on.
+    succeeds(run(place, &["train", "--resume", "run", "--steps", "3"]));
+}

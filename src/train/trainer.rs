@@ -50,7 +50,7 @@ pub struct Outcome {
 pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
     config.check_cfg("sample_cfg", config.sample_cfg)?;
-    let dataset = open_data(&mut config)?;
+    let dataset = open_data(&mut config, false)?;
     in_pool(&config, || {
         let (learner, notes) = learner_on(&config)?;
         let run = RunDir::create(&config)?;
@@ -66,7 +66,7 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
 pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
     config.check_cfg("sample_cfg", config.sample_cfg)?;
-    let dataset = open_data(&mut config)?;
+    let dataset = open_data(&mut config, true)?;
     in_pool(&config, || {
         let (learner, notes) = learner_on(&config)?;
         let run = RunDir::open(run)?;
@@ -88,15 +88,34 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
     })
 }
 
-/// Opens the data set and completes the configuration with what only the data know.
-fn open_data(config: &mut TrainConfig) -> Result<Arc<dyn Dataset>> {
+/// Opens the data set and completes the configuration with what only the data know. A run that is `resumed` has learned that
+/// already, and keeps it.
+fn open_data(config: &mut TrainConfig, resumed: bool) -> Result<Arc<dyn Dataset>> {
+    if resumed && config.data != "digits" && !Path::new(&config.data).exists() {
+        return Err(Error::file(&config.data, "the data of this run are not there: say where they are with --data"));
+    }
     let classes = (config.num_classes > 0).then_some(config.num_classes);
     let dataset = data::open(&config.data, Some(config.folder_image_size()), classes)?;
     let [channels, height, width] = dataset.shape();
     if height != width {
+        let last = if channels == height {
+            format!("; they look like [N, H, W, C], which should be [N, {width}, {channels}, {height}]")
+        } else {
+            ": crop them first".into()
+        };
         return Err(Error::usage(format!(
-            "the data '{}' are {height} x {width}, but the model needs squares: crop them first",
+            "the data '{}' are {height} x {width}, but the model needs squares{last}",
             config.data
+        )));
+    }
+    let classes = dataset.num_classes();
+    let fits = |was: usize, is: usize| was == 0 || was == is;
+    let same_shape = fits(config.image_size, height) && fits(config.in_channels, channels);
+    if resumed && !(same_shape && (config.num_classes == 0 || classes <= config.num_classes)) {
+        return Err(Error::usage(format!(
+            "the data '{}' are {channels} x {height} x {width} in {classes} classes, but this run was begun with {} x {} x {} in \
+             {}: give it the same data with --data, or start a new run",
+            config.data, config.in_channels, config.image_size, config.image_size, config.num_classes
         )));
     }
     let kind = if dataset.is_pictures() { DataKind::Images } else { DataKind::Latents };
@@ -107,7 +126,7 @@ fn open_data(config: &mut TrainConfig) -> Result<Arc<dyn Dataset>> {
         )));
     }
     config.data_kind = kind;
-    config.fit_to_data(height, channels, dataset.num_classes())?;
+    config.fit_to_data(height, channels, classes)?;
     Ok(dataset)
 }
 

@@ -102,7 +102,7 @@ knobs! {
     }
     "Data" {
         /// Training images: digits (built in), a folder with one subfolder of images per class, or an array file (.npy, .safetensors; images as bytes or numbers from -1 to 1)
-        data: String = fixed;
+        data: String;
         /// Side of the images in pixels; 0 = that of the data (folders of images are scaled to 32)
         image_size: usize = fixed;
         /// Channels of the images or latents; 0 = those of the data
