@@ -93,7 +93,7 @@ impl Layer {
     }
 
     /// The last text given to `key`.
-    fn last(&self, key: &str) -> Option<&str> {
+    pub fn last(&self, key: &str) -> Option<&str> {
         self.assignments.iter().rev().find(|a| a.key == key).map(|a| a.text.as_str())
     }
 }
