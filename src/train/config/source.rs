@@ -303,6 +303,7 @@ mod tests {
             ("loss_weight", "p2-1-0"),
             ("loss_weight", "min-snr-0"),
             ("seed", "18446744073709551615"),
+            ("keep_checkpoints", "9223372036854775808"),
             ("precision", "f16"),
             ("model", "DiT-M/2"),
             ("model", "DiT-S/3"),
