@@ -43,7 +43,7 @@ pub(super) fn run(args: ParityArgs) -> Result<()> {
     };
     let (compute, note) = Compute::open(&args.device, bf16)?;
     if let Some(note) = note {
-        println!("{note}");
+        eprintln!("{note}");
     }
     let (mut cases, mut compared, mut failed) = (0, 0, Vec::new());
     for dir in &args.dirs {
