@@ -23,6 +23,8 @@ fn values_out_of_range_are_usage_errors() {
         ("--image-size", "16", "image_size is 16, but the data 'digits' have 8"),
         ("--num-classes", "3", "num_classes is 3"),
         ("--steps", "-5", "whole number"),
+        ("--seed", "9223372036854775808", "from 0 to 9223372036854775807"),
+        ("--mlp-ratio", "0.01", "MLP of width 0"),
         ("--steps", "0", "steps is 0"),
         ("--lr", "fast", "number such as"),
         ("--routing", "papr", "one of paper, sublayer"),
@@ -179,6 +181,24 @@ fn labels_out_of_range_are_usage_errors() {
     let sample = |classes| run(place.path(), &["sample", "--checkpoint", "run", "--steps", "2", "--classes", classes]);
     fails(sample("10"), 2, &["10"]);
     fails(sample("x"), 2, &["'x'"]);
+    fails(sample("-1"), 2, &["'-1'", "--classes"]);
+}
+
+#[test]
+fn negative_numbers_reach_the_check_of_their_flag() {
+    let place = tempfile::tempdir().unwrap();
+    short_run(place.path());
+    for (flag, says) in [
+        ("--cfg", "--cfg is -1"),
+        ("--eta", "eta is -1"),
+        ("--num", "'-1' for '--num"),
+        ("--seed", "'-1' for '--seed"),
+        ("--batch-size", "'-1' for '--batch-size"),
+        ("--threads", "'-1' for '--threads"),
+    ] {
+        fails(run(place.path(), &["sample", "--checkpoint", "run", flag, "-1"]), 2, &[says]);
+    }
+    fails(run(place.path(), &["bench", "--runs", "-1"]), 2, &["'-1' for '--runs"]);
 }
 
 #[cfg(unix)]

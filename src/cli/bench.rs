@@ -33,7 +33,7 @@ DiT models are timed on 32 x 32 x 4 latents of 1000 classes unless --image-size,
 #[command(after_help = EXAMPLES)]
 pub(super) struct BenchArgs {
     /// How many of each are timed, after two that are not
-    #[arg(long, default_value_t = 7)]
+    #[arg(long, default_value_t = 7, allow_negative_numbers = true)]
     runs: usize,
     /// Print one JSON object
     #[arg(long)]

@@ -65,25 +65,25 @@ pub(super) struct SampleArgs {
     #[arg(long, value_enum, default_value = "ddim")]
     sampler: Algorithm,
     /// Denoising steps: a number, ddimN, or A,B,.. for parts of the schedule [default: 50 for ddim, 250 for ddpm]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     steps: Option<String>,
     /// Noise of ddim, as a share of that of ddpm
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     eta: f64,
     /// Strength of classifier-free guidance; 1 = none [default: 1.5; 1 for a model trained with label_dropout 0]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     cfg: Option<f64>,
     /// Classes to make, by number [default: all; without --num and --npz, those that the grid has rows for]
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true)]
     classes: Vec<u32>,
     /// Images in all, shared equally among the classes [default: 10 for each]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     num: Option<usize>,
     /// Images computed at a time; more are faster and need more memory
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, allow_negative_numbers = true)]
     batch_size: usize,
     /// Seed of the noise
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     /// Which weights
     #[arg(long, value_enum, default_value = "ema")]
@@ -95,7 +95,7 @@ pub(super) struct SampleArgs {
     #[arg(long, value_name = "FILE")]
     npz: Option<PathBuf>,
     /// Threads; 0 = one per core (the images are the same)
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     threads: usize,
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
