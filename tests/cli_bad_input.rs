@@ -230,3 +230,22 @@ fn a_closed_pipe_is_quiet() {
     let output = program::command(place.path(), &["train", "--print-config"]).stdout(writer).output().unwrap();
     assert_eq!((output.status.code(), program::stderr(&output).as_str()), (Some(141), ""));
 }
+
+#[test]
+fn names_in_files_do_not_command_the_terminal() {
+    let place = tempfile::tempdir().unwrap();
+    fs::write(place.path().join("c.toml"), "\"\\u001b[31m\" = 3\n").unwrap();
+    let output = run(place.path(), &["train", "--config", "c.toml"]);
+    assert!(!program::stderr(&output).contains('\x1b'));
+    fails(output, 2, &["\\u{1b}[31m", "c.toml"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn arguments_that_are_not_utf_8_are_named() {
+    use std::os::unix::ffi::OsStrExt;
+    let place = tempfile::tempdir().unwrap();
+    let bad = std::ffi::OsStr::from_bytes(b"caf\xe9");
+    let output = program::command(place.path(), &["train", "--data"]).arg(bad).output().unwrap();
+    fails(output, 2, &["of --data is not UTF-8"]);
+}

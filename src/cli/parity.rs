@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::backend::Compute;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::parity::check_dir;
 use crate::parity::report::Failures;
 
@@ -50,8 +50,8 @@ pub(super) fn run(args: ParityArgs) -> Result<()> {
         for (case, report) in check_dir(dir, &compute)? {
             println!("{}", case.display());
             match args.quiet {
-                true => println!("{}\n", Failures(&report)),
-                false => println!("{report}\n"),
+                true => println!("{}\n", printable(&Failures(&report).to_string())),
+                false => println!("{}\n", printable(&report.to_string())),
             }
             cases += 1;
             compared += report.compared();
