@@ -38,9 +38,8 @@ fn a_run_in_bf16_is_sampled_and_resumed_on_the_cpu() {
     assert!(stderr(&output).contains("computing in f32: the CPU has no bf16"), "{}", stderr(&output));
     succeeds(output);
     assert!(fs::read(place.join("f32.png")).unwrap() == fs::read(place.join("bf16.png")).unwrap());
-    let resume = |more: &[&str]| {
-        run(place, &[&["train", "--resume", "run", "--steps", "2", "--device", "cpu"], more].concat())
-    };
+    let resume =
+        |more: &[&str]| run(place, &[&["train", "--resume", "run", "--steps", "2", "--device", "cpu"], more].concat());
     fails(resume(&[]), 2, &["the CPU computes in f32 only: give --precision f32"]);
     succeeds(resume(&["--precision", "f32"]));
 }
@@ -140,7 +139,8 @@ fn a_model_that_saw_every_label_is_sampled_without_guidance() {
 fn save_samples(path: &Path, name: &str) {
     let values: Vec<u8> = (0..8 * 48).flat_map(|i| ((i * 37 % 41) as f32 - 20.0).to_le_bytes()).collect();
     let labels: Vec<u8> = (0..8u8).map(|i| i % 2).collect();
-    let view = |dtype, shape: &[usize], data| safetensors::tensor::TensorView::new(dtype, shape.to_vec(), data).unwrap();
+    let view =
+        |dtype, shape: &[usize], data| safetensors::tensor::TensorView::new(dtype, shape.to_vec(), data).unwrap();
     use safetensors::tensor::Dtype;
     let tensors = [(name, view(Dtype::F32, &[8, 3, 4, 4], &values)), ("labels", view(Dtype::U8, &[8], &labels))];
     fs::write(path, safetensors::serialize(tensors, None).unwrap()).unwrap();

@@ -61,8 +61,9 @@ fn bytes_are_the_nearest() {
 fn grids_that_cannot_be_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("grid.png");
-    let refusal =
-        |pixels: &[f32], shape, columns, scale| grid_png(&path, pixels, shape, columns, scale, true).unwrap_err().to_string();
+    let refusal = |pixels: &[f32], shape, columns, scale| {
+        grid_png(&path, pixels, shape, columns, scale, true).unwrap_err().to_string()
+    };
     assert!(refusal(&[0.0; 5], [1, 1, 2, 3], 1, 1).contains("5 numbers of shape [1, 1, 2, 3]"));
     assert!(refusal(&[], [0, 1, 2, 3], 1, 1).contains("are no picture"));
     assert!(refusal(&[0.0; 6], [1, 1, 2, 3], 0, 1).contains("in 0 columns"));

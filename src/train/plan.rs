@@ -96,8 +96,9 @@ pub fn check(config: &TrainConfig, dit: &mut Dit, device: &Device, elem: DType) 
         dit.checkpoint_activations = false;
         remedies.extend(largest.and_then(|largest| match largest == part {
             true => Some("--checkpoint-activations".to_string()),
-            false => batch_of(config, largest)
-                .map(|batch| format!("--checkpoint-activations with --batch-size {batch}")),
+            false => {
+                batch_of(config, largest).map(|batch| format!("--checkpoint-activations with --batch-size {batch}"))
+            }
         }));
     }
     let remedy = match remedies.as_slice() {

@@ -5,7 +5,7 @@ use std::io::Read as _;
 use std::path::Path;
 
 use super::value::{Value, did_you_mean};
-use super::{DataKind, KNOBS, TrainConfig, shape_of};
+use super::{DataKind, KNOBS, Knob, TrainConfig, shape_of};
 use crate::error::{Error, Result};
 
 /// Longest configuration file that is read: a hundred times the full one.
@@ -92,6 +92,11 @@ impl Layer {
         Ok(Layer { origin: origin.into(), assignments })
     }
 
+    /// What is wrong with an assignment of it.
+    fn fault(&self, e: &Error) -> Error {
+        Error::usage(format!("{e}, in {}", self.origin))
+    }
+
     /// The last text given to `key`.
     pub fn last(&self, key: &str) -> Option<&str> {
         self.assignments.iter().rev().find(|a| a.key == key).map(|a| a.text.as_str())
@@ -109,7 +114,12 @@ impl TrainConfig {
     /// [`validate`](Self::validate) refuses.
     pub fn from_layers(layers: &[Layer]) -> Result<Self> {
         let last = |key| layers.iter().rev().find_map(|layer| layer.last(key));
-        let mut config = TrainConfig::preset(last("model").unwrap_or("digits"), last("data").unwrap_or("digits"))?;
+        let data = last("data").unwrap_or("digits");
+        let named = layers.iter().rev().find_map(|layer| Some((layer, layer.last("model")?)));
+        let mut config = match named {
+            Some((layer, model)) => TrainConfig::preset(model, data).map_err(|e| layer.fault(&e))?,
+            None => TrainConfig::preset("digits", data)?,
+        };
         for layer in layers {
             config.apply(layer)?;
         }
@@ -119,6 +129,33 @@ impl TrainConfig {
         }
         config.validate()?;
         Ok(config)
+    }
+
+    /// A sentence on the values that a layer gave together with one model and that hold for another one, which a later layer
+    /// names: a file of `--print-config` has all of them. None where there are none.
+    pub fn note_on(layers: &[Layer]) -> Option<String> {
+        let at = layers.iter().rposition(|layer| layer.last("model").is_some())?;
+        let (before, after) = layers.split_at(at);
+        let model = after[0].last("model")?;
+        let (file, other) = before.iter().rev().find_map(|layer| Some((layer, layer.last("model")?)))?;
+        let (own, others) = (Self::preset(model, "digits").ok()?, Self::preset(other, "digits").ok()?);
+        // Keys of the shape come with the model's name.
+        let shape = ["model", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio"];
+        let replaced = |knob: &&Knob| {
+            let name = knob.name;
+            !shape.contains(&name)
+                && own.toml_of(name) != others.toml_of(name)
+                && file.last(name).is_some()
+                && after.iter().all(|layer| layer.last(name).is_none())
+        };
+        let names: Vec<&str> = KNOBS.iter().filter(replaced).map(|knob| knob.name).collect();
+        (!names.is_empty()).then(|| {
+            format!(
+                "{} are those of {}, not the defaults of {model}: leave them out there to have these",
+                names.join(", "),
+                file.origin
+            )
+        })
     }
 
     /// The configuration in the file `path` alone (a run's `config.toml`).
@@ -158,7 +195,7 @@ impl TrainConfig {
 
     fn apply(&mut self, layer: &Layer) -> Result<()> {
         if let Some(model) = layer.last("model").filter(|&model| model != self.model) {
-            self.set_model(model)?;
+            self.set_model(model).map_err(|e| layer.fault(&e))?;
         }
         for Assignment { key, text } in &layer.assignments {
             match self.assign(key, text) {
@@ -279,6 +316,19 @@ mod tests {
     }
 
     #[test]
+    fn values_of_a_file_that_replace_defaults_of_another_model_are_noted() {
+        let file = Layer::from_toml(&TrainConfig::default().to_toml(), "my.toml").unwrap();
+        let model = |model| layer("flags", &[("model", model), ("lr", "1e-4")]);
+        let note = TrainConfig::note_on(&[file.clone(), model("DiT-XL/2")]).unwrap();
+        assert!(note.starts_with("init, steps, batch_size, ") && note.contains("are those of my.toml"), "{note}");
+        assert!(!note.contains("lr,") && !note.contains("hidden_size") && !note.contains("alpha"), "{note}");
+        assert_eq!(TrainConfig::note_on(&[file.clone(), model("custom")]), None);
+        assert_eq!(TrainConfig::note_on(&[file]), None);
+        // Who writes a file without a model means its values for any.
+        assert_eq!(TrainConfig::note_on(&[layer("my.toml", &[("steps", "9")]), model("DiT-XL/2")]), None);
+    }
+
+    #[test]
     fn unknown_keys_name_the_near_one() {
         let near = |key: &str| message(&[layer("f.toml", &[(key, "1")])]);
         assert!(near("batchsize").contains("did you mean 'batch_size'?"), "{}", near("batchsize"));
@@ -288,6 +338,8 @@ mod tests {
         assert!(near("checkpoint_evry").contains("'checkpoint_every'"));
         assert!(!near("qqqqqq").contains("did you mean"), "{}", near("qqqqqq"));
         assert!(message(&[layer("x", &[("model", "dit-s/2")])]).contains("did you mean 'DiT-S/2'?"));
+        let message = message(&[layer("f.toml", &[("model", "3")]), layer("flags", &[("lr", "1")])]);
+        assert!(message.starts_with("there is no model '3'") && message.ends_with(", in f.toml"), "{message}");
     }
 
     #[test]
