@@ -52,3 +52,26 @@ impl Error {
         Error::File { path: path.into(), what: what.to_string() }
     }
 }
+
+/// `text` for a terminal: names from files may hold control characters, which would command it. Line feeds stay.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() && c != '\n' {
+            true => out.extend(c.escape_default()),
+            false => out.push(c),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_are_spelled_out() {
+        assert_eq!(printable("größe 'a'\\\n"), "größe 'a'\\\n");
+        assert_eq!(printable("\x1b[31m\u{9b}2J\r\0"), "\\u{1b}[31m\\u{9b}2J\\r\\u{0}");
+    }
+}

@@ -27,49 +27,69 @@ pub fn generate(
     batch: usize,
     mut progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<Vec<f32>> {
+    let batch = batch.max(1);
+    let mut images = Vec::new();
+    let mut done = 0;
+    for (index, labels) in labels.chunks(batch).enumerate() {
+        let made = generate_batch(dit, weights, memory, sampler, labels, seed, index * batch, || {
+            done += 1;
+            progress(done)
+        })?;
+        images.extend(made);
+    }
+    Ok(images)
+}
+
+/// One batch of [`generate`], for those who do not keep all images in memory: the images of `labels`, of which the first is
+/// number `first` of all. `progress` is called after every denoising step.
+///
+/// # Errors
+/// As [`generate`].
+#[expect(clippy::too_many_arguments, reason = "what, how, from what, and who is told")]
+pub fn generate_batch(
+    dit: &Dit,
+    weights: Weights,
+    memory: &mut Memory,
+    sampler: &Sampler,
+    labels: &[u32],
+    seed: u64,
+    first: usize,
+    mut progress: impl FnMut() -> Result<()>,
+) -> Result<Vec<f32>> {
     let config = &dit.config;
     let (side, channels) = (config.input_size, config.in_channels);
     let dims = ImageDims { channels, pixels: side * side, learn_sigma: config.learn_sigma };
     let row = dims.elements();
     let start = Philox::new(seed, Stream::SampleStart);
     let noise = Philox::new(seed, Stream::SampleStep);
-    let batch = batch.clamp(1, labels.len().max(1));
-    let mut images = vec![0.0; labels.len() * row];
-    let mut done = 0;
-    for (index, (images, labels)) in images.chunks_mut(batch * row).zip(labels.chunks(batch)).enumerate() {
-        let first = index * batch;
-        // With guidance the batch is doubled: once with the labels, once with the null class.
-        let halves = if sampler.guided() { 2 } else { 1 };
-        let mut x = vec![0.0; halves * images.len()];
-        let mut y = labels.to_vec();
-        y.resize(halves * labels.len(), config.num_classes as u32);
-        for (i, x) in x.chunks_exact_mut(row).enumerate() {
-            start.normal(x, 0, (first + i % labels.len()) as u64);
-        }
-        sampler.sample(
-            &mut x,
-            |x, t, out| {
-                infer(weights, memory, |tape| {
-                    let input = tape.input(x, [y.len(), channels, side, side], false)?;
-                    let answer = dit.forward(tape, input, &vec![t; y.len()], &y)?;
-                    out.copy_from_slice(&tape.read(answer)?);
-                    Ok(())
-                })
-            },
-            |k, out| {
-                for (i, out) in out.chunks_exact_mut(row).enumerate() {
-                    noise.normal(out, k as u64, (first + i % labels.len()) as u64);
-                }
-            },
-            |_, _| {
-                done += 1;
-                progress(done)
-            },
-            dims,
-        )?;
-        images.copy_from_slice(&x[..images.len()]);
+    // With guidance the batch is doubled: once with the labels, once with the null class.
+    let halves = if sampler.guided() { 2 } else { 1 };
+    let mut x = vec![0.0; halves * labels.len() * row];
+    let mut y = labels.to_vec();
+    y.resize(halves * labels.len(), config.num_classes as u32);
+    for (i, x) in x.chunks_exact_mut(row).enumerate() {
+        start.normal(x, 0, (first + i % labels.len()) as u64);
     }
-    Ok(images)
+    sampler.sample(
+        &mut x,
+        |x, t, out| {
+            infer(weights, memory, |tape| {
+                let input = tape.input(x, [y.len(), channels, side, side], false)?;
+                let answer = dit.forward(tape, input, &vec![t; y.len()], &y)?;
+                out.copy_from_slice(&tape.read(answer)?);
+                Ok(())
+            })
+        },
+        |k, out| {
+            for (i, out) in out.chunks_exact_mut(row).enumerate() {
+                noise.normal(out, k as u64, (first + i % labels.len()) as u64);
+            }
+        },
+        |_, _| progress(),
+        dims,
+    )?;
+    x.truncate(labels.len() * row);
+    Ok(x)
 }
 
 /// Number of denoising steps of a call of [`generate`].

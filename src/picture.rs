@@ -17,15 +17,21 @@ const GAP_GREY: u8 = 160;
 
 /// Writes `pixels` `[N,C,H,W]` (`shape`) as a PNG of `columns` samples per row, each pixel as a square of `scale` x `scale`.
 ///
-/// With 1 or 3 channels the values are grey or RGB, -1 black, 1 full, cut beyond. Otherwise they are latents: the first three
-/// channels (or the first, if there are two) are shown as RGB, each stretched from its smallest to its largest value in
-/// the whole grid. What is not a number is black. The file appears whole or not at all.
+/// The first three channels are shown as RGB (the first as grey, if there are fewer): those of `images` from -1, black, to 1,
+/// full, cut beyond; those of latents each stretched from its smallest to its largest value in the whole grid. What is not a number is black. The file appears whole or not at all.
 ///
 /// # Errors
 /// [`Error::Usage`] when the sizes do not fit together, one is 0, or the picture would be larger than a PNG can be;
 /// [`Error::File`] when writing fails.
-pub fn grid_png(path: impl AsRef<Path>, pixels: &[f32], shape: [usize; 4], columns: usize, scale: usize) -> Result<()> {
-    let grid = Grid::new(pixels, shape, columns, scale)?;
+pub fn grid_png(
+    path: impl AsRef<Path>,
+    pixels: &[f32],
+    shape: [usize; 4],
+    columns: usize,
+    scale: usize,
+    images: bool,
+) -> Result<()> {
+    let grid = Grid::new(pixels, shape, columns, scale, images)?;
     let mut file = AtomicFile::create(path.as_ref())?;
     let encoder = PngEncoder::new(&mut file);
     let encoded = encoder.write_image(&grid.draw(), grid.width as u32, grid.height as u32, ExtendedColorType::Rgb8);
@@ -42,10 +48,11 @@ struct Grid<'a> {
     scale: usize,
     width: usize,
     height: usize,
+    images: bool,
 }
 
 impl<'a> Grid<'a> {
-    fn new(pixels: &'a [f32], shape: [usize; 4], columns: usize, scale: usize) -> Result<Self> {
+    fn new(pixels: &'a [f32], shape: [usize; 4], columns: usize, scale: usize, images: bool) -> Result<Self> {
         let elements = shape.iter().try_fold(1usize, |n, &side| n.checked_mul(side));
         if elements != Some(pixels.len()) || pixels.is_empty() || columns == 0 || scale == 0 {
             let what = format!(
@@ -62,7 +69,7 @@ impl<'a> Grid<'a> {
         };
         let (width, height) = (side(columns, w), side(n.div_ceil(columns), h));
         match width.zip(height).filter(|(w, h)| w * h <= i32::MAX as usize) {
-            Some((width, height)) => Ok(Grid { pixels, shape, columns, scale, width, height }),
+            Some((width, height)) => Ok(Grid { pixels, shape, columns, scale, width, height, images }),
             None => Err(Error::usage(format!("{n} pictures of {w}x{h} at scale {scale} are too many for one grid"))),
         }
     }
@@ -72,7 +79,7 @@ impl<'a> Grid<'a> {
         let [n, channels, h, w] = self.shape;
         let plane = h * w;
         let shown = if channels < 3 { [0, 0, 0] } else { [0, 1, 2] };
-        let ranges = shown.map(|c| if matches!(channels, 1 | 3) { (-1.0, 1.0) } else { self.range(c) });
+        let ranges = shown.map(|c| if self.images { (-1.0, 1.0) } else { self.range(c) });
         let mut picture = vec![GAP_GREY; self.width * self.height * 3];
         for i in 0..n {
             let sample = &self.pixels[i * channels * plane..][..channels * plane];

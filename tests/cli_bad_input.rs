@@ -5,6 +5,8 @@ mod program;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use dtr_fused::data::npy;
+use dtr_fused::element::Element;
 use program::{fails, run, succeeds, train};
 
 #[test]
@@ -21,6 +23,8 @@ fn values_out_of_range_are_usage_errors() {
         ("--image-size", "16", "image_size is 16, but the data 'digits' have 8"),
         ("--num-classes", "3", "num_classes is 3"),
         ("--steps", "-5", "whole number"),
+        ("--seed", "9223372036854775808", "from 0 to 9223372036854775807"),
+        ("--mlp-ratio", "0.01", "MLP of width 0"),
         ("--steps", "0", "steps is 0"),
         ("--lr", "fast", "number such as"),
         ("--routing", "papr", "one of paper, sublayer"),
@@ -67,9 +71,17 @@ fn data_that_are_not_there_or_empty_are_named() {
     let place = tempfile::tempdir().unwrap();
     fs::create_dir(place.path().join("empty")).unwrap();
     fs::write(place.path().join("notes.txt"), "hello").unwrap();
-    for data in ["nowhere", "empty", "notes.txt"] {
+    for data in ["nowhere", "nowhere.npy", "empty", "notes.txt"] {
         fails(train(place.path(), &["--data", data]), 1, &[data]);
     }
+    let data = |name: &str, element, shape: &[usize], bytes| {
+        let path = place.path().join(name);
+        npy::write(&path, element, shape, &vec![0; shape.iter().product::<usize>() * bytes]).unwrap();
+        npy::write(path.with_extension("labels.npy"), Element::U8, &shape[..1], &vec![0; shape[0]]).unwrap();
+        train(place.path(), &["--data", name])
+    };
+    fails(data("last.npy", Element::F32, &[2, 8, 8, 3], 4), 2, &["look like [N, H, W, C]", "[N, 3, 8, 8]"]);
+    fails(data("oblong.npy", Element::F32, &[2, 3, 8, 6], 4), 2, &["8 x 6", "crop them first"]);
     assert!(!place.path().join("runs").exists(), "no run was begun");
 }
 
@@ -169,6 +181,24 @@ fn labels_out_of_range_are_usage_errors() {
     let sample = |classes| run(place.path(), &["sample", "--checkpoint", "run", "--steps", "2", "--classes", classes]);
     fails(sample("10"), 2, &["10"]);
     fails(sample("x"), 2, &["'x'"]);
+    fails(sample("-1"), 2, &["'-1'", "--classes"]);
+}
+
+#[test]
+fn negative_numbers_reach_the_check_of_their_flag() {
+    let place = tempfile::tempdir().unwrap();
+    short_run(place.path());
+    for (flag, says) in [
+        ("--cfg", "--cfg is -1"),
+        ("--eta", "eta is -1"),
+        ("--num", "'-1' for '--num"),
+        ("--seed", "'-1' for '--seed"),
+        ("--batch-size", "'-1' for '--batch-size"),
+        ("--threads", "'-1' for '--threads"),
+    ] {
+        fails(run(place.path(), &["sample", "--checkpoint", "run", flag, "-1"]), 2, &[says]);
+    }
+    fails(run(place.path(), &["bench", "--runs", "-1"]), 2, &["'-1' for '--runs"]);
 }
 
 #[cfg(unix)]
@@ -198,4 +228,23 @@ fn a_closed_pipe_is_quiet() {
     drop(reader);
     let output = program::command(place.path(), &["train", "--print-config"]).stdout(writer).output().unwrap();
     assert_eq!((output.status.code(), program::stderr(&output).as_str()), (Some(141), ""));
+}
+
+#[test]
+fn names_in_files_do_not_command_the_terminal() {
+    let place = tempfile::tempdir().unwrap();
+    fs::write(place.path().join("c.toml"), "\"\\u001b[31m\" = 3\n").unwrap();
+    let output = run(place.path(), &["train", "--config", "c.toml"]);
+    assert!(!program::stderr(&output).contains('\x1b'));
+    fails(output, 2, &["\\u{1b}[31m", "c.toml"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn arguments_that_are_not_utf_8_are_named() {
+    use std::os::unix::ffi::OsStrExt;
+    let place = tempfile::tempdir().unwrap();
+    let bad = std::ffi::OsStr::from_bytes(b"caf\xe9");
+    let output = program::command(place.path(), &["train", "--data"]).arg(bad).output().unwrap();
+    fails(output, 2, &["of --data is not UTF-8"]);
 }

@@ -111,8 +111,11 @@ fn devices_and_sizes_that_do_not_exist_are_usage_errors() {
 #[test]
 fn bench_times_no_simulated_device() {
     let place = tempfile::tempdir().unwrap();
-    let output = run(place.path(), &[], &["bench", "--device", "cuda", "--runs", "1"]);
-    fails(output, 2, &["times mean nothing on the CUDA simulator", "cargo bench --bench cuda"]);
+    // `auto` takes the device that is there, as in training.
+    for device in ["cuda", "auto"] {
+        let output = run(place.path(), &[], &["bench", "--device", device, "--runs", "1"]);
+        fails(output, 2, &["times mean nothing on the CUDA simulator", "--device cpu", "cargo bench --bench cuda"]);
+    }
 }
 
 #[test]

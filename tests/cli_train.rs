@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use program::{command, fails, run, succeeds, train};
+use program::{command, fails, run, stderr, succeeds, train};
 
 const STEPS: &[&str] = &["--steps", "24", "--checkpoint-every", "3", "--log-every", "2", "--sample-every", "12"];
 
@@ -241,7 +241,10 @@ fn signals_that_the_parent_ignores_stay_ignored() {
 fn a_run_is_not_overwritten_and_keeps_its_nature() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
-    let said = succeeds(train(place, &["--out", "run", "--steps", "1"]));
+    let output = train(place, &["--out", "run", "--steps", "1"]);
+    let first = stderr(&output);
+    assert!(first.contains("1797 images of 1 x 8 x 8 in 10 classes from 'digits' -> run"), "{first}");
+    let said = succeeds(output);
     assert!(said.ends_with("dtr-fused sample --checkpoint run\n"), "{said}");
     fails(train(place, &["--out", "run", "--steps", "1"]), 2, &["run already holds a run", "--resume", "--out"]);
     fails(run(place, &["train", "--resume", "run", "--beta", "0.5"]), 2, &["beta", "resumed"]);
@@ -404,4 +407,32 @@ fn info_shows_runs_and_checkpoints() {
     let said = succeeds(run(place, &["info", "--tensors", "run/checkpoints/0000002"]));
     assert!(said.contains("blocks.0.attn.qkv.weight") && said.contains("F32 [96, 32]"), "{said}");
     assert!(said.lines().any(|line| line.starts_with("step") && line.ends_with(" 2")), "{said}");
+}
+
+/// An `.npy` file of `n` samples of 1 x 8 x 8 (bytes), of which the last has label `last`, and its labels.
+fn save_samples(path: &Path, n: usize, last: u8) {
+    use dtr_fused::data::npy;
+    use dtr_fused::element::Element;
+    npy::write(path, Element::U8, &[n, 1, 8, 8], &vec![9; n * 64]).unwrap();
+    let labels: Vec<u8> = (0..n).map(|i| if i + 1 == n { last } else { 0 }).collect();
+    npy::write(path.with_extension("labels.npy"), Element::U8, &[n], &labels).unwrap();
+}
+
+#[test]
+fn data_that_were_moved_are_found_again() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    save_samples(&place.join("here.npy"), 20, 3);
+    succeeds(train(place, &["--data", "here.npy", "--out", "run", "--steps", "1"]));
+    save_samples(&place.join("there.npy"), 20, 3);
+    fs::remove_file(place.join("here.npy")).unwrap();
+    let resume = |args: &[&str]| run(place, &[&["train", "--resume", "run", "--steps", "2"], args].concat());
+    fails(resume(&[]), 1, &["here.npy", "not there", "--data"]);
+    // A class more is another model.
+    save_samples(&place.join("other.npy"), 20, 4);
+    fails(resume(&["--data", "other.npy"]), 1, &["has label 4 for sample 19; labels are 0 to 3"]);
+    fails(resume(&["--data", "digits"]), 2, &["1 x 8 x 8 in 10 classes", "begun with 1 x 8 x 8 in 4", "--data"]);
+    succeeds(resume(&["--data", "there.npy"]));
+    // It is where the run looks from now on.
+    succeeds(run(place, &["train", "--resume", "run", "--steps", "3"]));
 }

@@ -92,13 +92,41 @@ fn bytes_become_minus_one_to_one_in_both_layouts() {
 fn npy_latents_and_pictures_are_told_apart_by_their_channels() {
     let dir = tempfile::tempdir().unwrap();
     npy::write(dir.path().join("labels.npy"), Element::I64, &[2], &i64s(&[0, 1])).unwrap();
+    let values: Vec<f32> = latents().iter().map(|x| x - 1.0).collect();
     for (shape, pictures) in [([2, 4, 1, 2], false), ([2, 1, 4, 2], true)] {
         let path = dir.path().join("x.npy");
-        npy::write(&path, Element::F32, &shape, &f32s(&latents())).unwrap();
+        npy::write(&path, Element::F32, &shape, &f32s(&values)).unwrap();
         let set = ArrayFile::open(&path, None).unwrap();
         assert_eq!((set.is_pictures(), &set.shape()[..]), (pictures, &shape[1..]));
-        assert_eq!(sample(&set, 1, false), (1, latents()[8..].to_vec()));
+        assert_eq!(sample(&set, 1, false), (1, values[8..].to_vec()));
+        assert_eq!(set.note(), None);
     }
+}
+
+#[test]
+fn images_of_another_range_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let labels = |n: usize| ("labels", Dtype::U8, vec![n], vec![0; n]);
+    let save = |name, values: &[f32]| {
+        let (label, dtype, shape, bytes) = labels(values.len() / 2);
+        save(
+            dir.path(),
+            &[(name, Dtype::F32, &[values.len() / 2, 1, 1, 2], f32s(values)), (label, dtype, &shape, bytes)],
+        )
+    };
+    let says = refusal(&save("images", &[0.0, 255.0, 3.0, 7.0]), None);
+    assert!(says.contains("has 255 in image 0, but images are numbers from -1 to 1, or bytes"), "{says}");
+    assert_eq!(ArrayFile::open(save("latents", &[0.0, 255.0, 3.0, 7.0]), None).unwrap().note(), None);
+    // Resizing overshoots, and no image needs all of the range.
+    assert_eq!(ArrayFile::open(save("images", &[-1.4, 1.4]), None).unwrap().note(), None);
+    let note = ArrayFile::open(save("images", &[0.0, 0.9]), None).unwrap().note().unwrap().to_string();
+    assert!(note.contains("seem to be from 0 to 1"), "{note}");
+    // A single one among many is met when it is read.
+    let mut values = vec![-0.5; 2 * 1000];
+    values[2 * 999] = 9.0;
+    let set = ArrayFile::open(save("images", &values), None).unwrap();
+    let error = set.read(999, false, &mut [0.0; 2]).unwrap_err().to_string();
+    assert!(error.contains("has 9 in image 999"), "{error}");
 }
 
 #[test]

@@ -121,6 +121,10 @@ fn links_lead_inside_only() {
     let dir = tempfile::tempdir().unwrap();
     symlink(outside.path().join("secrets"), dir.path().join("secrets")).unwrap();
     assert!(refusal(dir.path()).contains("only class folders that are links out of it"));
+    let links = tempfile::tempdir().unwrap();
+    std::fs::create_dir(links.path().join("a")).unwrap();
+    symlink(outside.path().join("secrets/a.png"), links.path().join("a/x.png")).unwrap();
+    assert!(refusal(links.path()).contains("a: is a class folder whose images are links that lead out of"));
     put(dir.path(), "cats/a.png", &picture(8, 8));
     symlink(dir.path().join("cats/a.png"), dir.path().join("cats/b.png")).unwrap();
     symlink(outside.path().join("secrets/a.png"), dir.path().join("cats/c.png")).unwrap();

@@ -61,7 +61,7 @@ fn headers_that_lie_or_mean_something_else_are_refused() {
     assert!(refused("'<f4'", "False", "(5,)", 16).contains("has 16 bytes of data"));
     assert!(refused("'<f4'", "False", "(3,)", 16).contains("has 16 bytes of data"));
     assert!(refused("'<f4'", "True", "(2, 2)", 16).contains("Fortran order"));
-    assert!(refused("'>f4'", "False", "(2, 2)", 16).contains("type '>f4'"));
+    assert!(refused("'>f4'", "False", "(2, 2)", 16).contains("big-endian elements ('>f4'); save it as '<f4'"));
     assert!(refused("'|O'", "False", "(2,)", 16).contains("type '|O'"));
     assert!(refused("[('a', '<f4')]", "False", "(2,)", 16).contains("not that of a plain array"));
     for text in ["", "{", "{}", "{'descr': '<f4', 'fortran_order': False}", "{'descr': '<f4' 'shape': ()}", "{'x': 1}"]

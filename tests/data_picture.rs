@@ -3,10 +3,15 @@
 use dtr_fused::picture::{grid_png, to_byte};
 use image::RgbImage;
 
+/// The grid of images, or of latents where there are as many channels as latents have.
 fn draw(pixels: &[f32], shape: [usize; 4], columns: usize, scale: usize) -> RgbImage {
+    draw_as(matches!(shape[1], 1 | 3), pixels, shape, columns, scale)
+}
+
+fn draw_as(images: bool, pixels: &[f32], shape: [usize; 4], columns: usize, scale: usize) -> RgbImage {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("grid.png");
-    grid_png(&path, pixels, shape, columns, scale).unwrap();
+    grid_png(&path, pixels, shape, columns, scale, images).unwrap();
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1, "temporary files are left behind");
     image::open(path).unwrap().into_rgb8()
 }
@@ -42,6 +47,8 @@ fn latents_are_stretched_over_the_whole_grid() {
     assert_eq!(picture.get_pixel(5, 2).0[0], 255);
     let two = draw(&[1.0, 9.0, 2.0, 9.0, 3.0, 9.0], [3, 2, 1, 1], 3, 1);
     assert_eq!([2, 5, 8].map(|x| two.get_pixel(x, 2).0), [[0; 3], [128; 3], [255; 3]], "two channels: the first, grey");
+    let three = draw_as(false, &[10.0, 0.0, 7.0, 20.0, 8.0, 7.5], [2, 3, 1, 1], 2, 1);
+    assert_eq!([2, 5].map(|x| three.get_pixel(x, 2).0), [[0; 3], [255; 3]], "three channels may be latents too");
 }
 
 #[test]
@@ -54,8 +61,9 @@ fn bytes_are_the_nearest() {
 fn grids_that_cannot_be_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("grid.png");
-    let refusal =
-        |pixels: &[f32], shape, columns, scale| grid_png(&path, pixels, shape, columns, scale).unwrap_err().to_string();
+    let refusal = |pixels: &[f32], shape, columns, scale| {
+        grid_png(&path, pixels, shape, columns, scale, true).unwrap_err().to_string()
+    };
     assert!(refusal(&[0.0; 5], [1, 1, 2, 3], 1, 1).contains("5 numbers of shape [1, 1, 2, 3]"));
     assert!(refusal(&[], [0, 1, 2, 3], 1, 1).contains("are no picture"));
     assert!(refusal(&[0.0; 6], [1, 1, 2, 3], 0, 1).contains("in 0 columns"));
@@ -64,6 +72,6 @@ fn grids_that_cannot_be_are_refused() {
     assert!(refusal(&[0.0; 6], [1, 1, 2, 3], 1, usize::MAX).contains("too many for one grid"));
     assert!(refusal(&[0.0; 6], [1 << 60, 1 << 60, 2, 3], 1, 1).contains("are no picture"));
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
-    let error = grid_png(dir.path().join("missing/grid.png"), &[0.0], [1; 4], 1, 1).unwrap_err().to_string();
+    let error = grid_png(dir.path().join("missing/grid.png"), &[0.0], [1; 4], 1, 1, true).unwrap_err().to_string();
     assert!(error.contains("missing/grid.png: cannot be written"), "{error}");
 }

@@ -7,6 +7,7 @@ use clap::Args;
 use super::bench_cuda;
 use super::knobs::KnobFlags;
 use crate::autograd::{Memory, Weights, infer};
+use crate::backend::Compute;
 use crate::backend::cpu::profile::{Entry, profile};
 use crate::diffusion::sampler::{Method, Sampler};
 use crate::error::{Error, Result};
@@ -16,6 +17,7 @@ use crate::model::flops::forward_flops;
 use crate::rng::{Philox, Stream};
 use crate::train::learner::{Batch, Learner, Losses};
 use crate::train::optimizer::Update;
+use crate::train::progress::say;
 use crate::train::{TrainConfig, trainer};
 
 const EXAMPLES: &str = "\
@@ -32,7 +34,7 @@ DiT models are timed on 32 x 32 x 4 latents of 1000 classes unless --image-size,
 #[command(after_help = EXAMPLES)]
 pub(super) struct BenchArgs {
     /// How many of each are timed, after two that are not
-    #[arg(long, default_value_t = 7)]
+    #[arg(long, default_value_t = 7, allow_negative_numbers = true)]
     runs: usize,
     /// Print one JSON object
     #[arg(long)]
@@ -50,7 +52,11 @@ struct Report {
     model: String,
     routing: String,
     beta: f64,
+    image_size: usize,
+    in_channels: usize,
+    num_classes: usize,
     batch_size: usize,
+    grad_accumulation: usize,
     threads: usize,
     parameters: usize,
     step_seconds: f64,
@@ -86,15 +92,18 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
         return Err(Error::usage(format!("--runs is {}, but it must be between 1 and 1000000", args.runs)));
     }
     let mut config = TrainConfig::from_layers(std::slice::from_ref(&args.knobs.layer))?;
-    let latents = config.model.starts_with("DiT-");
+    // By the name that was given: a DiT of another depth is `custom` by now, and still one for latents.
+    let latents = args.knobs.layer.last("model").is_some_and(|model| model.starts_with("DiT-"));
     let (size, channels, classes) = if latents { (32, 4, 1000) } else { (8, 1, 10) };
     let given = |value: usize, default| if value == 0 { default } else { value };
     config.image_size = given(config.image_size, size);
     config.in_channels = given(config.in_channels, channels);
     config.num_classes = given(config.num_classes, classes);
     config.validate()?;
-    if config.device.starts_with("cuda") {
-        return bench_cuda::run(&config, args.runs, args.json, args.profile);
+    let (compute, note) = trainer::compute(&config)?;
+    note.iter().for_each(|note| say(note));
+    if let Compute::Cuda { device, elem } = compute {
+        return bench_cuda::run(&config, &device, elem, args.runs, args.json, args.profile);
     }
     let report = trainer::in_pool(&config, || measure(&config, args.runs, args.profile))?;
     if args.json {
@@ -104,7 +113,8 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     let row = |name: &str, value: String| println!("{name:<16}{value}");
     row("model", format!("{}, {:.1} M parameters", report.model, report.parameters as f64 / 1e6));
     row("routing", format!("{}, beta {}", report.routing, report.beta));
-    row("batch", format!("{} images, {} threads", report.batch_size, report.threads));
+    row("data", data(&config));
+    row("batch", format!("{}, {} threads", batch(&config), report.threads));
     let (step, forward) = (report.step_seconds * 1e3, report.forward_seconds * 1e3);
     row(
         "training step",
@@ -122,6 +132,19 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     }
     print_profile(&report);
     Ok(())
+}
+
+/// What a step is trained on.
+pub(super) fn data(config: &TrainConfig) -> String {
+    let (size, channels) = (config.image_size, config.in_channels);
+    format!("random, {channels} x {size} x {size} in {} classes", config.num_classes)
+}
+
+/// How many images a step has.
+pub(super) fn batch(config: &TrainConfig) -> String {
+    let parts = config.grad_accumulation;
+    let parts = if parts == 1 { String::new() } else { format!(" in {parts} parts") };
+    format!("{} images{parts}", config.batch_size)
 }
 
 fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> {
@@ -149,10 +172,23 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
         number: 0,
         grad_scale: 1.0,
     };
-    let mut losses = Losses::default();
+    // Parts of a step as training computes them.
+    let part = b / config.grad_accumulation;
+    let (mut found, mut losses) = (Losses::default(), vec![0.0; b]);
     let mut step = || {
-        learner.gradients(batch, false, &mut losses)?;
-        learner.objective(&losses.loss);
+        for first in (0..b).step_by(part) {
+            let some = first..first + part;
+            let batch = Batch {
+                x_start: &batch.x_start[some.start * n..some.end * n],
+                noise: &batch.noise[some.start * n..some.end * n],
+                t: &batch.t[some.clone()],
+                labels: &batch.labels[some.clone()],
+                coefficients: &batch.coefficients[some.clone()],
+            };
+            learner.gradients(batch, first > 0, &mut found)?;
+            losses[some].copy_from_slice(&found.loss);
+        }
+        learner.objective(&losses);
         learner.gradient_norm();
         learner.update(update, config.uw_lr);
         Ok(())
@@ -176,10 +212,13 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
     let schedule = learner.schedule.respaced(&[TASKS as u32 / 3, 2 * TASKS as u32 / 3])?;
     let sampler = Sampler::new(schedule, Method::Ddim { eta: 0.0 }, false, None)?;
     let Learner { dit, weights, memory, .. } = &mut learner;
-    let (forward_seconds, forward_cpu_seconds) = median(runs, || forward(dit, weights, memory, &x_start, &t, &labels))?;
+    let (forward_seconds, forward_cpu_seconds) = median(runs, || {
+        let parts = x_start.chunks(part * n).zip(t.chunks(part)).zip(labels.chunks(part));
+        parts.into_iter().try_for_each(|((x, t), labels)| forward(dit, weights, memory, x, t, labels))
+    })?;
     let (both_seconds, _) = median(runs, || {
         let weights = Weights::Cpu(weights);
-        generate(dit, weights, memory, &sampler, &labels, config.seed, b, |_| Ok(())).map(std::hint::black_box)?;
+        generate(dit, weights, memory, &sampler, &labels, config.seed, part, |_| Ok(())).map(std::hint::black_box)?;
         Ok(())
     })?;
 
@@ -189,7 +228,11 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
         model: config.model.clone(),
         routing: config.toml_of("routing").trim_matches('"').into(),
         beta: config.beta,
+        image_size: config.image_size,
+        in_channels: config.in_channels,
+        num_classes: config.num_classes,
         batch_size: b,
+        grad_accumulation: config.grad_accumulation,
         threads: rayon::current_num_threads(),
         parameters: dit.layout.len(),
         step_seconds,

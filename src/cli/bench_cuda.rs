@@ -1,11 +1,13 @@
 //! `dtr-fused bench --device cuda`: a training step by the device's own clock.
 
-use crate::backend::Compute;
+use super::bench::{batch, data};
 use crate::backend::cuda::clock::KernelTime;
+use crate::backend::cuda::{DType, Device};
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 use crate::model::flops::forward_flops;
-use crate::train::{TrainConfig, plan, timing, trainer};
+use crate::train::{TrainConfig, plan, timing};
+use std::sync::Arc;
 
 /// What was measured.
 #[derive(Debug, serde::Serialize)]
@@ -15,6 +17,10 @@ struct Report {
     routing: String,
     beta: f64,
     precision: String,
+    image_size: usize,
+    in_channels: usize,
+    num_classes: usize,
+    grad_accumulation: usize,
     batch_size: usize,
     parameters: usize,
     /// By the events of the device.
@@ -39,18 +45,21 @@ struct Report {
 ///
 /// # Errors
 /// On the simulated device, whose times say nothing; and as training.
-pub(super) fn run(config: &TrainConfig, runs: usize, json: bool, profiled: bool) -> Result<()> {
-    let (compute, _) = trainer::compute(config)?;
-    let Compute::Cuda { device, elem } = compute else {
-        return Err(Error::usage(format!("'{}' is no CUDA device", config.device)));
-    };
+pub(super) fn run(
+    config: &TrainConfig,
+    device: &Arc<Device>,
+    elem: DType,
+    runs: usize,
+    json: bool,
+    profiled: bool,
+) -> Result<()> {
     if device.is_simulated() {
         return Err(Error::usage(format!(
-            "times mean nothing on the {}: bench needs a GPU, and `cargo bench --bench cuda` counts work without one",
+            "times mean nothing on the {}: bench needs a GPU or --device cpu, and `cargo bench --bench cuda` counts work without one",
             device.name()
         )));
     }
-    let (learner, times) = timing::time_steps(config, &device, elem, runs, profiled)?;
+    let (learner, times) = timing::time_steps(config, device, elem, runs, profiled)?;
     let b = config.batch_size;
     let windows: Vec<_> = (0..b).map(|i| learner.dit.windows()[(2 * i + 1) * TASKS / (2 * b)]).collect();
     let flops = forward_flops(&learner.dit.config, &windows);
@@ -60,6 +69,10 @@ pub(super) fn run(config: &TrainConfig, runs: usize, json: bool, profiled: bool)
         routing: config.toml_of("routing").trim_matches('"').into(),
         beta: config.beta,
         precision: config.toml_of("precision").trim_matches('"').into(),
+        image_size: config.image_size,
+        in_channels: config.in_channels,
+        num_classes: config.num_classes,
+        grad_accumulation: config.grad_accumulation,
         batch_size: b,
         parameters: times.parameters,
         step_seconds: times.device_seconds,
@@ -79,7 +92,8 @@ pub(super) fn run(config: &TrainConfig, runs: usize, json: bool, profiled: bool)
     row("device", report.device);
     row("model", format!("{}, {:.1} M parameters", report.model, report.parameters as f64 / 1e6));
     row("routing", format!("{}, beta {}", report.routing, report.beta));
-    row("batch", format!("{b} images in {}", report.precision));
+    row("data", data(config));
+    row("batch", format!("{} in {}", batch(config), report.precision));
     let step = report.step_seconds * 1e3;
     row("training step", format!("{step:.2} ms on the device, {:.0} GFLOP/s", report.step_gflop_per_s));
     row("with the host", format!("{:.2} ms, {:.1} images/s", report.host_seconds * 1e3, report.images_per_s));

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::safetensors_file::SafetensorsFile;
 use crate::train::config::KNOBS;
 use crate::train::{TrainConfig, checkpoint, metrics};
@@ -44,7 +44,7 @@ pub(super) fn run(args: InfoArgs) -> Result<()> {
 
 /// Prints a name and what it is.
 fn row(name: &str, what: impl std::fmt::Display) {
-    println!("{name:<14}{what}");
+    println!("{name:<14}{}", printable(&what.to_string()));
 }
 
 fn show_run(run: &Path) -> Result<()> {
@@ -78,8 +78,13 @@ fn show_config(config: &TrainConfig) {
     row(
         "data",
         format!(
-            "{}, {} x {} x {}, {} classes",
-            config.data, config.in_channels, config.image_size, config.image_size, config.num_classes
+            "{}, {} of {} x {} x {}, {} classes",
+            config.data,
+            if config.are_images() { "images" } else { "latents" },
+            config.in_channels,
+            config.image_size,
+            config.image_size,
+            config.num_classes
         ),
     );
     row(
@@ -95,6 +100,7 @@ fn show_config(config: &TrainConfig) {
         "alpha",
         "image_size",
         "in_channels",
+        "data_kind",
         "num_classes",
         "steps",
         "batch_size",
@@ -139,7 +145,7 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
         println!();
         for name in model.names() {
             let tensor = model.tensor(name)?;
-            println!("{name:<44} {:?} {:?}", tensor.element, tensor.shape);
+            println!("{:<44} {:?} {:?}", printable(name), tensor.element, tensor.shape);
         }
     }
     Ok(())

@@ -11,13 +11,15 @@ mod sample;
 mod signals;
 mod train;
 
+use std::ffi::OsString;
 use std::panic::{self, PanicHookInfo};
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::train::progress::say;
 
 /// Exit code when what was asked for makes no sense; clap uses the same.
@@ -66,13 +68,21 @@ pub fn main() -> ExitCode {
         {
             message.exit()
         }
+        Err(message) if message.kind() == ErrorKind::InvalidUtf8 => {
+            Err(Error::Usage(not_text(&std::env::args_os().collect::<Vec<_>>())))
+        }
         Err(message) => Err(Error::Usage(one_sentence(&message.to_string()))),
     });
     match outcome {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
-            say(&format!("error: {error}"));
-            ExitCode::from(if matches!(error, Error::Usage(_)) { USAGE } else { FAILURE })
+            say(&format!("error: {}", printable(&error.to_string())));
+            ExitCode::from(match error {
+                Error::Usage(_) => USAGE,
+                // Such as sampling; training that was stopped ends without an error.
+                Error::Stopped(_) if signals::STOP.load(Ordering::SeqCst) => signals::exit_code(),
+                _ => FAILURE,
+            })
         }
         // The hook has said what there is to say.
         Err(_) => ExitCode::from(FAILURE),
@@ -98,6 +108,15 @@ fn one_sentence(message: &str) -> String {
     let words: Vec<&str> = lines.map(str::trim).filter(|line| !line.is_empty()).collect();
     let sentence = words.join(" ").replace(" tip: ", "; ");
     format!("{} (--help lists what there is)", sentence.trim_start_matches("error: "))
+}
+
+/// Which of `args` is not UTF-8: clap does not tell.
+fn not_text(args: &[OsString]) -> String {
+    let place = args.iter().position(|arg| arg.to_str().is_none()).unwrap_or(0);
+    let flag = place.checked_sub(1).and_then(|before| args[before].to_str()).filter(|flag| flag.starts_with("--"));
+    let of = flag.map_or(String::new(), |flag| format!(" of {flag}"));
+    let value = args.get(place).map_or("".into(), |arg| arg.to_string_lossy());
+    format!("the argument '{value}'{of} is not UTF-8: give it (rename the file, say) in UTF-8")
 }
 
 /// Turns a panic into one sentence. A closed or full standard output is no bug: `println!` panics on both.

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::backend::Compute;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::parity::check_dir;
 use crate::parity::report::Failures;
+use crate::train::progress::say;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -43,15 +44,15 @@ pub(super) fn run(args: ParityArgs) -> Result<()> {
     };
     let (compute, note) = Compute::open(&args.device, bf16)?;
     if let Some(note) = note {
-        println!("{note}");
+        say(&note);
     }
     let (mut cases, mut compared, mut failed) = (0, 0, Vec::new());
     for dir in &args.dirs {
         for (case, report) in check_dir(dir, &compute)? {
             println!("{}", case.display());
             match args.quiet {
-                true => println!("{}\n", Failures(&report)),
-                false => println!("{report}\n"),
+                true => println!("{}\n", printable(&Failures(&report).to_string())),
+                false => println!("{}\n", printable(&report.to_string())),
             }
             cases += 1;
             compared += report.compared();

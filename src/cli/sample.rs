@@ -1,9 +1,11 @@
 //! `dtr-fused sample`.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use clap::{Args, ValueEnum};
 
+use super::signals::{self, STOP};
 use crate::atomic_file::AtomicFile;
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights as ModelWeights};
@@ -11,10 +13,10 @@ use crate::backend::Compute;
 use crate::data::npz::NpzWriter;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::generate::{generate, steps};
+use crate::generate::{generate_batch, steps};
 use crate::model::dit::Dit;
 use crate::picture::grid_png;
-use crate::train::config::SamplerKind;
+use crate::train::config::{Precision, SamplerKind};
 use crate::train::progress::Progress;
 use crate::train::{TrainConfig, checkpoint, trainer};
 
@@ -22,6 +24,8 @@ use crate::train::{TrainConfig, checkpoint, trainer};
 const GRID_COLUMNS: usize = 16;
 /// A grid shows at most this many classes.
 const GRID_ROWS: usize = 64;
+/// Most images that are computed at a time.
+const MOST_AT_ONCE: usize = 1 << 16;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -48,7 +52,7 @@ enum Algorithm {
     Ddpm,
 }
 
-/// Make images with a trained model: a PNG grid, a row for each class, and an .npz for evaluation
+/// Make images with a trained model: a PNG grid, a row a class, and an .npz for evaluation
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct SampleArgs {
@@ -59,37 +63,37 @@ pub(super) struct SampleArgs {
     #[arg(long, value_enum, default_value = "ddim")]
     sampler: Algorithm,
     /// Denoising steps: a number, ddimN, or A,B,.. for parts of the schedule [default: 50 for ddim, 250 for ddpm]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     steps: Option<String>,
     /// Noise of ddim, as a share of that of ddpm
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     eta: f64,
-    /// Strength of classifier-free guidance; 1 = none
-    #[arg(long, default_value_t = 1.5)]
-    cfg: f64,
-    /// Classes to make, by number [default: all]
-    #[arg(long, value_delimiter = ',')]
+    /// Strength of classifier-free guidance; 1 = none [default: 1.5; 1 for a model trained with label_dropout 0]
+    #[arg(long, allow_negative_numbers = true)]
+    cfg: Option<f64>,
+    /// Classes to make, by number [default: all; without --num and --npz, those that the grid has rows for]
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true)]
     classes: Vec<u32>,
     /// Images in all, shared equally among the classes [default: 10 for each]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     num: Option<usize>,
     /// Images computed at a time; more are faster and need more memory
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, allow_negative_numbers = true)]
     batch_size: usize,
     /// Seed of the noise
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     /// Which weights
     #[arg(long, value_enum, default_value = "ema")]
     weights: Weights,
-    /// The grid of images
+    /// The grid of images: a row for each of the first 64 classes, with 16 images at most
     #[arg(long, default_value = "grid.png", value_name = "FILE")]
     out: PathBuf,
     /// All images for evaluation suites: arr_0 uint8 [N, H, W, C] (latents: float32 [N, C, H, W]) and arr_1 int64 labels
     #[arg(long, value_name = "FILE")]
     npz: Option<PathBuf>,
     /// Threads; 0 = one per core (the images are the same)
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     threads: usize,
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
@@ -109,31 +113,44 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
     config.device = args.device.clone();
     config.validate()?;
     let labels = labels(&args, &config)?;
-    if args.batch_size == 0 {
-        return Err(Error::usage("--batch-size is 0, but at least one image must be computed at a time"));
+    if !(1..=MOST_AT_ONCE).contains(&args.batch_size) {
+        return Err(Error::usage(format!(
+            "--batch-size is {}, but it must be between 1 and {MOST_AT_ONCE}",
+            args.batch_size
+        )));
     }
     let (kind, default_steps) = match args.sampler {
         Algorithm::Ddim => (SamplerKind::Ddim, "50"),
         Algorithm::Ddpm => (SamplerKind::Ddpm, "250"),
     };
     let respacing = args.steps.as_deref().unwrap_or(default_steps);
-    let sampler = trainer::sampler(&config, kind, respacing, args.eta, args.cfg)?;
+    let cfg = args.cfg.unwrap_or(config.default_cfg());
+    config.check_cfg("--cfg", cfg)?;
+    let sampler = trainer::sampler(&config, kind, respacing, args.eta, cfg)?;
 
     // Hours of work must not end in a directory that cannot be written.
-    for path in [Some(&args.out), args.npz.as_ref()].into_iter().flatten() {
-        AtomicFile::create(path)?;
-    }
+    check_outputs(&args.out, args.npz.as_deref())?;
+    AtomicFile::create(&args.out)?;
+    let mut npz = args.npz.as_ref().map(|path| Archive::create(path, labels.len(), &config)).transpose()?;
 
     let dit = Dit::new(config.model_config())?;
     let mut weights = vec![0.0; dit.layout.len()];
     let name = if args.weights == Weights::Ema { checkpoint::EMA } else { checkpoint::MODEL };
     trainer::read_weights(&directory.join(name), &dit, &mut weights)?;
 
+    // Where signals cannot be caught, they end the process, and at worst a temporary file stays.
+    let _ = signals::stop_on_signals("without files");
     let total = steps(&sampler, labels.len(), args.batch_size) as u64;
     let mut progress = Progress::new("sampling", 0, total);
     let images = format!("{} images", labels.len());
-    let pixels = trainer::in_pool(&config, || {
-        let (compute, note) = trainer::compute(&config)?;
+    let mut grid = Grid::new(&labels, &config);
+    grid.note(labels.len(), args.npz.is_some()).iter().for_each(|note| progress.say(note));
+    trainer::in_pool(&config, || {
+        // Checkpoints hold f32, so what a GPU trained in bf16 can be sampled anywhere.
+        let (compute, note) = Compute::open_or_f32(&config.device, config.precision == Precision::Bf16)?;
+        if let Compute::Cuda { elem, .. } = &compute {
+            config.model_config().check_cuda(*elem)?;
+        }
         note.iter().for_each(|note| progress.say(note));
         let mut memory = Memory::on(&compute);
         let uploaded = match &compute {
@@ -141,25 +158,62 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
             Compute::Cuda { device, elem } => Some(DeviceWeights::upload(device, &weights, *elem)?),
         };
         let weights = uploaded.as_ref().map_or(ModelWeights::Cpu(&weights), ModelWeights::Cuda);
-        generate(&dit, weights, &mut memory, &sampler, &labels, args.seed, args.batch_size, |done| {
-            progress.set(done as u64, &images);
-            Ok(())
-        })
+        let mut done = 0;
+        for (index, labels) in labels.chunks(args.batch_size).enumerate() {
+            let first = index * args.batch_size;
+            let pixels = generate_batch(&dit, weights, &mut memory, &sampler, labels, args.seed, first, || {
+                done += 1;
+                progress.set(done, &images);
+                // An error, and not the end of the process, so that no temporary file is left behind.
+                match STOP.load(Ordering::Relaxed) {
+                    true => Err(Error::Stopped("sampling was stopped: no file was written".into())),
+                    false => Ok(()),
+                }
+            })?;
+            grid.take(first, &pixels);
+            npz.as_mut().map_or(Ok(()), |npz| npz.write(&pixels))?;
+        }
+        Ok(())
     })?;
     progress.finish();
+    // Either file is written even if the other cannot be.
+    let archive = npz.map_or(Ok(()), |npz| npz.finish(&labels));
+    grid.write(&args.out)?;
+    println!("Samples of {} are in {}", directory.display(), args.out.display());
+    archive?;
     if let Some(path) = &args.npz {
-        write_npz(path, &pixels, &labels, &config)?;
         println!("{} images of {} are in {}", labels.len(), directory.display(), path.display());
     }
-    write_grid(&args.out, &pixels, &labels, &config)?;
-    println!("Samples of {} are in {}", directory.display(), args.out.display());
     Ok(())
+}
+
+/// Refuses files that cannot both be written.
+fn check_outputs(out: &Path, npz: Option<&Path>) -> Result<()> {
+    for path in [Some(out), npz].into_iter().flatten() {
+        if path.is_dir() {
+            return Err(Error::file(path, "is a directory: give the name of a file"));
+        }
+    }
+    // `a` and `./a` are the same file, which need not exist yet.
+    let place = |path: &Path| {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        (parent.canonicalize().unwrap_or_else(|_| parent.into()), path.file_name().map(ToOwned::to_owned))
+    };
+    match npz {
+        Some(npz) if place(npz) == place(out) => Err(Error::usage(format!(
+            "--out and --npz are both {}, but a file can hold the grid or the archive: give two names",
+            npz.display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// The label of every image, by class.
 fn labels(args: &SampleArgs, config: &TrainConfig) -> Result<Vec<u32>> {
     let all = config.num_classes as u32;
-    let classes = if args.classes.is_empty() { (0..all).collect() } else { args.classes.clone() };
+    // Images that nobody asked for and the grid does not show are not made.
+    let rows = if args.num.is_some() || args.npz.is_some() { all } else { all.min(GRID_ROWS as u32) };
+    let classes = if args.classes.is_empty() { (0..rows).collect() } else { args.classes.clone() };
     if let Some(class) = classes.iter().find(|&&class| class >= all) {
         return Err(Error::usage(format!("class {class} is outside 0..{all}: this model knows {all} classes")));
     }
@@ -172,41 +226,99 @@ fn labels(args: &SampleArgs, config: &TrainConfig) -> Result<Vec<u32>> {
 }
 
 /// The first images of each class, a row a class; classes with fewer end in black.
-fn write_grid(path: &Path, pixels: &[f32], labels: &[u32], config: &TrainConfig) -> Result<()> {
-    let row = pixels.len() / labels.len();
-    let classes: Vec<&[u32]> = labels.chunk_by(|a, b| a == b).take(GRID_ROWS).collect();
-    let columns = classes.iter().map(|class| class.len()).max().unwrap_or(1).min(GRID_COLUMNS);
-    let mut shown = vec![-1.0; classes.len() * columns * row];
-    let mut first = 0;
-    for (class, line) in classes.iter().zip(shown.chunks_exact_mut(columns * row)) {
-        let len = class.len().min(columns) * row;
-        line[..len].copy_from_slice(&pixels[first * row..][..len]);
-        first += class.len();
-    }
-    let (channels, side) = (config.in_channels, config.image_size);
-    grid_png(path, &shown, [classes.len() * columns, channels, side, side], columns, trainer::scale_of(side))
+struct Grid<'a> {
+    config: &'a TrainConfig,
+    shown: Vec<(usize, usize)>, // number of the image, its place in the grid; by the first
+    columns: usize,
+    rows: usize,
+    pixels: Vec<f32>, // [rows * columns, C, H, W]
 }
 
-fn write_npz(path: &Path, pixels: &[f32], labels: &[u32], config: &TrainConfig) -> Result<()> {
-    let (n, c, side) = (labels.len(), config.in_channels, config.image_size);
-    let mut file = NpzWriter::create(path)?;
-    if matches!(c, 1 | 3) {
-        file.begin("arr_0", Element::U8, &[n, side, side, c])?;
-        let mut bytes = vec![0u8; c * side * side];
-        for image in pixels.chunks_exact(bytes.len()) {
+impl<'a> Grid<'a> {
+    fn new(labels: &[u32], config: &'a TrainConfig) -> Self {
+        let classes: Vec<&[u32]> = labels.chunk_by(|a, b| a == b).take(GRID_ROWS).collect();
+        let columns = classes.iter().map(|class| class.len()).max().unwrap_or(1).min(GRID_COLUMNS);
+        let (mut shown, mut first) = (Vec::new(), 0);
+        for (row, class) in classes.iter().enumerate() {
+            shown.extend((0..class.len().min(columns)).map(|i| (first + i, row * columns + i)));
+            first += class.len();
+        }
+        let pixels = vec![-1.0; classes.len() * columns * image_len(config)];
+        Grid { config, shown, columns, rows: classes.len(), pixels }
+    }
+
+    /// What it leaves out of `made` images, if anything.
+    fn note(&self, made: usize, archived: bool) -> Option<String> {
+        let (shown, all) = (self.shown.len(), self.config.num_classes);
+        if shown < made {
+            let rest = if archived { "" } else { "; --npz FILE keeps them all" };
+            return Some(format!(
+                "the grid shows {shown} of {made} images: {GRID_COLUMNS} of a class and {GRID_ROWS} classes at most{rest}"
+            ));
+        }
+        (self.rows == GRID_ROWS && all > GRID_ROWS)
+            .then(|| format!("the grid shows {GRID_ROWS} of {all} classes: choose others with --classes"))
+    }
+
+    /// Keeps what it shows of `images`, of which the first is number `first`.
+    fn take(&mut self, first: usize, images: &[f32]) {
+        let len = image_len(self.config);
+        let after = first + images.len() / len;
+        for &(image, place) in self.shown.iter().filter(|(image, _)| (first..after).contains(image)) {
+            self.pixels[place * len..][..len].copy_from_slice(&images[(image - first) * len..][..len]);
+        }
+    }
+
+    fn write(&self, path: &Path) -> Result<()> {
+        let (channels, side) = (self.config.in_channels, self.config.image_size);
+        let shape = [self.rows * self.columns, channels, side, side];
+        grid_png(path, &self.pixels, shape, self.columns, trainer::scale_of(side), self.config.are_images())
+    }
+}
+
+/// Numbers of an image.
+fn image_len(config: &TrainConfig) -> usize {
+    config.in_channels * config.image_size * config.image_size
+}
+
+/// The .npz, written as the images come: all of them may be more than memory holds.
+struct Archive<'a> {
+    config: &'a TrainConfig,
+    file: NpzWriter,
+}
+
+impl<'a> Archive<'a> {
+    fn create(path: &Path, n: usize, config: &'a TrainConfig) -> Result<Self> {
+        let (c, side) = (config.in_channels, config.image_size);
+        let mut file = NpzWriter::create(path)?;
+        match config.are_images() {
+            true => file.begin("arr_0", Element::U8, &[n, side, side, c])?,
+            false => file.begin("arr_0", Element::F32, &[n, c, side, side])?,
+        }
+        Ok(Archive { config, file })
+    }
+
+    fn write(&mut self, images: &[f32]) -> Result<()> {
+        let c = self.config.in_channels;
+        if !self.config.are_images() {
+            return self.file.write(bytemuck::cast_slice(images));
+        }
+        let mut bytes = vec![0u8; image_len(self.config)];
+        for image in images.chunks_exact(bytes.len()) {
             for (i, byte) in bytes.iter_mut().enumerate() {
                 // As the DiT authors round: half a step up, then down.
-                *byte = (127.5 * image[i % c * side * side + i / c] + 128.0).clamp(0.0, 255.0) as u8;
+                *byte = (127.5 * image[i % c * (image.len() / c) + i / c] + 128.0).clamp(0.0, 255.0) as u8;
             }
-            file.write(&bytes)?;
+            self.file.write(&bytes)?;
         }
-    } else {
-        file.begin("arr_0", Element::F32, &[n, c, side, side])?;
-        file.write(bytemuck::cast_slice(pixels))?;
+        Ok(())
     }
-    file.begin("arr_1", Element::I64, &[n])?;
-    for &label in labels {
-        file.write(&i64::from(label).to_le_bytes())?;
+
+    fn finish(mut self, labels: &[u32]) -> Result<()> {
+        self.file.begin("arr_1", Element::I64, &[labels.len()])?;
+        for &label in labels {
+            self.file.write(&i64::from(label).to_le_bytes())?;
+        }
+        self.file.finish()
     }
-    file.finish()
 }

@@ -1,4 +1,4 @@
-//! Signals that end training: the first with a checkpoint, Ctrl-C once more at once.
+//! Signals that end a long job: the first in good order, Ctrl-C once more at once.
 
 use std::io;
 use std::process;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::train::progress::say;
 
-/// Set by the first signal: finish the step, write a checkpoint, end.
+/// Set by the first signal: finish the step, bring the job to its end.
 pub(super) static STOP: AtomicBool = AtomicBool::new(false);
 
 /// The first signal.
@@ -24,33 +24,33 @@ pub(super) fn exit_code() -> u8 {
     128 + SIGNAL.load(Ordering::SeqCst) as u8
 }
 
-/// Acts on one signal; `interrupted` is when Ctrl-C was pressed first.
-fn received(signal: i32, interrupted: &mut Option<Instant>) {
+/// Acts on one signal; `interrupted` is when Ctrl-C was pressed first. `says` how the job ends.
+fn received(signal: i32, interrupted: &mut Option<Instant>, says: &str) {
     let first = SIGNAL.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst).is_ok();
     STOP.store(true, Ordering::SeqCst);
     if signal != INTERRUPT {
         // A terminal that closes sends several of these: none of them may cost the checkpoint.
         if first {
-            say("\nstopping after this step, with a checkpoint");
+            say(&format!("\nstopping after this step, {says}"));
         }
         return;
     }
     match interrupted {
         None => {
             *interrupted = Some(Instant::now());
-            say("\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once, without");
+            say(&format!("\nstopping after this step, {says}; press Ctrl-C again to stop at once"));
         }
         Some(before) if before.elapsed() > SAME => process::exit(128 + INTERRUPT),
         Some(_) => {}
     }
 }
 
-/// Lets Ctrl-C, SIGTERM and SIGHUP set [`STOP`].
+/// Lets Ctrl-C, SIGTERM and SIGHUP set [`STOP`]. `says` how the job ends, such as "with a checkpoint".
 ///
 /// # Errors
 /// When the system refuses; signals then end the program as ever.
 #[cfg(unix)]
-pub(super) fn stop_on_signals() -> io::Result<()> {
+pub(super) fn stop_on_signals(says: &'static str) -> io::Result<()> {
     use std::io::Read;
     use std::os::fd::IntoRawFd;
 
@@ -67,7 +67,7 @@ pub(super) fn stop_on_signals() -> io::Result<()> {
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         let (mut number, mut interrupted) = ([0], None);
         while reader.read_exact(&mut number).is_ok() {
-            received(i32::from(number[0]), &mut interrupted);
+            received(i32::from(number[0]), &mut interrupted, says);
         }
     })?;
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
@@ -92,14 +92,14 @@ pub(super) fn stop_on_signals() -> io::Result<()> {
     Ok(())
 }
 
-/// Lets Ctrl-C set [`STOP`].
+/// Lets Ctrl-C set [`STOP`]. `says` how the job ends.
 ///
 /// # Errors
 /// When the system refuses; Ctrl-C then ends the program as ever.
 #[cfg(not(unix))]
-pub(super) fn stop_on_signals() -> io::Result<()> {
+pub(super) fn stop_on_signals(says: &'static str) -> io::Result<()> {
     let mut interrupted = None;
-    ctrlc::set_handler(move || received(INTERRUPT, &mut interrupted)).map_err(io::Error::other)
+    ctrlc::set_handler(move || received(INTERRUPT, &mut interrupted, says)).map_err(io::Error::other)
 }
 
 /// Makes a file that outgrows the limit of `ulimit -f` an error like that of a full disk, in place of a wordless end.

@@ -53,6 +53,7 @@ pub(super) fn run(args: TrainArgs) -> Result<ExitCode> {
     let layers = layers(&args)?;
     let Some(path) = &args.resume else {
         let config = TrainConfig::from_layers(&layers)?;
+        TrainConfig::note_on(&layers).iter().for_each(|note| say(&format!("note: {note}")));
         if args.print_config {
             print!("{}", config.to_toml());
             return Ok(ExitCode::SUCCESS);
@@ -87,7 +88,7 @@ fn layers(args: &TrainArgs) -> Result<Vec<Layer>> {
 
 fn stop_on_signals() {
     // A process whose signals cannot be caught trains all the same; a kill costs it the steps since the last checkpoint.
-    if let Err(error) = signals::stop_on_signals() {
+    if let Err(error) = signals::stop_on_signals("with a checkpoint") {
         say(&format!("note: Ctrl-C will stop without a checkpoint: {error}"));
     }
 }

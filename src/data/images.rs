@@ -71,7 +71,15 @@ impl ImageFolder {
         let mut folder = ImageFolder { size, names: Vec::new(), folders: Vec::new(), files: Vec::new(), note: None };
         for (class, name) in (0..).zip(classes) {
             let path = root.join(&name);
+            let links = scan.links;
             let images = scan.entries(&path, |path, name| is_image(name) && path.is_file())?;
+            if images.is_empty() && scan.links > links {
+                let root = root.display();
+                return Err(Error::file(
+                    path,
+                    format!("is a class folder whose images are links that lead out of {root}: copy them there"),
+                ));
+            }
             if images.is_empty() {
                 return Err(Error::file(path, "is a class folder without PNG, JPEG or WebP images; fill or remove it"));
             }
@@ -118,10 +126,6 @@ impl Dataset for ImageFolder {
             }
         }
         Ok(self.files[index].0)
-    }
-
-    fn may_flip(&self) -> bool {
-        true
     }
 
     fn note(&self) -> Option<&str> {

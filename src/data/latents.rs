@@ -11,6 +11,13 @@ use crate::safetensors_file::{SafetensorsFile, TensorView};
 /// Most numbers that one sample may have.
 const MAX_SAMPLE: usize = 1 << 26;
 
+/// Largest number that an image may have: its numbers are meant to be from -1 to 1, and resizing overshoots a little.
+const MAX_PIXEL: f32 = 1.5;
+
+/// Images that are looked at when a file is opened, and numbers of them at most.
+const LOOKED_AT: usize = 64;
+const NUMBERS_LOOKED_AT: usize = 1 << 22;
+
 /// Samples of an array file; they stay in the file and are read one by one from a memory map.
 ///
 /// - `FILE.safetensors`: tensor `images` or `latents` `[N,C,H,W]` of f64, f32, f16, bf16 or (images only) u8, and `labels` `[N]` of
@@ -18,7 +25,8 @@ const MAX_SAMPLE: usize = 1 << 26;
 /// - `FILE.npy`: the same array, or images as u8 `[N,H,W,C]` with 1 or 3 channels; the labels are in `FILE.labels.npy` or
 ///   `labels.npy` beside it.
 ///
-/// u8 values 0..255 become -1..1, others stay as they are. Samples with values that are not finite are damaged samples.
+/// u8 values 0..255 become -1..1, others stay as they are. Samples with values that are not finite, and images with values
+/// far outside -1..1, are damaged samples.
 pub struct ArrayFile {
     path: PathBuf,
     file: File,
@@ -27,6 +35,7 @@ pub struct ArrayFile {
     pictures: bool,
     labels: Vec<u32>, // [N]
     names: Vec<String>,
+    note: Option<String>,
 }
 
 enum File {
@@ -45,7 +54,7 @@ impl ArrayFile {
     ///
     /// # Errors
     /// [`Error::File`] when a file is missing or damaged, an array has the wrong shape or type, or a label is outside its
-    /// range; [`Error::Usage`] when `num_classes` is 0 or above [`MAX_CLASSES`].
+    /// range, or images are not from -1 to 1; [`Error::Usage`] when `num_classes` is 0 or above [`MAX_CLASSES`].
     pub fn open(path: impl AsRef<Path>, num_classes: Option<usize>) -> Result<Self> {
         let path = path.as_ref();
         if let Some(n) = num_classes.filter(|n| !(1..=MAX_CLASSES).contains(n)) {
@@ -81,7 +90,67 @@ impl ArrayFile {
         }
         let classes = num_classes.or_else(|| labels.iter().max().map(|&label| label as usize + 1)).unwrap_or(1);
         let names = (0..classes).map(|class| class.to_string()).collect();
-        Ok(ArrayFile { path: path.to_path_buf(), layout, shape, pictures, labels, names, file })
+        let path = path.to_path_buf();
+        let mut file = ArrayFile { path, layout, shape, pictures, labels, names, file, note: None };
+        file.look_at_images()?;
+        Ok(file)
+    }
+
+    /// Looks at some images, so that a whole set of another range is refused before anything is trained on it.
+    fn look_at_images(&mut self) -> Result<()> {
+        if !self.pictures || self.file.array().element == Element::U8 {
+            return Ok(());
+        }
+        let mut out = vec![0.0; self.shape.iter().product()];
+        let count = LOOKED_AT.min(NUMBERS_LOOKED_AT / out.len()).clamp(1, self.len());
+        let (mut low, mut high) = (f32::INFINITY, f32::NEG_INFINITY);
+        for i in 0..count {
+            let index = i * self.len() / count;
+            self.numbers(index, &mut out);
+            // What is not finite is told when it is read: other samples may be good.
+            if let Some(what) = self.out_of_range(index, &out) {
+                return Err(Error::file(&self.path, what));
+            }
+            (low, high) = out.iter().fold((low, high), |(low, high), &x| (low.min(x), high.max(x)));
+        }
+        if low >= 0.0 && high > 0.0 {
+            let path = self.path.display();
+            self.note = Some(format!(
+                "{path}: the images seem to be from 0 to 1, but -1 to 1 is expected: if 0 is black in them, save 2 x - 1"
+            ));
+        }
+        Ok(())
+    }
+
+    /// What is wrong with the range of an image, if anything.
+    fn out_of_range(&self, index: usize, numbers: &[f32]) -> Option<String> {
+        let far = numbers.iter().find(|x| x.is_finite() && x.abs() > MAX_PIXEL).filter(|_| self.pictures)?;
+        Some(format!(
+            "has {far} in image {index}, but images are numbers from -1 to 1, or bytes: scale them, or if they are latents \
+             save them in a .safetensors file as 'latents'"
+        ))
+    }
+
+    /// The numbers of a sample, u8 as -1..1.
+    fn numbers(&self, index: usize, out: &mut [f32]) {
+        let array = self.file.array();
+        let channels = self.shape[0];
+        let size = out.len() * array.element.size();
+        let bytes = &array.bytes[index * size..(index + 1) * size];
+        match self.layout {
+            Layout::ChannelsFirst => array.element.to_f32(bytes, out),
+            Layout::ChannelsLast => {
+                let plane = out.len() / channels;
+                for (place, pixel) in bytes.chunks_exact(channels).enumerate() {
+                    for (c, &value) in pixel.iter().enumerate() {
+                        out[c * plane + place] = f32::from(value);
+                    }
+                }
+            }
+        }
+        if array.element == Element::U8 {
+            out.iter_mut().for_each(|x| *x = *x / 127.5 - 1.0);
+        }
     }
 }
 
@@ -159,34 +228,25 @@ impl Dataset for ArrayFile {
 
     fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
         let label = self.labels[index];
-        let array = self.file.array();
-        let [channels, _, width] = self.shape;
-        let size = out.len() * array.element.size();
         assert_eq!(out.len(), self.shape.iter().product::<usize>(), "numbers of a sample");
-        let bytes = &array.bytes[index * size..(index + 1) * size];
-        match self.layout {
-            Layout::ChannelsFirst => array.element.to_f32(bytes, out),
-            Layout::ChannelsLast => {
-                let plane = out.len() / channels;
-                for (place, pixel) in bytes.chunks_exact(channels).enumerate() {
-                    for (c, &value) in pixel.iter().enumerate() {
-                        out[c * plane + place] = f32::from(value);
-                    }
-                }
-            }
-        }
-        if array.element == Element::U8 {
-            out.iter_mut().for_each(|x| *x = *x / 127.5 - 1.0);
-        } else if let Some(place) = out.iter().position(|x| !x.is_finite()) {
+        self.numbers(index, out);
+        if let Some(place) = out.iter().position(|x| !x.is_finite()) {
             return Err(Error::file(&self.path, format!("has {} at place {place} of sample {index}", out[place])));
         }
+        if let Some(what) = self.out_of_range(index, out) {
+            return Err(Error::file(&self.path, what));
+        }
         if flip {
-            out.chunks_mut(width).for_each(<[f32]>::reverse);
+            out.chunks_mut(self.shape[2]).for_each(<[f32]>::reverse);
         }
         Ok(label)
     }
 
     fn is_pictures(&self) -> bool {
         self.pictures
+    }
+
+    fn note(&self) -> Option<&str> {
+        self.note.as_deref()
     }
 }

@@ -55,15 +55,21 @@ pub trait Dataset: Send + Sync {
         true
     }
 
-    /// Whether a mirrored sample is as good as the sample itself (a mirrored digit is not a digit).
-    fn may_flip(&self) -> bool {
-        false
-    }
-
     /// A sentence that the user should see once, for example that some files were left out.
     fn note(&self) -> Option<&str> {
         None
     }
+}
+
+/// Whether a mirrored sample of the data that `what` names is as good as the sample itself: photographs in folders are, while
+/// mirrored digits are not digits and the decoder of mirrored latents does not give mirrored images.
+pub fn may_flip(what: &str) -> bool {
+    let path = Path::new(what);
+    what != "digits" && (path.is_dir() || !is_array_file(path))
+}
+
+fn is_array_file(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "safetensors" || extension == "npy")
 }
 
 /// Opens the data set that `what` names: `digits`, a folder of class subfolders ([`images::ImageFolder`]), or a
@@ -84,12 +90,12 @@ pub fn open(what: &str, image_size: Option<usize>, num_classes: Option<usize>) -
             image_size.ok_or_else(|| Error::usage(format!("the images of {what} need a size: set image_size")))?;
         return Ok(Arc::new(images::ImageFolder::open(path, size)?));
     }
-    match path.extension().and_then(|e| e.to_str()) {
-        Some("safetensors" | "npy") => Ok(Arc::new(latents::ArrayFile::open(path, num_classes)?)),
-        _ if path.exists() => Err(Error::file(path, "is neither a folder of images nor a .safetensors or .npy file")),
-        _ => Err(Error::file(
-            path,
-            "does not exist; data is 'digits', a folder of class folders, a .safetensors or a .npy file",
-        )),
+    if !path.exists() {
+        let what = "does not exist; data is 'digits', a folder of class folders, a .safetensors or a .npy file";
+        return Err(Error::file(path, what));
     }
+    if !is_array_file(path) {
+        return Err(Error::file(path, "is neither a folder of images nor a .safetensors or .npy file"));
+    }
+    Ok(Arc::new(latents::ArrayFile::open(path, num_classes)?))
 }

@@ -90,8 +90,11 @@ impl NpyHeader {
         };
         let (descr, fortran_order, shape) =
             Dictionary { text }.parse().ok_or("has a header that is not that of a plain array of numbers")?;
-        let element = element_of(&descr).ok_or_else(|| {
-            format!("has elements of type '{descr:.20}'; save it as float32, float16, uint8 or int64")
+        let element = element_of(&descr).ok_or_else(|| match descr.strip_prefix('>').and_then(element_of) {
+            Some(_) => format!("has big-endian elements ('{descr:.20}'); save it as '<{:.20}'", &descr[1..]),
+            None => format!(
+                "has elements of type '{descr:.20}'; save samples as float32, float16 or uint8, and labels as int64"
+            ),
         })?;
         if fortran_order && shape.iter().filter(|&&side| side > 1).count() > 1 {
             return Err("is in Fortran order; save numpy.ascontiguousarray of it".into());

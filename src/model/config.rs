@@ -135,9 +135,15 @@ impl ModelConfig {
                 self.patch_size, self.input_size
             )));
         }
-        if !(self.mlp_ratio > 0.0 && self.mlp_ratio <= 64.0) || self.mlp_size() == 0 {
+        if !(self.mlp_ratio > 0.0 && self.mlp_ratio <= 64.0) {
             return Err(Error::usage(format!(
                 "mlp_ratio is {}, but it must be above 0 and at most 64",
+                self.mlp_ratio
+            )));
+        }
+        if self.mlp_size() == 0 {
+            return Err(Error::usage(format!(
+                "mlp_ratio is {}, which makes an MLP of width 0 of hidden_size {c}: give a larger one",
                 self.mlp_ratio
             )));
         }

@@ -61,9 +61,14 @@ fn published_eps() -> f64 {
 /// When the file is missing, no such JSON, or describes no model that `params` could belong to.
 pub fn read(path: &Path, params: &Archive) -> Result<ModelConfig> {
     let bad = |what: String| Error::file(path, what);
-    let file = std::fs::File::open(path).map_err(|e| bad(format!("cannot be read: {e}")))?;
+    let unreadable = |e: std::io::Error| bad(format!("cannot be read: {e}"));
+    // Asked before opening: opening a pipe would wait for its writer.
+    if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err(bad("is not a regular file".into()));
+    }
+    let file = std::fs::File::open(path).map_err(unreadable)?;
     let mut text = Vec::new();
-    file.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text).map_err(|e| bad(format!("cannot be read: {e}")))?;
+    file.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text).map_err(unreadable)?;
     if text.len() as u64 > MAX_CONFIG_BYTES {
         return Err(bad(format!("is longer than {MAX_CONFIG_BYTES} bytes: it cannot be the sizes of a model")));
     }

@@ -26,6 +26,7 @@ pub use report::{Check, Report, Row};
 use crate::backend::Compute;
 use crate::backend::cuda::DType;
 use crate::error::{Error, Result};
+use crate::model::config::ModelConfig;
 use crate::routing::Routing;
 use archive::Archive;
 use losses::Objective;
@@ -213,18 +214,25 @@ fn check_case(files: &Files, how: &Evaluation, report: &mut Report) {
         }
         return;
     }
+    let (params, config) = match model_of(files) {
+        Ok(model) => model,
+        Err(e) => return report.fail("model", e.to_string()),
+    };
     for sublayer in [false, true] {
         let mine: Vec<(Kind, &Archive)> =
             of_model.iter().filter(|((s, _), _)| *s == sublayer).map(|(_, &(kind, archive))| (kind, archive)).collect();
         if !sublayer || !mine.is_empty() {
-            let result = open_network(files, sublayer, how).and_then(|mut network| {
+            let routing = if sublayer { Routing::Sublayer } else { config.routing };
+            let config = ModelConfig { routing, ..config.clone() };
+            let network = Network::new(config, params, files.tensors.get("routing"), how);
+            let result = network.and_then(|mut network| {
                 if let Evaluation::Fused(Compute::Cuda { elem, .. }) = how
                     && let Err(why) = network.dit.config.check_cuda(*elem)
                 {
                     report.note("model", why.to_string());
                     return Ok(());
                 }
-                if let (false, Some(params)) = (sublayer, files.tensors.get("params")) {
+                if !sublayer {
                     network.check_params(params, report)?;
                 }
                 check_model_files(&mine, files.tensors.get("forward"), &mut network, report);
@@ -235,15 +243,12 @@ fn check_case(files: &Files, how: &Evaluation, report: &mut Report) {
     }
 }
 
-/// The model of the case, with its own routing or with sublayer routing.
-fn open_network(files: &Files, sublayer: bool, how: &Evaluation) -> Result<Network> {
+/// The parameters of the case, and the sizes and routing of its model.
+fn model_of(files: &Files) -> Result<(&Archive, ModelConfig)> {
     let missing = |name| Error::usage(format!("{name} is missing: without it the other files cannot be compared"));
     let params = files.tensors.get("params").ok_or_else(|| missing("params.safetensors"))?;
-    let mut config = config::read(files.config.as_ref().ok_or_else(|| missing("config.json"))?, params)?;
-    if sublayer {
-        config.routing = Routing::Sublayer;
-    }
-    Network::new(config, params, files.tensors.get("routing"), how)
+    let config = config::read(files.config.as_ref().ok_or_else(|| missing("config.json"))?, params)?;
+    Ok((params, config))
 }
 
 /// Compares the files of one routing. `fallback` holds the inputs of losses where this routing has no forward file.

@@ -277,5 +277,5 @@ impl Learner {
 }
 
 fn not_on_device() -> Error {
-    Error::usage("this learner is not on a CUDA device")
+    Error::Stopped("this learner is not on a CUDA device".into())
 }

@@ -87,16 +87,18 @@ pub fn check(config: &TrainConfig, dit: &mut Dit, device: &Device, elem: DType) 
         let accumulation = (1..=config.batch_size)
             .find(|n| config.batch_size.is_multiple_of(*n) && config.batch_size / n <= largest)
             .unwrap_or(config.batch_size);
-        remedies.push(format!("--batch-size {}", largest * config.grad_accumulation));
+        remedies.extend(batch_of(config, largest).map(|batch| format!("--batch-size {batch}")));
         remedies.push(format!("--grad-accumulation {accumulation} (the same steps, in smaller parts)"));
     }
     if !dit.checkpoint_activations {
         dit.checkpoint_activations = true;
         let largest = largest_part(config, dit, device, elem, part, free)?;
         dit.checkpoint_activations = false;
-        remedies.extend(largest.map(|largest| match largest == part {
-            true => "--checkpoint-activations".to_string(),
-            false => format!("--checkpoint-activations with --batch-size {}", largest * config.grad_accumulation),
+        remedies.extend(largest.and_then(|largest| match largest == part {
+            true => Some("--checkpoint-activations".to_string()),
+            false => {
+                batch_of(config, largest).map(|batch| format!("--checkpoint-activations with --batch-size {batch}"))
+            }
         }));
     }
     let remedy = match remedies.as_slice() {
@@ -111,6 +113,12 @@ pub fn check(config: &TrainConfig, dit: &mut Dit, device: &Device, elem: DType) 
         readable(free),
         readable(plan.total() - free)
     )))
+}
+
+/// The largest batch in parts of at most `part` images that the weight of the loss takes.
+fn batch_of(config: &TrainConfig, part: usize) -> Option<usize> {
+    let batches = (1..=part).rev().map(|part| part * config.grad_accumulation);
+    batches.into_iter().find(|&batch| config.loss_weight.check_batch(batch).is_ok())
 }
 
 /// The largest part of up to `part` images that fits; None when not even one does.
@@ -185,5 +193,21 @@ pub fn readable(bytes: usize) -> String {
         _ if bytes >= 1e9 => format!("{:.2} GB", bytes / 1e9),
         _ if bytes >= 1e6 => format!("{:.1} MB", bytes / 1e6),
         _ => format!("{:.1} kB", bytes / 1e3),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diffusion::LossWeight;
+
+    #[test]
+    fn the_batch_that_is_advised_is_one_that_is_taken() {
+        let mut config = TrainConfig::default();
+        assert_eq!([1, 13, 128].map(|part| batch_of(&config, part)), [Some(1), Some(13), Some(128)]);
+        config.loss_weight = LossWeight::Uncertainty;
+        assert_eq!([7, 13, 128].map(|part| batch_of(&config, part)), [None, Some(8), Some(128)]);
+        config.grad_accumulation = 4;
+        assert_eq!([1, 13].map(|part| batch_of(&config, part)), [None, Some(48)]);
     }
 }

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::error::printable;
+
 /// Between two lines where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
@@ -85,9 +87,10 @@ impl Progress {
 
     /// Prints a line without tearing the bar.
     pub fn say(&self, line: &str) {
+        let line = printable(line);
         match &self.output {
-            Output::Bar(bar) => bar.suspend(|| say(line)),
-            Output::Lines { .. } => say(line),
+            Output::Bar(bar) => bar.suspend(|| say(&line)),
+            Output::Lines { .. } => say(&line),
         }
     }
 

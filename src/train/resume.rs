@@ -8,9 +8,6 @@ use super::metrics;
 use super::plot::LOSS_PNG;
 use crate::error::{Error, Result};
 
-/// Keys that hold for a run's life but name places, which may have been moved (by an edit of its `config.toml`).
-const PLACES: [&str; 2] = ["data", "out"];
-
 /// The configuration of the run in the directory `run`.
 ///
 /// # Errors
@@ -37,8 +34,10 @@ pub(super) fn check_same_run(config: &TrainConfig, run: &Path, checkpoint: &Path
     if !path.exists() {
         return Ok(());
     }
-    let saved = TrainConfig::from_file(&path)?;
-    for knob in KNOBS.iter().filter(|knob| knob.fixed && !PLACES.contains(&knob.name)) {
+    let mut saved = TrainConfig::from_file(&path)?;
+    saved.keep_what_is_left_open(config);
+    // The run may have been moved.
+    for knob in KNOBS.iter().filter(|knob| knob.fixed && knob.name != "out") {
         let (is, was) = (config.toml_of(knob.name), saved.toml_of(knob.name));
         if is != was {
             let what = format!("{} is {is}, but its checkpoint was trained with {was}", knob.name);

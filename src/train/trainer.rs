@@ -2,7 +2,7 @@
 
 use super::batches::Batches;
 use super::checkpoint;
-use super::config::{Precision, SamplerKind, TrainConfig};
+use super::config::{DataKind, Precision, SamplerKind, TrainConfig};
 use super::device::{DeviceUpdate, LARGEST_NORM};
 use super::learner::{Learner, Losses};
 use super::metrics::{self, Meter, MetricsLog};
@@ -51,7 +51,8 @@ pub struct Outcome {
 /// When the configuration, the data or the run's directory are not usable, or too many steps in a row are not finite.
 pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
-    let dataset = open_data(&mut config)?;
+    config.check_cfg("sample_cfg", config.sample_cfg)?;
+    let dataset = open_data(&mut config, false)?;
     in_pool(&config, || {
         let (learner, notes) = learner_on(&config)?;
         let run = RunDir::create(&config)?;
@@ -66,7 +67,8 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
 /// As [`start`], and when the checkpoint is damaged or another model's, or the run had checkpoints that are gone.
 pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
-    let dataset = open_data(&mut config)?;
+    config.check_cfg("sample_cfg", config.sample_cfg)?;
+    let dataset = open_data(&mut config, true)?;
     match checkpoint {
         Some(checkpoint) => resume::check_same_run(&config, run, checkpoint)?,
         None => resume::check_never_saved(run)?,
@@ -89,18 +91,45 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
     })
 }
 
-/// Opens the data set and completes the configuration with what only the data know.
-fn open_data(config: &mut TrainConfig) -> Result<Arc<dyn Dataset>> {
+/// Opens the data set and completes the configuration with what only the data know. A run that is `resumed` has learned that
+/// already, and keeps it.
+fn open_data(config: &mut TrainConfig, resumed: bool) -> Result<Arc<dyn Dataset>> {
+    if resumed && config.data != "digits" && !Path::new(&config.data).exists() {
+        return Err(Error::file(&config.data, "the data of this run are not there: say where they are with --data"));
+    }
     let classes = (config.num_classes > 0).then_some(config.num_classes);
     let dataset = data::open(&config.data, Some(config.folder_image_size()), classes)?;
     let [channels, height, width] = dataset.shape();
     if height != width {
+        let last = if channels == height {
+            format!("; they look like [N, H, W, C], which should be [N, {width}, {channels}, {height}]")
+        } else {
+            ": crop them first".into()
+        };
         return Err(Error::usage(format!(
-            "the data '{}' are {height} x {width}, but the model needs squares: crop them first",
+            "the data '{}' are {height} x {width}, but the model needs squares{last}",
             config.data
         )));
     }
-    config.fit_to_data(height, channels, dataset.num_classes())?;
+    let classes = dataset.num_classes();
+    let fits = |was: usize, is: usize| was == 0 || was == is;
+    let same_shape = fits(config.image_size, height) && fits(config.in_channels, channels);
+    if resumed && !(same_shape && (config.num_classes == 0 || classes <= config.num_classes)) {
+        return Err(Error::usage(format!(
+            "the data '{}' are {channels} x {height} x {width} in {classes} classes, but this run was begun with {} x {} x {} in \
+             {}: give it the same data with --data, or start a new run",
+            config.data, config.in_channels, config.image_size, config.image_size, config.num_classes
+        )));
+    }
+    let kind = if dataset.is_pictures() { DataKind::Images } else { DataKind::Latents };
+    if config.data_kind != DataKind::Auto && config.data_kind != kind {
+        return Err(Error::usage(format!(
+            "data_kind is {}, but the data '{}' are {kind}: give auto, and call them images or latents in a .safetensors file",
+            config.data_kind, config.data
+        )));
+    }
+    config.data_kind = kind;
+    config.fit_to_data(height, channels, classes)?;
     Ok(dataset)
 }
 
@@ -215,7 +244,7 @@ fn memory_bytes() -> Option<u64> {
     line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The sampler of a model: `steps` is a respacing such as `50`; pixels are clipped, latents are not.
+/// The sampler of a model: `steps` is a respacing such as `50`; images are clipped, latents are not.
 ///
 /// # Errors
 /// When the respacing or the guidance is not usable.
@@ -225,8 +254,7 @@ pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f6
         SamplerKind::Ddim => Method::Ddim { eta },
         SamplerKind::Ddpm => Method::Ddpm,
     };
-    let pixels = matches!(config.in_channels, 1 | 3);
-    Sampler::new(schedule, method, pixels, (cfg != 1.0).then_some(cfg))
+    Sampler::new(schedule, method, config.are_images(), (cfg != 1.0).then_some(cfg))
 }
 
 /// How much a picture of images of this side is enlarged, so that small ones can be seen.
@@ -273,11 +301,16 @@ impl Trainer {
         let mut log = MetricsLog::open(run, self.step)?;
         let mut progress = Progress::new("training", self.step, config.steps);
         progress.say(&format!(
-            "{} with {} routing, {:.1} M parameters, {} images of '{}' -> {}",
+            "{} with {} routing, {:.1} M parameters, {} {} of {} x {} x {} in {} classes from '{}' -> {}",
             config.model,
             config.toml_of("routing").trim_matches('"'),
             self.learner.weights.len() as f64 / 1e6,
             self.batches.loader.dataset().len(),
+            config.data_kind,
+            config.in_channels,
+            config.image_size,
+            config.image_size,
+            config.num_classes,
             config.data,
             run.path().display()
         ));
@@ -506,7 +539,7 @@ impl Trainer {
         };
         let pixels = generate::generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, show)?;
         let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
-        grid_png(&path, &pixels, shape, columns, scale_of(config.image_size))?;
+        grid_png(&path, &pixels, shape, columns, scale_of(config.image_size), config.are_images())?;
         Ok(path)
     }
 }

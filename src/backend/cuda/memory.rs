@@ -90,7 +90,7 @@ impl Device {
             }
             let (free, total) = self.memory().unwrap_or((0, 0));
             let gb = |bytes: usize| bytes as f64 / 1e9;
-            Error::usage(format!(
+            Error::Stopped(format!(
                 "{} has no {:.2} GB left ({:.2} of {:.2} GB are free): choose a smaller --batch-size or model",
                 self.name,
                 gb(bytes),

@@ -102,7 +102,10 @@ pub fn compile(file: &str, options: &[String]) -> Result<Compiled> {
     let log = program.bytes(sys::nvrtcGetProgramLogSize, sys::nvrtcGetProgramLog, "give its log")?;
     let log = String::from_utf8_lossy(until_nul(&log)).into_owned();
     if let Err(e) = compiled {
-        return Err(Error::usage(format!("kernels/{file}.cu does not compile with {}: {e}\n{log}", options.join(" "))));
+        return Err(Error::Stopped(format!(
+            "kernels/{file}.cu does not compile with {}: {e}\n{log}",
+            options.join(" ")
+        )));
     }
     let cubin = program.bytes(sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN, "give machine code")?;
     let ptx = program.bytes(sys::nvrtcGetPTXSize, sys::nvrtcGetPTX, "give PTX")?;
@@ -146,7 +149,7 @@ fn check(status: sys::nvrtcResult, what: &str) -> Result<()> {
     status.result().map_err(|e| {
         // SAFETY: returns a static string for every value.
         let text = unsafe { CStr::from_ptr(sys::nvrtcGetErrorString(e.0)) };
-        Error::usage(format!("NVRTC cannot {what}: {}", text.to_string_lossy()))
+        Error::Stopped(format!("NVRTC cannot {what}: {}", text.to_string_lossy()))
     })
 }
 

@@ -50,6 +50,21 @@ impl TrainConfig {
         self.validate()
     }
 
+    /// Checks a strength of guidance, which `key` names, for samples of a model trained like this.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when it is below 0 or not a number, or the model cannot be guided: without label dropout it has not
+    /// learned what an image without a class is.
+    pub fn check_cfg(&self, key: &str, cfg: f64) -> Result<()> {
+        not_negative(key, cfg)?;
+        if self.label_dropout == 0.0 && cfg != 1.0 {
+            return Err(Error::usage(format!(
+                "{key} is {cfg}, but guidance needs a model that was trained with label_dropout above 0: give 1"
+            )));
+        }
+        Ok(())
+    }
+
     /// The side in pixels to which a folder of images is scaled.
     pub fn folder_image_size(&self) -> usize {
         if self.image_size == 0 { FOLDER_IMAGE_SIZE } else { self.image_size }
@@ -282,6 +297,18 @@ mod tests {
         assert_eq!(config.num_classes, 50);
         let mut config = TrainConfig { patch_size: 3, ..TrainConfig::default() };
         assert!(config.fit_to_data(8, 1, 10).unwrap_err().to_string().contains("patch_size 3 does not divide"));
+    }
+
+    #[test]
+    fn guidance_needs_label_dropout() {
+        let mut config = TrainConfig::default();
+        assert_eq!(config.default_cfg(), 1.5);
+        config.check_cfg("cfg", 4.0).unwrap();
+        assert!(config.check_cfg("cfg", -1.0).is_err() && config.check_cfg("cfg", f64::NAN).is_err());
+        config.label_dropout = 0.0;
+        assert_eq!(config.default_cfg(), 1.0);
+        config.check_cfg("cfg", 1.0).unwrap();
+        assert!(config.check_cfg("cfg", 1.5).unwrap_err().to_string().contains("cfg is 1.5, but guidance needs"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ mod source;
 mod value;
 
 pub use source::{Assignment, Layer};
-pub use value::{Decay, Precision, SamplerKind};
+pub use value::{DataKind, Decay, Precision, SamplerKind};
 
 use crate::diffusion::{LossWeight, ScheduleKind};
 use crate::error::Result;
@@ -101,14 +101,16 @@ knobs! {
         alpha: f64 = fixed;
     }
     "Data" {
-        /// Training images: digits (built in), a folder with one subfolder of images per class, or an array file (.npy, .safetensors)
-        data: String = fixed;
+        /// Training images: digits (built in), a folder with one subfolder of images per class, or an array file (.npy, .safetensors; images as bytes or numbers from -1 to 1)
+        data: String;
         /// Side of the images in pixels; 0 = that of the data (folders of images are scaled to 32)
         image_size: usize = fixed;
         /// Channels of the images or latents; 0 = those of the data
         in_channels: usize = fixed;
         /// Number of classes; 0 = those of the data
         num_classes: usize = fixed;
+        /// What the samples are: images (in [-1, 1]), latents (any numbers), or auto (what the data say)
+        data_kind: DataKind = fixed;
         /// Mirror half of the training images left to right
         flip: bool;
         /// Share of labels replaced by "no class", which classifier-free guidance needs; 0 to 1
@@ -160,7 +162,7 @@ knobs! {
         /// Where to compute: auto, cpu, cuda or cuda:N
         device: String;
         /// Number format of products and activations: f32 or bf16
-        precision: Precision = fixed;
+        precision: Precision;
         /// Keep only the input of each block for the backward pass and compute the rest again: less memory, a third more work, the same bits
         checkpoint_activations: bool;
         /// Threads on the CPU; 0 = one per core (the result is the same)
@@ -187,10 +189,13 @@ knobs! {
         sample_sampler: SamplerKind;
         /// Denoising steps of the grids, 1 to 1000
         sample_steps: usize;
-        /// Strength of classifier-free guidance in the grids; 1 = none
+        /// Strength of classifier-free guidance in the grids; 1 = none, as always with label_dropout 0
         sample_cfg: f64;
     }
 }
+
+/// Guidance where nothing is said.
+const GUIDANCE: f64 = 1.5;
 
 /// Shape of a network: hidden size, depth, heads, patch size.
 fn shape_of(model: &str) -> Option<[usize; 4]> {
@@ -224,6 +229,7 @@ impl Default for TrainConfig {
             image_size: 0,
             in_channels: 0,
             num_classes: 0,
+            data_kind: DataKind::Auto,
             flip: false,
             label_dropout: 0.1,
             schedule: ScheduleKind::Cosine,
@@ -259,7 +265,7 @@ impl Default for TrainConfig {
             sample_classes: 10,
             sample_sampler: SamplerKind::Ddim,
             sample_steps: 50,
-            sample_cfg: 1.5,
+            sample_cfg: GUIDANCE,
         }
     }
 }
@@ -294,9 +300,7 @@ impl TrainConfig {
                 ..config
             };
         }
-        // Digits and latents have no mirror images; photographs do.
-        let array = [".npy", ".safetensors"].iter().any(|end| data.ends_with(end));
-        config.flip = data != "digits" && !array;
+        config.flip = crate::data::may_flip(data);
         config.data = data.into();
         Ok(config)
     }
@@ -316,6 +320,19 @@ impl TrainConfig {
         self.mlp_ratio = 4.0;
         self.model = model.into();
         Ok(())
+    }
+
+    /// Whether the samples are images. Runs that were begun when this was not written down tell by their channels.
+    pub fn are_images(&self) -> bool {
+        match self.data_kind {
+            DataKind::Auto => matches!(self.in_channels, 1 | 3),
+            kind => kind == DataKind::Images,
+        }
+    }
+
+    /// Guidance of samples where nothing is said: none for a model that never saw a sample without its label.
+    pub fn default_cfg(&self) -> f64 {
+        if self.label_dropout == 0.0 { 1.0 } else { GUIDANCE }
     }
 
     /// The decay of the moving average at update `n` (the first update is 0).

@@ -5,7 +5,7 @@ use std::io::Read as _;
 use std::path::Path;
 
 use super::value::{Value, did_you_mean};
-use super::{KNOBS, TrainConfig, shape_of};
+use super::{DataKind, KNOBS, Knob, TrainConfig, shape_of};
 use crate::error::{Error, Result};
 
 /// Longest configuration file that is read: a hundred times the full one.
@@ -92,8 +92,13 @@ impl Layer {
         Ok(Layer { origin: origin.into(), assignments })
     }
 
+    /// What is wrong with an assignment of it.
+    fn fault(&self, e: &Error) -> Error {
+        Error::usage(format!("{e}, in {}", self.origin))
+    }
+
     /// The last text given to `key`.
-    fn last(&self, key: &str) -> Option<&str> {
+    pub fn last(&self, key: &str) -> Option<&str> {
         self.assignments.iter().rev().find(|a| a.key == key).map(|a| a.text.as_str())
     }
 }
@@ -109,13 +114,48 @@ impl TrainConfig {
     /// [`validate`](Self::validate) refuses.
     pub fn from_layers(layers: &[Layer]) -> Result<Self> {
         let last = |key| layers.iter().rev().find_map(|layer| layer.last(key));
-        let mut config = TrainConfig::preset(last("model").unwrap_or("digits"), last("data").unwrap_or("digits"))?;
+        let data = last("data").unwrap_or("digits");
+        let named = layers.iter().rev().find_map(|layer| Some((layer, layer.last("model")?)));
+        let mut config = match named {
+            Some((layer, model)) => TrainConfig::preset(model, data).map_err(|e| layer.fault(&e))?,
+            None => TrainConfig::preset("digits", data)?,
+        };
         for layer in layers {
             config.apply(layer)?;
         }
         config.rename_if_reshaped();
+        if last("sample_cfg").is_none() {
+            config.sample_cfg = config.default_cfg();
+        }
         config.validate()?;
         Ok(config)
+    }
+
+    /// A sentence on the values that a layer gave together with one model and that hold for another one, which a later layer
+    /// names: a file of `--print-config` has all of them. None where there are none.
+    pub fn note_on(layers: &[Layer]) -> Option<String> {
+        let at = layers.iter().rposition(|layer| layer.last("model").is_some())?;
+        let (before, after) = layers.split_at(at);
+        let model = after[0].last("model")?;
+        let (file, other) = before.iter().rev().find_map(|layer| Some((layer, layer.last("model")?)))?;
+        let (own, others) = (Self::preset(model, "digits").ok()?, Self::preset(other, "digits").ok()?);
+        // Keys of the shape come with the model's name.
+        let shape = ["model", "hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio"];
+        let replaced = |knob: &&Knob| {
+            let name = knob.name;
+            !shape.contains(&name)
+                && own.toml_of(name) != others.toml_of(name)
+                && file.last(name).is_some()
+                && after.iter().all(|layer| layer.last(name).is_none())
+        };
+        let names: Vec<&str> = KNOBS.iter().filter(replaced).map(|knob| knob.name).collect();
+        (!names.is_empty()).then(|| {
+            format!(
+                "{} are those of {}, not the defaults of {model}: leave them out there to have these",
+                names.join(", "),
+                file.origin
+            )
+        })
     }
 
     /// The configuration in the file `path` alone (a run's `config.toml`).
@@ -139,6 +179,7 @@ impl TrainConfig {
             config.apply(layer)?;
         }
         config.rename_if_reshaped();
+        config.keep_what_is_left_open(self);
         for knob in KNOBS.iter().filter(|knob| knob.fixed) {
             let (was, is) = (self.toml_of(knob.name), config.toml_of(knob.name));
             if was != is {
@@ -154,7 +195,7 @@ impl TrainConfig {
 
     fn apply(&mut self, layer: &Layer) -> Result<()> {
         if let Some(model) = layer.last("model").filter(|&model| model != self.model) {
-            self.set_model(model)?;
+            self.set_model(model).map_err(|e| layer.fault(&e))?;
         }
         for Assignment { key, text } in &layer.assignments {
             match self.assign(key, text) {
@@ -175,6 +216,23 @@ impl TrainConfig {
             }
         }
         Ok(())
+    }
+
+    /// Takes from `begun` what a file for many runs leaves to the data and the time: they have decided it.
+    pub(in crate::train) fn keep_what_is_left_open(&mut self, begun: &Self) {
+        for (size, begun) in [
+            (&mut self.image_size, begun.image_size),
+            (&mut self.in_channels, begun.in_channels),
+            (&mut self.num_classes, begun.num_classes),
+        ] {
+            *size = if *size == 0 { begun } else { *size };
+        }
+        if self.data_kind == DataKind::Auto {
+            self.data_kind = begun.data_kind;
+        }
+        if self.out.is_empty() {
+            self.out.clone_from(&begun.out);
+        }
     }
 
     fn rename_if_reshaped(&mut self) {
@@ -258,6 +316,19 @@ mod tests {
     }
 
     #[test]
+    fn values_of_a_file_that_replace_defaults_of_another_model_are_noted() {
+        let file = Layer::from_toml(&TrainConfig::default().to_toml(), "my.toml").unwrap();
+        let model = |model| layer("flags", &[("model", model), ("lr", "1e-4")]);
+        let note = TrainConfig::note_on(&[file.clone(), model("DiT-XL/2")]).unwrap();
+        assert!(note.starts_with("init, steps, batch_size, ") && note.contains("are those of my.toml"), "{note}");
+        assert!(!note.contains("lr,") && !note.contains("hidden_size") && !note.contains("alpha"), "{note}");
+        assert_eq!(TrainConfig::note_on(&[file.clone(), model("custom")]), None);
+        assert_eq!(TrainConfig::note_on(&[file]), None);
+        // Who writes a file without a model means its values for any.
+        assert_eq!(TrainConfig::note_on(&[layer("my.toml", &[("steps", "9")]), model("DiT-XL/2")]), None);
+    }
+
+    #[test]
     fn unknown_keys_name_the_near_one() {
         let near = |key: &str| message(&[layer("f.toml", &[(key, "1")])]);
         assert!(near("batchsize").contains("did you mean 'batch_size'?"), "{}", near("batchsize"));
@@ -267,6 +338,8 @@ mod tests {
         assert!(near("checkpoint_evry").contains("'checkpoint_every'"));
         assert!(!near("qqqqqq").contains("did you mean"), "{}", near("qqqqqq"));
         assert!(message(&[layer("x", &[("model", "dit-s/2")])]).contains("did you mean 'DiT-S/2'?"));
+        let message = message(&[layer("f.toml", &[("model", "3")]), layer("flags", &[("lr", "1")])]);
+        assert!(message.starts_with("there is no model '3'") && message.ends_with(", in f.toml"), "{message}");
     }
 
     #[test]
@@ -282,6 +355,7 @@ mod tests {
             ("loss_weight", "p2-1-0"),
             ("loss_weight", "min-snr-0"),
             ("seed", "18446744073709551615"),
+            ("keep_checkpoints", "9223372036854775808"),
             ("precision", "f16"),
             ("model", "DiT-M/2"),
             ("model", "DiT-S/3"),
@@ -309,5 +383,15 @@ mod tests {
             let e = config.resumed_with(&[layer("flags", &[(key, text)])]).unwrap_err().to_string();
             assert!(e.contains("resumed"), "{key}: {e}");
         }
+    }
+
+    #[test]
+    fn the_file_that_a_run_was_begun_with_resumes_it() {
+        let mut begun = TrainConfig { out: "z".into(), ..TrainConfig::default() };
+        begun.fit_to_data(8, 1, 10).unwrap();
+        begun.data_kind = DataKind::Images;
+        let file = Layer::from_toml(&TrainConfig::default().to_toml(), "my.toml").unwrap();
+        assert_eq!(begun.resumed_with(&[file]).unwrap(), begun);
+        assert!(begun.resumed_with(&[layer("flags", &[("out", "y")])]).is_err());
     }
 }

@@ -34,23 +34,29 @@ macro_rules! number {
     };
 }
 
-number!(usize, "N", "a whole number, 0 or more");
 number!(f64, "X", "a number such as 0.5 or 1e-4");
 number!(bool, "true|false", "true or false");
 
-impl Value for u64 {
-    const NAME: &'static str = "N";
-    // TOML's integers are signed, so the upper half of u64 could not be written back.
-    fn parse(text: &str) -> Option<Self> {
-        text.parse().ok().filter(|&n| i64::try_from(n).is_ok())
-    }
-    fn to_toml(&self) -> String {
-        self.to_string()
-    }
-    fn expected() -> String {
-        "a whole number, 0 or more".into()
-    }
+macro_rules! count {
+    ($type:ty) => {
+        impl Value for $type {
+            const NAME: &'static str = "N";
+            // TOML's integers are signed, so the upper half of these types could not be written back.
+            fn parse(text: &str) -> Option<Self> {
+                text.parse().ok().filter(|&n| i64::try_from(n).is_ok())
+            }
+            fn to_toml(&self) -> String {
+                self.to_string()
+            }
+            fn expected() -> String {
+                format!("a whole number from 0 to {}", i64::MAX)
+            }
+        }
+    };
 }
+
+count!(usize);
+count!(u64);
 
 impl Value for String {
     const NAME: &'static str = "TEXT";
@@ -143,6 +149,18 @@ own_choice! {
         Constant = "constant",
         /// It falls as a half cosine.
         Cosine = "cosine",
+    }
+}
+
+own_choice! {
+    /// What the samples of a data set are.
+    DataKind, "auto|images|latents" {
+        /// What the data say.
+        Auto = "auto",
+        /// Numbers in [-1, 1], which samplers keep inside.
+        Images = "images",
+        /// Any numbers.
+        Latents = "latents",
     }
 }
 

@@ -1,0 +1,44 @@
+//! `dtr-fused bench` as a user runs it, on the CPU.
+
+#[allow(dead_code)] // every test file uses what it needs
+mod program;
+
+use program::{fails, run, succeeds};
+
+/// The report of a run that is as short as can be.
+fn bench(args: &[&str]) -> serde_json::Value {
+    let place = tempfile::tempdir().unwrap();
+    let short = ["bench", "--device", "cpu", "--runs", "1", "--json"];
+    serde_json::from_str(&succeeds(run(place.path(), &[&short, args].concat()))).unwrap()
+}
+
+#[test]
+fn a_published_model_of_another_depth_is_timed_on_latents() {
+    let report = bench(&["--model", "DiT-S/8", "--depth", "1", "--batch-size", "2"]);
+    assert_eq!([&report["image_size"], &report["in_channels"], &report["num_classes"]], [32, 4, 1000]);
+    assert_eq!(report["model"], "custom");
+    let report = bench(program::TINY);
+    assert_eq!([&report["image_size"], &report["in_channels"], &report["num_classes"]], [8, 1, 10]);
+}
+
+#[test]
+fn parts_of_a_step_need_less_memory() {
+    let sizes = ["--batch-size", "256", "--image-size", "16", "--depth", "2", "--hidden-size", "64"];
+    let peak = |parts: &str| {
+        let report = bench(&[&sizes[..], &["--grad-accumulation", parts]].concat());
+        assert_eq!(report["grad_accumulation"].to_string(), parts);
+        report["peak_memory_mb"].as_f64()
+    };
+    // Where the system tells.
+    if let (Some(whole), Some(parts)) = (peak("1"), peak("8")) {
+        assert!(parts < 0.5 * whole, "{parts} MB in parts, {whole} MB at once");
+    }
+}
+
+#[test]
+fn what_the_cpu_cannot_time_is_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let bench = |args: &[&str]| run(place.path(), &[&["bench"], program::TINY, args].concat());
+    fails(bench(&["--device", "cpu", "--precision", "bf16"]), 2, &["the CPU computes in f32 only"]);
+    fails(bench(&["--device", "cpu", "--grad-accumulation", "3"]), 2, &["it must divide batch_size 16"]);
+}

@@ -1,0 +1,168 @@
+//! `dtr-fused sample` as a user runs it.
+
+mod program;
+
+use std::fs;
+use std::path::Path;
+
+use program::{fails, run, stderr, succeeds, train};
+
+/// A run of a step in `place/run`.
+fn short_run(place: &Path, args: &[&str]) {
+    succeeds(train(place, &[&["--out", "run", "--steps", "1", "--samples-per-class", "1"], args].concat()));
+}
+
+/// `dtr-fused sample` of that run in two denoising steps.
+fn sample(place: &Path, args: &[&str]) -> std::process::Output {
+    run(place, &[&["sample", "--checkpoint", "run", "--steps", "2"], args].concat())
+}
+
+/// Replaces `from` by `to` in the run's configuration and in that of its checkpoint.
+fn edit_config(place: &Path, from: &str, to: &str) {
+    for file in ["run/config.toml", "run/checkpoints/0000001/config.toml"] {
+        let text = fs::read_to_string(place.join(file)).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(place.join(file), text.replace(from, to)).unwrap();
+    }
+}
+
+#[test]
+fn a_run_in_bf16_is_sampled_and_resumed_on_the_cpu() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &[]);
+    succeeds(sample(place, &["--out", "f32.png"]));
+    // As a run looks that a GPU trained in bf16.
+    edit_config(place, "precision = \"f32\"", "precision = \"bf16\"");
+    let output = sample(place, &["--out", "bf16.png", "--device", "cpu"]);
+    assert!(stderr(&output).contains("computing in f32: the CPU has no bf16"), "{}", stderr(&output));
+    succeeds(output);
+    assert!(fs::read(place.join("f32.png")).unwrap() == fs::read(place.join("bf16.png")).unwrap());
+    let resume =
+        |more: &[&str]| run(place, &[&["train", "--resume", "run", "--steps", "2", "--device", "cpu"], more].concat());
+    fails(resume(&[]), 2, &["the CPU computes in f32 only: give --precision f32"]);
+    succeeds(resume(&["--precision", "f32"]));
+}
+
+/// Names of what is in `place`.
+fn names(place: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(place).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_archive_is_the_same_in_batches_of_any_size_and_the_grid_shows_its_first_images() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &[]);
+    let made = |name: &str, batch: &str| {
+        let (png, npz) = (format!("{name}.png"), format!("{name}.npz"));
+        let num = ["--num", "45", "--classes", "1,3", "--batch-size", batch, "--out", &png, "--npz", &npz];
+        succeeds(sample(place, &num));
+        (fs::read(place.join(png)).unwrap(), fs::read(place.join(npz)).unwrap())
+    };
+    let (few, whole) = (made("few", "7"), made("whole", "45"));
+    assert!(few.0 == whole.0, "the grids differ");
+    assert!(few.1 == whole.1, "the archives differ");
+    // 45 images of 8 x 8, 45 labels of 8 bytes, and headers.
+    assert!((45 * 72..45 * 72 + 1000).contains(&whole.1.len()), "{}", whole.1.len());
+    assert_eq!(names(place), ["few.npz", "few.png", "run", "whole.npz", "whole.png"]);
+}
+
+#[test]
+fn files_that_cannot_be_written_are_refused_before_anything_is_computed() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &[]);
+    fs::create_dir(place.join("folder")).unwrap();
+    fails(sample(place, &["--out", "x", "--npz", "x"]), 2, &["--out and --npz are both x"]);
+    fails(sample(place, &["--out", "folder/x", "--npz", "./folder/../folder/x"]), 2, &["--out and --npz are both"]);
+    fails(sample(place, &["--npz", "folder"]), 1, &["folder: is a directory"]);
+    fails(sample(place, &["--out", "folder/"]), 1, &["folder/: is a directory"]);
+    fails(sample(place, &["--npz", "nowhere/x.npz"]), 1, &["nowhere/x.npz", "cannot be written"]);
+    assert_eq!(names(place), ["folder", "run"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn an_archive_that_a_full_disk_cuts_short_leaves_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &[]);
+    // No file may grow beyond 16 kB.
+    let program = env!("CARGO_BIN_EXE_dtr-fused");
+    let limited = format!(
+        "trap '' XFSZ; ulimit -f 32; exec '{program}' sample --checkpoint run --steps 1 --num 1000 --npz samples.npz"
+    );
+    let output = std::process::Command::new("sh").args(["-c", &limited]).current_dir(place).output().unwrap();
+    fails(output, 1, &["samples.npz: cannot be written"]);
+    assert_eq!(names(place), ["run"]);
+}
+
+#[test]
+fn of_many_classes_only_what_the_grid_shows_is_made() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &["--num-classes", "70", "--sample-classes", "1"]);
+    let said = |args: &[&str]| {
+        let output = sample(place, args);
+        let text = stderr(&output);
+        succeeds(output);
+        text
+    };
+    let text = said(&[]);
+    assert!(text.contains("the grid shows 64 of 70 classes: choose others with --classes"), "{text}");
+    assert!(text.contains(" 640 images"), "{text}");
+    let text = said(&["--classes", "69", "--num", "17"]);
+    assert!(text.contains("the grid shows 16 of 17 images") && text.contains("--npz FILE"), "{text}");
+    let text = said(&["--npz", "all.npz"]);
+    assert!(text.contains(" 700 images") && text.contains("the grid shows 640 of 700 images"), "{text}");
+    assert!(!said(&["--classes", "69"]).contains("the grid shows"));
+}
+
+#[test]
+fn a_model_that_saw_every_label_is_sampled_without_guidance() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    fails(train(place, &["--label-dropout", "0", "--sample-cfg", "1.5"]), 2, &["sample_cfg is 1.5", "label_dropout"]);
+    short_run(place, &["--label-dropout", "0"]);
+    assert!(fs::read_to_string(place.join("run/config.toml")).unwrap().contains("\nsample_cfg = 1.0\n"));
+    fails(sample(place, &["--cfg", "1.5"]), 2, &["--cfg is 1.5", "label_dropout"]);
+    succeeds(sample(place, &["--out", "default.png"]));
+    succeeds(sample(place, &["--out", "none.png", "--cfg", "1"]));
+    assert!(fs::read(place.join("default.png")).unwrap() == fs::read(place.join("none.png")).unwrap());
+}
+
+/// A `.safetensors` file of 8 samples of 3 x 4 x 4 between -20 and 20 under this name, with labels 0 and 1.
+fn save_samples(path: &Path, name: &str) {
+    let values: Vec<u8> = (0..8 * 48).flat_map(|i| ((i * 37 % 41) as f32 - 20.0).to_le_bytes()).collect();
+    let labels: Vec<u8> = (0..8u8).map(|i| i % 2).collect();
+    let view =
+        |dtype, shape: &[usize], data| safetensors::tensor::TensorView::new(dtype, shape.to_vec(), data).unwrap();
+    use safetensors::tensor::Dtype;
+    let tensors = [(name, view(Dtype::F32, &[8, 3, 4, 4], &values)), ("labels", view(Dtype::U8, &[8], &labels))];
+    fs::write(path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+}
+
+#[test]
+fn latents_of_three_channels_are_no_images() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    save_samples(&place.join("latents.safetensors"), "latents");
+    short_run(place, &["--data", "latents.safetensors"]);
+    assert!(fs::read_to_string(place.join("run/config.toml")).unwrap().contains("\ndata_kind = \"latents\"\n"));
+    let made = |npz: &str| {
+        succeeds(sample(place, &["--num", "4", "--npz", npz]));
+        fs::read(place.join(npz)).unwrap()
+    };
+    let latents = made("latents.npz");
+    // 4 samples of 48 f32, and not bytes.
+    assert!(latents.len() > 4 * 48 * 4, "{}", latents.len());
+    assert!(latents.windows(5).any(|bytes| bytes == b"'<f4'"));
+    // A run of before that was written down tells by the channels, as it did.
+    edit_config(place, "data_kind = \"latents\"\n", "");
+    assert!(made("images.npz").windows(5).any(|bytes| bytes == b"'|u1'"));
+    fails(train(place, &["--data", "digits", "--data-kind", "latents"]), 2, &["data_kind is latents", "are images"]);
+}
