@@ -80,21 +80,21 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     let [windows, everything] = [stream.clone_htod(&windows)?, stream.clone_htod(&everything)?];
     let dy = stream.clone_htod(&host.dy)?;
 
-    // A buffer is an address, a length and a type; the slice behind it must live as long as it is used.
-    let (x, dy) = (device.buffer(&x)?, device.buffer(&dy)?);
-    let vectors = device.buffer(&vectors)?;
-    let column = |index: usize| vectors.slice(index * C..vectors.len); // of every sample, `3 * C` apart
-    let (windows, everything) = (device.buffer(&windows)?, device.buffer(&everything)?);
+    // A buffer is an address, a length and a type; the slice behind it must live as long as it is used: to the end of this function.
+    let room = Room { device: &device, stream: &stream };
+    let (x, dy) = (room.of(&x)?, room.of(&dy)?);
+    let vectors = room.of(&vectors)?;
+    let column = |index: usize| vectors.slice(index * C..vectors.len()); // of every sample, `3 * C` apart
+    let (windows, everything) = (room.of(&windows)?, room.of(&everything)?);
 
     // Forward. Each operation says which tensors its backward pass reads again.
-    let room = Room { device: &device, stream: &stream };
     let qkv_dims = ln_linear::cuda::Dims { b: B, t: T, c: C, n: 3 * C };
     let inputs = ln_linear::cuda::Inputs {
         x,
         windows,
         full: false,
         modulation: ln_linear::cuda::Modulation { shift: column(0), scale: column(1), stride: 3 * C },
-        weight: device.buffer(&w_qkv)?,
+        weight: room.of(&w_qkv)?,
     };
     let (qkv, h, inactive) = (room.bf16(B * T * 3 * C)?, room.bf16(B * T * C)?, room.bf16(B * 2 * C)?);
     let (mean, rstd, uv) = (room.f32(B * T)?, room.f32(B * T)?, room.f32(B * 2 * 3 * C)?);
@@ -106,7 +106,7 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
         uv: room.of(&uv)?,
     };
     let no_gelu = Buffer::none(DType::Bf16);
-    let bias = device.buffer(&b_qkv)?;
+    let bias = room.of(&b_qkv)?;
     ln_linear::cuda::forward(&device, room.of(&qkv)?, no_gelu, saved, inputs, bias, Activation::None, qkv_dims)?;
 
     let heads = attention::cuda::Dims { b: B, t: T, c: C, heads: HEADS };
@@ -123,8 +123,8 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
         room.of(&y)?,
         room.of(&z)?,
         room.of(&a)?,
-        device.buffer(&w_proj)?,
-        device.buffer(&b_proj)?,
+        room.of(&w_proj)?,
+        room.of(&b_proj)?,
         gate,
         x,
         no_bypass,
@@ -134,7 +134,7 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
 
     // Backward, in reverse. Gradients of shift, scale and gate are added to, so they start at 0.
     let dvectors = stream.alloc_zeros::<f32>(B * 3 * C)?;
-    let dcolumn = |index: usize| device.buffer(&dvectors).map(|all| all.slice(index * C..all.len));
+    let dcolumn = |index: usize| room.of(&dvectors).map(|all| all.slice(index * C..all.len()));
     let (dx, da) = (room.bf16(B * T * C)?, room.bf16(B * T * C)?);
     let (dw_proj, db_proj) = (room.f32(C * C)?, room.f32(C)?);
     let (dz, dz_sums) = (room.bf16(B * T * C)?, room.f32(B * C)?);
@@ -166,7 +166,7 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
         room.of(&a)?,
         no_gelu,
         room.of(&z)?,
-        device.buffer(&w_proj)?,
+        room.of(&w_proj)?,
         gate,
         around,
         proj_dims,
@@ -236,7 +236,8 @@ impl Room<'_> {
     }
 
     fn of<N: Element>(&self, slice: &CudaSlice<N>) -> dtr_fused::Result<Buffer> {
-        self.device.buffer(slice)
+        // SAFETY: `on_device`, which alone calls this, keeps its slices until it has waited for all work.
+        unsafe { self.device.buffer(slice) }
     }
 }
 

@@ -9,7 +9,7 @@ use dtr_fused::backend::cuda::launch::Matrix;
 use dtr_fused::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 
 fn add(device: &Device, to: &Output, from: &Output, elem: DType) -> dtr_fused::Result<()> {
-    let n = to.buffer().len;
+    let n = to.buffer().len();
     let grid = [n.div_ceil(256) as u32, 1, 1];
     let launch = Launch { file: "tensor", kernel: "tensor_add", elem, defines: &[], grid, block: 256, shared: 0 };
     device.launch(&launch, &[to.buffer().into(), from.buffer().into(), Arg::U64(n as u64)])
@@ -133,6 +133,7 @@ fn matrices_that_cannot_be_copied_are_refused() {
     assert!(says(Matrix { rows: usize::MAX, ..matrix }).contains("in 4096 numbers"));
     assert!(says(Matrix { columns: 60, ..matrix }).contains("rows of 60 Bf16"));
     assert!(says(Matrix { buffer: uv, ..matrix }).contains("rows of 64 F32"));
-    let odd = Buffer { address: weight.address + 2, ..weight };
+    // SAFETY: only launches that are refused are given it.
+    let odd = unsafe { Buffer::from_raw(weight.address() + 2, weight.len(), weight.dtype()) };
     assert!(says(Matrix { buffer: odd, ..matrix }).contains("a multiple of 16"));
 }

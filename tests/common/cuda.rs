@@ -85,7 +85,7 @@ impl Output {
     /// What the kernel wrote; fails when it wrote beyond either end.
     pub fn numbers(&self, device: &Device) -> Vec<f32> {
         let all = device.download(self.memory.buffer()).unwrap();
-        let canary = match self.memory.buffer().dtype {
+        let canary = match self.memory.buffer().dtype() {
             DType::Bf16 => half::bf16::from_f32(CANARY).to_f32(),
             _ => CANARY,
         };

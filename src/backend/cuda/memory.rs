@@ -44,11 +44,15 @@ impl Allocation {
 }
 
 impl Device {
-    /// The numbers of a cudarc slice, which must outlive their use.
+    /// The numbers of a cudarc slice.
+    ///
+    /// # Safety
+    /// The slice must outlive the last work on the device that is given the buffer, a copy or a part of it, and it counts as
+    /// borrowed mutably by work that writes to it.
     ///
     /// # Errors
     /// When the slice belongs to another context.
-    pub fn buffer<T: Element>(&self, slice: &CudaSlice<T>) -> Result<Buffer> {
+    pub unsafe fn buffer<T: Element>(&self, slice: &CudaSlice<T>) -> Result<Buffer> {
         match &self.driver {
             Some(driver) if driver.context == *slice.context() => {
                 let address = slice.device_ptr(&driver.stream).0;
@@ -142,17 +146,30 @@ impl Device {
         }
     }
 
-    /// Copies bytes into a buffer of that many bytes.
+    /// Copies bytes into a buffer of that many bytes, before it returns.
+    ///
+    /// # Errors
+    /// When the sizes differ, or the copy or any work before it failed.
+    pub fn write_bytes(&self, to: Buffer, bytes: &[u8]) -> Result<()> {
+        // SAFETY: waited for before the borrow of `bytes` ends.
+        unsafe { self.write_bytes_later(to, bytes) }?;
+        self.synchronize()
+    }
+
+    /// Copies bytes into a buffer of that many bytes, in the order of the stream.
+    ///
+    /// # Safety
+    /// If `bytes` are pinned, they must stay as they are until the stream has done it. (Others are read before it returns.)
     ///
     /// # Errors
     /// When the sizes differ, or the copy fails.
-    pub fn write_bytes(&self, to: Buffer, bytes: &[u8]) -> Result<()> {
+    pub(crate) unsafe fn write_bytes_later(&self, to: Buffer, bytes: &[u8]) -> Result<()> {
         if bytes.len() != to.len * to.dtype.bytes() {
             let what = format!("{} bytes for {} numbers of {:?}", bytes.len(), to.len, to.dtype);
             return Err(Error::Shape { operation: "write", what });
         }
         let Some(driver) = self.running()?.filter(|_| !bytes.is_empty()) else { return Ok(()) };
-        // SAFETY: the buffer holds that many bytes; pageable memory is copied from before the call returns.
+        // SAFETY: the buffer holds that many bytes, and the caller answers for when they are read.
         unsafe { result::memcpy_htod_async(to.address, bytes, driver.stream.cu_stream()) }
             .map_err(|e| failed("take numbers", e))
     }

@@ -55,18 +55,41 @@ impl DType {
     }
 }
 
-/// Numbers in device memory, owned by somebody else.
+/// Numbers in device memory, owned by somebody else. Like a pointer it may be kept longer than what it points to; work that is then
+/// given it fails, or spoils other memory of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
-    /// Device address of the first number.
-    pub address: u64,
-    /// How many there are.
-    pub len: usize,
-    /// Their type.
-    pub dtype: DType,
+    pub(crate) address: u64, // of the first number
+    pub(crate) len: usize,
+    pub(crate) dtype: DType,
 }
 
 impl Buffer {
+    /// `len` numbers at a device address.
+    ///
+    /// # Safety
+    /// They must be device memory for as long as work on the device is given the buffer, a copy or a part of it: kernels write to
+    /// whatever is there.
+    pub const unsafe fn from_raw(address: u64, len: usize, dtype: DType) -> Self {
+        Buffer { address, len, dtype }
+    }
+
+    /// Device address of the first number.
+    pub fn address(self) -> u64 {
+        self.address
+    }
+
+    /// How many numbers there are.
+    #[expect(clippy::len_without_is_empty, reason = "a buffer without numbers is Buffer::none")]
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    /// Their type.
+    pub fn dtype(self) -> DType {
+        self.dtype
+    }
+
     /// No buffer, for arguments that may be left out: a null pointer.
     pub const fn none(dtype: DType) -> Self {
         Buffer { address: 0, len: 0, dtype }

@@ -151,7 +151,8 @@ impl Mail {
         for (to, bytes) in inputs {
             let place = at..at + bytes.len();
             self.out.bytes_mut()[place.clone()].copy_from_slice(bytes);
-            device.write_bytes(*to, &self.out.bytes()[place])?;
+            // SAFETY: `wait` comes before the next `send` writes to this memory.
+            unsafe { device.write_bytes_later(*to, &self.out.bytes()[place]) }?;
             at += bytes.len();
         }
         Ok(())
