@@ -8,6 +8,8 @@ use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use dtr_fused::safetensors_file::SafetensorsFile;
+use dtr_fused::train::checkpoint;
 use program::{command, fails, run, stderr, succeeds, train};
 
 const STEPS: &[&str] = &["--steps", "24", "--checkpoint-every", "3", "--log-every", "2", "--sample-every", "12"];
@@ -235,6 +237,39 @@ fn signals_that_the_parent_ignores_stay_ignored() {
     }
     kill("-TERM", &child);
     assert_eq!(child.wait().unwrap().code(), Some(143));
+}
+
+#[test]
+fn a_run_starts_from_given_weights() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    succeeds(train(place, &["--out", "first", "--steps", "2"]));
+    let weights = |run: &str| -> Vec<f32> {
+        let file =
+            SafetensorsFile::open(checkpoint::latest(&place.join(run)).unwrap().unwrap().1.join(checkpoint::MODEL))
+                .unwrap();
+        let of = |name| {
+            let tensor = file.tensor(name).unwrap();
+            let mut numbers = vec![0.0; tensor.elements()];
+            tensor.to_f32(&mut numbers);
+            numbers
+        };
+        file.names().flat_map(of).collect()
+    };
+    let from = ["--init-from", "first/checkpoints/0000002/model.safetensors", "--steps", "1"];
+    let still = ["--lr", "1e-20", "--warmup-steps", "0", "--out"];
+    succeeds(train(place, &[&from[..], &still, &["second"]].concat()));
+    succeeds(train(place, &[&still[..], &["third", "--steps", "1"]].concat()));
+    let [first, second, third] = ["first", "second", "third"].map(weights);
+    let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).filter(|(a, b)| !((*a - *b).abs() <= 1e-18)).count();
+    assert_eq!((first.len(), apart(&first, &second)), (second.len(), 0));
+    assert!(apart(&first, &third) > 0, "drawn weights are those that were trained");
+    fails(
+        train(place, &[&from[..], &["--depth", "2", "--out", "other"]].concat()),
+        1,
+        &["first/checkpoints", "blocks.1."],
+    );
+    assert!(!place.join("other").exists());
 }
 
 #[test]

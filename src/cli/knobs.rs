@@ -58,6 +58,7 @@ fn flag(knob: &Knob, digits: &TrainConfig, published: &TrainConfig) -> Arg {
         "data" => "digits|DIR|FILE",
         "device" => "auto|cpu|cuda[:N]",
         "out" => "DIR",
+        "init_from" => "FILE",
         _ => knob.value_name,
     };
     let arg = Arg::new(knob.name)

@@ -193,7 +193,8 @@ impl Sampler {
 }
 
 /// Classifier-free guidance: both halves' epsilon in `out` becomes `unconditional + scale (conditional - unconditional)`; the
-/// variance channels stay. Rows `..R/2` of `out` are conditional, the rest unconditional.
+/// variance channels stay. Rows `..R/2` of `out` are conditional, the rest unconditional. Ho and Salimans (2022) guide every channel,
+/// as here; the published sampling script of DiT the first three only.
 ///
 /// `out` is `[R, 2 * channels or channels, pixels]` with an even R.
 pub fn guide(out: &mut [f32], scale: f64, dims: ImageDims) {

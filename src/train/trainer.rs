@@ -54,7 +54,8 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
     config.check_cfg("sample_cfg", config.sample_cfg)?;
     let dataset = open_data(&mut config, false)?;
     in_pool(&config, || {
-        let (learner, notes) = learner_on(&config)?;
+        let (mut learner, notes) = learner_on(&config)?;
+        start_from_given_weights(&config, &mut learner)?;
         let run = RunDir::create(&config)?;
         let trainer = Trainer::new(&config, dataset, learner, notes)?;
         trainer.run(&config, &run, stop)
@@ -74,7 +75,10 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
         None => resume::check_never_saved(run)?,
     }
     in_pool(&config, || {
-        let (learner, notes) = learner_on(&config)?;
+        let (mut learner, notes) = learner_on(&config)?;
+        if checkpoint.is_none() {
+            start_from_given_weights(&config, &mut learner)?;
+        }
         let run = RunDir::open(run)?;
         let mut trainer = Trainer::new(&config, dataset, learner, notes)?;
         let note = match checkpoint {
@@ -89,6 +93,16 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
         run.replace(checkpoint::CONFIG, |out| out.write_all(config.to_toml().as_bytes()))?;
         trainer.run(&config, &run, stop)
     })
+}
+
+/// Puts the weights of `init_from`, if there are any, in the place of those that were drawn.
+fn start_from_given_weights(config: &TrainConfig, learner: &mut Learner) -> Result<()> {
+    if config.init_from.is_empty() {
+        return Ok(());
+    }
+    read_weights(Path::new(&config.init_from), &learner.dit, &mut learner.weights)?;
+    learner.ema.copy_from_slice(&learner.weights);
+    learner.push()
 }
 
 /// Opens the data set and completes the configuration with what only the data know. A run that is `resumed` has learned that
@@ -544,7 +558,7 @@ impl Trainer {
     }
 }
 
-/// Reads `model.safetensors` or `ema.safetensors` of a checkpoint into `buffer`.
+/// Reads `model.safetensors` or `ema.safetensors` of a checkpoint, or weights from elsewhere with the same names, into `buffer`.
 ///
 /// # Errors
 /// When the file is missing, damaged or another model's.

@@ -91,6 +91,8 @@ knobs! {
         mlp_ratio: f64 = fixed;
         /// Initial weights: published (DiT's), or small (timestep MLP Xavier, label table std 0.5: learns labels within a few hundred steps)
         init: Init = fixed;
+        /// Weights to start from instead: a model.safetensors or ema.safetensors, or other weights with the official names and these sizes
+        init_from: String = fixed;
     }
     "Routing" {
         /// Which channels a block computes: paper (as published), sublayer (skips in every product), random (baseline), dense (no routing)
@@ -222,6 +224,7 @@ impl Default for TrainConfig {
             patch_size: 2,
             mlp_ratio: 4.0,
             init: Init::Small,
+            init_from: String::new(),
             routing: Routing::Paper,
             beta: 0.8,
             alpha: 4.0,
