@@ -11,7 +11,24 @@ pub const TINY: &[&str] =
 pub fn command(place: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dtr-fused"));
     command.current_dir(place).args(args);
+    #[cfg(unix)]
+    heeding_signals(&mut command);
     command
+}
+
+/// Whoever started the tests may want signals ignored (a script, Ctrl-C for its jobs in the background), and that is inherited.
+#[cfg(unix)]
+fn heeding_signals(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+    let heed = || {
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            // SAFETY: one of the calls that may be made between fork and exec.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        Ok(())
+    };
+    // SAFETY: it makes no other calls.
+    unsafe { command.pre_exec(heed) };
 }
 
 /// Runs the program with `args` in directory `place`.
