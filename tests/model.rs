@@ -209,8 +209,7 @@ fn a_used_memory_changes_no_bit() {
 /// The estimate is of what the tape really holds, and a second step holds no more.
 #[test]
 fn activations_take_the_memory_that_was_told() {
-    for (routing, checkpointed) in [Routing::Dense, Routing::Sublayer].into_iter().flat_map(|r| [(r, false), (r, true)])
-    {
+    for (routing, checkpointed) in ROUTINGS.into_iter().flat_map(|r| [(r, false), (r, true)]) {
         for (hidden_size, depth, mlp_ratio) in [(60, 3, 2.5), (96, 8, 4.0)] {
             let mut model = Dit::new(ModelConfig { hidden_size, depth, mlp_ratio, ..config(routing, 0.6) }).unwrap();
             model.checkpoint_activations = checkpointed;

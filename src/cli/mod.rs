@@ -14,7 +14,6 @@ mod train;
 use std::ffi::OsString;
 use std::panic::{self, PanicHookInfo};
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
@@ -77,12 +76,7 @@ pub fn main() -> ExitCode {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
             say(&format!("error: {}", printable(&error.to_string())));
-            ExitCode::from(match error {
-                Error::Usage(_) => USAGE,
-                // Such as sampling; training that was stopped ends without an error.
-                Error::Stopped(_) if signals::STOP.load(Ordering::SeqCst) => signals::exit_code(),
-                _ => FAILURE,
-            })
+            ExitCode::from(if matches!(error, Error::Usage(_)) { USAGE } else { FAILURE })
         }
         // The hook has said what there is to say.
         Err(_) => ExitCode::from(FAILURE),
@@ -92,7 +86,7 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Train(args) => return train::run(args),
-        Command::Sample(args) => sample::run(args),
+        Command::Sample(args) => return sample::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Kernels(args) => kernels::run(args),
         Command::Info(args) => info::run(args),

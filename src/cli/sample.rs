@@ -1,6 +1,7 @@
 //! `dtr-fused sample`.
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use clap::{Args, ValueEnum};
@@ -17,7 +18,7 @@ use crate::generate::{generate_batch, steps};
 use crate::model::dit::Dit;
 use crate::picture::grid_png;
 use crate::train::config::{Precision, SamplerKind};
-use crate::train::progress::Progress;
+use crate::train::progress::{Progress, say};
 use crate::train::{TrainConfig, checkpoint, trainer};
 
 /// A grid shows at most this many images of a class.
@@ -100,7 +101,20 @@ pub(super) struct SampleArgs {
     device: String,
 }
 
-pub(super) fn run(args: SampleArgs) -> Result<()> {
+/// What is said when a signal ends sampling.
+const STOPPED: &str = "sampling was stopped: no file was written";
+
+pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
+    match sample(args) {
+        Err(Error::Stopped(what)) if what == STOPPED => {
+            say(STOPPED);
+            Ok(ExitCode::from(signals::exit_code()))
+        }
+        done => done.map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn sample(args: SampleArgs) -> Result<()> {
     let place = checkpoint::resolve(&args.checkpoint)?;
     let Some(directory) = place.checkpoint else {
         return Err(Error::file(
@@ -128,6 +142,8 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
     config.check_cfg("--cfg", cfg)?;
     let sampler = trainer::sampler(&config, kind, respacing, args.eta, cfg)?;
 
+    // Where signals cannot be caught, and when Ctrl-C is pressed twice, at worst a temporary file stays.
+    let _ = signals::stop_on_signals("without files");
     // Hours of work must not end in a directory that cannot be written.
     check_outputs(&args.out, args.npz.as_deref())?;
     AtomicFile::create(&args.out)?;
@@ -138,8 +154,6 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
     let name = if args.weights == Weights::Ema { checkpoint::EMA } else { checkpoint::MODEL };
     trainer::read_weights(&directory.join(name), &dit, &mut weights)?;
 
-    // Where signals cannot be caught, they end the process, and at worst a temporary file stays.
-    let _ = signals::stop_on_signals("without files");
     let total = steps(&sampler, labels.len(), args.batch_size) as u64;
     let mut progress = Progress::new("sampling", 0, total);
     let images = format!("{} images", labels.len());
@@ -166,7 +180,7 @@ pub(super) fn run(args: SampleArgs) -> Result<()> {
                 progress.set(done, &images);
                 // An error, and not the end of the process, so that no temporary file is left behind.
                 match STOP.load(Ordering::Relaxed) {
-                    true => Err(Error::Stopped("sampling was stopped: no file was written".into())),
+                    true => Err(Error::Stopped(STOPPED.into())),
                     false => Ok(()),
                 }
             })?;

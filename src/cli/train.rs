@@ -97,8 +97,10 @@ fn stop_on_signals() {
 fn report(outcome: &trainer::Outcome) -> ExitCode {
     let run = quoted(&outcome.run);
     let (line, code) = if outcome.finished {
-        let samples = outcome.samples.as_deref().map_or(run.clone(), quoted);
-        let line = format!("Samples are in {samples}; for more, type: dtr-fused sample --checkpoint {run}");
+        let samples = outcome.samples.as_deref().map(quoted);
+        let there = samples
+            .map_or(format!("The run is in {run}; for samples"), |path| format!("Samples are in {path}; for more"));
+        let line = format!("{there}, type: dtr-fused sample --checkpoint {run}");
         let done =
             format!("All {0} steps were done already: to train on, give --steps with more than {0}. ", outcome.step);
         (if outcome.step == outcome.began { done + &line } else { line }, ExitCode::SUCCESS)

@@ -246,7 +246,8 @@ pub fn resolve(path: &Path) -> Result<Location> {
         return Ok(Location { run, checkpoint: Some(path.to_path_buf()) });
     }
     // Its config.toml does not make it a run.
-    if run.is_some() || [EMA, OPTIMIZER].iter().any(|name| path.join(name).exists()) {
+    let is_step = path.file_name().and_then(|name| step_of(name.to_str()?)).is_some();
+    if run.is_some() && is_step || [EMA, OPTIMIZER].iter().any(|name| path.join(name).exists()) {
         return Err(Error::file(path, format!("is no whole checkpoint, as it has no {MODEL}: give another one")));
     }
     let checkpoint = latest(path)?.map(|(_, checkpoint)| checkpoint);

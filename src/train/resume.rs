@@ -1,4 +1,4 @@
-//! Whether a run can be gone on with: what is checked before anything of it is changed.
+//! Whether a run can be resumed: what is checked before anything of it is changed.
 
 use std::path::Path;
 

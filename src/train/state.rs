@@ -58,8 +58,8 @@ impl Trainer {
     pub(super) fn go_on_from(&mut self, checkpoint: &Path, config: &TrainConfig, run: &RunDir) -> Result<()> {
         let all = checkpoint::list(run.path())?;
         if let Err(error) = self.load(checkpoint) {
-            // The names of checkpoints sort as their steps do.
-            let mut before = all.iter().rev().filter(|(_, path)| path.file_name() < checkpoint.file_name());
+            let this = all.iter().find(|(_, path)| path.file_name() == checkpoint.file_name());
+            let mut before = all.iter().rev().filter(|(step, _)| this.is_none_or(|(this, _)| step < this));
             let Some((_, good)) = before.find(|(_, path)| self.load(path).is_ok()) else { return Err(error) };
             return Err(error.and(&format!(
                 "; the last good one before it is {}: move those after that away, then --resume {} goes on from there",

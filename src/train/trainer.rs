@@ -68,7 +68,6 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
 /// As [`start`], and when the checkpoint is damaged or another model's, or the run had checkpoints that are gone.
 pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
-    config.check_cfg("sample_cfg", config.sample_cfg)?;
     let dataset = open_data(&mut config, true)?;
     match checkpoint {
         Some(checkpoint) => resume::check_same_run(&config, run, checkpoint)?,
@@ -228,12 +227,14 @@ fn learner_of(config: &TrainConfig, dit: Dit) -> Result<Learner> {
     Ok(Learner::new(dit, schedule, config.loss_weight, weights))
 }
 
-/// Refuses what main memory cannot hold: weights and what goes with them, and the `activations` of a step.
+/// Refuses what main memory surely cannot hold: weights and what goes with them, and the `activations` of a step, an estimate.
 fn check_memory(config: &TrainConfig, dit: &Dit, activations: f64) -> Result<()> {
     // Weights, gradients, two moments and the moving average.
     let weights = 5.0 * size_of::<f32>() as f64 * dit.layout.len() as f64;
-    let Some(there) = memory_bytes().filter(|&there| weights + activations > there as f64) else { return Ok(()) };
+    let fits = |there: &u64| weights.max((weights + activations) / 1.25) <= *there as f64;
+    let Some(there) = memory_bytes().filter(|there| !fits(there)) else { return Ok(()) };
     let [weights, activations, there] = [weights, activations, there as f64].map(|bytes| bytes / 1e9);
+    let checkpointing = if config.checkpoint_activations { "" } else { "--checkpoint-activations, " };
     Err(Error::usage(match weights > there {
         true => format!(
             "training {} takes {weights:.1} GB for the weights and what goes with them, but this machine has {there:.1} GB: \
@@ -242,8 +243,8 @@ fn check_memory(config: &TrainConfig, dit: &Dit, activations: f64) -> Result<()>
         ),
         false => format!(
             "training {} with {} images at a time takes about {:.1} GB (weights and what goes with them {weights:.1}, \
-             activations {activations:.1}), but this machine has {there:.1} GB: give --grad-accumulation N (the same steps in \
-             N parts), --checkpoint-activations or a smaller --batch-size",
+             activations {activations:.1}), but this machine has {there:.1} GB: give {checkpointing}--grad-accumulation N \
+             (the same steps in N parts) or a smaller --batch-size",
             config.model,
             config.batch_size / config.grad_accumulation,
             weights + activations
@@ -251,11 +252,14 @@ fn check_memory(config: &TrainConfig, dit: &Dit, activations: f64) -> Result<()>
     }))
 }
 
-/// Memory of this machine, where the system tells (Linux).
+/// Memory of this machine and what it can swap, where the system tells (Linux).
 fn memory_bytes() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
+    let kilobytes = |key| {
+        let line = text.lines().find(|line| line.starts_with(key))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    kilobytes("MemTotal:")?.checked_add(kilobytes("SwapTotal:").unwrap_or(0))?.checked_mul(1024)
 }
 
 /// The sampler of a model: `steps` is a respacing such as `50`; images are clipped, latents are not.

@@ -18,7 +18,8 @@ pub fn command(place: &Path, args: &[&str]) -> Command {
 
 /// Whoever started the tests may want signals ignored (a script, Ctrl-C for its jobs in the background), and that is inherited.
 #[cfg(unix)]
-fn heeding_signals(command: &mut Command) {
+#[allow(dead_code, reason = "not every test starts a shell")]
+pub fn heeding_signals(command: &mut Command) {
     use std::os::unix::process::CommandExt;
     let heed = || {
         for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
