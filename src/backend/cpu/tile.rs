@@ -389,7 +389,9 @@ fn sum_products(
 ) {
     let rows = sums.len();
     assert!((1..=tile_rows()).contains(&rows) && (1..=2).contains(&halves));
-    for &Segment { a, b, len } in segments {
+    for segment in segments {
+        // Field by field: a copy of what was just written in parts waits until all stores before it are done.
+        let (a, len) = (segment.a, segment.len);
         // Saturated, so that no stride wraps round to a place inside: no slice is that long.
         let before = len.saturating_sub(1);
         let (step, row) =
@@ -399,8 +401,8 @@ fn sum_products(
             .saturating_add(row.saturating_mul(layout.row))
             .saturating_add(before.saturating_mul(layout.inner));
         let end = before.saturating_mul(stride).saturating_add(HALF);
-        let reaches = |b: &[f32]| end <= b.len();
-        assert!(len == 0 || last < a.len() && b[..halves].iter().all(|b| reaches(b)), "an operand is too short");
+        let reaches = |b: &&[f32]| end <= b.len();
+        assert!(len == 0 || last < a.len() && segment.b[..halves].iter().all(reaches), "an operand is too short");
     }
     #[cfg(target_arch = "x86_64")]
     match level() {

@@ -98,7 +98,7 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize, const SIDE_BY_SIDE: bo
     let step = if NEXT { size_of_val(next).div_ceil(rounds.max(1)).min(LINE_BYTES) } else { 0 };
     let mut next = next.as_ptr();
     for segment in segments {
-        let (mut a, mut b) = (segment.a.as_ptr(), segment.b.map(<[f32]>::as_ptr));
+        let (mut a, mut b) = (segment.a.as_ptr(), [segment.b[0].as_ptr(), segment.b[1].as_ptr()]);
         for _ in 0..segment.len {
             if SIDE_BY_SIDE {
                 fetch_near(a.wrapping_add(layout.inner.wrapping_mul(AHEAD)));
