@@ -149,33 +149,77 @@ simd_fn! {
     }
 }
 
-/// Columns that a tile computes of a panel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Columns that a tile computes for a window: one or two halves of panels, of which the first may be the second of its panel.
+///
+/// A window is as many halves as its width asks for, wherever it starts: what it has of one half more takes the place of what its
+/// first half has before it ([`Part::mix`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
-    pub(crate) first: usize,  // in a panel 0 or 16
-    pub(crate) halves: usize, // 1 or 2 of 16 columns
+    window: Window,
+    first: usize, // half
+    pub(crate) halves: usize,
+    last: Option<usize>, // half of which the first has a part
+}
+
+/// What tiles compute for `window` when they come to panel `panel`, if anything: every part of it once.
+pub(crate) fn part(window: Window, panel: usize) -> Option<Part> {
+    let (start, count) = (window.start / HALF, window.width.div_ceil(HALF));
+    let before = 2 * panel.checked_sub(start / 2)?;
+    let last = (before == 0 && start + count < window.end().div_ceil(HALF)).then_some(start + count);
+    (before < count).then(|| Part { window, first: start + before, halves: (count - before).min(2), last })
 }
 
 impl Part {
-    /// Its columns of a packed panel.
-    pub(crate) fn of(self, panel: &[f32]) -> [&[f32]; 2] {
-        let [left, right] = of_panel(panel, 0);
-        if self.first == 0 { [left, right] } else { [right, &[]] }
+    /// Its columns of the panels `[panels, 2, len, HALF]`; the first half is from [`Part::mix`], if that put it together.
+    pub(crate) fn of<'a>(&self, panels: &'a [f32], len: usize, mixed: &'a [f32]) -> [&'a [f32]; 2] {
+        let half = |i: usize| &panels[i * len * HALF..][..len * HALF];
+        let left = if self.last.is_some() { mixed } else { half(self.first) };
+        [left, if self.halves == 2 { half(self.first + 1) } else { &[] }]
+    }
+
+    /// Puts its first half `[len, HALF]` together, if that has a part of the last.
+    pub(crate) fn mix(&self, to: &mut [f32], panels: &[f32], len: usize) {
+        let half = |i: usize| &panels[i * len * HALF..][..len * HALF];
+        if let Some(last) = self.last {
+            mix_halves(to, half(last), half(self.first), self.window.start % HALF);
+        }
+    }
+
+    /// The columns of its window, each with where the tile has the first of them.
+    pub(crate) fn columns(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let at = self.first * HALF;
+        let own = self.window.start.max(at)..self.window.end().min(at + self.halves * HALF);
+        let first = own.start - at;
+        let of_last = self.last.map(|last| (last * HALF..self.window.end(), 0));
+        std::iter::once((own, first)).chain(of_last)
     }
 }
 
-/// The part of `panel` to compute for `window`, if any.
-pub(crate) fn part(window: Window, panel: usize) -> Option<Part> {
-    let (from, to) = (window.start / HALF, window.end().div_ceil(HALF));
-    let (from, to) = (from.max(2 * panel), to.min(2 * panel + 2));
-    (window.width > 0 && from < to).then(|| Part { first: (from - 2 * panel) * HALF, halves: to - from })
-}
+/// From its number `HALF - count` on, all bits of `count` numbers and none of the next.
+const BITS: [u32; 2 * HALF] = {
+    let mut bits = [0; 2 * HALF];
+    let mut i = 0;
+    while i < HALF {
+        bits[i] = u32::MAX;
+        i += 1;
+    }
+    bits
+};
 
-/// The columns of `panel` that are computed and lie in `range`: of the matrix, and of the tile.
-pub(crate) fn columns(part: Part, panel: usize, range: Range<usize>) -> (Range<usize>, Range<usize>) {
-    let first = panel * PANEL + part.first;
-    let (from, to) = (first.max(range.start), (first + part.halves * HALF).min(range.end));
-    (from..to.max(from), from - first..to.max(from) - first)
+simd_fn! {
+    /// Lines of the first `count` numbers of one half and the others of another.
+    fn mix_halves<F>(to: &mut [f32], first: &[f32], others: &[f32], count: usize) {
+        // From a table: of a comparison the compiler makes a choice of what to read, a number at a time.
+        let bits: &[u32; HALF] = BITS[HALF - count..].first_chunk().expect("at most all of them");
+        let lines = first.as_chunks::<HALF>().0.iter().zip(others.as_chunks::<HALF>().0);
+        for (to, (first, others)) in to.as_chunks_mut::<HALF>().0.iter_mut().zip(lines) {
+            for j in 0..HALF {
+                to[j] = f32::from_bits(first[j].to_bits() & bits[j] | others[j].to_bits() & !bits[j]);
+            }
+            // A line at a time: it would gather the same number of many.
+            std::hint::black_box(());
+        }
+    }
 }
 
 /// What a weight gradient is a sum over, `sum over rows of routed (outer product) other`: the rows of all samples, in their
@@ -413,20 +457,32 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_panels_cover_the_window() {
-        for window in [(0, 1), (15, 1), (16, 17), (5, 307), (31, 2), (64, 32), (47, 49)] {
+    fn parts_of_panels_cover_the_window_in_as_few_halves_as_its_width_asks_for() {
+        let len = 3;
+        for window in
+            [(0, 1), (15, 1), (16, 17), (5, 307), (31, 2), (64, 32), (47, 49), (9, 64), (0, 64), (30, 20), (7, 0)]
+        {
             let window = Window { start: window.0, width: window.1 };
-            let mut seen = Vec::new();
-            for panel in 0..panels(window.end()) + 1 {
-                if let Some(part) = part(window, panel) {
-                    assert!(part.first + part.halves * HALF <= PANEL);
-                    let (columns, of_tile) = columns(part, panel, window.range());
-                    assert_eq!(columns.len(), of_tile.len());
-                    assert_eq!(columns.start, panel * PANEL + part.first + of_tile.start);
+            let n = window.end() + 3;
+            let b = numbers(6, len * n);
+            let mut panels_of_b = vec![f32::NAN; panels(n) * len * PANEL];
+            pack_panels(&mut panels_of_b, &b, n, len);
+            let (mut seen, mut halves) = (Vec::new(), 0);
+            for part in (0..panels(n)).filter_map(|panel| part(window, panel)) {
+                let mut mixed = vec![f32::NAN; len * HALF];
+                part.mix(&mut mixed, &panels_of_b, len);
+                let of_part = part.of(&panels_of_b, len, &mixed);
+                for (columns, first) in part.columns() {
+                    for (column, at) in columns.clone().zip(first..) {
+                        assert!((0..len).all(|k| of_part[at / HALF][k * HALF + at % HALF] == b[k * n + column]));
+                    }
                     seen.extend(columns);
                 }
+                halves += part.halves;
             }
+            seen.sort();
             assert_eq!(seen, window.range().collect::<Vec<_>>());
+            assert_eq!(halves, window.width.div_ceil(HALF));
         }
     }
 

@@ -10,7 +10,7 @@
 //! the first cache, and that of A beside it would not fit.
 //!
 //! A range of the inner dimension is a sub-slice of both operands, so a window of input channels needs no panels of its own, and
-//! neither does a window of output channels (a range of panels, to the half). Every element of C is one chain of
+//! neither does a window of output channels (halves of panels). Every element of C is one chain of
 //! additions in the order of k, from 0 or from what is there: the result depends on the operands alone, neither on the threads
 //! nor on the tile.
 

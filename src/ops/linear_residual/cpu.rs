@@ -10,8 +10,8 @@ use crate::backend::cpu::tile::{
     HALF, PANEL, Segment, Tile, add_tile, multiply_packed, of_panel, padded_columns, panels, tile_rows, write_tile,
 };
 use crate::ops::products::{
-    Layout, Operands, RowTile, Sample, batches, columns, each_panel, fetched_by_each, pack_panels, pack_tiles,
-    packed_tile_len, packed_tiles_len, part, routed_len, weight_gradient, with_packed,
+    Layout, Operands, RowTile, Sample, batches, each_panel, fetched_by_each, pack_panels, pack_tiles, packed_tile_len,
+    packed_tiles_len, part, routed_len, weight_gradient, with_packed,
 };
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
@@ -101,26 +101,38 @@ pub fn forward(
                 }
             }
             let mut tile = Tile::new();
-            scratch::with(packed_tiles_len(t, k), |packed| {
+            scratch::with(packed_tiles_len(t, k) + k * HALF, |buffer| {
+                let (packed, mixed) = buffer.split_at_mut(packed_tiles_len(t, k));
                 batches(rows, t, k, |tiles| {
                     pack_tiles(packed, &a[tiles[0].rows.start * k..], of_gelu, tiles, t, k);
-                    for (panel, (b, next)) in each_panel(panels_of_w, k).enumerate() {
+                    for (panel, (_, next)) in each_panel(panels_of_w, k).enumerate() {
                         let active = tiles.iter().filter(|tile| part(write[tile.sample], panel).is_some()).count();
                         let mut shares = fetched_by_each(next, 0..k, active);
+                        let mut mixed_for = None;
                         for (RowTile { sample, rows }, a) in with_packed(tiles, packed, t, k) {
                             let Some(part) = part(write[*sample], panel) else { continue };
-                            let segment = Segment { a, b: part.of(b), len: k };
-                            let (columns, of_tile) = columns(part, panel, write[*sample].range());
-                            let at = (rows.start - first) * c + columns.start;
-                            let base = if is_base(*sample) { &base.0[rows.start * c + columns.start..] } else { &[] };
-                            let (out, z) = (&mut out[at..], &mut z[at..]);
-                            for numbers in [base, out, z] {
-                                fetch_rows(numbers, rows.len(), columns.len(), c);
+                            if mixed_for.replace(*sample) != Some(*sample) {
+                                part.mix(mixed, panels_of_w, k);
+                            }
+                            let segment = Segment { a, b: part.of(panels_of_w, k, mixed), len: k };
+                            let at = |column: usize| (rows.start - first) * c + column;
+                            let base = |column: usize| match is_base(*sample) {
+                                true => &base.0[rows.start * c + column..],
+                                false => &[],
+                            };
+                            for (columns, _) in part.columns() {
+                                let (start, width) = (columns.start, columns.len());
+                                for numbers in [base(start), &out[at(start)..], &z[at(start)..]] {
+                                    fetch_rows(numbers, rows.len(), width, c);
+                                }
                             }
                             let next = shares.next().unwrap_or(&[]);
                             multiply_packed(&mut tile, rows.len(), part.halves, segment, next);
-                            let (bias, gate) = (&bias[columns.clone()], &gate.of(*sample, c)[columns]);
-                            finish_tile(out, z, base, &tile, rows.len(), of_tile.start, c, bias, gate);
+                            for (columns, first) in part.columns() {
+                                let (start, gate) = (columns.start, &gate.of(*sample, c)[columns.clone()]);
+                                let (out, z) = (&mut out[at(start)..], &mut z[at(start)..]);
+                                finish_tile(out, z, base(start), &tile, rows.len(), first, c, &bias[columns], gate);
+                            }
                         }
                     }
                 });

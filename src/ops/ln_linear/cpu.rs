@@ -375,8 +375,9 @@ impl BackwardInputs<'_> {
         let packed_len = packed_tiles_len(t, n);
         let mut tile = Tile::new();
         let lines_len = tile_rows().min(t) * wide;
-        scratch::with(packed_len + t * (wide + 1) + lines_len, |buffer| {
+        scratch::with(packed_len + t * (wide + 1) + lines_len + n * HALF, |buffer| {
             let (dh, buffer) = buffer.split_at_mut(t * wide);
+            let (mixed, buffer) = buffer.split_at_mut(n * HALF);
             let (lines_of_h, buffer) = buffer.split_at_mut(lines_len);
             let (packed, dr) = buffer.split_at_mut(packed_len);
             lines_of_h.fill(0.0);
@@ -387,14 +388,19 @@ impl BackwardInputs<'_> {
                 let (mean, rstd) = (&self.mean[of_sample.clone()], &self.rstd[of_sample.clone()]);
                 sums_over_tokens(pq, &mut dr[rows.clone()], lines, mean, rstd, u);
                 pack_tiles(packed, lines, false, tiles, t, n);
-                for (panel, (b, next)) in each_panel(self.panels_of_w, n).enumerate() {
+                for (panel, (_, next)) in each_panel(self.panels_of_w, n).enumerate() {
                     let Some(part) = part(window, panel) else { continue };
+                    part.mix(mixed, self.panels_of_w, n);
                     let shares = fetched_by_each(next, 0..n, tiles.len());
                     for ((RowTile { rows: of_tile, .. }, a), next) in with_packed(tiles, packed, t, n).zip(shares) {
-                        let segment = Segment { a, b: part.of(b), len: n };
+                        let segment = Segment { a, b: part.of(self.panels_of_w, n, mixed), len: n };
                         multiply_packed(&mut tile, of_tile.len(), part.halves, segment, next);
-                        let dh = &mut dh[of_tile.start * wide + panel * PANEL + part.first..];
-                        write_tile(dh, &tile, of_tile.len(), part.halves * HALF, wide);
+                        // Whole halves: what lies outside of the window is not read.
+                        for (columns, first) in part.columns() {
+                            let width = (first + columns.len()).next_multiple_of(HALF);
+                            let dh = &mut dh[of_tile.start * wide + columns.start - first..];
+                            write_tile(dh, &tile, of_tile.len(), width, wide);
+                        }
                     }
                 }
                 for RowTile { rows, .. } in tiles {
