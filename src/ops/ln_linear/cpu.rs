@@ -101,12 +101,14 @@ unsafe fn forward_correction(
     let mut tile = Tile::new();
     for (chunk, (windows, lines)) in read.chunks(samples).zip(lines.chunks(samples * 2 * c)).enumerate() {
         let m = 2 * windows.len();
+        let ranges = inactive_ranges(windows, c);
         for (panel, b) in (first..).zip(panels_of_w.chunks_exact(c * PANEL)) {
             let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-            let segments = inactive_ranges(windows, c).map(|range| {
+            let segment = |range: &Range<usize>| {
                 let (a, b) = (&lines[range.start..], of_panel(b, range.start));
                 Segment { a, b, len: range.len() }
-            });
+            };
+            let segments = [segment(&ranges[0]), segment(&ranges[1])];
             multiply(&mut tile.rows[..m], columns.len().div_ceil(HALF), Rows::lines(c), HALF, &segments, &[]);
             for (i, sums) in tile.rows[..m].iter().enumerate() {
                 let row = (chunk * samples * 2 + i) * n;
