@@ -43,7 +43,8 @@ impl AtomicFile {
     /// Writes everything to the disk and gives the file its name.
     ///
     /// # Errors
-    /// [`Error::File`] when the disk is full or the file cannot be renamed; the path then still holds what it held before.
+    /// [`Error::File`] when the disk is full or the file cannot be renamed; the path then still holds what it held before. Also
+    /// when the directory cannot be synced after that: the path then holds the new content, which a power cut may undo.
     pub fn commit(mut self) -> Result<()> {
         let result = sync(&mut self.file);
         result.and_then(|()| rename_synced(&self.temporary, &self.path)).map_err(|e| self.error(&e))

@@ -18,7 +18,8 @@ const GAP_GREY: u8 = 160;
 /// Writes `pixels` `[N,C,H,W]` (`shape`) as a PNG of `columns` samples per row, each pixel as a square of `scale` x `scale`.
 ///
 /// The first three channels are shown as RGB (the first as grey, if there are fewer): those of `images` from -1, black, to 1,
-/// full, cut beyond; those of latents each stretched from its smallest to its largest value in the whole grid. What is not a number is black. The file appears whole or not at all.
+/// full, cut beyond; those of latents each stretched from its smallest to its largest value in the whole grid. What is not a
+/// number is black. The file appears whole or not at all.
 ///
 /// # Errors
 /// [`Error::Usage`] when the sizes do not fit together, one is 0, or the picture would be larger than a PNG can be;

@@ -7,14 +7,15 @@ use std::path::Path;
 
 use program::{fails, run, stderr, succeeds, train};
 
-/// A run of a step in `place/run`.
+/// A run of a step in `place/run`, on the CPU: the tests are the same on a machine with a GPU.
 fn short_run(place: &Path, args: &[&str]) {
-    succeeds(train(place, &[&["--out", "run", "--steps", "1", "--samples-per-class", "1"], args].concat()));
+    let step = ["--out", "run", "--steps", "1", "--samples-per-class", "1", "--device", "cpu"];
+    succeeds(train(place, &[&step, args].concat()));
 }
 
-/// `dtr-fused sample` of that run in two denoising steps.
+/// `dtr-fused sample` of that run in two denoising steps, on the CPU.
 fn sample(place: &Path, args: &[&str]) -> std::process::Output {
-    run(place, &[&["sample", "--checkpoint", "run", "--steps", "2"], args].concat())
+    run(place, &[&["sample", "--checkpoint", "run", "--steps", "2", "--device", "cpu"], args].concat())
 }
 
 /// Replaces `from` by `to` in the run's configuration and in that of its checkpoint.
@@ -34,7 +35,7 @@ fn a_run_in_bf16_is_sampled_and_resumed_on_the_cpu() {
     succeeds(sample(place, &["--out", "f32.png"]));
     // As a run looks that a GPU trained in bf16.
     edit_config(place, "precision = \"f32\"", "precision = \"bf16\"");
-    let output = sample(place, &["--out", "bf16.png", "--device", "cpu"]);
+    let output = sample(place, &["--out", "bf16.png"]);
     assert!(stderr(&output).contains("computing in f32: the CPU has no bf16"), "{}", stderr(&output));
     succeeds(output);
     assert!(fs::read(place.join("f32.png")).unwrap() == fs::read(place.join("bf16.png")).unwrap());
@@ -120,6 +121,9 @@ fn of_many_classes_only_what_the_grid_shows_is_made() {
     let text = said(&["--npz", "all.npz"]);
     assert!(text.contains(" 700 images") && text.contains("the grid shows 640 of 700 images"), "{text}");
     assert!(!said(&["--classes", "69"]).contains("the grid shows"));
+    // As many as the grid has rows, and just those that were asked for.
+    let chosen: Vec<String> = (6..70).map(|class| class.to_string()).collect();
+    assert!(!said(&["--classes", &chosen.join(",")]).contains("the grid shows"));
 }
 
 #[test]

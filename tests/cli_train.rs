@@ -464,6 +464,51 @@ fn save_samples(path: &Path, n: usize, last: u8) {
     npy::write(path.with_extension("labels.npy"), Element::U8, &[n], &labels).unwrap();
 }
 
+/// A folder `place` of a class folder for each of these names, with two images each.
+fn save_folders(place: &Path, classes: &[&str]) {
+    for class in classes {
+        fs::create_dir_all(place.join(class)).unwrap();
+        for name in ["a.png", "b.png"] {
+            image::RgbImage::new(8, 8).save(place.join(class).join(name)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_resume_with_other_classes_is_refused_and_with_other_samples_told() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    save_folders(&place.join("photos"), &["ape", "bear", "cat"]);
+    // More classes than there are folders are allowed.
+    let size = ["--image-size", "8", "--num-classes", "5"];
+    succeeds(train(place, &[&["--data", "photos", "--out", "run", "--steps", "1"][..], &size].concat()));
+    let resume = |steps: &str| run(place, &["train", "--resume", "run", "--steps", steps]);
+    fs::rename(place.join("photos/bear"), place.join("bear")).unwrap();
+    fails(resume("2"), 2, &["'photos' have 2 classes", "trained on 3", "--data", "new run"]);
+    save_folders(&place.join("photos"), &["bear", "dog"]);
+    fails(resume("2"), 2, &["'photos' have 4 classes", "trained on 3"]);
+    fs::remove_dir_all(place.join("photos/dog")).unwrap();
+    let output = resume("2");
+    assert!(!stderr(&output).contains("samples, but had"), "{}", stderr(&output));
+    succeeds(output);
+    fs::remove_file(place.join("photos/cat/b.png")).unwrap();
+    let output = resume("3");
+    assert!(stderr(&output).contains("the data have 5 samples, but had 6"), "{}", stderr(&output));
+    succeeds(output);
+    // A checkpoint of before this was written down.
+    let path = place.join("run/checkpoints/0000003/optimizer.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    for key in [b"\"classes\"", b"\"samples\""] {
+        let at = bytes.windows(key.len()).position(|bytes| bytes == key).expect("the key");
+        bytes[at + 1] = b'x';
+    }
+    fs::write(&path, bytes).unwrap();
+    fs::remove_dir_all(place.join("photos/cat")).unwrap();
+    let output = resume("4");
+    assert!(stderr(&output).contains("the data have 2 classes and the model 5"), "{}", stderr(&output));
+    succeeds(output);
+}
+
 #[test]
 fn data_that_were_moved_are_found_again() {
     let place = tempfile::tempdir().unwrap();

@@ -13,7 +13,7 @@ use dtr_fused::train::device::{DeviceState, DrawnNoise, How};
 use dtr_fused::train::learner::Batch;
 use dtr_fused::train::optimizer::{Update, adamw};
 use dtr_fused::train::timing::time_steps;
-use dtr_fused::train::{TrainConfig, checkpoint, metrics, trainer};
+use dtr_fused::train::{TrainConfig, checkpoint, metrics, setup, trainer};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -245,12 +245,12 @@ fn a_device_starts_with_what_the_cpu_does() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = config(&folder.path().join("run"), &[]);
     (config.image_size, config.in_channels, config.num_classes) = (8, 1, 10);
-    let cpu = trainer::learner(&config).unwrap();
+    let cpu = setup::learner(&config).unwrap();
     let device = Arc::new(device());
     for elem in [DType::F32, DType::Bf16] {
         let dit = Dit::new(config.model_config()).unwrap();
         let start = |dit: &Dit| dit.init(config.seed, config.init);
-        let mut learner = trainer::learner_on_device(&config, dit, &device, elem, start).unwrap();
+        let mut learner = setup::learner_on_device(&config, dit, &device, elem, start).unwrap();
         for buffer in [&mut learner.weights, &mut learner.ema, &mut learner.m, &mut learner.v] {
             buffer.fill(f32::NAN);
         }

@@ -18,7 +18,7 @@ use crate::rng::{Philox, Stream};
 use crate::train::learner::{Batch, Learner, Losses};
 use crate::train::optimizer::Update;
 use crate::train::progress::say;
-use crate::train::{TrainConfig, trainer};
+use crate::train::{TrainConfig, setup, trainer};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -100,7 +100,7 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     config.in_channels = given(config.in_channels, channels);
     config.num_classes = given(config.num_classes, classes);
     config.validate()?;
-    let (compute, note) = trainer::compute(&config)?;
+    let (compute, note) = setup::compute(&config)?;
     note.iter().for_each(|note| say(note));
     if let Compute::Cuda { device, elem } = compute {
         return bench_cuda::run(&config, &device, elem, args.runs, args.json, args.profile);
@@ -148,7 +148,7 @@ pub(super) fn batch(config: &TrainConfig) -> String {
 }
 
 fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> {
-    let mut learner = trainer::learner(config)?;
+    let mut learner = setup::learner(config)?;
     let (b, n) = (config.batch_size, config.in_channels * config.image_size * config.image_size);
     let rng = Philox::new(config.seed, Stream::Noise);
     let (mut x_start, mut noise) = (vec![0.0; b * n], vec![0.0; b * n]);

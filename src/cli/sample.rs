@@ -19,7 +19,7 @@ use crate::model::dit::Dit;
 use crate::picture::grid_png;
 use crate::train::config::{Precision, SamplerKind};
 use crate::train::progress::{Progress, say};
-use crate::train::{TrainConfig, checkpoint, trainer};
+use crate::train::{TrainConfig, checkpoint, setup, trainer};
 
 /// A grid shows at most this many images of a class.
 const GRID_COLUMNS: usize = 16;
@@ -152,13 +152,13 @@ fn sample(args: SampleArgs) -> Result<()> {
     let dit = Dit::new(config.model_config())?;
     let mut weights = vec![0.0; dit.layout.len()];
     let name = if args.weights == Weights::Ema { checkpoint::EMA } else { checkpoint::MODEL };
-    trainer::read_weights(&directory.join(name), &dit, &mut weights)?;
+    setup::read_weights(&directory.join(name), &dit, &mut weights)?;
 
     let total = steps(&sampler, labels.len(), args.batch_size) as u64;
     let mut progress = Progress::new("sampling", 0, total);
     let images = format!("{} images", labels.len());
     let mut grid = Grid::new(&labels, &config);
-    grid.note(labels.len(), args.npz.is_some()).iter().for_each(|note| progress.say(note));
+    grid.note(labels.len(), args.npz.is_some(), !args.classes.is_empty()).iter().for_each(|note| progress.say(note));
     trainer::in_pool(&config, || {
         // Checkpoints hold f32, so what a GPU trained in bf16 can be sampled anywhere.
         let (compute, note) = Compute::open_or_f32(&config.device, config.precision == Precision::Bf16)?;
@@ -261,8 +261,8 @@ impl<'a> Grid<'a> {
         Grid { config, shown, columns, rows: classes.len(), pixels }
     }
 
-    /// What it leaves out of `made` images, if anything.
-    fn note(&self, made: usize, archived: bool) -> Option<String> {
+    /// What it leaves out of `made` images or, unless they were `chosen`, of the classes, if anything.
+    fn note(&self, made: usize, archived: bool, chosen: bool) -> Option<String> {
         let (shown, all) = (self.shown.len(), self.config.num_classes);
         if shown < made {
             let rest = if archived { "" } else { "; --npz FILE keeps them all" };
@@ -270,7 +270,7 @@ impl<'a> Grid<'a> {
                 "the grid shows {shown} of {made} images: {GRID_COLUMNS} of a class and {GRID_ROWS} classes at most{rest}"
             ));
         }
-        (self.rows == GRID_ROWS && all > GRID_ROWS)
+        (!chosen && self.rows == GRID_ROWS && all > GRID_ROWS)
             .then(|| format!("the grid shows {GRID_ROWS} of {all} classes: choose others with --classes"))
     }
 

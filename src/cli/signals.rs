@@ -45,6 +45,52 @@ fn received(signal: i32, interrupted: &mut Option<Instant>, says: &str) {
     }
 }
 
+/// Where the handler writes. It may do next to nothing, so a thread reads the signal's number from there and acts.
+#[cfg(unix)]
+static PIPE: AtomicI32 = AtomicI32::new(-1);
+
+/// Opens [`PIPE`] and returns the end to read from.
+#[cfg(unix)]
+fn open_pipe() -> io::Result<io::PipeReader> {
+    use std::os::fd::{AsRawFd, IntoRawFd};
+
+    let (reader, writer) = io::pipe()?;
+    // A full pipe already says what is to be said, and a handler that waits may never return.
+    // SAFETY: the descriptor is open, and this request takes an integer.
+    if unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    PIPE.store(writer.into_raw_fd(), Ordering::SeqCst);
+    Ok(reader)
+}
+
+#[cfg(unix)]
+extern "C" fn handler(signal: libc::c_int) {
+    let number = signal as u8;
+    // SAFETY: write may be called in a handler; the byte lives as long as the call, and the pipe is never closed. errno is the
+    // thread's own, and what the signal interrupted may be about to read it.
+    unsafe {
+        let errno = errno();
+        let before = *errno;
+        libc::write(PIPE.load(Ordering::SeqCst), (&raw const number).cast(), 1);
+        *errno = before;
+    }
+}
+
+/// The place of this thread's errno.
+#[cfg(unix)]
+fn errno() -> *mut libc::c_int {
+    #[cfg(any(target_os = "android", target_os = "netbsd", target_os = "openbsd"))]
+    use libc::__errno as place;
+    #[cfg(any(target_os = "linux", target_os = "dragonfly"))]
+    use libc::__errno_location as place;
+    #[cfg(any(target_vendor = "apple", target_os = "freebsd"))]
+    use libc::__error as place;
+
+    // SAFETY: it has no preconditions, and may be called in a handler.
+    unsafe { place() }
+}
+
 /// Lets Ctrl-C, SIGTERM and SIGHUP set [`STOP`]. `says` how the job ends, such as "with a checkpoint".
 ///
 /// # Errors
@@ -52,18 +98,8 @@ fn received(signal: i32, interrupted: &mut Option<Instant>, says: &str) {
 #[cfg(unix)]
 pub(super) fn stop_on_signals(says: &'static str) -> io::Result<()> {
     use std::io::Read;
-    use std::os::fd::IntoRawFd;
 
-    // The handler may do next to nothing; it writes the signal's number into a pipe, and a thread reads it from there.
-    static PIPE: AtomicI32 = AtomicI32::new(-1);
-    extern "C" fn handler(signal: libc::c_int) {
-        let number = signal as u8;
-        // SAFETY: write may be called in a handler; the byte lives as long as the call, and the pipe is never closed.
-        unsafe { libc::write(PIPE.load(Ordering::SeqCst), (&raw const number).cast(), 1) };
-    }
-
-    let (mut reader, writer) = io::pipe()?;
-    PIPE.store(writer.into_raw_fd(), Ordering::SeqCst);
+    let mut reader = open_pipe()?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         let (mut number, mut interrupted) = ([0], None);
         while reader.read_exact(&mut number).is_ok() {
@@ -108,5 +144,22 @@ pub(super) fn ignore_file_limit() {
     #[cfg(unix)]
     unsafe {
         libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handler_neither_waits_nor_changes_errno() {
+        let _reader = open_pipe().unwrap();
+        // SAFETY: errno is the thread's own.
+        unsafe { *errno() = libc::ENOENT };
+        // More than any pipe holds.
+        for _ in 0..(1 << 20) + 1 {
+            handler(INTERRUPT);
+        }
+        assert_eq!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOENT));
     }
 }

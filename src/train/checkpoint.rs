@@ -121,12 +121,14 @@ fn put_in_place(directory: &Path, temporary: &Path, target: &Path) -> io::Result
         let old = directory.join(format!("{REPLACED}{name}"));
         fs::rename(target, &old)?;
         rename_synced(temporary, target)?;
-        return fs::remove_dir_all(&old);
+        // If it stays, the next write tries again.
+        let _ = fs::remove_dir_all(&old);
+        return Ok(());
     }
     rename_synced(temporary, target)
 }
 
-/// Removes what killed runs left behind; a checkpoint that was being replaced is put back if its successor never came.
+/// Removes what killed runs left behind, unless that fails: it is in nobody's way. A checkpoint that was being replaced is put back if its successor never came.
 fn clear_leftovers(directory: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(directory) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -141,7 +143,7 @@ fn clear_leftovers(directory: &Path) -> io::Result<()> {
         {
             fs::rename(entry.path(), directory.join(step))?;
         } else if name.starts_with(TEMPORARY) || name.starts_with(REPLACED) {
-            fs::remove_dir_all(entry.path())?;
+            let _ = fs::remove_dir_all(entry.path());
         }
     }
     Ok(())

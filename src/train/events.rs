@@ -21,7 +21,7 @@ const MAX_FILE_BYTES: u64 = 1 << 30;
 #[derive(Debug)]
 pub(super) struct EventFile {
     path: PathBuf,
-    file: File,
+    pub(super) file: File,
 }
 
 impl EventFile {

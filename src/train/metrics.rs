@@ -164,11 +164,20 @@ impl MetricsLog {
     /// Appends a line to both files.
     ///
     /// # Errors
-    /// [`Error::File`] when a file cannot be written.
+    /// [`Error::File`] when a file cannot be written. `metrics.jsonl` then has not got the line: its steps go into the next one.
     pub fn append(&mut self, line: &Line) -> Result<()> {
         let mut text = serde_json::to_vec(line).expect("numbers and names");
         text.push(b'\n');
-        self.file.write_all(&text).map_err(|e| Error::file(&self.path, format!("cannot be written: {e}")))?;
+        let fail = |e: std::io::Error| Error::file(&self.path, format!("cannot be written: {e}"));
+        let before = self.file.metadata().map_err(fail)?.len();
+        let written = self.file.write_all(&text).map_err(fail).and_then(|()| self.append_events(line));
+        written.inspect_err(|_| {
+            // Where that fails too, a resumed run counts the line's steps twice.
+            let _ = self.file.set_len(before);
+        })
+    }
+
+    fn append_events(&mut self, line: &Line) -> Result<()> {
         let mut scalars =
             vec![("learning_rate".to_string(), line.lr), ("skipped_steps".to_string(), line.skipped as f64)];
         let named = [
@@ -262,6 +271,20 @@ mod tests {
         for bad in ["", "1 2 3", "x", &format!("{} 0", meter.to_text())] {
             assert_eq!(Meter::from_text(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_line_whose_events_cannot_be_written_is_not_there() {
+        let place = tempfile::tempdir().unwrap();
+        let run = run(place.path());
+        let mut log = MetricsLog::open(&run, 0).unwrap();
+        log.append(&meter(1).line(1, 0.1, 10.0)).unwrap();
+        // Opened to read only.
+        log.events.file = File::open(run.path().join(METRICS)).unwrap();
+        log.append(&meter(2).line(2, 0.1, 10.0)).unwrap_err();
+        // The meter still has step 2, and the run is saved after it.
+        MetricsLog::open(&run, 2).unwrap();
+        assert_eq!(read(run.path()).unwrap().iter().map(|line| line.step).collect::<Vec<_>>(), [1]);
     }
 
     #[test]

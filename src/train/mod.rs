@@ -13,6 +13,7 @@ pub mod plot;
 pub mod progress;
 pub mod resume;
 pub mod run_dir;
+pub mod setup;
 mod state;
 pub mod timing;
 pub mod trainer;

@@ -17,6 +17,7 @@ use crate::atomic_file::{AtomicFile, is_leftover};
 use crate::error::{Error, Result};
 
 const LOCK: &str = ".lock";
+const SAMPLES: &str = "samples";
 
 /// An open run. As long as it lives, no other process can open the run to train.
 #[derive(Debug)]
@@ -93,15 +94,15 @@ impl RunDir {
     /// # Errors
     /// [`Error::File`] when the directory cannot be made.
     pub fn samples(&self, step: u64) -> Result<PathBuf> {
-        let directory = self.path.join("samples");
+        let directory = self.path.join(SAMPLES);
         fs::create_dir_all(&directory).map_err(|e| Error::file(&directory, format!("cannot be made: {e}")))?;
-        Ok(directory.join(format!("{step:07}.png")))
+        Ok(directory.join(picture_of(step)))
     }
 
     /// Writes the file `name` whole or not at all: temporary name, sync, rename.
     ///
     /// # Errors
-    /// [`Error::File`] when it cannot be written; what was there before is intact.
+    /// [`Error::File`] when it cannot be written, as [`AtomicFile::commit`].
     pub fn replace(&self, name: &str, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
         let mut file = AtomicFile::create(self.path.join(name))?;
         content(&mut file).map_err(|e| file.error(&e))?;
@@ -109,15 +110,23 @@ impl RunDir {
     }
 }
 
-/// Removes half-written files that killed trainers left in the run in `path`. Where that fails they are in nobody's way.
+/// Removes half-written files that killed trainers left in the run in `path` (the next checkpoint clears `checkpoints/`). Where that fails they are in nobody's way.
 fn clear_leftovers(path: &Path) {
-    let entries = fs::read_dir(path).into_iter().flatten().flatten();
-    for entry in entries {
-        let ours = |name: &str| [CONFIG, METRICS, LOSS_PNG, EVENTS].iter().any(|file| is_leftover(name, file));
-        if entry.file_name().to_str().is_some_and(ours) {
-            let _ = fs::remove_file(entry.path());
+    let clear = |directory: &Path, ours: &dyn Fn(&str) -> bool| {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.file_name().to_str().is_some_and(ours) {
+                let _ = fs::remove_file(entry.path());
+            }
         }
-    }
+    };
+    clear(path, &|name| [CONFIG, METRICS, LOSS_PNG, EVENTS].iter().any(|file| is_leftover(name, file)));
+    let step_of = |name: &str| name.strip_prefix('.')?.split_once('.')?.0.parse().ok();
+    clear(&path.join(SAMPLES), &|name| step_of(name).is_some_and(|step| is_leftover(name, &picture_of(step))));
+}
+
+/// The name of the grid of samples of `step`.
+fn picture_of(step: u64) -> String {
+    format!("{step:07}.png")
 }
 
 /// Makes `parent/MODEL-ROUTING-NUMBER` with the first number that is free.
@@ -174,6 +183,20 @@ mod tests {
         drop(run);
         RunDir::open(&out).unwrap();
         assert!(RunDir::open(place.path()).unwrap_err().to_string().contains("no run"));
+    }
+
+    #[test]
+    fn what_a_kill_left_is_cleared() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("run");
+        let picture = RunDir::create(&config(&out)).unwrap().samples(12).unwrap();
+        let samples = picture.parent().unwrap();
+        let leftovers = [out.join(".metrics.jsonl.123.0.tmp"), samples.join(".0000012.png.123.0.tmp")];
+        let others = [picture.clone(), samples.join(".notes.tmp"), samples.join(".12.txt.1.0.tmp")];
+        leftovers.iter().chain(&others).for_each(|path| fs::write(path, "x").unwrap());
+        RunDir::open(&out).unwrap();
+        assert_eq!(leftovers.map(|path| path.exists()), [false; 2]);
+        assert_eq!(others.map(|path| path.exists()), [true; 3]);
     }
 
     #[test]

@@ -9,10 +9,15 @@ use super::metrics::{self, Meter};
 use super::plot;
 use super::progress::Progress;
 use super::run_dir::RunDir;
-use super::trainer::{Trainer, read_weights};
+use super::setup::read_weights;
+use super::trainer::Trainer;
 use crate::diffusion::weighting::CLUSTERS;
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
+
+// What an optimizer file says of the data, beside the state of the trainer.
+const CLASSES: &str = "classes";
+const SAMPLES: &str = "samples";
 
 impl Trainer {
     /// Writes a checkpoint and the loss curve, and deletes checkpoints that are no longer kept.
@@ -37,6 +42,8 @@ impl Trainer {
             ("updates", updates.to_string()),
             ("nonfinite_in_a_row", self.nonfinite_in_a_row.to_string()),
             ("meter", self.meter.to_text()),
+            (CLASSES, self.dataset().num_classes().to_string()),
+            (SAMPLES, self.dataset().len().to_string()),
         ];
         let metadata: Metadata = state.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
         let files = [
@@ -46,7 +53,9 @@ impl Trainer {
         ];
         checkpoint::write(run.path(), self.step, &files, &config.to_toml())?;
         self.saved = Some(self.step);
-        checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every)?;
+        if let Err(error) = checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every) {
+            progress.say(&format!("more checkpoints stay than should: {error}"));
+        }
         let drawn = metrics::read(run.path()).and_then(|lines| plot::write_loss(run, &lines, &config.model));
         if let Err(error) = drawn {
             progress.say(&format!("no curve of the loss: {error}"));
@@ -54,8 +63,13 @@ impl Trainer {
         Ok(())
     }
 
-    /// Takes everything from the last checkpoint of a run.
-    pub(super) fn go_on_from(&mut self, checkpoint: &Path, config: &TrainConfig, run: &RunDir) -> Result<()> {
+    /// Takes everything from the last checkpoint of a run. What there is to say about its data is returned.
+    pub(super) fn go_on_from(
+        &mut self,
+        checkpoint: &Path,
+        config: &TrainConfig,
+        run: &RunDir,
+    ) -> Result<Option<String>> {
         let all = checkpoint::list(run.path())?;
         if let Err(error) = self.load(checkpoint) {
             let this = all.iter().find(|(_, path)| path.file_name() == checkpoint.file_name());
@@ -81,7 +95,34 @@ impl Trainer {
                 config.steps, self.step
             )));
         }
-        Ok(())
+        self.check_data(checkpoint, config)
+    }
+
+    /// Refuses data with other classes than `checkpoint` was trained on, whose labels would mean something else; a note if the
+    /// number of samples is another. Checkpoints of before this was written down say neither.
+    fn check_data(&self, checkpoint: &Path, config: &TrainConfig) -> Result<Option<String>> {
+        let file = SafetensorsFile::open(checkpoint.join(checkpoint::OPTIMIZER))?;
+        let recorded = |key: &str| file.metadata().get(key)?.parse::<usize>().ok();
+        let (classes, samples) = (self.dataset().num_classes(), self.dataset().len());
+        match recorded(CLASSES) {
+            Some(was) if was != classes => {
+                return Err(Error::usage(format!(
+                    "the data '{}' have {classes} classes, but this run was trained on {was}, so labels would mean other \
+                     classes: give it the same class folders with --data, or start a new run",
+                    config.data
+                )));
+            }
+            None if classes < config.num_classes => {
+                return Ok(Some(format!(
+                    "the data have {classes} classes and the model {}: if class folders are gone, labels mean other classes now",
+                    config.num_classes
+                )));
+            }
+            _ => {}
+        }
+        Ok(recorded(SAMPLES).filter(|&was| was != samples).map(|was| {
+            format!("the data have {samples} samples, but had {was} when this run was last saved: it goes on with those there are")
+        }))
     }
 
     /// Takes everything from a checkpoint.

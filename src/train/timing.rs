@@ -4,7 +4,7 @@ use super::config::TrainConfig;
 use super::device::{DeviceUpdate, DrawnNoise, How};
 use super::learner::{Batch, Learner, Losses};
 use super::optimizer::Update;
-use super::trainer;
+use super::setup;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::clock::KernelTime;
 use crate::backend::cuda::{DType, Device};
@@ -53,7 +53,7 @@ pub fn time_steps(
         weights.par_iter_mut().for_each(|w| *w *= 0.02);
         weights
     };
-    let mut learner = trainer::learner_on_device(config, trainer::model(config)?, device, elem, weights)?;
+    let mut learner = setup::learner_on_device(config, setup::model(config)?, device, elem, weights)?;
     let b = config.batch_size / config.grad_accumulation;
     let mut x_start = vec![0.0; b * config.in_channels * config.image_size * config.image_size];
     rng.normal(&mut x_start, 0, 0);

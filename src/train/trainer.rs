@@ -1,30 +1,25 @@
-//! The training loop, top to bottom.
+//! The training loop, top to bottom. What it starts from is made in [`setup`](super::setup); `state.rs` saves and loads it.
 
 use super::batches::Batches;
 use super::checkpoint;
-use super::config::{DataKind, Precision, SamplerKind, TrainConfig};
+use super::config::{Precision, SamplerKind, TrainConfig};
 use super::device::{DeviceUpdate, LARGEST_NORM};
 use super::learner::{Learner, Losses};
 use super::metrics::{self, Meter, MetricsLog};
 use super::optimizer::Update;
-use super::plan;
 use super::progress::Progress;
 use super::resume;
 use super::run_dir::RunDir;
+use super::setup::{learner_on, open_data, start_from_given_weights};
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
-use crate::backend::Compute;
-use crate::backend::cpu::aligned::AlignedVec;
-use crate::backend::cuda::{DType, Device};
-use crate::data::{self, Dataset};
+use crate::backend::cuda::DType;
+use crate::data::Dataset;
 use crate::diffusion::{Method, Sampler, Schedule, space_timesteps};
 use crate::error::{Error, Result};
 use crate::generate;
 use crate::model::config::TASKS;
-use crate::model::dit::Dit;
-use crate::model::memory::activation_numbers;
 use crate::picture::grid_png;
-use crate::safetensors_file::SafetensorsFile;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -82,7 +77,8 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
         let mut trainer = Trainer::new(&config, dataset, learner, notes)?;
         let note = match checkpoint {
             Some(checkpoint) => {
-                trainer.go_on_from(checkpoint, &config, &run)?;
+                let about_data = trainer.go_on_from(checkpoint, &config, &run)?;
+                trainer.notes.splice(0..0, about_data);
                 format!("going on after step {} of {}, from {}", trainer.step, config.steps, checkpoint.display())
             }
             None => "the run has no checkpoint yet: starting it over".to_string(),
@@ -94,58 +90,6 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
     })
 }
 
-/// Puts the weights of `init_from`, if there are any, in the place of those that were drawn.
-fn start_from_given_weights(config: &TrainConfig, learner: &mut Learner) -> Result<()> {
-    if config.init_from.is_empty() {
-        return Ok(());
-    }
-    read_weights(Path::new(&config.init_from), &learner.dit, &mut learner.weights)?;
-    learner.ema.copy_from_slice(&learner.weights);
-    learner.push()
-}
-
-/// Opens the data set and completes the configuration with what only the data know. A run that is `resumed` has learned that
-/// already, and keeps it.
-fn open_data(config: &mut TrainConfig, resumed: bool) -> Result<Arc<dyn Dataset>> {
-    if resumed && config.data != "digits" && !Path::new(&config.data).exists() {
-        return Err(Error::file(&config.data, "the data of this run are not there: say where they are with --data"));
-    }
-    let classes = (config.num_classes > 0).then_some(config.num_classes);
-    let dataset = data::open(&config.data, Some(config.folder_image_size()), classes)?;
-    let [channels, height, width] = dataset.shape();
-    if height != width {
-        let last = if channels == height {
-            format!("; they look like [N, H, W, C], which should be [N, {width}, {channels}, {height}]")
-        } else {
-            ": crop them first".into()
-        };
-        return Err(Error::usage(format!(
-            "the data '{}' are {height} x {width}, but the model needs squares{last}",
-            config.data
-        )));
-    }
-    let classes = dataset.num_classes();
-    let fits = |was: usize, is: usize| was == 0 || was == is;
-    let same_shape = fits(config.image_size, height) && fits(config.in_channels, channels);
-    if resumed && !(same_shape && (config.num_classes == 0 || classes <= config.num_classes)) {
-        return Err(Error::usage(format!(
-            "the data '{}' are {channels} x {height} x {width} in {classes} classes, but this run was begun with {} x {} x {} in \
-             {}: give it the same data with --data, or start a new run",
-            config.data, config.in_channels, config.image_size, config.image_size, config.num_classes
-        )));
-    }
-    let kind = if dataset.is_pictures() { DataKind::Images } else { DataKind::Latents };
-    if config.data_kind != DataKind::Auto && config.data_kind != kind {
-        return Err(Error::usage(format!(
-            "data_kind is {}, but the data '{}' are {kind}: give auto, and call them images or latents in a .safetensors file",
-            config.data_kind, config.data
-        )));
-    }
-    config.data_kind = kind;
-    config.fit_to_data(height, channels, classes)?;
-    Ok(dataset)
-}
-
 /// Runs `work` inside a pool of the configured number of threads: entering it once is cheaper than at every product.
 pub fn in_pool<R: Send>(config: &TrainConfig, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
     let pool = rayon::ThreadPoolBuilder::new()
@@ -153,113 +97,6 @@ pub fn in_pool<R: Send>(config: &TrainConfig, work: impl FnOnce() -> Result<R> +
         .build()
         .map_err(|e| Error::usage(format!("cannot start {} threads: {e}", config.threads)))?;
     pool.install(work)
-}
-
-/// Where this configuration computes, and a note where `auto` had to do with the processor.
-///
-/// # Errors
-/// When the device is not there, or cannot compute in the precision or with the model's sizes.
-pub fn compute(config: &TrainConfig) -> Result<(Compute, Option<String>)> {
-    let (compute, note) = Compute::open(&config.device, config.precision == Precision::Bf16)?;
-    if let Compute::Cuda { elem, .. } = &compute {
-        config.model_config().check_cuda(*elem)?;
-    }
-    Ok((compute, note))
-}
-
-/// The model with its initial weights, where the configuration computes, and what there is to say about that.
-fn learner_on(config: &TrainConfig) -> Result<(Learner, Vec<String>)> {
-    let (compute, note) = compute(config)?;
-    let mut notes: Vec<String> = note.into_iter().collect();
-    let mut dit = model(config)?;
-    let Compute::Cuda { device, elem } = &compute else {
-        return Ok((learner_of(config, dit)?, notes));
-    };
-    let plan = plan::check(config, &mut dit, device, *elem)?;
-    let (free, total) = device.memory()?;
-    let precision = config.toml_of("precision");
-    notes.push(format!("computing on {} in {}", device.name(), precision.trim_matches('"')));
-    let [free, total] = [free, total].map(plan::readable);
-    notes.push(format!("memory of the device: {plan}; {free} of {total} were free"));
-    Ok((learner_on_device(config, dit, device, *elem, |dit| dit.init(config.seed, config.init))?, notes))
-}
-
-/// A model on a device. Its weights are made while the kernels of its training step are compiled.
-///
-/// # Errors
-/// When it does not fit the device or main memory, or the kernels do not compile.
-pub fn learner_on_device(
-    config: &TrainConfig,
-    dit: Dit,
-    device: &Arc<Device>,
-    elem: DType,
-    weights: impl FnOnce(&Dit) -> AlignedVec + Send,
-) -> Result<Learner> {
-    check_memory(config, &dit, 0.0)?;
-    let (launches, _) = plan::launches(&dit, device, elem, config.batch_size / config.grad_accumulation)?;
-    let schedule = Schedule::new(config.schedule, TASKS)?;
-    let learner = || {
-        let weights = weights(&dit);
-        Learner::on_device(dit, schedule, config.loss_weight, weights, device, elem)
-    };
-    let (prepared, learner) = rayon::join(|| device.prepare(&launches), learner);
-    prepared.and(learner)
-}
-
-/// The model, without weights.
-pub(super) fn model(config: &TrainConfig) -> Result<Dit> {
-    let mut dit = Dit::new(config.model_config())?;
-    dit.checkpoint_activations = config.checkpoint_activations;
-    Ok(dit)
-}
-
-/// The model with its initial weights, in main memory.
-pub fn learner(config: &TrainConfig) -> Result<Learner> {
-    learner_of(config, model(config)?)
-}
-
-fn learner_of(config: &TrainConfig, dit: Dit) -> Result<Learner> {
-    let part = config.batch_size / config.grad_accumulation;
-    let activations = activation_numbers(&dit.config, part, dit.checkpoint_activations) * size_of::<f32>() as f64;
-    check_memory(config, &dit, activations)?;
-    let weights = dit.init(config.seed, config.init);
-    let schedule = Schedule::new(config.schedule, TASKS)?;
-    Ok(Learner::new(dit, schedule, config.loss_weight, weights))
-}
-
-/// Refuses what main memory surely cannot hold: weights and what goes with them, and the `activations` of a step, an estimate.
-fn check_memory(config: &TrainConfig, dit: &Dit, activations: f64) -> Result<()> {
-    // Weights, gradients, two moments and the moving average.
-    let weights = 5.0 * size_of::<f32>() as f64 * dit.layout.len() as f64;
-    let fits = |there: &u64| weights.max((weights + activations) / 1.25) <= *there as f64;
-    let Some(there) = memory_bytes().filter(|there| !fits(there)) else { return Ok(()) };
-    let [weights, activations, there] = [weights, activations, there as f64].map(|bytes| bytes / 1e9);
-    let checkpointing = if config.checkpoint_activations { "" } else { "--checkpoint-activations, " };
-    Err(Error::usage(match weights > there {
-        true => format!(
-            "training {} takes {weights:.1} GB for the weights and what goes with them, but this machine has {there:.1} GB: \
-             choose a smaller model",
-            config.model
-        ),
-        false => format!(
-            "training {} with {} images at a time takes about {:.1} GB (weights and what goes with them {weights:.1}, \
-             activations {activations:.1}), but this machine has {there:.1} GB: give {checkpointing}--grad-accumulation N \
-             (the same steps in N parts) or a smaller --batch-size",
-            config.model,
-            config.batch_size / config.grad_accumulation,
-            weights + activations
-        ),
-    }))
-}
-
-/// Memory of this machine and what it can swap, where the system tells (Linux).
-fn memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kilobytes = |key| {
-        let line = text.lines().find(|line| line.starts_with(key))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok()
-    };
-    kilobytes("MemTotal:")?.checked_add(kilobytes("SwapTotal:").unwrap_or(0))?.checked_mul(1024)
 }
 
 /// The sampler of a model: `steps` is a respacing such as `50`; images are clipped, latents are not.
@@ -315,6 +152,10 @@ impl Trainer {
         })
     }
 
+    pub(super) fn dataset(&self) -> &dyn Dataset {
+        &**self.batches.loader.dataset()
+    }
+
     fn run(mut self, config: &TrainConfig, run: &RunDir, stop: &AtomicBool) -> Result<Outcome> {
         let mut log = MetricsLog::open(run, self.step)?;
         let mut progress = Progress::new("training", self.step, config.steps);
@@ -323,7 +164,7 @@ impl Trainer {
             config.model,
             config.toml_of("routing").trim_matches('"'),
             self.learner.weights.len() as f64 / 1e6,
-            self.batches.loader.dataset().len(),
+            self.dataset().len(),
             config.data_kind,
             config.in_channels,
             config.image_size,
@@ -332,7 +173,7 @@ impl Trainer {
             config.data,
             run.path().display()
         ));
-        if let Some(note) = self.batches.loader.dataset().note() {
+        if let Some(note) = self.dataset().note() {
             progress.say(note);
         }
         self.notes.iter().for_each(|note| progress.say(note));
@@ -562,18 +403,9 @@ impl Trainer {
     }
 }
 
-/// Reads `model.safetensors` or `ema.safetensors` of a checkpoint, or weights from elsewhere with the same names, into `buffer`.
-///
-/// # Errors
-/// When the file is missing, damaged or another model's.
-pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
-    let file = SafetensorsFile::open(path)?;
-    checkpoint::check_names(&file, &dit.layout, &[""], &["pos_embed"])?;
-    checkpoint::read_layout(&file, &dit.layout, "", buffer)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::setup::learner;
     use super::*;
     use std::sync::atomic::AtomicUsize;
 
@@ -604,27 +436,50 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_was_trained_before_an_error_is_saved() {
-        let place = tempfile::tempdir().unwrap();
-        let out = place.path().join("run");
+    /// A tiny run in `out`, whose data can be read `reads` times, after `before` has seen its directory.
+    fn train(out: &Path, steps: u64, reads: usize, before: impl FnOnce(&Path) + Send) -> Result<Outcome> {
         let mut config = TrainConfig {
             out: out.display().to_string(),
             hidden_size: 32,
             depth: 1,
             batch_size: 4,
-            steps: 1000,
-            checkpoint_every: 0,
+            steps,
+            checkpoint_every: steps.saturating_sub(1),
+            keep_checkpoints: 1,
+            sample_steps: 1,
             device: "cpu".into(),
             ..TrainConfig::default()
         };
         config.fit_to_data(4, 1, 1).unwrap();
-        let dataset = Arc::new(Failing { left: AtomicUsize::new(200), names: vec!["all".into()] });
-        let error = in_pool(&config, || {
+        let dataset = Arc::new(Failing { left: AtomicUsize::new(reads), names: vec!["all".into()] });
+        in_pool(&config, || {
             let run = RunDir::create(&config)?;
+            before(run.path());
             let trainer = Trainer::new(&config, dataset, learner(&config)?, Vec::new())?;
             trainer.run(&config, &run, &AtomicBool::new(false))
-        });
+        })
+    }
+
+    #[test]
+    fn an_old_checkpoint_that_cannot_be_deleted_costs_nothing() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("run");
+        // A file is no directory that can be deleted: the checkpoint of step 2 meets it under this name, that of step 3 as a
+        // leftover.
+        let blocked = |run: &Path| {
+            std::fs::create_dir(run.join(checkpoint::DIRECTORY)).unwrap();
+            std::fs::write(run.join(checkpoint::DIRECTORY).join("0000001"), "").unwrap();
+        };
+        assert!(train(&out, 3, usize::MAX, blocked).unwrap().finished);
+        assert!(out.join("checkpoints/.tmp-0000001").exists(), "it could be deleted: the test proves nothing");
+        assert_eq!(checkpoint::latest(&out).unwrap().map(|(step, _)| step), Some(3));
+    }
+
+    #[test]
+    fn what_was_trained_before_an_error_is_saved() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("run");
+        let error = train(&out, 1000, 200, |_| ());
         let error = error.unwrap_err().to_string();
         let (step, _) = checkpoint::latest(&out).unwrap().expect("a checkpoint");
         assert!(step >= 10, "only {step} steps");

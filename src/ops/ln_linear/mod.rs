@@ -93,7 +93,7 @@ pub fn ln_linear(
         tape.record(y, Node::LnLinear(Saved { pre, ..saved }));
         return Ok(y);
     }
-    let [b, t, c] = dims3(tape, x, OPERATION, "[batch, tokens, channels]")?;
+    let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
     let n = linear.outputs;
     let mut y = tape.take(b * t * n);
     let mut mean = tape.take(b * t);
@@ -159,11 +159,10 @@ pub fn ln_linear_gelu(
     Ok(Gelu { value, pre })
 }
 
-const OPERATION: &str = "ln_linear";
+const OP: &str = "ln_linear";
 
 /// Refuses operands that do not fit; whether every window is full.
 fn all_full(tape: &Tape, x: Var, read: Windows, shift: PerSample, scale: PerSample, linear: Linear) -> Result<bool> {
-    const OP: &str = OPERATION;
     let [b, _, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
     let (n, inputs) = (linear.outputs, linear.inputs);
     check(inputs == c, OP, || format!("x has {c} channels, but the weight is [{n}, {inputs}]"))?;
@@ -192,7 +191,7 @@ fn on_cuda(
     activation: Activation,
     full: bool,
 ) -> Result<(Var, Option<Var>, Saved)> {
-    let [b, t, c] = dims3(tape, x, OPERATION, "[batch, tokens, channels]")?;
+    let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
     let (n, elem, device) = (linear.outputs, tape.elem(), tape.device());
     let y = tape.take_buffer(b * t * n, elem);
     let keeps_pre = activation == Activation::Gelu && tape.records();

@@ -150,11 +150,17 @@ impl TrainConfig {
         };
         let names: Vec<&str> = KNOBS.iter().filter(replaced).map(|knob| knob.name).collect();
         (!names.is_empty()).then(|| {
-            format!(
-                "{} are those of {}, not the defaults of {model}: leave them out there to have these",
-                names.join(", "),
-                file.origin
-            )
+            let (names, origin) = (names.join(", "), &file.origin);
+            match names.contains(',') {
+                false => {
+                    format!("{names} is that of {origin}, not the default of {model}: leave it out there to have this")
+                }
+                true => {
+                    format!(
+                        "{names} are those of {origin}, not the defaults of {model}: leave them out there to have these"
+                    )
+                }
+            }
         })
     }
 
@@ -324,6 +330,9 @@ mod tests {
         assert!(!note.contains("lr,") && !note.contains("hidden_size") && !note.contains("alpha"), "{note}");
         assert_eq!(TrainConfig::note_on(&[file.clone(), model("custom")]), None);
         assert_eq!(TrainConfig::note_on(&[file]), None);
+        let one = layer("my.toml", &[("model", "digits"), ("lr", "3e-3")]);
+        let note = TrainConfig::note_on(&[one, layer("flags", &[("model", "DiT-XL/2")])]).unwrap();
+        assert_eq!(note, "lr is that of my.toml, not the default of DiT-XL/2: leave it out there to have this");
         // Who writes a file without a model means its values for any.
         assert_eq!(TrainConfig::note_on(&[layer("my.toml", &[("steps", "9")]), model("DiT-XL/2")]), None);
     }

@@ -1,0 +1,188 @@
+//! What is made before the first step: the data, the device, the model with its weights, and whether memory holds them.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::checkpoint;
+use super::config::{DataKind, Precision, TrainConfig};
+use super::learner::Learner;
+use super::plan;
+use crate::backend::Compute;
+use crate::backend::cpu::aligned::AlignedVec;
+use crate::backend::cuda::{DType, Device};
+use crate::data::{self, Dataset};
+use crate::diffusion::Schedule;
+use crate::error::{Error, Result};
+use crate::model::config::TASKS;
+use crate::model::dit::Dit;
+use crate::model::memory::activation_numbers;
+use crate::safetensors_file::SafetensorsFile;
+
+/// Opens the data set and completes the configuration with what only the data know. A run that is `resumed` has learned that
+/// already, and keeps it.
+pub(super) fn open_data(config: &mut TrainConfig, resumed: bool) -> Result<Arc<dyn Dataset>> {
+    if resumed && config.data != "digits" && !Path::new(&config.data).exists() {
+        return Err(Error::file(&config.data, "the data of this run are not there: say where they are with --data"));
+    }
+    let classes = (config.num_classes > 0).then_some(config.num_classes);
+    let dataset = data::open(&config.data, Some(config.folder_image_size()), classes)?;
+    let [channels, height, width] = dataset.shape();
+    if height != width {
+        let last = if channels == height {
+            format!("; they look like [N, H, W, C], which should be [N, {width}, {channels}, {height}]")
+        } else {
+            ": crop them first".into()
+        };
+        return Err(Error::usage(format!(
+            "the data '{}' are {height} x {width}, but the model needs squares{last}",
+            config.data
+        )));
+    }
+    let classes = dataset.num_classes();
+    let fits = |was: usize, is: usize| was == 0 || was == is;
+    let same_shape = fits(config.image_size, height) && fits(config.in_channels, channels);
+    if resumed && !(same_shape && (config.num_classes == 0 || classes <= config.num_classes)) {
+        return Err(Error::usage(format!(
+            "the data '{}' are {channels} x {height} x {width} in {classes} classes, but this run was begun with {} x {} x {} in \
+             {}: give it the same data with --data, or start a new run",
+            config.data, config.in_channels, config.image_size, config.image_size, config.num_classes
+        )));
+    }
+    let kind = if dataset.is_pictures() { DataKind::Images } else { DataKind::Latents };
+    if config.data_kind != DataKind::Auto && config.data_kind != kind {
+        return Err(Error::usage(format!(
+            "data_kind is {}, but the data '{}' are {kind}: give auto, and call them images or latents in a .safetensors file",
+            config.data_kind, config.data
+        )));
+    }
+    config.data_kind = kind;
+    config.fit_to_data(height, channels, classes)?;
+    Ok(dataset)
+}
+
+/// Where this configuration computes, and a note where `auto` had to do with the processor.
+///
+/// # Errors
+/// When the device is not there, or cannot compute in the precision or with the model's sizes.
+pub fn compute(config: &TrainConfig) -> Result<(Compute, Option<String>)> {
+    let (compute, note) = Compute::open(&config.device, config.precision == Precision::Bf16)?;
+    if let Compute::Cuda { elem, .. } = &compute {
+        config.model_config().check_cuda(*elem)?;
+    }
+    Ok((compute, note))
+}
+
+/// The model with its initial weights, where the configuration computes, and what there is to say about that.
+pub(super) fn learner_on(config: &TrainConfig) -> Result<(Learner, Vec<String>)> {
+    let (compute, note) = compute(config)?;
+    let mut notes: Vec<String> = note.into_iter().collect();
+    let mut dit = model(config)?;
+    let Compute::Cuda { device, elem } = &compute else {
+        return Ok((learner_of(config, dit)?, notes));
+    };
+    let plan = plan::check(config, &mut dit, device, *elem)?;
+    let (free, total) = device.memory()?;
+    let precision = config.toml_of("precision");
+    notes.push(format!("computing on {} in {}", device.name(), precision.trim_matches('"')));
+    let [free, total] = [free, total].map(plan::readable);
+    notes.push(format!("memory of the device: {plan}; {free} of {total} were free"));
+    Ok((learner_on_device(config, dit, device, *elem, |dit| dit.init(config.seed, config.init))?, notes))
+}
+
+/// A model on a device. Its weights are made while the kernels of its training step are compiled.
+///
+/// # Errors
+/// When it does not fit the device or main memory, or the kernels do not compile.
+pub fn learner_on_device(
+    config: &TrainConfig,
+    dit: Dit,
+    device: &Arc<Device>,
+    elem: DType,
+    weights: impl FnOnce(&Dit) -> AlignedVec + Send,
+) -> Result<Learner> {
+    check_memory(config, &dit, 0.0)?;
+    let (launches, _) = plan::launches(&dit, device, elem, config.batch_size / config.grad_accumulation)?;
+    let schedule = Schedule::new(config.schedule, TASKS)?;
+    let learner = || {
+        let weights = weights(&dit);
+        Learner::on_device(dit, schedule, config.loss_weight, weights, device, elem)
+    };
+    let (prepared, learner) = rayon::join(|| device.prepare(&launches), learner);
+    prepared.and(learner)
+}
+
+/// The model, without weights.
+pub(super) fn model(config: &TrainConfig) -> Result<Dit> {
+    let mut dit = Dit::new(config.model_config())?;
+    dit.checkpoint_activations = config.checkpoint_activations;
+    Ok(dit)
+}
+
+/// The model with its initial weights, in main memory.
+pub fn learner(config: &TrainConfig) -> Result<Learner> {
+    learner_of(config, model(config)?)
+}
+
+fn learner_of(config: &TrainConfig, dit: Dit) -> Result<Learner> {
+    let part = config.batch_size / config.grad_accumulation;
+    let activations = activation_numbers(&dit.config, part, dit.checkpoint_activations) * size_of::<f32>() as f64;
+    check_memory(config, &dit, activations)?;
+    let weights = dit.init(config.seed, config.init);
+    let schedule = Schedule::new(config.schedule, TASKS)?;
+    Ok(Learner::new(dit, schedule, config.loss_weight, weights))
+}
+
+/// Refuses what main memory surely cannot hold: weights and what goes with them, and the `activations` of a step, an estimate.
+fn check_memory(config: &TrainConfig, dit: &Dit, activations: f64) -> Result<()> {
+    // Weights, gradients, two moments and the moving average.
+    let weights = 5.0 * size_of::<f32>() as f64 * dit.layout.len() as f64;
+    let fits = |there: &u64| weights.max((weights + activations) / 1.25) <= *there as f64;
+    let Some(there) = memory_bytes().filter(|there| !fits(there)) else { return Ok(()) };
+    let [weights, activations, there] = [weights, activations, there as f64].map(|bytes| bytes / 1e9);
+    let checkpointing = if config.checkpoint_activations { "" } else { "--checkpoint-activations, " };
+    Err(Error::usage(match weights > there {
+        true => format!(
+            "training {} takes {weights:.1} GB for the weights and what goes with them, but this machine has {there:.1} GB: \
+             choose a smaller model",
+            config.model
+        ),
+        false => format!(
+            "training {} with {} images at a time takes about {:.1} GB (weights and what goes with them {weights:.1}, \
+             activations {activations:.1}), but this machine has {there:.1} GB: give {checkpointing}--grad-accumulation N \
+             (the same steps in N parts) or a smaller --batch-size",
+            config.model,
+            config.batch_size / config.grad_accumulation,
+            weights + activations
+        ),
+    }))
+}
+
+/// Memory of this machine and what it can swap, where the system tells (Linux).
+fn memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kilobytes = |key| {
+        let line = text.lines().find(|line| line.starts_with(key))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    kilobytes("MemTotal:")?.checked_add(kilobytes("SwapTotal:").unwrap_or(0))?.checked_mul(1024)
+}
+
+/// Puts the weights of `init_from`, if there are any, in the place of those that were drawn.
+pub(super) fn start_from_given_weights(config: &TrainConfig, learner: &mut Learner) -> Result<()> {
+    if config.init_from.is_empty() {
+        return Ok(());
+    }
+    read_weights(Path::new(&config.init_from), &learner.dit, &mut learner.weights)?;
+    learner.ema.copy_from_slice(&learner.weights);
+    learner.push()
+}
+
+/// Reads `model.safetensors` or `ema.safetensors` of a checkpoint, or weights from elsewhere with the same names, into `buffer`.
+///
+/// # Errors
+/// When the file is missing, damaged or another model's.
+pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
+    let file = SafetensorsFile::open(path)?;
+    checkpoint::check_names(&file, &dit.layout, &[""], &["pos_embed"])?;
+    checkpoint::read_layout(&file, &dit.layout, "", buffer)
+}
