@@ -128,7 +128,8 @@ fn put_in_place(directory: &Path, temporary: &Path, target: &Path) -> io::Result
     rename_synced(temporary, target)
 }
 
-/// Removes what killed runs left behind, unless that fails: it is in nobody's way. A checkpoint that was being replaced is put back if its successor never came.
+/// Removes what killed runs left behind, unless that fails: it is in nobody's way. A checkpoint that was being replaced is put
+/// back if its successor never came.
 fn clear_leftovers(directory: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(directory) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -110,7 +110,8 @@ impl RunDir {
     }
 }
 
-/// Removes half-written files that killed trainers left in the run in `path` (the next checkpoint clears `checkpoints/`). Where that fails they are in nobody's way.
+/// Removes half-written files that killed trainers left in the run in `path` (the next checkpoint clears `checkpoints/`). Where
+/// that fails they are in nobody's way.
 fn clear_leftovers(path: &Path) {
     let clear = |directory: &Path, ours: &dyn Fn(&str) -> bool| {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
