@@ -95,6 +95,21 @@ fn pruning_keeps_the_last_ones_and_every_mth() {
 }
 
 #[test]
+fn one_that_cannot_be_deleted_does_not_keep_the_others() {
+    let run = tempfile::tempdir().unwrap();
+    for step in [1, 2, 3] {
+        write(run.path(), step).unwrap();
+    }
+    // Something in the way of the first, which is renamed before it is deleted.
+    let taken = run.path().join("checkpoints/.tmp-0000001");
+    fs::create_dir(&taken).unwrap();
+    fs::write(taken.join("x"), "").unwrap();
+    let error = checkpoint::prune(run.path(), 1, 0).unwrap_err().to_string();
+    assert!(error.contains("0000001") && error.contains("cannot be deleted"), "{error}");
+    assert_eq!(steps(run.path()), [1, 3]);
+}
+
+#[test]
 fn leftovers_are_ignored_and_cleared() {
     let run = tempfile::tempdir().unwrap();
     let path = write(run.path(), 3).unwrap();

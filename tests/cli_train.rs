@@ -484,9 +484,11 @@ fn a_resume_with_other_classes_is_refused_and_with_other_samples_told() {
     succeeds(train(place, &[&["--data", "photos", "--out", "run", "--steps", "1"][..], &size].concat()));
     let resume = |steps: &str| run(place, &["train", "--resume", "run", "--steps", steps]);
     fs::rename(place.join("photos/bear"), place.join("bear")).unwrap();
-    fails(resume("2"), 2, &["'photos' have 2 classes", "trained on 3", "--data", "new run"]);
-    save_folders(&place.join("photos"), &["bear", "dog"]);
-    fails(resume("2"), 2, &["'photos' have 4 classes", "trained on 3"]);
+    fails(resume("2"), 2, &["class 1 of the data 'photos' is 'cat', but was 'bear'", "--data", "new run"]);
+    save_folders(&place.join("photos"), &["dog"]);
+    fails(resume("2"), 2, &["class 1 of the data 'photos' is 'cat', but was 'bear'"]);
+    save_folders(&place.join("photos"), &["bear"]);
+    fails(resume("2"), 2, &["class 3 of the data 'photos' is 'dog', but was missing"]);
     fs::remove_dir_all(place.join("photos/dog")).unwrap();
     let output = resume("2");
     assert!(!stderr(&output).contains("samples, but had"), "{}", stderr(&output));

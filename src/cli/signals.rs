@@ -55,7 +55,7 @@ fn open_pipe() -> io::Result<io::PipeReader> {
     use std::os::fd::{AsRawFd, IntoRawFd};
 
     let (reader, writer) = io::pipe()?;
-    // A full pipe already says what is to be said, and a handler that waits may never return.
+    // A handler that waits may never return, and a pipe that is full of signals says enough.
     // SAFETY: the descriptor is open, and this request takes an integer.
     if unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } != 0 {
         return Err(io::Error::last_os_error());
@@ -80,9 +80,11 @@ extern "C" fn handler(signal: libc::c_int) {
 /// The place of this thread's errno.
 #[cfg(unix)]
 fn errno() -> *mut libc::c_int {
-    #[cfg(any(target_os = "android", target_os = "netbsd", target_os = "openbsd"))]
+    #[cfg(any(target_os = "solaris", target_os = "illumos"))]
+    use libc::___errno as place;
+    #[cfg(any(target_os = "android", target_os = "netbsd", target_os = "openbsd", target_os = "cygwin"))]
     use libc::__errno as place;
-    #[cfg(any(target_os = "linux", target_os = "dragonfly"))]
+    #[cfg(any(target_os = "linux", target_os = "dragonfly", target_os = "hurd", target_os = "redox"))]
     use libc::__errno_location as place;
     #[cfg(any(target_vendor = "apple", target_os = "freebsd"))]
     use libc::__error as place;

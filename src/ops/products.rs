@@ -152,47 +152,53 @@ simd_fn! {
 /// Columns that a tile computes for a window: one or two halves of panels, of which the first may be the second of its panel.
 ///
 /// A window is as many halves as its width asks for, wherever it starts: what it has of one half more takes the place of what its
-/// first half has before it ([`Part::mix`]).
+/// first half has before it ([`Part::mix`]). What a tile has outside of [`Part::columns`] is of no meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
     window: Window,
-    first: usize, // half
+    first_half: usize,
     pub(crate) halves: usize,
-    last: Option<usize>, // half of which the first has a part
+    /// The half of which the first has a part.
+    last_half: Option<usize>,
 }
 
 /// What tiles compute for `window` when they come to panel `panel`, if anything: every part of it once.
 pub(crate) fn part(window: Window, panel: usize) -> Option<Part> {
     let (start, count) = (window.start / HALF, window.width.div_ceil(HALF));
     let before = 2 * panel.checked_sub(start / 2)?;
-    let last = (before == 0 && start + count < window.end().div_ceil(HALF)).then_some(start + count);
-    (before < count).then(|| Part { window, first: start + before, halves: (count - before).min(2), last })
+    let last_half = (before == 0 && start + count < window.end().div_ceil(HALF)).then_some(start + count);
+    let part = || Part { window, first_half: start + before, halves: (count - before).min(2), last_half };
+    (before < count).then(part)
 }
 
 impl Part {
     /// Its columns of the panels `[panels, 2, len, HALF]`; the first half is from [`Part::mix`], if that put it together.
     pub(crate) fn of<'a>(&self, panels: &'a [f32], len: usize, mixed: &'a [f32]) -> [&'a [f32]; 2] {
-        let half = |i: usize| &panels[i * len * HALF..][..len * HALF];
-        let left = if self.last.is_some() { mixed } else { half(self.first) };
-        [left, if self.halves == 2 { half(self.first + 1) } else { &[] }]
+        let left = if self.last_half.is_some() { mixed } else { half_of(panels, len, self.first_half) };
+        [left, if self.halves == 2 { half_of(panels, len, self.first_half + 1) } else { &[] }]
     }
 
     /// Puts its first half `[len, HALF]` together, if that has a part of the last.
     pub(crate) fn mix(&self, to: &mut [f32], panels: &[f32], len: usize) {
-        let half = |i: usize| &panels[i * len * HALF..][..len * HALF];
-        if let Some(last) = self.last {
-            mix_halves(to, half(last), half(self.first), self.window.start % HALF);
+        if let Some(last_half) = self.last_half {
+            let [last, first] = [last_half, self.first_half].map(|half| half_of(panels, len, half));
+            mix_halves(to, last, first, self.window.start % HALF);
         }
     }
 
-    /// The columns of its window, each with where the tile has the first of them.
+    /// The columns of its window, each range with the column of the tile that has the first of them.
     pub(crate) fn columns(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
-        let at = self.first * HALF;
+        let at = self.first_half * HALF;
         let own = self.window.start.max(at)..self.window.end().min(at + self.halves * HALF);
-        let first = own.start - at;
-        let of_last = self.last.map(|last| (last * HALF..self.window.end(), 0));
-        std::iter::once((own, first)).chain(of_last)
+        let of_tile = own.start - at;
+        let of_last = self.last_half.map(|half| (half * HALF..self.window.end(), 0));
+        std::iter::once((own, of_tile)).chain(of_last)
     }
+}
+
+/// Half number `half` of panels `[panels, 2, len, HALF]`.
+fn half_of(panels: &[f32], len: usize, half: usize) -> &[f32] {
+    &panels[half * len * HALF..][..len * HALF]
 }
 
 /// From its number `HALF - count` on, all bits of `count` numbers and none of the next.
@@ -207,16 +213,16 @@ const BITS: [u32; 2 * HALF] = {
 };
 
 simd_fn! {
-    /// Lines of the first `count` numbers of one half and the others of another.
-    fn mix_halves<F>(to: &mut [f32], first: &[f32], others: &[f32], count: usize) {
-        // From a table: of a comparison the compiler makes a choice of what to read, a number at a time.
+    /// Lines of the first `count` numbers of those of one half, and then of those of another.
+    fn mix_halves<F>(to: &mut [f32], left: &[f32], right: &[f32], count: usize) {
+        // A comparison for each number would be compiled to loads of single numbers.
         let bits: &[u32; HALF] = BITS[HALF - count..].first_chunk().expect("at most all of them");
-        let lines = first.as_chunks::<HALF>().0.iter().zip(others.as_chunks::<HALF>().0);
-        for (to, (first, others)) in to.as_chunks_mut::<HALF>().0.iter_mut().zip(lines) {
+        let lines = left.as_chunks::<HALF>().0.iter().zip(right.as_chunks::<HALF>().0);
+        for (to, (left, right)) in to.as_chunks_mut::<HALF>().0.iter_mut().zip(lines) {
             for j in 0..HALF {
-                to[j] = f32::from_bits(first[j].to_bits() & bits[j] | others[j].to_bits() & !bits[j]);
+                to[j] = f32::from_bits(left[j].to_bits() & bits[j] | right[j].to_bits() & !bits[j]);
             }
-            // A line at a time: it would gather the same number of many.
+            // Keeps the compiler from making vectors across lines, which it would gather.
             std::hint::black_box(());
         }
     }

@@ -121,8 +121,8 @@ fn put_in_place(directory: &Path, temporary: &Path, target: &Path) -> io::Result
         let old = directory.join(format!("{REPLACED}{name}"));
         fs::rename(target, &old)?;
         rename_synced(temporary, target)?;
-        // If it stays, the next write tries again.
-        let _ = fs::remove_dir_all(&old);
+        // Under a name that is never put back: it may be deleted in part only. What stays, the next write tries again.
+        let _ = fs::rename(&old, temporary).and_then(|()| fs::remove_dir_all(temporary));
         return Ok(());
     }
     rename_synced(temporary, target)
@@ -176,20 +176,23 @@ fn write_safetensors(out: &mut dyn Write, tensors: &[TensorOut], metadata: &Meta
 /// Deletes checkpoints of `run` except the latest `keep_last` and those whose step is a multiple of `keep_every` (0: none).
 ///
 /// # Errors
-/// [`Error::File`] when one cannot be deleted.
+/// [`Error::File`] of the first that cannot be deleted; the others are.
 pub fn prune(run: &Path, keep_last: usize, keep_every: u64) -> Result<()> {
-    let all = list(run)?;
+    let (all, mut result) = (list(run)?, Ok(()));
     for (step, path) in &all[..all.len().saturating_sub(keep_last.max(1))] {
         if keep_every > 0 && step.is_multiple_of(keep_every) {
             continue;
         }
         // Renamed first, so that a kill while its files go does not leave half a checkpoint under a step's name.
         let temporary = path.with_file_name(format!("{TEMPORARY}{}", name_of(*step)));
-        fs::rename(path, &temporary)
-            .and_then(|()| fs::remove_dir_all(&temporary))
-            .map_err(|e| Error::file(path, format!("the old checkpoint cannot be deleted: {e}")))?;
+        let deleted = match fs::rename(path, &temporary) {
+            Ok(()) => fs::remove_dir_all(&temporary).map_err(|e| (&temporary, e)),
+            Err(e) => Err((path, e)),
+        };
+        result = result
+            .and(deleted.map_err(|(at, e)| Error::file(at, format!("the old checkpoint cannot be deleted: {e}"))));
     }
-    Ok(())
+    result
 }
 
 /// Steps and directories of all checkpoints of `run`, by step.

@@ -11,13 +11,20 @@ use super::progress::Progress;
 use super::run_dir::RunDir;
 use super::setup::read_weights;
 use super::trainer::Trainer;
+use crate::data::Dataset;
 use crate::diffusion::weighting::CLUSTERS;
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
 
-// What an optimizer file says of the data, beside the state of the trainer.
+// What an optimizer file says of the data, beside the state of the trainer: a JSON list of names, and a number.
 const CLASSES: &str = "classes";
 const SAMPLES: &str = "samples";
+
+/// The names of the classes, unless they are only numbers: those of arrays.
+fn names_of_classes(dataset: &dyn Dataset) -> Option<&[String]> {
+    let names = dataset.class_names();
+    names.iter().enumerate().any(|(class, name)| *name != class.to_string()).then_some(names)
+}
 
 impl Trainer {
     /// Writes a checkpoint and the loss curve, and deletes checkpoints that are no longer kept.
@@ -42,7 +49,7 @@ impl Trainer {
             ("updates", updates.to_string()),
             ("nonfinite_in_a_row", self.nonfinite_in_a_row.to_string()),
             ("meter", self.meter.to_text()),
-            (CLASSES, self.dataset().num_classes().to_string()),
+            (CLASSES, serde_json::to_string(&names_of_classes(self.dataset())).expect("a list of names")),
             (SAMPLES, self.dataset().len().to_string()),
         ];
         let metadata: Metadata = state.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
@@ -98,28 +105,35 @@ impl Trainer {
         self.check_data(checkpoint, config)
     }
 
-    /// Refuses data with other classes than `checkpoint` was trained on, whose labels would mean something else; a note if the
-    /// number of samples is another. Checkpoints of before this was written down say neither.
+    /// Refuses data whose classes have other names than those `checkpoint` was trained on, if both have names: labels would mean
+    /// something else. A note if the number of samples is another. Checkpoints of before this was written down say neither.
     fn check_data(&self, checkpoint: &Path, config: &TrainConfig) -> Result<Option<String>> {
         let file = SafetensorsFile::open(checkpoint.join(checkpoint::OPTIMIZER))?;
-        let recorded = |key: &str| file.metadata().get(key)?.parse::<usize>().ok();
+        let recorded = |key: &str| file.metadata().get(key);
         let (classes, samples) = (self.dataset().num_classes(), self.dataset().len());
-        match recorded(CLASSES) {
-            Some(was) if was != classes => {
-                return Err(Error::usage(format!(
-                    "the data '{}' have {classes} classes, but this run was trained on {was}, so labels would mean other \
-                     classes: give it the same class folders with --data, or start a new run",
-                    config.data
-                )));
-            }
-            None if classes < config.num_classes => {
-                return Ok(Some(format!(
+        let Some(names) = recorded(CLASSES) else {
+            return Ok((classes < config.num_classes).then(|| {
+                format!(
                     "the data have {classes} classes and the model {}: if class folders are gone, labels mean other classes now",
                     config.num_classes
-                )));
-            }
-            _ => {}
+                )
+            }));
+        };
+        // What is no such list is as good as none.
+        let were: Option<Vec<String>> = serde_json::from_str(names).unwrap_or_default();
+        if let (Some(were), Some(are)) = (were, names_of_classes(self.dataset()))
+            && let Some(class) = (0..were.len().max(are.len())).find(|&class| were.get(class) != are.get(class))
+        {
+            let name = |names: &[String]| names.get(class).map_or("missing".into(), |name| format!("'{name}'"));
+            return Err(Error::usage(format!(
+                "class {class} of the data '{}' is {}, but was {} when this run was saved, so labels would mean other classes: give \
+                 it the same class folders with --data, or start a new run",
+                config.data,
+                name(are),
+                name(&were)
+            )));
         }
+        let recorded = |key: &str| recorded(key)?.parse::<usize>().ok();
         Ok(recorded(SAMPLES).filter(|&was| was != samples).map(|was| {
             format!("the data have {samples} samples, but had {was} when this run was last saved: it goes on with those there are")
         }))

@@ -9,10 +9,9 @@
 //! A panel is its halves one after the other, `[2, len, 16]`: of lines of 32, a block of a half would fall into half the sets of
 //! the first cache, and that of A beside it would not fit.
 //!
-//! A range of the inner dimension is a sub-slice of both operands, so a window of input channels needs no panels of its own, and
-//! neither does a window of output channels (halves of panels). Every element of C is one chain of
-//! additions in the order of k, from 0 or from what is there: the result depends on the operands alone, neither on the threads
-//! nor on the tile.
+//! A range of the inner dimension is a sub-slice of both operands, so a window of input channels needs no panels of its own; a
+//! window of output channels is halves of panels, of which it may copy one. Every element of C is one chain of additions in the
+//! order of k, from 0 or from what is there: the result depends on the operands alone, neither on the threads nor on the tile.
 
 /// `$call` with the number of rows as a constant of this name.
 macro_rules! by_rows {

@@ -1,4 +1,4 @@
-//! The CPU version: rows, packed, times the panels of the weight, of which a window is a range; bias, gate and residual are
+//! The CPU version: rows, packed, times the panels of the weight, of which a window is some halves; bias, gate and residual are
 //! applied to each tile while it is in cache.
 
 use crate::backend::cpu::pack::{pack_panel_transposed, pack_rows, scatter};
@@ -128,10 +128,10 @@ pub fn forward(
                             }
                             let next = shares.next().unwrap_or(&[]);
                             multiply_packed(&mut tile, rows.len(), part.halves, segment, next);
-                            for (columns, first) in part.columns() {
+                            for (columns, of_tile) in part.columns() {
                                 let (start, gate) = (columns.start, &gate.of(*sample, c)[columns.clone()]);
                                 let (out, z) = (&mut out[at(start)..], &mut z[at(start)..]);
-                                finish_tile(out, z, base(start), &tile, rows.len(), first, c, &bias[columns], gate);
+                                finish_tile(out, z, base(start), &tile, rows.len(), of_tile, c, &bias[columns], gate);
                             }
                         }
                     }

@@ -150,17 +150,14 @@ impl TrainConfig {
         };
         let names: Vec<&str> = KNOBS.iter().filter(replaced).map(|knob| knob.name).collect();
         (!names.is_empty()).then(|| {
-            let (names, origin) = (names.join(", "), &file.origin);
-            match names.contains(',') {
-                false => {
-                    format!("{names} is that of {origin}, not the default of {model}: leave it out there to have this")
-                }
-                true => {
-                    format!(
-                        "{names} are those of {origin}, not the defaults of {model}: leave them out there to have these"
-                    )
-                }
+            let origin = &file.origin;
+            if let [name] = names[..] {
+                return format!(
+                    "{name} is that of {origin}, not the default of {model}: leave it out there to have this"
+                );
             }
+            let names = names.join(", ");
+            format!("{names} are those of {origin}, not the defaults of {model}: leave them out there to have these")
         })
     }
 
