@@ -20,6 +20,15 @@ use crate::safetensors_file::SafetensorsFile;
 const CLASSES: &str = "classes";
 const SAMPLES: &str = "samples";
 
+/// Most bytes of that list that are written: of a longer header no reader takes the file.
+const MOST_NAMES: usize = 1 << 20;
+
+/// What [`CLASSES`] says; a list that is too long is as good as none.
+fn text_of_names(names: Option<&[String]>) -> String {
+    let text = serde_json::to_string(&names).expect("a list of names");
+    if text.len() <= MOST_NAMES { text } else { "null".into() }
+}
+
 /// The names of the classes, unless they are only numbers: those of arrays.
 fn names_of_classes(dataset: &dyn Dataset) -> Option<&[String]> {
     let names = dataset.class_names();
@@ -49,7 +58,7 @@ impl Trainer {
             ("updates", updates.to_string()),
             ("nonfinite_in_a_row", self.nonfinite_in_a_row.to_string()),
             ("meter", self.meter.to_text()),
-            (CLASSES, serde_json::to_string(&names_of_classes(self.dataset())).expect("a list of names")),
+            (CLASSES, text_of_names(names_of_classes(self.dataset()))),
             (SAMPLES, self.dataset().len().to_string()),
         ];
         let metadata: Metadata = state.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
@@ -174,5 +183,19 @@ impl Trainer {
         self.meter = Meter::from_text(text("meter")?)
             .ok_or_else(|| Error::file(&path, "the running sums are unreadable: the file is damaged"))?;
         self.learner.push()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_classes_are_written_unless_they_would_make_a_file_unreadable() {
+        let names = |n: usize| vec!["n".repeat(200); n];
+        let read = |n: usize| serde_json::from_str::<Option<Vec<String>>>(&text_of_names(Some(&names(n)))).unwrap();
+        assert_eq!(read(5000), Some(names(5000)));
+        assert_eq!(read(6000), None);
+        assert_eq!(text_of_names(None), "null");
     }
 }
