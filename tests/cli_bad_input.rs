@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use dtr_fused::data::npy;
 use dtr_fused::element::Element;
-use program::{fails, run, succeeds, train};
+use program::{command, fails, run, succeeds, train};
 
 #[test]
 fn values_out_of_range_are_usage_errors() {
@@ -47,6 +47,10 @@ fn commands_that_do_not_exist_are_usage_errors() {
     fails(run(place.path(), &["trian"]), 2, &["'trian'", "train"]);
     fails(run(place.path(), &["info"]), 2, &["<DIR>"]);
     fails(run(place.path(), &["completions", "tcsh"]), 2, &["tcsh", "bash"]);
+    for wrong in ["sse", "AVX2"] {
+        let output = command(place.path(), &["bench"]).env("DTR_CPU", wrong).output().unwrap();
+        fails(output, 2, &["DTR_CPU", wrong, "baseline, avx2, avx512 or amx"]);
+    }
 }
 
 #[test]

@@ -84,6 +84,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<ExitCode> {
+    crate::backend::cpu::simd::limit()?;
     match command {
         Command::Train(args) => return train::run(args),
         Command::Sample(args) => return sample::run(args),

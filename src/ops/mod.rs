@@ -23,6 +23,7 @@ pub(crate) mod shares;
 pub(crate) mod tile;
 pub mod timestep_embed;
 pub mod unpatchify;
+pub(crate) mod weight_gradient;
 pub mod work;
 
 use crate::autograd::{Tape, Var};

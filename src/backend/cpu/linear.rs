@@ -8,7 +8,7 @@ use super::shared::Shared;
 use super::simd::{add_assign, fetch_rows, simd_fn};
 use super::tile::{
     HALF, PANEL, Rows, Segment, Streams, Tile, add_tile, copy_row, multiply, multiply_add, of_matrix, of_panel, panels,
-    row_tiles, write_tile, write_transposed,
+    row_tiles, write_rows, write_transposed,
 };
 use rayon::prelude::*;
 
@@ -86,7 +86,7 @@ pub fn weight_gradient(dweight: &mut [f32], add: bool, dy: &[f32], x: &[f32], k:
                         // SAFETY: each place is written once, and read by nobody before all tasks are done.
                         Some(streams) => unsafe { streams.write_tile(to, &tile, outputs.len(), width, k) },
                         None if add => add_tile(to, &tile, outputs.len(), width, k),
-                        None => write_tile(to, &tile, outputs.len(), width, k),
+                        None => write_rows(to, &tile.rows[..outputs.len()], width, k),
                     }
                 }
             }

@@ -3,7 +3,7 @@
 use super::shared::Shared;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Level, level};
-use super::simd::{fetch_rows, gelu, simd_fn};
+use super::simd::{fetch, fetch_rows, gelu, simd_fn};
 use super::tile::{HALF, MAX_ROWS, PANEL, packed_stride, step_rows, steps_of};
 use crate::routing::Window;
 
@@ -141,6 +141,10 @@ pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, 
     for (first, to) in columns.clone().step_by(HALF).zip(to.chunks_exact_mut(len * HALF)) {
         let rows = HALF.min(columns.end - first);
         let w = &w[first * stride..];
+        if rows < HALF {
+            // The columns that are not there are multiplied too, and small numbers in them could take many times as long.
+            to.fill(0.0);
+        }
         if first == columns.start {
             fetch_rows(w, rows, BLOCK.min(len), stride);
         }
@@ -174,7 +178,33 @@ simd_fn! {
                 _ => {
                     let (of_left, of_right) = from[..width].split_at(HALF.min(width));
                     left[..of_left.len()].copy_from_slice(of_left);
+                    left[of_left.len()..].fill(0.0);
                     right[..of_right.len()].copy_from_slice(of_right);
+                    right[of_right.len()..].fill(0.0);
+                }
+            }
+        }
+    }
+}
+
+/// Lines from one that is copied to the one that is fetched meanwhile.
+const LINES_AHEAD: usize = 8;
+
+simd_fn! {
+    /// The panels of the columns of a row-major B `[len, n]` from `first` on, as many as `to` holds, side by side: longer parts of
+    /// lines come faster from memory.
+    pub fn pack_panels<F>(to: &mut [f32], b: &[f32], first: usize, n: usize, len: usize) {
+        let columns = first..(first + to.len() / len).min(n);
+        for k in 0..len {
+            for (half, from) in b[k * n..][columns.clone()].chunks(HALF).enumerate() {
+                fetch(from.as_ptr().wrapping_add(LINES_AHEAD * n));
+                let to = &mut to[(half * len + k) * HALF..][..HALF];
+                match from.first_chunk::<HALF>() {
+                    Some(from) => to.copy_from_slice(from),
+                    None => {
+                        to[..from.len()].copy_from_slice(from);
+                        to[from.len()..].fill(0.0);
+                    }
                 }
             }
         }
@@ -241,7 +271,8 @@ unsafe fn scatter_groups<const N: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::tile::{groups, of_panel_mut, packed_len, padded_columns, panels, tile_rows};
+    use super::super::packed::Format;
+    use super::super::tile::{of_panel_mut, packed_len, panels, tile_rows};
     use super::*;
 
     fn numbers(seed: usize, n: usize) -> Vec<f32> {
@@ -289,11 +320,11 @@ mod tests {
     #[test]
     fn channels_are_scattered_to_the_groups_that_the_window_meets() {
         let (c, rows, count) = (5 * step_rows() - 3, 7, 4);
-        let stride = padded_columns(c);
+        let stride = Format::Numbers.padded_columns(c);
         let lines = numbers(8, count * stride);
         for (start, width) in [(0, 1), (0, c), (c - 1, 1), (step_rows() - 1, 2), (step_rows(), step_rows())] {
             let window = Window { start, width };
-            let mut to = vec![f32::NAN; groups(c) * rows * packed_stride()];
+            let mut to = vec![f32::NAN; Format::Numbers.groups(c) * rows * packed_stride()];
             // SAFETY: nobody else has it.
             unsafe { scatter(&Shared::new(&mut to), &lines, stride, window, 2, rows) };
             for (at, &got) in to.iter().enumerate() {

@@ -3,6 +3,7 @@
 //! A body is written once, as plain Rust over slices that the compiler vectorises. Its const parameter says whether fused
 //! multiply-add is an instruction (then [`fma`] is one) or not (then it is two operations, not a library call).
 
+use crate::error::{Error, Result};
 use std::sync::OnceLock;
 
 /// Defines a function once for every instruction set.
@@ -25,7 +26,7 @@ macro_rules! simd_fn {
                 fn avx2($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
                 match $crate::backend::cpu::simd::level() {
                     // SAFETY: `level` found every feature the function needs on this processor.
-                    $crate::backend::cpu::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::backend::cpu::simd::Level::Amx | $crate::backend::cpu::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::backend::cpu::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
                     $crate::backend::cpu::simd::Level::Baseline => {}
@@ -37,38 +38,55 @@ macro_rules! simd_fn {
 }
 pub(crate) use simd_fn;
 
-/// Instruction sets that bodies are compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Instruction sets that bodies are compiled for, each with all of those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// 512-bit vectors.
-    Avx512,
-    /// 256-bit vectors and fused multiply-add.
-    Avx2,
     /// Whatever the target guarantees.
     Baseline,
+    /// 256-bit vectors and fused multiply-add.
+    Avx2,
+    /// 512-bit vectors.
+    Avx512,
+    /// Products of tiles of bf16 numbers; [`super::split`] makes f32 ones of them.
+    Amx,
 }
 
-/// The best instruction set of this processor.
+/// Names the most that is used of a processor, for the same bits as on one that has no more; `amx` also asks for AMX where other
+/// kernels are faster.
+const LIMIT: &str = "DTR_CPU";
+
+/// The level that the environment variable `DTR_CPU` names, if it is set.
+pub fn limit() -> Result<Option<Level>> {
+    let Some(name) = std::env::var_os(LIMIT).filter(|name| !name.is_empty()) else { return Ok(None) };
+    match name.to_str() {
+        Some("baseline") => Ok(Some(Level::Baseline)),
+        Some("avx2") => Ok(Some(Level::Avx2)),
+        Some("avx512") => Ok(Some(Level::Avx512)),
+        Some("amx") => Ok(Some(Level::Amx)),
+        _ => Err(Error::usage(format!("{LIMIT} is {}, expected baseline, avx2, avx512 or amx", name.display()))),
+    }
+}
+
+/// The best instruction set of this processor, up to [`limit`].
 #[inline]
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
+        // The command line has checked it.
+        let limit = limit().unwrap_or_else(|why| panic!("{why}")).unwrap_or(Level::Amx);
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
-            if has!("avx512f")
-                && has!("avx512vl")
-                && has!("avx512bw")
-                && has!("avx512dq")
-                && has!("avx2")
-                && has!("fma")
-            {
-                return Level::Avx512;
+            let has_avx2 = has!("avx2") && has!("fma");
+            let has_avx512 = has_avx2 && has!("avx512f") && has!("avx512vl") && has!("avx512bw") && has!("avx512dq");
+            if has_avx512 && limit >= Level::Avx512 {
+                return if limit == Level::Amx && super::tile::amx::available() { Level::Amx } else { Level::Avx512 };
             }
-            if has!("avx2") && has!("fma") {
+            if has_avx2 && limit >= Level::Avx2 {
                 return Level::Avx2;
             }
         }
+        let _ = limit;
         Level::Baseline
     })
 }

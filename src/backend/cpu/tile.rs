@@ -11,7 +11,7 @@
 //!
 //! A range of the inner dimension is a sub-slice of both operands, so a window of input channels needs no panels of its own; a
 //! window of output channels is halves of panels, of which it may copy one. Every element of C is one chain of additions in the
-//! order of k, from 0 or from what is there: the result depends on the operands alone, neither on the threads nor on the tile.
+//! order of k, from 0 or from what is there (of parts, as [`split::multiply`] says): the result depends on the operands alone, neither on the threads nor on the tile.
 
 /// `$call` with the number of rows as a constant of this name.
 macro_rules! by_rows {
@@ -27,6 +27,8 @@ macro_rules! by_rows {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -37,6 +39,7 @@ mod tests;
 
 use super::pack::interleave;
 use super::simd::{Level, fetch_rows, level, simd_fn};
+use super::split;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -56,7 +59,7 @@ pub const MAX_ROWS: usize = steps::AT_ONCE * steps::ROWS;
 #[inline]
 pub fn step_rows() -> usize {
     match level() {
-        Level::Avx512 => 14,
+        Level::Amx | Level::Avx512 => 14,
         Level::Avx2 | Level::Baseline => steps::ROWS,
     }
 }
@@ -69,7 +72,7 @@ pub fn tile_rows() -> usize {
 
 fn steps_at_once() -> usize {
     match level() {
-        Level::Avx512 => 1,
+        Level::Amx | Level::Avx512 => 1,
         Level::Avx2 | Level::Baseline => steps::AT_ONCE,
     }
 }
@@ -91,21 +94,9 @@ pub fn panels(columns: usize) -> usize {
 #[inline]
 pub fn packed_stride() -> usize {
     match level() {
-        Level::Avx512 => 16,
+        Level::Amx | Level::Avx512 => 16,
         Level::Avx2 | Level::Baseline => steps::ROWS,
     }
-}
-
-/// Groups of [`step_rows`] rows that hold `rows`, of which only the last may be smaller.
-#[inline]
-pub fn groups(rows: usize) -> usize {
-    rows.div_ceil(step_rows())
-}
-
-/// Columns that hold `columns` in whole panels and in whole groups, and in whole cache lines.
-#[inline]
-pub fn padded_columns(columns: usize) -> usize {
-    (panels(columns) * PANEL).max(groups(columns) * step_rows()).next_multiple_of(HALF)
 }
 
 /// Numbers of a packed tile of up to `rows` rows of `len` numbers.
@@ -174,9 +165,9 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// Writes the first `width` columns of `rows` rows to lines that are `stride` apart.
-    pub fn write_tile<F>(to: &mut [f32], tile: &Tile, rows: usize, width: usize, stride: usize) {
-        for (i, row) in tile.rows[..rows].iter().enumerate() {
+    /// Writes the first `width` columns of rows to lines that are `stride` apart.
+    pub fn write_rows<F>(to: &mut [f32], rows: &[[f32; PANEL]], width: usize, stride: usize) {
+        for (i, row) in rows.iter().enumerate() {
             copy_row(&mut to[i * stride..][..width], row);
         }
     }
@@ -236,7 +227,7 @@ impl Streams {
         (len >= LARGE).then_some(Streams(PhantomData))
     }
 
-    /// As [`write_tile`].
+    /// As [`write_rows`].
     ///
     /// # Safety
     /// Until `self` is dropped, nobody, this thread included, may access what was written.
@@ -261,7 +252,7 @@ impl Streams {
         {
             // SAFETY: the processor has the features, and the row starts at a cache line; nobody reads it before the fence, by
             // this function's contract.
-            return unsafe { if level() == Level::Avx512 { avx512::stream(to, row) } else { avx2::stream(to, row) } };
+            return unsafe { if level() == Level::Avx2 { avx2::stream(to, row) } else { avx512::stream(to, row) } };
         }
         copy_row(to, row);
     }
@@ -406,7 +397,9 @@ fn sum_products(
     #[cfg(target_arch = "x86_64")]
     match level() {
         // SAFETY: the processor has the features; rows, halves and the segments' lengths were checked above.
-        Level::Avx512 => return unsafe { avx512::multiply(sums, add, halves, layout, stride, segments, next) },
+        Level::Amx | Level::Avx512 => {
+            return unsafe { avx512::multiply(sums, add, halves, layout, stride, segments, next) };
+        }
         Level::Avx2 => {
             // SAFETY: as above; the steps lie inside of what was checked.
             return steps::multiply(sums, add, halves, layout, stride, segments, |step| unsafe { avx2::step(step) });
@@ -414,4 +407,38 @@ fn sum_products(
         Level::Baseline => {}
     }
     steps::multiply(sums, add, halves, layout, stride, segments, plain::step);
+}
+
+/// As [`multiply_packed`], of operands in parts ([`super::split`]): writes, or adds, the sums of up to two steps of rows, which are
+/// `step` apart in A. All rows of the steps are written; those that are not asked for are of no meaning. The segment
+/// is whole blocks.
+#[inline]
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "`next` is fetched where it was measured"))]
+pub fn multiply_split(
+    sums: &mut [[f32; PANEL]],
+    add: bool,
+    rows: usize,
+    halves: usize,
+    step: usize,
+    segment: Segment,
+    next: &[f32],
+) {
+    assert!(segment.len.is_multiple_of(split::INNER), "parts are multiplied in whole blocks");
+    let (steps, blocks) = (rows.div_ceil(split::STEP), segment.len / split::INNER);
+    // Saturated, so that no length wraps round to a place inside.
+    let end = blocks.saturating_mul(split::BLOCK);
+    assert!((1..=2).contains(&steps) && (1..=2).contains(&halves) && steps * split::STEP <= sums.len());
+    let reaches = |b: &&[f32]| end <= b.len();
+    let last = (steps - 1).saturating_mul(step).saturating_add(end);
+    assert!(last <= segment.a.len() && segment.b[..halves].iter().all(reaches), "an operand is too short");
+    #[cfg(target_arch = "x86_64")]
+    if level() == Level::Amx && blocks > 0 {
+        let a = [segment.a, segment.a.get(step..).unwrap_or(&[])].map(<[f32]>::as_ptr);
+        let b = segment.b.map(<[f32]>::as_ptr);
+        let lines = next.len().div_ceil(super::simd::LINE).div_ceil(blocks);
+        let to = sums.as_mut_ptr().cast();
+        // SAFETY: the processor has AMX; the lengths of the operands and of the sums were checked above.
+        return unsafe { amx::multiply(to, add, [steps, halves], a, b, blocks, next.as_ptr(), lines) };
+    }
+    split::multiply(sums, add, [steps, halves], step, segment, blocks);
 }

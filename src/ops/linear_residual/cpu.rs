@@ -1,18 +1,17 @@
 //! The CPU version: rows, packed, times the panels of the weight, of which a window is some halves; bias, gate and residual are
 //! applied to each tile while it is in cache.
 
-use crate::backend::cpu::pack::{pack_panel_transposed, pack_rows, scatter};
+use crate::backend::cpu::packed::Format;
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu_and_derivative, simd_fn};
-use crate::backend::cpu::tile::{
-    HALF, PANEL, Segment, Tile, add_tile, multiply_packed, of_panel, padded_columns, panels, tile_rows, write_tile,
-};
+use crate::backend::cpu::tile::{HALF, PANEL, Segment, Tile, add_tile, panels, write_rows};
 use crate::ops::products::{
-    Layout, Operands, RowTile, Sample, batches, each_panel, fetched_by_each, pack_panels, pack_tiles, packed_tile_len,
-    packed_tiles_len, part, routed_len, weight_gradient, with_packed,
+    RowTile, WindowedColumns, batches, each_panel, fetched_by_each, pack_panels, packed_tile_len, packed_tiles_len,
+    with_packed,
 };
+use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -65,7 +64,7 @@ pub fn forward(
     }
     let numbers = b * t * (k + 3 * c) + c * k;
     let _span = span("linear_residual", Pass::Forward, [k, c], flops(write, t, k), numbers);
-    let rows = rows_per_block(b * t, t);
+    let (format, rows) = (Format::of(t), rows_per_block(b * t, t));
     // Whether the whole write window is added to base alone: then that is done tile by tile.
     let is_base = |sample: usize| {
         let inside = |windows: &[Window]| {
@@ -74,12 +73,12 @@ pub fn forward(
         };
         inside(base.1) && bypass.is_none_or(|(_, windows)| inside(windows))
     };
-    scratch::with(panels(c) * k * PANEL, |panels_of_w| {
+    scratch::with(panels(c) * format.panel_len(k), |panels_of_w| {
         panels_of_w
-            .par_chunks_mut(k * PANEL)
+            .par_chunks_mut(format.panel_len(k))
             .enumerate()
-            .for_each(|(panel, to)| pack_panel_transposed(to, weight, panel, c, k, k));
-        let panels_of_w = &*panels_of_w;
+            .for_each(|(panel, to)| format.pack_panel_transposed(to, weight, panel, c, k));
+        let product = WindowedColumns { format, panels_of_w, windows: write, tokens: t, k };
         out.par_chunks_mut(rows * c).zip(z.par_chunks_mut(rows * c)).enumerate().for_each(|(block, (out, z))| {
             let first = block * rows;
             let rows = first..first + out.len() / c;
@@ -100,41 +99,27 @@ pub fn forward(
                     add_assign(&mut out[of_base], &base.0[row * c..][from]);
                 }
             }
-            let mut tile = Tile::new();
-            scratch::with(packed_tiles_len(t, k) + k * HALF, |buffer| {
-                let (packed, mixed) = buffer.split_at_mut(packed_tiles_len(t, k));
-                batches(rows, t, k, |tiles| {
-                    pack_tiles(packed, &a[tiles[0].rows.start * k..], of_gelu, tiles, t, k);
-                    for (panel, (_, next)) in each_panel(panels_of_w, k).enumerate() {
-                        let active = tiles.iter().filter(|tile| part(write[tile.sample], panel).is_some()).count();
-                        let mut shares = fetched_by_each(next, 0..k, active);
-                        let mut mixed_for = None;
-                        for (RowTile { sample, rows }, a) in with_packed(tiles, packed, t, k) {
-                            let Some(part) = part(write[*sample], panel) else { continue };
-                            if mixed_for.replace(*sample) != Some(*sample) {
-                                part.mix(mixed, panels_of_w, k);
-                            }
-                            let segment = Segment { a, b: part.of(panels_of_w, k, mixed), len: k };
-                            let at = |column: usize| (rows.start - first) * c + column;
-                            let base = |column: usize| match is_base(*sample) {
-                                true => &base.0[rows.start * c + column..],
+            scratch::with(product.room(), |room| {
+                product.batches(rows, |tiles| {
+                    let a = &a[tiles[0].rows.start * k..];
+                    product.multiply(room, tiles, a, of_gelu, |RowTile { sample, rows }, part, sums| {
+                        for (columns, of_tile) in part.columns() {
+                            let (at, width) = ((rows.start - first) * c + columns.start, columns.len());
+                            let (out, z) = (&mut out[at..], &mut z[at..]);
+                            let base = match is_base(*sample) {
+                                true => &base.0[rows.start * c + columns.start..],
                                 false => &[],
                             };
-                            for (columns, _) in part.columns() {
-                                let (start, width) = (columns.start, columns.len());
-                                for numbers in [base(start), &out[at(start)..], &z[at(start)..]] {
+                            let Some(sums) = sums else {
+                                for numbers in [base, out, z] {
                                     fetch_rows(numbers, rows.len(), width, c);
                                 }
-                            }
-                            let next = shares.next().unwrap_or(&[]);
-                            multiply_packed(&mut tile, rows.len(), part.halves, segment, next);
-                            for (columns, of_tile) in part.columns() {
-                                let (start, gate) = (columns.start, &gate.of(*sample, c)[columns.clone()]);
-                                let (out, z) = (&mut out[at(start)..], &mut z[at(start)..]);
-                                finish_tile(out, z, base(start), &tile, rows.len(), of_tile, c, &bias[columns], gate);
-                            }
+                                continue;
+                            };
+                            let gate = &gate.of(*sample, c)[columns.clone()];
+                            finish_tile(out, z, base, sums, of_tile, c, &bias[columns], gate);
                         }
-                    }
+                    });
                 });
             });
         });
@@ -187,34 +172,31 @@ pub fn backward(
     let each = if matches!(a, Input::GeluOfDa(_)) { 3 * k } else { 2 * k };
     let numbers = b * t * (each + 3 * c) + 2 * c * k;
     let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
-    let samples = samples_per_block(b, t);
+    let (format, samples) = (Format::of(t), samples_per_block(b, t));
     let stride = gate.stride;
     let wide_k = panels(k) * PANEL;
-    scratch::with(c * wide_k + routed_len(b * t, c), |buffer| {
-        let (panels_of_w, dz) = buffer.split_at_mut(c * wide_k);
-        pack_panels(panels_of_w, weight, k, c);
+    let panels_len = panels(k) * format.panel_len(c);
+    scratch::with(panels_len + format.routed_len(b * format.rows_of(t), c), |buffer| {
+        let (panels_of_w, dz) = buffer.split_at_mut(panels_len);
+        clear_routed(format, dz, t);
+        pack_panels(format, panels_of_w, weight, k, c);
         let (rows, room, of_gelu) = match a {
             Input::Rows(rows) => (rows, &mut [][..], false),
             Input::GeluOfDa(room) => (&[][..], room, true),
         };
         assert!(!of_gelu || room.len() == b * t * wide_k, "room of another size than the panels");
-        let inputs = BackwardInputs { dout, of_gelu, panels_of_w, gate, z, write, t, c, k };
+        let inputs = BackwardInputs { format, dout, of_gelu, panels_of_w, gate, z, write, t, c, k };
         let (shared_dz, recomputed) = (Shared::new(dz), Shared::new(room));
         da.par_chunks_mut(samples * t * k)
             .zip(dmodulation.par_chunks_mut(samples * stride))
             .zip(dbias_parts.par_chunks_mut(samples * c))
             .enumerate()
             .for_each(|(block, ((da, dmodulation), dbias))| {
-                let each =
-                    da.chunks_exact_mut(t * k).zip(dmodulation.chunks_exact_mut(stride)).zip(dbias.chunks_exact_mut(c));
-                for (s, ((da, dmodulation), dbias)) in each.enumerate() {
-                    let (sample, dgate) = (block * samples + s, &mut dmodulation[gate.offset..][..c]);
-                    // SAFETY: each sample once; they are read after all tasks.
-                    unsafe { inputs.sample(sample, &shared_dz, da, fresh_da, &recomputed, dgate, dbias) };
-                }
+                // SAFETY: each sample once; they are read after all tasks.
+                unsafe { inputs.samples(block * samples, &shared_dz, da, fresh_da, &recomputed, dmodulation, dbias) };
             });
         let operands = Operands { routed: dz, other: room };
-        weight_gradient(dweight, add, Layout::RoutedRows, [c, k], operands, b, |i| Sample {
+        weight_gradient(format, dweight, add, Layout::RoutedRows, [c, k], operands, b, |i| Sample {
             tokens: t,
             channels: [write[i].range(), 0..0],
             other: if of_gelu { &[] } else { &rows[i * t * k..][..t * k] },
@@ -230,9 +212,10 @@ pub fn backward(
 
 /// What backward reads of all samples.
 struct BackwardInputs<'a> {
+    format: Format,
     dout: &'a [f32],
     of_gelu: bool,          // see Input
-    panels_of_w: &'a [f32], // [panels(K), 2, C, HALF]
+    panels_of_w: &'a [f32], // panels(K) over C
     gate: Gate<'a>,
     z: &'a [f32],
     write: &'a [Window],
@@ -242,69 +225,79 @@ struct BackwardInputs<'a> {
 }
 
 impl BackwardInputs<'_> {
-    /// One sample: `dz` in the groups that its window meets, `da`, and the sums over tokens.
+    /// Some samples, from `first` on: `dz` in the groups that the window of each meets, `da`, and the sums over tokens.
     ///
     /// # Safety
-    /// Nobody else may access the rows of this sample in `dz` and `recomputed`.
-    #[expect(clippy::too_many_arguments, reason = "those of one sample")]
-    unsafe fn sample(
+    /// Nobody else may access the rows of these samples in `dz` and `recomputed`.
+    #[expect(clippy::too_many_arguments, reason = "those of some samples")]
+    unsafe fn samples(
         &self,
-        sample: usize,
-        dz: &Shared,    // [groups(C), B T, packed_stride()]
-        da: &mut [f32], // [T, K]
+        first: usize,
+        dz: &Shared,    // see Operands
+        da: &mut [f32], // [_, T, K]
         fresh_da: bool,
-        recomputed: &Shared, // [panels(K), 2, B T, HALF] or empty
-        dgate: &mut [f32],   // [C]
-        dbias: &mut [f32],   // [C]
+        recomputed: &Shared,     // [panels(K), 2, B T, HALF] or empty
+        dmodulation: &mut [f32], // [_, stride]
+        dbias: &mut [f32],       // [_, C]
     ) {
-        let (t, c, k) = (self.t, self.c, self.k);
-        let all_rows = self.write.len() * t;
-        let window = self.write[sample];
-        let (range, wide) = (window.range(), padded_columns(c));
-        let gate = &self.gate.of(sample, c)[range.clone()];
+        let (format, t, c, k) = (self.format, self.t, self.c, self.k);
+        let (all_rows, first_row, count) = (self.write.len() * t, first * t, dbias.len() / c);
+        let (wide, tile_len) = (format.padded_columns(c), packed_tile_len(format, t, c));
+        let lines_len = format.tile_rows().min(t) * wide;
         dbias.fill(0.0);
         let mut tile = Tile::new();
-        let (lines_len, tile_len) = (tile_rows().min(t) * wide, packed_tile_len(t, c));
-        scratch::with(lines_len + packed_tiles_len(t, c), |buffer| {
+        let mut lines_of = None;
+        scratch::with(lines_len + packed_tiles_len(format, t, c), |buffer| {
             let (lines, packed) = buffer.split_at_mut(lines_len);
-            lines.fill(0.0);
-            batches(0..t, t, c, |tiles| {
-                for (RowTile { rows, .. }, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
-                    for (i, line) in rows.clone().zip(lines.chunks_exact_mut(wide)) {
-                        let row = sample * t + i;
+            batches(format, first_row..first_row + count * t, t, tile_len, |tiles| {
+                for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
+                    let window = self.write[*sample];
+                    let range = window.range();
+                    if lines_of.replace(*sample) != Some(*sample) {
+                        lines.fill(0.0);
+                    }
+                    let at = sample - first;
+                    let dgate = &mut dmodulation[at * self.gate.stride + self.gate.offset..][range.clone()];
+                    let dbias = &mut dbias[at * c..][range.clone()];
+                    let gate = &self.gate.of(*sample, c)[range.clone()];
+                    for (row, line) in rows.clone().zip(lines.chunks_exact_mut(wide)) {
                         gate_backward(
                             &mut line[range.clone()],
-                            &mut dgate[range.clone()],
-                            &mut dbias[range.clone()],
+                            dgate,
+                            dbias,
                             &self.dout[row * c..][range.clone()],
                             &self.z[row * c..][range.clone()],
                             gate,
                         );
                     }
                     let lines = &lines[..rows.len() * wide];
-                    // SAFETY: rows of this sample.
-                    unsafe { scatter(dz, lines, wide, window, sample * t + rows.start, all_rows) };
-                    pack_rows(packed, &lines[window.start..], rows.len(), window.width, wide);
+                    let row = sample * format.rows_of(t) + rows.start - sample * t;
+                    // SAFETY: rows of these samples.
+                    unsafe { format.scatter(dz, lines, wide, window, row, self.write.len() * format.rows_of(t)) };
+                    format.pack_rows(packed, &lines[window.start..], rows.len(), range, c, wide);
                 }
-                for (panel, (b, next)) in each_panel(self.panels_of_w, c).enumerate() {
+                let of_all = tiles.iter().map(|tile| self.write[tile.sample]).reduce(Window::union);
+                let of_all = of_all.map_or(0..0, |window| window.range());
+                for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
-                    let shares = fetched_by_each(next, range.clone(), tiles.len());
-                    for ((RowTile { rows, .. }, a), next) in with_packed(tiles, packed, t, c).zip(shares) {
-                        let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
+                    let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());
+                    for ((RowTile { sample, rows }, a), next) in with_packed(format, tiles, packed, t, c).zip(shares) {
+                        let inner = format.inner(self.write[*sample].range(), c);
+                        let segment = Segment { a, b: format.of_panel(b, &inner), len: inner.len() };
                         let halves = columns.len().div_ceil(HALF);
-                        let (width, at) = (columns.len(), rows.start * k + columns.start);
-                        let da = &mut da[at..rows.end * k];
+                        let (width, at) = (columns.len(), (rows.start - first_row) * k + columns.start);
+                        let da = &mut da[at..(rows.end - first_row) * k];
                         fetch_rows(da, rows.len(), width, k);
-                        multiply_packed(&mut tile, rows.len(), halves, segment, next);
+                        format.multiply(&mut tile, rows.len(), halves, segment, next);
                         if self.of_gelu {
                             let y = [0, 1].map(|half| {
-                                let at = ((2 * panel + half) * all_rows + sample * t + rows.start) * HALF;
-                                // SAFETY: rows of this sample.
+                                let at = ((2 * panel + half) * all_rows + rows.start) * HALF;
+                                // SAFETY: rows of these samples.
                                 unsafe { recomputed.slice(at..at + rows.len() * HALF) }
                             });
                             gelu_backward(da, y, &tile, width, k);
                         } else if fresh_da {
-                            write_tile(da, &tile, rows.len(), width, k);
+                            write_rows(da, &tile.rows[..rows.len()], width, k);
                         } else {
                             add_tile(da, &tile, rows.len(), width, k);
                         }
@@ -360,23 +353,22 @@ fn each_row(
 }
 
 simd_fn! {
-    /// A tile of rows from its column `first` on: `z = tile + bias; out = base + gate z`, or `out += gate z` when `base` is
+    /// The sums of a tile from its column `first` on: `z = sums + bias; out = base + gate z`, or `out += gate z` when `base` is
     /// empty. Lines are `c` apart, and `bias.len()` columns are written.
     fn finish_tile<F>(
         out: &mut [f32],
         z: &mut [f32],
         base: &[f32],
-        tile: &Tile,
-        rows: usize,
+        sums: &[[f32; PANEL]],
         first: usize,
         c: usize,
         bias: &[f32],
         gate: &[f32],
     ) {
         let width = bias.len();
-        for i in 0..rows {
+        for (i, sums) in sums.iter().enumerate() {
             let (out, z) = (&mut out[i * c..][..width], &mut z[i * c..][..width]);
-            let (sums, gate) = (&tile.rows[i][first..][..width], &gate[..width]);
+            let (sums, gate) = (&sums[first..][..width], &gate[..width]);
             if base.is_empty() {
                 for j in 0..width {
                     z[j] = sums[j] + bias[j];

@@ -3,19 +3,17 @@
 //! a pass of its own.
 
 use super::EPS;
-use crate::backend::cpu::pack::{pack_panel_transposed, pack_rows, scatter};
+use crate::backend::cpu::packed::Format;
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu, gelu_derivative, simd_fn, sum_by};
-use crate::backend::cpu::tile::{
-    HALF, MAX_ROWS, PANEL, Rows, Segment, Streams, Tile, multiply, multiply_packed, of_panel, padded_columns, panels,
-    step_rows, tile_rows, write_tile,
-};
+use crate::backend::cpu::tile::{HALF, MAX_ROWS, PANEL, Segment, Streams, Tile, panels, write_rows};
 use crate::ops::products::{
-    Layout, Operands, RowTile, Sample, batches, each_panel, fetched_by_each, pack_panels, pack_tiles, packed_tile_len,
-    packed_tiles_len, panels_at_once, part, routed_len, weight_gradient, with_packed,
+    RowTile, WindowedColumns, batches, each_panel, fetched_by_each, pack_panels, packed_tile_len, packed_tiles_len,
+    panels_at_once, with_packed,
 };
+use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
@@ -55,9 +53,16 @@ fn inactive_ranges(windows: &[Window], c: usize) -> [Range<usize>; 2] {
     if right <= left { [0..c, c..c] } else { [0..left, right..c] }
 }
 
-/// `[2 samples, stride]`: `1 + scale` and `shift` of each sample on its inactive channels, zero on the active ones.
-fn inactive_modulation(out: &mut [f32], windows: &[Window], modulation: Modulation, c: usize, stride: usize) {
-    for ((i, rows), &window) in out.chunks_exact_mut(2 * stride).enumerate().zip(windows) {
+/// `[2 samples, stride]`: `1 + scale` and `shift` of each sample from `first` on, on its inactive channels; zero on the active ones.
+fn inactive_modulation(
+    out: &mut [f32],
+    first: usize,
+    windows: &[Window],
+    modulation: Modulation,
+    c: usize,
+    stride: usize,
+) {
+    for ((i, rows), &window) in (first..).zip(out.chunks_exact_mut(2 * stride)).zip(windows) {
         let (one_plus_scale, shift) = rows.split_at_mut(stride);
         for (y, s) in one_plus_scale.iter_mut().zip(modulation.scale(i, c)) {
             *y = 1.0 + s;
@@ -68,14 +73,32 @@ fn inactive_modulation(out: &mut [f32], windows: &[Window], modulation: Modulati
     }
 }
 
+/// Numbers of [`packed_lines`].
+fn packed_lines_len(format: Format, b: usize, c: usize) -> usize {
+    b.div_ceil(samples_at_once(format, b)) * 2 * format.rows_len(format.step_rows(), c)
+}
+
+/// [`inactive_modulation`] of as many samples as are multiplied at once, packed: of the left and of the right inactive channels.
+fn packed_lines(format: Format, to: &mut [f32], read: &[Window], modulation: Modulation, c: usize) {
+    let (samples, len) = (samples_at_once(format, read.len()), format.rows_len(format.step_rows(), c));
+    to.par_chunks_mut(2 * len).zip(read.par_chunks(samples)).enumerate().for_each(|(chunk, (to, windows))| {
+        scratch::with(2 * windows.len() * c, |lines| {
+            inactive_modulation(lines, chunk * samples, windows, modulation, c, c);
+            for (range, to) in inactive_ranges(windows, c).into_iter().zip(to.chunks_exact_mut(len)) {
+                format.pack_rows(to, &lines[range.start..], 2 * windows.len(), range, c, c);
+            }
+        });
+    });
+}
+
 /// Operations of the forward product and of the correction.
 fn flops(read: &[Window], t: usize, c: usize, n: usize) -> usize {
     read.iter().map(|window| 2 * n * (t * window.width + 2 * (c - window.width))).sum()
 }
 
 /// Samples whose two vectors fill the rows that registers hold.
-fn samples_at_once(b: usize) -> usize {
-    b.div_ceil(b.div_ceil(step_rows() / 2))
+fn samples_at_once(format: Format, b: usize) -> usize {
+    b.div_ceil(b.div_ceil(format.step_rows() / 2))
 }
 
 /// Whether `panel` holds channels of `ranges`.
@@ -87,29 +110,32 @@ fn touched(ranges: [Range<usize>; 2], panel: usize) -> bool {
 ///
 /// # Safety
 /// Nobody else may access these columns.
+#[expect(clippy::too_many_arguments, reason = "operands and sizes")]
 unsafe fn forward_correction(
+    format: Format,
     correction: &Shared,
-    lines: &[f32], // [B, 2, C], see inactive_modulation
+    lines: &[f32], // see packed_lines
     read: &[Window],
     first: usize,
-    panels_of_w: &[f32], // [panels, 2, C, HALF]
+    panels_of_w: &[f32],
     bias: &[f32],
     c: usize,
 ) {
     let n = bias.len();
-    let samples = samples_at_once(read.len());
+    let samples = samples_at_once(format, read.len());
     let mut tile = Tile::new();
-    for (chunk, (windows, lines)) in read.chunks(samples).zip(lines.chunks(samples * 2 * c)).enumerate() {
+    let chunks = read.chunks(samples).zip(lines.chunks_exact(2 * format.rows_len(format.step_rows(), c)));
+    for (chunk, (windows, lines)) in chunks.enumerate() {
         let m = 2 * windows.len();
         let ranges = inactive_ranges(windows, c);
-        for (panel, b) in (first..).zip(panels_of_w.chunks_exact(c * PANEL)) {
+        for (panel, b) in (first..).zip(panels_of_w.chunks_exact(format.panel_len(c))) {
             let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-            let segment = |range: &Range<usize>| {
-                let (a, b) = (&lines[range.start..], of_panel(b, range.start));
-                Segment { a, b, len: range.len() }
-            };
-            let segments = [segment(&ranges[0]), segment(&ranges[1])];
-            multiply(&mut tile.rows[..m], columns.len().div_ceil(HALF), Rows::lines(c), HALF, &segments, &[]);
+            tile.rows[..m].fill([0.0; PANEL]);
+            for (range, a) in ranges.iter().zip(lines.chunks_exact(format.rows_len(format.step_rows(), c))) {
+                let inner = format.inner(range.clone(), c);
+                let segment = Segment { a, b: format.of_panel(b, &inner), len: inner.len() };
+                format.multiply_add(&mut tile.rows, m, columns.len().div_ceil(HALF), inner.len(), &[segment], &[]);
+            }
             for (i, sums) in tile.rows[..m].iter().enumerate() {
                 let row = (chunk * samples * 2 + i) * n;
                 // SAFETY: columns of these panels.
@@ -140,26 +166,27 @@ pub fn forward(
     if b * t == 0 {
         return;
     }
+    let format = Format::of(t);
     let _span = span("ln_linear", Pass::Forward, [c, n], flops(read, t, c, n), b * t * (c + n) + n * c);
-    let of_lines = if correction.is_empty() { 0 } else { 2 * b * c };
-    scratch::with(panels(n) * c * PANEL + of_lines, |buffer| {
-        let (panels_of_w, lines) = buffer.split_at_mut(panels(n) * c * PANEL);
-        inactive_modulation(lines, read, modulation, c, c);
+    let lines_len = if correction.is_empty() { 0 } else { packed_lines_len(format, b, c) };
+    scratch::with(panels(n) * format.panel_len(c) + lines_len, |buffer| {
+        let (panels_of_w, lines) = buffer.split_at_mut(panels(n) * format.panel_len(c));
+        packed_lines(format, lines, read, modulation, c);
         let (lines, shared_correction) = (&*lines, Shared::new(correction));
         let at_once = panels_at_once(n);
-        panels_of_w.par_chunks_mut(at_once * c * PANEL).enumerate().for_each(|(task, to)| {
+        panels_of_w.par_chunks_mut(at_once * format.panel_len(c)).enumerate().for_each(|(task, to)| {
             let first = task * at_once;
-            for (panel, to) in (first..).zip(to.chunks_exact_mut(c * PANEL)) {
-                pack_panel_transposed(to, weight, panel, n, c, c);
+            for (panel, to) in (first..).zip(to.chunks_exact_mut(format.panel_len(c))) {
+                format.pack_panel_transposed(to, weight, panel, n, c);
             }
             if !lines.is_empty() {
                 // While the panels are in cache.
                 // SAFETY: each panel once.
-                unsafe { forward_correction(&shared_correction, lines, read, first, to, bias, c) };
+                unsafe { forward_correction(format, &shared_correction, lines, read, first, to, bias, c) };
             }
         });
         let (panels_of_w, correction) = (&*panels_of_w, &*correction);
-        let inputs = Inputs { x, read, modulation, panels_of_w, bias, correction, t, c, len: y.len() };
+        let inputs = Inputs { format, x, read, modulation, panels_of_w, bias, correction, t, c, len: y.len() };
         let rows = rows_per_block(b * t, t);
         let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
         let blocks = y.par_chunks_mut(rows * n).zip(stats).enumerate();
@@ -169,10 +196,11 @@ pub fn forward(
 
 /// What a block of rows of the forward pass reads.
 struct Inputs<'a> {
+    format: Format,
     x: &'a [f32],
     read: &'a [Window],
     modulation: Modulation<'a>,
-    panels_of_w: &'a [f32], // [panels(N), 2, C, HALF]
+    panels_of_w: &'a [f32], // panels(N) over C
     bias: &'a [f32],
     correction: &'a [f32],
     t: usize,
@@ -183,14 +211,14 @@ struct Inputs<'a> {
 impl Inputs<'_> {
     /// Rows from `first` on, as many as `mean` has.
     fn block(&self, first: usize, y: &mut [f32], mean: &mut [f32], rstd: &mut [f32]) {
-        let (c, n) = (self.c, self.bias.len());
+        let (format, c, n) = (self.format, self.c, self.bias.len());
         let rows = first..first + mean.len();
         let mut tile = Tile::new();
         let streams = Streams::of(self.len);
-        let (lines_len, tile_len) = (tile_rows().min(self.t) * c, packed_tile_len(self.t, c));
-        scratch::with(lines_len + packed_tiles_len(self.t, c), |buffer| {
+        let (lines_len, tile_len) = (format.tile_rows().min(self.t) * c, packed_tile_len(format, self.t, c));
+        scratch::with(lines_len + packed_tiles_len(format, self.t, c), |buffer| {
             let (lines, packed) = buffer.split_at_mut(lines_len);
-            batches(rows, self.t, c, |tiles| {
+            batches(format, rows, self.t, tile_len, |tiles| {
                 for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
                     let window = self.read[*sample];
                     for (row, line) in rows.clone().zip(lines.chunks_exact_mut(c)) {
@@ -202,17 +230,19 @@ impl Inputs<'_> {
                             self.modulation.scale(*sample, c),
                         );
                     }
-                    pack_rows(packed, lines, rows.len(), window.width, c);
+                    format.pack_rows(packed, lines, rows.len(), window.range(), c, c);
                 }
                 let windows = tiles.iter().map(|tile| self.read[tile.sample]);
                 let first_read = windows.clone().map(|window| window.start).min().unwrap_or(0);
-                let inner = first_read..windows.map(|window| window.end()).max().unwrap_or(0);
-                for (panel, (b, next)) in each_panel(self.panels_of_w, c).enumerate() {
+                let of_all = first_read..windows.map(|window| window.end()).max().unwrap_or(0);
+                for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
-                    let shares = fetched_by_each(next, inner.clone(), tiles.len());
-                    for ((RowTile { sample, rows }, a), next) in with_packed(tiles, packed, self.t, c).zip(shares) {
-                        let window = self.read[*sample];
-                        let segment = Segment { a, b: of_panel(b, window.start), len: window.width };
+                    let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());
+                    for ((RowTile { sample, rows }, a), next) in
+                        with_packed(format, tiles, packed, self.t, c).zip(shares)
+                    {
+                        let inner = format.inner(self.read[*sample].range(), c);
+                        let segment = Segment { a, b: format.of_panel(b, &inner), len: inner.len() };
                         let halves = columns.len().div_ceil(HALF);
                         let rows = rows.start - first..rows.end - first;
                         let at = rows.start * n + columns.start;
@@ -223,7 +253,7 @@ impl Inputs<'_> {
                         if streams.is_none() {
                             fetch_rows(&y[at..], rows.len(), width, n);
                         }
-                        multiply_packed(&mut tile, rows.len(), halves, segment, next);
+                        format.multiply(&mut tile, rows.len(), halves, segment, next);
                         let mut r = [0.0; MAX_ROWS];
                         let (u, v) = if self.correction.is_empty() {
                             (&[][..], &self.bias[columns.clone()])
@@ -242,7 +272,7 @@ impl Inputs<'_> {
                             Some(streams) => unsafe {
                                 streams.write_tile(&mut y[at..], &tile, rows.len(), width, n);
                             },
-                            None => write_tile(&mut y[at..], &tile, rows.len(), width, n),
+                            None => write_rows(&mut y[at..], &tile.rows[..rows.len()], width, n),
                         }
                     }
                 }
@@ -277,19 +307,21 @@ pub fn backward(
 ) {
     let Gradients { dx, fresh_dx, dmodulation, dweight, dbias, add } = grads;
     let numbers = b * t * (2 * c + n) + 2 * n * c;
+    let format = Format::of(t);
     let _span = span("ln_linear", Pass::Backward, [c, n], 2 * flops(read, t, c, n), numbers);
     // Those of the samples, then the two of each that correct for the inactive channels.
-    let rows = b * t + if correction.is_some() { 2 * b } else { 0 };
-    let (panels_len, h_len) = (n * panels(c) * PANEL, routed_len(rows, c));
+    let rows = b * format.rows_of(t) + if correction.is_some() { 2 * b } else { 0 };
+    let (panels_len, h_len) = (panels(c) * format.panel_len(n), format.routed_len(rows, c));
     scratch::with(panels_len + h_len + b * 2 * n, |buffer| {
         let (panels_of_w, buffer) = buffer.split_at_mut(panels_len);
         let (h, pq) = buffer.split_at_mut(h_len);
-        pack_panels(panels_of_w, weight, c, n);
+        pack_panels(format, panels_of_w, weight, c, n);
         let panels_of_w = &*panels_of_w;
+        clear_routed(format, h, t);
 
         let samples = samples_per_block(b, t);
         let stride = modulation.stride;
-        let inputs = BackwardInputs { x, read, modulation, panels_of_w, mean, rstd, correction, t, c, n };
+        let inputs = BackwardInputs { format, x, read, modulation, panels_of_w, mean, rstd, correction, t, c, n };
         let shared_h = Shared::new(h);
         dy.par_chunks(samples * t * n)
             .zip(dx.par_chunks_mut(samples * t * c))
@@ -297,30 +329,23 @@ pub fn backward(
             .zip(pq.par_chunks_mut(samples * 2 * n))
             .enumerate()
             .for_each(|(block, (((g, dx), dmodulation), pq))| {
-                let each = g
-                    .chunks_exact(t * n)
-                    .zip(dx.chunks_exact_mut(t * c))
-                    .zip(dmodulation.chunks_exact_mut(stride))
-                    .zip(pq.chunks_exact_mut(2 * n));
-                for (s, (((g, dx), dmodulation), pq)) in each.enumerate() {
-                    // SAFETY: each sample once; they are read after all tasks.
-                    unsafe { inputs.sample(block * samples + s, g, dx, fresh_dx, &shared_h, rows, dmodulation, pq) };
-                }
+                // SAFETY: each sample once; they are read after all tasks.
+                unsafe { inputs.samples(block * samples, g, dx, fresh_dx, &shared_h, rows, dmodulation, pq) };
             });
 
         let pq = &*pq;
         if correction.is_some() {
-            inactive_gradient(dmodulation, pq, read, modulation, panels_of_w, n, c);
-            let wide = padded_columns(c);
+            inactive_gradient(format, dmodulation, pq, read, modulation, panels_of_w, n, c);
+            let wide = format.padded_columns(c);
             scratch::with(2 * b * wide, |lines| {
-                inactive_modulation(lines, read, modulation, c, wide);
+                inactive_modulation(lines, 0, read, modulation, c, wide);
                 // SAFETY: `h` is borrowed here alone.
-                unsafe { scatter(&Shared::new(h), lines, wide, Window::all(c), b * t, rows) };
+                unsafe { format.scatter(&Shared::new(h), lines, wide, Window::all(c), b * format.rows_of(t), rows) };
             });
         }
         let count = if correction.is_some() { b + 1 } else { b };
         let operands = Operands { routed: h, other: &[] };
-        weight_gradient(dweight, add, Layout::RoutedColumns, [c, n], operands, count, |i| {
+        weight_gradient(format, dweight, add, Layout::RoutedColumns, [c, n], operands, count, |i| {
             if i < b {
                 Sample { tokens: t, channels: [read[i].range(), 0..0], other: &dy[i * t * n..][..t * n] }
             } else {
@@ -338,10 +363,11 @@ pub fn backward(
 
 /// What backward reads of all samples.
 struct BackwardInputs<'a> {
+    format: Format,
     x: &'a [f32],
     read: &'a [Window],
     modulation: Modulation<'a>,
-    panels_of_w: &'a [f32], // [panels(C), 2, N, HALF]
+    panels_of_w: &'a [f32], // panels(C) over N
     mean: &'a [f32],
     rstd: &'a [f32],
     correction: Option<&'a [f32]>,
@@ -351,71 +377,72 @@ struct BackwardInputs<'a> {
 }
 
 impl BackwardInputs<'_> {
-    /// One sample: `dx`, the modulated rows again in groups, the gradients of shift and scale on the
-    /// window, and P and Q.
+    /// Some samples, from `first` on: `dx`, the modulated rows again in groups, the gradients of shift and scale on the window of
+    /// each, and P and Q.
     ///
     /// # Safety
-    /// Nobody else may access the rows of this sample in `h`.
-    #[expect(clippy::too_many_arguments, reason = "those of one sample")]
-    unsafe fn sample(
+    /// Nobody else may access the rows of these samples in `h`.
+    #[expect(clippy::too_many_arguments, reason = "those of some samples")]
+    unsafe fn samples(
         &self,
-        sample: usize,
-        g: &[f32],      // [T, N]
-        dx: &mut [f32], // [T, C]
+        first: usize,
+        g: &[f32],      // [_, T, N]
+        dx: &mut [f32], // [_, T, C]
         fresh_dx: bool,
-        h: &Shared, // [groups(C), rows_of_h, packed_stride()]
+        h: &Shared, // see Operands
         rows_of_h: usize,
-        dmodulation: &mut [f32],
-        pq: &mut [f32], // [2, N]
+        dmodulation: &mut [f32], // [_, stride]
+        pq: &mut [f32],          // [_, 2, N]
     ) {
-        let (t, c, n) = (self.t, self.c, self.n);
-        let (window, wide) = (self.read[sample], padded_columns(c));
-        let u = self.correction.map_or(&[][..], |uv| &uv[sample * 2 * n..][..n]);
-        let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
-        let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
+        let (format, t, c, n) = (self.format, self.t, self.c, self.n);
+        let (wide, first_row, rows) = (format.padded_columns(c), first * t, dx.len() / c);
+        let product = WindowedColumns { format, panels_of_w: self.panels_of_w, windows: self.read, tokens: t, k: n };
+        let most_rows = product.tiles_at_once() * format.tile_rows().min(t);
+        let lines_len = format.tile_rows().min(t) * wide;
         pq.fill(0.0);
-        let packed_len = packed_tiles_len(t, n);
-        let mut tile = Tile::new();
-        let lines_len = tile_rows().min(t) * wide;
-        scratch::with(packed_len + t * (wide + 1) + lines_len + n * HALF, |buffer| {
-            let (dh, buffer) = buffer.split_at_mut(t * wide);
-            let (mixed, buffer) = buffer.split_at_mut(n * HALF);
+        let mut lines_of = None;
+        scratch::with(most_rows * (wide + 1) + lines_len + product.room(), |buffer| {
+            let (dh, buffer) = buffer.split_at_mut(most_rows * wide);
             let (lines_of_h, buffer) = buffer.split_at_mut(lines_len);
-            let (packed, dr) = buffer.split_at_mut(packed_len);
-            lines_of_h.fill(0.0);
-            batches(0..t, t, n, |tiles| {
-                let rows = tiles[0].rows.start..tiles[tiles.len() - 1].rows.end;
-                let of_sample = sample * t + rows.start..sample * t + rows.end;
-                let lines = &g[rows.start * n..rows.end * n];
-                let (mean, rstd) = (&self.mean[of_sample.clone()], &self.rstd[of_sample.clone()]);
-                sums_over_tokens(pq, &mut dr[rows.clone()], lines, mean, rstd, u);
-                pack_tiles(packed, lines, false, tiles, t, n);
-                for (panel, (_, next)) in each_panel(self.panels_of_w, n).enumerate() {
-                    let Some(part) = part(window, panel) else { continue };
-                    part.mix(mixed, self.panels_of_w, n);
-                    let shares = fetched_by_each(next, 0..n, tiles.len());
-                    for ((RowTile { rows: of_tile, .. }, a), next) in with_packed(tiles, packed, t, n).zip(shares) {
-                        let segment = Segment { a, b: part.of(self.panels_of_w, n, mixed), len: n };
-                        multiply_packed(&mut tile, of_tile.len(), part.halves, segment, next);
-                        // Whole halves: what lies outside of the window is not read.
-                        for (columns, first) in part.columns() {
-                            let width = (first + columns.len()).next_multiple_of(HALF);
-                            let dh = &mut dh[of_tile.start * wide + columns.start - first..];
-                            write_tile(dh, &tile, of_tile.len(), width, wide);
+            let (room, dr) = buffer.split_at_mut(product.room());
+            product.batches(first_row..first_row + rows, |tiles| {
+                let start = tiles[0].rows.start;
+                let g = &g[(start - first_row) * n..];
+                for RowTile { sample, rows } in tiles {
+                    let u = self.correction.map_or(&[][..], |uv| &uv[sample * 2 * n..][..n]);
+                    let (pq, of_batch) =
+                        (&mut pq[(sample - first) * 2 * n..][..2 * n], rows.start - start..rows.end - start);
+                    let (mean, rstd) = (&self.mean[rows.clone()], &self.rstd[rows.clone()]);
+                    let g = &g[of_batch.start * n..of_batch.end * n];
+                    sums_over_tokens(pq, &mut dr[of_batch], g, mean, rstd, u);
+                }
+                product.multiply(room, tiles, g, false, |RowTile { rows, .. }, part, sums| {
+                    // Whole halves: what lies outside of the window is not read.
+                    for (columns, of_tile) in part.columns() {
+                        let width = (of_tile + columns.len()).next_multiple_of(HALF);
+                        let dh = &mut dh[(rows.start - start) * wide + columns.start - of_tile..];
+                        if let Some(sums) = sums {
+                            write_rows(dh, sums, width, wide);
                         }
                     }
-                }
-                for RowTile { rows, .. } in tiles {
-                    for (i, line) in rows.clone().zip(lines_of_h.chunks_exact_mut(wide)) {
-                        let row = sample * t + i;
+                });
+                for RowTile { sample, rows } in tiles {
+                    let window = self.read[*sample];
+                    if lines_of.replace(*sample) != Some(*sample) {
+                        lines_of_h.fill(0.0);
+                    }
+                    let dmodulation = &mut dmodulation[(sample - first) * self.modulation.stride..];
+                    let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
+                    let (shift, scale) = (self.modulation.shift(*sample, c), self.modulation.scale(*sample, c));
+                    for (row, line) in rows.clone().zip(lines_of_h.chunks_exact_mut(wide)) {
                         normalise_backward(
-                            &mut dx[i * c..][..c],
+                            &mut dx[(row - first_row) * c..][..c],
                             fresh_dx,
                             &mut line[..c],
                             dshift,
                             dscale,
-                            &dh[i * wide..][..c],
-                            dr[i],
+                            &dh[(row - start) * wide..][..c],
+                            dr[row - start],
                             &self.x[row * c..][..c],
                             shift,
                             scale,
@@ -425,8 +452,9 @@ impl BackwardInputs<'_> {
                         );
                     }
                     let lines = &lines_of_h[..rows.len() * wide];
-                    // SAFETY: rows of this sample.
-                    unsafe { scatter(h, lines, wide, window, sample * t + rows.start, rows_of_h) };
+                    let row = sample * format.rows_of(t) + rows.start - sample * t;
+                    // SAFETY: rows of these samples.
+                    unsafe { format.scatter(h, lines, wide, window, row, rows_of_h) };
                 }
             });
         });
@@ -434,41 +462,47 @@ impl BackwardInputs<'_> {
 }
 
 /// The gradients of shift and scale outside of the windows: `W[:, I]^T Q` and `W[:, I]^T P`.
+#[expect(clippy::too_many_arguments, reason = "operands and sizes")]
 fn inactive_gradient(
+    format: Format,
     dmodulation: &mut [f32],
     pq: &[f32], // [B, 2, N]
     read: &[Window],
     modulation: Modulation,
-    panels_of_w: &[f32], // [panels(C), 2, N, HALF]
+    panels_of_w: &[f32], // panels(C) over N
     n: usize,
     c: usize,
 ) {
-    let samples = samples_at_once(read.len());
+    let samples = samples_at_once(format, read.len());
     let stride = modulation.stride;
     let chunks = dmodulation.par_chunks_mut(samples * stride).zip(pq.par_chunks(samples * 2 * n));
     chunks.zip(read.par_chunks(samples)).for_each(|((dmodulation, pq), windows)| {
         let m = 2 * windows.len();
         let mut tile = Tile::new();
-        for (panel, b) in panels_of_w.chunks_exact(n * PANEL).enumerate() {
-            if !touched(inactive_ranges(windows, c), panel) {
-                continue;
-            }
-            let end = ((panel + 1) * PANEL).min(c);
-            let segment = Segment { a: pq, b: of_panel(b, 0), len: n };
-            let halves = (end - panel * PANEL).div_ceil(HALF);
-            multiply(&mut tile.rows[..m], halves, Rows::lines(n), HALF, &[segment], &[]);
-            for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
-                let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
-                for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {
-                    for range in [0..window.start, window.end()..c] {
-                        let (from, to) = (range.start.max(panel * PANEL), range.end.min(end));
-                        if from < to {
-                            add_assign(&mut d[from..to], &sums[from - panel * PANEL..to - panel * PANEL]);
+        scratch::with(format.rows_len(m, n), |packed| {
+            format.pack_rows(packed, pq, m, 0..n, n, n);
+            for (panel, b) in panels_of_w.chunks_exact(format.panel_len(n)).enumerate() {
+                if !touched(inactive_ranges(windows, c), panel) {
+                    continue;
+                }
+                let end = ((panel + 1) * PANEL).min(c);
+                let inner = format.inner(0..n, n);
+                let segment = Segment { a: packed, b: format.of_panel(b, &inner), len: inner.len() };
+                let halves = (end - panel * PANEL).div_ceil(HALF);
+                format.multiply(&mut tile, m, halves, segment, &[]);
+                for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
+                    let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
+                    for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {
+                        for range in [0..window.start, window.end()..c] {
+                            let (from, to) = (range.start.max(panel * PANEL), range.end.min(end));
+                            if from < to {
+                                add_assign(&mut d[from..to], &sums[from - panel * PANEL..to - panel * PANEL]);
+                            }
                         }
                     }
                 }
             }
-        }
+        });
     });
 }
 

@@ -131,7 +131,7 @@ fn tiles_are_written_where_they_belong() {
                 let mut to = AlignedVec::zeros(first + MAX_ROWS * stride);
                 let what = format!("{rows} rows from {first}, {width} of {stride}, streamed: {}", streams.is_some());
                 match &streams {
-                    None => write_tile(&mut to[first..], &tile, rows, width, stride),
+                    None => write_rows(&mut to[first..], &tile.rows[..rows], width, stride),
                     // SAFETY: `to` is read after the fence of another `Streams`.
                     Some(streams) => unsafe { streams.write_tile(&mut to[first..], &tile, rows, width, stride) },
                 }
@@ -248,4 +248,68 @@ fn tiles_cover_the_rows_evenly() {
         }
     }
     assert!(row_tiles(100).all(|tile| tile.len() <= tile_rows()) && tile_rows() <= MAX_ROWS);
+}
+
+/// The kernel for AMX against its specification, in all sizes; that against f64; NaN and infinity come through both.
+#[test]
+fn products_of_parts_are_as_exact_as_those_of_numbers() {
+    const MOST: usize = 4;
+    let step = MOST * split::BLOCK + 48;
+    let numbers = |seed: usize, n: usize| -> Vec<f32> {
+        // From 2^-12 to 2^12, all bits used.
+        let any = |i: usize| (i + 7919 * seed).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 16;
+        (0..n).map(|i| (any(i) % (1 << 24)) as f32 * 2.0f32.powi((any(i) >> 40) as i32 % 24 - 36)).collect()
+    };
+    let (mut squares, mut of_plain_squares) = (0.0, 0.0);
+    for (blocks, spoil) in [(1, None), (2, None), (MOST, None), (2, Some(f32::NAN)), (2, Some(f32::INFINITY))] {
+        let len = blocks * split::INNER;
+        let (mut a, mut b) = (numbers(1, 32 * len), numbers(2, len * PANEL));
+        for (i, a) in a.iter_mut().enumerate().filter(|(i, _)| i % 3 == 0) {
+            *a *= if i % 2 == 0 { -1.0 } else { 1.0 };
+        }
+        if let Some(x) = spoil {
+            (a[5 * len + 3], b[7 * PANEL + 20]) = (x, -x);
+        }
+        let (mut packed_a, mut packed_b) = (vec![f32::NAN; 2 * step], vec![f32::NAN; 2 * split::len(len)]);
+        for (number, to) in packed_a.chunks_exact_mut(step).enumerate() {
+            split::pack_rows(&mut to[..split::len(len)], &a[number * 16 * len..], 16, 0, len, len);
+        }
+        split::pack_panels(&mut packed_b, &b, 0, PANEL, len);
+        let segment = Segment { a: &packed_a, b: packed_b.split_at(split::len(len)).into(), len };
+        for (add, rows, halves) in
+            [false, true].into_iter().flat_map(|add| [(9, 1), (16, 2), (17, 1), (32, 2)].map(|(r, h)| (add, r, h)))
+        {
+            let start = [[if add { 3.0 } else { f32::NAN }; PANEL]; 32];
+            let (mut kernel, mut specified) = (start, start);
+            multiply_split(&mut kernel, add, rows, halves, step, segment, &[1.0; 40]);
+            split::multiply(&mut specified, add, [rows.div_ceil(16), halves], step, segment, blocks);
+            for (i, j) in (0..32).flat_map(|i| (0..PANEL).map(move |j| (i, j))) {
+                let (got, of_two) = (kernel[i][j], specified[i][j]);
+                let same = got.to_bits() == of_two.to_bits() || got.is_nan() && of_two.is_nan();
+                let what = format!("({i}, {j}) of {rows} rows, {halves} halves, {blocks} blocks, add {add}, {spoil:?}");
+                assert!(same, "{what}: {got}, specified as {of_two}");
+                if i >= rows.next_multiple_of(16) || j >= halves * HALF {
+                    assert!(got.to_bits() == start[i][j].to_bits(), "{what} is written");
+                    continue;
+                }
+                let start = if add { 3.0 } else { 0.0 };
+                let (mut sum, mut size, mut plain) = (f64::from(start), 0.0, start);
+                for k in 0..len {
+                    let (a, b) = (a[i * len + k], b[k * PANEL + j]);
+                    sum += f64::from(a) * f64::from(b);
+                    size += (f64::from(a) * f64::from(b)).abs();
+                    plain = a.mul_add(b, plain);
+                }
+                assert_eq!(got.is_finite(), plain.is_finite(), "{what}: {got}, {plain}");
+                if plain.is_finite() {
+                    let [err, of_plain] = [got, plain].map(|x| (f64::from(x) - sum) / size);
+                    assert!(err.abs() <= 1e-6, "{what}: {got} for {sum}");
+                    (squares, of_plain_squares) = (squares + err * err, of_plain_squares + of_plain * of_plain);
+                }
+            }
+        }
+    }
+    let ratio = f64::sqrt(squares / of_plain_squares);
+    println!("root of mean squares of errors, as against a chain of f32 products: {ratio:.2}");
+    assert!(ratio <= 1.2);
 }

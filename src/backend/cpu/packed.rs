@@ -1,0 +1,285 @@
+//! Packed operands of the linear layers, and their products: rows in tiles (A), a weight in panels (B), both over an inner dimension
+//! of which a window is a range.
+//!
+//! They are packed for the kernel that multiplies them: numbers as they are ([`super::tile`]), or for AMX three parts of each
+//! ([`super::split`]). Either way they are a slice of f32; what is in it only this file knows.
+
+use super::pack;
+use super::shared::Shared;
+use super::simd::{Level, level, limit};
+use super::split;
+use super::tile::{self, HALF, PANEL, Rows, Segment, Tile};
+use crate::routing::Window;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// Whether the kernel for AMX is wanted for all sizes, as tests of it do.
+fn amx_is_asked_for() -> bool {
+    static ASKED: OnceLock<bool> = OnceLock::new();
+    *ASKED.get_or_init(|| matches!(limit(), Ok(Some(Level::Amx))))
+}
+
+/// What operands are packed as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Numbers, for the kernels of [`super::tile`].
+    Numbers,
+    /// Three parts of each, for the kernel for AMX.
+    Parts,
+}
+
+impl Format {
+    /// The one in which products of samples of `tokens` tokens take the least time.
+    #[inline]
+    pub fn of(tokens: usize) -> Format {
+        // Fewer rows fill half a tile of the kernel for AMX: with 16, a step of digits takes 6 to 24 % more.
+        let few = tokens <= split::STEP && !amx_is_asked_for();
+        if level() == Level::Amx && !few { Format::Parts } else { Format::Numbers }
+    }
+
+    /// Rows of a step: what the rows of a tile are rounded to, and the channels of a group.
+    #[inline]
+    pub fn step_rows(self) -> usize {
+        if self == Format::Parts { split::STEP } else { tile::step_rows() }
+    }
+
+    /// Rows of a tile.
+    #[inline]
+    pub fn tile_rows(self) -> usize {
+        if self == Format::Parts { 2 * split::STEP } else { tile::tile_rows() }
+    }
+
+    /// Splits `rows` into tiles of at most [`Format::tile_rows`] rows.
+    pub fn row_tiles(self, rows: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+        // A step of AMX takes as long whatever it holds, so all but the last are full.
+        let (whole, even) = if self == Format::Parts { (rows, 0) } else { (0, rows) };
+        let whole = (0..whole).step_by(2 * split::STEP).map(move |row| row..(row + 2 * split::STEP).min(whole));
+        whole.chain(tile::row_tiles(even))
+    }
+
+    /// Groups of [`Format::step_rows`] channels that hold `channels`, of which only the last may be smaller.
+    #[inline]
+    pub fn groups(self, channels: usize) -> usize {
+        channels.div_ceil(self.step_rows())
+    }
+
+    /// Columns that hold `columns` in whole panels and in whole groups, and in whole cache lines.
+    #[inline]
+    pub fn padded_columns(self, columns: usize) -> usize {
+        (tile::panels(columns) * PANEL).max(self.groups(columns) * self.step_rows()).next_multiple_of(HALF)
+    }
+
+    /// Numbers of a tile of up to `rows` rows over `inner` elements.
+    #[inline]
+    pub fn rows_len(self, rows: usize, inner: usize) -> usize {
+        if self == Format::Parts {
+            rows.div_ceil(split::STEP) * split::len(inner)
+        } else {
+            tile::packed_len(rows, inner)
+        }
+    }
+
+    /// Numbers of half a panel over `inner` elements.
+    #[inline]
+    pub fn half_len(self, inner: usize) -> usize {
+        if self == Format::Parts { split::len(inner) } else { inner * HALF }
+    }
+
+    /// Numbers of a panel over `inner` elements.
+    #[inline]
+    pub fn panel_len(self, inner: usize) -> usize {
+        2 * self.half_len(inner)
+    }
+
+    /// The inner elements, of `len`, that are multiplied for `range`: with parts a few more around them, for which A holds zeros.
+    #[inline]
+    pub fn inner(self, range: Range<usize>, len: usize) -> Range<usize> {
+        if self == Format::Parts { split::padded(range, len) } else { range }
+    }
+
+    /// Where the inner elements of `range` are in half a panel: with parts, those of whole pairs.
+    #[inline]
+    pub fn in_half(self, range: Range<usize>) -> Range<usize> {
+        let at = |inner: usize| if self == Format::Parts { split::at(inner) } else { inner * HALF };
+        at(range.start)..at(range.end)
+    }
+
+    /// The halves of a panel, from where `inner`, one of [`Format::inner`], starts.
+    #[inline]
+    pub fn of_panel<'a>(self, panel: &'a [f32], inner: &Range<usize>) -> [&'a [f32]; 2] {
+        let (left, right) = panel.split_at(panel.len() / 2);
+        let first = self.in_half(inner.clone()).start;
+        [&left[first..], &right[first..]]
+    }
+
+    /// Packs a tile of rows, `stride` apart, of the inner elements `range` of `len`; `from` starts with the first of them.
+    pub fn pack_rows(self, to: &mut [f32], from: &[f32], rows: usize, range: Range<usize>, len: usize, stride: usize) {
+        if self == Format::Parts {
+            let before = range.start - split::padded(range.clone(), len).start;
+            split::pack_rows(to, from, rows, before, range.len(), stride);
+        } else {
+            pack::pack_rows(to, from, rows, range.len(), stride);
+        }
+    }
+
+    /// Packs a tile of rows, `stride` apart, of `len` inner elements from a whole block on, or their GELU.
+    pub fn pack_tile(self, to: &mut [f32], from: &[f32], of_gelu: bool, rows: usize, len: usize, stride: usize) {
+        let pack = match (self, of_gelu) {
+            (Format::Parts, true) => split::pack_rows_of_gelu,
+            (Format::Numbers, true) => pack::pack_rows_of_gelu,
+            (_, false) => return self.pack_rows(to, from, rows, 0..len, len, stride),
+        };
+        pack(to, from, rows, len, stride);
+    }
+
+    /// Packs panel `panel` of `B = W^T`, W row-major `[n, len]`: columns of the panel are rows of W.
+    pub fn pack_panel_transposed(self, to: &mut [f32], w: &[f32], panel: usize, n: usize, len: usize) {
+        let pack = if self == Format::Parts { split::pack_panel_transposed } else { pack::pack_panel_transposed };
+        pack(to, w, panel, n, len, len);
+    }
+
+    /// Packs panels of a row-major B `[len, n]`, as many as `to` holds: those of the columns from `first` on.
+    pub fn pack_panels(self, to: &mut [f32], b: &[f32], first: usize, n: usize, len: usize) {
+        let pack = if self == Format::Parts { split::pack_panels } else { pack::pack_panels };
+        pack(to, b, first, n, len);
+    }
+
+    /// Rows that are multiplied at once where rows are the inner dimension.
+    #[inline]
+    pub fn block_rows(self) -> usize {
+        if self == Format::Parts { split::INNER } else { 1 }
+    }
+
+    /// Rows that `tokens` tokens of a sample take where rows are the inner dimension.
+    pub fn rows_of(self, tokens: usize) -> usize {
+        if self == Format::Parts { tokens.next_multiple_of(2) } else { tokens }
+    }
+
+    /// Packs panel `panel` of a row-major B of `n` columns and `rows` rows, into halves over its rows.
+    pub fn pack_panel(self, halves: [&mut [f32]; 2], b: &[f32], panel: usize, n: usize, rows: usize) {
+        if self == Format::Numbers {
+            return pack::pack_panel(halves, b, panel, n, n);
+        }
+        for (half, to) in halves.into_iter().enumerate() {
+            let first = panel * PANEL + half * HALF;
+            if let Some(width @ 1..) = n.checked_sub(first) {
+                split::pack_pairs(to, b.get(first..).unwrap_or(&[]), rows, width.min(HALF), n);
+            }
+        }
+    }
+
+    /// Packs halves of a panel of numbers as they are, of `rows` rows.
+    pub fn pack_halves(self, to: [&mut [f32]; 2], from: [&[f32]; 2], rows: usize) {
+        for (to, from) in to.into_iter().zip(from) {
+            if self == Format::Parts {
+                split::pack_pairs(to, from, rows, HALF, HALF);
+            } else {
+                to.copy_from_slice(&from[..rows * HALF]);
+            }
+        }
+    }
+
+    /// Numbers of channels as the rows of A, whose inner dimension is `rows` rows: groups one after the other.
+    pub fn routed_len(self, rows: usize, channels: usize) -> usize {
+        self.groups(channels) * self.group_len(rows)
+    }
+
+    /// Numbers of a group of channels over `rows` rows.
+    fn group_len(self, rows: usize) -> usize {
+        if self == Format::Parts { split::len(rows) } else { rows * tile::packed_stride() }
+    }
+
+    /// Where row `row` of group `group` is: with parts, where its block is.
+    pub fn in_routed(self, group: usize, row: usize, rows: usize) -> usize {
+        group * self.group_len(rows)
+            + if self == Format::Parts { row / split::INNER * split::BLOCK } else { row * tile::packed_stride() }
+    }
+
+    /// Puts lines of channels into [`Format::routed_len`] numbers, where the groups that the window meets have them. Lines are `stride`
+    /// apart and hold whole groups; the first is row `first` of `rows`.
+    ///
+    /// # Safety
+    /// Nobody else may access these rows.
+    pub unsafe fn scatter(self, to: &Shared, lines: &[f32], stride: usize, window: Window, first: usize, rows: usize) {
+        // SAFETY: the contract is the same.
+        unsafe {
+            if self == Format::Parts {
+                split::scatter(to, lines, stride, window.range(), first, rows);
+            } else {
+                pack::scatter(to, lines, stride, window, first, rows);
+            }
+        }
+    }
+
+    /// `to[i, j] = sum over k of a[i, k] b[k, j]` for a tile of rows and halves of a panel. Meanwhile `next`, which is read soon, may be
+    /// fetched into the second cache.
+    #[inline]
+    pub fn multiply(self, to: &mut Tile, rows: usize, halves: usize, segment: Segment, next: &[f32]) {
+        if self == Format::Numbers {
+            return tile::multiply_packed(to, rows, halves, segment, next);
+        }
+        tile::multiply_split(&mut to.rows, false, rows, halves, split::len(segment.len), segment, next);
+    }
+
+    /// The most inner elements that are multiplied with all panels before the next.
+    pub fn most_inner(self) -> usize {
+        if self == Format::Parts { CACHED_INNER } else { usize::MAX }
+    }
+
+    /// Rows of the sums of `rows` rows: whole steps, where the kernel writes them.
+    pub fn sums_rows(self, rows: usize) -> usize {
+        if self == Format::Parts { rows.next_multiple_of(split::STEP) } else { rows }
+    }
+
+    /// As [`Format::multiply`] for a part of the inner dimension, where that has several: to [`Format::sums_rows`], or added to them.
+    pub fn multiply_part(
+        self,
+        sums: &mut [[f32; PANEL]],
+        add: bool,
+        rows: usize,
+        halves: usize,
+        segment: Segment,
+        next: &[f32],
+    ) {
+        assert!(self == Format::Parts, "numbers are multiplied over all of the inner dimension");
+        tile::multiply_split(sums, add, rows, halves, split::len(segment.len), segment, next);
+    }
+
+    /// Adds products to `sums`, which have [`Format::sums_rows`]: of `rows` rows of A and halves of a panel, over parts of an inner
+    /// dimension of `inner` elements.
+    #[inline]
+    pub fn multiply_add(
+        self,
+        sums: &mut [[f32; PANEL]],
+        rows: usize,
+        halves: usize,
+        inner: usize,
+        segments: &[Segment],
+        next: &[f32],
+    ) {
+        if self == Format::Numbers {
+            return tile::multiply_add(&mut sums[..rows], halves, Rows::packed(inner), HALF, segments, next);
+        }
+        let mut shares = next.chunks(next.len().div_ceil(segments.len().max(1)).max(1));
+        for segment in segments {
+            let next = shares.next().unwrap_or(&[]);
+            tile::multiply_split(sums, true, rows, halves, self.group_len(inner), *segment, next);
+        }
+    }
+
+    /// The number of inner element `k` and column `j` of a panel: exact in both formats.
+    #[cfg(test)]
+    pub fn in_panel(self, halves: [&[f32]; 2], k: usize, j: usize) -> f32 {
+        let half = halves[j / HALF];
+        if self == Format::Parts { split::in_half(half, k, j % HALF) } else { half[k * HALF + j % HALF] }
+    }
+}
+
+/// Inner elements of rows and panels that stay in a core's caches.
+const CACHED_INNER: usize = 12 * split::INNER;
+
+/// All.
+#[cfg(test)]
+pub fn formats() -> impl Iterator<Item = Format> + Clone {
+    [Format::Numbers, Format::Parts].into_iter()
+}

@@ -1,0 +1,221 @@
+//! The kernel for AMX: 32 columns of 32 rows, of numbers in three parts of bf16 ([`super::super::split`]).
+//!
+//! With `a = a0 + a1 + a2` and `b` alike, `a b` is nine products of parts, each exact in f32. The three smallest are left out: they
+//! are 2^-23 of it at most, mostly much less. The others of 32 inner elements are summed before they are added to what is there, so
+//! that a sum is rounded less often than a chain of f32 products: it has smaller errors (a test tells by how much).
+
+use super::super::split::BLOCK;
+#[cfg(doc)]
+use super::PANEL;
+use std::arch::asm;
+
+/// All eight tile registers: 16 rows of 64 bytes.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+static CONFIG: Config = Config {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// Whether this process may use the tile registers: the system gives them to whoever asks.
+pub(in super::super) fn available() -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        use std::arch::x86_64::{__cpuid, __cpuid_count};
+        /// `ARCH_REQ_XCOMP_PERM` of `arch_prctl`, and `XFEATURE_XTILEDATA`.
+        const REQUEST: [libc::c_long; 2] = [0x1023, 18];
+        /// AMX-BF16 and AMX-TILE, in EDX of leaf 7.
+        const FEATURES: u32 = 1 << 22 | 1 << 24;
+        #[allow(unused_unsafe, reason = "unsafe until Rust 1.93")]
+        // SAFETY: every x86-64 processor has the instruction.
+        let (leaves, features) = unsafe { (__cpuid(0).eax, __cpuid_count(7, 0).edx) };
+        if leaves < 7 || features & FEATURES != FEATURES {
+            return false;
+        }
+        // SAFETY: this call reads no memory.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST[0], REQUEST[1]) == 0 }
+    }
+    #[cfg(not(target_os = "linux"))]
+    false
+}
+
+/// Bytes of a block of the inner dimension, of A and of B.
+const BLOCK_BYTES: usize = BLOCK * size_of::<f32>();
+/// Bytes between the rows of a tile of A, and between those of B, which are pairs of inner elements.
+const A_LINE: usize = 64;
+const B_LINE: usize = 3 * 64;
+
+/// Sums of one or two steps at `a` and one or two halves of a panel at `b`, over `blocks` of the inner dimension: written to rows of
+/// [`PANEL`] numbers, or added to those. Meanwhile `lines` cache lines from `next` on are fetched for each block.
+///
+/// # Safety
+/// [`available`]; `blocks` blocks, at least one, are at each operand that is asked for, and all rows of the steps at `to`.
+#[expect(clippy::too_many_arguments, reason = "operands and sizes")]
+pub(super) unsafe fn multiply(
+    to: *mut f32,
+    add: bool,
+    [steps, halves]: [usize; 2],
+    a: [*const f32; 2],
+    b: [*const f32; 2],
+    blocks: usize,
+    next: *const f32,
+    lines: usize,
+) {
+    let kernel = match (steps, halves) {
+        (2, 2) => two_steps,
+        (2, _) => two_steps_of_a_half,
+        (_, 2) => one_step,
+        (_, _) => one_step_of_a_half,
+    };
+    // SAFETY: the contract is the same.
+    unsafe { kernel(to, add, a, b, blocks, next, lines) }
+}
+
+/// Loads tile register `$to` with part `$part` of a block of A.
+macro_rules! load_a {
+    ($to:literal, $from:literal, $part:literal) => {
+        concat!("tileloadd tmm", $to, ", [{", $from, "} + {a_line} + 1024 * ", $part, "]")
+    };
+}
+
+/// Loads tile register `$to` with part `$part` of a block of B.
+macro_rules! load_b {
+    ($to:literal, $from:literal, $part:literal) => {
+        concat!("tileloadd tmm", $to, ", [{", $from, "} + {b_line} + 64 * ", $part, "]")
+    };
+}
+
+/// Adds the product of two tile registers to a third.
+macro_rules! add {
+    ($to:literal, $a:literal, $b:literal) => {
+        concat!("tdpbf16ps tmm", $to, ", tmm", $a, ", tmm", $b)
+    };
+}
+
+/// A kernel: which tile registers hold which steps of A and halves of B, and for each sum its register, those of its factors, and
+/// where in a tile of C it is.
+macro_rules! kernel {
+    (
+        $(#[$meta:meta])* $name:ident,
+        a: [$($a:literal: $step:literal),*], b: [$($b:literal: $half:literal),*],
+        c: [$($c:literal: $left:literal $right:literal to $at:literal),*]
+    ) => {
+        $(#[$meta])*
+        ///
+        /// # Safety
+        /// That of [`multiply`]; `to` is a tile. What the kernel does not name is not read.
+        unsafe fn $name(
+            to: *mut f32,
+            add: bool,
+            a: [*const f32; 2],
+            b: [*const f32; 2],
+            blocks: usize,
+            next: *const f32,
+            lines: usize,
+        ) {
+            // SAFETY: it reads `blocks` blocks of each operand that it names, and writes sums of 16 rows to the tile.
+            unsafe {
+                asm!(
+                    "ldtilecfg [{line}]",
+                    // What the sums start with.
+                    "add {a_line}, {a_line}",
+                    "test {add}, {add}",
+                    "jnz 2f",
+                    $(concat!("tilezero tmm", $c),)*
+                    "jmp 3f",
+                    "2:",
+                    $(concat!("tileloadd tmm", $c, ", [{to} + {a_line} + ", $at, "]"),)*
+                    "3:",
+                    "shr {a_line}",
+                    "2:",
+                    "mov {line}, {lines}",
+                    "test {line}, {line}",
+                    "jz 4f",
+                    "3:",
+                    "prefetcht1 [{next}]",
+                    "add {next}, 64",
+                    "dec {line}",
+                    "jnz 3b",
+                    "4:",
+                    // In an order in which each product has a factor of the one before.
+                    $(load_a!($a, $step, "0"),)*
+                    $(load_b!($b, $half, "2"),)*
+                    $(add!($c, $left, $right),)*
+                    $(load_b!($b, $half, "1"),)*
+                    $(add!($c, $left, $right),)*
+                    $(load_a!($a, $step, "1"),)*
+                    $(add!($c, $left, $right),)*
+                    $(load_b!($b, $half, "0"),)*
+                    $(add!($c, $left, $right),)*
+                    $(load_a!($a, $step, "2"),)*
+                    $(add!($c, $left, $right),)*
+                    $(load_a!($a, $step, "0"),)*
+                    $(add!($c, $left, $right),)*
+                    "add {first}, {block}",
+                    "add {second}, {block}",
+                    "add {left}, {block}",
+                    "add {right}, {block}",
+                    "dec {blocks}",
+                    "jnz 2b",
+                    "add {a_line}, {a_line}",
+                    $(concat!("tilestored [{to} + {a_line} + ", $at, "], tmm", $c),)*
+                    "tilerelease",
+                    to = in(reg) to,
+                    add = in(reg) usize::from(add),
+                    first = inout(reg) a[0] => _,
+                    second = inout(reg) a[1] => _,
+                    left = inout(reg) b[0] => _,
+                    right = inout(reg) b[1] => _,
+                    a_line = inout(reg) A_LINE => _,
+                    b_line = in(reg) B_LINE,
+                    blocks = inout(reg) blocks => _,
+                    next = inout(reg) next => _,
+                    lines = in(reg) lines,
+                    line = inout(reg) &raw const CONFIG => _,
+                    block = const BLOCK_BYTES,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+kernel! {
+    /// Two steps, two halves.
+    two_steps,
+    a: ["4": "first", "5": "second"], b: ["6": "left", "7": "right"],
+    c: ["0": "4" "6" to "0", "1": "4" "7" to "64", "2": "5" "6" to "2048", "3": "5" "7" to "2048 + 64"]
+}
+
+kernel! {
+    /// Two steps, one half.
+    two_steps_of_a_half,
+    a: ["4": "first", "5": "second"], b: ["6": "left"],
+    c: ["0": "4" "6" to "0", "2": "5" "6" to "2048"]
+}
+
+kernel! {
+    /// One step, two halves.
+    one_step,
+    a: ["4": "first"], b: ["6": "left", "7": "right"],
+    c: ["0": "4" "6" to "0", "1": "4" "7" to "64"]
+}
+
+kernel! {
+    /// One step, one half.
+    one_step_of_a_half,
+    a: ["4": "first"], b: ["6": "left"],
+    c: ["0": "4" "6" to "0"]
+}
