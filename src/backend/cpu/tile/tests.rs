@@ -250,7 +250,8 @@ fn tiles_cover_the_rows_evenly() {
     assert!(row_tiles(100).all(|tile| tile.len() <= tile_rows()) && tile_rows() <= MAX_ROWS);
 }
 
-/// The kernel for AMX against its specification, in all sizes; that against f64; NaN and infinity come through both.
+/// The kernel for AMX against its specification, in all sizes, and that against f64; NaN, infinity and numbers whose parts are
+/// subnormal come through both.
 #[test]
 fn products_of_parts_are_as_exact_as_those_of_numbers() {
     const MOST: usize = 4;
@@ -261,7 +262,8 @@ fn products_of_parts_are_as_exact_as_those_of_numbers() {
         (0..n).map(|i| (any(i) % (1 << 24)) as f32 * 2.0f32.powi((any(i) >> 40) as i32 % 24 - 36)).collect()
     };
     let (mut squares, mut of_plain_squares) = (0.0, 0.0);
-    for (blocks, spoil) in [(1, None), (2, None), (MOST, None), (2, Some(f32::NAN)), (2, Some(f32::INFINITY))] {
+    let spoils = [Some(f32::NAN), Some(f32::INFINITY), Some(1e-40), Some(1e-36)].map(|spoil| (2, spoil));
+    for (blocks, spoil) in [(1, None), (2, None), (MOST, None)].into_iter().chain(spoils) {
         let len = blocks * split::INNER;
         let (mut a, mut b) = (numbers(1, 32 * len), numbers(2, len * PANEL));
         for (i, a) in a.iter_mut().enumerate().filter(|(i, _)| i % 3 == 0) {
