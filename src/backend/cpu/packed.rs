@@ -168,14 +168,11 @@ impl Format {
         }
     }
 
-    /// Packs halves of a panel of numbers as they are, of `rows` rows.
+    /// Packs halves of a panel, `[rows, HALF]` of numbers: as those they would need no packing.
     pub fn pack_halves(self, to: [&mut [f32]; 2], from: [&[f32]; 2], rows: usize) {
+        assert!(self == Format::Parts, "a panel of numbers is multiplied where it is");
         for (to, from) in to.into_iter().zip(from) {
-            if self == Format::Parts {
-                split::pack_pairs(to, from, rows, HALF, HALF);
-            } else {
-                to.copy_from_slice(&from[..rows * HALF]);
-            }
+            split::pack_pairs(to, from, rows, HALF, HALF);
         }
     }
 
@@ -278,7 +275,7 @@ impl Format {
 /// Inner elements of rows and panels that stay in a core's caches.
 const CACHED_INNER: usize = 12 * split::INNER;
 
-/// All.
+/// All formats: parts are multiplied on every processor, if only by their specification.
 #[cfg(test)]
 pub fn formats() -> impl Iterator<Item = Format> + Clone {
     [Format::Numbers, Format::Parts].into_iter()
