@@ -205,7 +205,9 @@ fn channels_and_inputs_beyond_the_tiles() {
 /// Inner dimensions of several blocks, with more rows than are packed at once.
 #[test]
 fn long_rows_in_several_batches() {
-    for (b, tokens, inputs, channels) in [(2, 15, 1024, 28), (4, 128, 1024, 5), (1, 130, 5, 1024), (2, 15, 20, 1000)] {
+    for (b, tokens, inputs, channels) in
+        [(2, 15, 1024, 28), (4, 128, 1024, 5), (1, 130, 5, 1024), (2, 15, 20, 1000), (3, 64, 45, 60)]
+    {
         for (label, case) in cases(b, tokens, inputs, channels) {
             if label.ends_with("random, sublayer out") || label.ends_with("right end, three windows") {
                 check_operation(&label, &case);

@@ -89,6 +89,8 @@ fn blocks_that_end_inside_samples() {
     every_window(2, 257, 20, 9, 0.0);
     every_window(2, 300, 20, 9, 0.0);
     every_window(5, 300, 20, 9, 0.0);
+    // Samples of whole blocks of rows.
+    every_window(3, 64, 60, 45, 0.0);
 }
 
 #[test]

@@ -69,8 +69,7 @@ pub(crate) fn fetched_by_each(
     inner: Range<usize>,
     count: usize,
 ) -> impl Iterator<Item = &[f32]> {
-    let [left, right] =
-        format.of_panel(next, &(0..0)).map(|half| half.get(format.in_half(inner.clone())).unwrap_or(&[]));
+    let [left, right] = format.of_panel(next, 0).map(|half| half.get(format.in_half(inner.clone())).unwrap_or(&[]));
     let shares = |half: &'_ [f32], count: usize| half.len().div_ceil(count.max(1)).max(1);
     let (of_left, of_right) = (shares(left, count.div_ceil(2)), shares(right, count / 2));
     left.chunks(of_left).chain(right.chunks(of_right)).chain(std::iter::repeat(&[][..]))
@@ -116,16 +115,17 @@ pub(crate) fn batches(
 }
 
 /// Most panels that a task packs: their 8 halves may lie in one set of the first cache, which has 8 lines on Zen 3.
-const MOST_PANELS: usize = 4;
-/// Panels of `n` columns that a task packs.
-pub(crate) fn panels_at_once(n: usize) -> usize {
-    panels(n).div_ceil(2 * rayon::current_num_threads()).clamp(1, MOST_PANELS)
+pub(crate) const PACKED_PANELS: usize = 4;
+
+/// Panels of `n` columns for a task, at most `most`: so many that there are some tasks for each thread.
+pub(crate) fn panels_at_once(n: usize, most: usize) -> usize {
+    panels(n).div_ceil(2 * rayon::current_num_threads()).clamp(1, most)
 }
 
 /// The panels of a row-major B `[len, n]`: of lines n apart, the columns of a tile would crowd into few
 /// sets of the cache.
 pub(crate) fn pack_panels(format: Format, to: &mut [f32], b: &[f32], n: usize, len: usize) {
-    let at_once = panels_at_once(n);
+    let at_once = panels_at_once(n, PACKED_PANELS);
     to.par_chunks_mut((at_once * format.panel_len(len)).max(1))
         .enumerate()
         .for_each(|(task, to)| format.pack_panels(to, b, task * at_once * PANEL, n, len));
@@ -239,8 +239,9 @@ impl WindowedColumns<'_> {
     fn of_tile(&self) -> [usize; 2] {
         let panels = self.panels_of_w.len() / self.format.panel_len(self.k).max(1);
         let rows = self.format.tile_rows().min(self.tokens);
+        let packed = packed_tile_len(self.format, self.tokens, self.at_once());
         let sums = if self.at_once() < self.k_of_panels() { panels * self.format.sums_rows(rows) * PANEL } else { 0 };
-        [self.format.rows_len(rows, self.at_once()), sums]
+        [packed, sums]
     }
 
     /// [`batches`] for [`WindowedColumns::multiply`].
@@ -325,8 +326,9 @@ mod tests {
     fn batches_cover_the_rows_and_never_cross_samples() {
         let cases = [(0..10, 5, 3), (7..61, 9, 1 << 13), (3..4, 1, 1), (128..256, 256, 384)];
         for (format, (rows, tokens, inner)) in formats().flat_map(|format| cases.clone().map(|case| (format, case))) {
-            let mut seen = Vec::new();
+            let (mut seen, mut counts) = (Vec::new(), Vec::new());
             batches(format, rows.clone(), tokens, packed_tile_len(format, tokens, inner), |tiles| {
+                counts.push(tiles.len());
                 assert!(
                     tiles.len() * packed_tile_len(format, tokens, inner) <= packed_tiles_len(format, tokens, inner)
                 );
@@ -341,6 +343,9 @@ mod tests {
                     seen.extend(tile.rows.clone());
                 }
             });
+            let most = counts.iter().max().copied().unwrap_or(0);
+            let all: usize = counts.iter().sum();
+            assert_eq!(most, all.div_ceil(counts.len()), "a batch is larger than even ones");
             assert_eq!(seen, rows.collect::<Vec<_>>());
         }
     }
@@ -400,7 +405,7 @@ mod tests {
             {
                 let shares: Vec<_> = fetched_by_each(format, &panel, rows.clone(), products).take(products).collect();
                 let rows = format.in_half(rows);
-                assert_eq!(shares.concat(), format.of_panel(&panel, &(0..0)).map(|half| &half[rows.clone()]).concat());
+                assert_eq!(shares.concat(), format.of_panel(&panel, 0).map(|half| &half[rows.clone()]).concat());
                 assert!(shares.iter().all(|share| share.len() <= rows.len().div_ceil(products / 2)));
             }
             assert_eq!(

@@ -7,7 +7,7 @@ use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{
     self, HALF, MOST_INNER, PANEL, Segment, Streams, copy_row, of_panel_mut, panels, write_transposed,
 };
-use crate::ops::products::RESIDENT;
+use crate::ops::products::{RESIDENT, panels_at_once};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -55,9 +55,6 @@ const GROUPS: usize = 36;
 /// Channels whose place in a gradient is fetched before it is written.
 const FETCHED: usize = 16;
 
-/// Most panels of a task: what it reads of `routed` it multiplies with all of them.
-const MOST_PANELS: usize = 6;
-
 /// Tokens of a sample that are summed at once.
 struct TokensOf<'a> {
     sample: Sample<'a>,
@@ -65,7 +62,7 @@ struct TokensOf<'a> {
 }
 
 /// `dw (+)= sum over samples`. Groups of channels are the rows of a tile, so that a window is rounded by a few channels at most;
-/// each sum is one of the samples in their order, whatever the number of threads.
+/// each sum is over the samples in their order, whatever the number of threads.
 #[expect(clippy::too_many_arguments, reason = "a gradient and what it is of")]
 pub(crate) fn weight_gradient<'a>(
     format: Format,
@@ -87,7 +84,8 @@ pub(crate) fn weight_gradient<'a>(
     let of_rows = operands.other.len() == panels(m) * tokens * PANEL;
     assert!(operands.other.is_empty() || of_rows, "panels of other rows than those of the samples");
     let dw = Shared::new(dw);
-    let at_once = panels(m).div_ceil(2 * rayon::current_num_threads()).clamp(1, MOST_PANELS);
+    // What a task reads of `routed` it multiplies with all of its panels.
+    let at_once = panels_at_once(m, 6);
     // One by one: in bundles, a thread would be idle at the end.
     (0..panels(m).div_ceil(at_once)).into_par_iter().with_max_len(1).for_each(|task| {
         let parts = (0..samples).flat_map(|i| {
@@ -227,7 +225,7 @@ impl Task<'_> {
             for ((i, panel), next) in self.panels.clone().enumerate().zip(shares) {
                 let b = match packed_len {
                     0 => tile::of_panel(&other[panel * self.tokens * PANEL..][..self.tokens * PANEL], row),
-                    _ => self.format.of_panel(&packed[i * packed_len..][..packed_len], &(0..0)),
+                    _ => self.format.of_panel(&packed[i * packed_len..][..packed_len], 0),
                 };
                 for (segment, start) in segments[..used].iter_mut().zip(starts) {
                     segment.b = b.map(|half| half.get(self.format.in_half(start..start).start..).unwrap_or(&[]));
@@ -346,7 +344,7 @@ mod tests {
         Drawn { channels, t, routed, other: numbers(seed + 1000, t * m) }
     }
 
-    /// The routed numbers of all samples in groups, NaN in those that no channels meet, and the others as panels.
+    /// The routed numbers of all samples in groups, NaN where no channels meet blocks that are not cleared, and the others as panels.
     fn operands(format: Format, samples: &[Drawn], [c, m]: [usize; 2]) -> [Vec<f32>; 2] {
         let rows: usize = samples.iter().map(|sample| format.rows_of(sample.t)).sum();
         let mut routed = vec![f32::NAN; format.routed_len(rows, c)];
@@ -462,6 +460,8 @@ mod tests {
             check_weight_gradient(dims, &[], i);
             check_weight_gradient(dims, &[1], i);
             check_weight_gradient(dims, &[5, 1, 17, 2, 9, 3, 4, 8], 3 * i);
+            // Whole blocks of rows, which are not cleared.
+            check_weight_gradient(dims, &[32, 64, 96, 32], 5 * i);
         }
     }
 

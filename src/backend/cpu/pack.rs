@@ -295,6 +295,13 @@ mod tests {
                         let expected = [w[column * stride + k], b[k * of_b + column]];
                         assert_eq!([transposed[at], copied[at]], expected, "panel {panel} of {n} x {len}, {stride}");
                     }
+                    let width = PANEL.min(n - panel * PANEL);
+                    for (k, j) in (0..len).flat_map(|k| (width..width.next_multiple_of(HALF)).map(move |j| (k, j))) {
+                        let at = (j / HALF * len + k) * HALF + j % HALF;
+                        let known = [0.0, w[(panel * PANEL + width - 1) * stride + k]];
+                        assert!(known.contains(&transposed[at]), "column {j} of {width} is multiplied too");
+                        assert_eq!(copied[at], 0.0, "column {j} of {width} is multiplied too");
+                    }
                 }
             }
         }

@@ -104,11 +104,11 @@ impl Format {
         at(range.start)..at(range.end)
     }
 
-    /// The halves of a panel, from where `inner`, one of [`Format::inner`], starts.
+    /// The halves of a panel from inner element `first` on, at which one of [`Format::inner`] starts.
     #[inline]
-    pub fn of_panel<'a>(self, panel: &'a [f32], inner: &Range<usize>) -> [&'a [f32]; 2] {
+    pub fn of_panel(self, panel: &[f32], first: usize) -> [&[f32]; 2] {
         let (left, right) = panel.split_at(panel.len() / 2);
-        let first = self.in_half(inner.clone()).start;
+        let first = self.in_half(first..first).start;
         [&left[first..], &right[first..]]
     }
 
@@ -163,12 +163,12 @@ impl Format {
         for (half, to) in halves.into_iter().enumerate() {
             let first = panel * PANEL + half * HALF;
             if let Some(width @ 1..) = n.checked_sub(first) {
-                split::pack_pairs(to, b.get(first..).unwrap_or(&[]), rows, width.min(HALF), n);
+                split::pack_pairs(to, &b[first..], rows, width.min(HALF), n);
             }
         }
     }
 
-    /// Packs halves of a panel, `[rows, HALF]` of numbers: as those they would need no packing.
+    /// Packs halves of a panel, `[rows, HALF]` of numbers each. Numbers need no packing: they are multiplied where they are.
     pub fn pack_halves(self, to: [&mut [f32]; 2], from: [&[f32]; 2], rows: usize) {
         assert!(self == Format::Parts, "a panel of numbers is multiplied where it is");
         for (to, from) in to.into_iter().zip(from) {
@@ -272,7 +272,8 @@ impl Format {
     }
 }
 
-/// Inner elements of rows and panels that stay in a core's caches.
+/// Inner elements of rows and panels that stay in a core's caches: with 384, 6 tiles of DiT-B/4 with their sums take 1 MB of the 2 MB
+/// of an Intel Xeon. More were not tried.
 const CACHED_INNER: usize = 12 * split::INNER;
 
 /// All formats: parts are multiplied on every processor, if only by their specification.

@@ -1,7 +1,7 @@
 //! Operands of the kernel for AMX: numbers as sums of three numbers of bf16.
 //!
 //! The first part of x is x rounded to bf16, the second what that leaves, rounded, the third what is left then. Each has 8 bits, so
-//! they hold all 24 of x. (Below 2^-110 the third is subnormal, which the tile registers take for zero.)
+//! they hold all 24 of x. (Below 2^-103 the third may be subnormal, which the tile registers take for zero.)
 //!
 //! ```text
 //! A   steps of 16 rows, each [blocks, 3, 16 rows, 32 inner elements]
@@ -242,7 +242,7 @@ pub unsafe fn scatter(to: &Shared, lines: &[f32], stride: usize, channels: Range
     }
 }
 
-/// The other way round as [`transpose`].
+/// The other way round than [`transpose`].
 fn transpose_pairs(to: &mut [f32], pairs: &[f32; BLOCK]) {
     for (part, to) in to.chunks_exact_mut(BLOCK / PARTS).enumerate() {
         interleave(to, INNER / 2, &pairs[part * HALF..], INNER / 2, STEP, PARTS * HALF);

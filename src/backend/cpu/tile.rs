@@ -11,7 +11,8 @@
 //!
 //! A range of the inner dimension is a sub-slice of both operands, so a window of input channels needs no panels of its own; a
 //! window of output channels is halves of panels, of which it may copy one. Every element of C is one chain of additions in the
-//! order of k, from 0 or from what is there (of parts, as [`split::multiply`] says): the result depends on the operands alone, neither on the threads nor on the tile.
+//! order of k, from 0 or from what is there (of operands in parts as [`super::split::multiply`] says): the result depends on the
+//! operands alone, neither on the threads nor on the tile.
 
 /// `$call` with the number of rows as a constant of this name.
 macro_rules! by_rows {

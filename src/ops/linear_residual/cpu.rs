@@ -283,7 +283,7 @@ impl BackwardInputs<'_> {
                     let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());
                     for ((RowTile { sample, rows }, a), next) in with_packed(format, tiles, packed, t, c).zip(shares) {
                         let inner = format.inner(self.write[*sample].range(), c);
-                        let segment = Segment { a, b: format.of_panel(b, &inner), len: inner.len() };
+                        let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
                         let halves = columns.len().div_ceil(HALF);
                         let (width, at) = (columns.len(), (rows.start - first_row) * k + columns.start);
                         let da = &mut da[at..(rows.end - first_row) * k];

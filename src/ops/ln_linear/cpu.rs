@@ -10,8 +10,8 @@ use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{HALF, MAX_ROWS, PANEL, Segment, Streams, Tile, panels, write_rows};
 use crate::ops::products::{
-    RowTile, WindowedColumns, batches, each_panel, fetched_by_each, pack_panels, packed_tile_len, packed_tiles_len,
-    panels_at_once, with_packed,
+    PACKED_PANELS, RowTile, WindowedColumns, batches, each_panel, fetched_by_each, pack_panels, packed_tile_len,
+    packed_tiles_len, panels_at_once, with_packed,
 };
 use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
@@ -133,7 +133,7 @@ unsafe fn forward_correction(
             tile.rows[..m].fill([0.0; PANEL]);
             for (range, a) in ranges.iter().zip(lines.chunks_exact(format.rows_len(format.step_rows(), c))) {
                 let inner = format.inner(range.clone(), c);
-                let segment = Segment { a, b: format.of_panel(b, &inner), len: inner.len() };
+                let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
                 format.multiply_add(&mut tile.rows, m, columns.len().div_ceil(HALF), inner.len(), &[segment], &[]);
             }
             for (i, sums) in tile.rows[..m].iter().enumerate() {
@@ -173,7 +173,7 @@ pub fn forward(
         let (panels_of_w, lines) = buffer.split_at_mut(panels(n) * format.panel_len(c));
         packed_lines(format, lines, read, modulation, c);
         let (lines, shared_correction) = (&*lines, Shared::new(correction));
-        let at_once = panels_at_once(n);
+        let at_once = panels_at_once(n, PACKED_PANELS);
         panels_of_w.par_chunks_mut(at_once * format.panel_len(c)).enumerate().for_each(|(task, to)| {
             let first = task * at_once;
             for (panel, to) in (first..).zip(to.chunks_exact_mut(format.panel_len(c))) {
@@ -232,9 +232,8 @@ impl Inputs<'_> {
                     }
                     format.pack_rows(packed, lines, rows.len(), window.range(), c, c);
                 }
-                let windows = tiles.iter().map(|tile| self.read[tile.sample]);
-                let first_read = windows.clone().map(|window| window.start).min().unwrap_or(0);
-                let of_all = first_read..windows.map(|window| window.end()).max().unwrap_or(0);
+                let of_all = tiles.iter().map(|tile| self.read[tile.sample]).reduce(Window::union);
+                let of_all = of_all.map_or(0..0, |window| window.range());
                 for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
                     let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());
@@ -242,7 +241,7 @@ impl Inputs<'_> {
                         with_packed(format, tiles, packed, self.t, c).zip(shares)
                     {
                         let inner = format.inner(self.read[*sample].range(), c);
-                        let segment = Segment { a, b: format.of_panel(b, &inner), len: inner.len() };
+                        let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
                         let halves = columns.len().div_ceil(HALF);
                         let rows = rows.start - first..rows.end - first;
                         let at = rows.start * n + columns.start;
@@ -417,13 +416,12 @@ impl BackwardInputs<'_> {
                     sums_over_tokens(pq, &mut dr[of_batch], g, mean, rstd, u);
                 }
                 product.multiply(room, tiles, g, false, |RowTile { rows, .. }, part, sums| {
+                    let Some(sums) = sums else { return };
                     // Whole halves: what lies outside of the window is not read.
                     for (columns, of_tile) in part.columns() {
                         let width = (of_tile + columns.len()).next_multiple_of(HALF);
                         let dh = &mut dh[(rows.start - start) * wide + columns.start - of_tile..];
-                        if let Some(sums) = sums {
-                            write_rows(dh, sums, width, wide);
-                        }
+                        write_rows(dh, sums, width, wide);
                     }
                 });
                 for RowTile { sample, rows } in tiles {
@@ -487,7 +485,7 @@ fn inactive_gradient(
                 }
                 let end = ((panel + 1) * PANEL).min(c);
                 let inner = format.inner(0..n, n);
-                let segment = Segment { a: packed, b: format.of_panel(b, &inner), len: inner.len() };
+                let segment = Segment { a: packed, b: format.of_panel(b, inner.start), len: inner.len() };
                 let halves = (end - panel * PANEL).div_ceil(HALF);
                 format.multiply(&mut tile, m, halves, segment, &[]);
                 for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {

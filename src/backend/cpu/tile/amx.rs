@@ -1,8 +1,8 @@
 //! The kernel for AMX: 32 columns of 32 rows, of numbers in three parts of bf16 ([`super::super::split`]).
 //!
 //! With `a = a0 + a1 + a2` and `b` alike, `a b` is nine products of parts, each exact in f32. The three smallest are left out: they
-//! are 2^-23 of it at most, mostly much less. The others of 32 inner elements are summed before they are added to what is there, so
-//! that a sum is rounded less often than a chain of f32 products: it has smaller errors (a test tells by how much).
+//! are 2^-23 of it at most, mostly much less. Each of the others is summed over 32 inner elements before it is added to what is there, so
+//! that a sum is rounded 6 times where a chain of f32 products is rounded 32 times: it has smaller errors (a test tells by how much).
 
 use super::super::split::BLOCK;
 #[cfg(doc)]
