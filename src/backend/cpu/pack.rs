@@ -24,8 +24,17 @@ pub fn interleave(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, l
     assert!(end(rows, stride, len) <= from.len(), "interleaved rows exceed their data");
     #[cfg(target_arch = "x86_64")]
     if level() != Level::Baseline {
-        // SAFETY: the processor has AVX2, and the bounds were checked.
-        unsafe { transpose::interleave(to, to_stride, from, rows, len, stride) };
+        // SAFETY: the processor has AVX2, AVX-512 where it is asked for, and the bounds were checked.
+        unsafe {
+            let sixteens = if level() == Level::Avx2 { 0 } else { rows / 16 * 16 };
+            (0..sixteens)
+                .step_by(16)
+                .for_each(|first| transpose::interleave16(to, to_stride, from, first, len, stride));
+            if sixteens < rows {
+                let (to, from) = (&mut to[sixteens..], &from[sixteens * stride..]);
+                transpose::interleave(to, to_stride, from, rows - sixteens, len, stride);
+            }
+        }
         return;
     }
     for i in 0..rows {
@@ -39,7 +48,8 @@ pub fn interleave(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, l
 mod transpose {
     use std::arch::x86_64::{
         __m256, _mm_loadu_ps, _mm256_castps128_ps256, _mm256_insertf128_ps, _mm256_shuffle_ps, _mm256_storeu_ps,
-        _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+        _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_castps128_ps512, _mm512_insertf32x4, _mm512_shuffle_ps,
+        _mm512_storeu_ps, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
     };
 
     /// # Safety
@@ -73,6 +83,52 @@ mod transpose {
                 for i in first..(first + 8).min(rows) {
                     to[k * to_stride + i] = from[i * stride + k];
                 }
+            }
+        }
+    }
+
+    /// Rows `first..first + 16`.
+    ///
+    /// # Safety
+    /// The processor has AVX-512F; see [`super::interleave`] for the bounds.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn interleave16(
+        to: &mut [f32],
+        to_stride: usize,
+        from: &[f32],
+        first: usize,
+        len: usize,
+        stride: usize,
+    ) {
+        let whole = len / 4 * 4;
+        for k in (0..whole).step_by(4) {
+            // SAFETY: the loads end at `(first + 15) * stride + len` or before, the last store at
+            // `(len - 1) * to_stride + first + 16`.
+            unsafe {
+                let from = from.as_ptr().add(first * stride + k);
+                let four = |i: usize| _mm_loadu_ps(from.add(i * stride));
+                let lines = [0, 1, 2, 3].map(|i| {
+                    let line = _mm512_castps128_ps512(four(i));
+                    let line = _mm512_insertf32x4::<1>(line, four(i + 4));
+                    let line = _mm512_insertf32x4::<2>(line, four(i + 8));
+                    _mm512_insertf32x4::<3>(line, four(i + 12))
+                });
+                let (a, b) = (_mm512_unpacklo_ps(lines[0], lines[1]), _mm512_unpacklo_ps(lines[2], lines[3]));
+                let (c, d) = (_mm512_unpackhi_ps(lines[0], lines[1]), _mm512_unpackhi_ps(lines[2], lines[3]));
+                let columns = [
+                    _mm512_shuffle_ps::<0x44>(a, b),
+                    _mm512_shuffle_ps::<0xEE>(a, b),
+                    _mm512_shuffle_ps::<0x44>(c, d),
+                    _mm512_shuffle_ps::<0xEE>(c, d),
+                ];
+                for (i, &column) in columns.iter().enumerate() {
+                    _mm512_storeu_ps(to.as_mut_ptr().add((k + i) * to_stride + first), column);
+                }
+            }
+        }
+        for k in whole..len {
+            for i in first..first + 16 {
+                to[k * to_stride + i] = from[i * stride + k];
             }
         }
     }

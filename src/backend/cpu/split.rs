@@ -94,8 +94,14 @@ simd_fn! {
     fn split_lines_of_gelu<F>(to: &mut [[u16; INNER]], from: &[f32], rows: usize, width: usize, stride: usize) {
         for i in 0..rows {
             let mut numbers = [0.0; INNER];
-            for (to, &x) in numbers.iter_mut().zip(&from[i * stride..][..width]) {
-                *to = gelu::<F>(x);
+            let line = &from[i * stride..][..width];
+            match line.first_chunk::<INNER>() {
+                Some(line) => {
+                    for k in 0..INNER {
+                        numbers[k] = gelu::<F>(line[k]);
+                    }
+                }
+                None => numbers.iter_mut().zip(line).for_each(|(to, &x)| *to = gelu::<F>(x)),
             }
             split_line(to, i, &numbers);
         }
@@ -133,24 +139,20 @@ pub fn pack_rows_of_gelu(to: &mut [f32], from: &[f32], rows: usize, len: usize, 
 
 /// Packs panel `panel` `[2, pairs, 3, HALF]` of `B = W^T`, W row-major `[n, len]`, its lines `stride` apart.
 pub fn pack_panel_transposed(to: &mut [f32], w: &[f32], panel: usize, n: usize, inner: usize, stride: usize) {
-    let mut lines = [0.0; BLOCK];
+    let mut transposed = [0.0; INNER * HALF];
     let columns = (2 * panel * HALF..n.min(2 * (panel + 1) * HALF)).step_by(HALF);
     for (first, to) in columns.zip(to.chunks_exact_mut(len(inner))) {
         let rows = HALF.min(n - first);
         let w = &w[first * stride..];
         for (block, to) in to.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
             let k = block * INNER;
+            let count = INNER.min(inner - k);
             fetch_rows(w.get(k + INNER..).unwrap_or(&[]), rows, INNER, stride);
-            split_lines(lines_of(&mut lines), &w[k..], rows, 0, INNER.min(inner - k), stride);
-            transpose(to, &lines);
+            interleave(&mut transposed, HALF, &w[k..], rows, count, stride);
+            let (to, rest) = to.split_at_mut(at(count.next_multiple_of(2)));
+            pack_pairs(to, &transposed, count, rows, HALF);
+            rest.fill(0.0);
         }
-    }
-}
-
-/// The parts of 16 lines of 16 pairs, as those of 16 pairs of 16 columns.
-fn transpose(to: &mut [f32; BLOCK], lines: &[f32; BLOCK]) {
-    for (part, lines) in lines.chunks_exact(BLOCK / PARTS).enumerate() {
-        interleave(&mut to[part * HALF..], PARTS * HALF, lines, STEP, INNER / 2, INNER / 2);
     }
 }
 
@@ -159,7 +161,9 @@ simd_fn! {
     /// are not there are zero, and so is a row that the last pair lacks.
     pub fn pack_pairs<F>(to: &mut [f32], from: &[f32], rows: usize, width: usize, stride: usize) {
         for (to, k) in to.as_chunks_mut::<{ PARTS * HALF }>().0.iter_mut().zip((0..rows).step_by(2)) {
-            split_pair(to, [k, k + 1].map(|k| if k < rows { &from[k * stride..][..width] } else { &[] }));
+            let low = &from[k * stride..][..width];
+            let high = if k + 1 < rows { &from[(k + 1) * stride..][..width] } else { &[] };
+            split_pair(to, [low, high]);
         }
     }
 }
@@ -174,12 +178,13 @@ simd_fn! {
         for (pair, k) in (0..inner.next_multiple_of(INNER)).step_by(2).enumerate() {
             for (i, start) in columns.clone().step_by(HALF).enumerate() {
                 let width = HALF.min(columns.end - start);
-                let lines = [k, k + 1].map(|k| if k < inner { &b[k * n + start..][..width] } else { &[] });
-                for line in lines {
+                let low = if k < inner { &b[k * n + start..][..width] } else { &[] };
+                let high = if k + 1 < inner { &b[(k + 1) * n + start..][..width] } else { &[] };
+                for line in [low, high] {
                     fetch(line.as_ptr().wrapping_add(2 * AHEAD * n));
                 }
                 let to = to[i * half + pair * PARTS * HALF..].first_chunk_mut().expect("a pair of half a panel");
-                split_pair(to, lines);
+                split_pair(to, [low, high]);
             }
         }
     }
@@ -187,15 +192,10 @@ simd_fn! {
 
 /// A pair of lines of up to [`HALF`] numbers: the rest is zero.
 #[inline(always)]
-fn split_pair(to: &mut [f32; PARTS * HALF], lines: [&[f32]; 2]) {
-    let [low, high] = lines.map(|line| match line.first_chunk::<HALF>() {
-        Some(line) => *line,
-        None => {
-            let mut numbers = [0.0; HALF];
-            numbers[..line.len()].copy_from_slice(line);
-            numbers
-        }
-    });
+fn split_pair(to: &mut [f32; PARTS * HALF], [low, high]: [&[f32]; 2]) {
+    let mut room = [[0.0; HALF]; 2];
+    let [of_low, of_high] = &mut room;
+    let (low, high) = (whole_line(of_low, low), whole_line(of_high, high));
     for j in 0..HALF {
         let (low, high) = (parts(low[j]), parts(high[j]));
         for part in 0..PARTS {
@@ -204,6 +204,18 @@ fn split_pair(to: &mut [f32; PARTS * HALF], lines: [&[f32]; 2]) {
     }
     // As in `products::mix_halves`.
     std::hint::black_box(());
+}
+
+/// A line as [`HALF`] numbers: where it is, or copied to `room`, which is zero.
+#[inline(always)]
+fn whole_line<'a>(room: &'a mut [f32; HALF], line: &'a [f32]) -> &'a [f32; HALF] {
+    match line.first_chunk() {
+        Some(line) => line,
+        None => {
+            room[..line.len()].copy_from_slice(line);
+            room
+        }
+    }
 }
 
 /// Puts lines of channels into steps of A whose rows are channels and whose inner elements are `rows` rows: into those steps that
@@ -242,7 +254,7 @@ pub unsafe fn scatter(to: &Shared, lines: &[f32], stride: usize, channels: Range
     }
 }
 
-/// The other way round than [`transpose`].
+/// The parts of 16 pairs of 16 columns, as those of 16 lines of 16 pairs.
 fn transpose_pairs(to: &mut [f32], pairs: &[f32; BLOCK]) {
     for (part, to) in to.chunks_exact_mut(BLOCK / PARTS).enumerate() {
         interleave(to, INNER / 2, &pairs[part * HALF..], INNER / 2, STEP, PARTS * HALF);
