@@ -1,6 +1,6 @@
 //! What the linear layers on the CPU share: tiles of rows that never cross samples, panels of a weight, and windows of its columns.
 
-use crate::backend::cpu::packed::Format;
+use crate::backend::cpu::packed::{Format, Kernel};
 use crate::backend::cpu::simd::{Level, level, simd_fn};
 use crate::backend::cpu::tile::{HALF, PANEL, Segment, Tile, panels};
 use crate::routing::Window;
@@ -212,6 +212,14 @@ simd_fn! {
     }
 }
 
+/// When [`WindowedColumns::multiply`] calls.
+pub(crate) enum Stage<'a> {
+    /// Before a product: its kernel may fetch where the sums go.
+    Before(&'a mut Kernel),
+    /// With its sums.
+    Done(&'a [[f32; PANEL]]),
+}
+
 /// Rows of `[B T, K]` times a weight in panels over K, of whose columns each sample has a window.
 #[derive(Clone, Copy)]
 pub(crate) struct WindowedColumns<'a> {
@@ -260,20 +268,20 @@ impl WindowedColumns<'_> {
     }
 
     /// Products of the tiles of a batch, the first of which has the first of `rows` `[_, K]`, or of the GELU of those. `work` is
-    /// called with the sums of each part, and before that with none, to fetch where they go.
+    /// called before each part is multiplied, and with its sums.
     pub(crate) fn multiply(
         &self,
         room: &mut [f32],
         tiles: &[RowTile],
         rows: &[f32],
         of_gelu: bool,
-        mut work: impl FnMut(&RowTile, &Part, Option<&[[f32; PANEL]]>),
+        mut work: impl FnMut(&RowTile, &Part, Stage),
     ) {
         let WindowedColumns { format, panels_of_w, windows, k, .. } = *self;
         let [packed_len, sums_len] = self.of_tile();
         let (mixed, room) = room.split_at_mut(format.half_len(k));
         let (packed, sums) = room.split_at_mut(tiles.len() * packed_len);
-        let mut tile = Tile::new();
+        let (mut tile, mut kernel) = (Tile::new(), format.kernel());
         for start in (0..self.k_of_panels()).step_by(self.at_once().max(1)) {
             let inner = start..(start + self.at_once()).min(self.k_of_panels());
             let is_last = inner.end == self.k_of_panels();
@@ -298,18 +306,18 @@ impl WindowedColumns<'_> {
                     let segment = Segment { a: &packed[i * packed_len..][..packed_len], b, len: inner.len() };
                     let count = row_tile.rows.len();
                     if is_last {
-                        work(row_tile, &part, None);
+                        work(row_tile, &part, Stage::Before(&mut kernel));
                     }
                     if sums_len == 0 {
-                        format.multiply(&mut tile, count, part.halves, segment, next);
-                        work(row_tile, &part, Some(&tile.rows[..count]));
+                        kernel.multiply(&mut tile, count, part.halves, segment, next);
+                        work(row_tile, &part, Stage::Done(&tile.rows[..count]));
                         continue;
                     }
                     let of_panel = format.sums_rows(count) * PANEL;
                     let sums = sums[i * sums_len + panel * of_panel..][..of_panel].as_chunks_mut().0;
-                    format.multiply_part(sums, start > 0, count, part.halves, segment, next);
+                    kernel.multiply_part(sums, start > 0, count, part.halves, segment, next);
                     if is_last {
-                        work(row_tile, &part, Some(&sums[..count]));
+                        work(row_tile, &part, Stage::Done(&sums[..count]));
                     }
                 }
             }

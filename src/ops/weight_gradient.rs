@@ -5,7 +5,7 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{
-    self, HALF, MOST_INNER, PANEL, Segment, Streams, copy_row, of_panel_mut, panels, write_transposed,
+    self, HALF, PANEL, Segment, Streams, copy_row, of_panel_mut, panels, write_transposed,
 };
 use crate::ops::products::{RESIDENT, panels_at_once};
 use rayon::prelude::*;
@@ -89,7 +89,7 @@ pub(crate) fn weight_gradient<'a>(
     // One by one: in bundles, a thread would be idle at the end.
     (0..panels(m).div_ceil(at_once)).into_par_iter().with_max_len(1).for_each(|task| {
         let parts = (0..samples).flat_map(|i| {
-            let count = sample(i).tokens.div_ceil(MOST_INNER);
+            let count = sample(i).tokens.div_ceil(format.most_rows());
             let sample = &sample;
             (0..count).map(move |part| {
                 let sample = sample(i);
@@ -128,12 +128,12 @@ struct Block {
 impl Task<'_> {
     /// Sums over the parts, which are all rows.
     fn run<'a>(&self, parts: impl Iterator<Item = TokensOf<'a>>) {
-        let (c, count) = (self.c, self.panels.len());
+        let (c, count, most_rows) = (self.c, self.panels.len(), self.format.most_rows());
         let sums_len = self.format.sums_rows(c) * PANEL;
         // Every tile of channels reads the panels: as lines M apart, they would crowd into few sets of the cache.
         let packs = self.format == Format::Parts || self.operands.other.is_empty();
         // A block may start and end inside of rows that are multiplied at once.
-        let packed_len = if packs { self.format.panel_len(MOST_INNER + 2 * (self.format.block_rows() - 1)) } else { 0 };
+        let packed_len = if packs { self.format.panel_len(most_rows + 2 * (self.format.block_rows() - 1)) } else { 0 };
         scratch::with(count * (sums_len + packed_len), |buffer| {
             let (sums, packed) = buffer.split_at_mut(count * sums_len);
             sums.fill(0.0);
@@ -143,7 +143,7 @@ impl Task<'_> {
                 let mut block = Block { channels: [const { [0..0, 0..0] }; _], starts: [first; _], parts: 0 };
                 let fits = |block: &Block, part: &TokensOf| {
                     let start = block.starts[block.parts];
-                    block.parts == 0 || block.parts < MOST_PARTS && start + part.tokens.len() <= MOST_INNER
+                    block.parts == 0 || block.parts < MOST_PARTS && start + part.tokens.len() <= most_rows
                 };
                 while let Some(part) = parts.next_if(|part| fits(&block, part)) {
                     let start = block.starts[block.parts];
@@ -199,6 +199,7 @@ impl Task<'_> {
         let mut segments = [Segment { a: &[], b: [&[]; 2], len: 0 }; MOST_PARTS];
         let mut starts = [0; MOST_PARTS];
         let sums_rows = self.format.sums_rows(c);
+        let mut kernel = self.format.kernel();
         channel_tiles(self.format, c, &block.channels[..block.parts], |tile, set| {
             let (mut used, mut rest, mut reached) = (0, set, 0);
             while rest != 0 {
@@ -232,7 +233,7 @@ impl Task<'_> {
                 }
                 let sums = sums[i * sums_rows * PANEL..][..sums_rows * PANEL].as_chunks_mut().0;
                 let halves = self.columns(panel).len().div_ceil(HALF);
-                self.format.multiply_add(&mut sums[tile.start..], tile.len(), halves, rows, &segments[..used], next);
+                kernel.multiply_add(&mut sums[tile.start..], tile.len(), halves, rows, &segments[..used], next);
             }
         });
     }
@@ -527,7 +528,9 @@ mod tests {
             check_weight_gradient(dims, &[3; 64], 2);
             check_weight_gradient(dims, &[3; 65], 1);
             check_weight_gradient(dims, &[1; 200], 2);
-            check_weight_gradient(dims, &[MOST_INNER, 1, MOST_INNER - 1, 2, MOST_INNER + 1], 3);
+            for most in formats().map(Format::most_rows) {
+                check_weight_gradient(dims, &[most, 1, most - 1, 2, most + 1], 3);
+            }
             check_weight_gradient(dims, &[4100, 7, 0, 4096, 3], 4);
         }
     }

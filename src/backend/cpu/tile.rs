@@ -39,8 +39,9 @@ mod steps;
 mod tests;
 
 use super::pack::interleave;
-use super::simd::{Level, fetch_rows, level, simd_fn};
+use super::simd::{LINE, Level, fetch_rows, level, simd_fn};
 use super::split;
+use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -134,6 +135,97 @@ impl Tile {
 }
 
 impl Default for Tile {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Cache lines that are read or written soon, two at a time, for a kernel to fetch meanwhile.
+pub struct Lines {
+    addresses: [usize; Lines::MOST],
+    len: usize,
+}
+
+impl Lines {
+    /// Rows of tiles of three results.
+    const MOST: usize = 3 * MAX_ROWS;
+
+    /// None.
+    pub fn new() -> Self {
+        Lines { addresses: [0; _], len: 0 }
+    }
+
+    /// Those of the first `width` numbers of `rows` rows, which start `stride` apart, as in [`fetch_rows`]. What is more than fits is
+    /// left out.
+    pub fn add_rows(&mut self, from: &[f32], rows: usize, width: usize, stride: usize) {
+        let rows = rows.min(from.len().div_ceil(stride));
+        for pair in (0..width).step_by(2 * LINE) {
+            let Some(to) = self.addresses[self.len..].get_mut(..rows) else { return };
+            progression(to, from.as_ptr().wrapping_add(pair).addr(), stride * size_of::<f32>());
+            self.len += rows;
+        }
+    }
+
+    /// The addresses of all, with as many for each of `rounds` rounds, the last of them more than once; and how many a round has.
+    #[cfg(target_arch = "x86_64")]
+    fn for_rounds(&mut self, rounds: usize) -> (&[usize], usize) {
+        let of_round = self.len.div_ceil(rounds).min(Lines::MOST / rounds);
+        let all = of_round * rounds;
+        let last = self.addresses[self.len.saturating_sub(1)];
+        self.addresses[self.len.min(all)..all].fill(last);
+        self.len = 0;
+        (&self.addresses[..all], of_round)
+    }
+}
+
+simd_fn! {
+    fn progression<F>(to: &mut [usize], first: usize, distance: usize) {
+        for (i, to) in to.iter_mut().enumerate() {
+            *to = first.wrapping_add(i.wrapping_mul(distance));
+        }
+    }
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The tile registers, set up on this thread for [`multiply_split`] until the last of these is dropped; nothing, where the processor
+/// has none.
+pub struct Registers(PhantomData<*const ()>);
+
+thread_local! {
+    /// How many [`Registers`] this thread has.
+    static SET_UP: Cell<usize> = const { Cell::new(0) };
+}
+
+impl Registers {
+    /// Sets them up.
+    pub fn new() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if SET_UP.get() == 0 && level() == Level::Amx {
+            // SAFETY: the processor has AMX.
+            unsafe { amx::set_up() };
+        }
+        SET_UP.set(SET_UP.get() + 1);
+        Registers(PhantomData)
+    }
+}
+
+impl Drop for Registers {
+    fn drop(&mut self) {
+        SET_UP.set(SET_UP.get() - 1);
+        #[cfg(target_arch = "x86_64")]
+        if SET_UP.get() == 0 && level() == Level::Amx {
+            // SAFETY: the processor has AMX.
+            unsafe { amx::release() };
+        }
+    }
+}
+
+impl Default for Registers {
     fn default() -> Self {
         Self::new()
     }
@@ -412,17 +504,19 @@ fn sum_products(
 
 /// As [`multiply_packed`], of operands in parts ([`super::split`]): writes, or adds, the sums of up to two steps of rows, which are
 /// `step` apart in A. All rows of the steps are written; those that are not asked for are of no meaning. The segment
-/// is whole blocks.
+/// is whole blocks. Meanwhile `next` and `lines`, which are read or written soon, may be fetched into the second cache.
 #[inline]
-#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "`next` is fetched where it was measured"))]
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "fetched where it was measured"))]
+#[expect(clippy::too_many_arguments, reason = "operands and sizes")]
 pub fn multiply_split(
+    _: &Registers,
     sums: &mut [[f32; PANEL]],
     add: bool,
-    rows: usize,
-    halves: usize,
+    [rows, halves]: [usize; 2],
     step: usize,
     segment: Segment,
     next: &[f32],
+    lines: &mut Lines,
 ) {
     assert!(segment.len.is_multiple_of(split::INNER), "parts are multiplied in whole blocks");
     let (steps, blocks) = (rows.div_ceil(split::STEP), segment.len / split::INNER);
@@ -436,10 +530,9 @@ pub fn multiply_split(
     if level() == Level::Amx && blocks > 0 {
         let a = [segment.a, segment.a.get(step..).unwrap_or(&[])].map(<[f32]>::as_ptr);
         let b = segment.b.map(<[f32]>::as_ptr);
-        let lines = next.len().div_ceil(super::simd::LINE).div_ceil(blocks);
         let to = sums.as_mut_ptr().cast();
-        // SAFETY: the processor has AMX; the lengths of the operands and of the sums were checked above.
-        return unsafe { amx::multiply(to, add, [steps, halves], a, b, blocks, next.as_ptr(), lines) };
+        // SAFETY: the processor has AMX, and its registers are set up; the lengths of the operands and of the sums were checked above.
+        return unsafe { amx::multiply(to, add, [steps, halves], a, b, blocks, next, lines) };
     }
     split::multiply(sums, add, [steps, halves], step, segment, blocks);
 }

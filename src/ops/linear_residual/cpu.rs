@@ -5,11 +5,11 @@ use crate::backend::cpu::packed::Format;
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
-use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu_and_derivative, simd_fn};
+use crate::backend::cpu::simd::{add_assign, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{HALF, PANEL, Segment, Tile, add_tile, panels, write_rows};
 use crate::ops::products::{
-    RowTile, WindowedColumns, batches, each_panel, fetched_by_each, pack_panels, packed_tile_len, packed_tiles_len,
-    with_packed,
+    RowTile, Stage, WindowedColumns, batches, each_panel, fetched_by_each, pack_panels, packed_tile_len,
+    packed_tiles_len, with_packed,
 };
 use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
@@ -102,7 +102,7 @@ pub fn forward(
             scratch::with(product.room(), |room| {
                 product.batches(rows, |tiles| {
                     let a = &a[tiles[0].rows.start * k..];
-                    product.multiply(room, tiles, a, of_gelu, |RowTile { sample, rows }, part, sums| {
+                    product.multiply(room, tiles, a, of_gelu, |RowTile { sample, rows }, part, mut stage| {
                         for (columns, of_tile) in part.columns() {
                             let (at, width) = ((rows.start - first) * c + columns.start, columns.len());
                             let (out, z) = (&mut out[at..], &mut z[at..]);
@@ -110,14 +110,17 @@ pub fn forward(
                                 true => &base.0[rows.start * c + columns.start..],
                                 false => &[],
                             };
-                            let Some(sums) = sums else {
-                                for numbers in [base, out, z] {
-                                    fetch_rows(numbers, rows.len(), width, c);
+                            match &mut stage {
+                                Stage::Before(kernel) => {
+                                    for numbers in [base, out, z] {
+                                        kernel.fetch_rows(numbers, rows.len(), width, c);
+                                    }
                                 }
-                                continue;
-                            };
-                            let gate = &gate.of(*sample, c)[columns.clone()];
-                            finish_tile(out, z, base, sums, of_tile, c, &bias[columns], gate);
+                                Stage::Done(sums) => {
+                                    let gate = &gate.of(*sample, c)[columns.clone()];
+                                    finish_tile(out, z, base, sums, of_tile, c, &bias[columns], gate);
+                                }
+                            }
                         }
                     });
                 });
@@ -245,7 +248,7 @@ impl BackwardInputs<'_> {
         let (wide, tile_len) = (format.padded_columns(c), packed_tile_len(format, t, c));
         let lines_len = format.tile_rows().min(t) * wide;
         dbias.fill(0.0);
-        let mut tile = Tile::new();
+        let (mut tile, mut kernel) = (Tile::new(), format.kernel());
         let mut lines_of = None;
         scratch::with(lines_len + packed_tiles_len(format, t, c), |buffer| {
             let (lines, packed) = buffer.split_at_mut(lines_len);
@@ -287,8 +290,8 @@ impl BackwardInputs<'_> {
                         let halves = columns.len().div_ceil(HALF);
                         let (width, at) = (columns.len(), (rows.start - first_row) * k + columns.start);
                         let da = &mut da[at..(rows.end - first_row) * k];
-                        fetch_rows(da, rows.len(), width, k);
-                        format.multiply(&mut tile, rows.len(), halves, segment, next);
+                        kernel.fetch_rows(da, rows.len(), width, k);
+                        kernel.multiply(&mut tile, rows.len(), halves, segment, next);
                         if self.of_gelu {
                             let y = [0, 1].map(|half| {
                                 let at = ((2 * panel + half) * all_rows + rows.start) * HALF;

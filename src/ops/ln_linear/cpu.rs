@@ -7,10 +7,10 @@ use crate::backend::cpu::packed::Format;
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
-use crate::backend::cpu::simd::{add_assign, fetch_rows, fma, gelu, gelu_derivative, simd_fn, sum_by};
+use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{HALF, MAX_ROWS, PANEL, Segment, Streams, Tile, panels, write_rows};
 use crate::ops::products::{
-    PACKED_PANELS, RowTile, WindowedColumns, batches, each_panel, fetched_by_each, pack_panels, packed_tile_len,
+    PACKED_PANELS, RowTile, Stage, WindowedColumns, batches, each_panel, fetched_by_each, pack_panels, packed_tile_len,
     packed_tiles_len, panels_at_once, with_packed,
 };
 use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
@@ -123,7 +123,7 @@ unsafe fn forward_correction(
 ) {
     let n = bias.len();
     let samples = samples_at_once(format, read.len());
-    let mut tile = Tile::new();
+    let (mut tile, mut kernel) = (Tile::new(), format.kernel());
     let chunks = read.chunks(samples).zip(lines.chunks_exact(2 * format.rows_len(format.step_rows(), c)));
     for (chunk, (windows, lines)) in chunks.enumerate() {
         let m = 2 * windows.len();
@@ -134,7 +134,7 @@ unsafe fn forward_correction(
             for (range, a) in ranges.iter().zip(lines.chunks_exact(format.rows_len(format.step_rows(), c))) {
                 let inner = format.inner(range.clone(), c);
                 let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
-                format.multiply_add(&mut tile.rows, m, columns.len().div_ceil(HALF), inner.len(), &[segment], &[]);
+                kernel.multiply_add(&mut tile.rows, m, columns.len().div_ceil(HALF), inner.len(), &[segment], &[]);
             }
             for (i, sums) in tile.rows[..m].iter().enumerate() {
                 let row = (chunk * samples * 2 + i) * n;
@@ -213,7 +213,7 @@ impl Inputs<'_> {
     fn block(&self, first: usize, y: &mut [f32], mean: &mut [f32], rstd: &mut [f32]) {
         let (format, c, n) = (self.format, self.c, self.bias.len());
         let rows = first..first + mean.len();
-        let mut tile = Tile::new();
+        let (mut tile, mut kernel) = (Tile::new(), format.kernel());
         let streams = Streams::of(self.len);
         let (lines_len, tile_len) = (format.tile_rows().min(self.t) * c, packed_tile_len(format, self.t, c));
         scratch::with(lines_len + packed_tiles_len(format, self.t, c), |buffer| {
@@ -247,12 +247,12 @@ impl Inputs<'_> {
                         let at = rows.start * n + columns.start;
                         let width = columns.len();
                         if !self.correction.is_empty() {
-                            fetch_rows(&self.correction[sample * 2 * n + columns.start..], 2, width, n);
+                            kernel.fetch_rows(&self.correction[sample * 2 * n + columns.start..], 2, width, n);
                         }
                         if streams.is_none() {
-                            fetch_rows(&y[at..], rows.len(), width, n);
+                            kernel.fetch_rows(&y[at..], rows.len(), width, n);
                         }
-                        format.multiply(&mut tile, rows.len(), halves, segment, next);
+                        kernel.multiply(&mut tile, rows.len(), halves, segment, next);
                         let mut r = [0.0; MAX_ROWS];
                         let (u, v) = if self.correction.is_empty() {
                             (&[][..], &self.bias[columns.clone()])
@@ -415,8 +415,8 @@ impl BackwardInputs<'_> {
                     let g = &g[of_batch.start * n..of_batch.end * n];
                     sums_over_tokens(pq, &mut dr[of_batch], g, mean, rstd, u);
                 }
-                product.multiply(room, tiles, g, false, |RowTile { rows, .. }, part, sums| {
-                    let Some(sums) = sums else { return };
+                product.multiply(room, tiles, g, false, |RowTile { rows, .. }, part, stage| {
+                    let Stage::Done(sums) = stage else { return };
                     // Whole halves: what lies outside of the window is not read.
                     for (columns, of_tile) in part.columns() {
                         let width = (of_tile + columns.len()).next_multiple_of(HALF);
@@ -476,7 +476,7 @@ fn inactive_gradient(
     let chunks = dmodulation.par_chunks_mut(samples * stride).zip(pq.par_chunks(samples * 2 * n));
     chunks.zip(read.par_chunks(samples)).for_each(|((dmodulation, pq), windows)| {
         let m = 2 * windows.len();
-        let mut tile = Tile::new();
+        let (mut tile, mut kernel) = (Tile::new(), format.kernel());
         scratch::with(format.rows_len(m, n), |packed| {
             format.pack_rows(packed, pq, m, 0..n, n, n);
             for (panel, b) in panels_of_w.chunks_exact(format.panel_len(n)).enumerate() {
@@ -487,7 +487,7 @@ fn inactive_gradient(
                 let inner = format.inner(0..n, n);
                 let segment = Segment { a: packed, b: format.of_panel(b, inner.start), len: inner.len() };
                 let halves = (end - panel * PANEL).div_ceil(HALF);
-                format.multiply(&mut tile, m, halves, segment, &[]);
+                kernel.multiply(&mut tile, m, halves, segment, &[]);
                 for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
                     let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
                     for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {

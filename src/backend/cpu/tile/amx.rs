@@ -4,10 +4,13 @@
 //! are 2^-23 of it at most, mostly much less. Each of the others is summed over 32 inner elements before it is added to what is there, so
 //! that a sum is rounded 6 times where a chain of f32 products is rounded 32 times: it has smaller errors (a test tells by how much).
 
+use super::super::simd::LINE;
 use super::super::split::BLOCK;
+use super::Lines;
 #[cfg(doc)]
 use super::PANEL;
 use std::arch::asm;
+use std::mem::offset_of;
 
 /// All eight tile registers: 16 rows of 64 bytes.
 #[repr(C, align(64))]
@@ -49,6 +52,51 @@ pub(in super::super) fn available() -> bool {
     false
 }
 
+/// Makes the tile registers those of [`CONFIG`] on this thread.
+///
+/// # Safety
+/// [`available`].
+pub(super) unsafe fn set_up() {
+    // SAFETY: the processor has the instruction, and the operand is a palette that every one has.
+    unsafe {
+        asm!(
+            "ldtilecfg [{}]",
+            in(reg) &raw const CONFIG,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, preserves_flags, readonly),
+        );
+    }
+}
+
+/// Gives them back.
+///
+/// # Safety
+/// [`available`].
+pub(super) unsafe fn release() {
+    // SAFETY: the processor has the instruction, and what is in the registers is not kept.
+    unsafe {
+        asm!(
+            "tilerelease",
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, preserves_flags, nomem),
+        );
+    }
+}
+
+/// What a kernel reads when a register is free for it.
+#[repr(C)]
+struct Rare {
+    /// Sums of rows of [`PANEL`] numbers.
+    to: *mut f32,
+    /// Whether it adds to them.
+    add: usize,
+    /// Lines of `next` that it fetches for each block, and of `lines`.
+    of_next: usize,
+    of_lines: usize,
+}
+
 /// Bytes of a block of the inner dimension, of A and of B.
 const BLOCK_BYTES: usize = BLOCK * size_of::<f32>();
 /// Bytes between the rows of a tile of A, and between those of B, which are pairs of inner elements.
@@ -56,10 +104,11 @@ const A_LINE: usize = 64;
 const B_LINE: usize = 3 * 64;
 
 /// Sums of one or two steps at `a` and one or two halves of a panel at `b`, over `blocks` of the inner dimension: written to rows of
-/// [`PANEL`] numbers, or added to those. Meanwhile `lines` cache lines from `next` on are fetched for each block.
+/// [`PANEL`] numbers, or added to those. Meanwhile the cache lines of `next` and `lines` are fetched, some for each block.
 ///
 /// # Safety
-/// [`available`]; `blocks` blocks, at least one, are at each operand that is asked for, and all rows of the steps at `to`.
+/// [`available`], and [`set_up`] on this thread; `blocks` blocks, at least one, are at each operand that is asked for, and all rows of
+/// the steps at `to`.
 #[expect(clippy::too_many_arguments, reason = "operands and sizes")]
 pub(super) unsafe fn multiply(
     to: *mut f32,
@@ -68,8 +117,8 @@ pub(super) unsafe fn multiply(
     a: [*const f32; 2],
     b: [*const f32; 2],
     blocks: usize,
-    next: *const f32,
-    lines: usize,
+    next: &[f32],
+    lines: &mut Lines,
 ) {
     let kernel = match (steps, halves) {
         (2, 2) => two_steps,
@@ -77,8 +126,11 @@ pub(super) unsafe fn multiply(
         (_, 2) => one_step,
         (_, _) => one_step_of_a_half,
     };
-    // SAFETY: the contract is the same.
-    unsafe { kernel(to, add, a, b, blocks, next, lines) }
+    let of_next = next.len().div_ceil(LINE).div_ceil(blocks);
+    let (lines, of_lines) = lines.for_rounds(blocks);
+    let rare = Rare { to, add: usize::from(add), of_next, of_lines };
+    // SAFETY: the contract is the same; there are `blocks * of_lines` lines.
+    unsafe { kernel(&rare, a, b, blocks, next.as_ptr(), lines.as_ptr()) }
 }
 
 /// Loads tile register `$to` with part `$part` of a block of A.
@@ -113,38 +165,50 @@ macro_rules! kernel {
         $(#[$meta])*
         ///
         /// # Safety
-        /// That of [`multiply`]; `to` is a tile. What the kernel does not name is not read.
+        /// That of [`multiply`]; `blocks * of_lines` addresses are at `lines`. What the kernel does not name is not read.
         unsafe fn $name(
-            to: *mut f32,
-            add: bool,
+            rare: &Rare,
             a: [*const f32; 2],
             b: [*const f32; 2],
             blocks: usize,
             next: *const f32,
-            lines: usize,
+            lines: *const usize,
         ) {
-            // SAFETY: it reads `blocks` blocks of each operand that it names, and writes sums of 16 rows to the tile.
+            // SAFETY: it reads `blocks` blocks of each operand that it names and the addresses, and writes sums of 16 rows for each
+            // step; a prefetch of any address changes nothing.
             unsafe {
                 asm!(
-                    "ldtilecfg [{line}]",
                     // What the sums start with.
-                    "add {a_line}, {a_line}",
-                    "test {add}, {add}",
+                    "mov {line}, [{rare} + {add}]",
+                    "test {line}, {line}",
                     "jnz 2f",
                     $(concat!("tilezero tmm", $c),)*
                     "jmp 3f",
                     "2:",
-                    $(concat!("tileloadd tmm", $c, ", [{to} + {a_line} + ", $at, "]"),)*
-                    "3:",
+                    "mov {line}, [{rare} + {to}]",
+                    "add {a_line}, {a_line}",
+                    $(concat!("tileloadd tmm", $c, ", [{line} + {a_line} + ", $at, "]"),)*
                     "shr {a_line}",
+                    "3:",
                     "2:",
-                    "mov {line}, {lines}",
-                    "test {line}, {line}",
+                    "mov {count}, [{rare} + {of_next}]",
+                    "test {count}, {count}",
                     "jz 4f",
                     "3:",
                     "prefetcht1 [{next}]",
                     "add {next}, 64",
-                    "dec {line}",
+                    "dec {count}",
+                    "jnz 3b",
+                    "4:",
+                    "mov {count}, [{rare} + {of_lines}]",
+                    "test {count}, {count}",
+                    "jz 4f",
+                    "3:",
+                    "mov {line}, [{lines}]",
+                    "prefetcht1 [{line}]",
+                    "prefetcht1 [{line} + 64]",
+                    "add {lines}, 8",
+                    "dec {count}",
                     "jnz 3b",
                     "4:",
                     // In an order in which each product has a factor of the one before.
@@ -167,11 +231,10 @@ macro_rules! kernel {
                     "add {right}, {block}",
                     "dec {blocks}",
                     "jnz 2b",
+                    "mov {line}, [{rare} + {to}]",
                     "add {a_line}, {a_line}",
-                    $(concat!("tilestored [{to} + {a_line} + ", $at, "], tmm", $c),)*
-                    "tilerelease",
-                    to = in(reg) to,
-                    add = in(reg) usize::from(add),
+                    $(concat!("tilestored [{line} + {a_line} + ", $at, "], tmm", $c),)*
+                    rare = in(reg) rare,
                     first = inout(reg) a[0] => _,
                     second = inout(reg) a[1] => _,
                     left = inout(reg) b[0] => _,
@@ -180,9 +243,14 @@ macro_rules! kernel {
                     b_line = in(reg) B_LINE,
                     blocks = inout(reg) blocks => _,
                     next = inout(reg) next => _,
-                    lines = in(reg) lines,
-                    line = inout(reg) &raw const CONFIG => _,
+                    lines = inout(reg) lines => _,
+                    count = out(reg) _,
+                    line = out(reg) _,
                     block = const BLOCK_BYTES,
+                    to = const offset_of!(Rare, to),
+                    add = const offset_of!(Rare, add),
+                    of_next = const offset_of!(Rare, of_next),
+                    of_lines = const offset_of!(Rare, of_lines),
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),

@@ -261,6 +261,7 @@ fn products_of_parts_are_as_exact_as_those_of_numbers() {
         let any = |i: usize| (i + 7919 * seed).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 16;
         (0..n).map(|i| (any(i) % (1 << 24)) as f32 * 2.0f32.powi((any(i) >> 40) as i32 % 24 - 36)).collect()
     };
+    let (registers, mut lines) = (Registers::new(), Lines::new());
     let (mut squares, mut of_plain_squares) = (0.0, 0.0);
     let spoils = [Some(f32::NAN), Some(f32::INFINITY), Some(1e-40), Some(1e-36)].map(|spoil| (2, spoil));
     for (blocks, spoil) in [(1, None), (2, None), (MOST, None)].into_iter().chain(spoils) {
@@ -283,7 +284,8 @@ fn products_of_parts_are_as_exact_as_those_of_numbers() {
         {
             let start = [[if add { 3.0 } else { f32::NAN }; PANEL]; 32];
             let (mut kernel, mut specified) = (start, start);
-            multiply_split(&mut kernel, add, rows, halves, step, segment, &[1.0; 40]);
+            lines.add_rows(&b, 3, 40, PANEL);
+            multiply_split(&registers, &mut kernel, add, [rows, halves], step, segment, &b[..40], &mut lines);
             split::multiply(&mut specified, add, [rows.div_ceil(16), halves], step, segment, blocks);
             for (i, j) in (0..32).flat_map(|i| (0..PANEL).map(move |j| (i, j))) {
                 let (got, of_two) = (kernel[i][j], specified[i][j]);
@@ -314,4 +316,40 @@ fn products_of_parts_are_as_exact_as_those_of_numbers() {
     let ratio = f64::sqrt(squares / of_plain_squares);
     println!("root of mean squares of errors, as against a chain of f32 products: {ratio:.2}");
     assert!(ratio <= 0.7);
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn each_round_has_its_lines() {
+    let rows: Vec<f32> = vec![0.0; 3 * 50];
+    let mut lines = Lines::new();
+    for (count, rounds) in [(0, 1), (0, 3), (2, 4), (3, 1), (3, 4), (3, 6), (3, 100), (3, 1000)] {
+        lines.add_rows(&rows, count, 40, 50);
+        let at = [0, 2 * LINE].into_iter().flat_map(|at| (0..count).map(move |row| row * 50 + at));
+        let addresses: Vec<_> = at.map(|at| rows[at..].as_ptr().addr()).collect();
+        let (all, of_round) = lines.for_rounds(rounds);
+        assert_eq!(all.len(), rounds * of_round);
+        assert!(all.starts_with(&addresses) || rounds == 1000 && all.is_empty());
+        assert!(all[addresses.len().min(all.len())..].iter().all(|line| Some(line) == addresses.last()));
+    }
+    // More than fit, and rows that are not there.
+    (0..5).for_each(|_| lines.add_rows(&rows, 50, 20, 1));
+    assert_eq!(lines.for_rounds(1).0.len(), Lines::MOST / 50 * 50);
+    lines.add_rows(&rows, 7, 20, 50);
+    assert_eq!(lines.for_rounds(1).0.len(), 3);
+}
+
+/// Whoever sets the registers up last gives them back last.
+#[test]
+fn registers_stay_until_the_last_is_dropped() {
+    let first = Registers::new();
+    drop(Registers::new());
+    let len = split::INNER;
+    let (mut a, mut b) = (vec![0.0; split::len(len)], vec![0.0; 2 * split::len(len)]);
+    split::pack_rows(&mut a, &vec![1.0; len], 1, 0, len, len);
+    split::pack_panels(&mut b, &vec![2.0; len * PANEL], 0, PANEL, len);
+    let segment = Segment { a: &a, b: b.split_at(split::len(len)).into(), len };
+    let mut sums = [[0.0; PANEL]; split::STEP];
+    multiply_split(&first, &mut sums, false, [1, 2], split::len(len), segment, &[], &mut Lines::new());
+    assert_eq!(sums[0], [2.0 * len as f32; PANEL]);
 }
