@@ -332,7 +332,7 @@ mod tests {
 
     #[test]
     fn batches_cover_the_rows_and_never_cross_samples() {
-        let cases = [(0..10, 5, 3), (7..61, 9, 1 << 13), (3..4, 1, 1), (128..256, 256, 384)];
+        let cases = [(0..10, 5, 3), (7..61, 9, 1 << 13), (3..4, 1, 1), (128..256, 256, 384), (0..800, 256, 384)];
         for (format, (rows, tokens, inner)) in formats().flat_map(|format| cases.clone().map(|case| (format, case))) {
             let (mut seen, mut counts) = (Vec::new(), Vec::new());
             batches(format, rows.clone(), tokens, packed_tile_len(format, tokens, inner), |tiles| {

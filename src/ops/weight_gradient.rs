@@ -55,6 +55,9 @@ const GROUPS: usize = 36;
 /// Channels whose place in a gradient is fetched before it is written.
 const FETCHED: usize = 16;
 
+/// Most panels of a task: what it reads of `routed` it multiplies with all of them. With 12, steps of DiT-S/4 take as long.
+const MOST_PANELS: usize = 6;
+
 /// Tokens of a sample that are summed at once.
 struct TokensOf<'a> {
     sample: Sample<'a>,
@@ -84,8 +87,7 @@ pub(crate) fn weight_gradient<'a>(
     let of_rows = operands.other.len() == panels(m) * tokens * PANEL;
     assert!(operands.other.is_empty() || of_rows, "panels of other rows than those of the samples");
     let dw = Shared::new(dw);
-    // What a task reads of `routed` it multiplies with all of its panels.
-    let at_once = panels_at_once(m, 6);
+    let at_once = panels_at_once(m, MOST_PANELS);
     // One by one: in bundles, a thread would be idle at the end.
     (0..panels(m).div_ceil(at_once)).into_par_iter().with_max_len(1).for_each(|task| {
         let parts = (0..samples).flat_map(|i| {
@@ -345,7 +347,8 @@ mod tests {
         Drawn { channels, t, routed, other: numbers(seed + 1000, t * m) }
     }
 
-    /// The routed numbers of all samples in groups, NaN where no channels meet blocks that are not cleared, and the others as panels.
+    /// The routed numbers of all samples in groups, NaN in those that a sample's channels do not meet, unless [`clear_routed`] cleared
+    /// them; and the others as panels.
     fn operands(format: Format, samples: &[Drawn], [c, m]: [usize; 2]) -> [Vec<f32>; 2] {
         let rows: usize = samples.iter().map(|sample| format.rows_of(sample.t)).sum();
         let mut routed = vec![f32::NAN; format.routed_len(rows, c)];

@@ -24,15 +24,12 @@ pub fn interleave(to: &mut [f32], to_stride: usize, from: &[f32], rows: usize, l
     assert!(end(rows, stride, len) <= from.len(), "interleaved rows exceed their data");
     #[cfg(target_arch = "x86_64")]
     if level() != Level::Baseline {
-        // SAFETY: the processor has AVX2, AVX-512 where it is asked for, and the bounds were checked.
+        // SAFETY: the processor has AVX2, or AVX-512 where it is asked for, and the bounds were checked.
         unsafe {
-            let sixteens = if level() == Level::Avx2 { 0 } else { rows / 16 * 16 };
-            (0..sixteens)
-                .step_by(16)
-                .for_each(|first| transpose::interleave16(to, to_stride, from, first, len, stride));
-            if sixteens < rows {
-                let (to, from) = (&mut to[sixteens..], &from[sixteens * stride..]);
-                transpose::interleave(to, to_stride, from, rows - sixteens, len, stride);
+            if rows == 16 && level() != Level::Avx2 {
+                transpose::interleave16(to, to_stride, from, len, stride);
+            } else {
+                transpose::interleave(to, to_stride, from, rows, len, stride);
             }
         }
         return;
@@ -87,25 +84,17 @@ mod transpose {
         }
     }
 
-    /// Rows `first..first + 16`.
+    /// 16 rows.
     ///
     /// # Safety
     /// The processor has AVX-512F; see [`super::interleave`] for the bounds.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn interleave16(
-        to: &mut [f32],
-        to_stride: usize,
-        from: &[f32],
-        first: usize,
-        len: usize,
-        stride: usize,
-    ) {
+    pub(super) unsafe fn interleave16(to: &mut [f32], to_stride: usize, from: &[f32], len: usize, stride: usize) {
         let whole = len / 4 * 4;
         for k in (0..whole).step_by(4) {
-            // SAFETY: the loads end at `(first + 15) * stride + len` or before, the last store at
-            // `(len - 1) * to_stride + first + 16`.
+            // SAFETY: the loads end at `15 * stride + len` or before, the last store at `(len - 1) * to_stride + 16`.
             unsafe {
-                let from = from.as_ptr().add(first * stride + k);
+                let from = from.as_ptr().add(k);
                 let four = |i: usize| _mm_loadu_ps(from.add(i * stride));
                 let lines = [0, 1, 2, 3].map(|i| {
                     let line = _mm512_castps128_ps512(four(i));
@@ -122,12 +111,12 @@ mod transpose {
                     _mm512_shuffle_ps::<0xEE>(c, d),
                 ];
                 for (i, &column) in columns.iter().enumerate() {
-                    _mm512_storeu_ps(to.as_mut_ptr().add((k + i) * to_stride + first), column);
+                    _mm512_storeu_ps(to.as_mut_ptr().add((k + i) * to_stride), column);
                 }
             }
         }
         for k in whole..len {
-            for i in first..first + 16 {
+            for i in 0..16 {
                 to[k * to_stride + i] = from[i * stride + k];
             }
         }

@@ -245,8 +245,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// As [`fetch_rows`], during the next product where its kernel can: they come one after the other, and what it multiplies does not
-    /// wait for them.
+    /// As [`fetch_rows`], where the kernel can spread over the next product: its own operands do not queue behind them.
     #[inline]
     pub fn fetch_rows(&mut self, from: &[f32], rows: usize, width: usize, stride: usize) {
         match self.format {
@@ -265,7 +264,8 @@ impl Kernel {
         }
     }
 
-    /// As [`Kernel::multiply`] for a part of the inner dimension, where that has several: to [`Format::sums_rows`], or added to them.
+    /// As [`Kernel::multiply`] of parts, for a part of the inner dimension, where that has several: to [`Format::sums_rows`], or added to
+    /// them.
     pub fn multiply_part(
         &mut self,
         sums: &mut [[f32; PANEL]],
@@ -328,4 +328,37 @@ const CACHED_ROWS: usize = 24 * split::INNER;
 #[cfg(test)]
 pub fn formats() -> impl Iterator<Item = Format> + Clone {
     [Format::Numbers, Format::Parts].into_iter()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transposed_panels_hold_the_matrix_and_zeros() {
+        let sizes =
+            [1, 8, 9, 15, 16, 17, 33, 70].into_iter().flat_map(|n| [1, 2, 31, 32, 33, 45, 64].map(|len| (n, len)));
+        for (format, (n, len)) in formats().flat_map(|format| sizes.clone().map(move |size| (format, size))) {
+            let w: Vec<f32> = (0..n * len).map(|i| ((i * 2_654_435_761 % 1009) as f32 - 504.3) / 400.0).collect();
+            for panel in 0..tile::panels(n) {
+                let mut packed = vec![f32::NAN; format.panel_len(len)];
+                format.pack_panel_transposed(&mut packed, &w, panel, n, len);
+                let halves = format.of_panel(&packed, 0);
+                let columns = (n - panel * PANEL).min(PANEL);
+                // What is multiplied: whole halves, and with parts whole blocks.
+                for (k, j) in (0..format.inner(0..len, len).len())
+                    .flat_map(|k| (0..columns.next_multiple_of(HALF)).map(move |j| (k, j)))
+                {
+                    let column = panel * PANEL + j;
+                    let got = format.in_panel(halves, k, j);
+                    let what = format!("({k}, {j}) of panel {panel} of {n} x {len}, {format:?}");
+                    if j < columns && k < len {
+                        assert_eq!(got, w[column * len + k], "{what}");
+                    } else if format == Format::Parts {
+                        assert_eq!(got, 0.0, "{what}");
+                    }
+                }
+            }
+        }
+    }
 }

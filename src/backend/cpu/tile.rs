@@ -147,7 +147,7 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Rows of tiles of three results.
+    /// Rows of tiles of three results. Of a window's columns in one half more, some are left out.
     const MOST: usize = 3 * MAX_ROWS;
 
     /// None.
@@ -155,8 +155,7 @@ impl Lines {
         Lines { addresses: [0; _], len: 0 }
     }
 
-    /// Those of the first `width` numbers of `rows` rows, which start `stride` apart, as in [`fetch_rows`]. What is more than fits is
-    /// left out.
+    /// Those of the first `width` numbers of `rows` rows, which start `stride` apart. What is more than fits is left out.
     pub fn add_rows(&mut self, from: &[f32], rows: usize, width: usize, stride: usize) {
         let rows = rows.min(from.len().div_ceil(stride));
         for pair in (0..width).step_by(2 * LINE) {
@@ -166,7 +165,8 @@ impl Lines {
         }
     }
 
-    /// The addresses of all, with as many for each of `rounds` rounds, the last of them more than once; and how many a round has.
+    /// The addresses, as many for each of `rounds` rounds, the last of them more than once; and how many a round has. Those that do not
+    /// fit into even rounds are left out.
     #[cfg(target_arch = "x86_64")]
     fn for_rounds(&mut self, rounds: usize) -> (&[usize], usize) {
         let of_round = self.len.div_ceil(rounds).min(Lines::MOST / rounds);
@@ -193,7 +193,7 @@ impl Default for Lines {
 }
 
 /// The tile registers, set up on this thread for [`multiply_split`] until the last of these is dropped; nothing, where the processor
-/// has none.
+/// has none. What a thread calls while it has one must not use the tile registers itself: functions need not keep their shape.
 pub struct Registers(PhantomData<*const ()>);
 
 thread_local! {
@@ -531,7 +531,8 @@ pub fn multiply_split(
         let a = [segment.a, segment.a.get(step..).unwrap_or(&[])].map(<[f32]>::as_ptr);
         let b = segment.b.map(<[f32]>::as_ptr);
         let to = sums.as_mut_ptr().cast();
-        // SAFETY: the processor has AMX, and its registers are set up; the lengths of the operands and of the sums were checked above.
+        // SAFETY: the processor has AMX, and its registers are set up, as [`Registers`] says; the lengths of the operands and of the
+        // sums were checked above.
         return unsafe { amx::multiply(to, add, [steps, halves], a, b, blocks, next, lines) };
     }
     split::multiply(sums, add, [steps, halves], step, segment, blocks);

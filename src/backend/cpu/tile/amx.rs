@@ -1,8 +1,8 @@
 //! The kernel for AMX: 32 columns of 32 rows, of numbers in three parts of bf16 ([`super::super::split`]).
 //!
 //! With `a = a0 + a1 + a2` and `b` alike, `a b` is nine products of parts, each exact in f32. The three smallest are left out: they
-//! are 2^-23 of it at most, mostly much less. Each of the others is summed over 32 inner elements before it is added to what is there, so
-//! that a sum is rounded 6 times where a chain of f32 products is rounded 32 times: it has smaller errors (a test tells by how much).
+//! are 2^-23 of it at most, mostly much less. Each of the others is summed over 32 inner elements before it is added to what is there: for
+//! these, that is rounded 6 times, where it is 32 times in a chain of f32 products, and its errors are smaller (a test tells by how much).
 
 use super::super::simd::LINE;
 use super::super::split::BLOCK;
@@ -85,14 +85,14 @@ pub(super) unsafe fn release() {
     }
 }
 
-/// What a kernel reads when a register is free for it.
+/// What a kernel reads from memory when it needs it: there are too few registers.
 #[repr(C)]
 struct Rare {
-    /// Sums of rows of [`PANEL`] numbers.
+    /// Where the sums go, in rows of [`PANEL`] numbers.
     to: *mut f32,
     /// Whether it adds to them.
     add: usize,
-    /// Lines of `next` that it fetches for each block, and of `lines`.
+    /// Cache lines of `next` that it fetches for each block, and pairs of them of `lines`.
     of_next: usize,
     of_lines: usize,
 }

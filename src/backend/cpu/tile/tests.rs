@@ -332,6 +332,8 @@ fn each_round_has_its_lines() {
         assert!(all.starts_with(&addresses) || rounds == 1000 && all.is_empty());
         assert!(all[addresses.len().min(all.len())..].iter().all(|line| Some(line) == addresses.last()));
     }
+    (0..2).for_each(|_| lines.add_rows(&rows, 50, 20, 1));
+    assert_eq!(lines.for_rounds(60).0.len(), 60, "100 in 60 rounds");
     // More than fit, and rows that are not there.
     (0..5).for_each(|_| lines.add_rows(&rows, 50, 20, 1));
     assert_eq!(lines.for_rounds(1).0.len(), Lines::MOST / 50 * 50);
@@ -339,17 +341,30 @@ fn each_round_has_its_lines() {
     assert_eq!(lines.for_rounds(1).0.len(), 3);
 }
 
-/// Whoever sets the registers up last gives them back last.
+/// The last that is dropped gives them back, in whatever order.
 #[test]
 fn registers_stay_until_the_last_is_dropped() {
-    let first = Registers::new();
-    drop(Registers::new());
     let len = split::INNER;
     let (mut a, mut b) = (vec![0.0; split::len(len)], vec![0.0; 2 * split::len(len)]);
     split::pack_rows(&mut a, &vec![1.0; len], 1, 0, len, len);
     split::pack_panels(&mut b, &vec![2.0; len * PANEL], 0, PANEL, len);
     let segment = Segment { a: &a, b: b.split_at(split::len(len)).into(), len };
-    let mut sums = [[0.0; PANEL]; split::STEP];
-    multiply_split(&first, &mut sums, false, [1, 2], split::len(len), segment, &[], &mut Lines::new());
-    assert_eq!(sums[0], [2.0 * len as f32; PANEL]);
+    let multiplies = |registers: &Registers| {
+        let mut sums = [[0.0; PANEL]; split::STEP];
+        multiply_split(registers, &mut sums, false, [1, 2], split::len(len), segment, &[], &mut Lines::new());
+        assert_eq!(sums[0], [2.0 * len as f32; PANEL]);
+    };
+    for _ in 0..2 {
+        let (first, second) = (Registers::new(), Registers::new());
+        drop(first);
+        assert_eq!(SET_UP.get(), 1);
+        multiplies(&second);
+        drop(second);
+        assert_eq!(SET_UP.get(), 0);
+    }
+    let panicked = std::panic::catch_unwind(|| {
+        let _registers = Registers::new();
+        std::panic::resume_unwind(Box::new(()));
+    });
+    assert!(panicked.is_err() && SET_UP.get() == 0);
 }
