@@ -1,8 +1,8 @@
 //! The kernel for AMX: 32 columns of 32 rows, of numbers in three parts of bf16 ([`super::super::split`]).
 //!
 //! With `a = a0 + a1 + a2` and `b` alike, `a b` is nine products of parts, each exact in f32. The three smallest are left out: they
-//! are 2^-23 of it at most, mostly much less. Each of the others is summed over 32 inner elements before it is added to what is there: for
-//! these, that is rounded 6 times, where it is 32 times in a chain of f32 products, and its errors are smaller (a test tells by how much).
+//! are 2^-23 of it at most, mostly much less. Each of the others is summed over 32 inner elements before it is added to what is there:
+//! that is rounded 6 times for those, not 32 times as in a chain of f32 products. Its errors are smaller (a test tells by how much).
 
 use super::super::simd::LINE;
 use super::super::split::BLOCK;

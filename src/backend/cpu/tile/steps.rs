@@ -10,9 +10,9 @@ pub(super) const AT_ONCE: usize = 6;
 /// Most elements of the inner dimension of a step. Measured (Zen 3, AVX2): with 64 attention, which has most of the rows that are
 /// not packed, takes 1 to 5 % longer.
 const BLOCK: usize = 128;
-/// The same of packed rows, and most tokens that a weight gradient of numbers takes at a time. Packed rows are one stream, which the processor
-/// fetches ahead, so they need not stay in the first cache from one half of the columns to the other, and with longer blocks sums
-/// go to memory and back less often. Measured on Zen 3, packing included: forward products of DiT-S/2 and S/4 took 3 to 9 % less
+/// The same of packed rows, and most tokens that a weight gradient of numbers takes at a time. Packed rows are one stream, which the
+/// processor fetches ahead, so they need not stay in the first cache from one half of the columns to the other, and with longer blocks
+/// sums go to memory and back less often. Measured on Zen 3, packing included: forward products of DiT-S/2 and S/4 took 3 to 9 % less
 /// time than from lines in blocks of 128.
 pub(super) const PACKED_BLOCK: usize = 384;
 
