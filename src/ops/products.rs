@@ -75,6 +75,11 @@ pub(crate) fn fetched_by_each(
     left.chunks(of_left).chain(right.chunks(of_right)).chain(std::iter::repeat(&[][..]))
 }
 
+/// The inner elements that the samples of some tiles have in their windows, and what is between them.
+pub(crate) fn inner_of_all(tiles: &[RowTile], windows: &[Window]) -> Range<usize> {
+    tiles.iter().map(|tile| windows[tile.sample]).reduce(Window::union).map_or(0..0, |window| window.range())
+}
+
 /// Panels of `len` rows, each with the one that follows, to fetch it in time; with nothing the last, and all of so few that they
 /// stay in a core's cache.
 pub(crate) fn each_panel(format: Format, panels: &[f32], len: usize) -> impl Iterator<Item = (&[f32], &[f32])> {

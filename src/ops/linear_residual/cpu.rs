@@ -8,7 +8,7 @@ use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{HALF, PANEL, Segment, Tile, add_tile, panels, write_rows};
 use crate::ops::products::{
-    RowTile, Stage, WindowedColumns, batches, each_panel, fetched_by_each, pack_panels, packed_tile_len,
+    RowTile, Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, pack_panels, packed_tile_len,
     packed_tiles_len, with_packed,
 };
 use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
@@ -279,8 +279,7 @@ impl BackwardInputs<'_> {
                     unsafe { format.scatter(dz, lines, wide, window, row, self.write.len() * format.rows_of(t)) };
                     format.pack_rows(packed, &lines[window.start..], rows.len(), range, c, wide);
                 }
-                let of_all = tiles.iter().map(|tile| self.write[tile.sample]).reduce(Window::union);
-                let of_all = of_all.map_or(0..0, |window| window.range());
+                let of_all = inner_of_all(tiles, self.write);
                 for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
                     let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());

@@ -10,8 +10,8 @@ use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{HALF, MAX_ROWS, PANEL, Segment, Streams, Tile, panels, write_rows};
 use crate::ops::products::{
-    PACKED_PANELS, RowTile, Stage, WindowedColumns, batches, each_panel, fetched_by_each, pack_panels, packed_tile_len,
-    packed_tiles_len, panels_at_once, with_packed,
+    PACKED_PANELS, RowTile, Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, pack_panels,
+    packed_tile_len, packed_tiles_len, panels_at_once, with_packed,
 };
 use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
@@ -232,8 +232,7 @@ impl Inputs<'_> {
                     }
                     format.pack_rows(packed, lines, rows.len(), window.range(), c, c);
                 }
-                let of_all = tiles.iter().map(|tile| self.read[tile.sample]).reduce(Window::union);
-                let of_all = of_all.map_or(0..0, |window| window.range());
+                let of_all = inner_of_all(tiles, self.read);
                 for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
                     let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());
