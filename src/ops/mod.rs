@@ -123,7 +123,7 @@ pub(crate) fn rows_per_block(rows: usize, tokens: usize) -> usize {
     if tokens <= target { target / tokens * tokens } else { tokens.div_ceil(tokens.div_ceil(target)) }
 }
 
-/// Samples of one block of work that sums over the tokens of each.
-pub(crate) fn samples_per_block(batch: usize, tokens: usize) -> usize {
-    (rows_per_block(batch * tokens, tokens) / tokens).max(1)
+/// Samples of one block of work that sums over the tokens of each: whole runs of `joined`.
+pub(crate) fn samples_per_block(batch: usize, tokens: usize, joined: usize) -> usize {
+    (rows_per_block(batch * tokens, tokens * joined) / tokens).max(1)
 }

@@ -1,4 +1,4 @@
-//! What the linear layers on the CPU share: tiles of rows that never cross samples, panels of a weight, and windows of its columns.
+//! What the linear layers on the CPU share: tiles of rows, panels of a weight, and windows of its columns.
 
 use crate::backend::cpu::packed::{Format, Kernel};
 use crate::backend::cpu::simd::{Level, level, simd_fn};
@@ -7,12 +7,36 @@ use crate::routing::Window;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Rows of one sample that are multiplied as one tile.
+/// Rows that are multiplied as one tile: of one sample, or all of a few samples that follow each other ([`Format::joined`]). A batch is
+/// sorted by timestep, so those have nearly the same windows.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RowTile {
-    pub(crate) sample: usize,
+    pub(crate) samples: Range<usize>,
     /// Rows of `[B T, _]`.
     pub(crate) rows: Range<usize>,
+}
+
+impl RowTile {
+    /// The window that holds those of its samples.
+    pub(crate) fn window(&self, windows: &[Window]) -> Window {
+        window_of_all(&windows[self.samples.clone()])
+    }
+
+    /// Its samples, each with its rows.
+    pub(crate) fn of_samples(&self, tokens: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let (samples, rows) = (self.samples.clone(), self.rows.clone());
+        samples.map(move |sample| (sample, rows.start.max(sample * tokens)..rows.end.min((sample + 1) * tokens)))
+    }
+
+    /// Its first row where each sample takes [`Format::rows_of`].
+    pub(crate) fn first_row(&self, format: Format, tokens: usize) -> usize {
+        self.rows.start + self.samples.start * (format.rows_of(tokens) - tokens)
+    }
+}
+
+/// The window that holds all of some.
+pub(crate) fn window_of_all(windows: &[Window]) -> Window {
+    windows.iter().copied().reduce(Window::union).expect("there are windows")
 }
 
 /// Most tiles of a batch.
@@ -22,9 +46,20 @@ pub(crate) const RESIDENT: usize = 1 << 17;
 /// Tiles that are multiplied at once even when they leave less room: they share what is read of the panels.
 const FEW_TILES: usize = 4;
 
-/// Numbers that a tile of a sample takes, packed.
+/// Those of `b` samples that are run `i` of joined ones.
+pub(crate) fn joined_samples(format: Format, tokens: usize, b: usize, i: usize) -> Range<usize> {
+    let joined = format.joined(tokens);
+    i * joined..((i + 1) * joined).min(b)
+}
+
+/// Most rows of a tile of samples of `tokens` tokens.
+pub(crate) fn most_rows(format: Format, tokens: usize) -> usize {
+    format.tile_rows().min(format.joined(tokens) * tokens)
+}
+
+/// Numbers that such a tile takes, packed.
 pub(crate) fn packed_tile_len(format: Format, tokens: usize, inner: usize) -> usize {
-    format.rows_len(format.tile_rows().min(tokens), inner)
+    format.rows_len(most_rows(format, tokens), inner)
 }
 
 /// Numbers that the tiles of a batch take, packed: those of [`batches`] with as much for each.
@@ -77,7 +112,7 @@ pub(crate) fn fetched_by_each(
 
 /// The inner elements that the samples of some tiles have in their windows, and what is between them.
 pub(crate) fn inner_of_all(tiles: &[RowTile], windows: &[Window]) -> Range<usize> {
-    tiles.iter().map(|tile| windows[tile.sample]).reduce(Window::union).map_or(0..0, |window| window.range())
+    tiles.iter().map(|tile| tile.window(windows)).reduce(Window::union).map_or(0..0, |window| window.range())
 }
 
 /// Panels of `len` rows, each with the one that follows, to fetch it in time; with nothing the last, and all of so few that they
@@ -88,8 +123,8 @@ pub(crate) fn each_panel(format: Format, panels: &[f32], len: usize) -> impl Ite
     panels.chunks_exact(format.panel_len(len)).zip(following)
 }
 
-/// Calls `work` with the tiles of `rows`, as many at a time as can stay in cache with `of_tile` numbers each. None crosses samples;
-/// those of a call follow each other.
+/// Calls `work` with the tiles of `rows`, which are of whole samples where those are joined, as many at a time as can stay in cache
+/// with `of_tile` numbers each. Those of a call follow each other.
 pub(crate) fn batches(
     format: Format,
     rows: Range<usize>,
@@ -97,10 +132,15 @@ pub(crate) fn batches(
     of_tile: usize,
     mut work: impl FnMut(&[RowTile]),
 ) {
+    let joined = format.joined(tokens);
     let samples = rows.start / tokens..rows.end.div_ceil(tokens);
-    let mut tiles = samples.flat_map(|sample| {
-        let (start, end) = ((sample * tokens).max(rows.start), ((sample + 1) * tokens).min(rows.end));
-        format.row_tiles(end - start).map(move |tile| RowTile { sample, rows: start + tile.start..start + tile.end })
+    assert!(joined == 1 || rows.start.is_multiple_of(joined * tokens), "rows that start amid joined samples");
+    let mut tiles = samples.clone().step_by(joined).flat_map(|first| {
+        let samples = first..(first + joined).min(samples.end);
+        let (start, end) = ((first * tokens).max(rows.start), (samples.end * tokens).min(rows.end));
+        let of_tile =
+            move |tile: Range<usize>| RowTile { samples: samples.clone(), rows: start + tile.start..start + tile.end };
+        format.row_tiles(end - start).map(of_tile)
     });
     // In even parts: a batch of few tiles would read all panels for little.
     let count = tiles.clone().count().max(1);
@@ -183,6 +223,15 @@ impl Part {
         let of_last = self.last_half.map(|half| (half * HALF..self.window.end(), 0));
         std::iter::once((own, of_tile)).chain(of_last)
     }
+
+    /// Those of them in the window of a sample.
+    pub(crate) fn columns_of(&self, window: Window) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let clip = move |(columns, of_tile): (Range<usize>, usize)| {
+            let (start, end) = (columns.start.max(window.start), columns.end.min(window.end()));
+            (start < end).then(|| (start..end, of_tile + start - columns.start))
+        };
+        self.columns().filter_map(clip)
+    }
 }
 
 /// Half number `half` of panels over `len` inner elements.
@@ -251,9 +300,9 @@ impl WindowedColumns<'_> {
     /// Numbers that a tile takes: packed, and its sums.
     fn of_tile(&self) -> [usize; 2] {
         let panels = self.panels_of_w.len() / self.format.panel_len(self.k).max(1);
-        let rows = self.format.tile_rows().min(self.tokens);
         let packed = packed_tile_len(self.format, self.tokens, self.at_once());
-        let sums = if self.at_once() < self.k_of_panels() { panels * self.format.sums_rows(rows) * PANEL } else { 0 };
+        let rows = self.format.sums_rows(most_rows(self.format, self.tokens));
+        let sums = if self.at_once() < self.k_of_panels() { panels * rows * PANEL } else { 0 };
         [packed, sums]
     }
 
@@ -295,13 +344,13 @@ impl WindowedColumns<'_> {
                 format.pack_tile(to, rows, of_gelu, of_tile.len(), inner.end.min(k) - start, k);
             }
             for (panel, (_, next)) in each_panel(format, panels_of_w, k).enumerate() {
-                let part_of = |tile: &RowTile| part(format, windows[tile.sample], panel);
+                let part_of = |tile: &RowTile| part(format, tile.window(windows), panel);
                 let active = tiles.iter().filter(|tile| part_of(tile).is_some()).count();
                 let mut shares = fetched_by_each(format, next, inner.clone(), active);
                 let mut mixed_for = None;
                 for (i, row_tile) in tiles.iter().enumerate() {
                     let Some(part) = part_of(row_tile) else { continue };
-                    if mixed_for.replace(row_tile.sample) != Some(row_tile.sample) {
+                    if mixed_for.replace(row_tile.samples.start) != Some(row_tile.samples.start) {
                         part.mix(mixed, panels_of_w, k, inner.clone());
                     }
                     let next = shares.next().unwrap_or(&[]);
@@ -352,7 +401,7 @@ mod tests {
                 );
                 for tile in tiles {
                     assert!(!tile.rows.is_empty() && tile.rows.len() <= format.tile_rows());
-                    assert!(tile.rows.clone().all(|row| row / tokens == tile.sample));
+                    assert!(tile.rows.clone().all(|row| tile.samples.contains(&(row / tokens))));
                     seen.extend(tile.rows.clone());
                 }
             });

@@ -22,9 +22,10 @@ pub(crate) struct Operands<'a> {
     pub(crate) other: &'a [f32],
 }
 
-/// Makes [`Operands::routed`] ready for samples of `tokens` tokens: zero, where a block of rows is of several samples.
-pub(crate) fn clear_routed(format: Format, routed: &mut [f32], tokens: usize) {
-    if !tokens.is_multiple_of(format.block_rows()) {
+/// Makes [`Operands::routed`] ready for samples of `tokens` tokens, the last of which ends after `all`: zero, where a block of rows
+/// is of several.
+pub(crate) fn clear_routed(format: Format, routed: &mut [f32], tokens: usize, all: usize) {
+    if ![tokens, all].iter().all(|tokens| tokens.is_multiple_of(format.block_rows())) {
         routed.par_chunks_mut(1 << 14).for_each(|routed| routed.fill(0.0));
     }
 }
@@ -352,7 +353,7 @@ mod tests {
     fn operands(format: Format, samples: &[Drawn], [c, m]: [usize; 2]) -> [Vec<f32>; 2] {
         let rows: usize = samples.iter().map(|sample| format.rows_of(sample.t)).sum();
         let mut routed = vec![f32::NAN; format.routed_len(rows, c)];
-        samples.iter().for_each(|sample| clear_routed(format, &mut routed, sample.t));
+        samples.iter().for_each(|sample| clear_routed(format, &mut routed, sample.t, sample.t));
         let (mut first, wide) = (0, format.padded_columns(c));
         for Drawn { channels, t, routed: from, .. } in samples {
             let mut lines = vec![0.0; t * wide];

@@ -32,10 +32,17 @@ impl Format {
     /// The one for samples of `tokens` tokens.
     #[inline]
     pub fn of(tokens: usize) -> Format {
-        // Fewer rows fill half a tile of the kernel for AMX. With 16, a step of digits takes 3 to 7 % less time by AMX where windows are
-        // wide (dense, paper at .8) and 8 % more where they are not (sublayer at .5); and the default run has the same bits without it.
-        let few = tokens <= split::STEP && !amx_is_asked_for();
+        // So few rows would leave more than half of a tile empty, and an odd number of them is not joined.
+        let few = tokens <= split::STEP && !tokens.is_multiple_of(2) && !amx_is_asked_for();
         if level() == Level::Amx && !few { Format::Parts } else { Format::Numbers }
+    }
+
+    /// Samples of `tokens` tokens whose rows are one tile: more than one where they fill a tile of parts together. Where rows are
+    /// the inner dimension, parts are of pairs, so that an odd number of rows cannot be followed by others.
+    #[inline]
+    pub fn joined(self, tokens: usize) -> usize {
+        let joins = self == Format::Parts && (2..=split::STEP).contains(&tokens) && tokens.is_multiple_of(2);
+        if joins { 2 * split::STEP / tokens } else { 1 }
     }
 
     /// Rows of a step: what the rows of a tile are rounded to, and the channels of a group.

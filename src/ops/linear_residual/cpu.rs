@@ -8,8 +8,8 @@ use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{HALF, PANEL, Segment, Tile, add_tile, panels, write_rows};
 use crate::ops::products::{
-    RowTile, Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, pack_panels, packed_tile_len,
-    packed_tiles_len, with_packed,
+    Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, joined_samples, most_rows, pack_panels,
+    packed_tile_len, packed_tiles_len, window_of_all, with_packed,
 };
 use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
@@ -64,7 +64,8 @@ pub fn forward(
     }
     let numbers = b * t * (k + 3 * c) + c * k;
     let _span = span("linear_residual", Pass::Forward, [k, c], flops(write, t, k), numbers);
-    let (format, rows) = (Format::of(t), rows_per_block(b * t, t));
+    let format = Format::of(t);
+    let rows = rows_per_block(b * t, format.joined(t) * t);
     // Whether the whole write window is added to base alone: then that is done tile by tile.
     let is_base = |sample: usize| {
         let inside = |windows: &[Window]| {
@@ -102,23 +103,26 @@ pub fn forward(
             scratch::with(product.room(), |room| {
                 product.batches(rows, |tiles| {
                     let a = &a[tiles[0].rows.start * k..];
-                    product.multiply(room, tiles, a, of_gelu, |RowTile { sample, rows }, part, mut stage| {
-                        for (columns, of_tile) in part.columns() {
-                            let (at, width) = ((rows.start - first) * c + columns.start, columns.len());
-                            let (out, z) = (&mut out[at..], &mut z[at..]);
-                            let base = match is_base(*sample) {
-                                true => &base.0[rows.start * c + columns.start..],
-                                false => &[],
-                            };
-                            match &mut stage {
-                                Stage::Before(kernel) => {
-                                    for numbers in [base, out, z] {
-                                        kernel.fetch_rows(numbers, rows.len(), width, c);
+                    product.multiply(room, tiles, a, of_gelu, |row_tile, part, mut stage| {
+                        for (sample, rows) in row_tile.of_samples(t) {
+                            for (columns, of_tile) in part.columns_of(write[sample]) {
+                                let (at, width) = ((rows.start - first) * c + columns.start, columns.len());
+                                let (out, z) = (&mut out[at..], &mut z[at..]);
+                                let base = match is_base(sample) {
+                                    true => &base.0[rows.start * c + columns.start..],
+                                    false => &[],
+                                };
+                                match &mut stage {
+                                    Stage::Before(kernel) => {
+                                        for numbers in [base, out, z] {
+                                            kernel.fetch_rows(numbers, rows.len(), width, c);
+                                        }
                                     }
-                                }
-                                Stage::Done(sums) => {
-                                    let gate = &gate.of(*sample, c)[columns.clone()];
-                                    finish_tile(out, z, base, sums, of_tile, c, &bias[columns], gate);
+                                    Stage::Done(sums) => {
+                                        let sums = &sums[rows.start - row_tile.rows.start..][..rows.len()];
+                                        let gate = &gate.of(sample, c)[columns.clone()];
+                                        finish_tile(out, z, base, sums, of_tile, c, &bias[columns], gate);
+                                    }
                                 }
                             }
                         }
@@ -175,13 +179,14 @@ pub fn backward(
     let each = if matches!(a, Input::GeluOfDa(_)) { 3 * k } else { 2 * k };
     let numbers = b * t * (each + 3 * c) + 2 * c * k;
     let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
-    let (format, samples) = (Format::of(t), samples_per_block(b, t));
+    let format = Format::of(t);
+    let (joined, samples) = (format.joined(t), samples_per_block(b, t, format.joined(t)));
     let stride = gate.stride;
     let wide_k = panels(k) * PANEL;
     let panels_len = panels(k) * format.panel_len(c);
     scratch::with(panels_len + format.routed_len(b * format.rows_of(t), c), |buffer| {
         let (panels_of_w, dz) = buffer.split_at_mut(panels_len);
-        clear_routed(format, dz, t);
+        clear_routed(format, dz, joined * t, b * t);
         pack_panels(format, panels_of_w, weight, k, c);
         let (rows, room, of_gelu) = match a {
             Input::Rows(rows) => (rows, &mut [][..], false),
@@ -199,10 +204,10 @@ pub fn backward(
                 unsafe { inputs.samples(block * samples, &shared_dz, da, fresh_da, &recomputed, dmodulation, dbias) };
             });
         let operands = Operands { routed: dz, other: room };
-        weight_gradient(format, dweight, add, Layout::RoutedRows, [c, k], operands, b, |i| Sample {
-            tokens: t,
-            channels: [write[i].range(), 0..0],
-            other: if of_gelu { &[] } else { &rows[i * t * k..][..t * k] },
+        weight_gradient(format, dweight, add, Layout::RoutedRows, [c, k], operands, b.div_ceil(joined), |i| {
+            let samples = joined_samples(format, t, b, i);
+            let other = if of_gelu { &[] } else { &rows[samples.start * t * k..samples.end * t * k] };
+            Sample { tokens: samples.len() * t, channels: [window_of_all(&write[samples]).range(), 0..0], other }
         });
     });
     if !add {
@@ -246,45 +251,46 @@ impl BackwardInputs<'_> {
         let (format, t, c, k) = (self.format, self.t, self.c, self.k);
         let (all_rows, first_row, count) = (self.write.len() * t, first * t, dbias.len() / c);
         let (wide, tile_len) = (format.padded_columns(c), packed_tile_len(format, t, c));
-        let lines_len = format.tile_rows().min(t) * wide;
+        let lines_len = most_rows(format, t) * wide;
         dbias.fill(0.0);
         let (mut tile, mut kernel) = (Tile::new(), format.kernel());
         let mut lines_of = None;
         scratch::with(lines_len + packed_tiles_len(format, t, c), |buffer| {
             let (lines, packed) = buffer.split_at_mut(lines_len);
             batches(format, first_row..first_row + count * t, t, tile_len, |tiles| {
-                for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
-                    let window = self.write[*sample];
-                    let range = window.range();
-                    if lines_of.replace(*sample) != Some(*sample) {
+                for (tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
+                    if lines_of.replace(tile.samples.start) != Some(tile.samples.start) {
                         lines.fill(0.0);
                     }
-                    let at = sample - first;
-                    let dgate = &mut dmodulation[at * self.gate.stride + self.gate.offset..][range.clone()];
-                    let dbias = &mut dbias[at * c..][range.clone()];
-                    let gate = &self.gate.of(*sample, c)[range.clone()];
-                    for (row, line) in rows.clone().zip(lines.chunks_exact_mut(wide)) {
-                        gate_backward(
-                            &mut line[range.clone()],
-                            dgate,
-                            dbias,
-                            &self.dout[row * c..][range.clone()],
-                            &self.z[row * c..][range.clone()],
-                            gate,
-                        );
+                    let mut lines_of_rows = lines.chunks_exact_mut(wide);
+                    for (sample, rows) in tile.of_samples(t) {
+                        let (at, range) = (sample - first, self.write[sample].range());
+                        let dgate = &mut dmodulation[at * self.gate.stride + self.gate.offset..][range.clone()];
+                        let dbias = &mut dbias[at * c..][range.clone()];
+                        let gate = &self.gate.of(sample, c)[range.clone()];
+                        for (row, line) in rows.zip(&mut lines_of_rows) {
+                            gate_backward(
+                                &mut line[range.clone()],
+                                dgate,
+                                dbias,
+                                &self.dout[row * c..][range.clone()],
+                                &self.z[row * c..][range.clone()],
+                                gate,
+                            );
+                        }
                     }
-                    let lines = &lines[..rows.len() * wide];
-                    let row = sample * format.rows_of(t) + rows.start - sample * t;
+                    let (window, rows) = (tile.window(self.write), tile.rows.len());
+                    let (lines, row) = (&lines[..rows * wide], tile.first_row(format, t));
                     // SAFETY: rows of these samples.
                     unsafe { format.scatter(dz, lines, wide, window, row, self.write.len() * format.rows_of(t)) };
-                    format.pack_rows(packed, &lines[window.start..], rows.len(), range, c, wide);
+                    format.pack_rows(packed, &lines[window.start..], rows, window.range(), c, wide);
                 }
                 let of_all = inner_of_all(tiles, self.write);
                 for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
                     let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());
-                    for ((RowTile { sample, rows }, a), next) in with_packed(format, tiles, packed, t, c).zip(shares) {
-                        let inner = format.inner(self.write[*sample].range(), c);
+                    for ((row_tile, a), next) in with_packed(format, tiles, packed, t, c).zip(shares) {
+                        let (rows, inner) = (&row_tile.rows, format.inner(row_tile.window(self.write).range(), c));
                         let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
                         let halves = columns.len().div_ceil(HALF);
                         let (width, at) = (columns.len(), (rows.start - first_row) * k + columns.start);

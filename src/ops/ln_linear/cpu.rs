@@ -10,8 +10,8 @@ use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn, sum_by};
 use crate::backend::cpu::tile::{HALF, MAX_ROWS, PANEL, Segment, Streams, Tile, panels, write_rows};
 use crate::ops::products::{
-    PACKED_PANELS, RowTile, Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, pack_panels,
-    packed_tile_len, packed_tiles_len, panels_at_once, with_packed,
+    PACKED_PANELS, Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, joined_samples,
+    most_rows, pack_panels, packed_tile_len, packed_tiles_len, panels_at_once, window_of_all, with_packed,
 };
 use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
 use crate::ops::{rows_per_block, samples_per_block};
@@ -187,7 +187,7 @@ pub fn forward(
         });
         let (panels_of_w, correction) = (&*panels_of_w, &*correction);
         let inputs = Inputs { format, x, read, modulation, panels_of_w, bias, correction, t, c, len: y.len() };
-        let rows = rows_per_block(b * t, t);
+        let rows = rows_per_block(b * t, format.joined(t) * t);
         let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
         let blocks = y.par_chunks_mut(rows * n).zip(stats).enumerate();
         blocks.for_each(|(block, (y, (mean, rstd)))| inputs.block(block * rows, y, mean, rstd));
@@ -215,56 +215,65 @@ impl Inputs<'_> {
         let rows = first..first + mean.len();
         let (mut tile, mut kernel) = (Tile::new(), format.kernel());
         let streams = Streams::of(self.len);
-        let (lines_len, tile_len) = (format.tile_rows().min(self.t) * c, packed_tile_len(format, self.t, c));
+        let (lines_len, tile_len) = (most_rows(format, self.t) * c, packed_tile_len(format, self.t, c));
         scratch::with(lines_len + packed_tiles_len(format, self.t, c), |buffer| {
             let (lines, packed) = buffer.split_at_mut(lines_len);
             batches(format, rows, self.t, tile_len, |tiles| {
-                for (RowTile { sample, rows }, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
-                    let window = self.read[*sample];
-                    for (row, line) in rows.clone().zip(lines.chunks_exact_mut(c)) {
-                        (mean[row - first], rstd[row - first]) = normalise(
-                            &mut line[..window.width],
-                            &self.x[row * c..][..c],
-                            window,
-                            self.modulation.shift(*sample, c),
-                            self.modulation.scale(*sample, c),
-                        );
+                for (row_tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
+                    let (rows, of_all) = (&row_tile.rows, row_tile.window(self.read));
+                    let mut lines_of_rows = lines.chunks_exact_mut(c);
+                    for (sample, rows) in row_tile.of_samples(self.t) {
+                        let window = self.read[sample];
+                        let here = window.start - of_all.start..window.end() - of_all.start;
+                        for (row, line) in rows.zip(&mut lines_of_rows) {
+                            line[..here.start].fill(0.0);
+                            line[here.end..of_all.width].fill(0.0);
+                            (mean[row - first], rstd[row - first]) = normalise(
+                                &mut line[here.clone()],
+                                &self.x[row * c..][..c],
+                                window,
+                                self.modulation.shift(sample, c),
+                                self.modulation.scale(sample, c),
+                            );
+                        }
                     }
-                    format.pack_rows(packed, lines, rows.len(), window.range(), c, c);
+                    format.pack_rows(packed, lines, rows.len(), of_all.range(), c, c);
                 }
                 let of_all = inner_of_all(tiles, self.read);
                 for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
                     let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());
-                    for ((RowTile { sample, rows }, a), next) in
-                        with_packed(format, tiles, packed, self.t, c).zip(shares)
-                    {
-                        let inner = format.inner(self.read[*sample].range(), c);
+                    for ((row_tile, a), next) in with_packed(format, tiles, packed, self.t, c).zip(shares) {
+                        let inner = format.inner(row_tile.window(self.read).range(), c);
                         let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
                         let halves = columns.len().div_ceil(HALF);
-                        let rows = rows.start - first..rows.end - first;
+                        let rows = row_tile.rows.start - first..row_tile.rows.end - first;
                         let at = rows.start * n + columns.start;
                         let width = columns.len();
                         if !self.correction.is_empty() {
-                            kernel.fetch_rows(&self.correction[sample * 2 * n + columns.start..], 2, width, n);
+                            let of_tile = &self.correction[row_tile.samples.start * 2 * n + columns.start..];
+                            kernel.fetch_rows(of_tile, 2 * row_tile.samples.len(), width, n);
                         }
                         if streams.is_none() {
                             kernel.fetch_rows(&y[at..], rows.len(), width, n);
                         }
                         kernel.multiply(&mut tile, rows.len(), halves, segment, next);
-                        let mut r = [0.0; MAX_ROWS];
-                        let (u, v) = if self.correction.is_empty() {
-                            (&[][..], &self.bias[columns.clone()])
-                        } else {
-                            for (r, (mean, rstd)) in
-                                r.iter_mut().zip(mean[rows.clone()].iter().zip(&rstd[rows.clone()]))
-                            {
-                                *r = -mean * rstd;
-                            }
-                            let (u, v) = self.correction[sample * 2 * n..][..2 * n].split_at(n);
-                            (&u[columns.clone()], &v[columns.clone()])
-                        };
-                        correct_tile(&mut tile, rows.len(), &r, u, v);
+                        let mut sums = &mut tile.rows[..rows.len()];
+                        for (sample, rows) in row_tile.of_samples(self.t) {
+                            let rows = rows.start - first..rows.end - first;
+                            let of_sample = sums.split_off_mut(..rows.len()).expect("a row of the tile for each");
+                            let mut r = [0.0; MAX_ROWS];
+                            let (u, v) = if self.correction.is_empty() {
+                                (&[][..], &self.bias[columns.clone()])
+                            } else {
+                                for (r, (mean, rstd)) in r.iter_mut().zip(mean[rows.clone()].iter().zip(&rstd[rows])) {
+                                    *r = -mean * rstd;
+                                }
+                                let (u, v) = self.correction[sample * 2 * n..][..2 * n].split_at(n);
+                                (&u[columns.clone()], &v[columns.clone()])
+                            };
+                            correct_rows(of_sample, &r, u, v);
+                        }
                         match &streams {
                             // SAFETY: each place of `y` is written once and read by nobody before this block is done.
                             Some(streams) => unsafe {
@@ -315,9 +324,10 @@ pub fn backward(
         let (h, pq) = buffer.split_at_mut(h_len);
         pack_panels(format, panels_of_w, weight, c, n);
         let panels_of_w = &*panels_of_w;
-        clear_routed(format, h, t);
+        let joined = format.joined(t);
+        clear_routed(format, h, joined * t, b * t);
 
-        let samples = samples_per_block(b, t);
+        let samples = samples_per_block(b, t, joined);
         let stride = modulation.stride;
         let inputs = BackwardInputs { format, x, read, modulation, panels_of_w, mean, rstd, correction, t, c, n };
         let shared_h = Shared::new(h);
@@ -341,11 +351,15 @@ pub fn backward(
                 unsafe { format.scatter(&Shared::new(h), lines, wide, Window::all(c), b * format.rows_of(t), rows) };
             });
         }
-        let count = if correction.is_some() { b + 1 } else { b };
+        let runs = b.div_ceil(joined);
+        let count = if correction.is_some() { runs + 1 } else { runs };
         let operands = Operands { routed: h, other: &[] };
         weight_gradient(format, dweight, add, Layout::RoutedColumns, [c, n], operands, count, |i| {
-            if i < b {
-                Sample { tokens: t, channels: [read[i].range(), 0..0], other: &dy[i * t * n..][..t * n] }
+            if i < runs {
+                let samples = joined_samples(format, t, b, i);
+                let window = window_of_all(&read[samples.clone()]);
+                let other = &dy[samples.start * t * n..samples.end * t * n];
+                Sample { tokens: samples.len() * t, channels: [window.range(), 0..0], other }
             } else {
                 Sample { tokens: 2 * b, channels: inactive_ranges(read, c), other: pq }
             }
@@ -395,18 +409,18 @@ impl BackwardInputs<'_> {
         let (format, t, c, n) = (self.format, self.t, self.c, self.n);
         let (wide, first_row, rows) = (format.padded_columns(c), first * t, dx.len() / c);
         let product = WindowedColumns { format, panels_of_w: self.panels_of_w, windows: self.read, tokens: t, k: n };
-        let most_rows = product.tiles_at_once() * format.tile_rows().min(t);
-        let lines_len = format.tile_rows().min(t) * wide;
+        let of_batch = product.tiles_at_once() * most_rows(format, t);
+        let lines_len = most_rows(format, t) * wide;
         pq.fill(0.0);
         let mut lines_of = None;
-        scratch::with(most_rows * (wide + 1) + lines_len + product.room(), |buffer| {
-            let (dh, buffer) = buffer.split_at_mut(most_rows * wide);
+        scratch::with(of_batch * (wide + 1) + lines_len + product.room(), |buffer| {
+            let (dh, buffer) = buffer.split_at_mut(of_batch * wide);
             let (lines_of_h, buffer) = buffer.split_at_mut(lines_len);
             let (room, dr) = buffer.split_at_mut(product.room());
             product.batches(first_row..first_row + rows, |tiles| {
                 let start = tiles[0].rows.start;
                 let g = &g[(start - first_row) * n..];
-                for RowTile { sample, rows } in tiles {
+                for (sample, rows) in tiles.iter().flat_map(|tile| tile.of_samples(t)) {
                     let u = self.correction.map_or(&[][..], |uv| &uv[sample * 2 * n..][..n]);
                     let (pq, of_batch) =
                         (&mut pq[(sample - first) * 2 * n..][..2 * n], rows.start - start..rows.end - start);
@@ -414,8 +428,8 @@ impl BackwardInputs<'_> {
                     let g = &g[of_batch.start * n..of_batch.end * n];
                     sums_over_tokens(pq, &mut dr[of_batch], g, mean, rstd, u);
                 }
-                product.multiply(room, tiles, g, false, |RowTile { rows, .. }, part, stage| {
-                    let Stage::Done(sums) = stage else { return };
+                product.multiply(room, tiles, g, false, |row_tile, part, stage| {
+                    let (Stage::Done(sums), rows) = (stage, &row_tile.rows) else { return };
                     // Whole halves: what lies outside of the window is not read.
                     for (columns, of_tile) in part.columns() {
                         let width = (of_tile + columns.len()).next_multiple_of(HALF);
@@ -423,33 +437,35 @@ impl BackwardInputs<'_> {
                         write_rows(dh, sums, width, wide);
                     }
                 });
-                for RowTile { sample, rows } in tiles {
-                    let window = self.read[*sample];
-                    if lines_of.replace(*sample) != Some(*sample) {
+                for tile in tiles {
+                    if lines_of.replace(tile.samples.start) != Some(tile.samples.start) {
                         lines_of_h.fill(0.0);
                     }
-                    let dmodulation = &mut dmodulation[(sample - first) * self.modulation.stride..];
-                    let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
-                    let (shift, scale) = (self.modulation.shift(*sample, c), self.modulation.scale(*sample, c));
-                    for (row, line) in rows.clone().zip(lines_of_h.chunks_exact_mut(wide)) {
-                        normalise_backward(
-                            &mut dx[(row - first_row) * c..][..c],
-                            fresh_dx,
-                            &mut line[..c],
-                            dshift,
-                            dscale,
-                            &dh[(row - start) * wide..][..c],
-                            dr[row - start],
-                            &self.x[row * c..][..c],
-                            shift,
-                            scale,
-                            window,
-                            self.mean[row],
-                            self.rstd[row],
-                        );
+                    let mut lines_of_rows = lines_of_h.chunks_exact_mut(wide);
+                    for (sample, rows) in tile.of_samples(t) {
+                        let dmodulation = &mut dmodulation[(sample - first) * self.modulation.stride..];
+                        let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
+                        let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
+                        for (row, line) in rows.zip(&mut lines_of_rows) {
+                            normalise_backward(
+                                &mut dx[(row - first_row) * c..][..c],
+                                fresh_dx,
+                                &mut line[..c],
+                                dshift,
+                                dscale,
+                                &dh[(row - start) * wide..][..c],
+                                dr[row - start],
+                                &self.x[row * c..][..c],
+                                shift,
+                                scale,
+                                self.read[sample],
+                                self.mean[row],
+                                self.rstd[row],
+                            );
+                        }
                     }
-                    let lines = &lines_of_h[..rows.len() * wide];
-                    let row = sample * format.rows_of(t) + rows.start - sample * t;
+                    let lines = &lines_of_h[..tile.rows.len() * wide];
+                    let (window, row) = (tile.window(self.read), tile.first_row(format, t));
                     // SAFETY: rows of these samples.
                     unsafe { format.scatter(h, lines, wide, window, row, rows_of_h) };
                 }
@@ -529,9 +545,9 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// `tile += r u + v` (without `u`: `tile += v`), in the columns that `v` has.
-    fn correct_tile<F>(tile: &mut Tile, rows: usize, r: &[f32; MAX_ROWS], u: &[f32], v: &[f32]) {
-        for (line, &r) in tile.rows.iter_mut().zip(r).take(rows) {
+    /// `rows += r u + v` (without `u`: `rows += v`), in the columns that `v` has.
+    fn correct_rows<F>(rows: &mut [[f32; PANEL]], r: &[f32; MAX_ROWS], u: &[f32], v: &[f32]) {
+        for (line, &r) in rows.iter_mut().zip(r) {
             if u.is_empty() {
                 for (line, &v) in line.iter_mut().zip(v) {
                     *line += v;

@@ -92,11 +92,13 @@ struct Rare {
     to: *mut f32,
     /// Whether it adds to them.
     add: usize,
-    /// Cache lines of `next` that it fetches for each block, and pairs of them of `lines`.
+    /// Cache lines of `next` that it fetches for each block, and pairs of them of `lines` for each portion.
     of_next: usize,
     of_lines: usize,
 }
 
+/// Portions of lines that a kernel fetches in each block.
+const PORTIONS: usize = 6;
 /// Bytes of a block of the inner dimension, of A and of B.
 const BLOCK_BYTES: usize = BLOCK * size_of::<f32>();
 /// Bytes between the rows of a tile of A, and between those of B, which are pairs of inner elements.
@@ -127,9 +129,9 @@ pub(super) unsafe fn multiply(
         (_, _) => one_step_of_a_half,
     };
     let of_next = next.len().div_ceil(LINE).div_ceil(blocks);
-    let (lines, of_lines) = lines.for_rounds(blocks);
+    let (lines, of_lines) = lines.for_rounds(PORTIONS * blocks);
     let rare = Rare { to, add: usize::from(add), of_next, of_lines };
-    // SAFETY: the contract is the same; there are `blocks * of_lines` lines.
+    // SAFETY: the contract is the same; there are lines for all portions.
     unsafe { kernel(&rare, a, b, blocks, next.as_ptr(), lines.as_ptr()) }
 }
 
@@ -154,6 +156,26 @@ macro_rules! add {
     };
 }
 
+/// Fetches some cache lines, to write them: in small portions, since while they come there is less room for those that the kernel
+/// loads. Measured (2 cores of an Intel Xeon): the kernel over 4 blocks takes 15 % less time than with all lines of a block at once.
+macro_rules! fetch_lines {
+    () => {
+        concat!(
+            "mov {count}, [{rare} + {of_lines}]\n",
+            "test {count}, {count}\n",
+            "jz 6f\n",
+            "5:\n",
+            "mov {line}, [{lines}]\n",
+            "prefetchw [{line}]\n",
+            "prefetchw [{line} + 64]\n",
+            "add {lines}, 8\n",
+            "dec {count}\n",
+            "jnz 5b\n",
+            "6:",
+        )
+    };
+}
+
 /// A kernel: which tile registers hold which steps of A and halves of B, and for each sum its register, those of its factors, and
 /// where in a tile of C it is.
 macro_rules! kernel {
@@ -165,7 +187,7 @@ macro_rules! kernel {
         $(#[$meta])*
         ///
         /// # Safety
-        /// That of [`multiply`]; `blocks * of_lines` addresses are at `lines`. What the kernel does not name is not read.
+        /// That of [`multiply`]; `PORTIONS * blocks * of_lines` addresses are at `lines`. What the kernel does not name is not read.
         unsafe fn $name(
             rare: &Rare,
             a: [*const f32; 2],
@@ -200,31 +222,26 @@ macro_rules! kernel {
                     "dec {count}",
                     "jnz 3b",
                     "4:",
-                    "mov {count}, [{rare} + {of_lines}]",
-                    "test {count}, {count}",
-                    "jz 4f",
-                    "3:",
-                    "mov {line}, [{lines}]",
-                    "prefetcht1 [{line}]",
-                    "prefetcht1 [{line} + 64]",
-                    "add {lines}, 8",
-                    "dec {count}",
-                    "jnz 3b",
-                    "4:",
                     // In an order in which each product has a factor of the one before.
                     $(load_a!($a, $step, "0"),)*
                     $(load_b!($b, $half, "2"),)*
                     $(add!($c, $left, $right),)*
+                    fetch_lines!(),
                     $(load_b!($b, $half, "1"),)*
                     $(add!($c, $left, $right),)*
+                    fetch_lines!(),
                     $(load_a!($a, $step, "1"),)*
                     $(add!($c, $left, $right),)*
+                    fetch_lines!(),
                     $(load_b!($b, $half, "0"),)*
                     $(add!($c, $left, $right),)*
+                    fetch_lines!(),
                     $(load_a!($a, $step, "2"),)*
                     $(add!($c, $left, $right),)*
+                    fetch_lines!(),
                     $(load_a!($a, $step, "0"),)*
                     $(add!($c, $left, $right),)*
+                    fetch_lines!(),
                     "add {first}, {block}",
                     "add {second}, {block}",
                     "add {left}, {block}",
