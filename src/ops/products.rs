@@ -341,7 +341,8 @@ impl WindowedColumns<'_> {
             let is_last = inner.end == self.k_of_panels();
             for (RowTile { rows: of_tile, .. }, to) in tiles.iter().zip(packed.chunks_exact_mut(packed_len)) {
                 let rows = &rows[(of_tile.start - tiles[0].rows.start) * k + start..];
-                format.pack_tile(to, rows, of_gelu, of_tile.len(), inner.end.min(k) - start, k);
+                let pack = if of_gelu { Format::pack_rows_of_gelu } else { Format::pack_rows };
+                pack(format, to, rows, of_tile.len(), inner.end.min(k) - start, k);
             }
             for (panel, (_, next)) in each_panel(format, panels_of_w, k).enumerate() {
                 let part_of = |tile: &RowTile| part(format, tile.window(windows), panel);

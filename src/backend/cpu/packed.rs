@@ -120,23 +120,15 @@ impl Format {
         [&left[first..], &right[first..]]
     }
 
-    /// Packs a tile of rows, `stride` apart, of the inner elements `range` of `len`; `from` starts with the first of them.
-    pub fn pack_rows(self, to: &mut [f32], from: &[f32], rows: usize, range: Range<usize>, len: usize, stride: usize) {
-        if self == Format::Parts {
-            let before = range.start - split::padded(range.clone(), len).start;
-            split::pack_rows(to, from, rows, before, range.len(), stride);
-        } else {
-            pack::pack_rows(to, from, rows, range.len(), stride);
-        }
+    /// Packs a tile of rows, `stride` apart, of `len` inner elements from one on at which a range of [`Format::inner`] starts.
+    pub fn pack_rows(self, to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
+        let pack = if self == Format::Parts { split::pack_rows } else { pack::pack_rows };
+        pack(to, from, rows, len, stride);
     }
 
-    /// Packs a tile of rows, `stride` apart, of `len` inner elements from a whole block on, or their GELU.
-    pub fn pack_tile(self, to: &mut [f32], from: &[f32], of_gelu: bool, rows: usize, len: usize, stride: usize) {
-        let pack = match (self, of_gelu) {
-            (Format::Parts, true) => split::pack_rows_of_gelu,
-            (Format::Numbers, true) => pack::pack_rows_of_gelu,
-            (_, false) => return self.pack_rows(to, from, rows, 0..len, len, stride),
-        };
+    /// [`Format::pack_rows`] of the GELU of the rows.
+    pub fn pack_rows_of_gelu(self, to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
+        let pack = if self == Format::Parts { split::pack_rows_of_gelu } else { pack::pack_rows_of_gelu };
         pack(to, from, rows, len, stride);
     }
 

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A block is 32 inner elements, and an operand is padded to whole blocks with zeros. A range of inner elements is multiplied as whole
-//! blocks from an even one on; A has zeros for what that is too much.
+//! blocks from an even one on; rows have zeros for what that is too much.
 
 use super::pack::interleave;
 use super::shared::Shared;
@@ -73,15 +73,15 @@ fn split_line(to: &mut [[u16; INNER]], i: usize, line: &[f32; INNER]) {
 }
 
 simd_fn! {
-    /// The parts of up to [`STEP`] rows of `width` numbers, from number `before` of each on, among zeros.
-    fn split_lines<F>(to: &mut [[u16; INNER]], from: &[f32], rows: usize, before: usize, width: usize, stride: usize) {
+    /// The parts of up to [`STEP`] rows of `width` numbers, and then zeros.
+    fn split_lines<F>(to: &mut [[u16; INNER]], from: &[f32], rows: usize, width: usize, stride: usize) {
         for i in 0..rows {
             let line = &from[i * stride..][..width];
             match line.first_chunk() {
-                Some(line) if before == 0 => split_line(to, i, line),
-                _ => {
+                Some(line) => split_line(to, i, line),
+                None => {
                     let mut numbers = [0.0; INNER];
-                    numbers[before..before + width].copy_from_slice(line);
+                    numbers[..width].copy_from_slice(line);
                     split_line(to, i, &numbers);
                 }
             }
@@ -108,26 +108,25 @@ simd_fn! {
     }
 }
 
-/// Packs a tile of rows of `len` numbers, `stride` apart, with `before` zeros before each: a step holds `before + len` inner
-/// elements.
-pub fn pack_rows(to: &mut [f32], from: &[f32], rows: usize, before: usize, len: usize, stride: usize) {
-    let blocks = (before + len).div_ceil(INNER);
-    if blocks == 0 {
+/// Packs a tile of rows of `len` numbers, `stride` apart.
+pub fn pack_rows(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
+    if len == 0 {
         return;
     }
-    for (to, first) in to.chunks_mut(blocks * BLOCK).zip((0..rows).step_by(STEP)) {
-        for (block, to) in to.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
-            let inner = (block * INNER).max(before)..((block + 1) * INNER).min(before + len);
-            let from = from.get(first * stride + inner.start - before..).unwrap_or(&[]);
-            let rows = STEP.min(rows - first);
-            fetch_rows(from.get(inner.len()..).unwrap_or(&[]), rows, INNER, stride);
-            split_lines(lines_of(to), from, rows, inner.start - block * INNER, inner.len(), stride);
+    for (to, first) in to.chunks_mut(len.div_ceil(INNER) * BLOCK).zip((0..rows).step_by(STEP)) {
+        let (rows, from) = (STEP.min(rows - first), &from[first * stride..]);
+        for (to, k) in to.as_chunks_mut::<BLOCK>().0.iter_mut().zip((0..len).step_by(INNER)) {
+            fetch_rows(from.get(k + INNER..).unwrap_or(&[]), rows, INNER, stride);
+            split_lines(lines_of(to), &from[k..], rows, INNER.min(len - k), stride);
         }
     }
 }
 
 /// [`pack_rows`] of the GELU of the rows.
 pub fn pack_rows_of_gelu(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
+    if len == 0 {
+        return;
+    }
     for (to, first) in to.chunks_mut(len.div_ceil(INNER) * BLOCK).zip((0..rows).step_by(STEP)) {
         let (rows, from) = (STEP.min(rows - first), &from[first * stride..]);
         for (to, k) in to.as_chunks_mut::<BLOCK>().0.iter_mut().zip((0..len).step_by(INNER)) {

@@ -283,7 +283,8 @@ impl BackwardInputs<'_> {
                     let (lines, row) = (&lines[..rows * wide], tile.first_row(format, t));
                     // SAFETY: rows of these samples.
                     unsafe { format.scatter(dz, lines, wide, window, row, self.write.len() * format.rows_of(t)) };
-                    format.pack_rows(packed, &lines[window.start..], rows, window.range(), c, wide);
+                    let inner = format.inner(window.range(), c);
+                    format.pack_rows(packed, &lines[inner.start..], rows, inner.len(), wide);
                 }
                 let of_all = inner_of_all(tiles, self.write);
                 for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {

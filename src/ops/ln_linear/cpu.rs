@@ -53,7 +53,14 @@ fn inactive_ranges(windows: &[Window], c: usize) -> [Range<usize>; 2] {
     if right <= left { [0..c, c..c] } else { [0..left, right..c] }
 }
 
-/// `[2 samples, stride]`: `1 + scale` and `shift` of each sample from `first` on, on its inactive channels; zero on the active ones.
+/// The inner elements that are multiplied for [`inactive_ranges`], each once.
+fn inactive_inner(format: Format, windows: &[Window], c: usize) -> [Range<usize>; 2] {
+    let [left, right] = inactive_ranges(windows, c).map(|range| format.inner(range, c));
+    if right.start < left.end { [format.inner(0..c, c), c..c] } else { [left, right] }
+}
+
+/// `[2 samples, stride]`: `1 + scale` and `shift` of each sample from `first` on, on its inactive channels; zero on the active ones, and
+/// behind the last.
 fn inactive_modulation(
     out: &mut [f32],
     first: usize,
@@ -68,24 +75,27 @@ fn inactive_modulation(
             *y = 1.0 + s;
         }
         shift[..c].copy_from_slice(modulation.shift(i, c));
-        one_plus_scale[window.range()].fill(0.0);
-        shift[window.range()].fill(0.0);
+        for zeros in [window.range(), c..stride] {
+            one_plus_scale[zeros.clone()].fill(0.0);
+            shift[zeros].fill(0.0);
+        }
     }
 }
 
 /// Numbers of [`packed_lines`].
 fn packed_lines_len(format: Format, b: usize, c: usize) -> usize {
-    b.div_ceil(samples_at_once(format, b)) * 2 * format.rows_len(format.step_rows(), c)
+    b.div_ceil(samples_at_once(format, b)) * 2 * format.rows_len(format.tile_rows(), c)
 }
 
 /// [`inactive_modulation`] of as many samples as are multiplied at once, packed: of the left and of the right inactive channels.
 fn packed_lines(format: Format, to: &mut [f32], read: &[Window], modulation: Modulation, c: usize) {
-    let (samples, len) = (samples_at_once(format, read.len()), format.rows_len(format.step_rows(), c));
+    let (samples, len) = (samples_at_once(format, read.len()), format.rows_len(format.tile_rows(), c));
     to.par_chunks_mut(2 * len).zip(read.par_chunks(samples)).enumerate().for_each(|(chunk, (to, windows))| {
-        scratch::with(2 * windows.len() * c, |lines| {
-            inactive_modulation(lines, chunk * samples, windows, modulation, c, c);
-            for (range, to) in inactive_ranges(windows, c).into_iter().zip(to.chunks_exact_mut(len)) {
-                format.pack_rows(to, &lines[range.start..], 2 * windows.len(), range, c, c);
+        let wide = format.padded_columns(c);
+        scratch::with(2 * windows.len() * wide, |lines| {
+            inactive_modulation(lines, chunk * samples, windows, modulation, c, wide);
+            for (inner, to) in inactive_inner(format, windows, c).into_iter().zip(to.chunks_exact_mut(len)) {
+                format.pack_rows(to, &lines[inner.start..], 2 * windows.len(), inner.len(), wide);
             }
         });
     });
@@ -98,7 +108,7 @@ fn flops(read: &[Window], t: usize, c: usize, n: usize) -> usize {
 
 /// Samples whose two vectors fill the rows that registers hold.
 fn samples_at_once(format: Format, b: usize) -> usize {
-    b.div_ceil(b.div_ceil(format.step_rows() / 2))
+    b.div_ceil(b.div_ceil(format.tile_rows() / 2))
 }
 
 /// Whether `panel` holds channels of `ranges`.
@@ -124,15 +134,14 @@ unsafe fn forward_correction(
     let n = bias.len();
     let samples = samples_at_once(format, read.len());
     let (mut tile, mut kernel) = (Tile::new(), format.kernel());
-    let chunks = read.chunks(samples).zip(lines.chunks_exact(2 * format.rows_len(format.step_rows(), c)));
+    let chunks = read.chunks(samples).zip(lines.chunks_exact(2 * format.rows_len(format.tile_rows(), c)));
     for (chunk, (windows, lines)) in chunks.enumerate() {
         let m = 2 * windows.len();
-        let ranges = inactive_ranges(windows, c);
+        let ranges = inactive_inner(format, windows, c);
         for (panel, b) in (first..).zip(panels_of_w.chunks_exact(format.panel_len(c))) {
             let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
             tile.rows[..m].fill([0.0; PANEL]);
-            for (range, a) in ranges.iter().zip(lines.chunks_exact(format.rows_len(format.step_rows(), c))) {
-                let inner = format.inner(range.clone(), c);
+            for (inner, a) in ranges.iter().zip(lines.chunks_exact(format.rows_len(format.tile_rows(), c))) {
                 let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
                 kernel.multiply_add(&mut tile.rows, m, columns.len().div_ceil(HALF), inner.len(), &[segment], &[]);
             }
@@ -215,19 +224,20 @@ impl Inputs<'_> {
         let rows = first..first + mean.len();
         let (mut tile, mut kernel) = (Tile::new(), format.kernel());
         let streams = Streams::of(self.len);
-        let (lines_len, tile_len) = (most_rows(format, self.t) * c, packed_tile_len(format, self.t, c));
+        let wide = format.padded_columns(c);
+        let (lines_len, tile_len) = (most_rows(format, self.t) * wide, packed_tile_len(format, self.t, c));
         scratch::with(lines_len + packed_tiles_len(format, self.t, c), |buffer| {
             let (lines, packed) = buffer.split_at_mut(lines_len);
             batches(format, rows, self.t, tile_len, |tiles| {
                 for (row_tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
-                    let (rows, of_all) = (&row_tile.rows, row_tile.window(self.read));
-                    let mut lines_of_rows = lines.chunks_exact_mut(c);
+                    let inner = format.inner(row_tile.window(self.read).range(), c);
+                    let mut lines_of_rows = lines.chunks_exact_mut(wide);
                     for (sample, rows) in row_tile.of_samples(self.t) {
                         let window = self.read[sample];
-                        let here = window.start - of_all.start..window.end() - of_all.start;
+                        let here = window.start - inner.start..window.end() - inner.start;
                         for (row, line) in rows.zip(&mut lines_of_rows) {
                             line[..here.start].fill(0.0);
-                            line[here.end..of_all.width].fill(0.0);
+                            line[here.end..inner.len()].fill(0.0);
                             (mean[row - first], rstd[row - first]) = normalise(
                                 &mut line[here.clone()],
                                 &self.x[row * c..][..c],
@@ -237,7 +247,7 @@ impl Inputs<'_> {
                             );
                         }
                     }
-                    format.pack_rows(packed, lines, rows.len(), of_all.range(), c, c);
+                    format.pack_rows(packed, lines, row_tile.rows.len(), inner.len(), wide);
                 }
                 let of_all = inner_of_all(tiles, self.read);
                 for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
@@ -493,7 +503,7 @@ fn inactive_gradient(
         let m = 2 * windows.len();
         let (mut tile, mut kernel) = (Tile::new(), format.kernel());
         scratch::with(format.rows_len(m, n), |packed| {
-            format.pack_rows(packed, pq, m, 0..n, n, n);
+            format.pack_rows(packed, pq, m, n, n);
             for (panel, b) in panels_of_w.chunks_exact(format.panel_len(n)).enumerate() {
                 if !touched(inactive_ranges(windows, c), panel) {
                     continue;

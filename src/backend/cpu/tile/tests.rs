@@ -275,7 +275,7 @@ fn products_of_parts_are_as_exact_as_those_of_numbers() {
         }
         let (mut packed_a, mut packed_b) = (vec![f32::NAN; 2 * step], vec![f32::NAN; 2 * split::len(len)]);
         for (number, to) in packed_a.chunks_exact_mut(step).enumerate() {
-            split::pack_rows(&mut to[..split::len(len)], &a[number * 16 * len..], 16, 0, len, len);
+            split::pack_rows(&mut to[..split::len(len)], &a[number * 16 * len..], 16, len, len);
         }
         split::pack_panels(&mut packed_b, &b, 0, PANEL, len);
         let segment = Segment { a: &packed_a, b: packed_b.split_at(split::len(len)).into(), len };
@@ -346,7 +346,7 @@ fn each_round_has_its_lines() {
 fn registers_stay_until_the_last_is_dropped() {
     let len = split::INNER;
     let (mut a, mut b) = (vec![0.0; split::len(len)], vec![0.0; 2 * split::len(len)]);
-    split::pack_rows(&mut a, &vec![1.0; len], 1, 0, len, len);
+    split::pack_rows(&mut a, &vec![1.0; len], 1, len, len);
     split::pack_panels(&mut b, &vec![2.0; len * PANEL], 0, PANEL, len);
     let segment = Segment { a: &a, b: b.split_at(split::len(len)).into(), len };
     let multiplies = |registers: &Registers| {
