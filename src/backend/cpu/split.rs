@@ -92,18 +92,21 @@ simd_fn! {
 simd_fn! {
     /// As [`split_lines`], of the GELU of the numbers.
     fn split_lines_of_gelu<F>(to: &mut [[u16; INNER]], from: &[f32], rows: usize, width: usize, stride: usize) {
-        for i in 0..rows {
-            let mut numbers = [0.0; INNER];
+        // All of them first. Measured (2 cores of an Intel Xeon): line by line takes a sixth more time.
+        let mut lines = [[0.0; INNER]; STEP];
+        for (i, to) in lines[..rows].iter_mut().enumerate() {
             let line = &from[i * stride..][..width];
             match line.first_chunk::<INNER>() {
                 Some(line) => {
                     for k in 0..INNER {
-                        numbers[k] = gelu::<F>(line[k]);
+                        to[k] = gelu::<F>(line[k]);
                     }
                 }
-                None => numbers.iter_mut().zip(line).for_each(|(to, &x)| *to = gelu::<F>(x)),
+                None => to.iter_mut().zip(line).for_each(|(to, &x)| *to = gelu::<F>(x)),
             }
-            split_line(to, i, &numbers);
+        }
+        for (i, line) in lines[..rows].iter().enumerate() {
+            split_line(to, i, line);
         }
     }
 }
