@@ -105,6 +105,13 @@ impl Format {
         if self == Format::Parts { split::padded(range, len) } else { range }
     }
 
+    /// So few inner elements that it takes less to multiply them than to do without. Measured (2 cores of an Intel Xeon): of 128
+    /// channels, to multiply 26 inactive ones too saves 6 to 10 % of a step; of 384, 77 of them neither save nor cost.
+    #[inline]
+    pub fn few_inner(self) -> usize {
+        if self == Format::Parts { split::INNER } else { 0 }
+    }
+
     /// Where the inner elements of `range` are in half a panel: with parts, those of whole pairs.
     #[inline]
     pub fn in_half(self, range: Range<usize>) -> Range<usize> {

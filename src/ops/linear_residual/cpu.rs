@@ -319,9 +319,11 @@ impl BackwardInputs<'_> {
 
 /// `dx (+)= dout` outside the windows.
 pub fn bypass_backward(dx: &mut [f32], fresh: bool, dout: &[f32], windows: &[Window], t: usize, c: usize) {
-    each_row(dx, dout, windows, t, c, |dx, dout, window| {
+    each_row(dx, windows, t, c, |row, dx, window| {
+        let dout = &dout[row * c..][..c];
         for outside in [0..window.start, window.end()..c] {
-            pass(&mut dx[outside.clone()], &dout[outside], fresh);
+            let (dx, dout) = (&mut dx[outside.clone()], &dout[outside]);
+            if fresh { dx.copy_from_slice(dout) } else { add_assign(dx, dout) }
         }
         if fresh {
             dx[window.range()].fill(0.0);
@@ -329,34 +331,30 @@ pub fn bypass_backward(dx: &mut [f32], fresh: bool, dout: &[f32], windows: &[Win
     });
 }
 
-/// `dbase (+)= dout` inside the windows.
-pub fn base_backward(dbase: &mut [f32], fresh: bool, dout: &[f32], windows: &[Window], t: usize, c: usize) {
-    each_row(dbase, dout, windows, t, c, |dbase, dout, window| {
-        if fresh {
-            dbase[..window.start].fill(0.0);
-            dbase[window.end()..].fill(0.0);
-        }
-        pass(&mut dbase[window.range()], &dout[window.range()], fresh);
+/// `dbase += dout` inside the windows.
+pub fn base_backward(dbase: &mut [f32], dout: &[f32], windows: &[Window], t: usize, c: usize) {
+    each_row(dbase, windows, t, c, |row, dbase, window| {
+        add_assign(&mut dbase[window.range()], &dout[row * c..][window.range()]);
     });
 }
 
-fn pass(to: &mut [f32], from: &[f32], fresh: bool) {
-    if fresh { to.copy_from_slice(from) } else { add_assign(to, from) }
+/// Zeros outside the windows.
+pub fn clear_outside(dout: &mut [f32], windows: &[Window], t: usize, c: usize) {
+    if windows.iter().all(|window| window.width == c) {
+        return;
+    }
+    each_row(dout, windows, t, c, |_, dout, window| {
+        dout[..window.start].fill(0.0);
+        dout[window.end()..].fill(0.0);
+    });
 }
 
-fn each_row(
-    to: &mut [f32],
-    from: &[f32],
-    windows: &[Window],
-    t: usize,
-    c: usize,
-    work: impl Fn(&mut [f32], &[f32], Window) + Sync,
-) {
+fn each_row(to: &mut [f32], windows: &[Window], t: usize, c: usize, work: impl Fn(usize, &mut [f32], Window) + Sync) {
     let _span = span("residual", Pass::Backward, [c, c], 0, 3 * to.len());
     let rows = rows_per_block(windows.len() * t, t);
-    to.par_chunks_mut(rows * c).zip(from.par_chunks(rows * c)).enumerate().for_each(|(block, (to, from))| {
-        for (i, (to, from)) in to.chunks_exact_mut(c).zip(from.chunks_exact(c)).enumerate() {
-            work(to, from, windows[(block * rows + i) / t]);
+    to.par_chunks_mut(rows * c).enumerate().for_each(|(block, to)| {
+        for (row, to) in (block * rows..).zip(to.chunks_exact_mut(c)) {
+            work(row, to, windows[row / t]);
         }
     });
 }

@@ -249,7 +249,7 @@ impl Saved {
         Ok(())
     }
 
-    pub(crate) fn backward(self, tape: &mut Tape, dout: AlignedVec) {
+    pub(crate) fn backward(self, tape: &mut Tape, mut dout: AlignedVec) {
         let &[b, t, k] = tape.shape(self.a) else { unreachable!("checked by the forward pass") };
         let c = self.linear.outputs;
         // The gradient of a GELU is handed on as that of its input, in the place of that.
@@ -293,17 +293,16 @@ impl Saved {
             cpu::bypass_backward(&mut dx, fresh, &dout, tape.get_windows(windows), t, c);
             tape.put_grad(x, dx);
         }
-        let windows = tape.get_windows(self.residual.base_window);
-        let all = windows.iter().all(|w| w.width == c);
+        let windows = self.residual.base_window;
         let (mut dbase, fresh) = tape.take_grad(self.residual.base);
-        if all && fresh {
-            // The gradient passes on unchanged, so its buffer does.
-            tape.give(dbase);
-            tape.put_grad(self.residual.base, dout);
+        if fresh {
+            // The gradient passes on unchanged in the windows, so its buffer does.
+            cpu::clear_outside(&mut dout, tape.get_windows(windows), t, c);
+            std::mem::swap(&mut dbase, &mut dout);
         } else {
-            cpu::base_backward(&mut dbase, fresh, &dout, tape.get_windows(self.residual.base_window), t, c);
-            tape.put_grad(self.residual.base, dbase);
-            tape.give(dout);
+            cpu::base_backward(&mut dbase, &dout, tape.get_windows(windows), t, c);
         }
+        tape.put_grad(self.residual.base, dbase);
+        tape.give(dout);
     }
 }

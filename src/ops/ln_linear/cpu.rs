@@ -46,6 +46,21 @@ impl<'a> Modulation<'a> {
     }
 }
 
+/// Whether all channels of masked rows are computed, rather than the windows and what corrects for the others: where that takes
+/// less, because so few are inactive.
+pub fn computes_all(read: &[Window], Dims { t, c, .. }: Dims) -> bool {
+    read.iter().all(|window| c - window.width <= Format::of(t).few_inner())
+}
+
+/// A row of x, masked where more than its window is computed: in `room`, which is zero outside of the window.
+fn masked<'a>(room: &'a mut [f32], x: &'a [f32], window: Window, computed: Window) -> &'a [f32] {
+    if window == computed {
+        return x;
+    }
+    room[window.range()].copy_from_slice(&x[window.range()]);
+    room
+}
+
 /// The channels that are inactive in some of the samples.
 fn inactive_ranges(windows: &[Window], c: usize) -> [Range<usize>; 2] {
     let left = windows.iter().map(|w| w.start).max().unwrap_or(0);
@@ -167,6 +182,7 @@ pub fn forward(
     correction: &mut [f32], // [B, 2, N] or empty
     x: &[f32],              // [B, T, C]
     read: &[Window],        // B
+    computed: &[Window],    // B: those of `read`, or all channels
     modulation: Modulation,
     weight: &[f32], // [N, C]
     bias: &[f32],   // [N]
@@ -180,7 +196,7 @@ pub fn forward(
     let lines_len = if correction.is_empty() { 0 } else { packed_lines_len(format, b, c) };
     scratch::with(panels(n) * format.panel_len(c) + lines_len, |buffer| {
         let (panels_of_w, lines) = buffer.split_at_mut(panels(n) * format.panel_len(c));
-        packed_lines(format, lines, read, modulation, c);
+        packed_lines(format, lines, computed, modulation, c);
         let (lines, shared_correction) = (&*lines, Shared::new(correction));
         let at_once = panels_at_once(n, PACKED_PANELS);
         panels_of_w.par_chunks_mut(at_once * format.panel_len(c)).enumerate().for_each(|(task, to)| {
@@ -191,11 +207,12 @@ pub fn forward(
             if !lines.is_empty() {
                 // While the panels are in cache.
                 // SAFETY: each panel once.
-                unsafe { forward_correction(format, &shared_correction, lines, read, first, to, bias, c) };
+                unsafe { forward_correction(format, &shared_correction, lines, computed, first, to, bias, c) };
             }
         });
         let (panels_of_w, correction) = (&*panels_of_w, &*correction);
-        let inputs = Inputs { format, x, read, modulation, panels_of_w, bias, correction, t, c, len: y.len() };
+        let len = y.len();
+        let inputs = Inputs { format, x, read, computed, modulation, panels_of_w, bias, correction, t, c, len };
         let rows = rows_per_block(b * t, format.joined(t) * t);
         let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
         let blocks = y.par_chunks_mut(rows * n).zip(stats).enumerate();
@@ -208,6 +225,7 @@ struct Inputs<'a> {
     format: Format,
     x: &'a [f32],
     read: &'a [Window],
+    computed: &'a [Window],
     modulation: Modulation<'a>,
     panels_of_w: &'a [f32], // panels(N) over C
     bias: &'a [f32],
@@ -226,22 +244,24 @@ impl Inputs<'_> {
         let streams = Streams::of(self.len);
         let wide = format.padded_columns(c);
         let (lines_len, tile_len) = (most_rows(format, self.t) * wide, packed_tile_len(format, self.t, c));
-        scratch::with(lines_len + packed_tiles_len(format, self.t, c), |buffer| {
+        scratch::with(c + lines_len + packed_tiles_len(format, self.t, c), |buffer| {
+            let (row_of_x, buffer) = buffer.split_at_mut(c);
             let (lines, packed) = buffer.split_at_mut(lines_len);
             batches(format, rows, self.t, tile_len, |tiles| {
                 for (row_tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
-                    let inner = format.inner(row_tile.window(self.read).range(), c);
+                    let inner = format.inner(row_tile.window(self.computed).range(), c);
                     let mut lines_of_rows = lines.chunks_exact_mut(wide);
                     for (sample, rows) in row_tile.of_samples(self.t) {
-                        let window = self.read[sample];
-                        let here = window.start - inner.start..window.end() - inner.start;
+                        let (window, computed) = (self.read[sample], self.computed[sample]);
+                        let here = computed.start - inner.start..computed.end() - inner.start;
+                        row_of_x.fill(0.0);
                         for (row, line) in rows.zip(&mut lines_of_rows) {
                             line[..here.start].fill(0.0);
                             line[here.end..inner.len()].fill(0.0);
                             (mean[row - first], rstd[row - first]) = normalise(
                                 &mut line[here.clone()],
-                                &self.x[row * c..][..c],
-                                window,
+                                masked(row_of_x, &self.x[row * c..][..c], window, computed),
+                                computed,
                                 self.modulation.shift(sample, c),
                                 self.modulation.scale(sample, c),
                             );
@@ -249,12 +269,12 @@ impl Inputs<'_> {
                     }
                     format.pack_rows(packed, lines, row_tile.rows.len(), inner.len(), wide);
                 }
-                let of_all = inner_of_all(tiles, self.read);
+                let of_all = inner_of_all(tiles, self.computed);
                 for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
                     let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());
                     for ((row_tile, a), next) in with_packed(format, tiles, packed, self.t, c).zip(shares) {
-                        let inner = format.inner(row_tile.window(self.read).range(), c);
+                        let inner = format.inner(row_tile.window(self.computed).range(), c);
                         let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
                         let halves = columns.len().div_ceil(HALF);
                         let rows = row_tile.rows.start - first..row_tile.rows.end - first;
@@ -312,9 +332,10 @@ pub struct Gradients<'a> {
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     grads: Gradients,
-    dy: &[f32],      // [B, T, N]
-    x: &[f32],       // [B, T, C]
-    read: &[Window], // B
+    dy: &[f32],          // [B, T, N]
+    x: &[f32],           // [B, T, C]
+    read: &[Window],     // B
+    computed: &[Window], // B: as in the forward pass
     modulation: Modulation,
     weight: &[f32],             // [N, C]
     mean: &[f32],               // [B, T]
@@ -339,7 +360,8 @@ pub fn backward(
 
         let samples = samples_per_block(b, t, joined);
         let stride = modulation.stride;
-        let inputs = BackwardInputs { format, x, read, modulation, panels_of_w, mean, rstd, correction, t, c, n };
+        let inputs =
+            BackwardInputs { format, x, read, computed, modulation, panels_of_w, mean, rstd, correction, t, c, n };
         let shared_h = Shared::new(h);
         dy.par_chunks(samples * t * n)
             .zip(dx.par_chunks_mut(samples * t * c))
@@ -353,10 +375,10 @@ pub fn backward(
 
         let pq = &*pq;
         if correction.is_some() {
-            inactive_gradient(format, dmodulation, pq, read, modulation, panels_of_w, n, c);
+            inactive_gradient(format, dmodulation, pq, computed, modulation, panels_of_w, n, c);
             let wide = format.padded_columns(c);
             scratch::with(2 * b * wide, |lines| {
-                inactive_modulation(lines, 0, read, modulation, c, wide);
+                inactive_modulation(lines, 0, computed, modulation, c, wide);
                 // SAFETY: `h` is borrowed here alone.
                 unsafe { format.scatter(&Shared::new(h), lines, wide, Window::all(c), b * format.rows_of(t), rows) };
             });
@@ -367,11 +389,11 @@ pub fn backward(
         weight_gradient(format, dweight, add, Layout::RoutedColumns, [c, n], operands, count, |i| {
             if i < runs {
                 let samples = joined_samples(format, t, b, i);
-                let window = window_of_all(&read[samples.clone()]);
+                let window = window_of_all(&computed[samples.clone()]);
                 let other = &dy[samples.start * t * n..samples.end * t * n];
                 Sample { tokens: samples.len() * t, channels: [window.range(), 0..0], other }
             } else {
-                Sample { tokens: 2 * b, channels: inactive_ranges(read, c), other: pq }
+                Sample { tokens: 2 * b, channels: inactive_ranges(computed, c), other: pq }
             }
         });
         if !add {
@@ -388,6 +410,7 @@ struct BackwardInputs<'a> {
     format: Format,
     x: &'a [f32],
     read: &'a [Window],
+    computed: &'a [Window],
     modulation: Modulation<'a>,
     panels_of_w: &'a [f32], // panels(C) over N
     mean: &'a [f32],
@@ -418,12 +441,14 @@ impl BackwardInputs<'_> {
     ) {
         let (format, t, c, n) = (self.format, self.t, self.c, self.n);
         let (wide, first_row, rows) = (format.padded_columns(c), first * t, dx.len() / c);
-        let product = WindowedColumns { format, panels_of_w: self.panels_of_w, windows: self.read, tokens: t, k: n };
+        let product =
+            WindowedColumns { format, panels_of_w: self.panels_of_w, windows: self.computed, tokens: t, k: n };
         let of_batch = product.tiles_at_once() * most_rows(format, t);
         let lines_len = most_rows(format, t) * wide;
         pq.fill(0.0);
         let mut lines_of = None;
-        scratch::with(of_batch * (wide + 1) + lines_len + product.room(), |buffer| {
+        scratch::with(c + of_batch * (wide + 1) + lines_len + product.room(), |buffer| {
+            let (row_of_x, buffer) = buffer.split_at_mut(c);
             let (dh, buffer) = buffer.split_at_mut(of_batch * wide);
             let (lines_of_h, buffer) = buffer.split_at_mut(lines_len);
             let (room, dr) = buffer.split_at_mut(product.room());
@@ -456,6 +481,8 @@ impl BackwardInputs<'_> {
                         let dmodulation = &mut dmodulation[(sample - first) * self.modulation.stride..];
                         let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
                         let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
+                        let (window, computed) = (self.read[sample], self.computed[sample]);
+                        row_of_x.fill(0.0);
                         for (row, line) in rows.zip(&mut lines_of_rows) {
                             normalise_backward(
                                 &mut dx[(row - first_row) * c..][..c],
@@ -465,17 +492,18 @@ impl BackwardInputs<'_> {
                                 dscale,
                                 &dh[(row - start) * wide..][..c],
                                 dr[row - start],
-                                &self.x[row * c..][..c],
+                                masked(row_of_x, &self.x[row * c..][..c], window, computed),
                                 shift,
                                 scale,
-                                self.read[sample],
+                                window,
+                                computed,
                                 self.mean[row],
                                 self.rstd[row],
                             );
                         }
                     }
                     let lines = &lines_of_h[..tile.rows.len() * wide];
-                    let (window, row) = (tile.window(self.read), tile.first_row(format, t));
+                    let (window, row) = (tile.window(self.computed), tile.first_row(format, t));
                     // SAFETY: rows of these samples.
                     unsafe { format.scatter(h, lines, wide, window, row, rows_of_h) };
                 }
@@ -643,30 +671,33 @@ simd_fn! {
         shift: &[f32],
         scale: &[f32],
         window: Window,
+        computed: Window,
         mean: f32,
         rstd: f32,
     ) {
         let inverse = 1.0 / x.len() as f32;
-        let (a, w) = (window.range(), window.width);
-        if fresh {
-            dx[..a.start].fill(0.0);
-            dx[a.end..].fill(0.0);
-        }
-        let (dx, h, dh, x) = (&mut dx[a.clone()], &mut h[a.clone()], &dh[a.clone()], &x[a.clone()]);
+        let (a, w) = (computed.range(), computed.width);
+        let (h, of_dh, of_x) = (&mut h[a.clone()], &dh[a.clone()], &x[a.clone()]);
         let (dshift, dscale) = (&mut dshift[a.clone()], &mut dscale[a.clone()]);
-        let (shift, scale) = (&shift[a.clone()], &scale[a]);
+        let (shift, of_scale) = (&shift[a.clone()], &scale[a]);
         for i in 0..w {
-            let z = (x[i] - mean) * rstd;
-            h[i] = fma::<F>(z, 1.0 + scale[i], shift[i]);
-            dshift[i] += dh[i];
-            dscale[i] = fma::<F>(dh[i], z, dscale[i]);
+            let z = (of_x[i] - mean) * rstd;
+            h[i] = fma::<F>(z, 1.0 + of_scale[i], shift[i]);
+            dshift[i] += of_dh[i];
+            dscale[i] = fma::<F>(of_dh[i], z, dscale[i]);
         }
-        let [sum, product] = sum_by([dh, scale, x], |[dh, scale, x]| {
+        let [sum, product] = sum_by([of_dh, of_scale, of_x], |[dh, scale, x]| {
             let dz = dh * (1.0 + scale);
             [dz, dz * ((x - mean) * rstd)]
         });
         let s1 = (sum + dr) * inverse;
         let s2 = (product - mean * rstd * dr) * inverse;
+        let (a, w) = (window.range(), window.width);
+        if fresh {
+            dx[..a.start].fill(0.0);
+            dx[a.end..].fill(0.0);
+        }
+        let (dx, dh, x, scale) = (&mut dx[a.clone()], &dh[a.clone()], &x[a.clone()], &scale[a]);
         for i in 0..w {
             let z = (x[i] - mean) * rstd;
             let d = rstd * (dh[i] * (1.0 + scale[i]) - s1 - z * s2);

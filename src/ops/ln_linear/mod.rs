@@ -33,6 +33,7 @@ use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::{Node, PerSample, check, check_per_sample, dims3};
 use crate::params::Linear;
+use crate::routing::Window;
 
 /// Added to the variance, as in the published model.
 pub const EPS: f64 = 1e-6;
@@ -51,12 +52,13 @@ pub enum Activation {
 pub(crate) struct Saved {
     x: Var,                  // [B, T, C]
     read: Windows,           // B
+    computed: Windows,       // B: in main memory those of `read`, or all channels; CUDA: `read`
     shift: PerSample,        // [B, C]
     scale: PerSample,        // [B, C]
     linear: Linear,          // [N, C], [N]
     mean: Var,               // [B, T]
     rstd: Var,               // [B, T]
-    correction: Option<Var>, // [B, 2, N]: u, and v + b (CUDA: v); None when every window is full
+    correction: Option<Var>, // [B, 2, N]: u, and v + b (CUDA: v); None when all channels are computed
     pre: Option<Var>,        // [B, T, N] before GELU; None without, and where its one reader sees to it
     h: Option<Var>,          // CUDA: [B, T, C] normalised and modulated
     inactive: Option<Var>,   // CUDA: [B, 2, C]: 1 + scale and shift outside of the windows
@@ -95,10 +97,13 @@ pub fn ln_linear(
     }
     let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
     let n = linear.outputs;
+    let dims = cpu::Dims { b, t, c, n };
+    let all = full || cpu::computes_all(tape.get_windows(read), dims);
+    let computed = if all && !full { tape.windows(std::iter::repeat_n(Window::all(c), b)) } else { read };
     let mut y = tape.take(b * t * n);
     let mut mean = tape.take(b * t);
     let mut rstd = tape.take(b * t);
-    let mut correction = if full { AlignedVec::new() } else { tape.take(b * 2 * n) };
+    let mut correction = if all { AlignedVec::new() } else { tape.take(b * 2 * n) };
     let modulation = tape.value(shift.var);
     let modulation = cpu::Modulation {
         data: modulation,
@@ -113,10 +118,11 @@ pub fn ln_linear(
         &mut correction,
         tape.value(x),
         tape.get_windows(read),
+        tape.get_windows(computed),
         modulation,
         &tape.weights[linear.weight.range()],
         &tape.weights[linear.bias.range()],
-        cpu::Dims { b, t, c, n },
+        dims,
     );
     let mut pre = None;
     if activation == Activation::Gelu {
@@ -131,9 +137,10 @@ pub fn ln_linear(
     let y = tape.push([b, t, n], y, true);
     let mean = tape.push([b, t], mean, false);
     let rstd = tape.push([b, t], rstd, false);
-    let correction = (!full).then(|| tape.push([b, 2, n], correction, false));
+    let correction = (!all).then(|| tape.push([b, 2, n], correction, false));
     let (h, inactive) = (None, None);
-    tape.record(y, Node::LnLinear(Saved { x, read, shift, scale, linear, mean, rstd, correction, pre, h, inactive }));
+    let of_inputs = Saved { x, read, computed, shift, scale, linear, mean, rstd, correction, pre, h, inactive };
+    tape.record(y, Node::LnLinear(of_inputs));
     Ok(y)
 }
 
@@ -213,7 +220,11 @@ fn on_cuda(
     let pre = keeps_pre.then(|| tape.push([b, t, n], pre, false));
     let h = Some(tape.push([b, t, c], saved.h, false));
     let inactive = Some(tape.push([b, 2, c], saved.inactive, false));
-    Ok((y, pre, Saved { x, read, shift, scale, linear, mean, rstd, correction, pre: None, h, inactive }))
+    Ok((
+        y,
+        pre,
+        Saved { x, read, computed: read, shift, scale, linear, mean, rstd, correction, pre: None, h, inactive },
+    ))
 }
 
 fn cuda_inputs(
@@ -307,6 +318,7 @@ impl Saved {
             &dy,
             values.value(self.x),
             values.windows(self.read),
+            values.windows(self.computed),
             cpu::Modulation {
                 data: modulation,
                 stride: modulation.len() / b.max(1),
