@@ -4,6 +4,7 @@ use super::Dims;
 use crate::backend::cpu::linear::{input_gradient, linear, weight_gradient};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::simd::{add_assign, column_sums};
+use rayon::prelude::*;
 
 /// See [`super::patch_embed`].
 pub fn forward(
@@ -19,9 +20,7 @@ pub fn forward(
     let _span = span("patch_embed", Pass::Forward, [k, c], 2 * rows * k * c, rows * (2 * k + c));
     each_line(d, |line, pixels| patches[line].copy_from_slice(&x[pixels]));
     linear(y, patches, weight, bias);
-    for (t, y) in y.chunks_exact_mut(c).enumerate() {
-        add_assign(y, &positions[t % d.tokens() * c..][..c]);
-    }
+    y.par_chunks_mut(d.tokens() * c).for_each(|y| add_assign(y, positions));
 }
 
 /// Gradients of weight and bias; `add` adds to them.
