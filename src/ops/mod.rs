@@ -114,16 +114,3 @@ pub(crate) fn check_per_sample(
         format!("modulation has the shape {shape:?}, expected [{batch}, at least {end}]")
     })
 }
-
-/// Rows of one block of work: about 256, or fewer so that each thread has about as many blocks; whole samples where they fit.
-/// Nothing may be summed over a block: results never depend on the number of threads.
-pub(crate) fn rows_per_block(rows: usize, tokens: usize) -> usize {
-    let blocks = rows.div_ceil(256).next_multiple_of(rayon::current_num_threads());
-    let target = rows.div_ceil(blocks.max(1)).clamp(32, 256);
-    if tokens <= target { target / tokens * tokens } else { tokens.div_ceil(tokens.div_ceil(target)) }
-}
-
-/// Samples of one block of work that sums over the tokens of each: whole runs of `joined`.
-pub(crate) fn samples_per_block(batch: usize, tokens: usize, joined: usize) -> usize {
-    (rows_per_block(batch * tokens, tokens * joined) / tokens).max(1)
-}

@@ -9,10 +9,9 @@ use crate::backend::cpu::simd::{add_assign, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{HALF, PANEL, Segment, Tile, add_tile, panels, write_rows};
 use crate::ops::products::{
     Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, joined_samples, most_rows, pack_panels,
-    packed_tile_len, packed_tiles_len, window_of_all, with_packed,
+    packed_tile_len, packed_tiles_len, rows_per_block, samples_per_block, window_of_all, with_packed,
 };
 use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
-use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -65,7 +64,8 @@ pub fn forward(
     let numbers = b * t * (k + 3 * c) + c * k;
     let _span = span("linear_residual", Pass::Forward, [k, c], flops(write, t, k), numbers);
     let format = Format::of(t);
-    let rows = rows_per_block(b * t, format.joined(t) * t);
+    let panels_len = panels(c) * format.panel_len(k);
+    let rows = rows_per_block(b * t, format.joined(t) * t, panels_len);
     // Whether the whole write window is added to base alone: then that is done tile by tile.
     let is_base = |sample: usize| {
         let inside = |windows: &[Window]| {
@@ -74,7 +74,7 @@ pub fn forward(
         };
         inside(base.1) && bypass.is_none_or(|(_, windows)| inside(windows))
     };
-    scratch::with(panels(c) * format.panel_len(k), |panels_of_w| {
+    scratch::with(panels_len, |panels_of_w| {
         panels_of_w
             .par_chunks_mut(format.panel_len(k))
             .enumerate()
@@ -180,10 +180,11 @@ pub fn backward(
     let numbers = b * t * (each + 3 * c) + 2 * c * k;
     let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
     let format = Format::of(t);
-    let (joined, samples) = (format.joined(t), samples_per_block(b, t, format.joined(t)));
     let stride = gate.stride;
     let wide_k = panels(k) * PANEL;
     let panels_len = panels(k) * format.panel_len(c);
+    let joined = format.joined(t);
+    let samples = samples_per_block(b, t, joined, panels_len);
     scratch::with(panels_len + format.routed_len(b * format.rows_of(t), c), |buffer| {
         let (panels_of_w, dz) = buffer.split_at_mut(panels_len);
         clear_routed(format, dz, joined * t, b * t);
@@ -351,7 +352,7 @@ pub fn clear_outside(dout: &mut [f32], windows: &[Window], t: usize, c: usize) {
 
 fn each_row(to: &mut [f32], windows: &[Window], t: usize, c: usize, work: impl Fn(usize, &mut [f32], Window) + Sync) {
     let _span = span("residual", Pass::Backward, [c, c], 0, 3 * to.len());
-    let rows = rows_per_block(windows.len() * t, t);
+    let rows = rows_per_block(windows.len() * t, t, 0);
     to.par_chunks_mut(rows * c).enumerate().for_each(|(block, to)| {
         for (row, to) in (block * rows..).zip(to.chunks_exact_mut(c)) {
             work(row, to, windows[row / t]);

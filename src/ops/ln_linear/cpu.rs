@@ -11,10 +11,10 @@ use crate::backend::cpu::simd::{add_assign, fma, gelu, gelu_derivative, simd_fn,
 use crate::backend::cpu::tile::{HALF, MAX_ROWS, PANEL, Segment, Streams, Tile, panels, write_rows};
 use crate::ops::products::{
     PACKED_PANELS, Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, joined_samples,
-    most_rows, pack_panels, packed_tile_len, packed_tiles_len, panels_at_once, window_of_all, with_packed,
+    most_rows, pack_panels, packed_tile_len, packed_tiles_len, panels_at_once, rows_per_block, samples_per_block,
+    window_of_all, with_packed,
 };
 use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
-use crate::ops::{rows_per_block, samples_per_block};
 use crate::routing::Window;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -213,7 +213,7 @@ pub fn forward(
         let (panels_of_w, correction) = (&*panels_of_w, &*correction);
         let len = y.len();
         let inputs = Inputs { format, x, read, computed, modulation, panels_of_w, bias, correction, t, c, len };
-        let rows = rows_per_block(b * t, format.joined(t) * t);
+        let rows = rows_per_block(b * t, format.joined(t) * t, panels_of_w.len());
         let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
         let blocks = y.par_chunks_mut(rows * n).zip(stats).enumerate();
         blocks.for_each(|(block, (y, (mean, rstd)))| inputs.block(block * rows, y, mean, rstd));
@@ -358,7 +358,7 @@ pub fn backward(
         let joined = format.joined(t);
         clear_routed(format, h, joined * t, b * t);
 
-        let samples = samples_per_block(b, t, joined);
+        let samples = samples_per_block(b, t, joined, panels_len);
         let stride = modulation.stride;
         let inputs =
             BackwardInputs { format, x, read, computed, modulation, panels_of_w, mean, rstd, correction, t, c, n };
