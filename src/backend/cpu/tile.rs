@@ -165,16 +165,16 @@ impl Lines {
         }
     }
 
-    /// The addresses, as many for each of `rounds` rounds, the last of them more than once; and how many a round has. Those that do not
-    /// fit into even rounds are left out.
+    /// The addresses in at most so many portions of the same size, the last of them more than once; and that size. Those that do not fit
+    /// into whole portions are left out.
     #[cfg(target_arch = "x86_64")]
-    fn for_rounds(&mut self, rounds: usize) -> (&[usize], usize) {
-        let of_round = self.len.div_ceil(rounds).min(Lines::MOST / rounds);
-        let all = of_round * rounds;
+    fn in_portions(&mut self, portions: usize) -> (&[usize], usize) {
+        let of_each = self.len.div_ceil(portions).max(1);
+        let all = self.len.next_multiple_of(of_each).min(Lines::MOST / of_each * of_each);
         let last = self.addresses[self.len.saturating_sub(1)];
         self.addresses[self.len.min(all)..all].fill(last);
         self.len = 0;
-        (&self.addresses[..all], of_round)
+        (&self.addresses[..all], of_each)
     }
 }
 

@@ -320,25 +320,25 @@ fn products_of_parts_are_as_exact_as_those_of_numbers() {
 
 #[test]
 #[cfg(target_arch = "x86_64")]
-fn each_round_has_its_lines() {
+fn portions_hold_all_lines() {
     let rows: Vec<f32> = vec![0.0; 3 * 50];
     let mut lines = Lines::new();
-    for (count, rounds) in [(0, 1), (0, 3), (2, 4), (3, 1), (3, 4), (3, 6), (3, 100), (3, 1000)] {
+    for (count, portions) in [(0, 1), (0, 3), (2, 4), (3, 1), (3, 4), (3, 6), (3, 100), (3, 1000)] {
         lines.add_rows(&rows, count, 40, 50);
         let at = [0, 2 * LINE].into_iter().flat_map(|at| (0..count).map(move |row| row * 50 + at));
         let addresses: Vec<_> = at.map(|at| rows[at..].as_ptr().addr()).collect();
-        let (all, of_round) = lines.for_rounds(rounds);
-        assert_eq!(all.len(), rounds * of_round);
-        assert!(all.starts_with(&addresses) || rounds == 1000 && all.is_empty());
-        assert!(all[addresses.len().min(all.len())..].iter().all(|line| Some(line) == addresses.last()));
+        let (all, of_each) = lines.in_portions(portions);
+        assert!(all.len().is_multiple_of(of_each) && all.len() <= portions * of_each);
+        assert!(all.starts_with(&addresses) && all.len() < addresses.len() + of_each);
+        assert!(all[addresses.len()..].iter().all(|line| Some(line) == addresses.last()));
     }
     (0..2).for_each(|_| lines.add_rows(&rows, 50, 20, 1));
-    assert_eq!(lines.for_rounds(60).0.len(), 60, "100 in 60 rounds");
+    assert_eq!((lines.in_portions(60).0.len(), lines.in_portions(60).0.len()), (100, 0), "100 in 60 portions, once");
     // More than fit, and rows that are not there.
     (0..5).for_each(|_| lines.add_rows(&rows, 50, 20, 1));
-    assert_eq!(lines.for_rounds(1).0.len(), Lines::MOST / 50 * 50);
+    assert_eq!(lines.in_portions(30).0.len(), Lines::MOST / 50 * 50);
     lines.add_rows(&rows, 7, 20, 50);
-    assert_eq!(lines.for_rounds(1).0.len(), 3);
+    assert_eq!(lines.in_portions(1).0.len(), 3);
 }
 
 /// The last that is dropped gives them back, in whatever order.
