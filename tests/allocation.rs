@@ -62,20 +62,20 @@ fn count(work: impl FnOnce()) -> (usize, usize) {
     (COUNT.load(SeqCst), BYTES.load(SeqCst))
 }
 
-fn learner(routing: Routing) -> Learner {
+fn learner(routing: Routing, input_size: usize, beta: f64) -> Learner {
     let dit = Dit::new(ModelConfig {
         hidden_size: 60,
         depth: 2,
         num_heads: 3,
         patch_size: 2,
-        input_size: 10,
+        input_size,
         in_channels: 3,
         num_classes: 5,
         null_class: true,
         mlp_ratio: 4.0,
         learn_sigma: true,
         routing,
-        beta: 0.6,
+        beta,
         alpha: 4.0,
         routing_seed: 3,
     })
@@ -86,10 +86,9 @@ fn learner(routing: Routing) -> Learner {
 
 /// One training step over 6 images in two parts.
 fn step(learner: &mut Learner, losses: &mut Losses) {
-    let images = [0.25; 3 * 300];
+    let images = &[0.25; 900][..9 * learner.dit.config.input_size.pow(2)];
     for (t, add) in [([0, 999, 500], false), ([3, 970, 860], true)] {
-        let batch =
-            Batch { x_start: &images, noise: &images, t: &t, labels: &[4, 5, 0], coefficients: &[1.0 / 6.0; 3] };
+        let batch = Batch { x_start: images, noise: images, t: &t, labels: &[4, 5, 0], coefficients: &[1.0 / 6.0; 3] };
         learner.gradients(batch, add, losses).unwrap();
     }
     let norm = learner.gradient_norm();
@@ -121,10 +120,14 @@ fn a_steady_state_step_allocates_nothing() {
 
     // The pools stay until the end: the threads of one that is dropped end beside the next one's steps, and allocate as they do.
     let pools = [1, 2].map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
-    for routing in [Routing::Dense, Routing::Paper, Routing::Sublayer, Routing::Random] {
+    // Samples of 16 tokens, of which few channels are inactive, and of 25, of which many are.
+    let cases = [Routing::Dense, Routing::Paper, Routing::Sublayer, Routing::Random]
+        .into_iter()
+        .flat_map(|routing| [(routing, 8, 0.6), (routing, 10, 0.4)]);
+    for (routing, input_size, beta) in cases {
         for pool in &pools {
             let threads = pool.current_num_threads();
-            let (mut learner, mut losses) = (learner(routing), Losses::default());
+            let (mut learner, mut losses) = (learner(routing, input_size, beta), Losses::default());
             let mut found = Vec::new();
             pool.install(|| {
                 step(&mut learner, &mut losses);
@@ -137,7 +140,7 @@ fn a_steady_state_step_allocates_nothing() {
                     found.push(count(|| step(&mut learner, &mut losses)));
                     assert_eq!(learner.memory.bytes(), held, "{routing:?}: the tape's buffers grew");
                 }
-                let what = format!("{routing:?}, {threads} threads: allocations, bytes by step {found:?}");
+                let what = format!("{routing:?}, beta {beta}, {threads} threads: allocations, bytes by step {found:?}");
                 assert!(ends_with_nothing(&found, at_rest), "{what}");
             });
         }

@@ -12,7 +12,7 @@ use dtr_fused::params::{Linear, Param};
 use dtr_fused::routing::Window;
 
 const B: usize = 2;
-const T: usize = 5;
+const T: usize = 6;
 const C: usize = 12;
 const LAYER: usize = C * C + C;
 

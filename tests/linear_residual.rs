@@ -182,6 +182,7 @@ fn few_tokens() {
 #[test]
 fn many_small_samples_share_products() {
     check(23, 16, 35, 60);
+    check(11, 6, 35, 60);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use dtr_fused::autograd::{Tape, Var};
+use dtr_fused::autograd::{Memory, Tape, Var};
 use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::Result;
 use dtr_fused::ops::PerSample;
@@ -75,7 +75,57 @@ fn few_tokens() {
 
 #[test]
 fn many_small_samples_share_products() {
-    every_window(23, 16, 60, 70, 0.0);
+    every_window(23, 16, 100, 70, 0.0);
+    every_window(11, 6, 60, 45, 0.0);
+    every_window(5, 14, 67, 33, 0.0);
+}
+
+/// Few inactive channels, in windows that differ from sample to sample; some are full.
+#[test]
+fn few_inactive_channels() {
+    let window = |i: usize| {
+        let width = 60 - 13 * i % 32;
+        Window { start: 7 * i % (61 - width), width }
+    };
+    for (b, tokens, mean) in [(7, 6, 0.0), (5, 16, 1000.0), (3, 12, 0.0), (3, 40, 1000.0)] {
+        let read = (0..b).map(window).collect();
+        let case = Case { tokens, channels: 60, outputs: 37, read, activation: Activation::None, mean };
+        check_operation(&format!("B {b}, T {tokens}, mean {mean}"), &case);
+    }
+}
+
+#[test]
+fn inactive_channels_are_not_read() {
+    let (b, t, c, n) = (4, 16, 60, 21);
+    let weights = numbers(1, n * c + n);
+    for width in [20, 50] {
+        let window = |sample: usize| Window { start: 3 * sample, width };
+        let pass = |outside: f32| {
+            let mut x = numbers(2, b * t * c);
+            for (row, x) in x.chunks_exact_mut(c).enumerate() {
+                let window = window(row / t);
+                x[..window.start].fill(outside);
+                x[window.end()..].fill(outside);
+            }
+            let (mut grads, mut memory) = (vec![0.0; weights.len()], Memory::new());
+            let mut tape = Tape::new(&weights, &mut grads, false, &mut memory);
+            let x = tape.input(&x, [b, t, c], true).unwrap();
+            let var = tape.input(&numbers(3, b * 2 * c), [b, 2 * c], true).unwrap();
+            let read = tape.windows((0..b).map(window));
+            let [shift, scale] = [0, c].map(|offset| PerSample { var, offset });
+            let y = ln_linear(&mut tape, x, read, shift, scale, any_linear(n, c), Activation::None).unwrap();
+            let mut all = tape.value(y).to_vec();
+            tape.backward(y, &numbers(4, b * t * n)).unwrap();
+            [x, var].iter().for_each(|&var| all.extend(tape.gradient(var).unwrap()));
+            all.extend(grads);
+            all
+        };
+        let expected = pass(0.0);
+        assert!(expected.iter().all(|x| x.is_finite()));
+        for outside in [f32::NAN, f32::INFINITY] {
+            assert!(same_bits(&pass(outside), &expected), "windows of {width}, {outside} outside");
+        }
+    }
 }
 
 #[test]
@@ -90,7 +140,7 @@ fn blocks_that_end_inside_samples() {
     every_window(2, 300, 20, 9, 0.0);
     every_window(5, 300, 20, 9, 0.0);
     // Samples of whole blocks of rows.
-    every_window(3, 64, 60, 45, 0.0);
+    every_window(3, 64, 100, 45, 0.0);
 }
 
 #[test]

@@ -164,7 +164,7 @@ pub(crate) fn batches(
 pub(crate) fn rows_per_block(rows: usize, tokens: usize, packed: usize) -> usize {
     // Of panels that stay in cache. Measured (2 cores of an Intel Xeon, which others used too): with 256, a thread waits longer for the
     // other at the end, and a step of digits takes 2 to 4 % more time.
-    let most = if packed <= RESIDENT { 64 } else { 256 };
+    let most = if packed <= RESIDENT { tokens.clamp(64, 256) } else { 256 };
     let blocks = rows.div_ceil(most).next_multiple_of(rayon::current_num_threads());
     let target = rows.div_ceil(blocks.max(1)).clamp(32, most);
     if tokens <= target { target / tokens * tokens } else { tokens.div_ceil(tokens.div_ceil(target)) }
@@ -367,7 +367,7 @@ impl WindowedColumns<'_> {
                 let mut mixed_for = None;
                 for (i, row_tile) in tiles.iter().enumerate() {
                     let Some(part) = part_of(row_tile) else { continue };
-                    if mixed_for.replace(row_tile.samples.start) != Some(row_tile.samples.start) {
+                    if mixed_for.replace(part) != Some(part) {
                         part.mix(mixed, panels_of_w, k, inner.clone());
                     }
                     let next = shares.next().unwrap_or(&[]);
@@ -402,8 +402,17 @@ mod tests {
     use crate::backend::cpu::packed::formats;
 
     #[test]
-    fn batches_cover_the_rows_and_never_cross_samples() {
-        let cases = [(0..10, 5, 3), (7..61, 9, 1 << 13), (3..4, 1, 1), (128..256, 256, 384), (0..800, 256, 384)];
+    fn batches_cover_the_rows_in_tiles_of_whole_samples_or_parts_of_one() {
+        let cases = [
+            (0..10, 5, 3),
+            (7..61, 9, 1 << 13),
+            (3..4, 1, 1),
+            (128..256, 256, 384),
+            (0..800, 256, 384),
+            (32..110, 2, 5),
+            (30..96, 6, 70),
+            (64..144, 16, 128),
+        ];
         for (format, (rows, tokens, inner)) in formats().flat_map(|format| cases.clone().map(|case| (format, case))) {
             let (mut seen, mut counts) = (Vec::new(), Vec::new());
             batches(format, rows.clone(), tokens, packed_tile_len(format, tokens, inner), |tiles| {
@@ -419,6 +428,10 @@ mod tests {
                 for tile in tiles {
                     assert!(!tile.rows.is_empty() && tile.rows.len() <= format.tile_rows());
                     assert!(tile.rows.clone().all(|row| tile.samples.contains(&(row / tokens))));
+                    let of_samples: Vec<_> = tile.of_samples(tokens).collect();
+                    assert!(of_samples.iter().all(|(sample, rows)| rows.clone().all(|row| row / tokens == *sample)));
+                    assert!(of_samples.into_iter().flat_map(|(_, rows)| rows).eq(tile.rows.clone()));
+                    assert!(tile.samples.len() == 1 || tile.rows.len() == tile.samples.len() * tokens);
                     seen.extend(tile.rows.clone());
                 }
             });

@@ -22,15 +22,14 @@ pub(crate) struct Operands<'a> {
     pub(crate) other: &'a [f32],
 }
 
-/// Makes [`Operands::routed`] ready for samples of `tokens` tokens, the last of which ends after `all`: zero, where a block of rows
-/// is of several.
+/// Makes [`Operands::routed`] ready for samples of `tokens` tokens, `all` together: zero, where a block of rows is of several.
 pub(crate) fn clear_routed(format: Format, routed: &mut [f32], tokens: usize, all: usize) {
     if ![tokens, all].iter().all(|tokens| tokens.is_multiple_of(format.block_rows())) {
         routed.par_chunks_mut(1 << 14).for_each(|routed| routed.fill(0.0));
     }
 }
 
-/// A sample of a weight gradient.
+/// A sample of a weight gradient, or samples that are joined ([`Format::joined`]).
 pub(crate) struct Sample<'a> {
     pub(crate) tokens: usize,
     /// Outside of these the sample is zero. They are disjoint, inside 0..C, and may be empty.

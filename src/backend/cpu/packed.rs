@@ -32,9 +32,10 @@ impl Format {
     /// The one for samples of `tokens` tokens.
     #[inline]
     pub fn of(tokens: usize) -> Format {
-        // So few rows would leave more than half of a tile empty, and an odd number of them is not joined.
-        let few = tokens <= split::STEP && !tokens.is_multiple_of(2) && !amx_is_asked_for();
-        if level() == Level::Amx && !few { Format::Parts } else { Format::Numbers }
+        // So few rows that are not joined would leave more than half of a tile empty.
+        let few = tokens <= split::STEP && Format::Parts.joined(tokens) == 1;
+        let parts = level() == Level::Amx && (!few || amx_is_asked_for());
+        if parts { Format::Parts } else { Format::Numbers }
     }
 
     /// Samples of `tokens` tokens whose rows are one tile: more than one where they fill a tile of parts together. Where rows are
@@ -127,7 +128,7 @@ impl Format {
         [&left[first..], &right[first..]]
     }
 
-    /// Packs a tile of rows, `stride` apart, of `len` inner elements from one on at which a range of [`Format::inner`] starts.
+    /// Packs a tile of rows, `stride` apart, of `len` inner elements. The first is where a range of [`Format::inner`] starts.
     pub fn pack_rows(self, to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
         let pack = if self == Format::Parts { split::pack_rows } else { pack::pack_rows };
         pack(to, from, rows, len, stride);

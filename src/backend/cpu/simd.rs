@@ -51,8 +51,8 @@ pub enum Level {
     Amx,
 }
 
-/// Names the most that is used of a processor, for the same bits as on one that has no more; `amx` also asks for AMX where few tokens
-/// fill too little of a tile, and other kernels are faster.
+/// Names the most that is used of a processor, for the same bits as on one that has no more; `amx` also asks for AMX with an odd number
+/// of tokens below 16, where other kernels are faster.
 const LIMIT: &str = "DTR_CPU";
 
 /// The level that the environment variable `DTR_CPU` names, if it is set.

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A block is 32 inner elements, and an operand is padded to whole blocks with zeros. A range of inner elements is multiplied as whole
-//! blocks from an even one on; rows have zeros for what that is too much.
+//! blocks from an even one on; outside of the range the rows have zeros.
 
 use super::pack::interleave;
 use super::shared::Shared;

@@ -504,7 +504,7 @@ fn sum_products(
 
 /// As [`multiply_packed`], of operands in parts ([`super::split`]): writes, or adds, the sums of up to two steps of rows, which are
 /// `step` apart in A. All rows of the steps are written; those that are not asked for are of no meaning. The segment
-/// is whole blocks. Meanwhile `next` and `lines`, which are read or written soon, may be fetched into the second cache.
+/// is whole blocks. Meanwhile `next` and `lines`, which are read or written soon, may be fetched.
 #[inline]
 #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "fetched where it was measured"))]
 #[expect(clippy::too_many_arguments, reason = "operands and sizes")]

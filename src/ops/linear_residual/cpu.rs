@@ -234,7 +234,7 @@ struct BackwardInputs<'a> {
 }
 
 impl BackwardInputs<'_> {
-    /// Some samples, from `first` on: `dz` in the groups that the window of each meets, `da`, and the sums over tokens.
+    /// Some samples, from `first` on: `dz` in the groups that the window of each tile meets, `da`, and the sums over tokens.
     ///
     /// # Safety
     /// Nobody else may access the rows of these samples in `dz` and `recomputed`.

@@ -1,6 +1,6 @@
 //! The CPU version: the windows of a few rows are normalised, packed, and multiplied with the panels of the weight, of which a
-//! window is a range; correction and bias are added to each tile while it is in cache. GELU is left to the reader of its output, or
-//! a pass of its own.
+//! window is a range; correction and bias are added to each tile while it is in cache. Where very few channels are inactive, all are
+//! computed and nothing is corrected. GELU is left to the reader of its output, or a pass of its own.
 
 use super::EPS;
 use crate::backend::cpu::packed::Format;
@@ -192,11 +192,11 @@ pub fn forward(
         return;
     }
     let format = Format::of(t);
-    let _span = span("ln_linear", Pass::Forward, [c, n], flops(read, t, c, n), b * t * (c + n) + n * c);
+    let _span = span("ln_linear", Pass::Forward, [c, n], flops(computed, t, c, n), b * t * (c + n) + n * c);
     let lines_len = if correction.is_empty() { 0 } else { packed_lines_len(format, b, c) };
     scratch::with(panels(n) * format.panel_len(c) + lines_len, |buffer| {
         let (panels_of_w, lines) = buffer.split_at_mut(panels(n) * format.panel_len(c));
-        packed_lines(format, lines, computed, modulation, c);
+        packed_lines(format, lines, read, modulation, c);
         let (lines, shared_correction) = (&*lines, Shared::new(correction));
         let at_once = panels_at_once(n, PACKED_PANELS);
         panels_of_w.par_chunks_mut(at_once * format.panel_len(c)).enumerate().for_each(|(task, to)| {
@@ -207,7 +207,7 @@ pub fn forward(
             if !lines.is_empty() {
                 // While the panels are in cache.
                 // SAFETY: each panel once.
-                unsafe { forward_correction(format, &shared_correction, lines, computed, first, to, bias, c) };
+                unsafe { forward_correction(format, &shared_correction, lines, read, first, to, bias, c) };
             }
         });
         let (panels_of_w, correction) = (&*panels_of_w, &*correction);
@@ -346,7 +346,7 @@ pub fn backward(
     let Gradients { dx, fresh_dx, dmodulation, dweight, dbias, add } = grads;
     let numbers = b * t * (2 * c + n) + 2 * n * c;
     let format = Format::of(t);
-    let _span = span("ln_linear", Pass::Backward, [c, n], 2 * flops(read, t, c, n), numbers);
+    let _span = span("ln_linear", Pass::Backward, [c, n], 2 * flops(computed, t, c, n), numbers);
     // Those of the samples, then the two of each that correct for the inactive channels.
     let rows = b * format.rows_of(t) + if correction.is_some() { 2 * b } else { 0 };
     let (panels_len, h_len) = (panels(c) * format.panel_len(n), format.routed_len(rows, c));
@@ -375,10 +375,10 @@ pub fn backward(
 
         let pq = &*pq;
         if correction.is_some() {
-            inactive_gradient(format, dmodulation, pq, computed, modulation, panels_of_w, n, c);
+            inactive_gradient(format, dmodulation, pq, read, modulation, panels_of_w, n, c);
             let wide = format.padded_columns(c);
             scratch::with(2 * b * wide, |lines| {
-                inactive_modulation(lines, 0, computed, modulation, c, wide);
+                inactive_modulation(lines, 0, read, modulation, c, wide);
                 // SAFETY: `h` is borrowed here alone.
                 unsafe { format.scatter(&Shared::new(h), lines, wide, Window::all(c), b * format.rows_of(t), rows) };
             });
@@ -393,7 +393,7 @@ pub fn backward(
                 let other = &dy[samples.start * t * n..samples.end * t * n];
                 Sample { tokens: samples.len() * t, channels: [window.range(), 0..0], other }
             } else {
-                Sample { tokens: 2 * b, channels: inactive_ranges(computed, c), other: pq }
+                Sample { tokens: 2 * b, channels: inactive_ranges(read, c), other: pq }
             }
         });
         if !add {
@@ -422,7 +422,7 @@ struct BackwardInputs<'a> {
 }
 
 impl BackwardInputs<'_> {
-    /// Some samples, from `first` on: `dx`, the modulated rows again in groups, the gradients of shift and scale on the window of
+    /// Some samples, from `first` on: `dx`, the modulated rows again in groups, the gradients of shift and scale on what is computed of
     /// each, and P and Q.
     ///
     /// # Safety
@@ -632,7 +632,7 @@ simd_fn! {
 
 simd_fn! {
     /// Rows of one sample: adds `P = sum_t r_t g_t` and `Q = sum_t g_t` to `pq` `[2, N]`, and sets `dr_t = g_t . u`. With an
-    /// empty `u` (full windows), only Q; `dr` is zero.
+    /// empty `u` (all channels are computed), only Q; `dr` is zero.
     fn sums_over_tokens<F>(pq: &mut [f32], dr: &mut [f32], g: &[f32], mean: &[f32], rstd: &[f32], u: &[f32]) {
         let n = pq.len() / 2;
         let (p, q) = pq.split_at_mut(n);

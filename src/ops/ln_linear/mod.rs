@@ -12,7 +12,8 @@
 //! y_t = W[:,A] h_tA + r_t u + v + b      u = W[:,I] (1 + scale_I)    v = W[:,I] shift_I
 //! ```
 //!
-//! so the product runs over the window only, and the result is still exact. Backward, with `g` the gradient of `y` (before
+//! so the product runs over the window only, and the result is still exact. (In main memory, where very few channels are inactive, it
+//! runs over all channels of the masked row instead.) Backward, with `g` the gradient of `y` (before
 //! GELU), `P = sum_t r_t g_t` and `Q = sum_t g_t`:
 //!
 //! ```text
@@ -98,7 +99,7 @@ pub fn ln_linear(
     let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
     let n = linear.outputs;
     let dims = cpu::Dims { b, t, c, n };
-    let all = full || cpu::computes_all(tape.get_windows(read), dims);
+    let all = cpu::computes_all(tape.get_windows(read), dims);
     let computed = if all && !full { tape.windows(std::iter::repeat_n(Window::all(c), b)) } else { read };
     let mut y = tape.take(b * t * n);
     let mut mean = tape.take(b * t);
@@ -139,8 +140,8 @@ pub fn ln_linear(
     let rstd = tape.push([b, t], rstd, false);
     let correction = (!all).then(|| tape.push([b, 2, n], correction, false));
     let (h, inactive) = (None, None);
-    let of_inputs = Saved { x, read, computed, shift, scale, linear, mean, rstd, correction, pre, h, inactive };
-    tape.record(y, Node::LnLinear(of_inputs));
+    let saved = Saved { x, read, computed, shift, scale, linear, mean, rstd, correction, pre, h, inactive };
+    tape.record(y, Node::LnLinear(saved));
     Ok(y)
 }
 
