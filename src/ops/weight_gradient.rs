@@ -22,7 +22,8 @@ pub(crate) struct Operands<'a> {
     pub(crate) other: &'a [f32],
 }
 
-/// Makes [`Operands::routed`] ready for samples of `tokens` tokens, `all` together: zero, where a block of rows is of several.
+/// Zeroes [`Operands::routed`] where a block of rows would hold rows of several samples, of `tokens` tokens, or end beyond the last of
+/// `all` rows.
 pub(crate) fn clear_routed(format: Format, routed: &mut [f32], tokens: usize, all: usize) {
     if ![tokens, all].iter().all(|tokens| tokens.is_multiple_of(format.block_rows())) {
         routed.par_chunks_mut(1 << 14).for_each(|routed| routed.fill(0.0));

@@ -32,14 +32,14 @@ impl Format {
     /// The one for samples of `tokens` tokens.
     #[inline]
     pub fn of(tokens: usize) -> Format {
-        // So few rows that are not joined would leave more than half of a tile empty.
+        // Without joining, so few rows leave more than half of a tile empty.
         let few = tokens <= split::STEP && Format::Parts.joined(tokens) == 1;
         let parts = level() == Level::Amx && (!few || amx_is_asked_for());
         if parts { Format::Parts } else { Format::Numbers }
     }
 
-    /// Samples of `tokens` tokens whose rows are one tile: more than one where they fill a tile of parts together. Where rows are
-    /// the inner dimension, parts are of pairs, so that an odd number of rows cannot be followed by others.
+    /// How many samples of `tokens` tokens are one tile together: several where their rows fit into a tile of parts. Where rows are the
+    /// inner dimension, parts are of pairs of rows, and an odd sample would share one with the next.
     #[inline]
     pub fn joined(self, tokens: usize) -> usize {
         let joins = self == Format::Parts && (2..=split::STEP).contains(&tokens) && tokens.is_multiple_of(2);
@@ -107,7 +107,7 @@ impl Format {
     }
 
     /// So few inner elements that it takes less to multiply them than to do without. Measured (2 cores of an Intel Xeon): of 128
-    /// channels, to multiply 26 inactive ones too saves 6 to 10 % of a step; of 384, 77 of them neither save nor cost.
+    /// channels, to multiply 26 inactive ones too takes 5 to 9 % off a step; of 384, with 77 inactive it neither saves nor costs.
     #[inline]
     pub fn few_inner(self) -> usize {
         if self == Format::Parts { split::INNER } else { 0 }
@@ -253,7 +253,8 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// As [`fetch_rows`], where the kernel can spread over the next product: its own operands do not queue behind them.
+    /// As [`fetch_rows`]; with parts, the kernel of the next product fetches them, a few at a time, so that its own operands do not wait
+    /// behind them, and as if all were written.
     #[inline]
     pub fn fetch_rows(&mut self, from: &[f32], rows: usize, width: usize, stride: usize) {
         match self.format {

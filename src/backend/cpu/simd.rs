@@ -52,7 +52,7 @@ pub enum Level {
 }
 
 /// Names the most that is used of a processor, for the same bits as on one that has no more; `amx` also asks for AMX with an odd number
-/// of tokens below 16, where other kernels are faster.
+/// of tokens below 16, where other kernels may be faster.
 const LIMIT: &str = "DTR_CPU";
 
 /// The level that the environment variable `DTR_CPU` names, if it is set.

@@ -165,8 +165,8 @@ impl Lines {
         }
     }
 
-    /// The addresses in at most so many portions of the same size, the last of them more than once; and that size. Those that do not fit
-    /// into whole portions are left out.
+    /// The addresses, in at most `portions` portions of one size, which the last address fills up; and that size. What would take more
+    /// room than there is, is left out. Afterwards there are none.
     #[cfg(target_arch = "x86_64")]
     fn in_portions(&mut self, portions: usize) -> (&[usize], usize) {
         let of_each = self.len.div_ceil(portions).max(1);

@@ -1,6 +1,6 @@
 //! The CPU version: the windows of a few rows are normalised, packed, and multiplied with the panels of the weight, of which a
-//! window is a range; correction and bias are added to each tile while it is in cache. Where very few channels are inactive, all are
-//! computed and nothing is corrected. GELU is left to the reader of its output, or a pass of its own.
+//! window is a range; correction and bias are added to each tile while it is in cache. Where very few channels are inactive in every
+//! sample, all are computed and nothing is corrected ([`computes_all`]). GELU is left to the reader of its output, or a pass of its own.
 
 use super::EPS;
 use crate::backend::cpu::packed::Format;
@@ -46,13 +46,13 @@ impl<'a> Modulation<'a> {
     }
 }
 
-/// Whether all channels of masked rows are computed, rather than the windows and what corrects for the others: where that takes
-/// less, because so few are inactive.
+/// Whether all channels of masked rows are computed, rather than the windows and what corrects for the others: where that takes less,
+/// because so few are inactive in every sample ([`Format::few_inner`]: none but with parts).
 pub fn computes_all(read: &[Window], Dims { t, c, .. }: Dims) -> bool {
     read.iter().all(|window| c - window.width <= Format::of(t).few_inner())
 }
 
-/// A row of x, masked where more than its window is computed: in `room`, which is zero outside of the window.
+/// The row of x to normalise: `x` where its window is all that is computed, else its window, copied into `room`, which is zero elsewhere.
 fn masked<'a>(room: &'a mut [f32], x: &'a [f32], window: Window, computed: Window) -> &'a [f32] {
     if window == computed {
         return x;
@@ -68,7 +68,7 @@ fn inactive_ranges(windows: &[Window], c: usize) -> [Range<usize>; 2] {
     if right <= left { [0..c, c..c] } else { [0..left, right..c] }
 }
 
-/// The inner elements that are multiplied for [`inactive_ranges`], each once.
+/// The inner elements that are multiplied for [`inactive_ranges`], as whole blocks: in one range of all, where those of the two overlap.
 fn inactive_inner(format: Format, windows: &[Window], c: usize) -> [Range<usize>; 2] {
     let [left, right] = inactive_ranges(windows, c).map(|range| format.inner(range, c));
     if right.start < left.end { [format.inner(0..c, c), c..c] } else { [left, right] }
@@ -121,7 +121,7 @@ fn flops(read: &[Window], t: usize, c: usize, n: usize) -> usize {
     read.iter().map(|window| 2 * n * (t * window.width + 2 * (c - window.width))).sum()
 }
 
-/// Samples whose two vectors fill the rows that registers hold.
+/// Samples whose two vectors fill a tile.
 fn samples_at_once(format: Format, b: usize) -> usize {
     b.div_ceil(b.div_ceil(format.tile_rows() / 2))
 }

@@ -12,9 +12,9 @@
 //! y_t = W[:,A] h_tA + r_t u + v + b      u = W[:,I] (1 + scale_I)    v = W[:,I] shift_I
 //! ```
 //!
-//! so the product runs over the window only, and the result is still exact. (In main memory, where very few channels are inactive, it
-//! runs over all channels of the masked row instead.) Backward, with `g` the gradient of `y` (before
-//! GELU), `P = sum_t r_t g_t` and `Q = sum_t g_t`:
+//! so the product runs over the window only, and the result is still exact. (On a CPU with AMX, where very few channels of each
+//! sample are inactive, it runs over all channels of the masked row instead.) Backward, with `g` the gradient of `y` (before GELU),
+//! `P = sum_t r_t g_t` and `Q = sum_t g_t`:
 //!
 //! ```text
 //! dh_tA      = W[:,A]^T g_t                         dr_t = g_t . u
