@@ -62,6 +62,7 @@ pub struct Memory {
     wants_grad: Vec<bool>,
     steps: Vec<Step>,
     windows: Vec<Window>,
+    squares: Vec<(Param, f64)>,
     pool: Pool,
     cuda: Option<Box<DeviceMemory>>,
 }
@@ -85,6 +86,12 @@ impl Memory {
         self.pool.total * size_of::<f32>() + self.cuda.as_ref().map_or(0, |cuda| cuda.bytes())
     }
 
+    /// Parameters of which the last backward pass, in main memory, computed the sum of squares of the gradient: those of large
+    /// products that were not added to others.
+    pub(crate) fn squares_mut(&mut self) -> &mut [(Param, f64)] {
+        &mut self.squares
+    }
+
     fn clear(&mut self) {
         for storage in self.values.drain(..).map(|value| value.data).chain(self.grads.drain(..).flatten()) {
             if let Storage::Cpu(data) = storage {
@@ -97,6 +104,7 @@ impl Memory {
         self.wants_grad.clear();
         self.steps.clear();
         self.windows.clear();
+        self.squares.clear();
     }
 }
 
@@ -223,6 +231,14 @@ impl<'a> Tape<'a> {
     pub fn inference(weights: &'a [f32], memory: &'a mut Memory) -> Self {
         memory.clear();
         Tape { weights, weight_grads: None, cuda: None, paused: false, memory }
+    }
+
+    /// Notes the sum of squares of what a backward pass wrote to the gradient of `param`, for its norm.
+    pub(crate) fn note_squares(&mut self, param: Param, squares: f64) {
+        // Of what is added to others it says nothing.
+        if self.weight_grads.as_ref().is_some_and(|grads| !grads.add) {
+            self.memory.squares.push((param, squares));
+        }
     }
 
     /// Whether operations need to save anything for a backward pass.

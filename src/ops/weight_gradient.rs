@@ -66,7 +66,7 @@ struct TokensOf<'a> {
 }
 
 /// `dw (+)= sum over samples`. Groups of channels are the rows of a tile, so that a window is rounded by a few channels at most;
-/// each sum is over the samples in their order, whatever the number of threads.
+/// each sum is over the samples in their order, whatever the number of threads. Gives the sum of squares of all that was summed.
 #[expect(clippy::too_many_arguments, reason = "a gradient and what it is of")]
 pub(crate) fn weight_gradient<'a>(
     format: Format,
@@ -77,7 +77,7 @@ pub(crate) fn weight_gradient<'a>(
     operands: Operands<'a>,
     samples: usize,
     sample: impl Fn(usize) -> Sample<'a> + Sync,
-) {
+) -> f64 {
     assert!(dw.len() == c * m, "a gradient of another size than its weight");
     let tokens: usize = (0..samples).map(|i| sample(i).tokens).sum();
     let rows: usize = (0..samples).map(|i| format.rows_of(sample(i).tokens)).sum();
@@ -89,22 +89,24 @@ pub(crate) fn weight_gradient<'a>(
     assert!(operands.other.is_empty() || of_rows, "panels of other rows than those of the samples");
     let dw = Shared::new(dw);
     let at_once = panels_at_once(m, MOST_PANELS);
-    // One by one: in bundles, a thread would be idle at the end.
-    (0..panels(m).div_ceil(at_once)).into_par_iter().with_max_len(1).for_each(|task| {
-        let parts = (0..samples).flat_map(|i| {
-            let count = sample(i).tokens.div_ceil(format.most_rows());
-            let sample = &sample;
-            (0..count).map(move |part| {
-                let sample = sample(i);
-                let blocks = sample.tokens.div_ceil(format.block_rows());
-                let bound = |part: usize| (part * blocks / count * format.block_rows()).min(sample.tokens);
-                let tokens = bound(part)..bound(part + 1);
-                TokensOf { sample, tokens }
-            })
+    scratch::sum(panels(m), |squares| {
+        // One by one: in bundles, a thread would be idle at the end.
+        squares.par_chunks_mut(at_once).enumerate().with_max_len(1).for_each(|(task, squares)| {
+            let parts = (0..samples).flat_map(|i| {
+                let count = sample(i).tokens.div_ceil(format.most_rows());
+                let sample = &sample;
+                (0..count).map(move |part| {
+                    let sample = sample(i);
+                    let blocks = sample.tokens.div_ceil(format.block_rows());
+                    let bound = |part: usize| (part * blocks / count * format.block_rows()).min(sample.tokens);
+                    let tokens = bound(part)..bound(part + 1);
+                    TokensOf { sample, tokens }
+                })
+            });
+            let panels = task * at_once..((task + 1) * at_once).min(panels(m));
+            Task { format, dw: &dw, add, layout, c, m, panels, operands, tokens, rows }.run(parts, squares);
         });
-        let panels = task * at_once..((task + 1) * at_once).min(panels(m));
-        Task { format, dw: &dw, add, layout, c, m, panels, operands, tokens, rows }.run(parts);
-    });
+    })
 }
 
 /// The sums in the columns of some panels of M.
@@ -129,8 +131,8 @@ struct Block {
 }
 
 impl Task<'_> {
-    /// Sums over the parts, which are all rows.
-    fn run<'a>(&self, parts: impl Iterator<Item = TokensOf<'a>>) {
+    /// Sums over the parts, which are all rows; and the sum of squares of each panel.
+    fn run<'a>(&self, parts: impl Iterator<Item = TokensOf<'a>>, squares: &mut [f64]) {
         let (c, count, most_rows) = (self.c, self.panels.len(), self.format.most_rows());
         let sums_len = self.format.sums_rows(c) * PANEL;
         // Every tile of channels reads the panels: as lines M apart, they would crowd into few sets of the cache.
@@ -167,8 +169,10 @@ impl Task<'_> {
                 self.sum_block(sums, packed, packed_len, &block, row);
                 row += end - first;
             }
-            for (panel, sums) in self.panels.clone().zip(sums.chunks_exact(sums_len.max(1))) {
-                self.write(panel, &sums.as_chunks().0[..c]);
+            for ((panel, sums), squares) in self.panels.clone().zip(sums.chunks_exact(sums_len.max(1))).zip(squares) {
+                let sums = &sums.as_chunks().0[..c];
+                *squares = tile::squares(sums, self.columns(panel).len());
+                self.write(panel, sums);
             }
         });
     }

@@ -12,6 +12,7 @@ use crate::diffusion::weighting::{CLUSTERS, uncertainty_coefficients, uncertaint
 use crate::diffusion::{ImageDims, LossTerms, LossWeight, Schedule, losses, q_sample};
 use crate::error::{Error, Result};
 use crate::model::dit::Dit;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Samples to learn from.
@@ -82,7 +83,7 @@ pub struct Learner {
     x_t: Vec<f32>,
     d_out: Vec<f32>,
     sample_weights: Vec<f64>,
-    norm_parts: Vec<f64>,
+    norm_parts: Vec<(Range<usize>, f64)>,
 }
 
 impl Learner {
@@ -248,7 +249,7 @@ impl Learner {
 
     /// L2 norm of the gradients: not finite when any of them is not.
     pub fn gradient_norm(&mut self) -> f64 {
-        optimizer::norm(&self.grads, &mut self.norm_parts)
+        optimizer::norm(&self.grads, self.memory.squares_mut(), &mut self.norm_parts)
     }
 
     /// One update of the weights and their moving average. `update.number` is set here; `uncertainty_lr` is the learning
@@ -278,4 +279,55 @@ impl Learner {
 
 fn not_on_device() -> Error {
     Error::Stopped("this learner is not on a CUDA device".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diffusion::ScheduleKind;
+    use crate::model::config::{ModelConfig, TASKS};
+    use crate::model::dit::Init;
+    use crate::routing::Routing;
+
+    /// What backward says of large gradients is what they are, by any number of threads, and not of those that are added to.
+    #[test]
+    fn the_norm_is_that_of_all_gradients() {
+        let config = ModelConfig {
+            hidden_size: 72,
+            depth: 2,
+            num_heads: 3,
+            patch_size: 2,
+            input_size: 6,
+            in_channels: 1,
+            num_classes: 10,
+            null_class: true,
+            mlp_ratio: 4.0,
+            learn_sigma: false,
+            routing: Routing::Sublayer,
+            beta: 0.6,
+            alpha: 4.0,
+            routing_seed: 3,
+        };
+        let norms = [1, 2, 5].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let dit = Dit::new(config.clone()).unwrap();
+                let weights = dit.init(1, Init::Small);
+                let schedule = Schedule::new(ScheduleKind::Linear, TASKS).unwrap();
+                let mut learner = Learner::new(dit, schedule, LossWeight::Constant, weights);
+                let x: Vec<f32> = (0..3 * 36).map(|i| (i % 17) as f32 / 9.0 - 0.8).collect();
+                let batch =
+                    Batch { x_start: &x, noise: &x, t: &[1, 500, 998], labels: &[0, 3, 9], coefficients: &[1.0; 3] };
+                [false, true].map(|add| {
+                    learner.gradients(batch, add, &mut Losses::default()).unwrap();
+                    assert_eq!(learner.memory.squares_mut().len(), if add { 0 } else { 10 }, "large gradients");
+                    let squares: f64 = learner.grads.iter().map(|&g| f64::from(g).powi(2)).sum();
+                    let norm = learner.gradient_norm();
+                    assert!((norm - squares.sqrt()).abs() <= 1e-12 * norm, "{norm} for {}", squares.sqrt());
+                    norm
+                })
+            })
+        });
+        assert!(norms.iter().all(|of| *of == norms[0]), "{norms:?}");
+    }
 }

@@ -1,8 +1,10 @@
 //! AdamW, the moving average of the weights and gradient clipping in one pass over all parameters.
 
 use crate::backend::cpu::profile::{Pass, span};
-use crate::backend::cpu::simd::{LINE, fetch, fma, simd_fn};
+use crate::backend::cpu::simd::{LINE, fetch, fma, simd_fn, sum_of_squares};
+use crate::params::Param;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Elements of one block of work.
 const BLOCK: usize = 1 << 15;
@@ -127,29 +129,21 @@ simd_fn! {
     }
 }
 
-/// L2 norm of `grads`: NaN or infinite when any element is. `partial` is scratch, kept by the caller.
-pub fn norm(grads: &[f32], partial: &mut Vec<f64>) -> f64 {
-    let _span = span("gradient norm", Pass::Update, [grads.len(), 1], 0, grads.len());
-    partial.resize(grads.len().div_ceil(BLOCK), 0.0);
-    grads.par_chunks(BLOCK).zip(partial.par_iter_mut()).for_each(|(g, sum)| *sum = sum_of_squares(g));
-    partial.iter().sum::<f64>().sqrt()
-}
-
-simd_fn! {
-    fn sum_of_squares<F>(x: &[f32]) -> f64 {
-        let mut lanes = [0.0f64; 16];
-        let mut chunks = x.chunks_exact(16);
-        for chunk in &mut chunks {
-            fetch(chunk.as_ptr().wrapping_add(AHEAD));
-            for (lane, &x) in lanes.iter_mut().zip(chunk) {
-                *lane += f64::from(x) * f64::from(x);
-            }
-        }
-        for (lane, &x) in lanes.iter_mut().zip(chunks.remainder()) {
-            *lane += f64::from(x) * f64::from(x);
-        }
-        lanes.iter().sum()
+/// L2 norm of `grads`: NaN or infinite when any element is. Of the parameters in `known` the sums of squares are known; `rest` is
+/// scratch, kept by the caller.
+pub fn norm(grads: &[f32], known: &mut [(Param, f64)], rest: &mut Vec<(Range<usize>, f64)>) -> f64 {
+    known.sort_unstable_by_key(|(param, _)| (param.offset, param.len));
+    let ends = known.iter().map(|(param, _)| param.offset).chain([grads.len()]);
+    let starts = std::iter::once(0).chain(known.iter().map(|(param, _)| param.range().end));
+    rest.clear();
+    for (start, end) in starts.zip(ends) {
+        rest.extend((start..end).step_by(BLOCK).map(|start| (start..end.min(start + BLOCK), 0.0)));
     }
+    let read = rest.iter().map(|(range, _)| range.len()).sum();
+    let _span = span("gradient norm", Pass::Update, [grads.len(), 1], 0, read);
+    rest.par_iter_mut().for_each(|(range, sum)| *sum = sum_of_squares(&grads[range.clone()]));
+    let squares = known.iter().map(|(_, sum)| sum).chain(rest.iter().map(|(_, sum)| sum));
+    squares.sum::<f64>().sqrt()
 }
 
 #[cfg(test)]
@@ -220,12 +214,36 @@ mod tests {
 
     #[test]
     fn the_norm_shows_what_is_not_finite() {
-        let mut partial = Vec::new();
+        let mut rest = Vec::new();
         let mut g = vec![1.0; 2 * BLOCK];
-        assert!((norm(&g, &mut partial) - (2.0 * BLOCK as f64).sqrt()).abs() < 1e-9);
+        assert!((norm(&g, &mut [], &mut rest) - (2.0 * BLOCK as f64).sqrt()).abs() < 1e-9);
         g[BLOCK + 5] = f32::NAN;
-        assert!(norm(&g, &mut partial).is_nan());
+        assert!(norm(&g, &mut [], &mut rest).is_nan());
         g[BLOCK + 5] = f32::INFINITY;
-        assert!(norm(&g, &mut partial).is_infinite());
+        assert!(norm(&g, &mut [], &mut rest).is_infinite());
+        let param = Param { offset: BLOCK, len: 9 };
+        assert!(norm(&g, &mut [(param, f64::NAN)], &mut rest).is_nan());
+        assert!(norm(&g, &mut [(param, f64::INFINITY)], &mut rest).is_infinite());
+    }
+
+    #[test]
+    fn known_squares_take_the_place_of_their_gradients() {
+        let g: Vec<f32> = (0..2 * BLOCK + 9).map(|i| (i % 7) as f32).collect();
+        let mut rest = Vec::new();
+        let expected = norm(&g, &mut [], &mut rest);
+        for lens in [[g.len(), 0, 0], [0, 5, BLOCK + 3], [3, 0, g.len() - 3], [1, BLOCK + 7, 1]] {
+            let mut known = Vec::new();
+            let mut without = g.clone();
+            let gaps = (g.len() - lens.iter().sum::<usize>()) / 3;
+            let mut offset = gaps;
+            for len in lens {
+                let param = Param { offset, len };
+                known.insert(0, (param, g[param.range()].iter().map(|&x| f64::from(x) * f64::from(x)).sum()));
+                without[param.range()].fill(f32::NAN);
+                offset += len + gaps;
+            }
+            let norm = norm(&without, &mut known, &mut rest);
+            assert!((norm - expected).abs() < 1e-9 * expected, "{norm} for {expected} with {lens:?} known");
+        }
     }
 }

@@ -8,7 +8,7 @@ use super::shared::Shared;
 use super::simd::{add_assign, fetch_rows, simd_fn};
 use super::tile::{
     HALF, PANEL, Rows, Segment, Streams, Tile, add_tile, copy_row, multiply, multiply_add, of_matrix, of_panel, panels,
-    row_tiles, write_rows, write_transposed,
+    row_tiles, squares, write_rows, write_transposed,
 };
 use rayon::prelude::*;
 
@@ -64,34 +64,44 @@ pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
     });
 }
 
-/// `dweight (+)= dy^T x`.
-pub fn weight_gradient(dweight: &mut [f32], add: bool, dy: &[f32], x: &[f32], k: usize) {
+/// `dweight (+)= dy^T x`. Gives the sum of squares of the product.
+pub fn weight_gradient(dweight: &mut [f32], add: bool, dy: &[f32], x: &[f32], k: usize) -> f64 {
     let (rows, n) = (x.len() / k, dweight.len() / k);
     let len = dweight.len();
     scratch::with(whole_halves_len(rows, k), |room| {
         let (x, stride) = whole_halves(room, x, k);
-        dweight.par_chunks_mut(OUTPUTS * k).enumerate().for_each(|(task, dweight)| {
-            let mut tile = Tile::new();
-            let streams = Streams::of(len).filter(|_| !add);
-            for outputs in row_tiles(dweight.len() / k) {
-                let dweight = &mut dweight[outputs.start * k..outputs.end * k];
-                for first in (0..k).step_by(PANEL) {
-                    let width = PANEL.min(k - first);
-                    let (a, b) = (dy.get(task * OUTPUTS + outputs.start..), x.get(first..));
-                    let segment = Segment { a: a.unwrap_or(&[]), b: of_matrix(b.unwrap_or(&[])), len: rows };
-                    let halves = width.div_ceil(HALF);
-                    multiply(&mut tile.rows[..outputs.len()], halves, Rows::interleaved(n), stride, &[segment], &[]);
-                    let to = &mut dweight[first..];
-                    match &streams {
-                        // SAFETY: each place is written once, and read by nobody before all tasks are done.
-                        Some(streams) => unsafe { streams.write_tile(to, &tile, outputs.len(), width, k) },
-                        None if add => add_tile(to, &tile, outputs.len(), width, k),
-                        None => write_rows(to, &tile.rows[..outputs.len()], width, k),
+        scratch::sum(n.div_ceil(OUTPUTS), |sums| {
+            dweight.par_chunks_mut(OUTPUTS * k).zip(sums).enumerate().for_each(|(task, (dweight, sum))| {
+                let mut tile = Tile::new();
+                let streams = Streams::of(len).filter(|_| !add);
+                for outputs in row_tiles(dweight.len() / k) {
+                    let dweight = &mut dweight[outputs.start * k..outputs.end * k];
+                    for first in (0..k).step_by(PANEL) {
+                        let width = PANEL.min(k - first);
+                        let (a, b) = (dy.get(task * OUTPUTS + outputs.start..), x.get(first..));
+                        let segment = Segment { a: a.unwrap_or(&[]), b: of_matrix(b.unwrap_or(&[])), len: rows };
+                        let halves = width.div_ceil(HALF);
+                        multiply(
+                            &mut tile.rows[..outputs.len()],
+                            halves,
+                            Rows::interleaved(n),
+                            stride,
+                            &[segment],
+                            &[],
+                        );
+                        *sum += squares(&tile.rows[..outputs.len()], width);
+                        let to = &mut dweight[first..];
+                        match &streams {
+                            // SAFETY: each place is written once, and read by nobody before all tasks are done.
+                            Some(streams) => unsafe { streams.write_tile(to, &tile, outputs.len(), width, k) },
+                            None if add => add_tile(to, &tile, outputs.len(), width, k),
+                            None => write_rows(to, &tile.rows[..outputs.len()], width, k),
+                        }
                     }
                 }
-            }
-        });
-    });
+            });
+        })
+    })
 }
 
 /// `dx = dy weight`. The sum over outputs is that of its parts, in their order.

@@ -32,3 +32,13 @@ pub fn with<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     FREE.with_borrow_mut(|free| free.push(buffer));
     result
 }
+
+/// The sum of `count` numbers in their order, which `work` adds to zeros.
+pub fn sum(count: usize, work: impl FnOnce(&mut [f64])) -> f64 {
+    with(2 * count, |buffer| {
+        let sums: &mut [f64] = bytemuck::cast_slice_mut(buffer);
+        sums.fill(0.0);
+        work(sums);
+        sums.iter().sum()
+    })
+}

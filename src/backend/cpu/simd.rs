@@ -235,6 +235,27 @@ pub fn sum_by<const N: usize, const M: usize>(slices: [&[f32]; N], f: impl Fn([f
 }
 
 simd_fn! {
+    /// The sum of squares, in f64: NaN or infinite when any element is.
+    pub fn sum_of_squares<F>(x: &[f32]) -> f64 {
+        /// Elements from one that is used to the one that is fetched meanwhile.
+        const AHEAD: usize = 1024;
+        let mut lanes = [0.0f64; LANES];
+        let (whole, rest) = x.as_chunks::<LANES>();
+        for vector in whole {
+            fetch(vector.as_ptr().wrapping_add(AHEAD).cast());
+            for (lane, &x) in lanes.iter_mut().zip(vector) {
+                let x = f64::from(x);
+                *lane = if F { x.mul_add(x, *lane) } else { x * x + *lane };
+            }
+        }
+        for (lane, &x) in lanes.iter_mut().zip(rest) {
+            *lane += f64::from(x) * f64::from(x);
+        }
+        lanes.iter().sum()
+    }
+}
+
+simd_fn! {
     /// `y += x`.
     pub fn add_assign<F>(y: &mut [f32], x: &[f32]) {
         for (y, &x) in y.iter_mut().zip(x) {

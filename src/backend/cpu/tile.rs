@@ -39,7 +39,7 @@ mod steps;
 mod tests;
 
 use super::pack::interleave;
-use super::simd::{LINE, Level, fetch_rows, level, simd_fn};
+use super::simd::{LINE, Level, fetch_rows, level, simd_fn, sum_of_squares};
 use super::split;
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -237,6 +237,14 @@ pub fn copy_row(to: &mut [f32], row: &[f32; PANEL]) {
     match <&mut [f32; PANEL]>::try_from(&mut *to) {
         Ok(to) => *to = *row,
         Err(_) => to.copy_from_slice(&row[..to.len()]),
+    }
+}
+
+/// The sum of squares of the first `width` columns of rows.
+pub fn squares(rows: &[[f32; PANEL]], width: usize) -> f64 {
+    match width {
+        PANEL => sum_of_squares(rows.as_flattened()),
+        _ => rows.iter().map(|row| sum_of_squares(&row[..width])).sum(),
     }
 }
 

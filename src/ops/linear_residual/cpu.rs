@@ -162,7 +162,8 @@ pub fn panels_len([b, t, k]: [usize; 3]) -> usize {
     b * t * panels(k) * PANEL
 }
 
-/// The gradients of `a`, the gate, weight and bias; those of base and bypass are `dout` itself.
+/// The gradients of `a`, the gate, weight and bias; those of base and bypass are `dout` itself. Gives the sum of squares of what
+/// is written, or added, to the weight's.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     grads: Gradients,
@@ -174,7 +175,7 @@ pub fn backward(
     z: &[f32],        // [B, T, C]
     write: &[Window], // B
     Dims { b, t, c, k }: Dims,
-) {
+) -> f64 {
     let Gradients { da, fresh_da, dmodulation, dweight, dbias, add } = grads;
     let each = if matches!(a, Input::GeluOfDa(_)) { 3 * k } else { 2 * k };
     let numbers = b * t * (each + 3 * c) + 2 * c * k;
@@ -185,7 +186,7 @@ pub fn backward(
     let panels_len = panels(k) * format.panel_len(c);
     let joined = format.joined(t);
     let samples = samples_per_block(b, t, joined, panels_len);
-    scratch::with(panels_len + format.routed_len(b * format.rows_of(t), c), |buffer| {
+    let squares = scratch::with(panels_len + format.routed_len(b * format.rows_of(t), c), |buffer| {
         let (panels_of_w, dz) = buffer.split_at_mut(panels_len);
         clear_routed(format, dz, joined * t, b * t);
         pack_panels(format, panels_of_w, weight, k, c);
@@ -209,7 +210,7 @@ pub fn backward(
             let samples = joined_samples(format, t, b, i);
             let other = if of_gelu { &[] } else { &rows[samples.start * t * k..samples.end * t * k] };
             Sample { tokens: samples.len() * t, channels: [window_of_all(&write[samples]).range(), 0..0], other }
-        });
+        })
     });
     if !add {
         dbias.fill(0.0);
@@ -217,6 +218,7 @@ pub fn backward(
     for part in dbias_parts.chunks_exact(c) {
         add_assign(dbias, part);
     }
+    squares
 }
 
 /// What backward reads of all samples.

@@ -268,7 +268,7 @@ impl Saved {
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(self.linear);
         let modulation = values.value(self.gate.var);
-        cpu::backward(
+        let squares = cpu::backward(
             cpu::Gradients { da: &mut da, fresh_da, dmodulation: &mut dmodulation, dweight, dbias, add },
             &mut dbias_parts,
             &dout,
@@ -282,6 +282,7 @@ impl Saved {
             values.windows(self.write),
             cpu::Dims { b, t, c, k },
         );
+        tape.note_squares(self.linear.weight, squares);
         tape.put_grad(self.a, da);
         tape.put_grad(self.gate.var, dmodulation);
         tape.give(dbias_parts);

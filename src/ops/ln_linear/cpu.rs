@@ -328,7 +328,7 @@ pub struct Gradients<'a> {
     pub add: bool,                  // add to dweight and dbias
 }
 
-/// See [`super::ln_linear`], without activation.
+/// See [`super::ln_linear`], without activation. Gives the sum of squares of what is written, or added, to `dweight`.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     grads: Gradients,
@@ -342,7 +342,7 @@ pub fn backward(
     rstd: &[f32],               // [B, T]
     correction: Option<&[f32]>, // [B, 2, N]: u, v + b
     Dims { b, t, c, n }: Dims,
-) {
+) -> f64 {
     let Gradients { dx, fresh_dx, dmodulation, dweight, dbias, add } = grads;
     let numbers = b * t * (2 * c + n) + 2 * n * c;
     let format = Format::of(t);
@@ -386,7 +386,7 @@ pub fn backward(
         let runs = b.div_ceil(joined);
         let count = if correction.is_some() { runs + 1 } else { runs };
         let operands = Operands { routed: h, other: &[] };
-        weight_gradient(format, dweight, add, Layout::RoutedColumns, [c, n], operands, count, |i| {
+        let squares = weight_gradient(format, dweight, add, Layout::RoutedColumns, [c, n], operands, count, |i| {
             if i < runs {
                 let samples = joined_samples(format, t, b, i);
                 let window = window_of_all(&computed[samples.clone()]);
@@ -402,7 +402,8 @@ pub fn backward(
         for pq in pq.chunks_exact(2 * n) {
             add_assign(dbias, &pq[n..]);
         }
-    });
+        squares
+    })
 }
 
 /// What backward reads of all samples.

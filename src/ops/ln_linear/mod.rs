@@ -314,7 +314,7 @@ impl Saved {
         let modulation = values.value(self.shift.var);
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(self.linear);
-        cpu::backward(
+        let squares = cpu::backward(
             cpu::Gradients { dx: &mut dx, fresh_dx, dmodulation: &mut dmodulation, dweight, dbias, add },
             &dy,
             values.value(self.x),
@@ -332,6 +332,7 @@ impl Saved {
             self.correction.map(|v| values.value(v)),
             cpu::Dims { b, t, c, n },
         );
+        tape.note_squares(self.linear.weight, squares);
         tape.put_grad(self.x, dx);
         tape.put_grad(self.shift.var, dmodulation);
         tape.give(dy);

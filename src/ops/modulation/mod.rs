@@ -93,7 +93,7 @@ impl Saved {
         let (values, grads) = tape.split();
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(self.linear);
-        linear_backward(
+        let squares = linear_backward(
             &mut dc,
             dweight,
             dbias,
@@ -103,6 +103,7 @@ impl Saved {
             values.weight(self.linear.weight),
         );
         silu_backward(&mut dc, values.value(self.c));
+        tape.note_squares(self.linear.weight, squares);
         tape.add_grad(self.c, dc);
         tape.give(dy);
     }

@@ -26,7 +26,8 @@ pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
     linear::linear(y, x, weight, bias);
 }
 
-/// `dx` (unless it is empty), and weight and bias, which `add` adds to.
+/// `dx` (unless it is empty), and weight and bias, which `add` adds to. Gives the sum of squares of what is written, or added, to
+/// `dweight`.
 pub fn linear_backward(
     dx: &mut [f32],
     dweight: &mut [f32],
@@ -35,7 +36,7 @@ pub fn linear_backward(
     dy: &[f32],
     x: &[f32],
     weight: &[f32],
-) {
+) -> f64 {
     let n = dbias.len();
     let (rows, k) = (dy.len() / n, weight.len() / n);
     let products = if dx.is_empty() { 1 } else { 2 };
@@ -44,8 +45,8 @@ pub fn linear_backward(
     if !dx.is_empty() {
         linear::input_gradient(dx, dy, weight, k);
     }
-    linear::weight_gradient(dweight, add, dy, x, k);
     column_sums(dbias, dy, add);
+    linear::weight_gradient(dweight, add, dy, x, k)
 }
 
 simd_fn! {
