@@ -14,18 +14,51 @@ use rayon::prelude::*;
 
 /// Outputs of one task: a few tiles.
 const OUTPUTS: usize = 56;
+/// Rows of one task, where there are many.
+const ROWS: usize = 56;
 /// Outputs whose part of a sum over all is computed by itself.
 const PART: usize = 256;
 /// Outputs whose weights are read while those of as many more are fetched, in the order in which they lie in memory.
 const AT_ONCE: usize = 64;
 
-/// `y = x weight^T + bias`. Outputs are the rows of a tile, so that the weight is read once and as it lies.
+/// `y = x weight^T + bias`.
 pub fn linear(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32]) {
     let n = bias.len();
     if n == 0 {
         return;
     }
     let (rows, k) = (y.len() / n, weight.len() / n);
+    if rows > n { linear_of_many(y, x, weight, bias, k) } else { linear_of_few(y, x, weight, bias, k) }
+}
+
+/// Rows are those of a tile.
+fn linear_of_many(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32], k: usize) {
+    let n = bias.len();
+    scratch::with(panels(n) * k * PANEL, |panels_of_w| {
+        for (panel, to) in panels_of_w.chunks_exact_mut((k * PANEL).max(1)).enumerate() {
+            pack_panel_transposed(to, weight, panel, n, k, k);
+        }
+        let panels_of_w = &*panels_of_w;
+        y.par_chunks_mut(ROWS * n).enumerate().for_each(|(task, y)| {
+            let mut tile = Tile::new();
+            for rows in row_tiles(y.len() / n) {
+                for panel in 0..panels(n) {
+                    let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
+                    let b = of_panel(&panels_of_w[panel * k * PANEL..][..k * PANEL], 0);
+                    let segment = Segment { a: &x[(task * ROWS + rows.start) * k..], b, len: k };
+                    let (sums, halves) = (&mut tile.rows[..rows.len()], columns.len().div_ceil(HALF));
+                    multiply(sums, halves, Rows::lines(k), HALF, &[segment], &[]);
+                    add_to_rows(&mut y[rows.start * n + columns.start..], n, sums, &bias[columns]);
+                }
+            }
+        });
+    });
+}
+
+/// Outputs are the rows of a tile, so that the weight is read once and as it lies.
+fn linear_of_few(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32], k: usize) {
+    let n = bias.len();
+    let rows = y.len() / n;
     let y = Shared::new(y);
     scratch::with(panels(rows) * k * PANEL, |panels_of_x| {
         for (panel, to) in panels_of_x.chunks_exact_mut(k * PANEL).enumerate() {
@@ -144,6 +177,22 @@ pub fn input_gradient(dx: &mut [f32], dy: &[f32], weight: &[f32], k: usize) {
 }
 
 simd_fn! {
+    /// The first columns of some rows, to each of which `bias` is added, as lines `stride` apart.
+    fn add_to_rows<F>(y: &mut [f32], stride: usize, rows: &[[f32; PANEL]], bias: &[f32]) {
+        for (y, row) in y.chunks_mut(stride).zip(rows) {
+            match (y.first_chunk_mut::<PANEL>(), bias.first_chunk::<PANEL>()) {
+                (Some(y), Some(bias)) => {
+                    for j in 0..PANEL {
+                        y[j] = row[j] + bias[j];
+                    }
+                }
+                _ => y.iter_mut().zip(row).zip(bias).for_each(|((y, sum), bias)| *y = sum + bias),
+            }
+        }
+    }
+}
+
+simd_fn! {
     /// `y = a + b`.
     fn add_to<F>(y: &mut [f32], a: &[f32], b: &[f32]) {
         for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
@@ -174,8 +223,9 @@ mod tests {
 
     #[test]
     fn products_agree_with_loops() {
-        for (rows, k, n) in [(1, 1, 1), (8, 384, 300), (5, 7, 3), (64, 33, 70), (70, 16, 9), (33, 60, 600), (2, 4, 57)]
-        {
+        let few = [(1, 1, 1), (8, 384, 300), (64, 33, 70), (33, 60, 600), (2, 4, 57)];
+        let many = [(5, 7, 3), (70, 16, 9), (57, 4, 56), (200, 4, 32), (113, 64, 112), (60, 5, 33)];
+        for (rows, k, n) in few.into_iter().chain(many) {
             let (x, weight, bias, dy) = (numbers(1, rows * k), numbers(2, n * k), numbers(3, n), numbers(4, rows * n));
             let what = format!("{rows} rows, {k} -> {n}");
             let mut y = vec![f32::NAN; rows * n];

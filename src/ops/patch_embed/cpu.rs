@@ -18,7 +18,10 @@ pub fn forward(
 ) {
     let (rows, k, c) = (d.batch * d.tokens(), d.patch_len(), bias.len());
     let _span = span("patch_embed", Pass::Forward, [k, c], 2 * rows * k * c, rows * (2 * k + c));
-    each_line(d, |line, pixels| patches[line].copy_from_slice(&x[pixels]));
+    let of_sample = d.tokens() * k;
+    patches.par_chunks_mut(of_sample).zip(x.par_chunks(of_sample)).for_each(|(patches, x)| {
+        each_line(d, |line, pixels| patches[line].copy_from_slice(&x[pixels]));
+    });
     linear(y, patches, weight, bias);
     y.par_chunks_mut(d.tokens() * c).for_each(|y| add_assign(y, positions));
 }
@@ -35,21 +38,22 @@ pub fn backward(dweight: &mut [f32], dbias: &mut [f32], add: bool, dy: &[f32], p
 /// Gradient of the images.
 pub fn image_gradient(dx: &mut [f32], dpatches: &mut [f32], dy: &[f32], weight: &[f32], d: Dims) {
     input_gradient(dpatches, dy, weight, d.patch_len());
-    each_line(d, |line, pixels| dx[pixels].copy_from_slice(&dpatches[line]));
+    let of_sample = d.tokens() * d.patch_len();
+    dx.par_chunks_mut(of_sample).zip(dpatches.par_chunks(of_sample)).for_each(|(dx, dpatches)| {
+        each_line(d, |line, pixels| dx[pixels].copy_from_slice(&dpatches[line]));
+    });
 }
 
-/// Calls `copy` with every line of every patch: its place in the patches, and in the images.
+/// Calls `copy` with every line of every patch of a sample: its place in the patches, and in the image.
 fn each_line(d: Dims, mut copy: impl FnMut(std::ops::Range<usize>, std::ops::Range<usize>)) {
     let (p, across) = (d.patch, d.width / d.patch);
-    for b in 0..d.batch {
-        for t in 0..d.tokens() {
-            for channel in 0..d.image_channels {
-                for i in 0..p {
-                    let line = ((b * d.tokens() + t) * d.image_channels + channel) * p * p + i * p;
-                    let row = (b * d.image_channels + channel) * d.height + t / across * p + i;
-                    let pixel = row * d.width + t % across * p;
-                    copy(line..line + p, pixel..pixel + p);
-                }
+    for t in 0..d.tokens() {
+        for channel in 0..d.image_channels {
+            for i in 0..p {
+                let line = (t * d.image_channels + channel) * p * p + i * p;
+                let row = channel * d.height + t / across * p + i;
+                let pixel = row * d.width + t % across * p;
+                copy(line..line + p, pixel..pixel + p);
             }
         }
     }
