@@ -122,6 +122,16 @@ fn few_tokens() {
     check(3, 17, 5, 5);
 }
 
+/// 16 tokens are a vector's numbers.
+#[test]
+fn a_vector_of_tokens() {
+    for (batch, heads, size) in [(1, 1, 16), (5, 4, 32), (2, 3, 48), (3, 2, 64), (1, 1, 128)] {
+        check(batch, 16, heads, size);
+        let case = Case { batch, tokens: 16, heads, size, sharpness: 1.0, shift: 3.0 };
+        check_operation(&format!("T 16, NH {heads}, HS {size}, far below 0"), &case);
+    }
+}
+
 #[test]
 fn blocks_of_queries_that_do_not_divide_the_tokens() {
     check(2, 65, 2, 8);
@@ -152,7 +162,9 @@ fn head_sizes_of_the_large_models() {
 
 #[test]
 fn scores_beyond_the_range_of_the_exponential() {
-    check_operation("sharp", &Case { batch: 2, tokens: 33, heads: 2, size: 24, sharpness: 12.0, shift: 0.0 });
+    for (tokens, size) in [(33, 24), (16, 32)] {
+        check_operation("sharp", &Case { batch: 2, tokens, heads: 2, size, sharpness: 12.0, shift: 0.0 });
+    }
 }
 
 #[test]

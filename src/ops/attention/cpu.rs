@@ -3,6 +3,8 @@
 //! Scores are kept transposed, `[keys, queries]`: softmax then runs down columns, a vector of queries at a time, and the
 //! probabilities are where both kinds of products that follow read them (see [`Rows`]).
 
+#[cfg(target_arch = "x86_64")]
+use super::sixteen;
 use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
@@ -116,6 +118,10 @@ pub fn forward(
     }
     let _span = span("attention", Pass::Forward, [c, heads], 4 * b * t * t * c, 4 * b * t * c);
     let size = c / heads;
+    #[cfg(target_arch = "x86_64")]
+    if sixteen::takes(t, size) {
+        return sixteen::forward(out, lse, qkv, Dims { b, t, c, heads });
+    }
     let scale = 1.0 / (size as f32).sqrt();
     let sizes = [Columns::room(size, t), PANEL * size, t * PANEL];
     let (out, lse) = (Shared::new(out), Shared::new(lse));
@@ -180,6 +186,10 @@ pub fn backward(
     }
     let _span = span("attention", Pass::Backward, [c, heads], 10 * b * t * t * c, 8 * b * t * c);
     let size = c / heads;
+    #[cfg(target_arch = "x86_64")]
+    if sixteen::takes(t, size) {
+        return sixteen::backward(dqkv, dout, qkv, lse, Dims { b, t, c, heads });
+    }
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
     let block = [at_once * size, Columns::room(size, at_once.min(t))];

@@ -11,6 +11,8 @@
 pub(crate) mod cpu;
 pub mod cuda;
 pub mod reference;
+#[cfg(target_arch = "x86_64")]
+mod sixteen;
 
 use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
