@@ -184,17 +184,16 @@ impl Task<'_> {
     /// Packs the rows of a part, the first of which is row `start` of the block and token `token` of all.
     fn pack(&self, packed: &mut [f32], packed_len: usize, start: usize, part: &TokensOf, token: usize) {
         let (m, tokens) = (self.m, &part.tokens);
+        if self.operands.other.is_empty() {
+            let (lines, panels) = (&part.sample.other[tokens.start * m..tokens.end * m], self.panels.clone());
+            return self.format.pack_rows_of_panels(packed, packed_len, start, lines, panels, m, tokens.len());
+        }
         let rows = self.format.in_half(start..start + self.format.rows_of(tokens.len()));
         for (panel, to) in self.panels.clone().zip(packed.chunks_exact_mut(packed_len)) {
             let to = of_panel_mut(to).map(|half| &mut half[rows.clone()]);
-            if self.operands.other.is_empty() {
-                let lines = &part.sample.other[tokens.start * m..tokens.end * m];
-                self.format.pack_panel(to, lines, panel, m, tokens.len());
-            } else {
-                let halves = [2 * panel, 2 * panel + 1];
-                let lines = halves.map(|half| &self.operands.other[(half * self.tokens + token) * HALF..]);
-                self.format.pack_halves(to, lines, tokens.len());
-            }
+            let halves = [2 * panel, 2 * panel + 1];
+            let lines = halves.map(|half| &self.operands.other[(half * self.tokens + token) * HALF..]);
+            self.format.pack_halves(to, lines, tokens.len());
         }
     }
 

@@ -168,16 +168,26 @@ impl Format {
         if self == Format::Parts { tokens.next_multiple_of(2) } else { tokens }
     }
 
-    /// Packs panel `panel` of a row-major B of `n` columns and `rows` rows, into halves over its rows.
-    pub fn pack_panel(self, halves: [&mut [f32]; 2], b: &[f32], panel: usize, n: usize, rows: usize) {
-        if self == Format::Numbers {
-            return pack::pack_panel(halves, b, panel, n, n);
+    /// Packs `panels` of a row-major B of `n` columns and `rows` rows: as rows from `start` on of panels side by side, of `panel_len`
+    /// numbers each.
+    #[expect(clippy::too_many_arguments, reason = "where from, and where to")]
+    pub fn pack_rows_of_panels(
+        self,
+        to: &mut [f32],
+        panel_len: usize,
+        start: usize,
+        b: &[f32],
+        panels: Range<usize>,
+        n: usize,
+        rows: usize,
+    ) {
+        if self == Format::Parts {
+            let columns = panels.start * PANEL..(panels.end * PANEL).min(n);
+            return split::pack_columns(&mut to[split::at(start)..], panel_len / 2, b, columns, n, rows, rows);
         }
-        for (half, to) in halves.into_iter().enumerate() {
-            let first = panel * PANEL + half * HALF;
-            if let Some(width @ 1..) = n.checked_sub(first) {
-                split::pack_pairs(to, &b[first..], rows, width.min(HALF), n);
-            }
+        for (panel, to) in panels.zip(to.chunks_exact_mut(panel_len)) {
+            let rows = self.in_half(start..start + rows);
+            pack::pack_panel(tile::of_panel_mut(to).map(|half| &mut half[rows.clone()]), b, panel, n, n);
         }
     }
 

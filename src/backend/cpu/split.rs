@@ -170,18 +170,31 @@ simd_fn! {
     }
 }
 
+/// Whole panels of some columns of a row-major B `[inner, n]`, side by side: those from `first` on.
+pub fn pack_panels(to: &mut [f32], b: &[f32], first: usize, n: usize, inner: usize) {
+    let (half, columns) = (len(inner), first..(first + to.len() / len(inner) * HALF).min(n));
+    pack_columns(to, half, b, columns, n, inner, inner.next_multiple_of(INNER));
+}
+
 simd_fn! {
-    /// Whole panels of some columns of a row-major B `[inner, n]`, side by side: those from `first` on.
-    pub fn pack_panels<F>(to: &mut [f32], b: &[f32], first: usize, n: usize, inner: usize) {
+    /// The parts of pairs of rows of a row-major B of `n` columns, as rows of halves, which start `half` apart: of some columns of
+    /// `rows` rows, and then zeros up to `padded`. Lines are read in the order in which they lie.
+    pub fn pack_columns<F>(
+        to: &mut [f32],
+        half: usize,
+        b: &[f32],
+        columns: Range<usize>,
+        n: usize,
+        rows: usize,
+        padded: usize,
+    ) {
         /// Pairs of lines from one that is read to the one that is fetched meanwhile.
         const AHEAD: usize = 4;
-        let half = len(inner);
-        let columns = first..(first + to.len() / half * HALF).min(n);
-        for (pair, k) in (0..inner.next_multiple_of(INNER)).step_by(2).enumerate() {
+        for (pair, k) in (0..padded).step_by(2).enumerate() {
             for (i, start) in columns.clone().step_by(HALF).enumerate() {
                 let width = HALF.min(columns.end - start);
-                let low = if k < inner { &b[k * n + start..][..width] } else { &[] };
-                let high = if k + 1 < inner { &b[(k + 1) * n + start..][..width] } else { &[] };
+                let low = if k < rows { &b[k * n + start..][..width] } else { &[] };
+                let high = if k + 1 < rows { &b[(k + 1) * n + start..][..width] } else { &[] };
                 for line in [low, high] {
                     fetch(line.as_ptr().wrapping_add(2 * AHEAD * n));
                 }
@@ -194,10 +207,23 @@ simd_fn! {
 
 /// A pair of lines of up to [`HALF`] numbers: the rest is zero.
 #[inline(always)]
-fn split_pair(to: &mut [f32; PARTS * HALF], [low, high]: [&[f32]; 2]) {
-    let mut room = [[0.0; HALF]; 2];
-    let [of_low, of_high] = &mut room;
-    let (low, high) = (whole_line(of_low, low), whole_line(of_high, high));
+fn split_pair(to: &mut [f32; PARTS * HALF], lines: [&[f32]; 2]) {
+    match lines.map(<[f32]>::first_chunk) {
+        [Some(low), Some(high)] => split_whole_pair(to, [low, high]),
+        _ => split_whole_pair(to, lines.map(whole_line).each_ref()),
+    }
+}
+
+/// A line as [`HALF`] numbers, of which those that it has not are zero.
+#[cold]
+fn whole_line(line: &[f32]) -> [f32; HALF] {
+    let mut whole = [0.0; HALF];
+    whole[..line.len()].copy_from_slice(line);
+    whole
+}
+
+#[inline(always)]
+fn split_whole_pair(to: &mut [f32; PARTS * HALF], [low, high]: [&[f32; HALF]; 2]) {
     for j in 0..HALF {
         let (low, high) = (parts(low[j]), parts(high[j]));
         for part in 0..PARTS {
@@ -206,18 +232,6 @@ fn split_pair(to: &mut [f32; PARTS * HALF], [low, high]: [&[f32]; 2]) {
     }
     // As in `products::mix_halves`.
     std::hint::black_box(());
-}
-
-/// A line as [`HALF`] numbers: where it is, or copied to `room`, which is zero.
-#[inline(always)]
-fn whole_line<'a>(room: &'a mut [f32; HALF], line: &'a [f32]) -> &'a [f32; HALF] {
-    match line.first_chunk() {
-        Some(line) => line,
-        None => {
-            room[..line.len()].copy_from_slice(line);
-            room
-        }
-    }
 }
 
 /// Puts lines of channels into steps of A whose rows are channels and whose inner elements are `rows` rows: into those steps that
