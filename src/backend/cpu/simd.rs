@@ -239,11 +239,14 @@ simd_fn! {
     pub fn sum_of_squares<F>(x: &[f32]) -> f64 {
         /// Elements from one that is used to the one that is fetched meanwhile.
         const AHEAD: usize = 1024;
-        let mut lanes = [0.0f64; LANES];
-        let (whole, rest) = x.as_chunks::<LANES>();
-        for vector in whole {
-            fetch(vector.as_ptr().wrapping_add(AHEAD).cast());
-            for (lane, &x) in lanes.iter_mut().zip(vector) {
+        // Two lines, so that no addition waits for the one before.
+        let mut lanes = [0.0f64; 2 * LINE];
+        let (whole, rest) = x.as_chunks::<{ 2 * LINE }>();
+        for lines in whole {
+            for line in lines.chunks_exact(LINE) {
+                fetch(line.as_ptr().wrapping_add(AHEAD));
+            }
+            for (lane, &x) in lanes.iter_mut().zip(lines) {
                 let x = f64::from(x);
                 *lane = if F { x.mul_add(x, *lane) } else { x * x + *lane };
             }
