@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use dtr_fused::autograd::{Tape, Var};
+use dtr_fused::autograd::{Memory, Tape, Var};
 use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::Result;
 use dtr_fused::ops::attention::{attention, reference};
@@ -122,7 +122,7 @@ fn few_tokens() {
     check(3, 17, 5, 5);
 }
 
-/// 16 tokens are a vector's numbers.
+/// 16 tokens are a vector's numbers, with AVX-512: elsewhere the general version computes this.
 #[test]
 fn a_vector_of_tokens() {
     for (batch, heads, size) in [(1, 1, 16), (5, 4, 32), (2, 3, 48), (3, 2, 64), (1, 1, 128)] {
@@ -164,6 +164,32 @@ fn head_sizes_of_the_large_models() {
 fn scores_beyond_the_range_of_the_exponential() {
     for (tokens, size) in [(33, 24), (16, 32)] {
         check_operation("sharp", &Case { batch: 2, tokens, heads: 2, size, sharpness: 12.0, shift: 0.0 });
+    }
+}
+
+/// A key that is no number makes all that its head gives of its sample none, and nothing else.
+#[test]
+fn what_is_not_a_number_stays_in_its_head() {
+    for (tokens, heads, size) in [(1, 2, 4), (16, 3, 32), (16, 2, 20), (40, 2, 8)] {
+        let case = Case { batch: 2, tokens, heads, size, sharpness: 1.0, shift: 0.0 };
+        let channels = heads * size;
+        let mut qkv = case.inputs().remove(0).data;
+        // The last key's first number in head 1 of sample 0.
+        qkv[(tokens - 1) * 3 * channels + channels + size] = f32::NAN;
+        let mut memory = Memory::new();
+        let (weights, mut grads): (Vec<f32>, Vec<f32>) = (Vec::new(), Vec::new());
+        let mut tape = Tape::new(&weights, &mut grads, false, &mut memory);
+        let x = tape.input(&qkv, [2, tokens, 3 * channels], true).unwrap();
+        let y = attention(&mut tape, x, heads).unwrap();
+        let of_head = |i: usize, width: usize| i / width < tokens && i % channels / size == 1;
+        let what = format!("T {tokens}, NH {heads}, HS {size}");
+        for (i, y) in tape.value(y).iter().enumerate() {
+            assert_eq!(y.is_nan(), of_head(i, channels), "{what}: output {i} is {y}");
+        }
+        tape.backward(y, &vec![1.0; 2 * tokens * channels]).unwrap();
+        for (i, dx) in tape.gradient(x).unwrap().iter().enumerate() {
+            assert_eq!(dx.is_nan(), of_head(i, 3 * channels), "{what}: gradient {i} is {dx}");
+        }
     }
 }
 

@@ -66,7 +66,8 @@ struct TokensOf<'a> {
 }
 
 /// `dw (+)= sum over samples`. Groups of channels are the rows of a tile, so that a window is rounded by a few channels at most;
-/// each sum is over the samples in their order, whatever the number of threads. Gives the sum of squares of all that was summed.
+/// each sum is over the samples in their order, whatever the number of threads. Gives the sum of
+/// squares of what is written, or added, to `dw`.
 #[expect(clippy::too_many_arguments, reason = "a gradient and what it is of")]
 pub(crate) fn weight_gradient<'a>(
     format: Format,
@@ -429,16 +430,16 @@ mod tests {
                 let mut dw = AlignedVec::zeros(c * m);
                 dw.fill(if add { 3.0 } else { f32::NAN });
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| {
+                let squares = pool.install(|| {
                     let operands = Operands { routed: &routed, other: if panels { &packed } else { &[] } };
                     weight_gradient(format, &mut dw, add, layout, [c, m], operands, samples.len(), |i| {
                         let Drawn { channels, t, other, .. } = &samples[i];
                         Sample { tokens: *t, channels: channels.clone(), other: if panels { &[] } else { other } }
-                    });
+                    })
                 });
-                dw
+                (dw, squares)
             };
-            let dw = run(1, false);
+            let (dw, squares) = run(1, false);
             let what = format!(
                 "C {c}, M {m}, tokens {:?} x {}, {layout:?}, add {add}, {format:?}",
                 tokens.first(),
@@ -450,9 +451,14 @@ mod tests {
                 let err = (f64::from(dw[at]) - sum - if add { 3.0 } else { 0.0 }).abs();
                 assert!(err <= 1e-6 * (size + 3.0), "{what}: {} for {sum} at channel {channel}, {j}", dw[at]);
             }
-            for other in [run(3, false), run(1, true)] {
+            let written = |&x: &f32| (f64::from(x) - if add { 3.0 } else { 0.0 }).powi(2);
+            let expected: f64 = dw.iter().map(written).sum();
+            // What is added to 3 is rounded to its last bit.
+            let tolerance = if add { 1e-5 * (expected + 1.0) } else { 1e-12 * expected };
+            assert!((squares - expected).abs() <= tolerance, "{what}: squares sum to {squares}, expected {expected}");
+            for (other, other_squares) in [run(3, false), run(1, true)] {
                 assert!(
-                    dw.iter().zip(other.iter()).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    dw.iter().zip(other.iter()).all(|(a, b)| a.to_bits() == b.to_bits()) && squares == other_squares,
                     "{what}: threads or panels change bits"
                 );
             }

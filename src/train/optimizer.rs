@@ -129,19 +129,25 @@ simd_fn! {
     }
 }
 
-/// L2 norm of `grads`: NaN or infinite when any element is. Of the parameters in `known` the sums of squares are known; `rest` is
-/// scratch, kept by the caller.
+/// L2 norm of `grads`: NaN or infinite when any element is. Of the parameters in `known`, which do not overlap, the sums of squares
+/// are known; `rest` is scratch, kept by the caller.
 pub fn norm(grads: &[f32], known: &mut [(Param, f64)], rest: &mut Vec<(Range<usize>, f64)>) -> f64 {
     known.sort_unstable_by_key(|(param, _)| (param.offset, param.len));
     let ends = known.iter().map(|(param, _)| param.offset).chain([grads.len()]);
     let starts = std::iter::once(0).chain(known.iter().map(|(param, _)| param.range().end));
+    debug_assert!(known.is_sorted_by(|(a, _), (b, _)| a.range().end <= b.offset), "known parameters that overlap");
     rest.clear();
     for (start, end) in starts.zip(ends) {
         rest.extend((start..end).step_by(BLOCK).map(|start| (start..end.min(start + BLOCK), 0.0)));
     }
     let read = rest.iter().map(|(range, _)| range.len()).sum();
     let _span = span("gradient norm", Pass::Update, [grads.len(), 1], 0, read);
-    rest.par_iter_mut().for_each(|(range, sum)| *sum = sum_of_squares(&grads[range.clone()]));
+    rest.par_iter_mut().for_each(|(range, sum)| {
+        for part in grads[range.clone()].chunks(AHEAD) {
+            part.chunks(LINE).for_each(|line| fetch(line.as_ptr().wrapping_add(AHEAD)));
+            *sum += sum_of_squares(part);
+        }
+    });
     let squares = known.iter().map(|(_, sum)| sum).chain(rest.iter().map(|(_, sum)| sum));
     squares.sum::<f64>().sqrt()
 }

@@ -97,7 +97,7 @@ fn linear_of_few(y: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32], k: usiz
     });
 }
 
-/// `dweight (+)= dy^T x`. Gives the sum of squares of the product.
+/// `dweight (+)= dy^T x`. Gives the sum of squares of what is written, or added, to it.
 pub fn weight_gradient(dweight: &mut [f32], add: bool, dy: &[f32], x: &[f32], k: usize) -> f64 {
     let (rows, n) = (x.len() / k, dweight.len() / k);
     let len = dweight.len();
@@ -237,8 +237,11 @@ mod tests {
             close(&y, expected, &what);
             for add in [false, true] {
                 let mut dweight = vec![if add { 3.0 } else { f32::NAN }; n * k];
-                weight_gradient(&mut dweight, add, &dy, &x, k);
+                let squares = weight_gradient(&mut dweight, add, &dy, &x, k);
                 let old = if add { 3.0 } else { 0.0 };
+                let sum: f64 = dweight.iter().map(|&x| (f64::from(x) - old).powi(2)).sum();
+                let tolerance = if add { 1e-5 * (sum + 1.0) } else { 1e-12 * sum };
+                assert!((squares - sum).abs() <= tolerance, "{what}: squares sum to {squares}, expected {sum}");
                 let expected = |i: usize| old + dot((0..rows).map(|row| (dy[row * n + i / k], x[row * k + i % k])));
                 close(&dweight, expected, &what);
             }
@@ -253,6 +256,7 @@ mod tests {
         let (mut dweight, weight) = ([f32::NAN; 12], [1.0; 12]);
         weight_gradient(&mut dweight, false, &[], &[], 4);
         assert_eq!(dweight, [0.0; 12]);
+        assert_eq!(weight_gradient(&mut [], false, &[], &[], 4), 0.0);
         linear(&mut [], &[], &weight, &[0.0; 3]);
         input_gradient(&mut [], &[], &weight, 4);
     }
@@ -263,8 +267,10 @@ mod tests {
         let (rows, k, n) = (3, 64, (8 << 20) / 4 / 64 + 5);
         let (x, dy) = (numbers(1, rows * k), numbers(4, rows * n));
         let mut dweight = crate::backend::cpu::aligned::AlignedVec::zeros(n * k);
-        weight_gradient(&mut dweight, false, &dy, &x, k);
+        let squares = weight_gradient(&mut dweight, false, &dy, &x, k);
         let expected = |i: usize| dot((0..rows).map(|row| (dy[row * n + i / k], x[row * k + i % k])));
         close(&dweight, expected, "large");
+        let sum: f64 = dweight.iter().map(|&x| f64::from(x).powi(2)).sum();
+        assert!((squares - sum).abs() <= 1e-12 * sum, "squares sum to {squares}, expected {sum}");
     }
 }

@@ -181,13 +181,14 @@ impl Format {
         n: usize,
         rows: usize,
     ) {
+        let at = self.in_half(start..start + self.rows_of(rows));
+        assert!(at.end <= panel_len / 2, "more rows than a panel has");
         if self == Format::Parts {
             let columns = panels.start * PANEL..(panels.end * PANEL).min(n);
-            return split::pack_columns(&mut to[split::at(start)..], panel_len / 2, b, columns, n, rows, rows);
+            return split::pack_columns(&mut to[at.start..], panel_len / 2, b, columns, n, rows, rows);
         }
         for (panel, to) in panels.zip(to.chunks_exact_mut(panel_len)) {
-            let rows = self.in_half(start..start + rows);
-            pack::pack_panel(tile::of_panel_mut(to).map(|half| &mut half[rows.clone()]), b, panel, n, n);
+            pack::pack_panel(tile::of_panel_mut(to).map(|half| &mut half[at.clone()]), b, panel, n, n);
         }
     }
 

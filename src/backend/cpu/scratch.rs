@@ -33,8 +33,13 @@ pub fn with<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     result
 }
 
-/// The sum of `count` numbers in their order, which `work` adds to zeros.
+/// The sum of `count` numbers in their order, which are 0 before `work`.
 pub fn sum(count: usize, work: impl FnOnce(&mut [f64])) -> f64 {
+    if count == 0 {
+        // An empty buffer need not start where an f64 may.
+        work(&mut []);
+        return 0.0;
+    }
     with(2 * count, |buffer| {
         let sums: &mut [f64] = bytemuck::cast_slice_mut(buffer);
         sums.fill(0.0);

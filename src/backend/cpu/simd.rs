@@ -237,17 +237,13 @@ pub fn sum_by<const N: usize, const M: usize>(slices: [&[f32]; N], f: impl Fn([f
 simd_fn! {
     /// The sum of squares, in f64: NaN or infinite when any element is.
     pub fn sum_of_squares<F>(x: &[f32]) -> f64 {
-        /// Elements from one that is used to the one that is fetched meanwhile.
-        const AHEAD: usize = 1024;
         // Two lines, so that no addition waits for the one before.
         let mut lanes = [0.0f64; 2 * LINE];
         let (whole, rest) = x.as_chunks::<{ 2 * LINE }>();
         for lines in whole {
-            for line in lines.chunks_exact(LINE) {
-                fetch(line.as_ptr().wrapping_add(AHEAD));
-            }
             for (lane, &x) in lanes.iter_mut().zip(lines) {
                 let x = f64::from(x);
+                // The square of an f32 is exact, so both are the same number.
                 *lane = if F { x.mul_add(x, *lane) } else { x * x + *lane };
             }
         }

@@ -5,7 +5,7 @@
 //! S = q k^T / sqrt(HS)    P = softmax(S)    out = P v    [B, T, C]
 //! ```
 //!
-//! Only the log-sum-exp of each row of S is saved; backward computes P again, with `D_t = dout_t . out_t`:
+//! Only the log-sum-exp of each row of S is saved; backward computes P again, with `D_t = dout_t . out_t` (which is `P_t . dP_t`):
 //! `dv = P^T dout`, `dS = P (dout v^T - D) / sqrt(HS)`, `dq = dS k`, `dk = dS^T q`.
 
 pub(crate) mod cpu;

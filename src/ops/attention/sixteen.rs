@@ -19,7 +19,7 @@ const INNER: usize = 4;
 /// Numbers of all pairs of tokens.
 type Square = [[f32; T]; T];
 
-/// Whether this is for heads of that size.
+/// Whether this is for so many tokens, heads of that size, and this processor.
 pub fn takes(tokens: usize, size: usize) -> bool {
     tokens == T && size.is_multiple_of(T) && level() >= Level::Avx512
 }
@@ -33,7 +33,7 @@ pub fn forward(out: &mut [f32], lse: &mut [f32], qkv: &[f32], Dims { c, heads, .
                 let [q, k, v] = [0, 1, 2].map(|part| rows_of(qkv, 3 * c, sample, part * c, [head, heads], size));
                 interleave(transposed, T, q, T, size, 3 * c);
                 let out = &mut out[head * size..][..(T - 1) * c + size];
-                // SAFETY: `takes` found AVX-512; the rows are as long as was cut.
+                // SAFETY: `takes` found AVX-512 and whole vectors; the rows are as long as was cut.
                 let log_sum = unsafe { head_forward(out, transposed, [k, v], size, c) };
                 for (lse, log_sum) in lse.chunks_exact_mut(heads).zip(log_sum) {
                     lse[head] = log_sum;
@@ -59,7 +59,7 @@ pub fn backward(dqkv: &mut [f32], dout: &[f32], qkv: &[f32], lse: &[f32], Dims {
                 interleave(q_transposed, T, q, T, size, 3 * c);
                 interleave(dout_transposed, T, dout, T, size, c);
                 let lse = std::array::from_fn(|i| lse[(sample * T + i) * heads + head]);
-                // SAFETY: `takes` found AVX-512; the rows are as long as was cut.
+                // SAFETY: `takes` found AVX-512 and whole vectors; the rows are as long as was cut.
                 unsafe { head_backward(dqkv, dout, [q, k, v], [q_transposed, dout_transposed], &lse, size, c) };
             }
         });
@@ -134,8 +134,8 @@ unsafe fn store(to: *mut f32, stride: usize, rows: [__m512; T]) {
 /// A head's rows of the output, and the log-sum-exp of each query's scores.
 ///
 /// # Safety
-/// The processor has AVX-512F; keys and values are rows of `size` numbers, `3 * c` apart, the output's are `c` apart, and
-/// queries are columns of 16.
+/// The processor has what [`Level::Avx512`] stands for; keys and values are rows of `size` numbers, a multiple of 16, `3 * c` apart,
+/// the output's are `c` apart, and queries are columns of 16.
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
 unsafe fn head_forward(out: &mut [f32], q: &[f32], [k, v]: [&[f32]; 2], size: usize, c: usize) -> [f32; T] {
     let scale = 1.0 / (size as f32).sqrt();
@@ -173,8 +173,8 @@ unsafe fn head_forward(out: &mut [f32], q: &[f32], [k, v]: [&[f32]; 2], size: us
 /// A head's columns of `dqkv`.
 ///
 /// # Safety
-/// The processor has AVX-512F; queries, keys and values, and what is written, are rows of `size` numbers, `3 * c` apart, those of
-/// `dout` are `c` apart, and the transposed ones are columns of 16.
+/// The processor has what [`Level::Avx512`] stands for; queries, keys and values, and what is written, are rows of `size` numbers, a
+/// multiple of 16, `3 * c` apart, those of `dout` are `c` apart, and the transposed ones are columns of 16.
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
 unsafe fn head_backward(
     dqkv: &mut [f32],
@@ -199,7 +199,7 @@ unsafe fn head_backward(
         for i in 0..T {
             p[i] = exp::<true>(p[i].mul_add(scale, -lse[i]));
             sum[i] += p[i];
-            // P . dP is what dout . out is, of which nothing need be read.
+            // P . dP is dout . out, so out need not be read.
             mean[i] = p[i].mul_add(ds[i], mean[i]);
         }
     }

@@ -26,13 +26,13 @@ pub fn forward(
     y.par_chunks_mut(d.tokens() * c).for_each(|y| add_assign(y, positions));
 }
 
-/// Gradients of weight and bias; `add` adds to them.
-pub fn backward(dweight: &mut [f32], dbias: &mut [f32], add: bool, dy: &[f32], patches: &[f32]) {
+/// Gradients of weight and bias; `add` adds to them. Gives the sum of squares of what is written, or added, to the weight's.
+pub fn backward(dweight: &mut [f32], dbias: &mut [f32], add: bool, dy: &[f32], patches: &[f32]) -> f64 {
     let c = dbias.len();
     let (rows, k) = (dy.len() / c, dweight.len() / c);
     let _span = span("patch_embed", Pass::Backward, [k, c], 2 * rows * k * c, rows * (k + c));
-    weight_gradient(dweight, add, dy, patches, k);
     column_sums(dbias, dy, add);
+    weight_gradient(dweight, add, dy, patches, k)
 }
 
 /// Gradient of the images.

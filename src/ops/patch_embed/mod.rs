@@ -161,12 +161,13 @@ impl Saved {
         let (values, grads) = tape.split();
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(self.linear);
-        cpu::backward(dweight, dbias, add, &dy, values.value(self.patches));
+        let squares = cpu::backward(dweight, dbias, add, &dy, values.value(self.patches));
         if wants_dx {
             cpu::image_gradient(&mut dx, &mut dpatches, &dy, values.weight(self.linear.weight), self.dims);
             tape.add_grad(self.x, dx);
             tape.give(dpatches);
         }
+        tape.note_squares(self.linear.weight, squares);
         tape.give(dy);
     }
 }

@@ -115,7 +115,7 @@ impl Saved {
         let (values, grads) = tape.split();
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(self.second);
-        cpu::linear_backward(
+        let of_second = cpu::linear_backward(
             &mut dhidden,
             dweight,
             dbias,
@@ -126,7 +126,7 @@ impl Saved {
         );
         cpu::silu_backward(&mut dhidden, values.value(self.hidden));
         let (dweight, dbias) = grads.of_linear(self.first);
-        cpu::linear_backward(
+        let of_first = cpu::linear_backward(
             &mut [],
             dweight,
             dbias,
@@ -135,6 +135,8 @@ impl Saved {
             values.value(self.waves),
             values.weight(self.first.weight),
         );
+        tape.note_squares(self.second.weight, of_second);
+        tape.note_squares(self.first.weight, of_first);
         tape.give(dhidden);
         tape.give(dy);
     }
