@@ -86,8 +86,8 @@ impl Memory {
         self.pool.total * size_of::<f32>() + self.cuda.as_ref().map_or(0, |cuda| cuda.bytes())
     }
 
-    /// Parameters of which the last backward pass, in main memory, computed the sum of squares of the gradient: those of large
-    /// products that were not added to others.
+    /// Parameters of which the last backward pass, in main memory, computed the sum of squares of the gradient: weights whose gradients
+    /// were not added to others.
     pub(crate) fn squares_mut(&mut self) -> &mut [(Param, f64)] {
         &mut self.squares
     }

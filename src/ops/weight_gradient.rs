@@ -66,8 +66,8 @@ struct TokensOf<'a> {
 }
 
 /// `dw (+)= sum over samples`. Groups of channels are the rows of a tile, so that a window is rounded by a few channels at most;
-/// each sum is over the samples in their order, whatever the number of threads. Gives the sum of
-/// squares of what is written, or added, to `dw`.
+/// each sum is over the samples in their order, whatever the number of threads. Gives the sum of squares of what is written, or added,
+/// to `dw`.
 #[expect(clippy::too_many_arguments, reason = "a gradient and what it is of")]
 pub(crate) fn weight_gradient<'a>(
     format: Format,

@@ -289,7 +289,7 @@ mod tests {
     use crate::model::dit::Init;
     use crate::routing::Routing;
 
-    /// What backward says of large gradients is what they are, by any number of threads, and not of those that are added to.
+    /// What backward says of the gradients of weights is what they are, by any number of threads, and nothing of those it adds to.
     #[test]
     fn the_norm_is_that_of_all_gradients() {
         let config = ModelConfig {
@@ -320,7 +320,11 @@ mod tests {
                     Batch { x_start: &x, noise: &x, t: &[1, 500, 998], labels: &[0, 3, 9], coefficients: &[1.0; 3] };
                 [false, true].map(|add| {
                     learner.gradients(batch, add, &mut Losses::default()).unwrap();
-                    assert_eq!(learner.memory.squares_mut().len(), if add { 0 } else { 13 }, "large gradients");
+                    assert_eq!(
+                        learner.memory.squares_mut().len(),
+                        if add { 0 } else { 13 },
+                        "weights of which the squares are known"
+                    );
                     let squares: f64 = learner.grads.iter().map(|&g| f64::from(g).powi(2)).sum();
                     let norm = learner.gradient_norm();
                     assert!((norm - squares.sqrt()).abs() <= 1e-12 * norm, "{norm} for {}", squares.sqrt());

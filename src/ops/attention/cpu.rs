@@ -185,12 +185,15 @@ pub fn backward(
     if b * t == 0 {
         return;
     }
-    let _span = span("attention", Pass::Backward, [c, heads], 10 * b * t * t * c, 8 * b * t * c);
+    let span = |of_rows| span("attention", Pass::Backward, [c, heads], 10 * b * t * t * c, of_rows * b * t * c);
     let size = c / heads;
     #[cfg(target_arch = "x86_64")]
     if sixteen::takes(t, size) {
+        // It does not read `out`.
+        let _span = span(7);
         return sixteen::backward(dqkv, dout, qkv, lse, Dims { b, t, c, heads });
     }
+    let _span = span(8);
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
     let block = [at_once * size, Columns::room(size, at_once.min(t))];
