@@ -145,8 +145,15 @@ fn a_run_whose_messages_nobody_reads_saves_too() {
     let place = place.path();
     // No checkpoint is due: what there is in the end, the signal brought.
     let endless = ["--checkpoint-every", "0", "--log-every", "1", "--steps", "1000000", "--out"];
-    for (signals, code) in [(&["-INT"][..], 130), (&["-TERM"], 143), (&["-HUP", "-HUP", "-TERM"], 129)] {
-        let out = format!("run{code}");
+    // Of two kinds that wait at once, the system does not say which a program gets first.
+    let cases = [
+        (&["-INT"][..], &[130][..]),
+        (&["-TERM"], &[143]),
+        (&["-HUP"], &[129]),
+        (&["-HUP", "-HUP", "-TERM"], &[129, 143]),
+    ];
+    for (case, (signals, codes)) in cases.into_iter().enumerate() {
+        let out = format!("run{case}");
         let args = [&["train"], program::TINY, &endless, &[&out]].concat();
         let mut child = command(place, &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         // As when a terminal closes, or the program after a pipe ends.
@@ -158,7 +165,8 @@ fn a_run_whose_messages_nobody_reads_saves_too() {
             sleep(Duration::from_millis(1));
         }
         signals.iter().for_each(|signal| kill(signal, &child));
-        assert_eq!(child.wait().unwrap().code(), Some(code));
+        let code = child.wait().unwrap().code();
+        assert!(code.is_some_and(|code| codes.contains(&code)), "{signals:?}: {code:?}, expected one of {codes:?}");
         let step = last_checkpoint(&place.join(&out));
         let metrics = fs::read_to_string(place.join(&out).join("metrics.jsonl")).unwrap_or_default();
         let logged = metrics
