@@ -92,6 +92,12 @@ impl Memory {
         &mut self.squares
     }
 
+    /// Takes note of the sum of squares of all `len` gradients, instead of those of parameters.
+    pub(crate) fn know_squares(&mut self, squares: f64, len: usize) {
+        self.squares.clear();
+        self.squares.push((Param { offset: 0, len }, squares));
+    }
+
     fn clear(&mut self) {
         for storage in self.values.drain(..).map(|value| value.data).chain(self.grads.drain(..).flatten()) {
             if let Storage::Cpu(data) = storage {

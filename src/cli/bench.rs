@@ -17,6 +17,7 @@ use crate::model::flops::forward_flops;
 use crate::rng::{Philox, Stream};
 use crate::train::learner::{Batch, Learner, Losses};
 use crate::train::optimizer::Update;
+use crate::train::pass::Pass;
 use crate::train::progress::say;
 use crate::train::{TrainConfig, setup, trainer};
 
@@ -211,7 +212,7 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
     // Two steps far from the ends of the schedule, where windows do not start or end with the channels.
     let schedule = learner.schedule.respaced(&[TASKS as u32 / 3, 2 * TASKS as u32 / 3])?;
     let sampler = Sampler::new(schedule, Method::Ddim { eta: 0.0 }, false, None)?;
-    let Learner { dit, weights, memory, .. } = &mut learner;
+    let Learner { dit, weights, pass: Pass { memory, .. }, .. } = &mut learner;
     let (forward_seconds, forward_cpu_seconds) = median(runs, || {
         let parts = x_start.chunks(part * n).zip(t.chunks(part)).zip(labels.chunks(part));
         parts.into_iter().try_for_each(|((x, t), labels)| forward(dit, weights, memory, x, t, labels))

@@ -8,6 +8,7 @@ mod events;
 pub mod learner;
 pub mod metrics;
 pub mod optimizer;
+pub mod pass;
 pub mod plan;
 pub mod plot;
 pub mod progress;

@@ -1,7 +1,8 @@
 //! AdamW, the moving average of the weights and gradient clipping in one pass over all parameters.
 
 use crate::backend::cpu::profile::{Pass, span};
-use crate::backend::cpu::simd::{LINE, fetch, fma, simd_fn, sum_of_squares};
+use crate::backend::cpu::scratch;
+use crate::backend::cpu::simd::{LINE, add_assign, fetch, fma, simd_fn, sum_of_squares};
 use crate::params::Param;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -127,6 +128,20 @@ simd_fn! {
             }
         }
     }
+}
+
+/// Adds other gradients to `grads`, both `[P]`, and returns the sum of the squares of the sums.
+pub fn add(grads: &mut [f32], others: &[f32]) -> f64 {
+    let _span = span("gradient sum", Pass::Update, [grads.len(), 1], 0, 3 * grads.len());
+    scratch::sum(grads.len().div_ceil(BLOCK), |squares| {
+        let parts = grads.par_chunks_mut(BLOCK).zip(others.par_chunks(BLOCK));
+        parts.zip(squares).for_each(|((grads, others), sum)| {
+            for (grads, others) in grads.chunks_mut(AHEAD).zip(others.chunks(AHEAD)) {
+                add_assign(grads, others);
+                *sum += sum_of_squares(grads);
+            }
+        });
+    })
 }
 
 /// L2 norm of `grads`: NaN or infinite when any element is. Of the parameters in `known`, which do not overlap, the sums of squares

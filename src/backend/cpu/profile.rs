@@ -60,23 +60,58 @@ impl Drop for Span {
     fn drop(&mut self) {
         let Some((mut entry, start)) = self.0.take() else { return };
         entry.seconds = start.elapsed().as_secs_f64();
-        ENTRIES.with_borrow_mut(|entries| {
-            let same = |e: &&mut Entry| (e.operation, e.pass, e.sizes) == (entry.operation, entry.pass, entry.sizes);
-            match entries.iter_mut().find(same) {
-                Some(all) => {
-                    all.calls += 1;
-                    all.seconds += entry.seconds;
-                    all.flops += entry.flops;
-                    all.bytes += entry.bytes;
-                }
-                None => entries.push(entry),
-            }
-        });
+        note(entry);
     }
 }
 
+/// Adds to the entry of its kind.
+fn note(entry: Entry) {
+    ENTRIES.with_borrow_mut(|entries| {
+        let same = |e: &&mut Entry| (e.operation, e.pass, e.sizes) == (entry.operation, entry.pass, entry.sizes);
+        match entries.iter_mut().find(same) {
+            Some(all) => {
+                all.calls += entry.calls;
+                all.seconds += entry.seconds;
+                all.flops += entry.flops;
+                all.bytes += entry.bytes;
+            }
+            None => entries.push(entry),
+        }
+    });
+}
+
+/// Calls both, side by side if threads are free. Their operations share the seconds that pass meanwhile, in proportion to the time that
+/// each takes.
+pub fn side_by_side<A: Send, B: Send>(a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
+    if !ON.load(Ordering::Relaxed) {
+        return rayon::join(a, b);
+    }
+    let start = Instant::now();
+    let ((a, of_a), (b, of_b)) = rayon::join(|| apart(a), || apart(b));
+    let share = start.elapsed().as_secs_f64() / (of_a.seconds + of_b.seconds);
+    for entry in of_a.entries.into_iter().chain(of_b.entries) {
+        note(Entry { seconds: entry.seconds * share, ..entry });
+    }
+    (a, b)
+}
+
+/// What work noted, and how long it took.
+struct Noted {
+    entries: Vec<Entry>,
+    seconds: f64,
+}
+
+/// Keeps what `work` notes out of the entries of this thread.
+fn apart<R>(work: impl FnOnce() -> R) -> (R, Noted) {
+    let others = ENTRIES.take();
+    let start = Instant::now();
+    let result = work();
+    let seconds = start.elapsed().as_secs_f64();
+    (result, Noted { entries: ENTRIES.replace(others), seconds })
+}
+
 /// Runs `work` and returns what its operations noted, in the order of their first calls. Only those called from this
-/// thread are seen (they may use others): call it on a thread of the pool, where passes stay.
+/// thread are seen (they may use others), and those inside of [`side_by_side`]: call it on a thread of the pool, where passes stay.
 pub fn profile<R>(work: impl FnOnce() -> R) -> (R, Vec<Entry>) {
     ENTRIES.with_borrow_mut(Vec::clear);
     ON.store(true, Ordering::Relaxed);

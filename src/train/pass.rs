@@ -1,0 +1,70 @@
+//! One pass over samples: noise, the model forward, the loss, and backward to the gradients of all weights.
+
+use super::learner::Batch;
+use crate::autograd::{Memory, Tape};
+use crate::diffusion::{ImageDims, LossTerms, LossWeight, Schedule, losses, q_sample};
+use crate::error::Result;
+use crate::model::dit::Dit;
+
+/// A model and what it is asked to learn.
+#[derive(Clone, Copy)]
+pub(super) struct Model<'a> {
+    pub(super) dit: &'a Dit,
+    pub(super) schedule: &'a Schedule,
+    pub(super) loss_weight: LossWeight,
+    /// `[P]`
+    pub(super) weights: &'a [f32],
+}
+
+/// Buffers of passes, kept from one to the next.
+#[derive(Default)]
+pub struct Pass {
+    /// Those of the tape.
+    pub memory: Memory,
+    x_t: Vec<f32>,            // [B, IC, H, W]
+    d_out: Vec<f32>,          // [B, OC, H, W]
+    sample_weights: Vec<f64>, // [B]
+}
+
+impl Pass {
+    /// No buffers yet, but those of a tape.
+    pub(super) fn with(memory: Memory) -> Self {
+        Pass { memory, ..Pass::default() }
+    }
+
+    /// Loss (mse, vb and their sum, `[B]`) and gradients `[P]` of `batch`; `add` adds to the gradients.
+    pub(super) fn run(
+        &mut self,
+        model: Model,
+        batch: Batch,
+        [mse, vb, loss]: [&mut [f32]; 3],
+        grads: &mut [f32],
+        add: bool,
+    ) -> Result<()> {
+        let Model { dit, schedule, loss_weight, weights } = model;
+        let (b, side, channels) = (batch.t.len(), dit.config.input_size, dit.config.in_channels);
+        let dims = ImageDims { channels, pixels: side * side, learn_sigma: dit.config.learn_sigma };
+        self.x_t.resize(b * dims.elements(), 0.0);
+        self.d_out.resize(b * dims.out_elements(), 0.0);
+        self.sample_weights.clear();
+        self.sample_weights.extend(batch.t.iter().map(|&t| loss_weight.weight(schedule, t as usize)));
+        q_sample(&mut self.x_t, batch.x_start, batch.noise, batch.t, schedule)?;
+
+        let mut tape = Tape::new(weights, grads, add, &mut self.memory);
+        let x_t = tape.input(&self.x_t, [b, channels, side, side], false)?;
+        let out = dit.forward(&mut tape, x_t, batch.t, batch.labels)?;
+        let terms = LossTerms { mse, vb, loss, d_model_out: &mut self.d_out };
+        losses(
+            terms,
+            tape.value(out),
+            batch.x_start,
+            batch.noise,
+            batch.t,
+            &self.sample_weights,
+            batch.coefficients,
+            schedule,
+            dims,
+        )?;
+        tape.backward(out, &self.d_out)
+    }
+}
