@@ -65,6 +65,8 @@ pub struct Memory {
     squares: Vec<(Param, f64)>,
     pool: Pool,
     cuda: Option<Box<DeviceMemory>>,
+    /// Of the second half of a batch, where the halves are computed side by side.
+    pub(crate) second: Option<Box<Memory>>,
 }
 
 impl Memory {
@@ -83,7 +85,9 @@ impl Memory {
 
     /// Bytes of all buffers, used and free.
     pub fn bytes(&self) -> usize {
-        self.pool.total * size_of::<f32>() + self.cuda.as_ref().map_or(0, |cuda| cuda.bytes())
+        let others =
+            self.cuda.as_ref().map_or(0, |cuda| cuda.bytes()) + self.second.as_ref().map_or(0, |half| half.bytes());
+        self.pool.total * size_of::<f32>() + others
     }
 
     /// Parameters of which the last backward pass, in main memory, computed the sum of squares of the gradient: weights whose gradients

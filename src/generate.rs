@@ -1,10 +1,13 @@
 //! Samples from a model: the sampler of `diffusion` around the network of `model`.
 
-use crate::autograd::{Memory, Weights, infer};
+use crate::autograd::{Memory, Tape, Weights, infer};
+use crate::backend::cpu::profile::side_by_side;
+use crate::backend::cpu::threads::awake;
 use crate::diffusion::loss::ImageDims;
 use crate::diffusion::sampler::Sampler;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::dit::Dit;
+use crate::model::halves::{halves, halves_mut, in_halves};
 use crate::rng::{Philox, Stream};
 
 /// Images (or latents) of the classes in `labels`: `[labels.len(), IC, H, W]`.
@@ -63,22 +66,19 @@ pub fn generate_batch(
     let start = Philox::new(seed, Stream::SampleStart);
     let noise = Philox::new(seed, Stream::SampleStep);
     // With guidance the batch is doubled: once with the labels, once with the null class.
-    let halves = if sampler.guided() { 2 } else { 1 };
-    let mut x = vec![0.0; halves * labels.len() * row];
+    let copies = if sampler.guided() { 2 } else { 1 };
+    let mut x = vec![0.0; copies * labels.len() * row];
     let mut y = labels.to_vec();
-    y.resize(halves * labels.len(), config.num_classes as u32);
+    y.resize(copies * labels.len(), config.num_classes as u32);
+    let mut times = vec![0; y.len()];
     for (i, x) in x.chunks_exact_mut(row).enumerate() {
         start.normal(x, 0, (first + i % labels.len()) as u64);
     }
     sampler.sample(
         &mut x,
         |x, t, out| {
-            infer(weights, memory, |tape| {
-                let input = tape.input(x, [y.len(), channels, side, side], false)?;
-                let answer = dit.forward(tape, input, &vec![t; y.len()], &y)?;
-                out.copy_from_slice(&tape.read(answer)?);
-                Ok(())
-            })
+            times.fill(t);
+            predict(dit, weights, memory, x, &times, &y, out)
         },
         |k, out| {
             for (i, out) in out.chunks_exact_mut(row).enumerate() {
@@ -92,7 +92,104 @@ pub fn generate_batch(
     Ok(x)
 }
 
+/// What the model answers to noisy images `x` `[B, IC, H, W]` at timesteps `t` with labels `y`: `out` `[B, OC, H, W]`. On the CPU a small
+/// model computes the halves of the batch side by side.
+///
+/// # Errors
+/// When sizes do not fit, a timestep or label is out of range, or a device fails.
+pub fn predict(
+    dit: &Dit,
+    weights: Weights,
+    memory: &mut Memory,
+    x: &[f32],
+    t: &[u32],
+    y: &[u32],
+    out: &mut [f32],
+) -> Result<()> {
+    match weights {
+        Weights::Cpu(weights) if in_halves(dit, t.len()) => {
+            let b = t.len();
+            let (x, t, y, out) = (halves(x, b), halves(t, b), halves(y, b), halves_mut(out, b));
+            let mut second = memory.second.take().unwrap_or_default();
+            let (done, second_done) = awake(|| {
+                side_by_side(
+                    || answer(dit, &mut Tape::inference(weights, memory), x.0, t.0, y.0, out.0),
+                    || answer(dit, &mut Tape::inference(weights, &mut second), x.1, t.1, y.1, out.1),
+                )
+            });
+            memory.second = Some(second);
+            done.and(second_done)
+        }
+        _ => infer(weights, memory, |tape| answer(dit, tape, x, t, y, out)),
+    }
+}
+
+fn answer(dit: &Dit, tape: &mut Tape, x: &[f32], t: &[u32], y: &[u32], out: &mut [f32]) -> Result<()> {
+    let (channels, side) = (dit.config.in_channels, dit.config.input_size);
+    let x = tape.input(x, [t.len(), channels, side, side], false)?;
+    let answer = dit.forward(tape, x, t, y)?;
+    let numbers = tape.read(answer)?;
+    if numbers.len() != out.len() {
+        let what = format!("an answer of {} numbers, and room for {}", numbers.len(), out.len());
+        return Err(Error::Shape { operation: "predict", what });
+    }
+    out.copy_from_slice(&numbers);
+    Ok(())
+}
+
 /// Number of denoising steps of a call of [`generate`].
 pub fn steps(sampler: &Sampler, samples: usize, batch: usize) -> usize {
     samples.div_ceil(batch.max(1)) * sampler.steps()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::ModelConfig;
+    use crate::model::dit::Init;
+    use crate::routing::Routing;
+
+    #[test]
+    fn halves_of_a_batch_are_answered_as_batches_of_their_own() {
+        let config = ModelConfig {
+            hidden_size: 24,
+            depth: 1,
+            num_heads: 2,
+            patch_size: 2,
+            input_size: 4,
+            in_channels: 1,
+            num_classes: 3,
+            null_class: true,
+            mlp_ratio: 4.0,
+            learn_sigma: true,
+            routing: Routing::Paper,
+            beta: 0.7,
+            alpha: 4.0,
+            routing_seed: 0,
+        };
+        let dit = Dit::new(config).unwrap();
+        let mut weights = dit.init(2, Init::Small);
+        weights.iter_mut().enumerate().for_each(|(i, w)| *w += (i * 37 % 101) as f32 / 1000.0 - 0.05);
+        let mut memory = Memory::new();
+        let x: Vec<f32> = (0..5 * 16).map(|i| (i * 29 % 67) as f32 / 40.0 - 0.8).collect();
+        let (t, y) = ([900, 500, 20, 999, 0], [0, 1, 2, 3, 0]);
+        let mut out = [f32::NAN; 5 * 32];
+        predict(&dit, Weights::Cpu(&weights), &mut memory, &x, &t, &y, &mut out).unwrap();
+        for samples in [0..3, 3..5] {
+            let (from, to) = (samples.start, samples.end);
+            let mut expected = vec![f32::NAN; samples.len() * 32];
+            infer(Weights::Cpu(&weights), &mut memory, |tape| {
+                answer(&dit, tape, &x[from * 16..to * 16], &t[samples.clone()], &y[samples.clone()], &mut expected)
+            })
+            .unwrap();
+            assert!(expected.iter().any(|&x| x != 0.0) && expected == out[from * 32..to * 32]);
+        }
+        let mut answers = |x: &[f32], t: &[u32], y: &[u32], room: usize| {
+            predict(&dit, Weights::Cpu(&weights), &mut memory, x, t, y, &mut vec![0.0; room]).is_ok()
+        };
+        assert!(answers(&x[..16], &t[..1], &y[..1], 32) && answers(&x, &t, &y, 5 * 32));
+        for (count, labels, room) in [(80, 4, 160), (64, 5, 160), (80, 5, 159), (80, 5, 200), (3, 0, 0)] {
+            assert!(!answers(&x[..count], &t, &y[..labels], room), "{count} numbers, {labels} labels, room for {room}");
+        }
+    }
 }

@@ -6,12 +6,12 @@ use clap::Args;
 
 use super::bench_cuda;
 use super::knobs::KnobFlags;
-use crate::autograd::{Memory, Weights, infer};
+use crate::autograd::Weights;
 use crate::backend::Compute;
 use crate::backend::cpu::profile::{Entry, profile};
 use crate::diffusion::sampler::{Method, Sampler};
 use crate::error::{Error, Result};
-use crate::generate::generate;
+use crate::generate::{generate, predict};
 use crate::model::config::TASKS;
 use crate::model::flops::forward_flops;
 use crate::rng::{Philox, Stream};
@@ -213,9 +213,14 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
     let schedule = learner.schedule.respaced(&[TASKS as u32 / 3, 2 * TASKS as u32 / 3])?;
     let sampler = Sampler::new(schedule, Method::Ddim { eta: 0.0 }, false, None)?;
     let Learner { dit, weights, pass: Pass { memory, .. }, .. } = &mut learner;
+    let out_len = dit.config.out_channels() * config.image_size * config.image_size;
+    let mut out = vec![0.0; b * out_len];
     let (forward_seconds, forward_cpu_seconds) = median(runs, || {
         let parts = x_start.chunks(part * n).zip(t.chunks(part)).zip(labels.chunks(part));
-        parts.into_iter().try_for_each(|((x, t), labels)| forward(dit, weights, memory, x, t, labels))
+        let mut parts = parts.zip(out.chunks_mut(part * out_len));
+        parts.try_for_each(|(((x, t), labels), out)| {
+            predict(dit, Weights::Cpu(weights), memory, x, t, labels, out).map(std::hint::black_box)
+        })
     })?;
     let (both_seconds, _) = median(runs, || {
         let weights = Weights::Cpu(weights);
@@ -272,23 +277,6 @@ fn print_profile(report: &Report) {
         );
     }
     println!("{:<52}{:>9.1}{:>7.1}", "everything else", rest * 1e3, 100.0 * rest / all);
-}
-
-fn forward(
-    dit: &crate::model::dit::Dit,
-    weights: &[f32],
-    memory: &mut Memory,
-    x: &[f32],
-    t: &[u32],
-    labels: &[u32],
-) -> Result<()> {
-    let (channels, side) = (dit.config.in_channels, dit.config.input_size);
-    infer(Weights::Cpu(weights), memory, |tape| {
-        let x = tape.input(x, [t.len(), channels, side, side], false)?;
-        let out = dit.forward(tape, x, t, labels)?;
-        std::hint::black_box(tape.value(out));
-        Ok(())
-    })
 }
 
 /// Median seconds of `work` over `runs`, after two that are not timed; and the mean processor time.

@@ -123,9 +123,14 @@ pub fn profile<R>(work: impl FnOnce() -> R) -> (R, Vec<Entry>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Mutex;
+
+    /// One profile at a time: the end of one would be that of the other.
+    static ALONE: Mutex<()> = Mutex::new(());
 
     #[test]
     fn calls_of_one_kind_are_summed_and_others_kept_apart() {
+        let _alone = ALONE.lock();
         drop(span("a", Pass::Forward, [1, 2], 10, 1));
         let ((), entries) = profile(|| {
             for pass in [Pass::Forward, Pass::Forward, Pass::Backward] {
@@ -134,5 +139,41 @@ mod tests {
         });
         let found: Vec<_> = entries.iter().map(|e| (e.pass, e.calls, e.flops, e.bytes)).collect();
         assert_eq!(found, [(Pass::Forward, 2, 20.0, 8.0), (Pass::Backward, 1, 10.0, 4.0)]);
+    }
+
+    #[test]
+    fn what_is_side_by_side_shares_the_time_that_passes() {
+        use std::time::Duration;
+        let _alone = ALONE.lock();
+        let work = |operation| {
+            let _span = span(operation, Pass::Forward, [1, 1], 5, 1);
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        for threads in [1, 2] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let (elapsed, entries) = pool.install(|| {
+                profile(|| {
+                    drop(span("before", Pass::Forward, [1, 1], 0, 0));
+                    let start = Instant::now();
+                    let results = side_by_side(
+                        || {
+                            work("both");
+                            work("one");
+                            1
+                        },
+                        || {
+                            work("both");
+                            "two"
+                        },
+                    );
+                    assert_eq!(results, (1, "two"));
+                    start.elapsed().as_secs_f64()
+                })
+            });
+            let found: Vec<_> = entries.iter().map(|e| (e.operation, e.calls, e.flops)).collect();
+            assert_eq!(found, [("before", 1, 0.0), ("both", 2, 10.0), ("one", 1, 5.0)]);
+            let seconds: f64 = entries[1..].iter().map(|e| e.seconds).sum();
+            assert!(seconds <= elapsed && seconds >= 0.5 * elapsed, "{seconds} of {elapsed} s with {threads} threads");
+        }
     }
 }

@@ -1,0 +1,48 @@
+//! On the CPU a small model computes the two halves of a batch side by side.
+//!
+//! No half then waits for the last thread of every product of the other, and threads find the activations of their half in their own
+//! caches. But weights are prepared for products twice, and training has gradients of each half to add. Measured (2 cores of an Intel
+//! Xeon, batches of 16 and 64): training steps of models with up to 4 M parameters take 3 to 27 % less time, digits (1.3 M) 10 %; with
+//! 5 M it depends, and of DiT-S/4 (33 M) they take 12 % more.
+
+use super::dit::Dit;
+
+/// Most parameters of a small model.
+const SMALL: usize = 1 << 22;
+
+/// Whether the halves of `batch` samples are computed side by side. It depends on nothing else, as results never depend on the number of
+/// threads.
+pub(crate) fn in_halves(dit: &Dit, batch: usize) -> bool {
+    batch > 1 && dit.layout.len() <= SMALL
+}
+
+/// Samples of the first half of a batch.
+pub(crate) fn first_half(batch: usize) -> usize {
+    batch.div_ceil(2)
+}
+
+/// The numbers of the samples of either half, if each of `batch` samples has as many. (If not, what takes them will say so.)
+pub(crate) fn halves<T>(numbers: &[T], batch: usize) -> (&[T], &[T]) {
+    numbers.split_at(numbers.len() / batch * first_half(batch))
+}
+
+/// [`halves`] to write to.
+pub(crate) fn halves_mut<T>(numbers: &mut [T], batch: usize) -> (&mut [T], &mut [T]) {
+    numbers.split_at_mut(numbers.len() / batch * first_half(batch))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_sample_is_in_one_half() {
+        for (batch, of_first) in [(1, 1), (2, 1), (3, 2), (8, 4)] {
+            let mut numbers: Vec<_> = (0..5 * batch).collect();
+            let (first, second) = halves(&numbers, batch);
+            assert_eq!((first.len(), [first, second].concat()), (5 * of_first, numbers.clone()));
+            assert_eq!(halves_mut(&mut numbers, batch).0.len(), 5 * of_first);
+        }
+        assert_eq!(halves(&[7; 5], 3), (&[7; 2][..], &[7; 3][..]));
+    }
+}
