@@ -127,8 +127,10 @@ fn few_tokens() {
 fn a_vector_of_tokens() {
     for (batch, heads, size) in [(1, 1, 16), (5, 4, 32), (2, 3, 48), (3, 2, 64), (1, 1, 128)] {
         check(batch, 16, heads, size);
-        let case = Case { batch, tokens: 16, heads, size, sharpness: 1.0, shift: 3.0 };
-        check_operation(&format!("T 16, NH {heads}, HS {size}, far below 0"), &case);
+        for shift in [3.0, 5.0] {
+            let case = Case { batch, tokens: 16, heads, size, sharpness: 1.0, shift };
+            check_operation(&format!("T 16, NH {heads}, HS {size}, {shift} from 0"), &case);
+        }
     }
 }
 

@@ -9,7 +9,7 @@ pub fn activation_numbers(config: &ModelConfig, images: usize, checkpointed: boo
     let [t, c, h, depth] = [config.tokens(), config.hidden_size, config.mlp_size(), config.depth].map(|n| n as f64);
     let pixels = (config.input_size * config.input_size) as f64;
     // qkv, attention, two outputs before their gates and two streams; before GELU; statistics; corrections.
-    let block = t * (8.0 * c + h + 4.0 + config.num_heads as f64) + 2.0 * (3.0 * c + h);
+    let block = t * (8.0 * c + h + 4.0 + 2.0 * config.num_heads as f64) + 2.0 * (3.0 * c + h);
     // Random routing masks around its blocks, with two streams more.
     let stream = if config.routing == Routing::Random { 3.0 * t * c } else { t * c };
     let blocks = depth * stream + if checkpointed { block } else { depth * (block - t * c) };

@@ -10,7 +10,7 @@ use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
-use crate::backend::cpu::simd::{add_assign, exp, fetch_rows, fma, simd_fn, sum_by};
+use crate::backend::cpu::simd::{add_assign, exp, fetch_rows, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
     HALF, PANEL, Rows, STRIP, Segment, Tile, copy_row, multiply, of_panel, of_panel_mut, panels, row_tiles,
 };
@@ -109,9 +109,9 @@ fn split<const N: usize>(mut buffer: &mut [f32], sizes: [usize; N]) -> [&mut [f3
 
 /// See [`super::attention`].
 pub fn forward(
-    out: &mut [f32], // [B, T, C]
-    lse: &mut [f32], // [B, T, NH]
-    qkv: &[f32],     // [B, T, 3C]
+    out: &mut [f32],   // [B, T, C]
+    found: &mut [f32], // [B, T, NH, 2]: the largest q k^T of a row, and 1 / the sum of its exponentials
+    qkv: &[f32],       // [B, T, 3C]
     Dims { b, t, c, heads }: Dims,
 ) {
     if b * t == 0 {
@@ -121,11 +121,11 @@ pub fn forward(
     let size = c / heads;
     #[cfg(target_arch = "x86_64")]
     if sixteen::takes(t, size) {
-        return sixteen::forward(out, lse, qkv, Dims { b, t, c, heads });
+        return sixteen::forward(out, found, qkv, Dims { b, t, c, heads });
     }
     let scale = 1.0 / (size as f32).sqrt();
     let sizes = [Columns::room(size, t), PANEL * size, t * PANEL];
-    let (out, lse) = (Shared::new(out), Shared::new(lse));
+    let (out, found) = (Shared::new(out), Shared::new(found));
     (0..b * heads).into_par_iter().for_each_init(Tile::new, |tile, task| {
         let (sample, head) = (task / heads, task % heads);
         let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
@@ -145,8 +145,8 @@ pub fn forward(
                     let segment = Segment { a, b: of_panel(q, 0), len: size };
                     multiply(&mut p[keys], halves(count, 0), Rows::lines(3 * c), HALF, &[segment], &[]);
                 }
-                let (mut inverse, mut log_sum) = ([0.0; PANEL], [0.0; PANEL]);
-                softmax(p, halves(count, 0), scale, &mut inverse, &mut log_sum);
+                let (mut max, mut inverse) = ([0.0; PANEL], [0.0; PANEL]);
+                softmax(p, halves(count, 0), scale, &mut max, &mut inverse);
                 for queries in row_tiles(count) {
                     for panel in 0..panels(size) {
                         let segment = Segment { a: &p.as_flattened()[queries.start..], b: v.panel(panel), len: t };
@@ -162,11 +162,10 @@ pub fn forward(
                         }
                     }
                 }
-                for (i, log_sum) in log_sum[..count].iter().enumerate() {
-                    let at = (sample * t + first + i) * heads + head;
-                    // SAFETY: one number a head and row.
-                    let lse = unsafe { lse.slice(at..at + 1) };
-                    lse[0] = *log_sum;
+                for i in 0..count {
+                    let at = 2 * ((sample * t + first + i) * heads + head);
+                    // SAFETY: the numbers of one head and row.
+                    unsafe { found.slice(at..at + 2) }.copy_from_slice(&[max[i], inverse[i]]);
                 }
             }
         });
@@ -179,7 +178,7 @@ pub fn backward(
     dout: &[f32],     // [B, T, C]
     qkv: &[f32],      // [B, T, 3C]
     out: &[f32],      // [B, T, C]
-    lse: &[f32],      // [B, T, NH]
+    found: &[f32],    // [B, T, NH, 2], see `forward`
     Dims { b, t, c, heads }: Dims,
 ) {
     if b * t == 0 {
@@ -191,14 +190,24 @@ pub fn backward(
     if sixteen::takes(t, size) {
         // It does not read `out`.
         let _span = span(7);
-        return sixteen::backward(dqkv, dout, qkv, lse, Dims { b, t, c, heads });
+        return sixteen::backward(dqkv, dout, qkv, found, Dims { b, t, c, heads });
     }
     let _span = span(8);
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
     let block = [at_once * size, Columns::room(size, at_once.min(t))];
-    let sizes =
-        [Columns::room(size, t), block[0], block[0], block[1], block[1], t * STRIP, t * STRIP, at_once, at_once];
+    let sizes = [
+        Columns::room(size, t),
+        block[0],
+        block[0],
+        block[1],
+        block[1],
+        t * STRIP,
+        t * STRIP,
+        at_once,
+        at_once,
+        at_once,
+    ];
     let dqkv = Shared::new(dqkv);
     (0..b * heads).into_par_iter().for_each_init(
         || [Tile::new(), Tile::new()],
@@ -212,7 +221,7 @@ pub fn backward(
                 fetch_rows(&qkv[part(i).at(0).start..], t.min(FETCHED), size, 3 * c);
             }
             scratch::with(sizes.iter().sum(), |buffer| {
-                let [k, q_transposed, dy_transposed, q, dy, p, ds, log_sum, mean] = split(buffer, sizes);
+                let [k, q_transposed, dy_transposed, q, dy, p, ds, max, inverse, mean] = split(buffer, sizes);
                 let k = Columns::new(k, qkv, part(1), 0..t);
                 for first in (0..t).step_by(at_once) {
                     let count = at_once.min(t - first);
@@ -222,11 +231,13 @@ pub fn backward(
                     let q = Columns::new(q, qkv, part(0), queries.clone());
                     let dy = Columns::new(dy, dout, of_out, queries.clone());
                     for (i, query) in queries.enumerate() {
-                        log_sum[i] = lse[(sample * t + query) * heads + head];
+                        let at = 2 * ((sample * t + query) * heads + head);
+                        (max[i], inverse[i]) = (found[at], found[at + 1]);
                         mean[i] = dot(&dout[of_out.at(query)], &out[of_out.at(query)]);
                     }
-                    log_sum[count..].fill(0.0);
-                    mean[count..].fill(0.0);
+                    for of_queries in [&mut *max, inverse, mean] {
+                        of_queries[count..].fill(0.0);
+                    }
 
                     // P and dS, transposed.
                     let transposed =
@@ -246,9 +257,9 @@ pub fn backward(
                             for half in 0..halves {
                                 let at = at + half * HALF;
                                 let numbers = columns.start + half * HALF..columns.start + (half + 1) * HALF;
-                                let (log_sum, mean) = (&log_sum[numbers.clone()], &mean[numbers]);
+                                let queries = [&*max, inverse, mean].map(|of_queries| &of_queries[numbers.clone()]);
                                 let (p, ds) = (&mut p[at..], &mut ds[at..]);
-                                softmax_backward(p, ds, scores, dp, keys.len(), half, log_sum, mean, scale);
+                                softmax_backward(p, ds, scores, dp, keys.len(), half, queries, scale);
                             }
                         }
                     }
@@ -296,19 +307,19 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// The first `halves` halves of the columns of `p` `[keys, PANEL]` become `exp(scale (p - max))`; `inverse` is one over their
-    /// sum, `log_sum` the log-sum-exp of `scale p`.
+    /// The first `halves` halves of the columns of `p` `[keys, PANEL]` become `exp(scale (p - max))`, with the largest of each column;
+    /// `inverse` is one over their sum.
     fn softmax<F>(
         p: &mut [[f32; PANEL]],
         halves: usize,
         scale: f32,
+        max: &mut [f32; PANEL],
         inverse: &mut [f32; PANEL],
-        log_sum: &mut [f32; PANEL],
     ) {
         if halves == 1 {
-            softmax_of::<F, HALF>(p, scale, inverse, log_sum)
+            softmax_of::<F, HALF>(p, scale, max, inverse)
         } else {
-            softmax_of::<F, PANEL>(p, scale, inverse, log_sum)
+            softmax_of::<F, PANEL>(p, scale, max, inverse)
         }
     }
 }
@@ -318,8 +329,8 @@ simd_fn! {
 fn softmax_of<const FMA: bool, const N: usize>(
     p: &mut [[f32; PANEL]],
     scale: f32,
+    max_of: &mut [f32; PANEL],
     inverse: &mut [f32; PANEL],
-    log_sum: &mut [f32; PANEL],
 ) {
     let mut max = [f32::NEG_INFINITY; N];
     for row in &*p {
@@ -335,14 +346,14 @@ fn softmax_of<const FMA: bool, const N: usize>(
         }
     }
     for j in 0..N {
+        max_of[j] = max[j];
         inverse[j] = 1.0 / sum[j];
-        log_sum[j] = max[j] * scale + sum[j].ln();
     }
 }
 
 simd_fn! {
     /// Half `half` of the queries of a tile of keys: the probabilities and the gradient of the scores, rows [`STRIP`] apart. The
-    /// tiles are whole, the other numbers begin at that half.
+    /// tiles are whole; `queries` are `max`, `inverse` and `D` of that half.
     fn softmax_backward<F>(
         p: &mut [f32],
         ds: &mut [f32],
@@ -350,17 +361,16 @@ simd_fn! {
         dp: &Tile,
         keys: usize,
         half: usize,
-        log_sum: &[f32],
-        mean: &[f32],
+        queries: [&[f32]; 3],
         scale: f32,
     ) {
-        let log_sum: &[f32; HALF] = log_sum.try_into().expect("half a panel of queries");
-        let mean: &[f32; HALF] = mean.try_into().expect("half a panel of queries");
+        let [max, inverse, mean]: [&[f32; HALF]; 3] =
+            queries.map(|of_queries| of_queries.try_into().expect("half a panel of queries"));
         for i in 0..keys {
             let (p, ds) = (&mut p[i * STRIP..][..HALF], &mut ds[i * STRIP..][..HALF]);
             let (scores, dp) = (&scores.rows[i][half * HALF..][..HALF], &dp.rows[i][half * HALF..][..HALF]);
             for j in 0..HALF {
-                let probability = exp::<F>(fma::<F>(scores[j], scale, -log_sum[j]));
+                let probability = exp::<F>((scores[j] - max[j]) * scale) * inverse[j];
                 p[j] = probability;
                 ds[j] = probability * (dp[j] - mean[j]) * scale;
             }

@@ -5,8 +5,9 @@
 //! S = q k^T / sqrt(HS)    P = softmax(S)    out = P v    [B, T, C]
 //! ```
 //!
-//! Only the log-sum-exp of each row of S is saved; backward computes P again, with `D_t = dout_t . out_t` (which is `P_t . dP_t`):
-//! `dv = P^T dout`, `dS = P (dout v^T - D) / sqrt(HS)`, `dq = dS k`, `dk = dS^T q`.
+//! Of P only what softmax finds of each row of S is saved: on the CPU the largest `q k^T` and 1 / the sum of exponentials, on CUDA the
+//! log-sum-exp. Backward computes P again, with `D_t = dout_t . out_t` (which is `P_t . dP_t`): `dv = P^T dout`,
+//! `dS = P (dout v^T - D) / sqrt(HS)`, `dq = dS k`, `dk = dS^T q`.
 
 pub(crate) mod cpu;
 pub mod cuda;
@@ -23,9 +24,9 @@ use crate::ops::{Node, check, dims3};
 /// What backward needs.
 #[derive(Clone, Copy)]
 pub(crate) struct Saved {
-    qkv: Var, // [B, T, 3C]
-    out: Var, // [B, T, C]
-    lse: Var, // [B, T, NH]; on CUDA [B, NH, T]
+    qkv: Var,  // [B, T, 3C]
+    out: Var,  // [B, T, C]
+    rows: Var, // what softmax found: [B, T, NH, 2]; on CUDA [B, NH, T]
     heads: usize,
 }
 
@@ -44,15 +45,15 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
         cuda::forward(&device, out, lse, tape.buffer(qkv), cuda::Dims { b, t, c, heads })?;
         let out = tape.push([b, t, c], out, true);
         let lse = tape.push([b, heads, t], lse, false);
-        tape.record(out, Node::Attention(Saved { qkv, out, lse, heads }));
+        tape.record(out, Node::Attention(Saved { qkv, out, rows: lse, heads }));
         return Ok(out);
     }
     let mut out = tape.take(b * t * c);
-    let mut lse = tape.take(b * t * heads);
-    cpu::forward(&mut out, &mut lse, tape.value(qkv), cpu::Dims { b, t, c, heads });
+    let mut rows = tape.take(b * t * heads * 2);
+    cpu::forward(&mut out, &mut rows, tape.value(qkv), cpu::Dims { b, t, c, heads });
     let out = tape.push([b, t, c], out, true);
-    let lse = tape.push([b, t, heads], lse, false);
-    tape.record(out, Node::Attention(Saved { qkv, out, lse, heads }));
+    let rows = tape.push([b, t, heads, 2], rows, false);
+    tape.record(out, Node::Attention(Saved { qkv, out, rows, heads }));
     Ok(out)
 }
 
@@ -61,7 +62,7 @@ impl Saved {
         let &[b, t, c] = tape.shape(self.out) else { unreachable!("made by the forward pass") };
         let device = tape.device();
         let dqkv = tape.take_buffer(b * t * 3 * c, dout.dtype);
-        let (qkv, out, lse) = (tape.buffer(self.qkv), tape.buffer(self.out), tape.buffer(self.lse));
+        let (qkv, out, lse) = (tape.buffer(self.qkv), tape.buffer(self.out), tape.buffer(self.rows));
         cuda::backward(&device, dqkv, dout, qkv, out, lse, cuda::Dims { b, t, c, heads: self.heads })?;
         tape.add_grad_buffer(self.qkv, dqkv)?;
         tape.give_buffer(dout);
@@ -76,7 +77,7 @@ impl Saved {
             &dout,
             tape.value(self.qkv),
             tape.value(self.out),
-            tape.value(self.lse),
+            tape.value(self.rows),
             cpu::Dims { b, t, c, heads: self.heads },
         );
         tape.add_grad(self.qkv, dqkv);

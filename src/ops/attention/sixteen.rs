@@ -25,26 +25,28 @@ pub fn takes(tokens: usize, size: usize) -> bool {
 }
 
 /// As [`super::cpu::forward`].
-pub fn forward(out: &mut [f32], lse: &mut [f32], qkv: &[f32], Dims { c, heads, .. }: Dims) {
+pub fn forward(out: &mut [f32], found: &mut [f32], qkv: &[f32], Dims { c, heads, .. }: Dims) {
     let size = c / heads;
-    out.par_chunks_mut(T * c).zip(lse.par_chunks_mut(T * heads)).enumerate().for_each(|(sample, (out, lse))| {
-        scratch::with(size * T, |transposed| {
-            for head in 0..heads {
-                let [q, k, v] = [0, 1, 2].map(|part| rows_of(qkv, 3 * c, sample, part * c, [head, heads], size));
-                interleave(transposed, T, q, T, size, 3 * c);
-                let out = &mut out[head * size..][..(T - 1) * c + size];
-                // SAFETY: `takes` found AVX-512 and whole vectors; the rows are as long as was cut.
-                let log_sum = unsafe { head_forward(out, transposed, [k, v], size, c) };
-                for (lse, log_sum) in lse.chunks_exact_mut(heads).zip(log_sum) {
-                    lse[head] = log_sum;
+    out.par_chunks_mut(T * c).zip(found.par_chunks_mut(T * heads * 2)).enumerate().for_each(
+        |(sample, (out, found))| {
+            scratch::with(size * T, |transposed| {
+                for head in 0..heads {
+                    let [q, k, v] = [0, 1, 2].map(|part| rows_of(qkv, 3 * c, sample, part * c, [head, heads], size));
+                    interleave(transposed, T, q, T, size, 3 * c);
+                    let out = &mut out[head * size..][..(T - 1) * c + size];
+                    // SAFETY: `takes` found AVX-512 and whole vectors; the rows are as long as was cut.
+                    let [max, inverse] = unsafe { head_forward(out, transposed, [k, v], size, c) };
+                    for (found, (max, inverse)) in found.chunks_exact_mut(heads * 2).zip(max.into_iter().zip(inverse)) {
+                        found[2 * head..][..2].copy_from_slice(&[max, inverse]);
+                    }
                 }
-            }
-        });
-    });
+            });
+        },
+    );
 }
 
 /// As [`super::cpu::backward`].
-pub fn backward(dqkv: &mut [f32], dout: &[f32], qkv: &[f32], lse: &[f32], Dims { c, heads, .. }: Dims) {
+pub fn backward(dqkv: &mut [f32], dout: &[f32], qkv: &[f32], found: &[f32], Dims { c, heads, .. }: Dims) {
     let size = c / heads;
     dqkv.par_chunks_mut(T * 3 * c).enumerate().for_each(|(sample, dqkv)| {
         scratch::with(2 * size * T, |transposed| {
@@ -58,9 +60,13 @@ pub fn backward(dqkv: &mut [f32], dout: &[f32], qkv: &[f32], lse: &[f32], Dims {
                 }
                 interleave(q_transposed, T, q, T, size, 3 * c);
                 interleave(dout_transposed, T, dout, T, size, c);
-                let lse = std::array::from_fn(|i| lse[(sample * T + i) * heads + head]);
+                let of_row =
+                    |which: usize| std::array::from_fn(|i| found[2 * ((sample * T + i) * heads + head) + which]);
+                let (max, inverse) = (of_row(0), of_row(1));
                 // SAFETY: `takes` found AVX-512 and whole vectors; the rows are as long as was cut.
-                unsafe { head_backward(dqkv, dout, [q, k, v], [q_transposed, dout_transposed], &lse, size, c) };
+                unsafe {
+                    head_backward(dqkv, dout, [q, k, v], [q_transposed, dout_transposed], [&max, &inverse], size, c)
+                };
             }
         });
     });
@@ -131,13 +137,13 @@ unsafe fn store(to: *mut f32, stride: usize, rows: [__m512; T]) {
     }
 }
 
-/// A head's rows of the output, and the log-sum-exp of each query's scores.
+/// A head's rows of the output, and of each query the largest `q k^T` and 1 / the sum of exponentials.
 ///
 /// # Safety
 /// The processor has what [`Level::Avx512`] stands for; keys and values are rows of `size` numbers, a multiple of 16, `3 * c` apart,
 /// the output's are `c` apart, and queries are columns of 16.
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-unsafe fn head_forward(out: &mut [f32], q: &[f32], [k, v]: [&[f32]; 2], size: usize, c: usize) -> [f32; T] {
+unsafe fn head_forward(out: &mut [f32], q: &[f32], [k, v]: [&[f32]; 2], size: usize, c: usize) -> [[f32; T]; 2] {
     let scale = 1.0 / (size as f32).sqrt();
     // `[keys, queries]`: softmax runs down columns, a vector of queries at a time.
     let mut p: Square = [[0.0; T]; T];
@@ -167,7 +173,7 @@ unsafe fn head_forward(out: &mut [f32], q: &[f32], [k, v]: [&[f32]; 2], size: us
             store(out.as_mut_ptr().add(first), c, rows);
         }
     }
-    std::array::from_fn(|i| max[i] * scale + sum[i].ln())
+    [max, inverse]
 }
 
 /// A head's columns of `dqkv`.
@@ -181,7 +187,7 @@ unsafe fn head_backward(
     dout: &[f32],
     [q, k, v]: [&[f32]; 3],
     [q_transposed, dout_transposed]: [&[f32]; 2],
-    lse: &[f32; T],
+    [max, inverse]: [&[f32; T]; 2],
     size: usize,
     c: usize,
 ) {
@@ -193,23 +199,16 @@ unsafe fn head_backward(
         store(p.as_mut_ptr().cast(), T, product::<false>(k.as_ptr(), 3 * c, q_transposed.as_ptr(), T, size));
         store(ds.as_mut_ptr().cast(), T, product::<false>(v.as_ptr(), 3 * c, dout_transposed.as_ptr(), T, size));
     }
-    // Of a large log-sum-exp the last bit is much: what it leaves of the sum is divided out.
-    let (mut sum, mut mean) = ([0.0f32; T], [0.0f32; T]);
+    let mut mean = [0.0f32; T];
     for (p, ds) in p.iter_mut().zip(&ds) {
         for i in 0..T {
-            p[i] = exp::<true>(p[i].mul_add(scale, -lse[i]));
-            sum[i] += p[i];
+            p[i] = exp::<true>((p[i] - max[i]) * scale) * inverse[i];
             // P . dP is dout . out, so out need not be read.
             mean[i] = p[i].mul_add(ds[i], mean[i]);
         }
     }
-    for i in 0..T {
-        sum[i] = 1.0 / sum[i];
-        mean[i] *= sum[i];
-    }
-    for (p, ds) in p.iter_mut().zip(&mut ds) {
+    for (p, ds) in p.iter().zip(&mut ds) {
         for i in 0..T {
-            p[i] *= sum[i];
             ds[i] = p[i] * (ds[i] - mean[i]) * scale;
         }
     }
