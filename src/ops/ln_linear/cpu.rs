@@ -525,30 +525,31 @@ fn inactive_gradient(
     n: usize,
     c: usize,
 ) {
+    let (stride, inner) = (modulation.stride, format.inner(0..n, n));
     let samples = samples_at_once(format, read.len());
-    let stride = modulation.stride;
-    let chunks = dmodulation.par_chunks_mut(samples * stride).zip(pq.par_chunks(samples * 2 * n));
-    chunks.zip(read.par_chunks(samples)).for_each(|((dmodulation, pq), windows)| {
-        let m = 2 * windows.len();
-        let (mut tile, mut kernel) = (Tile::new(), format.kernel());
-        scratch::with(format.rows_len(m, n), |packed| {
-            format.pack_rows(packed, pq, m, n, n);
-            for (panel, b) in panels_of_w.chunks_exact(format.panel_len(n)).enumerate() {
+    let of_chunk = format.rows_len(2 * samples, n);
+    scratch::with(read.len().div_ceil(samples) * of_chunk, |packed| {
+        let chunks = packed.par_chunks_mut(of_chunk).zip(pq.par_chunks(samples * 2 * n));
+        chunks.for_each(|(to, pq)| format.pack_rows(to, pq, pq.len() / n, n, n));
+        let (packed, dmodulation) = (&*packed, Shared::new(dmodulation));
+        panels_of_w.par_chunks_exact(format.panel_len(n)).enumerate().with_max_len(1).for_each(|(panel, b)| {
+            let columns = panel * PANEL..((panel + 1) * PANEL).min(c);
+            let (mut tile, mut kernel) = (Tile::new(), format.kernel());
+            for (chunk, (windows, a)) in read.chunks(samples).zip(packed.chunks_exact(of_chunk)).enumerate() {
                 if !touched(inactive_ranges(windows, c), panel) {
                     continue;
                 }
-                let end = ((panel + 1) * PANEL).min(c);
-                let inner = format.inner(0..n, n);
-                let segment = Segment { a: packed, b: format.of_panel(b, inner.start), len: inner.len() };
-                let halves = (end - panel * PANEL).div_ceil(HALF);
-                kernel.multiply(&mut tile, m, halves, segment, &[]);
-                for (s, (&window, row)) in windows.iter().zip(dmodulation.chunks_exact_mut(stride)).enumerate() {
-                    let (dshift, dscale) = columns(row, modulation.shift, modulation.scale, c);
-                    for (d, sums) in [(dscale, &tile.rows[2 * s]), (dshift, &tile.rows[2 * s + 1])] {
+                let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
+                kernel.multiply(&mut tile, 2 * windows.len(), columns.len().div_ceil(HALF), segment, &[]);
+                for (s, (window, sums)) in windows.iter().zip(tile.rows.chunks_exact(2)).enumerate() {
+                    let row = (chunk * samples + s) * stride;
+                    for (first, sums) in [(modulation.scale, &sums[0]), (modulation.shift, &sums[1])] {
                         for range in [0..window.start, window.end()..c] {
-                            let (from, to) = (range.start.max(panel * PANEL), range.end.min(end));
+                            let (from, to) = (range.start.max(columns.start), range.end.min(columns.end));
                             if from < to {
-                                add_assign(&mut d[from..to], &sums[from - panel * PANEL..to - panel * PANEL]);
+                                // SAFETY: columns of this panel.
+                                let d = unsafe { dmodulation.slice(row + first + from..row + first + to) };
+                                add_assign(d, &sums[from - columns.start..to - columns.start]);
                             }
                         }
                     }
