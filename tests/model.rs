@@ -88,7 +88,14 @@ fn in_dense_routing_every_number_of_every_parameter_gets_a_gradient() {
     let model = model(Routing::Dense, 1.0);
     let (_, grads) = fresh_step(&model);
     for entry in model.layout.entries() {
-        let without = grads[entry.param.range()].iter().filter(|&&g| g == 0.0).count();
+        let mut grads = grads[entry.param.range()].to_vec();
+        if entry.name.ends_with("attn.qkv.bias") {
+            // Softmax is the same whatever is added to all keys: the gradient of their bias is rounding errors, which may cancel.
+            let keys = grads.len() / 3..grads.len() / 3 * 2;
+            assert!(grads[keys.clone()].iter().all(|g| g.abs() < 1e-3), "{}", entry.name);
+            grads.drain(keys);
+        }
+        let without = grads.iter().filter(|&&g| g == 0.0).count();
         // Class 3 is not in the batch.
         let expected = if entry.name.starts_with("y_embedder") { 60 } else { 0 };
         assert_eq!(without, expected, "{}", entry.name);
