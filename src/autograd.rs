@@ -91,7 +91,7 @@ impl Memory {
     }
 
     /// Parameters of which the last backward pass, in main memory, computed the sum of squares of the gradient: weights whose gradients
-    /// were not added to others.
+    /// were not added to others, or all at once ([`Memory::know_squares`]).
     pub(crate) fn squares_mut(&mut self) -> &mut [(Param, f64)] {
         &mut self.squares
     }

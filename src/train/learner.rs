@@ -13,6 +13,7 @@ use crate::backend::cuda::{DType, Device};
 use crate::diffusion::weighting::{CLUSTERS, uncertainty_coefficients, uncertainty_loss};
 use crate::diffusion::{LossWeight, Schedule};
 use crate::error::{Error, Result};
+use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::model::halves::{halves, halves_mut, in_halves};
 use std::ops::Range;
@@ -34,6 +35,30 @@ pub struct Batch<'a> {
 }
 
 impl Batch<'_> {
+    /// Refuses sizes that do not fit together, timesteps and labels out of range.
+    fn check(&self, dit: &Dit) -> Result<()> {
+        let (config, b) = (&dit.config, self.t.len());
+        let numbers = b * config.in_channels * config.input_size * config.input_size;
+        for (name, found, expected) in [
+            ("x_start", self.x_start.len(), numbers),
+            ("noise", self.noise.len(), numbers),
+            ("labels", self.labels.len(), b),
+            ("coefficients", self.coefficients.len(), b),
+        ] {
+            if found != expected {
+                let what = format!("{name} has {found} elements, expected {expected} for {b} samples");
+                return Err(Error::Shape { operation: "gradients", what });
+            }
+        }
+        for (name, numbers, end) in [("timestep", self.t, TASKS), ("label", self.labels, config.label_rows())] {
+            if let Some(number) = numbers.iter().find(|&&number| number as usize >= end) {
+                let what = format!("{name} {number} is outside 0..{end}");
+                return Err(Error::Shape { operation: "gradients", what });
+            }
+        }
+        Ok(())
+    }
+
     /// The samples of either half.
     fn halves(&self) -> [Self; 2] {
         let b = self.t.len();
@@ -92,7 +117,7 @@ pub struct Learner {
     pub uncertainty: Option<Uncertainty>,
     /// Updates made so far.
     pub updates: u64,
-    /// Buffers of the model's passes; of a small model's, of those over the first halves of batches.
+    /// Buffers of the model's passes; where halves of a batch are computed side by side, of those over the first.
     pub pass: Pass,
     /// Where everything is while training on a CUDA device: `weights`, `ema`, `m` and `v` here are then as old as when they
     /// were last fetched, arbitrary before the first time, and `grads` is empty.
@@ -228,13 +253,15 @@ impl Learner {
     /// batch before it.
     ///
     /// # Errors
-    /// When sizes do not fit, or a timestep or label is out of range.
+    /// When sizes do not fit, or a timestep or label is out of range: the gradients are then as they were.
     pub fn gradients(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
         awake(|| self.compute(batch, add, found))
     }
 
     fn compute(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
         let Learner { dit, schedule, loss_weight, weights, grads, pass, second_half, .. } = self;
+        // Before any half adds to the gradients.
+        batch.check(dit)?;
         let model = Model { dit, schedule, loss_weight: *loss_weight, weights };
         let b = batch.t.len();
         let found = [&mut found.mse, &mut found.vb, &mut found.loss].map(|losses| {
@@ -303,7 +330,7 @@ fn not_on_device() -> Error {
 mod tests {
     use super::*;
     use crate::diffusion::ScheduleKind;
-    use crate::model::config::{ModelConfig, TASKS};
+    use crate::model::config::ModelConfig;
     use crate::model::dit::Init;
     use crate::routing::Routing;
 
@@ -318,7 +345,7 @@ mod tests {
             num_classes: 10,
             null_class: true,
             mlp_ratio: 4.0,
-            learn_sigma: false,
+            learn_sigma: true,
             routing: Routing::Sublayer,
             beta: 0.6,
             alpha: 4.0,
@@ -333,7 +360,7 @@ mod tests {
         learner
     }
 
-    /// Gradients of three samples, twice over if `add`.
+    /// Gradients of three samples; `add`ed to those that are there.
     fn compute(learner: &mut Learner, add: bool) -> Losses {
         let x: Vec<f32> = (0..3 * 36).map(|i| (i % 17) as f32 / 9.0 - 0.8).collect();
         let batch =
@@ -343,7 +370,7 @@ mod tests {
         losses
     }
 
-    /// What backward says of the gradients of weights is what they are, by any number of threads, and nothing of those it adds to.
+    /// What backward says of the gradients of weights is what they are, by any number of threads; of weights one by one, nothing of those it adds to.
     #[test]
     fn the_norm_is_that_of_all_gradients() {
         for halves in [false, true] {
@@ -381,13 +408,14 @@ mod tests {
         assert!(whole.second_half.take().is_some(), "a small model computes in halves");
         for add in [false, true] {
             let [of_whole, of_halves] = [&mut whole, &mut halves].map(|learner| compute(learner, add));
-            for (expected, found) in [(&of_whole.mse, &of_halves.mse), (&of_whole.loss, &of_halves.loss)] {
+            let pairs =
+                [(&of_whole.mse, &of_halves.mse), (&of_whole.vb, &of_halves.vb), (&of_whole.loss, &of_halves.loss)];
+            for (expected, found) in pairs {
                 assert_eq!(found.len(), 3);
                 for (expected, found) in expected.iter().zip(found) {
                     assert!((expected - found).abs() <= 1e-5 * expected.abs(), "a loss of {found} for {expected}");
                 }
             }
-            let largest = whole.grads.iter().fold(0.0, |most: f32, g| most.max(g.abs()));
             for (entry, (expected, found)) in whole
                 .dit
                 .layout
@@ -395,7 +423,8 @@ mod tests {
                 .iter()
                 .map(|e| (e, (&whole.grads[e.param.range()], &halves.grads[e.param.range()])))
             {
-                assert!(expected.iter().any(|&g| g != 0.0), "{}: no gradient", entry.name);
+                let largest = expected.iter().fold(0.0, |most: f32, g| most.max(g.abs()));
+                assert!(largest > 0.0, "{}: no gradient", entry.name);
                 for (expected, found) in expected.iter().zip(found) {
                     assert!((expected - found).abs() <= 1e-5 * largest, "{}: {found} for {expected}", entry.name);
                 }
@@ -417,9 +446,12 @@ mod tests {
             Batch { labels: &[0, 1], ..good },
             Batch { labels: &[0, 1, 2, 11], ..good },
             Batch { coefficients: &[], ..good },
+            Batch { labels: &[0, 1, 2, 3, 4], ..good },
         ] {
-            assert!(learner.gradients(bad, false, &mut Losses::default()).is_err());
+            learner.loss_weight = LossWeight::MinSnr { gamma: 5.0 };
+            assert!(learner.gradients(bad, true, &mut Losses::default()).is_err());
         }
+        assert!(learner.grads.iter().all(|&g| g == 0.0), "a batch that was refused left gradients");
         learner.gradients(good, false, &mut Losses::default()).unwrap();
     }
 }
