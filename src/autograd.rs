@@ -65,8 +65,7 @@ pub struct Memory {
     squares: Vec<(Param, f64)>,
     pool: Pool,
     cuda: Option<Box<DeviceMemory>>,
-    /// Of the second half of a batch, where the halves are computed side by side.
-    pub(crate) second: Option<Box<Memory>>,
+    second: Option<Box<Memory>>, // see for_halves
 }
 
 impl Memory {
@@ -94,6 +93,14 @@ impl Memory {
     /// were not added to others, or all at once ([`Memory::know_squares`]).
     pub(crate) fn squares_mut(&mut self) -> &mut [(Param, f64)] {
         &mut self.squares
+    }
+
+    /// Calls `work` with this memory and another, for the second half of a batch.
+    pub(crate) fn for_halves<R>(&mut self, work: impl FnOnce(&mut Memory, &mut Memory) -> R) -> R {
+        let mut second = self.second.take().unwrap_or_default();
+        let result = work(self, &mut second);
+        self.second = Some(second);
+        result
     }
 
     /// Takes note of the sum of squares of all `len` gradients, instead of those of parameters.

@@ -97,7 +97,7 @@ pub fn generate_batch(
 ///
 /// # Errors
 /// When sizes do not fit, a timestep or label is out of range, or a device fails.
-pub fn predict(
+pub(crate) fn predict(
     dit: &Dit,
     weights: Weights,
     memory: &mut Memory,
@@ -110,14 +110,14 @@ pub fn predict(
         Weights::Cpu(weights) if in_halves(dit, t.len()) => {
             let b = t.len();
             let (x, t, y, out) = (halves(x, b), halves(t, b), halves(y, b), halves_mut(out, b));
-            let mut second = memory.second.take().unwrap_or_default();
-            let (done, second_done) = awake(|| {
-                side_by_side(
-                    || answer(dit, &mut Tape::inference(weights, memory), x.0, t.0, y.0, out.0),
-                    || answer(dit, &mut Tape::inference(weights, &mut second), x.1, t.1, y.1, out.1),
-                )
+            let (done, second_done) = memory.for_halves(|first, second| {
+                awake(|| {
+                    side_by_side(
+                        || answer(dit, &mut Tape::inference(weights, first), x.0, t.0, y.0, out.0),
+                        || answer(dit, &mut Tape::inference(weights, second), x.1, t.1, y.1, out.1),
+                    )
+                })
             });
-            memory.second = Some(second);
             done.and(second_done)
         }
         _ => infer(weights, memory, |tape| answer(dit, tape, x, t, y, out)),
@@ -127,8 +127,8 @@ pub fn predict(
 fn answer(dit: &Dit, tape: &mut Tape, x: &[f32], t: &[u32], y: &[u32], out: &mut [f32]) -> Result<()> {
     let (channels, side) = (dit.config.in_channels, dit.config.input_size);
     let x = tape.input(x, [t.len(), channels, side, side], false)?;
-    let answer = dit.forward(tape, x, t, y)?;
-    let numbers = tape.read(answer)?;
+    let made = dit.forward(tape, x, t, y)?;
+    let numbers = tape.read(made)?;
     if numbers.len() != out.len() {
         let what = format!("an answer of {} numbers, and room for {}", numbers.len(), out.len());
         return Err(Error::Shape { operation: "predict", what });
@@ -184,6 +184,10 @@ mod tests {
             .unwrap();
             assert!(expected.iter().any(|&x| x != 0.0) && expected == out[from * 32..to * 32]);
         }
+        let mut whole = [f32::NAN; 5 * 32];
+        infer(Weights::Cpu(&weights), &mut memory, |tape| answer(&dit, tape, &x, &t, &y, &mut whole)).unwrap();
+        let largest = whole.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+        assert!(whole.iter().zip(&out).all(|(whole, half)| (whole - half).abs() <= 1e-5 * largest));
         let mut answers = |x: &[f32], t: &[u32], y: &[u32], room: usize| {
             predict(&dit, Weights::Cpu(&weights), &mut memory, x, t, y, &mut vec![0.0; room]).is_ok()
         };

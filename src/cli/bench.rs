@@ -17,7 +17,6 @@ use crate::model::flops::forward_flops;
 use crate::rng::{Philox, Stream};
 use crate::train::learner::{Batch, Learner, Losses};
 use crate::train::optimizer::Update;
-use crate::train::pass::Pass;
 use crate::train::progress::say;
 use crate::train::{TrainConfig, setup, trainer};
 
@@ -212,15 +211,14 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
     // Two steps far from the ends of the schedule, where windows do not start or end with the channels.
     let schedule = learner.schedule.respaced(&[TASKS as u32 / 3, 2 * TASKS as u32 / 3])?;
     let sampler = Sampler::new(schedule, Method::Ddim { eta: 0.0 }, false, None)?;
-    let Learner { dit, weights, pass: Pass { memory, .. }, .. } = &mut learner;
+    let Learner { dit, weights, memory, .. } = &mut learner;
     let out_len = dit.config.out_channels() * config.image_size * config.image_size;
     let mut out = vec![0.0; b * out_len];
     let (forward_seconds, forward_cpu_seconds) = median(runs, || {
         let parts = x_start.chunks(part * n).zip(t.chunks(part)).zip(labels.chunks(part));
-        let mut parts = parts.zip(out.chunks_mut(part * out_len));
-        parts.try_for_each(|(((x, t), labels), out)| {
-            predict(dit, Weights::Cpu(weights), memory, x, t, labels, out).map(std::hint::black_box)
-        })
+        parts
+            .zip(out.chunks_mut(part * out_len))
+            .try_for_each(|(((x, t), labels), out)| predict(dit, Weights::Cpu(weights), memory, x, t, labels, out))
     })?;
     let (both_seconds, _) = median(runs, || {
         let weights = Weights::Cpu(weights);

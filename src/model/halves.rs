@@ -10,10 +10,15 @@ use super::dit::Dit;
 /// Most parameters of a small model.
 const SMALL: usize = 1 << 22;
 
+/// Whether a model is one whose batches are computed in halves.
+pub(crate) fn is_small(dit: &Dit) -> bool {
+    dit.layout.len() <= SMALL
+}
+
 /// Whether the halves of `batch` samples are computed side by side. It depends on nothing else, as results never depend on the number of
 /// threads.
 pub(crate) fn in_halves(dit: &Dit, batch: usize) -> bool {
-    batch > 1 && dit.layout.len() <= SMALL
+    batch > 1 && is_small(dit)
 }
 
 /// Samples of the first half of a batch.

@@ -4,7 +4,7 @@
 
 use super::device::{Decision, DeviceState, DeviceUpdate, How};
 use super::optimizer::{self, Update};
-use super::pass::{Model, Pass};
+use super::pass::{Buffers, Model};
 use crate::autograd::Memory;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::profile::side_by_side;
@@ -15,7 +15,7 @@ use crate::diffusion::{LossWeight, Schedule};
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
-use crate::model::halves::{halves, halves_mut, in_halves};
+use crate::model::halves::{halves, halves_mut, in_halves, is_small};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -117,18 +117,19 @@ pub struct Learner {
     pub uncertainty: Option<Uncertainty>,
     /// Updates made so far.
     pub updates: u64,
-    /// Buffers of the model's passes; where halves of a batch are computed side by side, of those over the first.
-    pub pass: Pass,
+    /// Buffers of the model's passes.
+    pub memory: Memory,
     /// Where everything is while training on a CUDA device: `weights`, `ema`, `m` and `v` here are then as old as when they
     /// were last fetched, arbitrary before the first time, and `grads` is empty.
     pub on_device: Option<DeviceState>,
-    second_half: Option<Box<SecondHalf>>, // of a small model in main memory
+    buffers: Buffers,
+    second_half: Option<SecondHalf>, // of a small model in main memory
     norm_parts: Vec<(Range<usize>, f64)>,
 }
 
 /// What the second halves of batches have to themselves.
 struct SecondHalf {
-    pass: Pass,
+    buffers: Buffers,
     grads: AlignedVec,
 }
 
@@ -136,8 +137,8 @@ impl Learner {
     /// A learner whose weights are those of `start` (in the layout of `dit`).
     pub fn new(dit: Dit, schedule: Schedule, loss_weight: LossWeight, start: AlignedVec) -> Self {
         let (len, ema) = (start.len(), start.clone());
-        let second_half = || Box::new(SecondHalf { pass: Pass::default(), grads: AlignedVec::zeros(len) });
-        let second_half = in_halves(&dit, 2).then(second_half);
+        let second_half = || SecondHalf { buffers: Buffers::default(), grads: AlignedVec::zeros(len) };
+        let second_half = is_small(&dit).then(second_half);
         let learner = Self::with(dit, schedule, loss_weight, [start, ema, AlignedVec::zeros(len)]);
         Learner { second_half, ..learner }
     }
@@ -158,7 +159,7 @@ impl Learner {
         // A large model's buffers take seconds to fill in main memory, and nobody reads these before they are fetched.
         let ema = AlignedVec::zeros(start.len());
         let learner = Self::with(dit, schedule, loss_weight, [start, ema, AlignedVec::new()]);
-        Ok(Learner { pass: Pass::with(Memory::on_device(device, elem)), on_device: Some(state), ..learner })
+        Ok(Learner { memory: Memory::on_device(device, elem), on_device: Some(state), ..learner })
     }
 
     fn with(dit: Dit, schedule: Schedule, loss_weight: LossWeight, [weights, ema, grads]: [AlignedVec; 3]) -> Self {
@@ -176,8 +177,9 @@ impl Learner {
                 gradient: none,
             }),
             updates: 0,
-            pass: Pass::default(),
+            memory: Memory::new(),
             on_device: None,
+            buffers: Buffers::default(),
             second_half: None,
             norm_parts: Vec::new(),
             dit,
@@ -185,11 +187,6 @@ impl Learner {
             loss_weight,
             weights,
         }
-    }
-
-    /// Bytes of the buffers of passes, used and free.
-    pub fn buffer_bytes(&self) -> usize {
-        self.pass.memory.bytes() + self.second_half.as_ref().map_or(0, |second| second.pass.memory.bytes())
     }
 
     /// Copies everything from the device, if there is one, to main memory.
@@ -215,8 +212,8 @@ impl Learner {
     /// # Errors
     /// As [`DeviceState::stage`], and on a learner that is not on a device.
     pub fn stage(&mut self, batch: Batch, how: How) -> Result<()> {
-        let Learner { dit, pass, on_device, .. } = self;
-        on_device.as_mut().ok_or_else(not_on_device)?.stage(dit, &mut pass.memory, batch, how)
+        let Learner { dit, memory, on_device, .. } = self;
+        on_device.as_mut().ok_or_else(not_on_device)?.stage(dit, memory, batch, how)
     }
 
     /// Starts the pass over the batch that was staged, and the update if it is the last part.
@@ -224,9 +221,9 @@ impl Learner {
     /// # Errors
     /// As [`DeviceState::launch`], and on a learner that is not on a device.
     pub fn launch(&mut self, batch: Batch, how: How, update: Option<DeviceUpdate>) -> Result<()> {
-        let Learner { dit, schedule, loss_weight, pass, on_device, .. } = self;
+        let Learner { dit, schedule, loss_weight, memory, on_device, .. } = self;
         let state = on_device.as_mut().ok_or_else(not_on_device)?;
-        state.launch(dit, schedule, *loss_weight, &mut pass.memory, batch, how, update)
+        state.launch(dit, schedule, *loss_weight, memory, batch, how, update)
     }
 
     /// Waits for what was launched.
@@ -259,7 +256,7 @@ impl Learner {
     }
 
     fn compute(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
-        let Learner { dit, schedule, loss_weight, weights, grads, pass, second_half, .. } = self;
+        let Learner { dit, schedule, loss_weight, weights, grads, memory, buffers, second_half, .. } = self;
         // Before any half adds to the gradients.
         batch.check(dit)?;
         let model = Model { dit, schedule, loss_weight: *loss_weight, weights };
@@ -268,18 +265,21 @@ impl Learner {
             losses.resize(b, 0.0);
             &mut losses[..]
         });
-        let Some(second_half) = second_half.as_deref_mut().filter(|_| in_halves(dit, b)) else {
-            return pass.run(model, batch, found, grads, add);
+        let Some(second_half) = second_half.as_mut().filter(|_| in_halves(dit, b)) else {
+            return buffers.pass(memory, model, batch, found, grads, add);
         };
         let [first, second] = batch.halves();
         let [mse, vb, loss] = found.map(|losses| halves_mut(losses, b));
-        let (done, second_done) = side_by_side(
-            || pass.run(model, first, [mse.0, vb.0, loss.0], grads, add),
-            || second_half.pass.run(model, second, [mse.1, vb.1, loss.1], &mut second_half.grads, false),
-        );
+        let SecondHalf { buffers: second_buffers, grads: second_grads } = second_half;
+        let (done, second_done) = memory.for_halves(|memory, second_memory| {
+            side_by_side(
+                || buffers.pass(memory, model, first, [mse.0, vb.0, loss.0], grads, add),
+                || second_buffers.pass(second_memory, model, second, [mse.1, vb.1, loss.1], second_grads, false),
+            )
+        });
         done.and(second_done)?;
-        let squares = optimizer::add(grads, &second_half.grads);
-        pass.memory.know_squares(squares, grads.len());
+        let squares = optimizer::add(grads, second_grads);
+        memory.know_squares(squares, grads.len());
         Ok(())
     }
 
@@ -294,7 +294,7 @@ impl Learner {
 
     /// L2 norm of the gradients as the last [`Learner::gradients`] left them: not finite when any of them is not.
     pub fn gradient_norm(&mut self) -> f64 {
-        optimizer::norm(&self.grads, self.pass.memory.squares_mut(), &mut self.norm_parts)
+        optimizer::norm(&self.grads, self.memory.squares_mut(), &mut self.norm_parts)
     }
 
     /// One update of the weights and their moving average. `update.number` is set here; `uncertainty_lr` is the learning
@@ -360,44 +360,69 @@ mod tests {
         learner
     }
 
-    /// Gradients of three samples; `add`ed to those that are there.
-    fn compute(learner: &mut Learner, add: bool) -> Losses {
-        let x: Vec<f32> = (0..3 * 36).map(|i| (i % 17) as f32 / 9.0 - 0.8).collect();
-        let batch =
-            Batch { x_start: &x, noise: &x, t: &[1, 500, 998], labels: &[0, 3, 9], coefficients: &[0.5, 0.25, 1.0] };
+    /// Gradients of `count` samples, at most three.
+    fn compute(learner: &mut Learner, count: usize, add: bool) -> Losses {
+        let x: Vec<f32> = (0..count * 36).map(|i| (i % 17) as f32 / 9.0 - 0.8).collect();
+        let batch = Batch {
+            x_start: &x,
+            noise: &x,
+            t: &[1, 500, 998][..count],
+            labels: &[0, 3, 9][..count],
+            coefficients: &[0.5, 0.25, 1.0][..count],
+        };
         let mut losses = Losses::default();
         learner.gradients(batch, add, &mut losses).unwrap();
         losses
     }
 
-    /// What backward says of the gradients of weights is what they are, by any number of threads; of weights one by one, nothing of those it adds to.
+    /// The norm, which must be that of the gradients.
+    fn norm(learner: &mut Learner) -> f64 {
+        let expected = learner.grads.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+        let norm = learner.gradient_norm();
+        assert!((norm - expected).abs() <= 1e-12 * norm, "{norm} for {expected}");
+        norm
+    }
+
+    /// What is known of the squares of gradients is what they are, after batches in halves and others; by any number of threads the
+    /// gradients have the same bits.
     #[test]
     fn the_norm_is_that_of_all_gradients() {
         for halves in [false, true] {
-            let norms = [1, 2, 5].map(|threads| {
+            let found = [1, 2, 5].map(|threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {
                     let mut learner = learner();
                     learner.second_half.take_if(|_| !halves);
-                    [false, true].map(|add| {
-                        compute(&mut learner, add);
-                        // Of weights one by one, or of all that there are.
-                        let known = if halves {
-                            1
-                        } else if add {
-                            0
-                        } else {
-                            13
+                    [(3, false), (3, true), (1, true), (1, false), (2, true)].map(|(count, add)| {
+                        compute(&mut learner, count, add);
+                        let known = match (halves && count > 1, add) {
+                            (true, _) => 1, // all of them
+                            (false, true) => 0,
+                            (false, false) => 13, // weights, one by one
                         };
-                        assert_eq!(learner.pass.memory.squares_mut().len(), known, "squares that are known");
-                        let squares: f64 = learner.grads.iter().map(|&g| f64::from(g).powi(2)).sum();
-                        let norm = learner.gradient_norm();
-                        assert!((norm - squares.sqrt()).abs() <= 1e-12 * norm, "{norm} for {}", squares.sqrt());
-                        norm
+                        assert_eq!(learner.memory.squares_mut().len(), known, "squares that are known");
+                        (norm(&mut learner), learner.grads.to_vec())
                     })
                 })
             });
-            assert!(norms.iter().all(|of| *of == norms[0]), "{norms:?}");
+            assert!(
+                found.iter().all(|of| *of == found[0]),
+                "the number of threads changes gradients, halves: {halves}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_half_that_is_not_finite_shows_in_the_norm() {
+        let mut learner = learner();
+        let x = [0.1; 4 * 36];
+        for at in [0, 3] {
+            let mut coefficients = [1.0; 4];
+            coefficients[at] = f64::NAN;
+            let batch =
+                Batch { x_start: &x, noise: &x, t: &[1, 5, 9, 3], labels: &[0; 4], coefficients: &coefficients };
+            learner.gradients(batch, false, &mut Losses::default()).unwrap();
+            assert!(learner.gradient_norm().is_nan());
         }
     }
 
@@ -407,7 +432,7 @@ mod tests {
         let [mut whole, mut halves] = [learner(), learner()];
         assert!(whole.second_half.take().is_some(), "a small model computes in halves");
         for add in [false, true] {
-            let [of_whole, of_halves] = [&mut whole, &mut halves].map(|learner| compute(learner, add));
+            let [of_whole, of_halves] = [&mut whole, &mut halves].map(|learner| compute(learner, 3, add));
             let pairs =
                 [(&of_whole.mse, &of_halves.mse), (&of_whole.vb, &of_halves.vb), (&of_whole.loss, &of_halves.loss)];
             for (expected, found) in pairs {

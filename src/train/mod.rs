@@ -8,7 +8,7 @@ mod events;
 pub mod learner;
 pub mod metrics;
 pub mod optimizer;
-pub mod pass;
+mod pass;
 pub mod plan;
 pub mod plot;
 pub mod progress;

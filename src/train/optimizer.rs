@@ -248,6 +248,19 @@ mod tests {
     }
 
     #[test]
+    fn gradients_of_halves_are_added() {
+        for n in [0, 1, BLOCK, 2 * BLOCK + 37] {
+            let a: Vec<f32> = (0..n).map(|i| (i % 11) as f32 - 5.0).collect();
+            let b: Vec<f32> = (0..n).map(|i| (i % 7) as f32 / 4.0).collect();
+            let mut sum = a.clone();
+            let squares = add(&mut sum, &b);
+            assert!(sum.iter().zip(a.iter().zip(&b)).all(|(sum, (a, b))| *sum == a + b));
+            let expected: f64 = sum.iter().map(|&x| f64::from(x).powi(2)).sum();
+            assert!((squares - expected).abs() <= 1e-12 * expected, "{squares} for {expected}");
+        }
+    }
+
+    #[test]
     fn known_squares_take_the_place_of_their_gradients() {
         let g: Vec<f32> = (0..2 * BLOCK + 9).map(|i| (i % 7) as f32).collect();
         let mut rest = Vec::new();

@@ -16,25 +16,19 @@ pub(super) struct Model<'a> {
     pub(super) weights: &'a [f32],
 }
 
-/// Buffers of passes, kept from one to the next.
+/// What a pass needs beside the tape's memory, kept from one to the next.
 #[derive(Default)]
-pub struct Pass {
-    /// Those of the tape.
-    pub memory: Memory,
+pub(super) struct Buffers {
     x_t: Vec<f32>,            // [B, IC, H, W]
     d_out: Vec<f32>,          // [B, OC, H, W]
     sample_weights: Vec<f64>, // [B]
 }
 
-impl Pass {
-    /// No buffers yet, but those of a tape.
-    pub(super) fn with(memory: Memory) -> Self {
-        Pass { memory, ..Pass::default() }
-    }
-
+impl Buffers {
     /// Loss (mse, vb and their sum, `[B]`) and gradients `[P]` of `batch`; `add` adds to the gradients.
-    pub(super) fn run(
+    pub(super) fn pass(
         &mut self,
+        memory: &mut Memory,
         model: Model,
         batch: Batch,
         [mse, vb, loss]: [&mut [f32]; 3],
@@ -50,7 +44,7 @@ impl Pass {
         self.sample_weights.extend(batch.t.iter().map(|&t| loss_weight.weight(schedule, t as usize)));
         q_sample(&mut self.x_t, batch.x_start, batch.noise, batch.t, schedule)?;
 
-        let mut tape = Tape::new(weights, grads, add, &mut self.memory);
+        let mut tape = Tape::new(weights, grads, add, memory);
         let x_t = tape.input(&self.x_t, [b, channels, side, side], false)?;
         let out = dit.forward(&mut tape, x_t, batch.t, batch.labels)?;
         let terms = LossTerms { mse, vb, loss, d_model_out: &mut self.d_out };

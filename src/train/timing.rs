@@ -122,7 +122,7 @@ pub fn time_steps(
     }
     seconds.sort_by(f64::total_cmp);
     let device_seconds = seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN);
-    let memory = learner.pass.memory.device_bytes();
+    let memory = learner.memory.device_bytes();
     let parameters = learner.dit.layout.len();
     Ok((learner, StepTimes { device_seconds, host_seconds, memory, parameters, kernels }))
 }

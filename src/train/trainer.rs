@@ -379,7 +379,7 @@ impl Trainer {
         let columns = config.samples_per_class;
         let classes = config.sample_classes.min(config.num_classes);
         let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
-        let Learner { dit, ema, pass, on_device, .. } = &mut self.learner;
+        let Learner { dit, ema, memory, on_device, .. } = &mut self.learner;
         if let Some(state) = on_device {
             state.read_ema(ema)?;
         }
@@ -387,7 +387,7 @@ impl Trainer {
         let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
         let uploaded = on_device.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;
         let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
-        let memory = own.as_mut().unwrap_or(&mut pass.memory);
+        let memory = own.as_mut().unwrap_or(memory);
         let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
         // As many at once as the plan of the device's memory counts with; how many does not change the samples.
         let at_once = (config.batch_size / config.grad_accumulation).clamp(1, 64);
