@@ -84,11 +84,16 @@ fn learner(routing: Routing, hidden_size: usize, input_size: usize, beta: f64) -
     Learner::new(dit, Schedule::new(ScheduleKind::Linear, 1000).unwrap(), LossWeight::Constant, weights)
 }
 
-/// One training step over 7 images in three parts, of which two are computed in halves.
+/// One training step over 35 images in three parts, of which two are computed in halves.
 fn step(learner: &mut Learner, losses: &mut Losses) {
-    for (t, add) in [(&[0, 999, 500][..], false), (&[3, 970, 860], true), (&[400], true)] {
-        let images = &[0.25; 900][..t.len() * 3 * learner.dit.config.input_size.pow(2)];
-        let (labels, coefficients) = (&[4, 5, 0][..t.len()], &[1.0 / 7.0; 3][..t.len()]);
+    for (t, add) in [
+        (&[0, 999, 500, 7, 320, 11, 801, 90, 2, 67, 640, 33, 760, 4, 512, 100][..], false),
+        (&[700; 16], true),
+        (&[3, 970, 860], true),
+    ] {
+        let images = &[0.25; 4800][..t.len() * 3 * learner.dit.config.input_size.pow(2)];
+        let (labels, coefficients) =
+            (&[4, 5, 0, 1, 2, 3, 4, 5, 1, 1, 1, 2, 3, 4, 5, 0][..t.len()], &[1.0 / 35.0; 16][..t.len()]);
         let batch = Batch { x_start: images, noise: images, t, labels, coefficients };
         learner.gradients(batch, add, losses).unwrap();
         let norm = learner.gradient_norm();

@@ -15,7 +15,7 @@ use crate::diffusion::{LossWeight, Schedule};
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
-use crate::model::halves::{halves, halves_mut, in_halves, is_small};
+use crate::model::halves::{halves, halves_mut, is_small, trains_in_halves};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -265,7 +265,7 @@ impl Learner {
             losses.resize(b, 0.0);
             &mut losses[..]
         });
-        let Some(second_half) = second_half.as_mut().filter(|_| in_halves(dit, b)) else {
+        let Some(second_half) = second_half.as_mut().filter(|_| trains_in_halves(dit, b)) else {
             return buffers.pass(memory, model, batch, found, grads, add);
         };
         let [first, second] = batch.halves();
@@ -360,16 +360,13 @@ mod tests {
         learner
     }
 
-    /// Gradients of `count` samples, at most three.
+    /// Gradients of `count` samples: of 29 on, they are computed in halves.
     fn compute(learner: &mut Learner, count: usize, add: bool) -> Losses {
         let x: Vec<f32> = (0..count * 36).map(|i| (i % 17) as f32 / 9.0 - 0.8).collect();
-        let batch = Batch {
-            x_start: &x,
-            noise: &x,
-            t: &[1, 500, 998][..count],
-            labels: &[0, 3, 9][..count],
-            coefficients: &[0.5, 0.25, 1.0][..count],
-        };
+        let t: Vec<_> = (0..count as u32).map(|i| (1 + 499 * i) % 1000).collect();
+        let labels: Vec<_> = (0..count as u32).map(|i| 3 * i % 11).collect();
+        let coefficients: Vec<_> = (0..count).map(|i| 0.25 + (i % 3) as f64 / 4.0).collect();
+        let batch = Batch { x_start: &x, noise: &x, t: &t, labels: &labels, coefficients: &coefficients };
         let mut losses = Losses::default();
         learner.gradients(batch, add, &mut losses).unwrap();
         losses
@@ -393,9 +390,9 @@ mod tests {
                 pool.install(|| {
                     let mut learner = learner();
                     learner.second_half.take_if(|_| !halves);
-                    [(3, false), (3, true), (1, true), (1, false), (2, true)].map(|(count, add)| {
+                    [(29, false), (30, true), (1, true), (3, false), (29, true)].map(|(count, add)| {
                         compute(&mut learner, count, add);
-                        let known = match (halves && count > 1, add) {
+                        let known = match (halves && count >= 29, add) {
                             (true, _) => 1, // all of them
                             (false, true) => 0,
                             (false, false) => 13, // weights, one by one
@@ -432,11 +429,11 @@ mod tests {
         let [mut whole, mut halves] = [learner(), learner()];
         assert!(whole.second_half.take().is_some(), "a small model computes in halves");
         for add in [false, true] {
-            let [of_whole, of_halves] = [&mut whole, &mut halves].map(|learner| compute(learner, 3, add));
+            let [of_whole, of_halves] = [&mut whole, &mut halves].map(|learner| compute(learner, 31, add));
             let pairs =
                 [(&of_whole.mse, &of_halves.mse), (&of_whole.vb, &of_halves.vb), (&of_whole.loss, &of_halves.loss)];
             for (expected, found) in pairs {
-                assert_eq!(found.len(), 3);
+                assert_eq!(found.len(), 31);
                 for (expected, found) in expected.iter().zip(found) {
                     assert!((expected - found).abs() <= 1e-5 * expected.abs(), "a loss of {found} for {expected}");
                 }
@@ -461,17 +458,22 @@ mod tests {
     #[test]
     fn sizes_that_do_not_fit_are_refused() {
         let mut learner = learner();
-        let x = [0.1; 4 * 36];
-        let good = Batch { x_start: &x, noise: &x, t: &[1, 5, 9, 3], labels: &[0, 1, 2, 3], coefficients: &[1.0; 4] };
+        let x = [0.1; 33 * 36];
+        let (t, mut late) = ([5; 33], [5; 32]);
+        let (labels, mut unknown) = ([1; 33], [1; 32]);
+        (late[31], unknown[31]) = (1000, 11);
+        let (t, labels, images) = (&t[..32], &labels[..32], &x[..32 * 36]);
+        let good = Batch { x_start: images, noise: images, t, labels, coefficients: &[1.0; 32] };
         for bad in [
-            Batch { x_start: &x[1..], ..good },
+            Batch { x_start: &x[..32 * 36 - 1], ..good },
+            Batch { x_start: &x, ..good },
             Batch { noise: &x[..40], ..good },
-            Batch { t: &[1, 5, 9], ..good },
-            Batch { t: &[1, 5, 9, 1000], ..good },
-            Batch { labels: &[0, 1], ..good },
-            Batch { labels: &[0, 1, 2, 11], ..good },
+            Batch { t: &t[1..], ..good },
+            Batch { t: &late, ..good },
+            Batch { labels: &labels[..30], ..good },
+            Batch { labels: &[1; 33], ..good },
+            Batch { labels: &unknown, ..good },
             Batch { coefficients: &[], ..good },
-            Batch { labels: &[0, 1, 2, 3, 4], ..good },
         ] {
             learner.loss_weight = LossWeight::MinSnr { gamma: 5.0 };
             assert!(learner.gradients(bad, true, &mut Losses::default()).is_err());
