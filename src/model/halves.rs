@@ -24,8 +24,8 @@ pub(crate) fn trains_in_halves(dit: &Dit, batch: usize) -> bool {
     in_halves(dit, batch) && batch * dit.config.tokens() >= ROWS
 }
 
-/// Whether the halves of `batch` samples are computed side by side where nothing is learned. It depends on nothing else, as results never depend on the number of
-/// threads.
+/// Whether the halves of `batch` samples are computed side by side where nothing is learned. It depends on nothing else, as results never
+/// depend on the number of threads.
 pub(crate) fn in_halves(dit: &Dit, batch: usize) -> bool {
     batch > 1 && is_small(dit)
 }
