@@ -503,11 +503,13 @@ fn sum_products(
         }
         Level::Avx2 => {
             // SAFETY: as above; the steps lie inside of what was checked.
-            return steps::multiply(sums, add, halves, layout, stride, segments, |step| unsafe { avx2::step(step) });
+            return steps::multiply(sums, add, halves, layout, stride, segments, next, |step| unsafe {
+                avx2::step(step)
+            });
         }
         Level::Baseline => {}
     }
-    steps::multiply(sums, add, halves, layout, stride, segments, plain::step);
+    steps::multiply(sums, add, halves, layout, stride, segments, next, plain::step);
 }
 
 /// As [`multiply_packed`], of operands in parts ([`super::split`]): writes, or adds, the sums of up to two steps of rows, which are

@@ -2,6 +2,7 @@
 //! part of a panel stays in the first cache while the steps go down the rows.
 
 use super::{PANEL, Rows, Segment, even_parts};
+use crate::backend::cpu::simd::{LINE, fetch};
 
 /// Rows of a step: what the registers hold sums of.
 pub(super) const ROWS: usize = 6;
@@ -41,12 +42,18 @@ pub(super) fn multiply(
     layout: Rows,
     stride: usize,
     segments: &[Segment],
+    next: &[f32],
     step: impl Fn(Step),
 ) {
+    // What follows panels is one stream too: to fetch that took up to 3 % more time (an AMD EPYC with AVX2, DiT-S/2).
+    let next = if layout.step == 0 { next } else { &[] };
+    let steps = halves * sums.len().div_ceil(ROWS);
+    let mut shares = next.chunks(next.len().div_ceil(steps).next_multiple_of(LINE).max(LINE));
     let mut block = |segments: &[Segment], add: bool| {
         for half in 0..halves {
             for (number, rows) in even_parts(sums.len(), ROWS, 1).enumerate() {
                 let skip = layout.first_of_step(number, rows.start);
+                shares.next().into_iter().flat_map(|share| share.chunks(LINE)).for_each(|line| fetch(line.as_ptr()));
                 step(Step { rows: &mut sums[rows], half, skip, layout, stride, segments, add });
             }
         }
