@@ -1,10 +1,10 @@
 //! On the CPU a small model computes the two halves of a batch side by side.
 //!
-//! No half then waits for the last thread of every product of the other, and with two threads each finds the activations of its half in
-//! its own caches. But weights are prepared for products twice, and training has gradients of each half to add. Measured (2 cores of an Intel
-//! Xeon, batches of 16 and 64): training steps of models with up to 4 M parameters take 3 to 27 % less time, digits (1.3 M) 10 %; with
-//! 5 M it depends, and of DiT-S/4 (33 M) they take 12 % more. One thread takes 5 to 8 % more. With batches of 2 to 8 digits a training step
-//! takes 5 to 15 % more, but a step of sampling 9 to 20 % less.
+//! No half then waits for the last thread of every product of the other, and with two threads each finds the activations of its
+//! half in its own caches. But weights are prepared for products twice, and training has gradients of each half to add. Measured
+//! (2 cores of an Intel Xeon, batches of 16 and 64): training steps of models with up to 4 M parameters take 3 to 27 % less time,
+//! digits (1.3 M) 10 %; with 5 M it depends, and of DiT-S/4 (33 M) they take 12 % more. One thread takes 5 to 8 % more. With
+//! batches of 2 to 8 digits a training step takes 5 to 15 % more, but a step of sampling 9 to 20 % less.
 
 use super::dit::Dit;
 

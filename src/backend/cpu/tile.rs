@@ -434,7 +434,7 @@ pub fn of_matrix(columns: &[f32]) -> [&[f32]; 2] {
 
 /// `sums[i, j] = sum over segments and their k of a[i, k] b[k, j]` for all rows and `halves` times 16 columns; `stride` is the
 /// distance between the rows of B: [`HALF`] in a panel. Meanwhile `next`, which is read soon, may be fetched into the second
-/// cache, at most a line for each inner element; nothing if it is empty.
+/// cache (with AVX-512 at most a line for each inner element); nothing if it is empty.
 #[inline]
 pub fn multiply(
     sums: &mut [[f32; PANEL]],
@@ -468,7 +468,6 @@ pub fn multiply_add(
 
 /// The products, added to what is there or not.
 #[inline]
-#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "`next` is fetched where it was measured"))]
 fn sum_products(
     sums: &mut [[f32; PANEL]],
     add: bool,

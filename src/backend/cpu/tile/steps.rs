@@ -35,6 +35,7 @@ pub(super) struct Step<'a> {
 /// Computes sums by calls of `step`; the arguments are those of [`super::sum_products`]. If they are as it checks, every step lies
 /// inside of the sums and of the segments.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "operands and sizes")]
 pub(super) fn multiply(
     sums: &mut [[f32; PANEL]],
     mut add: bool,
@@ -45,7 +46,8 @@ pub(super) fn multiply(
     next: &[f32],
     step: impl Fn(Step),
 ) {
-    // What follows panels is one stream too: to fetch that took up to 3 % more time (an AMD EPYC with AVX2, DiT-S/2).
+    // Beside packed rows what is next is packed too, one stream: to fetch it took up to 3 % more time (2 cores of an AMD EPYC with
+    // AVX2, forward passes of DiT-S/2).
     let next = if layout.step == 0 { next } else { &[] };
     let steps = halves * sums.len().div_ceil(ROWS);
     let mut shares = next.chunks(next.len().div_ceil(steps).next_multiple_of(LINE).max(LINE));

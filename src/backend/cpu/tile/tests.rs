@@ -91,7 +91,7 @@ fn check<const FMA: bool>(
 fn tiles_are_chains_of_additions() {
     check::<{ cfg!(target_arch = "aarch64") }>(
         |rows, add, halves, layout, stride, segments| {
-            steps::multiply(rows, add, halves, layout, stride, segments, plain::step)
+            steps::multiply(rows, add, halves, layout, stride, segments, &[], plain::step)
         },
         MAX_ROWS,
         steps::ROWS,
@@ -101,7 +101,9 @@ fn tiles_are_chains_of_additions() {
         check::<true>(
             |rows, add, halves, layout, stride, segments| {
                 // SAFETY: the processor has AVX2; `check` keeps to what `sum_products` checks, and so do the steps.
-                steps::multiply(rows, add, halves, layout, stride, segments, |step| unsafe { avx2::step(step) })
+                steps::multiply(rows, add, halves, layout, stride, segments, &[1.0; 100], |step| unsafe {
+                    avx2::step(step)
+                })
             },
             MAX_ROWS,
             steps::ROWS,
