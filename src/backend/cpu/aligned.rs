@@ -83,7 +83,7 @@ fn large_pages(len: usize) -> Option<(MmapMut, usize)> {
 /// Loops go through arrays side by side. Lines at the same place of their pages fall into the same set of the first cache, and if a
 /// hash of more bits of their addresses agrees too, a processor may take one for the other, and each pushes the other out (Lipp et
 /// al., Take A Way: Exploring the Security Implications of AMD's Cache Way Predictors, 2020). Measured (2 cores of an AMD EPYC with
-/// AVX2): AdamW of DiT-S/4 takes 0.55 of the time, with one thread 0.35.
+/// AVX2): AdamW of DiT-S/4 takes 0.54 of the time, with one thread 0.33.
 #[cfg(target_os = "linux")]
 fn first_number(count: usize) -> usize {
     const LINES: usize = 4096 / (LINE * size_of::<f32>()); // of a page
