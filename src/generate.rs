@@ -7,8 +7,11 @@ use crate::diffusion::loss::ImageDims;
 use crate::diffusion::sampler::Sampler;
 use crate::error::{Error, Result};
 use crate::model::dit::Dit;
-use crate::model::halves::{halves, halves_mut, in_halves};
+use crate::model::parts::{halves, halves_mut, in_halves};
 use crate::rng::{Philox, Stream};
+
+/// Most images that are made at a time unless more are asked for.
+pub(crate) const IMAGES_AT_ONCE: usize = 64;
 
 /// Images (or latents) of the classes in `labels`: `[labels.len(), IC, H, W]`.
 ///

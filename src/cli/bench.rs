@@ -11,9 +11,10 @@ use crate::backend::Compute;
 use crate::backend::cpu::profile::{Entry, profile};
 use crate::diffusion::sampler::{Method, Sampler};
 use crate::error::{Error, Result};
-use crate::generate::{generate, predict};
+use crate::generate::{self, predict};
 use crate::model::config::TASKS;
 use crate::model::flops::forward_flops;
+use crate::model::parts::{largest_part, parts};
 use crate::rng::{Philox, Stream};
 use crate::train::learner::{Batch, Learner, Losses};
 use crate::train::optimizer::Update;
@@ -178,14 +179,7 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
     let mut step = || {
         for first in (0..b).step_by(part) {
             let some = first..first + part;
-            let batch = Batch {
-                x_start: &batch.x_start[some.start * n..some.end * n],
-                noise: &batch.noise[some.start * n..some.end * n],
-                t: &batch.t[some.clone()],
-                labels: &batch.labels[some.clone()],
-                coefficients: &batch.coefficients[some.clone()],
-            };
-            learner.gradients(batch, first > 0, &mut found)?;
+            learner.gradients(batch.samples(some.clone()), first > 0, &mut found)?;
             losses[some].copy_from_slice(&found.loss);
         }
         learner.objective(&losses);
@@ -214,15 +208,23 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
     let Learner { dit, weights, memory, .. } = &mut learner;
     let out_len = dit.config.out_channels() * config.image_size * config.image_size;
     let mut out = vec![0.0; b * out_len];
+    let at_once = largest_part(dit, part);
     let (forward_seconds, forward_cpu_seconds) = median(runs, || {
-        let parts = x_start.chunks(part * n).zip(t.chunks(part)).zip(labels.chunks(part));
-        parts
-            .zip(out.chunks_mut(part * out_len))
-            .try_for_each(|(((x, t), labels), out)| predict(dit, Weights::Cpu(weights), memory, x, t, labels, out))
+        for first in (0..b).step_by(part) {
+            for some in parts(at_once, part) {
+                let some = first + some.start..first + some.end;
+                let (x, out) =
+                    (&x_start[some.start * n..some.end * n], &mut out[some.start * out_len..some.end * out_len]);
+                predict(dit, Weights::Cpu(weights), memory, x, &t[some.clone()], &labels[some], out)?;
+            }
+        }
+        Ok(())
     })?;
+    let at_once = at_once.min(generate::IMAGES_AT_ONCE);
     let (both_seconds, _) = median(runs, || {
         let weights = Weights::Cpu(weights);
-        generate(dit, weights, memory, &sampler, &labels, config.seed, part, |_| Ok(())).map(std::hint::black_box)?;
+        generate::generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, |_| Ok(()))
+            .map(std::hint::black_box)?;
         Ok(())
     })?;
 

@@ -14,7 +14,7 @@ use crate::backend::Compute;
 use crate::data::npz::NpzWriter;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::generate::{generate_batch, steps};
+use crate::generate::{IMAGES_AT_ONCE, generate_batch, steps};
 use crate::model::dit::Dit;
 use crate::picture::grid_png;
 use crate::train::config::{Precision, SamplerKind};
@@ -79,7 +79,7 @@ pub(super) struct SampleArgs {
     #[arg(long, allow_negative_numbers = true)]
     num: Option<usize>,
     /// Images computed at a time; more are faster and need more memory
-    #[arg(long, default_value_t = 64, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = IMAGES_AT_ONCE, allow_negative_numbers = true)]
     batch_size: usize,
     /// Seed of the noise
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]

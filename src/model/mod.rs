@@ -1,5 +1,5 @@
 //! The diffusion transformer: sizes (`config`), fixed positions (`embed`), arithmetic (`flops`) and main memory (`memory`) of a step,
-//! one block (`block`), the whole (`dit`), how small ones share out a batch (`halves`), and the model in
+//! one block (`block`), the whole (`dit`), what of a batch is computed at once (`parts`), and the model in
 //! plain loops (`reference`).
 
 pub mod block;
@@ -7,6 +7,6 @@ pub mod config;
 pub mod dit;
 pub mod embed;
 pub mod flops;
-pub(crate) mod halves;
 pub mod memory;
+pub(crate) mod parts;
 pub mod reference;

@@ -15,7 +15,7 @@ use crate::diffusion::{LossWeight, Schedule};
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
-use crate::model::halves::{halves, halves_mut, is_small, trains_in_halves};
+use crate::model::parts::{first_half, halves_mut, is_small, parts, samples_at_once, trains_in_halves};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -34,7 +34,23 @@ pub struct Batch<'a> {
     pub coefficients: &'a [f64],
 }
 
-impl Batch<'_> {
+impl<'a> Batch<'a> {
+    /// Some of its samples.
+    ///
+    /// # Panics
+    /// When there are fewer, or sizes do not fit.
+    pub(crate) fn samples(&self, some: Range<usize>) -> Batch<'a> {
+        let of_each = self.x_start.len() / self.t.len().max(1);
+        let numbers = some.start * of_each..some.end * of_each;
+        Batch {
+            x_start: &self.x_start[numbers.clone()],
+            noise: &self.noise[numbers],
+            t: &self.t[some.clone()],
+            labels: &self.labels[some.clone()],
+            coefficients: &self.coefficients[some],
+        }
+    }
+
     /// Refuses sizes that do not fit together, timesteps and labels out of range.
     fn check(&self, dit: &Dit) -> Result<()> {
         let (config, b) = (&dit.config, self.t.len());
@@ -57,18 +73,6 @@ impl Batch<'_> {
             }
         }
         Ok(())
-    }
-
-    /// The samples of either half.
-    fn halves(&self) -> [Self; 2] {
-        let b = self.t.len();
-        let [x_start, noise] = [self.x_start, self.noise].map(|images| halves(images, b));
-        let [t, labels] = [self.t, self.labels].map(|numbers| halves(numbers, b));
-        let coefficients = halves(self.coefficients, b);
-        [
-            Batch { x_start: x_start.0, noise: noise.0, t: t.0, labels: labels.0, coefficients: coefficients.0 },
-            Batch { x_start: x_start.1, noise: noise.1, t: t.1, labels: labels.1, coefficients: coefficients.1 },
-        ]
     }
 }
 
@@ -123,6 +127,7 @@ pub struct Learner {
     /// were last fetched, arbitrary before the first time, and `grads` is empty.
     pub on_device: Option<DeviceState>,
     buffers: Buffers,
+    at_once: usize,                  // most samples of a part, on the CPU
     second_half: Option<SecondHalf>, // of a small model in main memory
     norm_parts: Vec<(Range<usize>, f64)>,
 }
@@ -180,6 +185,7 @@ impl Learner {
             memory: Memory::new(),
             on_device: None,
             buffers: Buffers::default(),
+            at_once: samples_at_once(&dit),
             second_half: None,
             norm_parts: Vec::new(),
             dit,
@@ -256,19 +262,29 @@ impl Learner {
     }
 
     fn compute(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
-        let Learner { dit, schedule, loss_weight, weights, grads, memory, buffers, second_half, .. } = self;
-        // Before any half adds to the gradients.
-        batch.check(dit)?;
-        let model = Model { dit, schedule, loss_weight: *loss_weight, weights };
+        // Before any part adds to the gradients.
+        batch.check(&self.dit)?;
         let b = batch.t.len();
-        let found = [&mut found.mse, &mut found.vb, &mut found.loss].map(|losses| {
+        let mut found = [&mut found.mse, &mut found.vb, &mut found.loss].map(|losses| {
             losses.resize(b, 0.0);
             &mut losses[..]
         });
+        for some in parts(self.at_once, b) {
+            let found = found.each_mut().map(|losses| &mut losses[some.clone()]);
+            self.compute_part(batch.samples(some.clone()), add || some.start > 0, found)?;
+        }
+        Ok(())
+    }
+
+    /// Losses and gradients of one part.
+    fn compute_part(&mut self, batch: Batch, add: bool, found: [&mut [f32]; 3]) -> Result<()> {
+        let Learner { dit, schedule, loss_weight, weights, grads, memory, buffers, second_half, .. } = self;
+        let model = Model { dit, schedule, loss_weight: *loss_weight, weights };
+        let b = batch.t.len();
         let Some(second_half) = second_half.as_mut().filter(|_| trains_in_halves(dit, b)) else {
             return buffers.pass(memory, model, batch, found, grads, add);
         };
-        let [first, second] = batch.halves();
+        let [first, second] = [0..first_half(b), first_half(b)..b].map(|some| batch.samples(some));
         let [mse, vb, loss] = found.map(|losses| halves_mut(losses, b));
         let SecondHalf { buffers: second_buffers, grads: second_grads } = second_half;
         let (done, second_done) = memory.for_halves(|memory, second_memory| {
@@ -362,13 +378,18 @@ mod tests {
 
     /// Gradients of `count` samples: of 29 on, they are computed in halves.
     fn compute(learner: &mut Learner, count: usize, add: bool) -> Losses {
+        compute_some(learner, count, 0..count, add)
+    }
+
+    /// Gradients of some of `count` samples.
+    fn compute_some(learner: &mut Learner, count: usize, some: Range<usize>, add: bool) -> Losses {
         let x: Vec<f32> = (0..count * 36).map(|i| (i % 17) as f32 / 9.0 - 0.8).collect();
         let t: Vec<_> = (0..count as u32).map(|i| (1 + 499 * i) % 1000).collect();
         let labels: Vec<_> = (0..count as u32).map(|i| 3 * i % 11).collect();
         let coefficients: Vec<_> = (0..count).map(|i| 0.25 + (i % 3) as f64 / 4.0).collect();
         let batch = Batch { x_start: &x, noise: &x, t: &t, labels: &labels, coefficients: &coefficients };
         let mut losses = Losses::default();
-        learner.gradients(batch, add, &mut losses).unwrap();
+        learner.gradients(batch.samples(some), add, &mut losses).unwrap();
         losses
     }
 
@@ -452,6 +473,35 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A batch of more samples than are computed at once gives the bits of its parts, with their buffers.
+    #[test]
+    fn parts_of_a_batch_are_added() {
+        let [mut whole, mut in_parts] = [learner(), learner()];
+        assert_eq!(whole.at_once, samples_at_once(&whole.dit));
+        whole.at_once = 30;
+        for (count, parts) in [(60, &[0..30, 30..60][..]), (61, &[0..21, 21..41, 41..61])] {
+            for add in [false, true] {
+                let of_whole = compute(&mut whole, count, add);
+                let part =
+                    |some: &Range<usize>| compute_some(&mut in_parts, count, some.clone(), add || some.start > 0);
+                let of_parts: Vec<_> = parts.iter().map(part).collect();
+                for losses in [
+                    |losses: &Losses| losses.loss.clone(),
+                    |losses: &Losses| losses.mse.clone(),
+                    |losses: &Losses| losses.vb.clone(),
+                ] {
+                    assert_eq!(losses(&of_whole), of_parts.iter().map(losses).collect::<Vec<_>>().concat());
+                }
+                assert!(*whole.grads == *in_parts.grads && whole.grads.iter().any(|&g| g != 0.0));
+                assert_eq!(norm(&mut whole), norm(&mut in_parts));
+            }
+        }
+        let held = whole.memory.bytes();
+        compute(&mut whole, 120, false);
+        compute(&mut whole, 119, false);
+        assert_eq!(whole.memory.bytes(), held, "twice as many images take more memory");
     }
 
     /// Where half of a batch does not fit the model, it is said.

@@ -8,6 +8,7 @@ use crate::autograd::cuda::{DeviceWeights, pass};
 use crate::backend::cuda::device::Recorded;
 use crate::backend::cuda::{DType, Device};
 use crate::error::{Error, Result};
+use crate::generate::IMAGES_AT_ONCE;
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use std::fmt;
@@ -42,7 +43,7 @@ impl Plan {
         let count = config.samples_per_class * config.sample_classes.min(config.num_classes);
         let halves = if config.sample_cfg == 1.0 { 1 } else { 2 };
         let mut memory = Memory::on_device(&device, elem);
-        sample_on_paper(dit, &device, elem, halves * count.min(part).min(64), &mut memory)?;
+        sample_on_paper(dit, &device, elem, halves * count.min(part).min(IMAGES_AT_ONCE), &mut memory)?;
         Ok(Plan {
             parameters: len * (5 * DType::F32.bytes() + of_elem),
             activations,

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::model::memory::activation_numbers;
+use crate::model::parts::largest_part;
 use crate::safetensors_file::SafetensorsFile;
 
 /// Opens the data set and completes the configuration with what only the data know. A run that is `resumed` has learned that
@@ -100,7 +101,7 @@ pub fn learner_on_device(
     elem: DType,
     weights: impl FnOnce(&Dit) -> AlignedVec + Send,
 ) -> Result<Learner> {
-    check_memory(config, &dit, 0.0)?;
+    check_memory(config, &dit, 0)?;
     let (launches, _) = plan::launches(&dit, device, elem, config.batch_size / config.grad_accumulation)?;
     let schedule = Schedule::new(config.schedule, TASKS)?;
     let learner = || {
@@ -125,36 +126,49 @@ pub fn learner(config: &TrainConfig) -> Result<Learner> {
 
 fn learner_of(config: &TrainConfig, dit: Dit) -> Result<Learner> {
     let part = config.batch_size / config.grad_accumulation;
-    let activations = activation_numbers(&dit.config, part, dit.checkpoint_activations) * size_of::<f32>() as f64;
-    check_memory(config, &dit, activations)?;
+    check_memory(config, &dit, largest_part(&dit, part))?;
     let weights = dit.init(config.seed, config.init);
     let schedule = Schedule::new(config.schedule, TASKS)?;
     Ok(Learner::new(dit, schedule, config.loss_weight, weights))
 }
 
-/// Refuses what main memory surely cannot hold: weights and what goes with them, and the `activations` of a step, an estimate.
-fn check_memory(config: &TrainConfig, dit: &Dit, activations: f64) -> Result<()> {
+/// Refuses what main memory surely cannot hold: weights and what goes with them, and the activations of `at_once` images, an estimate.
+fn check_memory(config: &TrainConfig, dit: &Dit, at_once: usize) -> Result<()> {
+    memory_bytes().map_or(Ok(()), |there| check_fits(config, dit, at_once, there as f64))
+}
+
+fn check_fits(config: &TrainConfig, dit: &Dit, at_once: usize, there: f64) -> Result<()> {
     // Weights, gradients, two moments and the moving average.
     let weights = 5.0 * size_of::<f32>() as f64 * dit.layout.len() as f64;
-    let fits = |there: &u64| weights.max((weights + activations) / 1.25) <= *there as f64;
-    let Some(there) = memory_bytes().filter(|there| !fits(there)) else { return Ok(()) };
-    let [weights, activations, there] = [weights, activations, there as f64].map(|bytes| bytes / 1e9);
-    let checkpointing = if config.checkpoint_activations { "" } else { "--checkpoint-activations, " };
-    Err(Error::usage(match weights > there {
-        true => format!(
-            "training {} takes {weights:.1} GB for the weights and what goes with them, but this machine has {there:.1} GB: \
-             choose a smaller model",
-            config.model
-        ),
-        false => format!(
-            "training {} with {} images at a time takes about {:.1} GB (weights and what goes with them {weights:.1}, \
-             activations {activations:.1}), but this machine has {there:.1} GB: give {checkpointing}--grad-accumulation N \
-             (the same steps in N parts) or a smaller --batch-size",
-            config.model,
-            config.batch_size / config.grad_accumulation,
-            weights + activations
-        ),
-    }))
+    let checkpointed = dit.checkpoint_activations;
+    let activations = size_of::<f32>() as f64 * activation_numbers(&dit.config, at_once, checkpointed);
+    if weights.max((weights + activations) / 1.25) <= there {
+        return Ok(());
+    }
+    let fits = weights <= there;
+    let [weights, activations, there] = [weights, activations, there].map(|bytes| bytes / 1e9);
+    let model = &config.model;
+    if !fits {
+        return Err(Error::usage(format!(
+            "training {model} takes {weights:.1} GB for the weights and what goes with them, but this machine has {there:.1} GB: \
+             choose a smaller model"
+        )));
+    }
+    let images = if at_once == 1 { "one image".into() } else { format!("{at_once} images") };
+    let mut remedies = Vec::new();
+    if !checkpointed {
+        remedies.push("give --checkpoint-activations".to_string());
+    }
+    if at_once > 1 {
+        remedies.push(format!("give --grad-accumulation N for parts of fewer than {images}"));
+    }
+    remedies.push("choose a smaller model".to_string());
+    Err(Error::usage(format!(
+        "training {model} with {images} at a time takes about {:.1} GB (weights and what goes with them {weights:.1}, activations \
+         {activations:.1}), but this machine has {there:.1} GB: {}",
+        weights + activations,
+        remedies.join(", or ")
+    )))
 }
 
 /// Memory of this machine and what it can swap, where the system tells (Linux).
@@ -185,4 +199,37 @@ pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
     let file = SafetensorsFile::open(path)?;
     checkpoint::check_names(&file, &dit.layout, &[""], &["pos_embed"])?;
     checkpoint::read_layout(&file, &dit.layout, "", buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_memory_cannot_hold_is_refused_with_what_would_help() {
+        let config = TrainConfig {
+            hidden_size: 256,
+            image_size: 128,
+            in_channels: 3,
+            num_classes: 10,
+            ..TrainConfig::default()
+        };
+        let mut dit = model(&config).unwrap();
+        let says = |dit: &Dit, at_once, there| check_fits(&config, dit, at_once, there).unwrap_err().to_string();
+        assert!(check_fits(&config, &dit, 64, 16e9).is_ok());
+        assert_eq!(
+            says(&dit, 64, 1e9),
+            "training digits with 64 images at a time takes about 15.5 GB (weights and what goes with them 0.1, activations 15.4), but \
+             this machine has 1.0 GB: give --checkpoint-activations, or give --grad-accumulation N for parts of fewer than 64 images, \
+             or choose a smaller model"
+        );
+        dit.checkpoint_activations = true;
+        let weights = 20.0 * dit.layout.len() as f64;
+        let of_one = says(&dit, 1, weights);
+        assert!(
+            of_one.contains(" with one image at a time ") && of_one.ends_with("0.1 GB: choose a smaller model"),
+            "{of_one}"
+        );
+        assert!(says(&dit, 1, weights - 1.0).starts_with("training digits takes 0.1 GB for the weights and what"));
+    }
 }

@@ -19,6 +19,7 @@ use crate::diffusion::{Method, Sampler, Schedule, space_timesteps};
 use crate::error::{Error, Result};
 use crate::generate;
 use crate::model::config::TASKS;
+use crate::model::parts::samples_at_once;
 use crate::picture::grid_png;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -389,8 +390,15 @@ impl Trainer {
         let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
         let memory = own.as_mut().unwrap_or(memory);
         let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
-        // As many at once as the plan of the device's memory counts with; how many does not change the samples.
-        let at_once = (config.batch_size / config.grad_accumulation).clamp(1, 64);
+        // As many at once as the plan of the device's memory counts with, or as training computes; how many does not change the samples.
+        let fit = match weights {
+            Weights::Cuda(_) => generate::IMAGES_AT_ONCE,
+            Weights::Cpu(_) if config.sample_cfg == 1.0 => samples_at_once(dit),
+            // Each image twice: with its label, and without.
+            Weights::Cpu(_) => samples_at_once(dit) / 2,
+        };
+        let part = config.batch_size / config.grad_accumulation;
+        let at_once = part.min(generate::IMAGES_AT_ONCE).min(fit).max(1);
         let total = generate::steps(&sampler, labels.len(), at_once);
         let show = |done| {
             progress.meanwhile(format!("sampling {done}/{total}"));

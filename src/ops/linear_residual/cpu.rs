@@ -141,7 +141,7 @@ fn clip(range: Range<usize>, of: &Range<usize>) -> Range<usize> {
 
 /// What backward writes. `da` and the weights are overwritten or added to as the flags say; `dmodulation` is added to.
 pub struct Gradients<'a> {
-    pub da: &'a mut [f32],          // [B, T, K], see Input
+    pub da: &'a mut [f32],          // [B, T, K], see Activation
     pub fresh_da: bool,             // overwrite da; of no meaning with GeluOfDa
     pub dmodulation: &'a mut [f32], // [B, stride]
     pub dweight: &'a mut [f32],     // [C, K]
@@ -150,7 +150,7 @@ pub struct Gradients<'a> {
 }
 
 /// `a` for backward.
-pub enum Input<'a> {
+pub enum Activation<'a> {
     /// `[B, T, K]`
     Rows(&'a [f32]),
     /// It is the GELU of what `da` holds, whose gradient takes its place; `a` is put into this room `[panels(K), 2, B T, HALF]`.
@@ -169,7 +169,7 @@ pub fn backward(
     grads: Gradients,
     dbias_parts: &mut [f32], // [B, C], for the time of the call
     dout: &[f32],            // [B, T, C]
-    a: Input,
+    a: Activation,
     weight: &[f32], // [C, K]
     gate: Gate,
     z: &[f32],        // [B, T, C]
@@ -177,7 +177,7 @@ pub fn backward(
     Dims { b, t, c, k }: Dims,
 ) -> f64 {
     let Gradients { da, fresh_da, dmodulation, dweight, dbias, add } = grads;
-    let each = if matches!(a, Input::GeluOfDa(_)) { 3 * k } else { 2 * k };
+    let each = if matches!(a, Activation::GeluOfDa(_)) { 3 * k } else { 2 * k };
     let numbers = b * t * (each + 3 * c) + 2 * c * k;
     let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
     let format = Format::of(t);
@@ -191,8 +191,8 @@ pub fn backward(
         clear_routed(format, dz, joined * t, b * t);
         pack_panels(format, panels_of_w, weight, k, c);
         let (rows, room, of_gelu) = match a {
-            Input::Rows(rows) => (rows, &mut [][..], false),
-            Input::GeluOfDa(room) => (&[][..], room, true),
+            Activation::Rows(rows) => (rows, &mut [][..], false),
+            Activation::GeluOfDa(room) => (&[][..], room, true),
         };
         assert!(!of_gelu || room.len() == b * t * wide_k, "room of another size than the panels");
         let inputs = BackwardInputs { format, dout, of_gelu, panels_of_w, gate, z, write, t, c, k };
@@ -225,7 +225,7 @@ pub fn backward(
 struct BackwardInputs<'a> {
     format: Format,
     dout: &'a [f32],
-    of_gelu: bool,          // see Input
+    of_gelu: bool,          // see Activation
     panels_of_w: &'a [f32], // panels(K) over C
     gate: Gate<'a>,
     z: &'a [f32],
@@ -455,7 +455,7 @@ mod tests {
             let (mut a, mut slope) = (vec![0.0; b * t * k], vec![0.0; b * t * k]);
             after_gelu(&pre, &mut a, &mut slope);
             let windows: Vec<_> = (0..b).map(|i| Window { start: i, width: c - 2 * i }).collect();
-            let run = |input: Input, mut da: Vec<f32>, add: bool| {
+            let run = |input: Activation, mut da: Vec<f32>, add: bool| {
                 let mut dmodulation = vec![0.5; b * c];
                 let (mut dweight, mut dbias) = (vec![2.0; c * k], vec![3.0; c]);
                 backward(
@@ -479,9 +479,9 @@ mod tests {
                 (da, [dmodulation, dweight, dbias])
             };
             for add in [false, true] {
-                let (da, others) = run(Input::Rows(&a), vec![f32::NAN; b * t * k], add);
+                let (da, others) = run(Activation::Rows(&a), vec![f32::NAN; b * t * k], add);
                 let mut room = vec![f32::NAN; panels_len([b, t, k])];
-                let (dpre, same) = run(Input::GeluOfDa(&mut room), pre.clone(), add);
+                let (dpre, same) = run(Activation::GeluOfDa(&mut room), pre.clone(), add);
                 let expected: Vec<_> = da.iter().zip(&slope).map(|(da, slope)| da * slope).collect();
                 assert_eq!(dpre, expected, "{b} x {t} x {k}");
                 assert_eq!(same, others, "{b} x {t} x {k} -> {c}");

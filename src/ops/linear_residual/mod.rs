@@ -273,8 +273,8 @@ impl Saved {
             &mut dbias_parts,
             &dout,
             match self.pre {
-                Some(_) => cpu::Input::GeluOfDa(&mut room),
-                None => cpu::Input::Rows(values.value(self.a)),
+                Some(_) => cpu::Activation::GeluOfDa(&mut room),
+                None => cpu::Activation::Rows(values.value(self.a)),
             },
             values.weight(self.linear.weight),
             cpu::Gate { data: modulation, stride: modulation.len() / b.max(1), offset: self.gate.offset },
