@@ -16,8 +16,8 @@ use std::ops::Range;
 /// How many numbers the activations of a part may take: a GiB of them.
 const ACTIVATIONS: f64 = (1u32 << 28) as f64;
 /// How many rows, of tokens of all samples, a part may have in any case. Measured (2 cores of an AMD EPYC, batch 32 of DiT-S/2, which has
-/// 8192 rows): in parts of 2048 a step takes 2 to 3 % more time, since weights are prepared and gradients added for each; in parts of
-/// 4096 it takes 1 to 2 % more.
+/// 8192 rows): in parts of 2048 a step takes 3 % more time, since weights are prepared and gradients added for each; in parts of 4096 it
+/// takes 1 to 2 % more.
 const ROWS_OF_PART: usize = 2048;
 
 /// Most samples that training computes at once.
@@ -49,11 +49,11 @@ pub(crate) fn is_small(dit: &Dit) -> bool {
 }
 
 /// Fewest rows of a batch, of tokens of all samples, for which training's gradients of each half are worth adding.
-const ROWS: usize = 256;
+const ROWS_OF_HALVES: usize = 256;
 
 /// Whether training computes the halves of `batch` samples side by side.
 pub(crate) fn trains_in_halves(dit: &Dit, batch: usize) -> bool {
-    in_halves(dit, batch) && batch * dit.config.tokens() >= ROWS
+    in_halves(dit, batch) && batch * dit.config.tokens() >= ROWS_OF_HALVES
 }
 
 /// Whether the halves of `batch` samples are computed side by side where nothing is learned. It depends on nothing else, as results never

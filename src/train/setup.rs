@@ -137,6 +137,7 @@ fn check_memory(config: &TrainConfig, dit: &Dit, at_once: usize) -> Result<()> {
     memory_bytes().map_or(Ok(()), |there| check_fits(config, dit, at_once, there as f64))
 }
 
+/// [`check_memory`] on a machine with `there` bytes.
 fn check_fits(config: &TrainConfig, dit: &Dit, at_once: usize, there: f64) -> Result<()> {
     // Weights, gradients, two moments and the moving average.
     let weights = 5.0 * size_of::<f32>() as f64 * dit.layout.len() as f64;
@@ -145,10 +146,10 @@ fn check_fits(config: &TrainConfig, dit: &Dit, at_once: usize, there: f64) -> Re
     if weights.max((weights + activations) / 1.25) <= there {
         return Ok(());
     }
-    let fits = weights <= there;
+    let weights_fit = weights <= there;
     let [weights, activations, there] = [weights, activations, there].map(|bytes| bytes / 1e9);
     let model = &config.model;
-    if !fits {
+    if !weights_fit {
         return Err(Error::usage(format!(
             "training {model} takes {weights:.1} GB for the weights and what goes with them, but this machine has {there:.1} GB: \
              choose a smaller model"
