@@ -335,6 +335,37 @@ fn a_sampler_refuses_what_it_cannot_do() {
     assert!(run(8, f32::NAN, false).0.unwrap_err().contains("not finite"));
 }
 
+/// Of an infinite answer, clipping would make a white picture.
+#[test]
+fn a_clipped_sampler_refuses_infinite_answers() {
+    let schedule = Schedule::new(ScheduleKind::Linear, 1000).unwrap().respaced(&[0, 999]).unwrap();
+    let dims = ImageDims { channels: 1, pixels: 4, learn_sigma: true };
+    for method in [Method::Ddpm, Method::Ddim { eta: 0.0 }] {
+        let sampler = Sampler::new(schedule.clone(), method, true, None).unwrap();
+        let result = [1.0, f32::INFINITY].map(|value| {
+            let model = |_: &[f32], _: u32, out: &mut [f32]| -> Result<()> {
+                out.fill(0.0);
+                out[0] = value;
+                Ok(())
+            };
+            sampler.sample(&mut [0.5; 4], model, |_, out| out.fill(0.1), |_, _| Ok(()), dims)
+        });
+        assert!(result[0].is_ok() && result[1].as_ref().is_err_and(|e| e.to_string().contains("not finite")));
+    }
+}
+
+/// With all noise of DDPM nothing is left for the direction to x_t, in f32 sometimes less than nothing.
+#[test]
+fn ddim_in_f32_with_all_noise_is_finite() {
+    for kept in [&[0, 999][..], &[0, 500, 999]] {
+        let schedule = Schedule::new(ScheduleKind::Cosine, 1000).unwrap().respaced(kept).unwrap();
+        for t in 0..kept.len() {
+            let x = reference::ddim_step(0.3f32, 0.2, 0.1, 1.0, t, &schedule, true);
+            assert!(x.is_finite(), "step {t} of {kept:?} gives {x}");
+        }
+    }
+}
+
 // Golden tensors.
 
 fn golden(path: &str) -> SafetensorsFile {

@@ -8,7 +8,7 @@
 //! reference   the formulas as plain loops: the specification
 //! ```
 //!
-//! All per-element mathematics is f64 and is rounded to f32 once, at the end.
+//! All per-element mathematics is f64 and is rounded to f32 once, at the end; a guided epsilon once more, as the model gives it.
 
 pub mod loss;
 pub mod reference;
@@ -18,5 +18,5 @@ pub mod weighting;
 
 pub use loss::{ImageDims, LossTerms, losses, q_sample};
 pub use sampler::{Method, Sampler};
-pub use schedule::{Schedule, ScheduleKind, space_timesteps};
+pub use schedule::{Schedule, ScheduleKind, sampling_timesteps, space_timesteps};
 pub use weighting::LossWeight;

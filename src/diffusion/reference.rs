@@ -163,6 +163,9 @@ pub fn ddim_step<R: Real>(x_t: R, epsilon: R, noise: R, eta: f64, t: usize, s: &
     let (bar, bar_prev) = (R::from_f64(s.alphas_cumprod[t]), R::from_f64(s.alphas_cumprod_prev[t]));
     let one = R::one();
     let sigma = R::from_f64(eta) * ((one - bar_prev) / (one - bar)).sqrt() * (one - bar / bar_prev).sqrt();
-    let mean = x_0 * bar_prev.sqrt() + (one - bar_prev - sigma * sigma).sqrt() * epsilon;
+    // The rest of the variance; where eta is 1 it may round to just below 0.
+    let rest = one - bar_prev - sigma * sigma;
+    let rest = if rest < R::zero() { R::zero() } else { rest };
+    let mean = x_0 * bar_prev.sqrt() + rest.sqrt() * epsilon;
     if t == 0 { mean } else { mean + sigma * noise }
 }

@@ -127,7 +127,8 @@ impl Sampler {
             for ((x, out), noise) in rows.zip(step_noise.chunks_exact(row)) {
                 self.advance(x, out, noise, &step);
             }
-            if !x.iter().all(|v| v.is_finite()) {
+            // A clipped estimate would hide an answer that is infinite.
+            if !out.iter().chain(&*x).all(|v| v.is_finite()) {
                 return Err(Error::Stopped(format!(
                     "sampling step {k} (timestep {}) gave a number that is not finite: the weights are damaged or diverged",
                     self.schedule.timestep_map[t]

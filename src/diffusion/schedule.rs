@@ -233,9 +233,32 @@ pub fn space_timesteps(steps: usize, respacing: &str) -> Result<Vec<u32>> {
     Ok(kept)
 }
 
+/// The timesteps at which samples are made: those of [`space_timesteps`], but of a single one the last. (The published function keeps the
+/// first, at which a model takes the noise that sampling starts from for an image all but done, and the sample would be that noise.)
+///
+/// # Errors
+/// As [`space_timesteps`].
+pub fn sampling_timesteps(steps: usize, respacing: &str) -> Result<Vec<u32>> {
+    let mut kept = space_timesteps(steps, respacing)?;
+    if let [only] = &mut kept[..] {
+        *only = steps as u32 - 1;
+    }
+    Ok(kept)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_single_step_starts_from_noise() {
+        assert_eq!(space_timesteps(1000, "1").unwrap(), [0]);
+        assert_eq!(sampling_timesteps(1000, "1").unwrap(), [999]);
+        for several in ["2", "250", "1,1", "ddim50", "1000"] {
+            assert_eq!(sampling_timesteps(1000, several).unwrap(), space_timesteps(1000, several).unwrap());
+        }
+        assert!(sampling_timesteps(1000, "0").is_err());
+    }
 
     #[test]
     fn a_respaced_schedule_keeps_the_noise_of_its_timesteps() {
