@@ -35,6 +35,21 @@ fn names_of_classes(dataset: &dyn Dataset) -> Option<&[String]> {
     names.iter().enumerate().any(|(class, name)| *name != class.to_string()).then_some(names)
 }
 
+/// Names of classes to compare, of data that have been and are, if they can be. Classes that are only numbers have the names of their
+/// labels, as folders may have too.
+fn comparable_names(names: [Option<Vec<String>>; 2], counts: [usize; 2]) -> Option<(Vec<String>, Vec<String>)> {
+    let labels = |count: usize| (0..count).map(|label| label.to_string()).collect();
+    // `07` is label 7.
+    let numbers =
+        |names: Vec<String>| names.iter().map(|name| name.parse().ok().map(|n: usize| n.to_string())).collect();
+    match names {
+        [Some(were), Some(are)] => Some((were, are)),
+        [Some(were), None] => Option::map(numbers(were), |were| (were, labels(counts[1]))),
+        [None, Some(are)] => Option::map(numbers(are), |are| (labels(counts[0]), are)),
+        [None, None] => None,
+    }
+}
+
 impl Trainer {
     /// Writes a checkpoint and the loss curve, and deletes checkpoints that are no longer kept.
     pub(super) fn save(&mut self, config: &TrainConfig, run: &RunDir, progress: &Progress) -> Result<()> {
@@ -130,7 +145,8 @@ impl Trainer {
         };
         // What is no such list is as good as none.
         let were: Option<Vec<String>> = serde_json::from_str(names).unwrap_or_default();
-        if let (Some(were), Some(are)) = (were, names_of_classes(self.dataset()))
+        let are = names_of_classes(self.dataset()).map(<[String]>::to_vec);
+        if let Some((were, are)) = comparable_names([were, are], [config.num_classes, classes])
             && let Some(class) = (0..were.len().max(are.len())).find(|&class| were.get(class) != are.get(class))
         {
             let name = |names: &[String]| names.get(class).map_or("missing".into(), |name| format!("'{name}'"));
@@ -138,7 +154,7 @@ impl Trainer {
                 "class {class} of the data '{}' is {}, but was {} when this run was saved, so labels would mean other classes: give \
                  it the same class folders with --data, or start a new run",
                 config.data,
-                name(are),
+                name(&are),
                 name(&were)
             )));
         }
@@ -197,5 +213,21 @@ mod tests {
         assert_eq!(read(5000), Some(names(5000)));
         assert_eq!(read(6000), None);
         assert_eq!(text_of_names(None), "null");
+    }
+
+    #[test]
+    fn folders_of_numbers_are_compared_with_labels() {
+        let names = |names: &[&str]| Some(names.iter().map(|name| name.to_string()).collect::<Vec<_>>());
+        let differ = |were, are, counts| comparable_names([were, are], counts).map(|(were, are)| were != are);
+        let fewer = || names(&["0", "1", "3"]);
+        // Folder 2 is gone, or has come.
+        assert_eq!(differ(None, fewer(), [4, 3]), Some(true));
+        assert_eq!(differ(fewer(), None, [4, 4]), Some(true));
+        assert_eq!(differ(None, names(&["00", "01", "02"]), [3, 3]), Some(false));
+        assert_eq!(differ(fewer(), fewer(), [3, 3]), Some(false));
+        // Names say nothing of labels, nor do fewer labels in an array.
+        assert_eq!(differ(None, names(&["ape", "bear"]), [2, 2]), None);
+        assert_eq!(differ(names(&["ape", "7"]), None, [2, 2]), None);
+        assert_eq!(differ(None, None, [4, 3]), None);
     }
 }
