@@ -68,13 +68,15 @@ pub(super) fn run(args: TrainArgs) -> Result<ExitCode> {
             "is a checkpoint outside of its run: --resume needs DIR/checkpoints/STEP with the run's config.toml in DIR",
         ));
     };
+    // The latest is found when no other process trains the run any more.
+    let checkpoint = place.checkpoint.as_deref().filter(|_| run != path);
     let config = resume::config_of(run)?.resumed_with(&layers)?;
     if args.print_config {
         print!("{}", config.to_toml());
         return Ok(ExitCode::SUCCESS);
     }
     stop_on_signals();
-    Ok(report(&trainer::resume(config, run, place.checkpoint.as_deref(), &STOP)?))
+    Ok(report(&trainer::resume(config, run, checkpoint, &STOP)?))
 }
 
 /// What was given beyond the defaults, in rising order of weight.

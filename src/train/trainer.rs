@@ -15,7 +15,7 @@ use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
 use crate::backend::cuda::DType;
 use crate::data::Dataset;
-use crate::diffusion::{Method, Sampler, Schedule, space_timesteps};
+use crate::diffusion::{Method, Sampler, Schedule, sampling_timesteps};
 use crate::error::{Error, Result};
 use crate::generate;
 use crate::model::config::TASKS;
@@ -58,25 +58,29 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
     })
 }
 
-/// Goes on with a run from `checkpoint` (from the start without one), exactly as if it had never stopped.
+/// Goes on with a run exactly as if it had never stopped: from `checkpoint`, without one from the latest, and from the start if there is
+/// none.
 ///
 /// # Errors
 /// As [`start`], and when the checkpoint is damaged or another model's, or the run had checkpoints that are gone.
 pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
     let dataset = open_data(&mut config, true)?;
-    match checkpoint {
-        Some(checkpoint) => resume::check_same_run(&config, run, checkpoint)?,
-        None => resume::check_never_saved(run)?,
+    // From here on no other process adds a checkpoint.
+    let run = RunDir::open(run)?;
+    let latest = || checkpoint::latest(run.path()).map(|latest| latest.map(|(_, path)| path));
+    let checkpoint = checkpoint.map_or_else(latest, |checkpoint| Ok(Some(checkpoint.into())))?;
+    match &checkpoint {
+        Some(checkpoint) => resume::check_same_run(&config, run.path(), checkpoint)?,
+        None => resume::check_never_saved(run.path())?,
     }
     in_pool(&config, || {
         let (mut learner, notes) = learner_on(&config)?;
         if checkpoint.is_none() {
             start_from_given_weights(&config, &mut learner)?;
         }
-        let run = RunDir::open(run)?;
         let mut trainer = Trainer::new(&config, dataset, learner, notes)?;
-        let note = match checkpoint {
+        let note = match &checkpoint {
             Some(checkpoint) => {
                 let about_data = trainer.go_on_from(checkpoint, &config, &run)?;
                 trainer.notes.splice(0..0, about_data);
@@ -105,7 +109,7 @@ pub fn in_pool<R: Send>(config: &TrainConfig, work: impl FnOnce() -> Result<R> +
 /// # Errors
 /// When the respacing or the guidance is not usable.
 pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f64, cfg: f64) -> Result<Sampler> {
-    let schedule = Schedule::new(config.schedule, TASKS)?.respaced(&space_timesteps(TASKS, respacing)?)?;
+    let schedule = Schedule::new(config.schedule, TASKS)?.respaced(&sampling_timesteps(TASKS, respacing)?)?;
     let method = match kind {
         SamplerKind::Ddim => Method::Ddim { eta },
         SamplerKind::Ddpm => Method::Ddpm,
