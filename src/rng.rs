@@ -1,8 +1,8 @@
 //! Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 //!
 //! A draw depends only on the seed and on what it is for (stream, step, sample, element), never on how many draws came
-//! before or on which thread made them. The normal draws use only additions, multiplications and square roots that IEEE 754
-//! rounds exactly, in a fixed order and never fused, so that any processor (and any GPU) gets the same bits.
+//! before or on which thread made them. The normal draws use only additions, multiplications, divisions and square roots,
+//! which IEEE 754 rounds exactly, in a fixed order and never fused, so that any processor (and any GPU) gets the same bits.
 
 use rayon::prelude::*;
 

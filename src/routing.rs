@@ -77,7 +77,7 @@ pub fn window_width(channels: usize, beta: f64) -> Result<usize> {
     match (channels as f64 * beta).floor() as usize {
         0 => Err(Error::usage(format!(
             "beta {beta} leaves none of {channels} channels active: give at least {:.4}",
-            1.0 / channels as f64
+            (1e4 / channels as f64).ceil() / 1e4
         ))),
         width => Ok(width),
     }
@@ -143,6 +143,15 @@ mod tests {
             assert!(windows(1000, 64, alpha, beta).is_err(), "alpha {alpha} beta {beta}");
         }
         assert!(windows(0, 64, 4.0, 0.8).is_err());
+    }
+
+    #[test]
+    fn the_share_that_is_advised_is_enough() {
+        for channels in [1, 3, 64, 128, 384, 768, 1024, 1152, 4096] {
+            let message = window_width(channels, 0.5 / channels as f64).unwrap_err().to_string();
+            let advised = message.rsplit(' ').next().unwrap().parse().unwrap();
+            assert!(window_width(channels, advised).is_ok(), "{message}");
+        }
     }
 
     #[test]

@@ -50,6 +50,7 @@ fn flag(knob: &Knob, digits: &TrainConfig, published: &TrainConfig) -> Arg {
         // Shapes come with the model's name.
         "hidden_size" | "depth" | "num_heads" | "patch_size" => "default: the model's".into(),
         "model" => format!("default: {small}"),
+        "flip" => "default: true for a folder of images, else false".into(),
         _ if small == large => format!("default: {small}"),
         _ => format!("default: {small}; {large} for DiT models"),
     };

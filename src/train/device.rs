@@ -24,7 +24,8 @@ use std::collections::VecDeque;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
-/// A gradient of this norm counts as not finite: its square would not fit the second moment, which is f32.
+/// A gradient of this norm counts as not finite, even where clipping would shrink it: from 1.8e19 on its square does not fit the second
+/// moment, which is f32.
 pub const LARGEST_NORM: f64 = 1e18;
 
 /// Numbers of a sample that `kernels/diffusion_loss.cu` reads, in its order.
