@@ -19,13 +19,14 @@ impl AtomicFile {
     /// Begins to write `path`, whose directory must exist.
     ///
     /// # Errors
-    /// [`Error::File`] when the path names no file or its directory cannot be written.
+    /// [`Error::File`] when the path names no file, or something else than a regular one is there, or its directory cannot be written.
     pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
         static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
         let path = path.into();
         let Some(name) = path.file_name() else {
             return Err(Error::file(path, "is not the name of a file"));
         };
+        check_target(&path)?;
         let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
@@ -53,6 +54,17 @@ impl AtomicFile {
     /// What to say when writing failed with `e`.
     pub fn error(&self, e: &dyn std::fmt::Display) -> Error {
         Error::file(&self.path, format!("cannot be written: {e}"))
+    }
+}
+
+/// Refuses a path at which something is that is no regular file: a device or a pipe would be replaced by one.
+pub(crate) fn check_target(path: &Path) -> Result<()> {
+    match fs::metadata(path) {
+        Ok(there) if there.is_dir() => Err(Error::file(path, "is a directory: give the name of a file")),
+        Ok(there) if !there.is_file() => {
+            Err(Error::file(path, "is not a regular file, and would be replaced by one: give another name"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -116,5 +128,23 @@ impl Write for AtomicFile {
 impl Seek for AtomicFile {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         self.file.seek(to)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_regular_files_are_replaced() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("file");
+        assert!(check_target(&path).is_ok());
+        AtomicFile::create(&path).unwrap().commit().unwrap();
+        assert!(check_target(&path).is_ok());
+        assert!(check_target(place.path()).unwrap_err().to_string().contains("is a directory"));
+        if cfg!(unix) {
+            assert!(check_target(Path::new("/dev/null")).unwrap_err().to_string().contains("not a regular file"));
+        }
     }
 }

@@ -38,6 +38,7 @@ pub mod atomic_file;
 pub mod element;
 pub mod error;
 pub mod picture;
+mod regular_file;
 pub mod safetensors_file;
 
 pub use error::{Error, Result};

@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -16,6 +15,7 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 
 use crate::element::{Element, byte_len};
 use crate::error::{Error, Result};
+use crate::regular_file;
 
 /// Longest header that is read: more than a hundred times what the largest DiT needs.
 pub const MAX_HEADER_BYTES: u64 = 16 << 20;
@@ -131,11 +131,7 @@ impl TensorView<'_> {
 /// Maps the regular file `path` into memory, read-only.
 pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
     let fail = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
-    // Asked before opening: opening a pipe would wait for its writer.
-    if !std::fs::metadata(path).map_err(fail)?.is_file() {
-        return Err(Error::file(path, "is not a regular file"));
-    }
-    let file = File::open(path).map_err(fail)?;
+    let file = regular_file::open(path).map_err(fail)?;
     // SAFETY: the map is read-only and only ever seen as bytes, for which every value is valid. Nothing here writes to files
     // that are open for reading (files are written to a temporary name and renamed, which leaves this map on the old file);
     // that other programs do not change it is the condition stated on the types that hold the map.

@@ -194,6 +194,16 @@ fn resolve_tells_runs_from_checkpoints() {
     let found = checkpoint::resolve(&path).unwrap();
     assert_eq!(found.run, Some(fs::canonicalize(&run).unwrap()));
     assert_eq!(found.checkpoint, Some(path.clone()));
+    // Kept on another disk.
+    #[cfg(unix)]
+    {
+        let (inside, elsewhere) = (run.join("checkpoints"), place.path().join("elsewhere"));
+        fs::rename(&inside, &elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &inside).unwrap();
+        assert_eq!(checkpoint::resolve(&path).unwrap().run, Some(run.clone()));
+        fs::remove_file(&inside).unwrap();
+        fs::rename(&elsewhere, &inside).unwrap();
+    }
     // Copied out of its run.
     let copy = place.path().join("copy");
     fs::rename(&path, &copy).unwrap();

@@ -67,7 +67,7 @@ fn configuration_files_are_checked() {
     fails(with(b"\xff\xfe"), 1, &["c.toml", "UTF-8"]);
     fails(with(&vec![b'#'; 2 << 20]), 1, &["c.toml", "longer than"]);
     fails(run(place.path(), &["train", "--config", "none.toml"]), 1, &["none.toml", "No such file"]);
-    fails(run(place.path(), &["train", "--config", "."]), 1, &["is not a file"]);
+    fails(run(place.path(), &["train", "--config", "."]), 1, &["not a regular file"]);
 }
 
 #[test]

@@ -43,11 +43,13 @@ fn crops_are_those_of_pillow() {
 
 #[test]
 fn thin_images_do_not_grow_without_bound() {
-    // Scaled as a whole it would have 256 x 2,560,000 pixels.
-    let thin = RgbImage::from_pixel(1, 10_000, Rgb([9, 8, 7]));
-    let cropped = center_crop(thin, 256);
-    assert_eq!(cropped.dimensions(), (256, 256));
-    assert!(cropped.pixels().all(|p| p.0 == [9, 8, 7]));
+    // Scaled as a whole, or in one direction, they would take up to 400 GB and 40 GB.
+    for (width, height) in [(1, 10_000_000), (10_000_000, 1)] {
+        let thin = RgbImage::from_pixel(width, height, Rgb([9, 8, 7]));
+        let cropped = center_crop(thin, 1_300);
+        assert_eq!(cropped.dimensions(), (1_300, 1_300));
+        assert!(cropped.pixels().all(|p| p.0 == [9, 8, 7]));
+    }
 }
 
 #[test]

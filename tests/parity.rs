@@ -280,7 +280,7 @@ fn a_configuration_that_lies_is_refused_before_it_costs_anything() {
         let copy = Copy::of("c", &FORWARD[1..]);
         let made = std::process::Command::new("mkfifo").arg(copy.path().join("config.json")).status().unwrap();
         assert!(made.success());
-        copy.assert_fails(&["config.json: is not a regular file"]);
+        copy.assert_fails(&["config.json: cannot be read: it is not a regular file"]);
     }
 }
 

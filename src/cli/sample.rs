@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use clap::{Args, ValueEnum};
 
 use super::signals::{self, STOP};
-use crate::atomic_file::AtomicFile;
+use crate::atomic_file::{AtomicFile, check_target};
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights as ModelWeights};
 use crate::backend::Compute;
@@ -203,11 +203,7 @@ fn sample(args: SampleArgs) -> Result<()> {
 
 /// Refuses files that cannot both be written.
 fn check_outputs(out: &Path, npz: Option<&Path>) -> Result<()> {
-    for path in [Some(out), npz].into_iter().flatten() {
-        if path.is_dir() {
-            return Err(Error::file(path, "is a directory: give the name of a file"));
-        }
-    }
+    [Some(out), npz].into_iter().flatten().try_for_each(check_target)?;
     // `a` and `./a` are the same file, which need not exist yet.
     let place = |path: &Path| {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));

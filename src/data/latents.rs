@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::safetensors_file::{SafetensorsFile, TensorView};
 
 /// Most numbers that one sample may have.
-const MAX_SAMPLE: usize = 1 << 26;
+pub(crate) const MAX_SAMPLE: usize = 1 << 26;
 
 /// Largest number that an image may have: its numbers are meant to be from -1 to 1, and resizing overshoots a little.
 const MAX_PIXEL: f32 = 1.5;

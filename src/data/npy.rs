@@ -161,10 +161,10 @@ const DESCRS: [(&str, Element); 12] = [
 ];
 
 fn element_of(descr: &str) -> Option<Element> {
-    let kind = descr.strip_prefix(['<', '|', '=']).unwrap_or(descr);
-    let element = DESCRS.iter().find(|(known, _)| &known[1..] == kind).map(|&(_, element)| element);
     // The order of the bytes of one byte does not matter.
-    element.or_else(|| element_of(descr.strip_prefix('>').filter(|kind| kind.ends_with('1'))?))
+    let kind = descr.strip_prefix('>').filter(|kind| kind.ends_with('1'));
+    let kind = kind.or_else(|| descr.strip_prefix(['<', '|', '='])).unwrap_or(descr);
+    DESCRS.iter().find(|(known, _)| &known[1..] == kind).map(|&(_, element)| element)
 }
 
 fn descr_of(element: Element) -> Option<&'static str> {

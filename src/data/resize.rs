@@ -78,13 +78,16 @@ fn axis(from: u32, to: u32, wanted: std::ops::Range<u32>, support: f64, filter: 
 fn resample(image: &RgbImage, columns: &[Tap], rows: &[Tap]) -> RgbImage {
     let (width, wide) = (columns.len(), image.width() as usize);
     let pixels = image.as_raw().as_chunks::<3>().0;
-    let mut narrow = Vec::with_capacity(width * image.height() as usize);
-    for row in pixels.chunks_exact(wide) {
+    // Rows that no tap needs are left out: of a thin image those are nearly all.
+    let first = rows.iter().map(|tap| tap.first as usize).min().unwrap_or(0);
+    let end = rows.iter().map(|tap| tap.first as usize + tap.weights.len()).max().unwrap_or(0);
+    let mut narrow = Vec::with_capacity(width * (end - first));
+    for row in pixels.chunks_exact(wide).take(end).skip(first) {
         narrow.extend(columns.iter().map(|tap| mean(tap, row[tap.first as usize..].iter())));
     }
     let mut out = Vec::with_capacity(width * rows.len());
     for tap in rows {
-        let top = &narrow[tap.first as usize * width..];
+        let top = &narrow[(tap.first as usize - first) * width..];
         out.extend((0..width).map(|x| mean(tap, top[x..].iter().step_by(width))));
     }
     RgbImage::from_fn(width as u32, rows.len() as u32, |x, y| Rgb(out[y as usize * width + x as usize]))

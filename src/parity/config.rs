@@ -3,8 +3,8 @@
 use super::archive::Archive;
 use crate::error::{Error, Result};
 use crate::model::config::{ModelConfig, TASKS};
+use crate::regular_file;
 use crate::routing::Routing;
-use std::io::Read;
 use std::path::Path;
 
 /// Longest `config.json` that is read.
@@ -62,16 +62,7 @@ fn published_eps() -> f64 {
 pub fn read(path: &Path, params: &Archive) -> Result<ModelConfig> {
     let bad = |what: String| Error::file(path, what);
     let unreadable = |e: std::io::Error| bad(format!("cannot be read: {e}"));
-    // Asked before opening: opening a pipe would wait for its writer.
-    if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
-        return Err(bad("is not a regular file".into()));
-    }
-    let file = std::fs::File::open(path).map_err(unreadable)?;
-    let mut text = Vec::new();
-    file.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text).map_err(unreadable)?;
-    if text.len() as u64 > MAX_CONFIG_BYTES {
-        return Err(bad(format!("is longer than {MAX_CONFIG_BYTES} bytes: it cannot be the sizes of a model")));
-    }
+    let text = regular_file::read(path, MAX_CONFIG_BYTES).map_err(unreadable)?;
     let raw: Raw = serde_json::from_slice(&text).map_err(|e| bad(format!("is not the sizes of a model: {e}")))?;
     if raw.taskcount != TASKS {
         return Err(bad(format!("taskcount is {}, but only {TASKS} timesteps are supported", raw.taskcount)));

@@ -268,10 +268,15 @@ pub fn resolve(path: &Path) -> Result<Location> {
 
 /// The run that has `path` in its `checkpoints/`.
 fn run_around(path: &Path) -> Result<Option<PathBuf>> {
-    // The path may be relative or end in dots, so its parents are only known of the absolute one.
-    let absolute = fs::canonicalize(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
-    let parent = absolute.parent().filter(|parent| parent.file_name().is_some_and(|name| name == DIRECTORY));
-    Ok(parent.and_then(Path::parent).filter(|run| run.join(CONFIG).exists()).map(Path::to_path_buf))
+    // The path may be relative or end in dots, so its parents are only known of the absolute one; as it is written, where `checkpoints`
+    // is a link to elsewhere.
+    let fail = |e: std::io::Error| Error::file(path, format!("cannot be opened: {e}"));
+    let run_of = |path: PathBuf| {
+        let parent = path.parent().filter(|parent| parent.file_name().is_some_and(|name| name == DIRECTORY));
+        parent.and_then(Path::parent).filter(|run| run.join(CONFIG).exists()).map(Path::to_path_buf)
+    };
+    let as_written = std::path::absolute(path).map_err(fail)?;
+    Ok(run_of(fs::canonicalize(path).map_err(fail)?).or_else(|| run_of(as_written)))
 }
 
 /// The name of a step's directory: sorts as text up to ten million steps.

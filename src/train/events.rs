@@ -5,17 +5,18 @@
 //! writes three fields: wall time, step, and a summary of named scalars.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::run_dir::RunDir;
 use crate::error::{Error, Result};
+use crate::regular_file;
 
 /// What the names of event files begin with.
 pub(super) const EVENTS: &str = "events.out.tfevents";
-/// Largest file that a resumed run trims; a line of metrics takes about 500 bytes.
-const MAX_FILE_BYTES: u64 = 1 << 30;
+/// Most bytes of a run's metrics, in either form, that are read; a line takes about 500.
+pub(super) const MAX_FILE_BYTES: u64 = 1 << 30;
 
 /// An event file that is appended to.
 #[derive(Debug)]
@@ -30,12 +31,11 @@ impl EventFile {
         let seconds = now() as u64;
         let name = existing(run)?.unwrap_or_else(|| format!("{EVENTS}.{seconds:010}.dtr-fused"));
         let path = run.path().join(&name);
-        let old = match fs::metadata(&path) {
-            Ok(file) if file.len() > MAX_FILE_BYTES => {
-                return Err(Error::file(&path, "is over 1 GiB: move it away; only TensorBoard's curves are lost"));
-            }
-            Ok(_) => fs::read(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?,
-            Err(_) => Vec::new(),
+        let old = match regular_file::read(&path, MAX_FILE_BYTES) {
+            Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
+            old => old.map_err(|e| {
+                Error::file(&path, format!("cannot be read: {e}; move it away, and only TensorBoard's curves are lost"))
+            })?,
         };
         let mut kept: Vec<u8> = Vec::new();
         for (record, data) in records(&old) {

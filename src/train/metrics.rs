@@ -1,14 +1,15 @@
 //! What a run measures: averages over the steps between two lines of `metrics.jsonl`, and the files that keep them.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::events::EventFile;
+use super::events::{EventFile, MAX_FILE_BYTES};
 use super::run_dir::RunDir;
 use crate::error::{Error, Result};
+use crate::regular_file;
 
 /// Name of the file with one JSON object per line.
 pub const METRICS: &str = "metrics.jsonl";
@@ -142,7 +143,7 @@ impl MetricsLog {
     /// [`Error::File`] when a file cannot be read or written.
     pub fn open(run: &RunDir, step: u64) -> Result<Self> {
         let path = run.path().join(METRICS);
-        let old = match fs::read(&path) {
+        let old = match regular_file::read(&path, MAX_FILE_BYTES) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             old => old.map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?,
         };
@@ -202,9 +203,9 @@ impl MetricsLog {
 pub fn read(run: &Path) -> Result<Vec<Line>> {
     let path = run.join(METRICS);
     let fail = |e: std::io::Error| Error::file(&path, format!("cannot be read: {e}"));
-    let mut reader = match File::open(&path) {
+    let mut reader = match regular_file::open(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        file => BufReader::new(file.map_err(fail)?),
+        file => BufReader::new(file.map_err(fail)?.take(MAX_FILE_BYTES)),
     };
     let (mut lines, mut text) = (Vec::new(), Vec::new());
     loop {
@@ -220,6 +221,7 @@ pub fn read(run: &Path) -> Result<Vec<Line>> {
 mod tests {
     use super::super::config::TrainConfig;
     use super::*;
+    use std::fs;
 
     fn run(place: &Path) -> RunDir {
         RunDir::create(&TrainConfig { out: place.join("run").display().to_string(), ..TrainConfig::default() }).unwrap()
@@ -234,6 +236,21 @@ mod tests {
         }
         meter.add_step(0.1 + seed as f64);
         meter
+    }
+
+    /// A run from others may have anything there.
+    #[cfg(unix)]
+    #[test]
+    fn what_is_no_file_is_not_read() {
+        let place = tempfile::tempdir().unwrap();
+        let run = run(place.path());
+        for name in [METRICS, "events.out.tfevents.0000000001.other"] {
+            let path = run.path().join(name);
+            std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+            assert!(MetricsLog::open(&run, 3).unwrap_err().to_string().contains("not a regular file"), "{name}");
+            assert_eq!(read(run.path()).is_err(), name == METRICS);
+            fs::remove_file(path).unwrap();
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! runs/NAME/config.toml, metrics.jsonl, events.out.tfevents.*, loss.png, samples/STEP.png, checkpoints/STEP/
 //! ```
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -70,7 +70,13 @@ impl RunDir {
     }
 
     fn lock(path: PathBuf) -> Result<Self> {
-        let file = File::create(path.join(LOCK)).map_err(|e| Error::file(&path, format!("cannot be written: {e}")))?;
+        let lock = path.join(LOCK);
+        // Not by a link to elsewhere, as a run from others may have.
+        if fs::symlink_metadata(&lock).is_ok_and(|there| !there.is_file()) {
+            return Err(Error::file(lock, "is not a regular file: remove it"));
+        }
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(lock);
+        let file = file.map_err(|e| Error::file(&path, format!("cannot be written: {e}")))?;
         match file.try_lock() {
             Err(TryLockError::WouldBlock) => {
                 Err(Error::file(&path, "another process trains this run: wait for it, or start a new run"))
@@ -184,6 +190,20 @@ mod tests {
         drop(run);
         RunDir::open(&out).unwrap();
         assert!(RunDir::open(place.path()).unwrap_err().to_string().contains("no run"));
+    }
+
+    /// Where a run from others has a link for its lock, the file that it leads to is left alone.
+    #[cfg(unix)]
+    #[test]
+    fn a_lock_is_no_link() {
+        let place = tempfile::tempdir().unwrap();
+        let (out, other) = (place.path().join("run"), place.path().join("thesis.tex"));
+        drop(RunDir::create(&config(&out)).unwrap());
+        fs::remove_file(out.join(LOCK)).unwrap();
+        fs::write(&other, "x").unwrap();
+        std::os::unix::fs::symlink(&other, out.join(LOCK)).unwrap();
+        assert!(RunDir::open(&out).unwrap_err().to_string().contains("not a regular file"));
+        assert_eq!(fs::read(&other).unwrap(), b"x");
     }
 
     #[test]

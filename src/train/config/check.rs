@@ -1,6 +1,7 @@
 //! What a configuration must satisfy, and what it becomes when the data are known.
 
 use super::TrainConfig;
+use crate::data::latents::MAX_SAMPLE;
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 
@@ -97,6 +98,13 @@ impl TrainConfig {
                 model.input_size,
                 model.patch_size,
                 model.tokens()
+            )));
+        }
+        let numbers = model.in_channels.saturating_mul(model.input_size).saturating_mul(model.input_size);
+        if numbers > MAX_SAMPLE {
+            return Err(Error::usage(format!(
+                "in_channels {} and image_size {} make {numbers} numbers per image, but at most {MAX_SAMPLE} are possible",
+                model.in_channels, model.input_size
             )));
         }
         Ok(())
@@ -224,6 +232,7 @@ mod tests {
             ("hidden_size", "4000000000000"),
             ("hidden_size", "1000000"),
             ("image_size", "100000"),
+            ("in_channels", "4000000"),
             ("patch_size", "0"),
             ("depth", "0"),
             ("mlp_ratio", "0"),

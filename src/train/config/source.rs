@@ -1,12 +1,12 @@
 //! Where a configuration comes from (defaults, a file, `--set`, flags) and how it is written back.
 
 use std::fmt::Write as _;
-use std::io::Read as _;
 use std::path::Path;
 
 use super::value::{Value, did_you_mean};
 use super::{DataKind, KNOBS, Knob, TrainConfig, shape_of};
 use crate::error::{Error, Result};
+use crate::regular_file;
 
 /// Longest configuration file that is read: a hundred times the full one.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -52,15 +52,8 @@ impl Layer {
     /// [`Error::File`] when it cannot be read, is longer than 1 MiB, is no TOML, or has a value that is a table or a list.
     pub fn from_file(path: &Path) -> Result<Self> {
         let fail = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
-        let mut text = String::new();
-        // Asked before opening: opening a pipe would wait for its writer.
-        if !std::fs::metadata(path).map_err(fail)?.is_file() {
-            return Err(Error::file(path, "is not a file: give a TOML file, as --print-config writes it"));
-        }
-        std::fs::File::open(path).map_err(fail)?.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(fail)?;
-        if text.len() as u64 > MAX_FILE_BYTES {
-            return Err(Error::file(path, format!("is longer than {MAX_FILE_BYTES} bytes: it is no configuration")));
-        }
+        let text = regular_file::read(path, MAX_FILE_BYTES).map_err(fail)?;
+        let text = String::from_utf8(text).map_err(|_| Error::file(path, "is not UTF-8, so it is no configuration"))?;
         Self::from_toml(&text, &path.display().to_string()).map_err(|what| Error::file(path, what))
     }
 
