@@ -148,7 +148,12 @@ fn a_kill_at_any_moment_leaves_a_whole_checkpoint() {
     let run = tempfile::tempdir().unwrap();
     write(run.path(), 0).unwrap();
     let mut latest_seen = 0;
-    for round in 0..25 {
+    for round in 0.. {
+        // A disk may take a while to have a file.
+        if round >= 25 && latest_seen > 0 {
+            break;
+        }
+        assert!(round < 250, "no writer ever got to write: the test proves nothing");
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "writer"])
             .env("DTR_TEST_WRITE_WITHOUT_END", run.path())
@@ -166,7 +171,6 @@ fn a_kill_at_any_moment_leaves_a_whole_checkpoint() {
         }
         latest_seen = latest_seen.max(all[all.len() - 1].0);
     }
-    assert!(latest_seen > 0, "no writer ever got to write: the test proves nothing");
 }
 
 #[test]

@@ -13,9 +13,19 @@ fn short_run(place: &Path, args: &[&str]) {
     succeeds(train(place, &[&step, args].concat()));
 }
 
-/// `dtr-fused sample` of that run in two denoising steps, on the CPU.
+/// A run that learned something, so that samples of it are more than black and white.
+fn long_run(place: &Path, args: &[&str]) {
+    short_run(place, &[&["--steps", "100", "--lr", "0.01", "--ema-decay", "0.9"], args].concat());
+}
+
+/// `dtr-fused sample` of that run, on the CPU.
+fn sample_in(steps: &str, place: &Path, args: &[&str]) -> std::process::Output {
+    run(place, &[&["sample", "--checkpoint", "run", "--steps", steps, "--device", "cpu"], args].concat())
+}
+
+/// [`sample_in`] two denoising steps.
 fn sample(place: &Path, args: &[&str]) -> std::process::Output {
-    run(place, &[&["sample", "--checkpoint", "run", "--steps", "2", "--device", "cpu"], args].concat())
+    sample_in("2", place, args)
 }
 
 /// Replaces `from` by `to` in the run's configuration and in that of its checkpoint.
@@ -54,22 +64,63 @@ fn names(place: &Path) -> Vec<String> {
 }
 
 #[test]
-fn the_archive_is_the_same_in_batches_of_any_size_and_the_grid_shows_its_first_images() {
+fn batches_of_any_size_give_the_same_files_and_other_ways_to_sample_others() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
-    short_run(place, &[]);
-    let made = |name: &str, batch: &str| {
+    long_run(place, &[]);
+    let made = |name: &str, batch: &str, way: &[&str]| {
         let (png, npz) = (format!("{name}.png"), format!("{name}.npz"));
         let num = ["--num", "45", "--classes", "1,3", "--batch-size", batch, "--out", &png, "--npz", &npz];
-        succeeds(sample(place, &num));
+        succeeds(sample_in("10", place, &[&num, way].concat()));
         (fs::read(place.join(png)).unwrap(), fs::read(place.join(npz)).unwrap())
     };
-    let (few, whole) = (made("few", "7"), made("whole", "45"));
-    assert!(few.0 == whole.0, "the grids differ");
-    assert!(few.1 == whole.1, "the archives differ");
-    // 45 images of 8 x 8, 45 labels of 8 bytes, and headers.
-    assert!((45 * 72..45 * 72 + 1000).contains(&whole.1.len()), "{}", whole.1.len());
+    let ways: [&[&str]; 5] = [&[], &["--sampler", "ddpm"], &["--eta", "1"], &["--weights", "model"], &["--seed", "1"]];
+    let mut archives: Vec<Vec<u8>> = Vec::new();
+    for way in ways {
+        let (few, whole) = (made("few", "7", way), made("whole", "45", way));
+        assert!(few.0 == whole.0, "{way:?}: the grids differ");
+        assert!(few.1 == whole.1, "{way:?}: the archives differ");
+        // 45 images of 8 x 8, 45 labels of 8 bytes, and headers.
+        assert!((45 * 72..45 * 72 + 1000).contains(&whole.1.len()), "{}", whole.1.len());
+        assert!(!archives.contains(&whole.1), "{way:?}: as another way");
+        archives.push(whole.1);
+    }
     assert_eq!(names(place), ["few.npz", "few.png", "run", "whole.npz", "whole.png"]);
+}
+
+/// What an archive holds after the header of its array `number`.
+fn array(npz: &[u8], number: usize) -> &[u8] {
+    let (start, _) = npz.windows(6).enumerate().filter(|(_, bytes)| bytes == b"\x93NUMPY").nth(number).unwrap();
+    let header = u16::from_le_bytes([npz[start + 8], npz[start + 9]]);
+    &npz[start + 10 + usize::from(header)..]
+}
+
+#[test]
+fn the_archive_holds_pixels_by_row_and_labels_and_the_grid_shows_them() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let values: Vec<u8> = (0..8 * 48).map(|i| (i * 37 % 251) as u8).collect();
+    let labels: Vec<u8> = (0..8).map(|i| i % 2).collect();
+    use safetensors::tensor::{Dtype, TensorView};
+    let view = |shape: &[usize], data| TensorView::new(Dtype::U8, shape.to_vec(), data).unwrap();
+    let tensors = [("images", view(&[8, 3, 4, 4], &values)), ("labels", view(&[8], &labels))];
+    fs::write(place.join("images.safetensors"), safetensors::serialize(tensors, None).unwrap()).unwrap();
+    long_run(place, &["--data", "images.safetensors"]);
+    succeeds(sample_in("10", place, &["--num", "5", "--classes", "1,0", "--npz", "samples.npz"]));
+    let npz = fs::read(place.join("samples.npz")).unwrap();
+    let labels: Vec<i64> = array(&npz, 1).as_chunks().0[..5].iter().map(|&bytes| i64::from_le_bytes(bytes)).collect();
+    assert_eq!(labels, [1, 1, 1, 0, 0]);
+    let pixels = &array(&npz, 0)[..5 * 48]; // [5, 4, 4, 3]
+    assert!((10..246).filter(|value| pixels.contains(value)).count() > 20, "little but black and white");
+    let grid = image::open(place.join("grid.png")).unwrap().into_rgb8();
+    // A row a class; squares of 16 pixels a side, and 2 between images and around them.
+    for (image, [row, column]) in [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]].into_iter().enumerate() {
+        for (i, rgb) in pixels[image * 48..][..48].as_chunks::<3>().0.iter().enumerate() {
+            let (x, y) = (2 + column * 66 + i as u32 % 4 * 16, 2 + row * 66 + i as u32 / 4 * 16);
+            let shown = grid.get_pixel(x, y).0;
+            assert!(shown.iter().zip(rgb).all(|(a, &b)| a.abs_diff(b) <= 1), "image {image}: {shown:?} for {rgb:?}");
+        }
+    }
 }
 
 #[test]
@@ -95,7 +146,7 @@ fn an_archive_that_a_full_disk_cuts_short_leaves_nothing() {
     // No file may grow beyond 16 kB.
     let program = env!("CARGO_BIN_EXE_dtr-fused");
     let limited = format!(
-        "trap '' XFSZ; ulimit -f 32; exec '{program}' sample --checkpoint run --steps 1 --num 1000 --npz samples.npz"
+        "trap '' XFSZ; ulimit -f 32; exec '{program}' sample --checkpoint run --device cpu --steps 1 --num 1000 --npz samples.npz"
     );
     let output = std::process::Command::new("sh").args(["-c", &limited]).current_dir(place).output().unwrap();
     fails(output, 1, &["samples.npz: cannot be written"]);

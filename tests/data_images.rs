@@ -171,13 +171,13 @@ fn an_image_that_claims_to_be_huge_is_refused_before_it_is_allocated() {
     let folder = ImageFolder::open(dir.path(), 8).unwrap();
     let mut bytes = std::fs::read(folder.path(0)).unwrap();
     // Width and height stand in the first chunk, at bytes 16 and 20; its checksum at 29.
-    bytes[16..24].copy_from_slice(&[0x7F, 0xFF, 0xFF, 0xFF, 0x7F, 0xFF, 0xFF, 0xFF]);
+    bytes[16..20].copy_from_slice(&100_000u32.to_be_bytes());
+    bytes[20..24].copy_from_slice(&1_001u32.to_be_bytes());
     let crc = crc32fast::hash(&bytes[12..29]);
     bytes[29..33].copy_from_slice(&crc.to_be_bytes());
     std::fs::write(folder.path(0), &bytes).unwrap();
     let error = folder.read(0, false, &mut [0.0; 192]).unwrap_err().to_string();
-    assert!(error.contains("a.png: "), "{error}");
-    assert!(error.contains("claims to be 2147483647x2147483647 pixels large") || error.contains("damaged"), "{error}");
+    assert!(error.contains("a.png: claims to be 100000x1001 pixels large"), "{error}");
 }
 
 #[test]

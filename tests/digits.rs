@@ -27,7 +27,8 @@ fn spread(images: &[f32], labels: &[u32], class: u32) -> f64 {
 #[test]
 fn the_default_run_learns_to_write_digits() {
     let place = tempfile::tempdir().unwrap();
-    let config = TrainConfig { out: place.path().join("run").display().to_string(), ..TrainConfig::default() };
+    let out = place.path().join("run").display().to_string();
+    let config = TrainConfig { out, device: "cpu".into(), ..TrainConfig::default() };
     let outcome = trainer::start(config, &AtomicBool::new(false)).unwrap();
     assert!(outcome.finished && outcome.samples.is_some_and(|path| path.exists()));
     assert!(outcome.run.join("loss.png").exists());
