@@ -238,11 +238,13 @@ fn run<R>(
     own.run = how;
     weights.device.set_dry(how == Run::Dry);
     let cuda = Some(OnDevice { weights, grads });
-    let found = work(&mut Tape { weights: &[], weight_grads: None, cuda, paused: false, memory });
+    let found = work(&mut Tape { weights: &[], weight_grads: None, cuda, paused: false, spent: false, memory });
     weights.device.set_dry(false);
+    // The bytes of its inputs are kept until the device has read them.
+    let done = if how == Run::Live { weights.device.synchronize() } else { Ok(()) };
     match memory.cuda.as_mut().and_then(|own| own.failed.take()) {
         Some(error) => Err(error),
-        None => found,
+        None => found.and_then(|found| done.map(|()| found)),
     }
 }
 
@@ -371,8 +373,10 @@ impl Tape<'_> {
         match own.run {
             Run::Dry => own.uploads.push((buffer, bytes.to_vec())),
             Run::Live => {
-                // SAFETY: inputs of a tape come from ordinary memory.
-                let written = unsafe { own.device.write_bytes_later(buffer, bytes) };
+                let bytes = bytes.to_vec();
+                // SAFETY: they are kept until the pass is over, and its end waits for the stream.
+                let written = unsafe { own.device.write_bytes_later(buffer, &bytes) };
+                own.uploads.push((buffer, bytes));
                 own.failed = own.failed.take().or(written.err());
             }
             Run::Sent => {}

@@ -25,8 +25,8 @@ use crate::train::{TrainConfig, checkpoint, setup, trainer};
 const GRID_COLUMNS: usize = 16;
 /// A grid shows at most this many classes.
 const GRID_ROWS: usize = 64;
-/// Most images that are computed at a time.
-const MOST_AT_ONCE: usize = 1 << 16;
+/// Most images that are computed at a time: with guidance they are twice as many samples, of which kernels take 65535.
+const MOST_AT_ONCE: usize = 32_767;
 
 const EXAMPLES: &str = "\
 Examples:

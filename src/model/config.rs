@@ -49,7 +49,7 @@ impl ModelConfig {
         let head = self.hidden_size / self.num_heads.max(1);
         if head > 128 {
             return Err(Error::usage(format!(
-                "heads of {head} channels do not fit the CUDA kernels: give more num_heads"
+                "heads of {head} channels do not fit the CUDA kernels, which take 128 at most: give more num_heads, or --device cpu"
             )));
         }
         let patch = self.patch_size * self.patch_size * self.out_channels();

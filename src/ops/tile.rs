@@ -168,18 +168,24 @@ fn defines(tile: &Tile) -> [(&'static str, i64); 2] {
     [("TILE_M", tile.m as i64), ("TILE_N", tile.n as i64)]
 }
 
-/// Refuses buffers that are too short, or in bf16 start where 16 bytes cannot be read at a time: each with its name and the length
-/// it must have, 0 for one that is left out.
+/// Refuses buffers that are too short, or start where 16 bytes cannot be read at a time: each with its name and the length it must have,
+/// 0 for one that is left out.
 pub(crate) fn check_buffers(operation: &'static str, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
     for (name, buffer, len) in buffers {
         if buffer.len < *len {
             let what = format!("{name} has {} numbers, expected {len}", buffer.len);
             return Err(Error::Shape { operation, what });
         }
-        // A sample's modulation may start anywhere, and rows of f32 that are no whole vectors are read one by one.
+        // A sample's modulation may start anywhere, and so may weights in f32, which are read by vectors only where they can be.
         let anywhere = ["shift", "scale", "gate", "dshift", "dscale", "dgate"].contains(name);
-        if (elem == DType::Bf16 && !anywhere || buffer.dtype == DType::Bf16) && !buffer.address.is_multiple_of(16) {
-            let what = format!("{name} starts at {:#x}, but kernels in bf16 read 16 bytes at a time", buffer.address);
+        let weights = ["weight", "bias", "dweight", "dbias"].contains(name);
+        let aligned = match buffer.dtype {
+            DType::Bf16 => true,
+            DType::F32 => !anywhere && (elem == DType::Bf16 || !weights),
+            _ => elem == DType::Bf16,
+        };
+        if aligned && !buffer.address.is_multiple_of(16) {
+            let what = format!("{name} starts at {:#x}, but kernels read 16 bytes at a time", buffer.address);
             return Err(Error::Shape { operation, what });
         }
     }
@@ -218,13 +224,15 @@ mod tests {
                 .unwrap_or_default()
         };
         assert_eq!(says(at(32, 5, DType::Bf16), 5), "");
-        assert_eq!(says(at(36, 5, DType::F32), 5), "");
+        assert!(says(at(36, 5, DType::F32), 5).contains("x starts at 0x24"));
         assert_eq!(says(Buffer::none(DType::Bf16), 0), "");
         assert!(says(at(32, 4, DType::Bf16), 5).contains("x has 4 numbers, expected 5"));
         assert!(says(Buffer::none(DType::F32), 1).contains("x has 0 numbers, expected 1"));
         assert!(says(at(40, 5, DType::Bf16), 5).contains("x starts at 0x28"));
         let in_bf16 = |name| check_buffers("product", DType::Bf16, &[(name, at(36, 5, DType::F32), 5)]);
         assert!(in_bf16("gate").is_ok() && in_bf16("bias").is_err());
+        let in_f32 = |name| check_buffers("product", DType::F32, &[(name, at(36, 5, DType::F32), 5)]);
+        assert!(in_f32("gate").is_ok() && in_f32("bias").is_ok() && in_f32("dx").is_err());
     }
 
     #[test]

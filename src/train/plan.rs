@@ -14,6 +14,9 @@ use crate::model::dit::Dit;
 use std::fmt;
 use std::sync::Arc;
 
+/// Most samples of a pass: they are a side of grids, which have 65535 blocks at most.
+const MOST_SAMPLES: usize = 65_535;
+
 /// Bytes of device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -77,6 +80,15 @@ impl fmt::Display for Plan {
 /// When it is more than the device has free: by how much, and what would fit.
 pub fn check(config: &TrainConfig, dit: &mut Dit, device: &Device, elem: DType) -> Result<Plan> {
     let part = config.batch_size / config.grad_accumulation;
+    if part > MOST_SAMPLES {
+        let (batch, parts) = (config.batch_size, config.grad_accumulation);
+        let accumulation = (parts..=batch).find(|n| batch.is_multiple_of(*n) && batch / n <= MOST_SAMPLES);
+        return Err(Error::usage(format!(
+            "parts of {part} images are more than the {MOST_SAMPLES} that kernels take at once: give --grad-accumulation {} (the same \
+             steps, in smaller parts), or a smaller --batch-size",
+            accumulation.unwrap_or(batch)
+        )));
+    }
     let plan = Plan::new(config, dit, device, elem, part)?;
     let (free, _) = device.memory()?;
     if plan.total() <= free {

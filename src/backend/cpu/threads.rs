@@ -18,7 +18,7 @@ const EAGER: usize = 2000;
 /// without pause. Not for calls inside of each other: the inner one waits in vain for threads that are with the outer one.
 pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     match rayon::current_num_threads() - 1 {
-        0 => work(),
+        0 => rayon::join(work, || ()).0,
         others => watched(others, TO_COME, |_| work()),
     }
 }

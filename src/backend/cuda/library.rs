@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use cudarc::{driver, nvrtc};
+use libloading::Library;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Mutex;
@@ -14,8 +15,9 @@ pub const CUDA_LIBRARY: &str = "DTR_CUDA_LIBRARY";
 /// Folder with `libnvrtc.so.13` and `libnvrtc-builtins.so.13.0`.
 pub const NVRTC_FOLDER: &str = "DTR_NVRTC_FOLDER";
 
-/// Loads a library for good, so that cudarc, which opens it by name, gets this one. `symbol` tells whether it is the right one.
-fn preload(path: &Path, variable: &str, symbol: Option<&str>) -> Result<()> {
+/// Loads a library for good, so that cudarc, which opens it by name, gets this one. The address of `symbol`, which tells whether it is the
+/// right one; 0 without.
+fn preload(path: &Path, variable: &str, symbol: Option<&str>) -> Result<usize> {
     let refused = |why: String| Error::file(path, format!("{variable} names it, but {why}"));
     let size = |e| refused(format!("it cannot be loaded: {e}"));
     if is_cut(path).map_err(size)? {
@@ -23,15 +25,32 @@ fn preload(path: &Path, variable: &str, symbol: Option<&str>) -> Result<()> {
     }
     // SAFETY: the user named this file as the library to run; NVIDIA's and the simulator's initialisers have no
     // preconditions.
-    let library =
-        unsafe { libloading::Library::new(path) }.map_err(|e| refused(format!("it cannot be loaded: {e}")))?;
-    if let Some(symbol) = symbol {
-        // SAFETY: the address is not used, so its type does not matter.
-        let found = unsafe { library.get::<*const ()>(symbol.as_bytes()) };
-        found.map_err(|_| refused(format!("it has no {symbol}: it is another library")))?;
-    }
+    let library = unsafe { Library::new(path) }.map_err(|e| refused(format!("it cannot be loaded: {e}")))?;
+    let address = match symbol {
+        Some(symbol) => {
+            address_of(&library, symbol).ok_or_else(|| refused(format!("it has no {symbol}: it is another library")))?
+        }
+        None => 0,
+    };
     std::mem::forget(library);
-    Ok(())
+    Ok(address)
+}
+
+/// Where `symbol` of a library is.
+fn address_of(library: &Library, symbol: &str) -> Option<usize> {
+    // SAFETY: the address is not used, so its type does not matter.
+    unsafe { library.get::<*const ()>(symbol.as_bytes()) }.ok().map(|symbol| (*symbol).addr())
+}
+
+/// Refuses a library that cudarc found under a name that comes before those of the one that `variable` names.
+fn check_found(library: &Library, symbol: &str, named: Option<usize>, variable: &str) -> Result<()> {
+    match named.is_none() || address_of(library, symbol) == named {
+        true => Ok(()),
+        false => Err(Error::usage(format!(
+            "the loader finds another library before the one that {variable} names: take its folder off LD_LIBRARY_PATH, or off the \
+             system's list (ldconfig -p)"
+        ))),
+    }
 }
 
 /// Whether a 64-bit ELF file ends before what its program header says it holds: the loader would map what is not there, and
@@ -70,15 +89,17 @@ pub fn load_driver() -> Result<()> {
     if *loaded {
         return Ok(());
     }
-    if let Some(path) = std::env::var_os(CUDA_LIBRARY) {
-        preload(Path::new(&path), CUDA_LIBRARY, Some("cuInit"))?;
-    }
+    const SYMBOL: &str = "cuInit";
+    let named = std::env::var_os(CUDA_LIBRARY).map(|path| preload(Path::new(&path), CUDA_LIBRARY, Some(SYMBOL)));
+    let named = named.transpose()?;
     // SAFETY: only tries to open libraries by their names.
     if !unsafe { driver::sys::is_culib_present() } {
         return Err(Error::usage(format!(
             "there is no CUDA driver (libcuda.so) on this machine; {CUDA_LIBRARY} may name one elsewhere"
         )));
     }
+    // SAFETY: it is present.
+    check_found(unsafe { driver::sys::culib() }, SYMBOL, named, CUDA_LIBRARY)?;
     *loaded = true;
     Ok(())
 }
@@ -93,10 +114,12 @@ pub fn load_nvrtc() -> Result<()> {
     if *loaded {
         return Ok(());
     }
+    const SYMBOL: &str = "nvrtcVersion";
+    let mut named = None;
     if let Some(folder) = std::env::var_os(NVRTC_FOLDER) {
         // The builtins first: NVRTC opens them by name and has no path to them.
-        for (file, symbol) in [("libnvrtc-builtins.so.13.0", None), ("libnvrtc.so.13", Some("nvrtcVersion"))] {
-            preload(&Path::new(&folder).join(file), NVRTC_FOLDER, symbol)?;
+        for (file, symbol) in [("libnvrtc-builtins.so.13.0", None), ("libnvrtc.so.13", Some(SYMBOL))] {
+            named = Some(preload(&Path::new(&folder).join(file), NVRTC_FOLDER, symbol)?);
         }
     }
     // SAFETY: only tries to open libraries by their names.
@@ -106,6 +129,8 @@ pub fn load_nvrtc() -> Result<()> {
              {NVRTC_FOLDER}=target/nvrtc, or install the CUDA toolkit 13"
         )));
     }
+    // SAFETY: it is present.
+    check_found(unsafe { nvrtc::sys::culib() }, SYMBOL, named, NVRTC_FOLDER)?;
     *loaded = true;
     Ok(())
 }

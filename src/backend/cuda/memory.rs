@@ -159,7 +159,7 @@ impl Device {
     /// Copies bytes into a buffer of that many bytes, in the order of the stream.
     ///
     /// # Safety
-    /// If `bytes` are pinned, they must stay as they are until the stream has done it. (Others are read before it returns.)
+    /// They must stay as they are until the stream has done it.
     ///
     /// # Errors
     /// When the sizes differ, or the copy fails.

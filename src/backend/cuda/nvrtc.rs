@@ -42,12 +42,19 @@ pub struct Resources {
 /// Version of NVRTC, major and minor.
 ///
 /// # Errors
-/// When there is no NVRTC.
+/// When there is no NVRTC of CUDA 13.
 pub fn version() -> Result<(i32, i32)> {
     library::load_nvrtc()?;
     let (mut major, mut minor) = (0, 0);
     // SAFETY: two valid places to write to.
     check(unsafe { sys::nvrtcVersion(&mut major, &mut minor) }, "tell its version")?;
+    if major != 13 {
+        return Err(Error::usage(format!(
+            "the NVRTC that is found is {major}.{minor}, but the kernels need 13: take its folder off LD_LIBRARY_PATH, run \
+             scripts/fetch-nvrtc and set {}=target/nvrtc",
+            library::NVRTC_FOLDER
+        )));
+    }
     Ok((major, minor))
 }
 

@@ -91,7 +91,7 @@ pub fn forward(
             ("base", base, b * t * c),
             ("bypass", bypass, unless_none(bypass, b * t * c)),
             ("base windows", windows.base, b * 2),
-            ("bypass windows", windows.bypass, unless_none(windows.bypass, b * 2)),
+            ("bypass windows", windows.bypass, unless_none(bypass, b * 2)),
             ("write windows", windows.write, b * 2),
         ],
     )?;
@@ -229,7 +229,7 @@ pub fn backward(
             ("weight", weight, c * k),
             ("gate", gate.gate, b.saturating_sub(1) * gate.stride + c),
             ("base windows", windows.base, b * 2),
-            ("bypass windows", windows.bypass, unless_none(windows.bypass, b * 2)),
+            ("bypass windows", windows.bypass, unless_none(grads.dbypass, b * 2)),
             ("write windows", windows.write, b * 2),
         ],
     )?;

@@ -301,6 +301,7 @@ pub fn gelu_backward(device: &Device, dy: Buffer, pre: Buffer) -> Result<()> {
         let what = format!("a gradient of {} numbers for {} values", dy.len, pre.len);
         return Err(Error::Shape { operation: OP, what });
     }
+    check_buffers(OP, dy.dtype, &[("dy", dy, dy.len), ("pre", pre, dy.len)])?;
     let grid = [dy.len.div_ceil(ELEMENTS * 16 / dy.dtype.bytes()) as u32, 1, 1];
     let kernel = "ln_linear_bwd_gelu";
     let block = ELEMENTS as u32;
