@@ -231,6 +231,7 @@ pub struct Tape<'a> {
     pub(crate) weight_grads: Option<WeightGrads<'a>>,
     cuda: Option<cuda::OnDevice<'a>>,
     paused: bool, // inside of Tape::checkpointed: nothing is recorded
+    spent: bool,  // Tape::backward was called
     memory: &'a mut Memory,
 }
 
@@ -241,13 +242,20 @@ impl<'a> Tape<'a> {
     pub fn new(weights: &'a [f32], grads: &'a mut [f32], add: bool, memory: &'a mut Memory) -> Self {
         assert_eq!(weights.len(), grads.len(), "weights and their gradients have one layout");
         memory.clear();
-        Tape { weights, weight_grads: Some(WeightGrads { data: grads, add }), cuda: None, paused: false, memory }
+        Tape {
+            weights,
+            weight_grads: Some(WeightGrads { data: grads, add }),
+            cuda: None,
+            paused: false,
+            spent: false,
+            memory,
+        }
     }
 
     /// A tape that records nothing: for sampling.
     pub fn inference(weights: &'a [f32], memory: &'a mut Memory) -> Self {
         memory.clear();
-        Tape { weights, weight_grads: None, cuda: None, paused: false, memory }
+        Tape { weights, weight_grads: None, cuda: None, paused: false, spent: false, memory }
     }
 
     /// Notes the sum of squares of what a backward pass wrote to the gradient of `param`, for its norm.
@@ -263,7 +271,7 @@ impl<'a> Tape<'a> {
         !self.paused && (self.weight_grads.is_some() || self.cuda.as_ref().is_some_and(|cuda| cuda.records()))
     }
 
-    /// Puts an input on the tape. Its gradient is only computed when asked for here. On a CUDA device, what has three
+    /// Puts an input on the tape. Where its gradient is not asked for here, it need not be computed. On a CUDA device, what has three
     /// dimensions is an activation `[B, T, C]` in the tape's element type, and all else is f32.
     ///
     /// # Errors
@@ -330,7 +338,7 @@ impl<'a> Tape<'a> {
         self.memory.values[var.0 as usize].shape.dims()
     }
 
-    /// The gradient of an input for which it was asked, after [`Tape::backward`].
+    /// The gradient of an input, after [`Tape::backward`]; maybe none of one for which it was not asked.
     ///
     /// # Panics
     /// When the tape computes on a CUDA device: use [`Tape::read_gradient`].
@@ -361,10 +369,10 @@ impl<'a> Tape<'a> {
         }
     }
 
-    /// Gradients of all weights and wanted inputs of `sum(output * upstream)`.
+    /// Gradients of all weights and wanted inputs of `sum(output * upstream)`: once, since what was recorded is used up.
     ///
     /// # Errors
-    /// On a tape made for inference, and when `upstream` is not of the output's size.
+    /// On a tape made for inference, the second time, and when `upstream` is not of the output's size.
     pub fn backward(&mut self, output: Var, upstream: &[f32]) -> Result<()> {
         let dtype = match &self.memory.values[output.0 as usize].data {
             Storage::Cuda(buffer) => buffer.dtype,
@@ -386,13 +394,15 @@ impl<'a> Tape<'a> {
     /// [`Tape::backward`] with the upstream gradient where the tape computes.
     pub(crate) fn backward_from(&mut self, output: Var, upstream: Storage) -> Result<()> {
         let len = self.memory.values[output.0 as usize].data.len();
-        if !self.records() || upstream.len() != len {
-            let what = match self.records() {
-                true => format!("the upstream gradient has {} numbers, but the output has {len}", upstream.len()),
-                false => "an inference tape has recorded nothing: make it with Tape::new".to_string(),
+        if !self.records() || self.spent || upstream.len() != len {
+            let what = match (self.records(), self.spent) {
+                (false, _) => "an inference tape has recorded nothing: make it with Tape::new".to_string(),
+                (true, true) => "it was called before, and what the tape recorded is used up".to_string(),
+                _ => format!("the upstream gradient has {} numbers, but the output has {len}", upstream.len()),
             };
             return Err(Error::Shape { operation: "backward", what });
         }
+        self.spent = true;
         self.memory.grads[output.0 as usize] = Some(upstream);
         while let Some(step) = self.memory.steps.pop() {
             match step {

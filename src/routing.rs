@@ -50,6 +50,12 @@ impl Window {
         self.start + self.width
     }
 
+    /// Whether it is a window of `channels` channels: not empty, and inside.
+    #[inline]
+    pub fn fits(self, channels: usize) -> bool {
+        self.width > 0 && self.width <= channels && self.start <= channels - self.width
+    }
+
     /// The active channels as a range.
     #[inline]
     pub fn range(self) -> std::ops::Range<usize> {

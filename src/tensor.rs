@@ -47,7 +47,8 @@ impl std::fmt::Debug for Shape {
     }
 }
 
-/// Row-major numbers with a shape, last dimension contiguous. Invariant: there are `shape.len()` of them.
+/// Row-major numbers with a shape, last dimension contiguous. Invariant: there are `shape.len()` of them,
+/// or none any more.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     /// The sizes.

@@ -10,6 +10,7 @@ use dtr_fused::ops::PerSample;
 use dtr_fused::ops::channel_mask::{Keep, channel_mask};
 use dtr_fused::ops::ln_linear::{self, Activation, ln_linear, reference};
 use dtr_fused::ops::real::Real;
+use dtr_fused::params::Linear;
 use dtr_fused::routing::Window;
 
 struct Case {
@@ -360,6 +361,19 @@ fn misfits_are_refused() {
     refused("needs 2 read windows inside 0..6", &[2, 3, 6], 12, vec![Window::all(6); 3], [0, 6], 6);
     refused("needs 2 read windows inside 0..6", &[2, 3, 6], 12, vec![Window { start: 1, width: 6 }; 2], [0, 6], 6);
     refused("needs 2 read windows inside 0..6", &[2, 3, 6], 12, vec![Window { start: 1, width: 0 }; 2], [0, 6], 6);
+    // Its end wraps round to a place inside.
+    let far = vec![Window { start: usize::MAX - 1, width: 3 }; 2];
+    refused("needs 2 read windows inside 0..6", &[2, 3, 6], 12, far, [0, 6], 6);
+    refused("modulation has the shape [2, 12]", &[2, 3, 6], 12, all(), [0, usize::MAX - 2], 6);
+    for (weights, biases, outputs) in [(29, 5, 5), (30, 4, 5), (0, 0, 0)] {
+        check_refused("ln_linear", "a layer of 6 inputs", |tape| {
+            let (x, var) = (zeros(tape, [2, 3, 6]), zeros(tape, [2, 12]));
+            let (read, layer) = (tape.windows(all()), any_linear(5, 6));
+            let linear = Linear { weight: any_param(weights), bias: any_param(biases), outputs, ..layer };
+            let [shift, scale] = [0, 6].map(|offset| PerSample { var, offset });
+            ln_linear(tape, x, read, shift, scale, linear, Activation::None)
+        });
+    }
     check_refused("ln_linear", "columns of one modulation", |tape| {
         let (x, a, b) = (zeros(tape, [2, 3, 6]), zeros(tape, [2, 6]), zeros(tape, [2, 6]));
         let read = tape.windows(all());

@@ -285,3 +285,16 @@ fn inputs_that_do_not_fit_are_refused() {
     refused("label 6 is outside 0..6", [2, 3, 10, 10], &[1, 2], &[0, 6]);
     refused("no size may be 0", [0, 3, 10, 10], &[], &[]);
 }
+
+#[test]
+fn a_tape_goes_back_once() {
+    let model = model(Routing::Sublayer, 0.5);
+    let weights = weights(&model);
+    let (mut grads, mut memory) = (vec![0.0; weights.len()], Memory::new());
+    let mut tape = Tape::new(&weights, &mut grads, false, &mut memory);
+    let x = common::zeros(&mut tape, [2, 3, 10, 10]);
+    let out = model.forward(&mut tape, x, &[1, 2], &[0, 1]).unwrap();
+    let upstream = vec![1.0; tape.value(out).len()];
+    tape.backward(out, &upstream).unwrap();
+    assert!(matches!(tape.backward(out, &upstream), Err(Error::Shape { operation: "backward", .. })));
+}

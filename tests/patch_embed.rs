@@ -116,6 +116,7 @@ fn misfits_are_refused() {
     refused("4 x 5 images cannot be cut into patches of 2 x 2", [4, 5], 12, 20, 2);
     refused("5 x 4 images cannot be cut into patches of 2 x 2", [5, 4], 12, 20, 2);
     refused("4 x 4 images cannot be cut into patches of 0 x 0", [4, 4], 12, 20, 0);
+    refused("0 x 4 images cannot be cut into patches of 2 x 2", [0, 4], 12, 0, 2);
     refused("a patch has 12 numbers, but the weight is [5, 13]", [4, 4], 13, 20, 2);
     refused("got 21 positions, expected [4, 5]", [4, 4], 12, 21, 2);
     check_refused("patch_embed", "images are [2, 4, 4], expected four dimensions", |tape| {

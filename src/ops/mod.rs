@@ -30,6 +30,7 @@ use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::Buffer;
 use crate::error::{Error, Result};
+use crate::params::Linear;
 
 /// One vector a sample: columns `offset..offset + C` of an activation `[B, M]`, such as the shift of one LayerNorm in the
 /// output of [`modulation`].
@@ -92,6 +93,15 @@ pub(crate) fn check(fits: bool, operation: &'static str, what: impl FnOnce() -> 
     if fits { Ok(()) } else { Err(Error::Shape { operation, what: what() }) }
 }
 
+/// Refuses a layer whose parameters have not its sizes, or that has no outputs.
+pub(crate) fn check_linear(linear: Linear, operation: &'static str) -> Result<()> {
+    let Linear { weight, bias, inputs, outputs } = linear;
+    let fits = outputs > 0 && Some(weight.len) == inputs.checked_mul(outputs) && bias.len == outputs;
+    check(fits, operation, || {
+        format!("a layer of {inputs} inputs and {outputs} outputs has {} weights and {} biases", weight.len, bias.len)
+    })
+}
+
 /// The sizes of an activation that must have three dimensions and hold something.
 pub(crate) fn dims3(tape: &Tape, var: Var, operation: &'static str, expected: &str) -> Result<[usize; 3]> {
     let shape = tape.shape(var);
@@ -109,8 +119,8 @@ pub(crate) fn check_per_sample(
     operation: &'static str,
 ) -> Result<()> {
     let shape = tape.shape(vector.var);
-    check(shape.len() == 2 && shape[0] == batch && vector.offset + channels <= shape[1], operation, || {
-        let end = vector.offset + channels;
+    let end = vector.offset.saturating_add(channels);
+    check(shape.len() == 2 && shape[0] == batch && end <= shape[1], operation, || {
         format!("modulation has the shape {shape:?}, expected [{batch}, at least {end}]")
     })
 }

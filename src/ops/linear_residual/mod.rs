@@ -27,7 +27,7 @@ use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::ln_linear::Gelu;
-use crate::ops::{Node, PerSample, check, check_per_sample, dims3};
+use crate::ops::{Node, PerSample, check, check_linear, check_per_sample, dims3};
 use crate::params::Linear;
 use crate::tensor::Storage;
 
@@ -96,6 +96,7 @@ pub fn linear_residual(
     };
     let [b, t, k] = dims3(tape, a, OP, "[batch, tokens, inputs]")?;
     let c = linear.outputs;
+    check_linear(linear, OP)?;
     check(linear.inputs == k, OP, || format!("a has {k} inputs, but the weight is [{c}, {}]", linear.inputs))?;
     check_per_sample(tape, gate, b, c, OP)?;
     for var in [Some(residual.base), residual.bypass.map(|(x, _)| x)].into_iter().flatten() {
@@ -105,7 +106,7 @@ pub fn linear_residual(
     }
     for windows in [Some(write), Some(residual.base_window), residual.bypass.map(|(_, w)| w)].into_iter().flatten() {
         let windows = tape.get_windows(windows);
-        check(windows.len() == b && windows.iter().all(|w| w.width > 0 && w.end() <= c), OP, || {
+        check(windows.len() == b && windows.iter().all(|w| w.fits(c)), OP, || {
             format!("needs {b} windows inside 0..{c}, got {windows:?}")
         })?;
     }

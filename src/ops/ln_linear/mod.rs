@@ -32,7 +32,7 @@ use crate::autograd::{Tape, Var, Windows};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
-use crate::ops::{Node, PerSample, check, check_per_sample, dims3};
+use crate::ops::{Node, PerSample, check, check_linear, check_per_sample, dims3};
 use crate::params::Linear;
 use crate::routing::Window;
 
@@ -173,6 +173,7 @@ const OP: &str = "ln_linear";
 fn all_full(tape: &Tape, x: Var, read: Windows, shift: PerSample, scale: PerSample, linear: Linear) -> Result<bool> {
     let [b, _, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
     let (n, inputs) = (linear.outputs, linear.inputs);
+    check_linear(linear, OP)?;
     check(inputs == c, OP, || format!("x has {c} channels, but the weight is [{n}, {inputs}]"))?;
     check_per_sample(tape, shift, b, c, OP)?;
     check_per_sample(tape, scale, b, c, OP)?;
@@ -181,7 +182,7 @@ fn all_full(tape: &Tape, x: Var, read: Windows, shift: PerSample, scale: PerSamp
         format!("shift and scale, columns {} and {} of the modulation, overlap", shift.offset, scale.offset)
     })?;
     let windows = tape.get_windows(read);
-    check(windows.len() == b && windows.iter().all(|w| w.width > 0 && w.end() <= c), OP, || {
+    check(windows.len() == b && windows.iter().all(|w| w.fits(c)), OP, || {
         format!("needs {b} read windows inside 0..{c}, got {windows:?}")
     })?;
     Ok(windows.iter().all(|w| w.width == c))

@@ -14,7 +14,7 @@ use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::rows::{Dims, Rows};
 use crate::ops::timestep_embed::cpu::{linear, linear_backward, silu_backward, silu_to};
-use crate::ops::{Node, check};
+use crate::ops::{Node, check, check_linear};
 use crate::params::Linear;
 
 /// What backward needs.
@@ -30,6 +30,7 @@ pub(crate) struct Saved {
 /// # Errors
 /// When shapes do not fit together.
 pub fn modulation(tape: &mut Tape, c: Var, layer: Linear) -> Result<Var> {
+    check_linear(layer, "modulation")?;
     let shape = tape.shape(c);
     check(shape.len() == 2 && shape[1] == layer.inputs, "modulation", || {
         format!("the condition is {shape:?}, expected [batch, {}]", layer.inputs)

@@ -13,7 +13,7 @@ use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Arg, Buffer, DType, Launch};
 use crate::error::Result;
-use crate::ops::{Node, check};
+use crate::ops::{Node, check, check_linear};
 use crate::params::Linear;
 
 /// What backward needs.
@@ -65,9 +65,11 @@ pub fn patch_embed(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], p
             what: format!("images are {shape:?}, expected four dimensions"),
         });
     };
-    check(patch > 0 && height % patch == 0 && width % patch == 0, OP, || {
-        format!("{height} x {width} images cannot be cut into patches of {patch} x {patch}")
+    let whole = |side: usize| side > 0 && side.is_multiple_of(patch);
+    check(patch > 0 && image_channels > 0 && whole(height) && whole(width), OP, || {
+        format!("{image_channels} x {height} x {width} images cannot be cut into patches of {patch} x {patch}")
     })?;
+    check_linear(linear, OP)?;
     let dims = Dims { batch, image_channels, height, width, patch };
     let (t, c) = (dims.tokens(), linear.outputs);
     check(linear.inputs == dims.patch_len(), OP, || {

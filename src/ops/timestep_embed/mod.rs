@@ -12,7 +12,7 @@ use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::rows::{Dims, Rows};
-use crate::ops::{Node, check};
+use crate::ops::{Node, check, check_linear};
 use crate::params::Linear;
 
 /// Size of the sinusoidal embedding.
@@ -35,6 +35,7 @@ pub(crate) struct Saved {
 pub fn timestep_embed(tape: &mut Tape, t: &[u32], first: Linear, second: Linear) -> Result<(Var, Var)> {
     const OP: &str = "timestep_embed";
     let (b, hidden, c) = (t.len(), first.outputs, second.outputs);
+    [first, second].into_iter().try_for_each(|layer| check_linear(layer, OP))?;
     check(first.inputs == FREQUENCIES && second.inputs == hidden, OP, || {
         format!(
             "weights are [{hidden}, {}] and [{c}, {}], expected [C, {FREQUENCIES}] and [C, C]",
