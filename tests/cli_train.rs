@@ -385,7 +385,16 @@ fn steps_that_are_not_finite_stop_the_run_with_a_good_checkpoint() {
         ["--lr", "1000", "--warmup-steps", "0", "--steps", "60", "--max-nonfinite-steps", "3", "--out", "run"];
     fails(train(place, &diverging), 1, &["not finite 3 steps in a row", "run", "--lr"]);
     // The checkpoint holds no NaN and no infinity: loading would name them instead of going on to the next bad step.
-    fails(run(place, &["train", "--resume", "run"]), 1, &["not finite 4 steps in a row"]);
+    fails(run(place, &["train", "--resume", "run"]), 1, &["not finite 3 steps in a row"]);
+
+    // Whatever is tried then, the checkpoints of before stay, and are named.
+    succeeds(train(place, &["--steps", "6", "--checkpoint-every", "3", "--out", "good"]));
+    for _ in 0..2 {
+        let again = ["train", "--resume", "good", "--checkpoint-every", "0", "--lr", "1000", "--lr-decay", "constant"];
+        let output = run(place, &[&again[..], &["--steps", "60", "--max-nonfinite-steps", "3"]].concat());
+        fails(output, 1, &["not finite 3 steps in a row", "move the checkpoints after good/checkpoints/0000006 away"]);
+        assert!(place.join("good/checkpoints/0000003").exists() && place.join("good/checkpoints/0000006").exists());
+    }
 
     // A step whose loss and gradient are finite, but not the weights it makes.
     let decay = ["--lr", "1", "--weight-decay", "1e39", "--warmup-steps", "0", "--steps", "60", "--out", "decay"];

@@ -1,6 +1,6 @@
 //! A trainer's state in checkpoints: everything that a run needs to go on bit for bit.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::checkpoint::{self, FileOut, Metadata, TensorOut};
 use super::config::TrainConfig;
@@ -20,6 +20,9 @@ use crate::safetensors_file::SafetensorsFile;
 const CLASSES: &str = "classes";
 const SAMPLES: &str = "samples";
 
+/// Steps that were skipped in a row before it was saved.
+const NONFINITE: &str = "nonfinite_in_a_row";
+
 /// Most bytes of that list that are written: of a longer header no reader takes the file.
 const MOST_NAMES: usize = 1 << 20;
 
@@ -33,6 +36,15 @@ fn text_of_names(names: Option<&[String]>) -> String {
 fn names_of_classes(dataset: &dyn Dataset) -> Option<&[String]> {
     let names = dataset.class_names();
     names.iter().enumerate().any(|(class, name)| *name != class.to_string()).then_some(names)
+}
+
+/// The last checkpoint of a run that was not saved amid steps that were skipped.
+pub(super) fn last_after_a_good_step(run: &RunDir) -> Option<PathBuf> {
+    let good = |path: &PathBuf| {
+        let file = SafetensorsFile::open(path.join(checkpoint::OPTIMIZER));
+        file.is_ok_and(|file| file.metadata().get(NONFINITE).is_some_and(|steps| steps == "0"))
+    };
+    checkpoint::list(run.path()).ok()?.into_iter().rev().map(|(_, path)| path).find(good)
 }
 
 /// Names of classes to compare, of data that have been and are, if they can be. Classes that are only numbers have the names of their
@@ -71,7 +83,7 @@ impl Trainer {
         let state = [
             ("step", self.step.to_string()),
             ("updates", updates.to_string()),
-            ("nonfinite_in_a_row", self.nonfinite_in_a_row.to_string()),
+            (NONFINITE, self.nonfinite_in_a_row.to_string()),
             ("meter", self.meter.to_text()),
             (CLASSES, text_of_names(names_of_classes(self.dataset()))),
             (SAMPLES, self.dataset().len().to_string()),
@@ -84,7 +96,10 @@ impl Trainer {
         ];
         checkpoint::write(run.path(), self.step, &files, &config.to_toml())?;
         self.saved = Some(self.step);
-        if let Err(error) = checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every) {
+        // While steps are skipped, the weights may be ruined already: what was saved before stays.
+        if self.nonfinite_in_a_row == 0
+            && let Err(error) = checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every)
+        {
             progress.say(&format!("more checkpoints stay than should: {error}"));
         }
         let drawn = metrics::read(run.path()).and_then(|lines| plot::write_loss(run, &lines, &config.model));
@@ -125,6 +140,10 @@ impl Trainer {
                 "steps is {}, but {} are done: give more to train on",
                 config.steps, self.step
             )));
+        }
+        // A run that stopped for such steps is given another try.
+        if self.nonfinite_in_a_row >= config.max_nonfinite_steps {
+            self.nonfinite_in_a_row = 0;
         }
         self.check_data(checkpoint, config)
     }
@@ -195,7 +214,7 @@ impl Trainer {
         self.step = number("step")?;
         self.saved = Some(self.step);
         learner.updates = number("updates")?;
-        self.nonfinite_in_a_row = number("nonfinite_in_a_row")?;
+        self.nonfinite_in_a_row = number(NONFINITE)?;
         self.meter = Meter::from_text(text("meter")?)
             .ok_or_else(|| Error::file(&path, "the running sums are unreadable: the file is damaged"))?;
         self.learner.push()

@@ -11,6 +11,7 @@ use super::progress::Progress;
 use super::resume;
 use super::run_dir::RunDir;
 use super::setup::{learner_on, open_data, start_from_given_weights};
+use super::state::last_after_a_good_step;
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
 use crate::backend::cuda::DType;
@@ -212,9 +213,12 @@ impl Trainer {
             }
             progress.set(self.step, &figures);
             if self.nonfinite_in_a_row >= config.max_nonfinite_steps {
+                let good = last_after_a_good_step(run).map_or(String::new(), |path| {
+                    format!("; if that does not help, move the checkpoints after {} away first", path.display())
+                });
                 let end = match self.save(config, run, &progress) {
                     Ok(()) => format!(
-                        "no such step changed the weights, and {} holds them: try a smaller --lr or --grad-clip 1",
+                        "no such step changed the weights, and {0} holds them: try --resume {0} with a smaller --lr or --grad-clip 1{good}",
                         run.path().display()
                     ),
                     Err(error) => error.to_string(),
