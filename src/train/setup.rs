@@ -26,7 +26,8 @@ pub(super) fn open_data(config: &mut TrainConfig, resumed: bool) -> Result<Arc<d
         return Err(Error::file(&config.data, "the data of this run are not there: say where they are with --data"));
     }
     let classes = (config.num_classes > 0).then_some(config.num_classes);
-    let dataset = data::open(&config.data, Some(config.folder_image_size()), classes)?;
+    let pictures = (config.data_kind != DataKind::Auto).then_some(config.data_kind == DataKind::Images);
+    let dataset = data::open(&config.data, Some(config.folder_image_size()), classes, pictures)?;
     let [channels, height, width] = dataset.shape();
     if height != width {
         let last = if channels == height {
@@ -172,8 +173,30 @@ fn check_fits(config: &TrainConfig, dit: &Dit, at_once: usize, there: f64) -> Re
     )))
 }
 
-/// Memory of this machine and what it can swap, where the system tells (Linux).
+/// Memory that this process may take: what the machine has and can swap (Linux tells), its container's, and what `ulimit -v` leaves.
 fn memory_bytes() -> Option<u64> {
+    let container = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
+        .into_iter()
+        .find_map(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok());
+    [machine_bytes(), container, address_space()].into_iter().flatten().min()
+}
+
+/// The address space that this process may have, if it is limited.
+#[cfg(unix)]
+fn address_space() -> Option<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a valid place to write to.
+    let told = unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut limit) } == 0;
+    (told && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
+}
+
+#[cfg(not(unix))]
+fn address_space() -> Option<u64> {
+    None
+}
+
+/// Memory of this machine and what it can swap, where the system tells (Linux).
+fn machine_bytes() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let kilobytes = |key| {
         let line = text.lines().find(|line| line.starts_with(key))?;

@@ -5,6 +5,8 @@
 //! one of DiT-S/2 2 %.
 
 use rayon::Yield;
+use std::num::NonZero;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
@@ -17,9 +19,12 @@ const EAGER: usize = 2000;
 /// Runs `work` on a thread of the pool, outside of any on one of the global pool, while the other threads look for parts of it
 /// without pause. Not for calls inside of each other: the inner one waits in vain for threads that are with the outer one.
 pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    let cores = *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, NonZero::get));
+    // More threads than cores would keep each other from work.
     match rayon::current_num_threads() - 1 {
-        0 => rayon::join(work, || ()).0,
-        others => watched(others, TO_COME, |_| work()),
+        others if (1..cores).contains(&others) => watched(others, TO_COME, |_| work()),
+        _ => rayon::join(work, || ()).0,
     }
 }
 
