@@ -92,6 +92,15 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     if !(1..=1_000_000).contains(&args.runs) {
         return Err(Error::usage(format!("--runs is {}, but it must be between 1 and 1000000", args.runs)));
     }
+    if let Some(key) =
+        ["data", "data_kind", "init_from", "out"].into_iter().find(|key| args.knobs.layer.last(key).is_some())
+    {
+        return Err(Error::usage(format!(
+            "--{} is of no use here, where random numbers are computed with and nothing is written: give --image-size, --in-channels and \
+             --num-classes for data of another size",
+            key.replace('_', "-")
+        )));
+    }
     let mut config = TrainConfig::from_layers(std::slice::from_ref(&args.knobs.layer))?;
     // By the name that was given: a DiT of another depth is `custom` by now, and still one for latents.
     let latents = args.knobs.layer.last("model").is_some_and(|model| model.starts_with("DiT-"));

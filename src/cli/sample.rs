@@ -203,7 +203,14 @@ fn sample(args: SampleArgs) -> Result<()> {
 
 /// Refuses files that cannot both be written.
 fn check_outputs(out: &Path, npz: Option<&Path>) -> Result<()> {
-    [Some(out), npz].into_iter().flatten().try_for_each(check_target)?;
+    for (path, ending) in [(Some(out), "png"), (npz, "npz")] {
+        let Some(path) = path else { continue };
+        check_target(path)?;
+        // A slip of the hand must not cost weights.
+        if path.exists() && !path.extension().is_some_and(|found| found.eq_ignore_ascii_case(ending)) {
+            return Err(Error::file(path, format!("is there already, and no .{ending}: give the name of a new file")));
+        }
+    }
     // `a` and `./a` are the same file, which need not exist yet.
     let place = |path: &Path| {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
