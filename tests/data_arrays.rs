@@ -31,7 +31,7 @@ fn sample(set: &ArrayFile, index: usize, flip: bool) -> (u32, Vec<f32>) {
 }
 
 fn refusal(path: &Path, num_classes: Option<usize>) -> String {
-    let error = ArrayFile::open(path, num_classes).err().expect("should be refused").to_string();
+    let error = ArrayFile::open(path, num_classes, None).err().expect("should be refused").to_string();
     assert!(!error.contains('\n') && error.len() < 400, "{error}");
     error
 }
@@ -54,15 +54,15 @@ fn latents_of_every_float_type_come_out_as_they_are() {
     for (dtype, data) in bytes {
         let labels = ("labels", Dtype::I64, &[2][..], i64s(&[4, 0]));
         let path = save(dir.path(), &[("latents", dtype, &[2, 4, 1, 2], data), labels]);
-        let set = ArrayFile::open(&path, None).unwrap();
+        let set = ArrayFile::open(&path, None, None).unwrap();
         assert_eq!((set.len(), set.shape(), set.num_classes(), set.is_pictures()), (2, [4, 1, 2], 5, false));
         assert_eq!(set.class_names(), ["0", "1", "2", "3", "4"]);
         assert_eq!(sample(&set, 0, false), (4, values[..8].to_vec()));
         assert_eq!(sample(&set, 1, false), (0, values[8..].to_vec()));
         let mirrored: Vec<f32> = values[..8].chunks(2).flat_map(|row| [row[1], row[0]]).collect();
         assert_eq!(sample(&set, 0, true), (4, mirrored));
-        assert_eq!(ArrayFile::open(&path, Some(1000)).unwrap().num_classes(), 1000);
-        assert_eq!(open(path.to_str().unwrap(), None, None).unwrap().len(), 2);
+        assert_eq!(ArrayFile::open(&path, Some(1000), None).unwrap().num_classes(), 1000);
+        assert_eq!(open(path.to_str().unwrap(), None, None, None).unwrap().len(), 2);
     }
 }
 
@@ -74,18 +74,18 @@ fn bytes_become_minus_one_to_one_in_both_layouts() {
     let scaled = |values: [u8; 6]| values.map(|v| f32::from(v) / 127.5 - 1.0).to_vec();
     let labels = || ("labels", Dtype::U8, &[2][..], vec![1, 0]);
     let path = save(dir.path(), &[("images", Dtype::U8, &[2, 1, 2, 3], [first, last].concat()), labels()]);
-    let set = ArrayFile::open(&path, None).unwrap();
+    let set = ArrayFile::open(&path, None, None).unwrap();
     assert_eq!((set.shape(), set.is_pictures()), ([1, 2, 3], true), "one channel first is no channels last");
     assert_eq!(sample(&set, 0, false), (1, scaled(first)));
 
     npy::write(dir.path().join("p.npy"), Element::U8, &[1, 2, 1, 3], &first).unwrap();
     npy::write(dir.path().join("labels.npy"), Element::I32, &[1], &2i32.to_le_bytes()).unwrap();
-    let set = ArrayFile::open(dir.path().join("p.npy"), None).unwrap();
+    let set = ArrayFile::open(dir.path().join("p.npy"), None, None).unwrap();
     assert_eq!((set.shape(), set.num_classes(), set.is_pictures()), ([3, 2, 1], 3, true));
     assert_eq!(sample(&set, 0, false), (2, scaled([0, 102, 51, 153, 255, 204])));
     // Own labels come before the common ones.
     npy::write(dir.path().join("p.labels.npy"), Element::U16, &[1], &7u16.to_le_bytes()).unwrap();
-    assert_eq!(sample(&ArrayFile::open(dir.path().join("p.npy"), None).unwrap(), 0, false).0, 7);
+    assert_eq!(sample(&ArrayFile::open(dir.path().join("p.npy"), None, None).unwrap(), 0, false).0, 7);
 }
 
 #[test]
@@ -96,8 +96,12 @@ fn npy_latents_and_pictures_are_told_apart_by_their_channels() {
     for (shape, pictures) in [([2, 4, 1, 2], false), ([2, 1, 4, 2], true)] {
         let path = dir.path().join("x.npy");
         npy::write(&path, Element::F32, &shape, &f32s(&values)).unwrap();
-        let set = ArrayFile::open(&path, None).unwrap();
+        let set = ArrayFile::open(&path, None, None).unwrap();
         assert_eq!((set.is_pictures(), &set.shape()[..]), (pictures, &shape[1..]));
+        // Unless it is said.
+        for said in [false, true] {
+            assert_eq!(ArrayFile::open(&path, None, Some(said)).unwrap().is_pictures(), said);
+        }
         assert_eq!(sample(&set, 1, false), (1, values[8..].to_vec()));
         assert_eq!(set.note(), None);
     }
@@ -116,15 +120,15 @@ fn images_of_another_range_are_refused() {
     };
     let says = refusal(&save("images", &[0.0, 255.0, 3.0, 7.0]), None);
     assert!(says.contains("has 255 in image 0, but images are numbers from -1 to 1, or bytes"), "{says}");
-    assert_eq!(ArrayFile::open(save("latents", &[0.0, 255.0, 3.0, 7.0]), None).unwrap().note(), None);
+    assert_eq!(ArrayFile::open(save("latents", &[0.0, 255.0, 3.0, 7.0]), None, None).unwrap().note(), None);
     // Resizing overshoots, and no image needs all of the range.
-    assert_eq!(ArrayFile::open(save("images", &[-1.4, 1.4]), None).unwrap().note(), None);
-    let note = ArrayFile::open(save("images", &[0.0, 0.9]), None).unwrap().note().unwrap().to_string();
+    assert_eq!(ArrayFile::open(save("images", &[-1.4, 1.4]), None, None).unwrap().note(), None);
+    let note = ArrayFile::open(save("images", &[0.0, 0.9]), None, None).unwrap().note().unwrap().to_string();
     assert!(note.contains("seem to be from 0 to 1"), "{note}");
     // A single one among many is met when it is read.
     let mut values = vec![-0.5; 2 * 1000];
     values[2 * 999] = 9.0;
-    let set = ArrayFile::open(save("images", &values), None).unwrap();
+    let set = ArrayFile::open(save("images", &values), None, None).unwrap();
     let error = set.read(999, false, &mut [0.0; 2]).unwrap_err().to_string();
     assert!(error.contains("has 9 in image 999"), "{error}");
 }
@@ -136,9 +140,12 @@ fn values_that_are_not_finite_are_named_when_they_are_read() {
         let mut values = latents();
         values[11] = bad;
         let labels = ("labels", Dtype::I64, &[2][..], i64s(&[0, 0]));
-        let set =
-            ArrayFile::open(save(dir.path(), &[("latents", Dtype::F32, &[2, 4, 1, 2], f32s(&values)), labels]), None)
-                .unwrap();
+        let set = ArrayFile::open(
+            save(dir.path(), &[("latents", Dtype::F32, &[2, 4, 1, 2], f32s(&values)), labels]),
+            None,
+            None,
+        )
+        .unwrap();
         let mut out = [0.0; 8];
         set.read(0, false, &mut out).unwrap();
         let error = set.read(1, false, &mut out).unwrap_err().to_string();
@@ -205,9 +212,22 @@ fn npy_files_that_are_no_data_set_are_refused_in_a_sentence() {
 #[test]
 fn other_things_are_no_data() {
     let dir = tempfile::tempdir().unwrap();
-    let refusal = |what: &str| open(what, None, None).err().expect("should be refused").to_string();
+    let refusal = |what: &str| open(what, None, None, None).err().expect("should be refused").to_string();
     let file = dir.path().join("set.tar");
     std::fs::write(&file, "").unwrap();
     assert!(refusal(file.to_str().unwrap()).contains("is neither a folder of images nor a .safetensors or .npy file"));
     assert!(refusal("digitz").contains("digitz: does not exist; data is 'digits', a folder"));
+}
+
+/// What is mapped of a file and is not there any more would end the process when it is touched.
+#[test]
+fn a_file_that_is_cut_short_while_it_is_in_use_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.npy");
+    npy::write(dir.path().join("labels.npy"), Element::I64, &[2], &i64s(&[0, 1])).unwrap();
+    npy::write(&path, Element::F32, &[2, 4, 32, 32], &f32s(&[0.5; 2 * 4096])).unwrap();
+    let set = ArrayFile::open(&path, None, None).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
+    let error = set.read(1, false, &mut [0.0; 4096]).unwrap_err().to_string();
+    assert!(error.contains("x.npy: was cut short"), "{error}");
 }

@@ -77,7 +77,7 @@ fn classes_labels_values_and_flips() {
         assert_eq!(flipped[..4], [-1.0, -1.0, 1.0, 1.0], "red of the first row, mirrored");
         assert_eq!(flipped[32..36], [1.0, 1.0, -1.0, -1.0], "blue of the first row, mirrored");
     }
-    assert_eq!(open(dir.path().to_str().unwrap(), Some(4), None).unwrap().len(), 3);
+    assert_eq!(open(dir.path().to_str().unwrap(), Some(4), None, None).unwrap().len(), 3);
 }
 
 #[test]
@@ -110,7 +110,7 @@ fn folders_that_cannot_be_used_are_refused_in_a_sentence() {
     assert!(refusal(&dir.path().join("loose.png")).contains("cannot be read"));
     put(dir.path(), "cats/a.png", &picture(8, 8));
     assert!(ImageFolder::open(dir.path(), 0).err().unwrap().to_string().contains("image_size is 0"));
-    let error = open(dir.path().to_str().unwrap(), None, None).err().unwrap().to_string();
+    let error = open(dir.path().to_str().unwrap(), None, None, None).err().unwrap().to_string();
     assert!(error.contains("set image_size"), "{error}");
 }
 

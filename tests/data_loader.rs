@@ -23,7 +23,7 @@ fn digits_are_those_of_scikit_learn() {
     let mut mirrored = [f32::NAN; 64];
     digits.read(1796, true, &mut mirrored).unwrap();
     assert_eq!(mirrored[..8].iter().map(|&x| ink(x)).collect::<Vec<_>>(), [0.0, 0.0, 1.0, 8.0, 14.0, 10.0, 0.0, 0.0]);
-    assert_eq!(open("digits", None, None).unwrap().len(), 1797);
+    assert_eq!(open("digits", None, None, None).unwrap().len(), 1797);
 }
 
 /// Samples that say who they are: `[index, mirrored]`, label `index % 3`; some cannot be read.

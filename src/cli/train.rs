@@ -53,7 +53,7 @@ pub(super) fn run(args: TrainArgs) -> Result<ExitCode> {
     let layers = layers(&args)?;
     let Some(path) = &args.resume else {
         let config = TrainConfig::from_layers(&layers)?;
-        TrainConfig::note_on(&layers).iter().for_each(|note| say(&format!("note: {note}")));
+        TrainConfig::notes_on(&layers).iter().for_each(|note| say(&format!("note: {note}")));
         if args.print_config {
             print!("{}", config.to_toml());
             return Ok(ExitCode::SUCCESS);

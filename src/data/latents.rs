@@ -6,6 +6,7 @@ use super::npy::NpyFile;
 use super::{Dataset, MAX_CLASSES};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::regular_file;
 use crate::safetensors_file::{SafetensorsFile, TensorView};
 
 /// Most numbers that one sample may have.
@@ -35,6 +36,8 @@ pub struct ArrayFile {
     pictures: bool,
     labels: Vec<u32>, // [N]
     names: Vec<String>,
+    on_disk: std::fs::File, // the file that is mapped
+    len: u64,               // of it, when it was opened
     note: Option<String>,
 }
 
@@ -50,18 +53,19 @@ enum Layout {
 }
 
 impl ArrayFile {
-    /// Opens `path` and reads its labels. There are `num_classes` classes, or as many as the largest label asks for.
+    /// Opens `path` and reads its labels. There are `num_classes` classes, or as many as the largest label asks for. A `.npy` file
+    /// does not say whether its samples are images: `pictures` does, else bytes are, and samples of 1 or 3 channels.
     ///
     /// # Errors
     /// [`Error::File`] when a file is missing or damaged, an array has the wrong shape or type, or a label is outside its
     /// range, or images are not from -1 to 1; [`Error::Usage`] when `num_classes` is 0 or above [`MAX_CLASSES`].
-    pub fn open(path: impl AsRef<Path>, num_classes: Option<usize>) -> Result<Self> {
+    pub fn open(path: impl AsRef<Path>, num_classes: Option<usize>, pictures: Option<bool>) -> Result<Self> {
         let path = path.as_ref();
         if let Some(n) = num_classes.filter(|n| !(1..=MAX_CLASSES).contains(n)) {
             return Err(Error::usage(format!("num_classes is {n}; it can be 1 to {MAX_CLASSES}")));
         }
         let fail = |what: String| Error::file(path, what);
-        let (file, pictures, labels) = if path.extension().is_some_and(|e| e == "npy") {
+        let (file, named, labels) = if path.extension().is_some_and(|e| e == "npy") {
             let labels_path = labels_beside(path)?;
             let labels = NpyFile::open(&labels_path)?;
             let labels = read_labels(labels.view(), num_classes).map_err(|what| Error::file(&labels_path, what))?;
@@ -84,14 +88,17 @@ impl ArrayFile {
         if array.shape[0] != labels.len() {
             return Err(fail(format!("has {} samples but {} labels", array.shape[0], labels.len())));
         }
-        let pictures = pictures.unwrap_or(array.element == Element::U8 || matches!(shape[0], 1 | 3));
+        let as_they_look = array.element == Element::U8 || matches!(shape[0], 1 | 3);
+        let pictures = named.or(pictures).unwrap_or(as_they_look);
         if !pictures && array.element == Element::U8 {
             return Err(fail("has latents of type u8; latents are floating-point numbers".into()));
         }
         let classes = num_classes.or_else(|| labels.iter().max().map(|&label| label as usize + 1)).unwrap_or(1);
         let names = (0..classes).map(|class| class.to_string()).collect();
         let path = path.to_path_buf();
-        let mut file = ArrayFile { path, layout, shape, pictures, labels, names, file, note: None };
+        let opened = regular_file::open(&path).and_then(|file| Ok((file.metadata()?.len(), file)));
+        let (len, on_disk) = opened.map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
+        let mut file = ArrayFile { path, layout, shape, pictures, labels, names, file, on_disk, len, note: None };
         file.look_at_images()?;
         Ok(file)
     }
@@ -127,7 +134,7 @@ impl ArrayFile {
         let far = numbers.iter().find(|x| x.is_finite() && x.abs() > MAX_PIXEL).filter(|_| self.pictures)?;
         Some(format!(
             "has {far} in image {index}, but images are numbers from -1 to 1, or bytes: scale them, or if they are latents \
-             save them in a .safetensors file as 'latents'"
+             give --data-kind latents, or save them in a .safetensors file as 'latents'"
         ))
     }
 
@@ -229,6 +236,10 @@ impl Dataset for ArrayFile {
     fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
         let label = self.labels[index];
         assert_eq!(out.len(), self.shape.iter().product::<usize>(), "numbers of a sample");
+        // To touch a part of a map that its file has no more ends the process.
+        if self.on_disk.metadata().is_ok_and(|now| now.len() < self.len) {
+            return Err(Error::file(&self.path, "was cut short while it was in use"));
+        }
         self.numbers(index, out);
         if let Some(place) = out.iter().position(|x| !x.is_finite()) {
             return Err(Error::file(&self.path, format!("has {} at place {place} of sample {index}", out[place])));

@@ -76,11 +76,17 @@ fn is_array_file(path: &Path) -> bool {
 /// `.safetensors` or `.npy` file ([`latents::ArrayFile`]).
 ///
 /// `image_size` is the side of the square that images of a folder are brought to, in pixels; `num_classes` widens the range
-/// of labels of an array file beyond the largest label found. The other kinds ignore them.
+/// of labels of an array file beyond the largest label found, and `pictures` says whether the samples of a `.npy` file are images. The
+/// other kinds ignore them.
 ///
 /// # Errors
 /// [`Error::Usage`] when `what` is none of these or the image size is missing, and those of the kind of data set.
-pub fn open(what: &str, image_size: Option<usize>, num_classes: Option<usize>) -> Result<Arc<dyn Dataset>> {
+pub fn open(
+    what: &str,
+    image_size: Option<usize>,
+    num_classes: Option<usize>,
+    pictures: Option<bool>,
+) -> Result<Arc<dyn Dataset>> {
     if what == "digits" {
         return Ok(Arc::new(digits::Digits::new()?));
     }
@@ -97,5 +103,5 @@ pub fn open(what: &str, image_size: Option<usize>, num_classes: Option<usize>) -
     if !is_array_file(path) {
         return Err(Error::file(path, "is neither a folder of images nor a .safetensors or .npy file"));
     }
-    Ok(Arc::new(latents::ArrayFile::open(path, num_classes)?))
+    Ok(Arc::new(latents::ArrayFile::open(path, num_classes, pictures)?))
 }

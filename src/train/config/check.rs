@@ -57,7 +57,7 @@ impl TrainConfig {
     /// [`Error::Usage`] when it is below 0 or not a number, or the model cannot be guided: without label dropout it has not
     /// learned what an image without a class is.
     pub fn check_cfg(&self, key: &str, cfg: f64) -> Result<()> {
-        not_negative(key, cfg)?;
+        guidance(key, cfg)?;
         if self.label_dropout == 0.0 && cfg != 1.0 {
             return Err(Error::usage(format!(
                 "{key} is {cfg}, but guidance needs a model that was trained with label_dropout above 0: give 1"
@@ -158,7 +158,7 @@ impl TrainConfig {
         at_most("sample_classes", self.sample_classes, 1000)?;
         at_least_one("sample_steps", self.sample_steps)?;
         at_most("sample_steps", self.sample_steps, TASKS)?;
-        not_negative("sample_cfg", self.sample_cfg)
+        guidance("sample_cfg", self.sample_cfg)
     }
 }
 
@@ -177,6 +177,11 @@ fn require(key: &str, value: f64, good: bool, range: &str) -> Result<()> {
 
 fn not_negative(key: &str, value: f64) -> Result<()> {
     require(key, value, value >= 0.0 && value.is_finite(), "a number, 0 or more")
+}
+
+/// The strength of guidance, beyond which nothing is sampled but the numbers' limits.
+fn guidance(key: &str, value: f64) -> Result<()> {
+    require(key, value, (0.0..=1e3).contains(&value), "0 to 1000")
 }
 
 fn share(key: &str, value: f64) -> Result<()> {

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::value::{Value, did_you_mean};
 use super::{DataKind, KNOBS, Knob, TrainConfig, shape_of};
+use crate::data::may_flip;
 use crate::error::{Error, Result};
 use crate::regular_file;
 
@@ -124,9 +125,27 @@ impl TrainConfig {
         Ok(config)
     }
 
-    /// A sentence on the values that a layer gave together with one model and that hold for another one, which a later layer
-    /// names: a file of `--print-config` has all of them. None where there are none.
-    pub fn note_on(layers: &[Layer]) -> Option<String> {
+    /// Sentences on the values that a layer gave together with one model, or one data set, and that hold for another, which a later layer
+    /// names: a file of `--print-config` has all of them.
+    pub fn notes_on(layers: &[Layer]) -> Vec<String> {
+        [Self::note_on_model(layers), Self::note_on_flip(layers)].into_iter().flatten().collect()
+    }
+
+    /// What there is to say where `flip` comes from before the data are named, of which another is the default.
+    fn note_on_flip(layers: &[Layer]) -> Option<String> {
+        let at = layers.iter().rposition(|layer| layer.last("data").is_some())?;
+        let (before, after) = layers.split_at(at);
+        let (data, default) = (after[0].last("data")?, may_flip(after[0].last("data")?).to_string());
+        let file = before.iter().rev().find(|layer| layer.last("flip").is_some_and(|flip| flip != default))?;
+        after.iter().all(|layer| layer.last("flip").is_none()).then(|| {
+            format!(
+                "flip is that of {}, not the default of the data '{data}', {default}: leave it out there to have this",
+                file.origin
+            )
+        })
+    }
+
+    fn note_on_model(layers: &[Layer]) -> Option<String> {
         let at = layers.iter().rposition(|layer| layer.last("model").is_some())?;
         let (before, after) = layers.split_at(at);
         let model = after[0].last("model")?;
@@ -315,16 +334,26 @@ mod tests {
     fn values_of_a_file_that_replace_defaults_of_another_model_are_noted() {
         let file = Layer::from_toml(&TrainConfig::default().to_toml(), "my.toml").unwrap();
         let model = |model| layer("flags", &[("model", model), ("lr", "1e-4")]);
-        let note = TrainConfig::note_on(&[file.clone(), model("DiT-XL/2")]).unwrap();
+        let note = TrainConfig::notes_on(&[file.clone(), model("DiT-XL/2")]).pop().unwrap();
         assert!(note.starts_with("init, steps, batch_size, ") && note.contains("are those of my.toml"), "{note}");
         assert!(!note.contains("lr,") && !note.contains("hidden_size") && !note.contains("alpha"), "{note}");
-        assert_eq!(TrainConfig::note_on(&[file.clone(), model("custom")]), None);
-        assert_eq!(TrainConfig::note_on(&[file]), None);
+        assert!(TrainConfig::notes_on(&[file.clone(), model("custom")]).is_empty());
+        assert!(TrainConfig::notes_on(&[file]).is_empty());
         let one = layer("my.toml", &[("model", "digits"), ("lr", "3e-3")]);
-        let note = TrainConfig::note_on(&[one, layer("flags", &[("model", "DiT-XL/2")])]).unwrap();
+        let note = TrainConfig::notes_on(&[one, layer("flags", &[("model", "DiT-XL/2")])]).pop().unwrap();
         assert_eq!(note, "lr is that of my.toml, not the default of DiT-XL/2: leave it out there to have this");
         // Who writes a file without a model means its values for any.
-        assert_eq!(TrainConfig::note_on(&[layer("my.toml", &[("steps", "9")]), model("DiT-XL/2")]), None);
+        assert!(TrainConfig::notes_on(&[layer("my.toml", &[("steps", "9")]), model("DiT-XL/2")]).is_empty());
+    }
+
+    #[test]
+    fn a_file_that_does_not_mirror_other_data_is_noted() {
+        let file = Layer::from_toml(&TrainConfig::default().to_toml(), "my.toml").unwrap();
+        let data = |more: &[(&str, &str)]| layer("flags", &[&[("data", "src")], more].concat());
+        let note = TrainConfig::notes_on(&[file.clone(), data(&[])]).pop().unwrap();
+        assert!(note.starts_with("flip is that of my.toml, not the default of the data 'src', true"), "{note}");
+        assert!(TrainConfig::notes_on(&[file.clone(), data(&[("flip", "false")])]).is_empty());
+        assert!(TrainConfig::notes_on(&[file, layer("flags", &[("data", "digits")])]).is_empty());
     }
 
     #[test]
