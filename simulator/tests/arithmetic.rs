@@ -285,3 +285,20 @@ proptest! {
         }
     }
 }
+
+/// Averages of packed integers round halves away from zero.
+#[test]
+fn packed_averages_round_away_from_zero() {
+    let mut random = common::Random(31);
+    let mut word = || u64::from(random.next() << 1 | random.next() & 1);
+    let mut rows: Vec<Vec<u64>> = (0..500).map(|_| vec![word(), word()]).collect();
+    // Sums of -1, -2, -3, 0 and 1.
+    rows.extend([vec![0xff00_ff00, 0x00ff_ff01], vec![0xfffe_fffd, 0xffff_0000], vec![0x0001_0000, 0x0000_0001]]);
+    for bits in [8u32, 16] {
+        let part = |x: u64, at: u32| i64::from((x as u32) << (32 - bits - at)) << 32 >> (64 - bits);
+        check(&format!("vavrg{0}.s32.s32.s32 %d, %a, %b, 0;", 32 / bits), &[4, 4], 4, &rows, |r| {
+            let average = |at: u32| ((part(r[0], at) + part(r[1], at)) as f64 / 2.0).round() as i64;
+            (0..32).step_by(bits as usize).map(|at| (average(at) as u64 & ((1 << bits) - 1)) << at).sum()
+        });
+    }
+}

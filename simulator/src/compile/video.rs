@@ -27,7 +27,8 @@ fn video(a: u32, b: u32, c: u32, how: u32) -> u32 {
         let v = match how & 7 {
             0 => x + y,
             1 => x - y,
-            2 => (x + y + 1) >> 1,
+            // Halves away from zero.
+            2 => (x + y + i64::from(x + y >= 0)) >> 1,
             3 => (x - y).abs(),
             4 => x.min(y),
             _ => x.max(y),
