@@ -253,3 +253,13 @@ fn atomics_of_every_width() {
     assert_eq!(place(12).0, input.iter().fold(u32::MAX, |a, b| a & !b));
     assert!(place(13).1 < 32);
 }
+
+/// PTX: atom.add.f32 on global memory makes zeros of subnormal numbers, on shared memory it does not.
+#[test]
+fn sums_of_subnormal_numbers() {
+    let body = ".shared .align 4 .b32 s[2]; mov.f32 %f1, 0f00000003; mov.u64 %rd4, s; cvta.shared.u64 %rd4, %rd4;\n\
+        st.shared.f32 [s], %f1; st.shared.f32 [s+4], %f1; st.global.f32 [%rd1], %f1;\n\
+        red.shared.add.f32 [s], %f1; atom.add.f32 %f2, [%rd4+4], %f1; red.global.add.f32 [%rd1], %f1;\n\
+        ld.shared.f32 %f3, [s]; ld.shared.f32 %f4, [s+4]; st.global.f32 [%rd1+4], %f3; st.global.f32 [%rd1+8], %f4; ret; }";
+    assert_eq!(transform(&format!("{PROLOGUE}{body}"), 1, 0, &[0], 3), [0, 6, 6]);
+}

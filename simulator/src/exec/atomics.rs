@@ -184,7 +184,8 @@ impl Block<'_> {
                         let second = if *second == NONE { 0 } else { take(warp, frame, lane, *second, words) };
                         let old = little(&self.shared[at..at + x.bytes as usize]);
                         olds[k] = old;
-                        let new = combine(x.op, x.ty, x.bytes, x.ftz, old, v, second).to_le_bytes();
+                        // On shared memory f32 sums keep subnormal numbers.
+                        let new = combine(x.op, x.ty, x.bytes, false, old, v, second).to_le_bytes();
                         if self.check_shared {
                             self.shared_record(warp.id, lane, at, x.bytes as usize, touch, true);
                         }
