@@ -177,3 +177,39 @@ fn tensor_copies() {
         }
     }
 }
+
+/// `tensormap.replace` counts the element types as PTX does, the driver's maps in another order.
+#[test]
+fn element_types_of_maps() {
+    let map = |data_type| TensorMap {
+        rank: 1,
+        data_type,
+        dims: [64, 0, 0, 0, 0],
+        boxes: [16, 0, 0, 0, 0],
+        steps: [1, 0, 0, 0, 0],
+        ..TensorMap::default()
+    };
+    let words = |m: TensorMap| -> Vec<u32> {
+        m.encode().unwrap().chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+    };
+    // u8 u16 u32 s32 u64 s64 f16 f32 f32.ftz f64 bf16 tf32 tf32.ftz
+    for (ptx, driver) in [0, 1, 2, 3, 4, 5, 6, 7, 10, 8, 9, 11, 12].into_iter().enumerate() {
+        let replace = format!("tensormap.replace.tile.elemtype.AT.b1024.b32 [%ADDR], {ptx};");
+        for (before, at, register, after) in [
+            ("", "global", "rd0", ""),
+            (
+                "ld.global.u32 %r10, [%rd2]; st.shared.u32 [%r3], %r10; bar.warp.sync -1;",
+                "shared::cta",
+                "r1",
+                "bar.warp.sync -1; ld.shared.u32 %r10, [%r3]; st.global.u32 [%rd2], %r10;",
+            ),
+        ] {
+            let replace = replace.replace("AT", at).replace("ADDR", register);
+            let body = format!(
+                "{before} setp.eq.u32 %p1, %r0, 0; @%p1 {replace} {after} bar.warp.sync -1; ld.global.u32 %r11, [%rd2]; st.global.u32 [%rd3], %r11;"
+            );
+            let out = transform(&text(&body), 32, 0, &words(map(0)), 32);
+            assert_eq!(out, words(map(driver)), "element type {ptx} in {at} memory");
+        }
+    }
+}

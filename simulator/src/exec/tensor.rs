@@ -8,7 +8,7 @@ use super::warp::Warp;
 use super::wgmma::swizzle;
 use crate::error::FaultClass;
 use crate::program::{Addr, AtomTy, Bulk, Place};
-use crate::tensor_map::{BYTES, TensorMap};
+use crate::tensor_map::{BYTES, TYPE, TensorMap};
 
 impl Block<'_> {
     /// The runs of bytes that a tensor copy moves, box order in shared memory, swizzled in pieces of 16 bytes.
@@ -98,6 +98,12 @@ impl Block<'_> {
         let addresses = self.addresses(warp, frame, address);
         for lane in lanes(active) {
             let v = if bytes == 8 { warp.get64(frame, value, lane) } else { warp.get32(frame, value, lane).into() };
+            // PTX counts f32.ftz, f64, bf16 where the driver's enumeration, and so the map, has f64, bf16, f32.ftz.
+            let v = match v {
+                8 if field as usize == TYPE => 10,
+                9 | 10 if field as usize == TYPE => v - 1,
+                _ => v,
+            };
             let data = v.to_le_bytes();
             match resolve(place, addresses[lane as usize]) {
                 Where::Shared(a) => {
