@@ -213,3 +213,65 @@ fn element_types_of_maps() {
         }
     }
 }
+
+/// Element strides: of a box, every so many elements are copied; the stride of the innermost dimension is ignored.
+#[test]
+fn tensor_copies_with_steps() {
+    for (steps, rows, planes) in [([2, 1, 1], 8, 4), ([1, 3, 1], 3, 4), ([8, 4, 3], 2, 2), ([0, 0, 8], 8, 1)] {
+        let device = Device::new(Arch::SM_90, Options::default());
+        let words: Vec<u32> = (0..16 * 16 * 8).map(|i| 5 * i + 1).collect();
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        let from = device.alloc(bytes.len() as u64).unwrap();
+        device.write(from, &bytes).unwrap();
+        let to = device.alloc(bytes.len() as u64).unwrap();
+        device.memset(to, &[0], bytes.len() as u64).unwrap();
+        let dump = device.alloc(4096).unwrap();
+        let map = |address| TensorMap {
+            address,
+            rank: 3,
+            data_type: 2,
+            dims: [16, 16, 8, 0, 0],
+            strides: [64, 1024, 0, 0],
+            boxes: [8, 8, 4, 0, 0],
+            steps: [steps[0], steps[1], steps[2], 0, 0],
+            ..TensorMap::default()
+        };
+        // Column 12 on is half outside.
+        let (x, y, z, width) = (12usize, 5usize, 2usize, 8usize);
+        let n = width * rows * planes;
+        let source = format!(
+            ".version 8.5\n.target sm_90a\n.address_size 64\n{NAMES}.visible .entry k(.param .align 64 .b8 a[128], .param .align 64 .b8 b[128], .param .u64 out) {{\n\
+             .reg .pred %p<4>; .reg .b32 %r<16>; .reg .b64 %rd<8>; mov.u32 %r0, %tid.x; mov.u32 %r1, s; mov.u32 %r2, bar; mov.b64 %rd1, a; mov.b64 %rd2, b; ld.param.u64 %rd3, [out];\n\
+             cvta.param.u64 %rd1, %rd1; cvta.param.u64 %rd2, %rd2; mov.u32 %r5, {x}; mov.u32 %r6, {y}; mov.u32 %r8, {z}; setp.ne.u32 %p1, %r0, 0; @%p1 bra J;\n\
+             mbarrier.init.shared.b64 [%r2], 1; mbarrier.arrive.expect_tx.shared.b64 _, [%r2], {};\n\
+             cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r1], [%rd1, {{%r5, %r6, %r8}}], [%r2]; J: bar.sync 0;\n\
+             W: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra W; mov.u32 %r3, %r0;\n\
+             L: setp.ge.u32 %p3, %r3, {n}; @%p3 bra D; mad.lo.u32 %r4, %r3, 4, %r1; ld.shared.u32 %r7, [%r4]; mad.wide.u32 %rd4, %r3, 4, %rd3; st.global.u32 [%rd4], %r7; add.u32 %r3, %r3, 32; bra L;\n\
+             D: @%p1 bra E; cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%rd2, {{%r5, %r6, %r8}}], [%r1]; cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0; E: ret; }}",
+            4 * n
+        );
+        let module = device.load_module(&source).unwrap_or_else(|e| panic!("{e}"));
+        let params = [&map(from).encode().unwrap()[..], &map(to).encode().unwrap(), &dump.to_le_bytes()].concat();
+        let f = module.function("k").unwrap();
+        device.launch(&f, &LaunchConfig::new([1; 3], [32, 1, 1]), &params).unwrap_or_else(|e| panic!("{e}"));
+        let read = |at, n: usize| {
+            let mut raw = vec![0; 4 * n];
+            device.read(at, &mut raw).unwrap();
+            raw.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<u32>>()
+        };
+        let mut back = vec![0; words.len()];
+        let mut box_words = Vec::new();
+        let step = |d: usize| steps[d].max(1) as usize;
+        for (p, r, c) in (0..planes).flat_map(|p| (0..rows).flat_map(move |r| (0..width).map(move |c| (p, r, c)))) {
+            let at = [x + c, y + step(1) * r, z + step(2) * p];
+            let i = at[0] + 16 * at[1] + 256 * at[2];
+            let inside = at[0] < 16 && at[1] < 16 && at[2] < 8;
+            box_words.push(if inside { words[i] } else { 0 });
+            if inside {
+                back[i] = words[i];
+            }
+        }
+        assert_eq!(read(dump, n), box_words, "steps {steps:?}");
+        assert_eq!(read(to, words.len()), back, "back, steps {steps:?}");
+    }
+}

@@ -39,7 +39,10 @@ impl Block<'_> {
         let coords: Vec<i64> = b.coords.iter().map(|c| i64::from(warp.get32(frame, *c, lane) as i32)).collect();
         let size = u64::from(map.element_bytes());
         let row = [16, 32, 64, 128][map.swizzle as usize];
-        let elements: u64 = map.boxes[..map.rank as usize].iter().map(|n| u64::from(*n)).product();
+        // Of the box every so many elements are copied. Without interleaving the innermost dimension has no stride.
+        let step = |d: usize| if d == 0 { 1 } else { map.steps[d].max(1) };
+        let counts: [u64; 5] = std::array::from_fn(|d| map.boxes[d].div_ceil(step(d)).into());
+        let elements: u64 = counts[..map.rank as usize].iter().product();
         if elements * size > 256 << 10 {
             return self.fault(FaultClass::Trap, warp, lane, || {
                 "the box of the tensor map is larger than shared memory".into()
@@ -59,12 +62,12 @@ impl Block<'_> {
         for e in 0..elements {
             let mut rest = e;
             for (d, i) in index.iter_mut().enumerate().take(map.rank as usize) {
-                *i = rest % u64::from(map.boxes[d]);
-                rest /= u64::from(map.boxes[d]);
+                *i = rest % counts[d];
+                rest /= counts[d];
             }
             let mut global = Some(map.address);
             for d in 0..map.rank as usize {
-                let c = coords[d] + (index[d] * u64::from(map.steps[d].max(1))) as i64;
+                let c = coords[d] + (index[d] * u64::from(step(d))) as i64;
                 let stride = if d == 0 { size } else { map.strides[d - 1] };
                 let inside = c >= 0 && c < i64::from(map.dims[d]);
                 global = if inside { global.map(|g| g.wrapping_add(c as u64 * stride)) } else { None };
