@@ -302,3 +302,37 @@ fn packed_averages_round_away_from_zero() {
         });
     }
 }
+
+/// Conditions, results and guards of comparisons may be the same predicates, and `set` leaves the carry alone.
+#[test]
+fn comparisons_keep_what_they_read() {
+    let rows: Vec<Vec<u64>> = (0..16u64)
+        .map(|i| {
+            let half = |i: u64| if i & 1 != 0 { 0x3c00 } else { 0x4000 };
+            vec![half(i) | half(i >> 1) << 16, 0x3e00_3e00, i >> 2]
+        })
+        .collect();
+    // Bits 0 and 1 of the row's number: the low and the high half are less.
+    let less = |r: &[u64], at: u32| r[0] >> at & 0xffff == 0x3c00;
+    let before = "and.b32 %r1, %c, 1; setp.ne.u32 %p1, %r1, 0; setp.gt.u32 %p2, %c, 1;";
+    let after = "selp.u32 %r2, 1, 0, %p1; selp.u32 %r3, 2, 0, %p2; or.b32 %d, %r2, %r3;";
+    let flags = |p: bool, q: bool| u64::from(p) | u64::from(q) << 1;
+    type Want = fn(bool, bool, bool, bool) -> (bool, bool);
+    let cases: [(&str, Want); 4] = [
+        ("setp.lt.and.f16x2 %p1|%p2, %a, %b, %p1;", |p, _, low, high| (low && p, high && p)),
+        ("setp.lt.or.f16x2 %p2|%p1, %a, %b, !%p2;", |_, q, low, high| (high || !q, low || !q)),
+        ("@%p1 setp.lt.f16x2 %p1|%p2, %a, %b;", |p, q, low, high| if p { (low, high) } else { (p, q) }),
+        ("@!%p2 setp.lt.f16x2 %p1|%p2, %a, %b;", |p, q, low, high| if q { (p, q) } else { (low, high) }),
+    ];
+    for (body, want) in cases {
+        check(&format!("{before} {body} {after}"), &[4, 4, 4], 4, &rows, |r| {
+            let (p, q) = want(r[2] & 1 != 0, r[2] > 1, less(r, 0), less(r, 16));
+            flags(p, q)
+        });
+    }
+    for set in ["set.lt.u32.u32 %r2, %c, 2;", "set.lt.u32.f16x2 %r2, %a, %b;"] {
+        check(&format!("add.cc.u32 %r1, %c, -2; {set} addc.u32 %d, 0, 0;"), &[4, 4, 4], 4, &rows, |r| {
+            u64::from(r[2] >= 2)
+        });
+    }
+}

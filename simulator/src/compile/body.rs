@@ -220,6 +220,11 @@ impl<'u, 'a> Body<'u, 'a> {
         }
     }
 
+    /// Whether the current instruction is guarded by this predicate.
+    pub(super) fn is_guard(&self, pred: u32) -> bool {
+        pred != NONE && pred == self.guard.0
+    }
+
     pub(super) fn emit(&mut self, inst: Inst) -> Result<()> {
         self.push(inst, self.class)
     }

@@ -3,7 +3,7 @@
 use super::Result;
 use super::body::Body;
 use super::integer::s16;
-use crate::lanes::{Alu, cmp, op1p, op2, spread};
+use crate::lanes::{Alu, cmp, op1p, op2, preds, spread};
 use crate::numeric::{bf16_to_f32, f16_to_f32, flush};
 use crate::program::*;
 use crate::ptx::ast::{Operand, Ty};
@@ -66,7 +66,7 @@ impl Body<'_, '_> {
             return Ok(true);
         }
         // set: all ones, or 1.0 for a float destination.
-        let t = self.carry()?;
+        let t = self.new_pred()?;
         let one = match to {
             Some(Ty::F32) => 1.0f32.to_bits(),
             Some(Ty::U32 | Ty::S32) => u32::MAX,
@@ -106,8 +106,15 @@ impl Body<'_, '_> {
                 return self.fail("expected `p|q`");
             };
             let (p, q) = (self.pred_dst(p)?, self.pred_dst(q)?);
-            self.alu(alu, p, &[al, bl, NONE], e)?;
-            self.alu(alu, q, &[ah, bh, NONE], e)?;
+            // The condition and the guard may be among the results: both are read before either is written, and the
+            // guard is written last.
+            let (low, high) = (self.new_pred()?, self.new_pred()?);
+            self.alu(alu, low, &[al, bl, NONE], e)?;
+            self.alu(alu, high, &[ah, bh, NONE], e)?;
+            let results = if self.is_guard(p) { [(q, high), (p, low)] } else { [(p, low), (q, high)] };
+            for (d, t) in results {
+                self.alu(preds(|a, _| a), d, &[t, t], 0)?;
+            }
             return Ok(true);
         }
         let one = match to {
@@ -117,7 +124,7 @@ impl Body<'_, '_> {
             _ => return Ok(false),
         };
         let d = self.dst(0, Ty::B32)?;
-        let t = self.carry()?;
+        let t = self.new_pred()?;
         self.alu(alu, t, &[al, bl, NONE], e)?;
         self.alu(spread(), al, &[t], one)?;
         self.alu(alu, t, &[ah, bh, NONE], e)?;
