@@ -350,6 +350,32 @@ fn signs_and_classes() {
     }
 }
 
+/// `.ftz` makes zeros of subnormal f16 and keeps their sign.
+#[test]
+fn signs_of_halves() {
+    let rows: Vec<Vec<u64>> = (0..0x1_0000u64).map(|h| vec![h | (h ^ 0x8001) << 16]).collect();
+    let flush = |h: u64| if h & 0x7c00 == 0 { h & 0x8000 } else { h };
+    for (name, ftz) in [("f16", false), ("ftz.f16", true), ("bf16", false)] {
+        let one = |h: u64| if ftz { flush(h) } else { h };
+        let nan = |h: u64| if name == "bf16" { h & 0x7fff > 0x7f80 } else { h & 0x7fff > 0x7c00 };
+        for (op, change) in [("neg", (|h| h ^ 0x8000) as fn(u64) -> u64), ("abs", |h| h & 0x7fff)] {
+            let body = format!("{op}.{name}x2 %d, %a;");
+            for (row, got) in rows.iter().zip(map(&body, &[4], 4, &rows)) {
+                for at in [0, 16] {
+                    let h = row[0] >> at & 0xffff;
+                    let got = got >> at & 0xffff;
+                    assert!(nan(h) && nan(got) || got == change(one(h)), "{body} of {h:04x}: {got:04x}");
+                }
+            }
+            let single = format!("cvt.u16.u32 %h1, %a; {op}.{name} %h2, %h1; cvt.u32.u16 %d, %h2;");
+            for (row, got) in rows.iter().zip(map(&single, &[4], 4, &rows)) {
+                let h = row[0] & 0xffff;
+                assert!(nan(h) && nan(got) || got == change(one(h)), "{op}.{name} of {h:04x}: {got:04x}");
+            }
+        }
+    }
+}
+
 /// The reference itself against the host's arithmetic, which rounds to nearest.
 #[test]
 fn the_exact_arithmetic_agrees_with_the_host() {

@@ -263,3 +263,32 @@ fn sums_of_subnormal_numbers() {
         ld.shared.f32 %f3, [s]; ld.shared.f32 %f4, [s+4]; st.global.f32 [%rd1+4], %f3; st.global.f32 [%rd1+8], %f4; ret; }";
     assert_eq!(transform(&format!("{PROLOGUE}{body}"), 1, 0, &[0], 3), [0, 6, 6]);
 }
+
+/// The window of kernel parameters lies in that of global memory, that of constants does not.
+#[test]
+fn windows_of_addresses() {
+    let spaces = ["global", "shared", "local", "const", "param"];
+    let places = [
+        ("mov.u64 %rd4, %rd0;", "global"),
+        ("mov.u64 %rd4, g;", "global"),
+        ("mov.u64 %rd4, s; cvta.shared.u64 %rd4, %rd4;", "shared"),
+        ("mov.u64 %rd4, l; cvta.local.u64 %rd4, %rd4;", "local"),
+        ("mov.u64 %rd4, c; cvta.const.u64 %rd4, %rd4;", "const"),
+        ("mov.b64 %rd4, in; cvta.param.u64 %rd4, %rd4;", "param"),
+    ];
+    let mut text = format!(".global .u32 g; .const .u32 c = 5;\n{PROLOGUE}.shared .b32 s; .local .b32 l;\n");
+    for (i, (address, _)) in places.iter().enumerate() {
+        text += &format!("{address}\n");
+        for (k, space) in spaces.iter().enumerate() {
+            text += &format!(
+                "isspacep.{space} %p1, %rd4; selp.u32 %r1, 1, 0, %p1; st.global.u32 [%rd1+{}], %r1;\n",
+                4 * (spaces.len() * i + k)
+            );
+        }
+    }
+    let out = transform(&(text + "ret; }"), 1, 0, &[0], spaces.len() * places.len());
+    for ((_, lies), got) in places.iter().zip(out.chunks_exact(spaces.len())) {
+        let want = spaces.map(|s| u32::from(s == *lies || s == "global" && *lies == "param"));
+        assert_eq!(got, want, "an address in .{lies}, asked for {spaces:?}");
+    }
+}

@@ -108,6 +108,12 @@ pub(super) const BF16: u32 = 1 << 16;
 /// Both halves of a 32-bit register.
 pub(super) const PAIR: u32 = 1 << 17;
 
+/// With `.ftz`, zeros in place of the subnormal f16 in either half of `x`. bf16 has no `.ftz`.
+pub(super) fn half_flush(x: u32, p: u32) -> u32 {
+    let one = |h: u32| if h & 0x7c00 == 0 { h & 0x8000 } else { h };
+    if p & FTZ != 0 && p & BF16 == 0 { one(x & 0xffff) | one(x >> 16) << 16 } else { x }
+}
+
 pub(super) fn half_in(x: u32, p: u32) -> f32 {
     let v = if p & BF16 != 0 { bf16_to_f32(x as u16) } else { f16_to_f32(x as u16) };
     if p & FTZ != 0 && p & BF16 == 0 && x & 0x7c00 == 0 { f(v.to_bits() & 0x8000_0000) } else { v }

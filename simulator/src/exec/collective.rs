@@ -120,12 +120,14 @@ impl Block<'_> {
                 for lane in lanes(active) {
                     let a = warp.get64(frame, inst.a, lane);
                     let within = |w: u64| a >= w && a < w + WINDOW;
+                    let constant = || self.l.find(a).is_some_and(|i| self.l.allocations[i].constant);
                     let hit = match place {
                         Place::Shared => within(SHARED_WINDOW),
                         Place::Local => within(LOCAL_WINDOW),
                         Place::Param => within(PARAM_WINDOW),
-                        Place::Global => !within(SHARED_WINDOW) && !within(LOCAL_WINDOW) && !within(PARAM_WINDOW),
-                        Place::Generic => self.l.find(a).is_some_and(|i| self.l.allocations[i].constant),
+                        // The window of kernel parameters lies in that of global memory.
+                        Place::Global => !within(SHARED_WINDOW) && !within(LOCAL_WINDOW) && !constant(),
+                        Place::Generic => constant(),
                     };
                     hits |= u32::from(hit) << lane;
                 }
