@@ -68,6 +68,31 @@ fn declared_registers_cost_nothing() {
     load(&body(".reg .b32 %r<18446744073709551615>; mov.u32 %r99999999999, 1; ret;")).unwrap();
 }
 
+/// What grows with the product of two things in the text is refused, or kept once for all.
+#[test]
+fn long_lists_used_often() {
+    let start = Instant::now();
+    let labels: String = (0..20_000).map(|i| format!("L{i}: ")).collect();
+    let list = (0..20_000).map(|i| format!("L{i}")).collect::<Vec<_>>().join(", ");
+    let jumps = "brx.idx %r1, t;\n".repeat(20_000);
+    let error = load(&body(&format!(".reg .b32 %r<4>; t: .branchtargets {list};\n{jumps}{labels} ret;"))).unwrap_err();
+    assert!(error.to_string().contains("branch targets"), "{error}");
+    // Tables of ordinary size, in many kernels.
+    let kernel = format!("() {{ .reg .b32 %r<4>; t: .branchtargets {list}; brx.idx %r1, t; {labels} ret; }}\n");
+    let kernels = |n: usize| (0..n).map(|i| format!(".visible .entry k{i}{kernel}")).collect::<String>();
+    load(&format!(".version 8.0\n.target sm_80\n.address_size 64\n{}", kernels(3))).unwrap();
+    // Functions that all call through a pointer, and whose addresses are all taken.
+    let n = 20_000;
+    let functions: String =
+        (0..n).map(|i| format!(".func f{i}() {{ .reg .b64 %d; mov.u64 %d, f{i}; call %d, (), p; ret; }}\n")).collect();
+    let text = format!(
+        ".version 8.0\n.target sm_80\n.address_size 64\n{functions}.visible .entry k() {{ call f0, (); ret; }}\n.visible .entry m() {{ call f7, (); ret; }}"
+    );
+    let module = Device::new(Arch::SM_80, Options::default()).load_module(&text).unwrap();
+    assert!(module.function("m").is_some());
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+}
+
 #[test]
 fn endless_recursion_is_a_stack_overflow() {
     let text = ".version 8.0\n.target sm_80\n.address_size 64\n.func f() { .local .b8 l[64]; call f, (); ret; }\n.visible .entry k() { call f, (); ret; }";

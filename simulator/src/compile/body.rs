@@ -237,7 +237,7 @@ impl<'u, 'a> Body<'u, 'a> {
     }
 
     fn push(&mut self, inst: Inst, class: Class) -> Result<()> {
-        if self.unit.code.len() > MAX_CODE {
+        if self.unit.code.len() + self.unit.targets > MAX_CODE {
             return self.fail(format!("the kernel has more than {MAX_CODE} instructions"));
         }
         let class = if self.parts > 0 && class != Class::Part { Class::Part } else { class };

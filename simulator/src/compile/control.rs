@@ -1,7 +1,7 @@
 //! Branches, calls, exits.
 
-use super::Result;
 use super::body::Body;
+use super::{MAX_CODE, Result};
 use crate::program::*;
 use crate::ptx::ast::{Operand, Ty};
 
@@ -29,10 +29,15 @@ impl Body<'_, '_> {
                 let Operand::Name(list) = self.operand(1)? else {
                     return self.fail("expected a list of labels");
                 };
-                let labels = self.scopes.iter().rev().find_map(|s| s.targets.get(list)).cloned();
-                let Some(labels) = labels else {
+                let Some(labels) = self.scopes.iter().rev().find_map(|s| s.targets.get(list)) else {
                     return self.fail(format!("`{list}` is no list of labels"));
                 };
+                // Each instruction has its own table: many of them with one long list are much more than their text.
+                self.unit.targets += labels.len();
+                if self.unit.code.len() + self.unit.targets > MAX_CODE {
+                    return self.fail(format!("the kernel has more than {MAX_CODE} instructions and branch targets"));
+                }
+                let labels = labels.clone();
                 for (slot, l) in labels.iter().enumerate() {
                     self.fix(l, slot)?;
                 }

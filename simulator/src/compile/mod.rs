@@ -65,6 +65,8 @@ struct Unit<'a> {
     shared_bytes: u64,
     dynamic_align: u32,
     code: Vec<Inst>,
+    /// Entries of all jump tables: they count as instructions.
+    targets: usize,
     source: Vec<Source>,
     texts: Vec<String>,
 }
@@ -96,7 +98,7 @@ pub(crate) fn module(
     for f in tree.funcs.iter().filter(|f| f.entry && f.body.is_some()) {
         let order = reachable(f, &by_name, &taken);
         let p = kernel(f, &order, tree, &numbers, arch, &addresses, const_bytes)?;
-        total += p.code.len();
+        total += p.code.iter().map(|i| if let Kind::Switch(t) = &i.kind { 1 + t.len() } else { 1 }).sum::<usize>();
         if total > MAX_CODE {
             return Err(LoadError::new(f.line, &f.name, format!("the module has more than {MAX_CODE} instructions")));
         }
@@ -232,26 +234,27 @@ fn address_taken<'a>(tree: &'a Module, by_name: &HashMap<&str, &'a Func>) -> Vec
 
 /// Functions that `entry` may reach, callees before callers, `entry` last. No recursion: chains may be long.
 fn reachable<'a>(entry: &'a Func, by_name: &HashMap<&str, &'a Func>, taken: &[&'a Func]) -> Vec<&'a Func> {
-    let callees = |f: &'a Func| -> Vec<&'a Func> {
-        let mut out = Vec::new();
+    // The functions that `f` names, and whether it calls through a pointer.
+    let callees = |f: &'a Func| {
+        let (mut out, mut through_pointer) = (Vec::new(), false);
         for s in f.body.iter().flatten() {
             if let Stmt::Instr(i) = s {
                 out.extend(i.operands.iter().filter_map(|o| named(o, by_name)));
                 let through_register = |o: &Operand| matches!(o, Operand::Name(n) if n.starts_with('%'));
-                if i.opcode == "call" && i.operands.iter().take(2).any(through_register) {
-                    out.extend(taken);
-                }
+                through_pointer |= i.opcode == "call" && i.operands.iter().take(2).any(through_register);
             }
         }
-        out
+        (out.into_iter(), through_pointer)
     };
     let (mut order, mut seen) = (Vec::new(), HashSet::from([entry.name.as_str()]));
-    let mut stack = vec![(entry, callees(entry).into_iter())];
-    while let Some((f, rest)) = stack.last_mut() {
-        match rest.next() {
+    let mut stack = vec![(entry, callees(entry))];
+    // One walk over `taken` for all callers: whatever one of them has passed is seen.
+    let mut taken = taken.iter().copied();
+    while let Some((f, (rest, through_pointer))) = stack.last_mut() {
+        match rest.next().or_else(|| if *through_pointer { taken.next() } else { None }) {
             Some(next) => {
                 if seen.insert(next.name.as_str()) {
-                    stack.push((next, callees(next).into_iter()));
+                    stack.push((next, callees(next)));
                 }
             }
             None => {
@@ -291,6 +294,7 @@ fn kernel(
         shared_bytes: 0,
         dynamic_align: 16,
         code: Vec::new(),
+        targets: 0,
         source: Vec::new(),
         texts: Vec::new(),
     };
