@@ -68,6 +68,25 @@ fn declared_registers_cost_nothing() {
     load(&body(".reg .b32 %r<18446744073709551615>; mov.u32 %r99999999999, 1; ret;")).unwrap();
 }
 
+#[test]
+fn offsets_of_parameters_that_no_kernel_has() {
+    let text = |load: &str| {
+        format!(
+            ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 p, .param .u64 q) {{ .reg .b32 %r<4>; {load} ret; }}"
+        )
+    };
+    for load in [
+        "ld.param.u32 %r1, [q+9223372036854775807];",
+        "ld.param.u32 %r1, [p-4];",
+        "ld.param.v2.u32 {%r1, %r2}, [p+4294967295];",
+        "ld.param.v2.u32 {%r1, %r2}, [p+4294967292];",
+    ] {
+        let error = self::load(&text(load)).unwrap_err().to_string();
+        assert!(error.contains("outside"), "{load}: {error}");
+    }
+    self::load(&text("ld.param.v2.u32 {%r1, %r2}, [q-8];")).unwrap();
+}
+
 /// What grows with the product of two things in the text is refused, or kept once for all.
 #[test]
 fn long_lists_used_often() {

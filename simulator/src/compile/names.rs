@@ -2,7 +2,7 @@
 
 use super::body::{Body, Reg, words_of};
 use super::{CODE_WINDOW, MAX_LOCAL, PARAM_WINDOW, Result};
-use crate::arch::SHARED_DEFAULT;
+use crate::arch::{MAX_PARAM_BYTES, SHARED_DEFAULT};
 use crate::error::LoadError;
 use crate::program::{Slot, Special};
 use crate::ptx::ast::{Operand, Space, Ty, Var};
@@ -218,7 +218,12 @@ impl Body<'_, '_> {
             && let Operand::Name(n) = base.as_ref()
             && let Some((_, Sym::Param(at))) = self.symbol(n)?
         {
-            return Ok(u32::try_from(i64::from(at) + offset).ok());
+            // Reads beyond the kernel's own parameters are reported when they happen.
+            let at = i64::from(at).checked_add(*offset).and_then(|at| u32::try_from(at).ok());
+            return match at.filter(|at| *at < MAX_PARAM_BYTES) {
+                Some(at) => Ok(Some(at)),
+                None => self.fail(format!("this offset lies outside the {MAX_PARAM_BYTES} bytes of kernel parameters")),
+            };
         }
         Ok(None)
     }
