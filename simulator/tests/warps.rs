@@ -95,6 +95,39 @@ fn votes_matches_and_elections() {
     assert!(out.iter().all(|w| *w == 0));
 }
 
+/// Lanes that come together with different masks take part in different operations.
+#[test]
+fn groups_of_a_warp_with_their_own_masks() {
+    // Groups of equal words, as labelled partitions of cooperative groups make them.
+    let input: [u32; 32] = std::array::from_fn(|i| numbers(6)[i] % 5);
+    let body = "match.any.sync.b32 %r2, %r1, -1; and.b32 %r3, %r0, 1; setp.ne.u32 %p1, %r3, 0;\n\
+        redux.sync.add.u32 %r10, %r0, %r2; vote.sync.ballot.b32 %r11, %p1, %r2; elect.sync %r12|%p2, %r2; selp.u32 %r13, 1, 0, %p2;\n\
+        match.any.sync.b32 %r14, %r3, %r2; vote.sync.any.pred %p3, %p1, %r2; selp.u32 %r15, 1, 0, %p3; match.all.sync.b32 %r16|%p4, %r1, %r2;\n\
+        shfl.sync.idx.b32 %r17, %r0, %r12, 31, %r2;";
+    let out = warp(body, &input, 8);
+    let of = |f: &dyn Fn(usize) -> bool| (0..32).filter(|l| f(*l)).fold(0u32, |m, l| m | 1 << l);
+    for lane in 0..32 {
+        let group = of(&|l| input[l] == input[lane]);
+        let odd = group & 0xaaaa_aaaa;
+        let first = group.trailing_zeros();
+        let sum = (0..32).filter(|l| group >> l & 1 != 0).sum::<u32>();
+        let same = if lane % 2 == 1 { odd } else { group & !odd };
+        let want = [sum, odd, first, u32::from(first as usize == lane), same, u32::from(odd != 0), group, first];
+        assert_eq!(out[8 * lane..8 * lane + 8], want, "lane {lane}");
+    }
+    // Halves of a warp, of which every second quarter comes later; the mask of a barrier counts in the same way.
+    let body = ".shared .align 4 .b8 s[128]; mov.u32 %r2, s; mad.lo.u32 %r3, %r0, 4, %r2; xor.b32 %r4, %r0, 8; mad.lo.u32 %r4, %r4, 4, %r2;\n\
+        and.b32 %r5, %r0, 16; shl.b32 %r6, 65535, %r5; setp.gt.u32 %p1, %r1, 2; and.b32 %r7, %r0, 8; setp.ne.u32 %p2, %r7, 0; @%p2 bra LATE;\n\
+        J: vote.sync.ballot.b32 %r10, %p1, %r6; redux.sync.max.u32 %r11, %r0, %r6; bra M; LATE: add.u32 %r8, %r1, 1; bra J;\n\
+        M: @%p2 bra SLOW; st.shared.u32 [%r3], %r1; K: bar.warp.sync %r6; ld.shared.u32 %r12, [%r4]; bra E; SLOW: st.shared.u32 [%r3], %r1; bra K; E:";
+    let out = warp(body, &input, 3);
+    for lane in 0..32 {
+        let half = 0xffff << (lane & 16);
+        let want = [of(&|l| input[l] > 2) & half, (lane | 15) as u32, input[lane ^ 8]];
+        assert_eq!(out[3 * lane..3 * lane + 3], want, "lane {lane}");
+    }
+}
+
 #[test]
 fn reductions() {
     let input = numbers(3);

@@ -201,24 +201,32 @@ impl Block<'_> {
                     }
                     kind => {
                         if active != 0 {
-                            let members = self.members(warp, frame, inst, active);
-                            if members & !active != 0 {
+                            // Lanes with different masks take part in different operations: those with the first
+                            // lane's mask do now, the others look again.
+                            let alike = alike(warp, frame, inst, active.trailing_zeros());
+                            let (group, apart) = (active & alike, active & !alike);
+                            self.stats.counts[pc as usize].1 -= u64::from(apart.count_ones());
+                            let members = self.members(warp, frame, inst, group);
+                            let mut here = 0;
+                            if members & !group != 0 {
                                 // Lanes that came earlier wait at this instruction: together they may be complete.
-                                let here = lanes(warp.at_sync)
-                                    .filter(|&i| warp.pc[i as usize] == pc && warp.frame[i as usize] == frame);
-                                let here = here.fold(0u32, |m, i| m | 1 << i);
-                                if members & !(active | here) != 0 {
+                                here = lanes(warp.at_sync & alike)
+                                    .filter(|&i| warp.pc[i as usize] == pc && warp.frame[i as usize] == frame)
+                                    .fold(0u32, |m, i| m | 1 << i);
+                                if members & !(group | here) != 0 {
                                     park(warp, mask & !active, pc + 1);
                                     park(warp, active, pc);
-                                    warp.at_sync |= active;
+                                    warp.at_sync |= group;
                                     warp.unfair = false;
                                     self.warp_barrier(warp);
                                     continue 'group;
                                 }
-                                let together = active | here;
+                            }
+                            if here | apart != 0 {
                                 warp.at_sync &= !here;
-                                self.execute(warp, frame, inst, kind, together)?;
-                                park(warp, mask | together, pc + 1);
+                                self.execute(warp, frame, inst, kind, group | here)?;
+                                park(warp, mask | here, pc + 1);
+                                park(warp, apart, pc);
                                 continue 'group;
                             }
                             if !self.execute(warp, frame, inst, kind, active)? {
@@ -240,12 +248,7 @@ impl Block<'_> {
     /// Lanes that must execute `inst` together: those of its mask that have not exited.
     fn members(&self, warp: &Warp, frame: u16, inst: &Inst, active: u32) -> u32 {
         let mask = match &inst.kind {
-            Kind::Shuffle { .. }
-            | Kind::Vote { .. }
-            | Kind::Match { .. }
-            | Kind::Redux { .. }
-            | Kind::Elect { .. }
-            | Kind::WarpBar => warp.get32(frame, inst.b, active.trailing_zeros()),
+            kind if has_mask(kind) => warp.get32(frame, inst.b, active.trailing_zeros()),
             Kind::LdMatrix { .. }
             | Kind::StMatrix { .. }
             | Kind::MovMatrix
@@ -298,6 +301,22 @@ impl Block<'_> {
             format!("the warp has executed {n} instructions and the budget is used up: an endless loop?")
         })
     }
+}
+
+/// Whether operand `b` is the mask of the lanes that take part.
+fn has_mask(kind: &Kind) -> bool {
+    use Kind::*;
+    matches!(kind, Shuffle { .. } | Vote { .. } | Match { .. } | Redux { .. } | Elect { .. } | WarpBar)
+}
+
+/// The lanes that have the same mask for `inst` as `lane`; without a mask all of them.
+fn alike(warp: &Warp, frame: u16, inst: &Inst, lane: u32) -> u32 {
+    if !has_mask(&inst.kind) {
+        return u32::MAX;
+    }
+    let masks = warp.lane_values(frame, inst.b);
+    let own = masks[lane as usize];
+    (0..32).fold(0, |m, i| m | u32::from(masks[i] == own) << i)
 }
 
 /// Sets the program counter of lanes.
