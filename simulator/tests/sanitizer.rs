@@ -74,6 +74,29 @@ fn shared_races() {
     // A named barrier of the two warps that exchange is enough.
     let named = "and.b32 %r9, %r1, 64; shr.u32 %r9, %r9, 6; add.u32 %r9, %r9, 1; bar.sync %r9, 64;";
     pair(FaultClass::DataRaceShared, 719, &body(named, 64), &body(named, 32), 1, 128);
+    // A warp that arrives without waiting orders what it did before, not what it does then.
+    let arrives = |before: &str, after: &str| {
+        text(
+            shared,
+            &format!(
+                "{EXCHANGE} bar.sync 0; setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 1, 64; ld.shared.u32 %r8, [%r5+-128]; st.global.u32 [%rd1], %r8; bra E;\n\
+                 A: {before} bar.arrive 1, 64; {after} E:"
+            ),
+        )
+    };
+    let store = "st.shared.u32 [%r5], %r3;";
+    pair(FaultClass::DataRaceShared, 719, &arrives("", store), &arrives(store, ""), 1, 64);
+    // Nor does it learn what the others did.
+    let learns = |how: &str| {
+        text(
+            shared,
+            &format!(
+                "{EXCHANGE} bar.sync 0; setp.lt.u32 %p1, %r1, 32; @%p1 bra A; st.shared.u32 [%r5], %r3; bar.sync 1, 64; bra E;\n\
+                 A: bar.{how} 1, 64; ld.shared.u32 %r8, [%r5+128]; st.global.u32 [%rd1], %r8; E:"
+            ),
+        )
+    };
+    pair(FaultClass::DataRaceShared, 719, &learns("arrive"), &learns("sync"), 1, 64);
     // Neighbours in a word are no race: each lane has its own two bytes, and reads and writes them again.
     let halves = |step: u32| {
         text(shared, &format!(

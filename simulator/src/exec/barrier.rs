@@ -1,6 +1,7 @@
 //! Barriers of a block, and what happens when nobody can go on.
 
 use super::block::{Block, Outcome, lanes};
+use super::race::Known;
 use super::warp::Warp;
 use super::{Step, Stop};
 use crate::error::FaultClass;
@@ -9,9 +10,10 @@ use crate::program::{Bar, Kind, NONE};
 pub(crate) struct Barrier {
     /// Lanes of each warp that have arrived.
     arrived: Vec<u32>,
-    /// Threads that arrived without waiting, and their warps.
+    /// Threads that arrived without waiting, and what they knew then: what they do later is not ordered, and they
+    /// learn nothing.
     arrivals: u32,
-    arrivers: Vec<u32>,
+    brought: Known,
     /// Threads expected; `None` means all that live.
     expected: Option<u32>,
     in_use: bool,
@@ -25,7 +27,7 @@ impl Barrier {
         Barrier {
             arrived: vec![0; warps],
             arrivals: 0,
-            arrivers: Vec::new(),
+            brought: Known::default(),
             expected: None,
             in_use: false,
             votes: 0,
@@ -71,7 +73,7 @@ impl Block<'_> {
         }
         if bar.arrive_only {
             b.arrivals += if active == warp.live { 32 } else { active.count_ones() };
-            b.arrivers.push(warp.id);
+            self.clocks.bring(warp.id, &mut b.brought);
         } else {
             b.arrived[warp.id as usize] |= active;
             warp.at_barrier |= active;
@@ -124,11 +126,8 @@ impl Block<'_> {
             return Ok(());
         }
         let done = std::mem::replace(&mut self.barriers[id as usize], Barrier::new(self.warps.len()));
-        let mut joined: Vec<u32> = done.arrivers.clone();
-        joined.extend(done.arrived.iter().enumerate().filter(|(_, m)| **m != 0).map(|(w, _)| w as u32));
-        joined.sort_unstable();
-        joined.dedup();
-        self.clocks.join(&joined);
+        let waiting: Vec<u32> = (0..).zip(&done.arrived).filter(|(_, m)| **m != 0).map(|(w, _)| w).collect();
+        self.clocks.join(&waiting, done.brought);
         let l = self.l;
         for (w, mask) in done.arrived.iter().enumerate().filter(|(_, m)| **m != 0) {
             let warp = match &mut current {

@@ -89,6 +89,14 @@ impl Parts {
     }
 }
 
+/// What warps bring to a barrier.
+#[derive(Default)]
+pub(crate) struct Known {
+    row: Vec<u32>,
+    acquired: u64,
+    fenced: Option<Box<[u32]>>,
+}
+
 /// What the warps of one block know of each other.
 #[derive(Default)]
 pub(crate) struct Clocks {
@@ -163,25 +171,29 @@ impl Clocks {
         }
     }
 
-    /// A barrier of the given warps.
-    pub(crate) fn join(&mut self, warps: &[u32]) {
-        let mut all = vec![0; self.stride];
-        let (mut time, mut fenced): (u64, Option<Box<[u32]>>) = (0, None);
+    /// `w` arrives at a barrier: ends its interval, and adds what it knows until now.
+    pub(crate) fn bring(&mut self, w: u32, known: &mut Known) {
+        self.advance(w);
+        known.row.resize(self.stride, 0);
+        for (a, b) in known.row.iter_mut().zip(self.row(w)) {
+            *a = (*a).max(*b);
+        }
+        known.acquired = known.acquired.max(self.acquired[w as usize]);
+        if let Some(f) = &self.fenced[w as usize] {
+            let sum = known.fenced.get_or_insert_with(|| vec![0; f.len()].into());
+            sum.iter_mut().zip(f).for_each(|(a, b)| *a = (*a).max(*b));
+        }
+    }
+
+    /// A barrier at which the given warps wait; `known` is what others brought that went on.
+    pub(crate) fn join(&mut self, warps: &[u32], mut known: Known) {
         for &w in warps {
-            self.advance(w);
-            for (a, b) in all.iter_mut().zip(self.row(w)) {
-                *a = (*a).max(*b);
-            }
-            time = time.max(self.acquired[w as usize]);
-            if let Some(f) = &self.fenced[w as usize] {
-                let sum = fenced.get_or_insert_with(|| vec![0; f.len()].into());
-                sum.iter_mut().zip(f).for_each(|(a, b)| *a = (*a).max(*b));
-            }
+            self.bring(w, &mut known);
         }
         for &w in warps {
-            self.learn(w, &all);
-            self.acquired[w as usize] = time;
-            self.fenced[w as usize].clone_from(&fenced);
+            self.learn(w, &known.row);
+            self.acquired[w as usize] = known.acquired;
+            self.fenced[w as usize].clone_from(&known.fenced);
         }
     }
 
