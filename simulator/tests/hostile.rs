@@ -1,6 +1,6 @@
 //! Text that nobody should write: an error, never a crash, never unbounded memory.
 
-use cuda_sim::{Arch, Device, LoadError, Options};
+use cuda_sim::{Arch, Device, LoadError, Options, Sanitizer};
 use proptest::prelude::*;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -253,10 +253,14 @@ proptest! {
 
 /// Loads and launches with a limit on the time.
 fn quickly(text: &str, threads: u32) -> Result<(), String> {
+    quickly_in(text, 5000, threads)
+}
+
+fn quickly_in(text: &str, blocks: u32, threads: u32) -> Result<(), String> {
     let start = Instant::now();
     let device = Device::new(Arch::SM_80, Options { budget: 100_000, ..Options::default() });
     let result = device.load_module(text).map_err(|e| e.to_string()).and_then(|m| {
-        let config = cuda_sim::LaunchConfig::new([5000, 1, 1], [threads, 1, 1]);
+        let config = cuda_sim::LaunchConfig::new([blocks, 1, 1], [threads, 1, 1]);
         device.launch(&m.function("k").unwrap(), &config, &[]).map(|_| ()).map_err(|e| e.to_string())
     });
     assert!(start.elapsed() < Duration::from_secs(60));
@@ -282,6 +286,51 @@ fn greedy_kernels_need_bounded_memory() {
     // A label that jumps to itself.
     let own = ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k() { L: bra L; }";
     assert!(quickly(own, 32).unwrap_err().contains("timeout"));
+    // Calls count for all blocks that exist at once: each of these goes deep, and waits there for all others.
+    let deep = ".version 8.0\n.target sm_80\n.address_size 64\n.global .u32 g;\n\
+        .func f(.reg .b32 n) { .local .b8 l[60000]; .reg .b32 %m; .reg .pred %p; setp.eq.u32 %p, n, 0; @%p bra W; sub.u32 %m, n, 1; call f, (%m); ret;\n\
+        W: red.global.add.u32 [g], 1; L: ld.volatile.global.u32 %m, [g]; setp.lt.u32 %p, %m, 6400; @%p bra L; ret; }\n\
+        .visible .entry k() { .reg .b32 %r; mov.u32 %r, 7; call f, (%r); ret; }";
+    let error = quickly_in(deep, 200, 32).unwrap_err();
+    assert!(error.contains("timeout") || error.contains("stack overflow"), "{error}");
+}
+
+#[test]
+fn copies_that_nobody_waits_for_need_bounded_memory() {
+    let launch = |body: &str| {
+        let text = format!(
+            ".version 8.0\n.target sm_90a\n.address_size 64\n.global .align 16 .b8 g[4096];\n.visible .entry k() {{ .reg .b32 %r<4>; .reg .b64 %rd<4>; .reg .pred %p<2>;\n\
+             .shared .align 16 .b8 s[4096]; .shared .align 8 .b64 b; mov.u64 %rd1, g; mov.u32 %r1, s; mov.u32 %r2, %tid.x; shl.b32 %r2, %r2, 4; add.u32 %r2, %r2, %r1;\n{body}\nret; }}"
+        );
+        // Findings about the targets of copies would come before the end; readings are kept for their check only.
+        let sanitizer = Sanitizer { async_copies: body.contains("bulk_group"), ..Sanitizer::OFF };
+        let device = Device::new(Arch::SM_90, Options { budget: 1_000_000, sanitizer, ..Options::default() });
+        let module = device.load_module(&text).unwrap_or_else(|e| panic!("{e}"));
+        device.launch(&module.function("k").unwrap(), &cuda_sim::LaunchConfig::new([1; 3], [32, 1, 1]), &[])
+    };
+    let load = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1], 4096, [b];";
+    let store = "cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r1], 4096;";
+    let copy = "cp.async.ca.shared.global [%r2], [%rd1], 16;";
+    let times = |n: u32, before: &str, body: &str| {
+        format!("{before} mov.u32 %r3, 0; L: {body} add.u32 %r3, %r3, 1; setp.lt.u32 %p1, %r3, {n}; @%p1 bra L;")
+    };
+    let init = "mbarrier.init.shared.b64 [b], 1;";
+    for (before, body) in [
+        ("", copy.to_owned()),
+        (init, load.to_owned()),
+        (init, format!("{copy} cp.async.mbarrier.arrive.shared.b64 [b];")),
+        ("", format!("{store} cp.async.bulk.commit_group;")),
+    ] {
+        let error = launch(&times(200_000, before, &body)).unwrap_err().text;
+        assert!(error.contains("nobody has waited for"), "{body}: {error}");
+    }
+    // With waits between, or with a mbarrier that begins anew, there may be as many.
+    for (n, body) in [
+        (60_000, format!("{copy} cp.async.commit_group; cp.async.wait_group 0;")),
+        (2_000, format!("{store} cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;")),
+    ] {
+        launch(&times(n, "", &body)).unwrap_or_else(|e| panic!("{body}: {e}"));
+    }
 }
 
 /// Case directories that nobody should write.

@@ -21,6 +21,11 @@ pub(crate) enum Outcome {
     Spinning,
 }
 
+/// Most host memory of a block for work that it has not waited for, and the step in which it is asked for. All that
+/// fits into shared memory at once needs less than an eighth of it.
+const MAX_PENDING: usize = 64 << 20;
+const PENDING_STEP: usize = 1 << 20;
+
 /// Instructions of a block before the next one has its turn.
 const BLOCK_SHARE: u64 = 20_000_000;
 
@@ -39,6 +44,9 @@ pub(crate) struct Block<'a> {
     /// Knowledge published at addresses of shared memory.
     pub shared_sync: HashMap<u32, Box<[u32]>>,
     pub hazards: Hazards,
+    /// Host memory of copies that have not landed and of readings that go on, and the most that was asked for.
+    pub pending_bytes: usize,
+    granted: usize,
     pub stats: Stats,
     pub pc: u32,
     /// Records of shared and global accesses are kept.
@@ -63,6 +71,8 @@ impl<'a> Block<'a> {
             mbarriers: HashMap::new(),
             shared_sync: HashMap::new(),
             hazards: Hazards::default(),
+            pending_bytes: 0,
+            granted: 0,
             stats: Stats::default(),
             pc: 0,
             check_shared: l.options.sanitizer.races_shared,
@@ -93,6 +103,7 @@ impl<'a> Block<'a> {
         self.mbarriers.clear();
         self.shared_sync.clear();
         self.hazards.clear();
+        self.pending_bytes = 0;
         for w in &mut self.warps {
             w.start(l, index);
         }
@@ -170,6 +181,21 @@ impl<'a> Block<'a> {
         })
     }
 
+    /// After the start of asynchronous work: there must be an end to what nobody waits for.
+    pub(crate) fn check_pending(&mut self, warp: &Warp, active: u32) -> Step {
+        if self.pending_bytes <= self.granted {
+            return Ok(());
+        }
+        let more = (self.pending_bytes - self.granted).next_multiple_of(PENDING_STEP);
+        self.granted += more;
+        if self.l.grow(more as u64) && self.pending_bytes <= MAX_PENDING {
+            return Ok(());
+        }
+        self.fault(FaultClass::Trap, warp, active.trailing_zeros(), || {
+            "too many copies, stores or products that nobody has waited for".into()
+        })
+    }
+
     /// Where a thread is, in words.
     pub(crate) fn place(&self, warp: u32, lane: u32) -> String {
         let l = self.l;
@@ -190,6 +216,12 @@ impl<'a> Block<'a> {
         self.note(class, warp.id, lane, what);
         self.l.stop.store(true, Relaxed);
         Err(Stop)
+    }
+}
+
+impl Drop for Block<'_> {
+    fn drop(&mut self) {
+        self.l.shrink(self.granted as u64 + self.warps.iter().map(|w| w.grown).sum::<u64>());
     }
 }
 

@@ -4,6 +4,7 @@ use super::Step;
 use super::access::{Touch, Where, little, resolve};
 use super::atomics::combine;
 use super::block::{Block, lanes};
+use super::mbarrier::landing_bytes;
 use super::race::MANY;
 use super::warp::Warp;
 use crate::program::{AtomOp, AtomTy, Bulk, Place};
@@ -119,6 +120,7 @@ impl Block<'_> {
             self.in_flight(warp.id, MANY, at, n);
             if let Some(m) = self.mbarriers.get_mut(&bar) {
                 m.landings.push((phase, p.shared, data, valid));
+                self.pending_bytes += landing_bytes(n);
             }
         }
         Ok(())

@@ -150,9 +150,15 @@ impl Block<'_> {
                 self.clocks.advance(warp.id);
             }
             Kind::Mma(m) => self.mma(warp, frame, m),
-            Kind::Wgmma(w) => self.wgmma(warp, frame, w)?,
+            Kind::Wgmma(w) => {
+                self.wgmma(warp, frame, w)?;
+                self.check_pending(warp, active)?;
+            }
             Kind::Mbar(m) => return self.mbarrier(warp, frame, active, m),
-            Kind::CpAsync(c) => self.cp_async(warp, frame, active, c)?,
+            Kind::CpAsync(c) => {
+                self.cp_async(warp, frame, active, c)?;
+                self.check_pending(warp, active)?;
+            }
             Kind::CpCommit => {
                 for p in &mut warp.copies {
                     if p.group == NONE && active >> p.lane & 1 != 0 {
@@ -167,8 +173,12 @@ impl Block<'_> {
             Kind::CpWaitAll => self.cp_wait(warp, active, None),
             Kind::CpMbarArrive { address, place, no_increment } => {
                 self.cp_mbar_arrive(warp, frame, active, *address, *place, *no_increment)?;
+                self.check_pending(warp, active)?;
             }
-            Kind::Bulk(b) => self.bulk(warp, frame, active, b)?,
+            Kind::Bulk(b) => {
+                self.bulk(warp, frame, active, b)?;
+                self.check_pending(warp, active)?;
+            }
             Kind::MapReplace { address, place, field, bytes } => {
                 self.map_replace(warp, frame, inst.a, active, (*address, *place, *field, *bytes))?
             }

@@ -49,6 +49,7 @@ impl Block<'_> {
             self.in_flight(warp.id, lane, at, c.bytes as usize);
             self.copy_issued(warp.id, warp.groups[lane as usize], at, c.bytes as usize);
             warp.copies.push(Pending { lane, to: at as u32, bytes: c.bytes, data, valid, group: NONE });
+            self.pending_bytes += size_of::<Pending>();
         }
         Ok(())
     }
@@ -111,6 +112,7 @@ impl Block<'_> {
     /// `wait_group n`; `None` waits for all, committed or not.
     pub(crate) fn cp_wait(&mut self, warp: &mut Warp, active: u32, n: Option<u32>) {
         let mut copies = std::mem::take(&mut warp.copies);
+        let before = copies.len();
         copies.retain(|p| {
             let done = active >> p.lane & 1 != 0
                 && match n {
@@ -122,6 +124,7 @@ impl Block<'_> {
             }
             !done
         });
+        self.pending_bytes -= (before - copies.len()) * size_of::<Pending>();
         warp.copies = copies;
         self.copies_waited(warp);
     }

@@ -43,6 +43,13 @@ pub(crate) struct Reading {
     results: Vec<u32>,
 }
 
+impl Reading {
+    /// Its host memory, with what the allocator adds.
+    fn bytes(&self) -> usize {
+        size_of::<Reading>() + 4 * (self.pieces.len() + self.results.len()) + 32
+    }
+}
+
 #[derive(Default)]
 pub(crate) struct Hazards {
     early: Vec<Early>,
@@ -186,7 +193,9 @@ impl Block<'_> {
         }
         let clock = self.clocks.clock(warp);
         h.numbers += 1;
-        h.readings.push(Reading { number: h.numbers, warp, lane, clock, group: NONE, pieces, results });
+        let reading = Reading { number: h.numbers, warp, lane, clock, group: NONE, pieces, results };
+        self.pending_bytes += reading.bytes();
+        h.readings.push(reading);
     }
 
     /// Ends the readings for which `done` holds; gives how many.
@@ -203,6 +212,7 @@ impl Block<'_> {
                 *n = n.saturating_sub(1);
             }
             ended.push(r.number);
+            self.pending_bytes -= r.bytes();
         }
         h.readings = kept;
         if !h.early.is_empty() {

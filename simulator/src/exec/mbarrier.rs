@@ -4,7 +4,7 @@ use super::Step;
 use super::access::{Touch, Where, resolve};
 use super::block::{Block, lanes};
 use super::race::{MANY, Record};
-use super::warp::Warp;
+use super::warp::{Pending, Warp};
 use crate::error::FaultClass;
 use crate::program::{Addr, Mbar, MbarOp, NONE, Place};
 
@@ -22,6 +22,11 @@ pub(crate) struct Mbarrier {
     pub landings: Vec<(u64, u32, Vec<u8>, Vec<u8>)>,
     /// Warps to whom the end of a phase was first denied: warp, phase, time of the instruction.
     pub denied: Vec<(u32, u64, u64)>,
+}
+
+/// Host memory of a landing of `n` bytes, with what the allocator adds.
+pub(super) fn landing_bytes(n: usize) -> usize {
+    2 * n + 128
 }
 
 impl Block<'_> {
@@ -106,12 +111,14 @@ impl Block<'_> {
                         });
                     }
                     let new = Mbarrier { expected: count, pending: count.into(), ..Mbarrier::default() };
-                    self.mbarriers.insert(at, new);
+                    let old = self.mbarriers.insert(at, new);
+                    self.forget(old);
                     self.state[at as usize..at as usize + 8].fill(1);
                     progress = true;
                 }
                 MbarOp::Inval => {
-                    self.mbarriers.remove(&at);
+                    let old = self.mbarriers.remove(&at);
+                    self.forget(old);
                     self.state[at as usize..at as usize + 8].fill(0);
                     progress = true;
                 }
@@ -170,6 +177,11 @@ impl Block<'_> {
         Ok(progress)
     }
 
+    /// The copies of a mbarrier that is no more never land.
+    fn forget(&mut self, old: Option<Mbarrier>) {
+        self.pending_bytes -= old.iter().flat_map(|m| &m.landings).map(|l| landing_bytes(l.2.len())).sum::<usize>();
+    }
+
     /// A finished phase has been seen: its copies land, and its arrivals are known.
     fn observe(&mut self, warp: u32, at: u32, phase: u64) {
         let Some(m) = self.mbarriers.get_mut(&at) else {
@@ -195,6 +207,7 @@ impl Block<'_> {
         };
         for (_, to, data, valid) in done {
             let (a, n) = (to as usize, data.len());
+            self.pending_bytes -= landing_bytes(n);
             self.shared[a..a + n].copy_from_slice(&data);
             self.state[a..a + n].copy_from_slice(&valid);
             for word in a / 4..(a + n).div_ceil(4) {
@@ -230,6 +243,8 @@ impl Block<'_> {
             });
             warp.copies = copies;
             self.copies_waited(warp);
+            self.pending_bytes -= landed.len() * size_of::<Pending>();
+            self.pending_bytes += landed.iter().map(|p| landing_bytes(p.bytes as usize)).sum::<usize>();
             self.contribute(warp.id, at);
             self.with_mbar(warp, lane, at, |m| {
                 for p in &landed {

@@ -69,6 +69,9 @@ pub(crate) struct Launch<'a> {
     pub reports: Mutex<Reports>,
     pub stop: AtomicBool,
     pub unfinished: AtomicU64,
+    /// Host memory that a warp needs without nested calls, and that blocks have come to need beyond [`block_bytes`].
+    warp_bytes: u64,
+    grown: AtomicU64,
     started: Instant,
     /// Milliseconds after the start when a block last did more than to wait, and turns in vain since then.
     last_work: AtomicU64,
@@ -94,6 +97,16 @@ impl Launch<'_> {
         let now = self.started.elapsed().as_millis() as u64;
         let long = now.saturating_sub(self.last_work.load(Ordering::Relaxed)) > IDLE_MILLISECONDS;
         turns > IDLE_TURNS.max(16 * unfinished.min(RESIDENT)) && (long || unfinished == 1)
+    }
+
+    /// A block needs more host memory. False: that is too much for all blocks together.
+    pub(crate) fn grow(&self, bytes: u64) -> bool {
+        self.grown.fetch_add(bytes, Ordering::Relaxed) + bytes <= BLOCK_MEMORY
+    }
+
+    /// A block with so much more is gone.
+    pub(crate) fn shrink(&self, bytes: u64) {
+        self.grown.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn sync(&self) -> MutexGuard<'_, SyncTable> {
@@ -144,14 +157,18 @@ fn permute(i: u64, n: u64, seed: u64) -> u64 {
 
 /// Blocks that wait for others are put aside; at most this many exist at once.
 const RESIDENT: u64 = 4096;
-/// Most host memory for the blocks that exist at once.
+/// Most host memory for the blocks that exist at once, and as much again for what they grow by.
 const BLOCK_MEMORY: u64 = 4 << 30;
 
-/// Host memory that a block needs, roughly: registers, local and shared memory with their shadows.
-fn block_bytes(program: &Program, warps: u32, shared: u32) -> u64 {
+/// Host memory that a warp needs as long as calls do not nest: registers, and local memory with its shadow.
+fn warp_bytes(program: &Program) -> u64 {
     let registers: u64 = program.funcs.iter().map(|f| u64::from(f.frame_words) * 4).max().unwrap_or(0);
-    let local = u64::from(program.local_bytes.next_power_of_two()) * 64;
-    u64::from(warps) * (registers + local) + u64::from(shared) * 10 + 4096
+    registers + u64::from(program.local_bytes.next_power_of_two()) * 64
+}
+
+/// Host memory that a block needs, roughly: its warps, and shared memory with its shadows.
+fn block_bytes(warp: u64, warps: u32, shared: u32) -> u64 {
+    u64::from(warps) * warp + u64::from(shared) * 10 + 4096
 }
 
 pub(crate) fn launch(
@@ -191,11 +208,13 @@ pub(crate) fn launch(
         reports: Mutex::new(Reports::new(options.max_reports)),
         stop: AtomicBool::new(false),
         unfinished: AtomicU64::new(blocks),
+        warp_bytes: warp_bytes(program),
+        grown: AtomicU64::new(0),
         started: Instant::now(),
         last_work: AtomicU64::new(0),
         idle_turns: AtomicU64::new(0),
     };
-    let each = block_bytes(program, l.warps, l.shared_bytes);
+    let each = block_bytes(l.warp_bytes, l.warps, l.shared_bytes);
     let resident = (BLOCK_MEMORY / each).min(RESIDENT);
     if resident == 0 {
         return Err(Fault::refused(2, format!("kernel {}: a block needs {each} bytes of host memory", program.name)));
@@ -239,7 +258,9 @@ fn worker<'a>(
     let queue = || parked.lock().unwrap_or_else(PoisonError::into_inner);
     // Parked blocks wait for others, so new ones come first, up to a limit.
     while !l.stop.load(Ordering::Relaxed) && l.unfinished.load(Ordering::Acquire) > 0 {
-        let fresh = queue().len() < resident;
+        // Those that have grown should end before others begin to grow.
+        let parked = queue().len();
+        let fresh = parked == 0 || parked < resident && l.grown.load(Ordering::Relaxed) < BLOCK_MEMORY / 2;
         let started = if fresh { next.fetch_add(1, Ordering::Relaxed) } else { blocks };
         let mut block = if started < blocks {
             let index = l.options.seed.map_or(started, |s| permute(started, blocks, s));

@@ -54,6 +54,8 @@ pub(crate) struct Warp {
     pub local: Vec<u8>,
     pub local_state: Vec<u8>,
     pub local_stride: u32,
+    /// Host memory for nested calls.
+    pub grown: u64,
     pub instructions: u64,
     /// Turns spent waiting.
     pub spins: u32,
@@ -111,6 +113,7 @@ impl Warp {
             local: Vec::new(),
             local_state: Vec::new(),
             local_stride: 0,
+            grown: 0,
             instructions: 0,
             spins: 0,
             copies: Vec::new(),
@@ -267,13 +270,18 @@ impl Warp {
         }
     }
 
+    /// Asks for the host memory of so many words of registers and bytes of local memory.
+    fn grow(&mut self, l: &Launch<'_>, words: usize, local: u32) -> bool {
+        let needed = 4 * words as u64 + 64 * u64::from(local.next_power_of_two());
+        let more = needed.saturating_sub(l.warp_bytes + self.grown);
+        self.grown += more;
+        more == 0 || l.grow(more)
+    }
+
     /// Room for `bytes` of local memory in every lane.
-    pub(crate) fn ensure_local(&mut self, bytes: u32) -> bool {
+    fn ensure_local(&mut self, bytes: u32) {
         if bytes <= self.local_stride {
-            return true;
-        }
-        if bytes > MAX_LOCAL {
-            return false;
+            return;
         }
         let (old, stride) = (self.local_stride as usize, bytes.next_power_of_two() as usize);
         let spread = |from: &[u8], empty: u8| {
@@ -286,7 +294,6 @@ impl Warp {
         self.local = spread(&self.local, 0xff);
         self.local_state = spread(&self.local_state, 0);
         self.local_stride = stride as u32;
-        true
     }
 
     /// Makes a frame for `func`; `None` when the stack is full.
@@ -298,9 +305,11 @@ impl Warp {
         let end = base as usize + info.frame_words as usize;
         let local_base = top.local_base + below.local_bytes;
         let frame = Frame { func, base, local_base, parent, call, depth: depth + 1 };
-        if self.frames.len() >= MAX_DEPTH || end > MAX_WORDS || !self.ensure_local(local_base + info.local_bytes) {
+        let local = local_base + info.local_bytes;
+        if self.frames.len() >= MAX_DEPTH || end > MAX_WORDS || local > MAX_LOCAL || !self.grow(l, end, local) {
             return None;
         }
+        self.ensure_local(local);
         if self.lines.len() < end / 32 {
             self.lines.resize(end / 32, Line([0; 32]));
         }
