@@ -19,7 +19,7 @@ impl AtomicFile {
     /// Begins to write `path`, whose directory must exist.
     ///
     /// # Errors
-    /// [`Error::File`] when the path names no file, or something else than a regular one is there, or its directory cannot be written.
+    /// [`Error::File`] when the path names no file, or something other than a regular file is there, or its directory cannot be written.
     pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
         static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
         let path = path.into();

@@ -43,7 +43,7 @@ fn crops_are_those_of_pillow() {
 
 #[test]
 fn thin_images_do_not_grow_without_bound() {
-    // Scaled as a whole, or in one direction, they would take up to 400 GB and 40 GB.
+    // Scaled as a whole, or in one direction, they would take 51 TB and 39 GB.
     for (width, height) in [(1, 10_000_000), (10_000_000, 1)] {
         let thin = RgbImage::from_pixel(width, height, Rgb([9, 8, 7]));
         let cropped = center_crop(thin, 1_300);

@@ -92,14 +92,19 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     if !(1..=1_000_000).contains(&args.runs) {
         return Err(Error::usage(format!("--runs is {}, but it must be between 1 and 1000000", args.runs)));
     }
-    if let Some(key) =
-        ["data", "data_kind", "init_from", "out"].into_iter().find(|key| args.knobs.layer.last(key).is_some())
-    {
-        return Err(Error::usage(format!(
-            "--{} is of no use here, where random numbers are computed with and nothing is written: give --image-size, --in-channels and \
-             --num-classes for data of another size",
-            key.replace('_', "-")
-        )));
+    // Whoever gives these expects other numbers than without them.
+    for (key, instead) in [
+        ("data", ": give --image-size, --in-channels and --num-classes for others"),
+        ("data_kind", ""),
+        ("init_from", ""),
+        ("out", ""),
+    ] {
+        if args.knobs.layer.last(key).is_some() {
+            let flag = key.replace('_', "-");
+            return Err(Error::usage(format!(
+                "--{flag} is of no use here: bench computes with random weights and data, and writes nothing{instead}"
+            )));
+        }
     }
     let mut config = TrainConfig::from_layers(std::slice::from_ref(&args.knobs.layer))?;
     // By the name that was given: a DiT of another depth is `custom` by now, and still one for latents.

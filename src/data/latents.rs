@@ -36,7 +36,7 @@ pub struct ArrayFile {
     pictures: bool,
     labels: Vec<u32>, // [N]
     names: Vec<String>,
-    on_disk: std::fs::File, // the file that is mapped
+    on_disk: std::fs::File, // opened again, to see whether it was cut short
     len: u64,               // of it, when it was opened
     note: Option<String>,
 }

@@ -98,7 +98,11 @@ pub(crate) fn check_linear(linear: Linear, operation: &'static str) -> Result<()
     let Linear { weight, bias, inputs, outputs } = linear;
     let fits = outputs > 0 && Some(weight.len) == inputs.checked_mul(outputs) && bias.len == outputs;
     check(fits, operation, || {
-        format!("a layer of {inputs} inputs and {outputs} outputs has {} weights and {} biases", weight.len, bias.len)
+        let (weights, biases) = (weight.len, bias.len);
+        format!(
+            "a layer of {inputs} inputs and {outputs} outputs has {weights} weights and {biases} biases, expected [outputs, inputs] and \
+             [outputs], and at least one output"
+        )
     })
 }
 

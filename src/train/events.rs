@@ -46,7 +46,7 @@ impl EventFile {
         if kept.is_empty() {
             kept = record(&[field_double(1, now()), field_bytes(3, b"brain.Event:2")].concat());
         }
-        if kept != old {
+        if kept != old || path.is_symlink() {
             run.replace(&name, |out| out.write_all(&kept))?;
         }
         let file = OpenOptions::new().append(true).open(&path);

@@ -145,7 +145,9 @@ impl MetricsLog {
         let path = run.path().join(METRICS);
         let old = match regular_file::read(&path, MAX_FILE_BYTES) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            old => old.map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?,
+            old => old.map_err(|e| {
+                Error::file(&path, format!("cannot be read: {e}; move it away, and only the curves of before are lost"))
+            })?,
         };
         let kept: Vec<u8> = old
             .split_inclusive(|&b| b == b'\n')
@@ -154,7 +156,8 @@ impl MetricsLog {
             .flatten()
             .copied()
             .collect();
-        if kept != old {
+        // A link in a run from others may lead anywhere.
+        if kept != old || path.is_symlink() {
             run.replace(METRICS, |out| out.write_all(&kept))?;
         }
         let file = OpenOptions::new().create(true).append(true).open(&path);

@@ -14,7 +14,7 @@ use crate::model::dit::Dit;
 use std::fmt;
 use std::sync::Arc;
 
-/// Most samples of a pass: they are a side of grids, which have 65535 blocks at most.
+/// Most samples of a pass: along one side a grid has a block for each, and 65535 at most.
 const MOST_SAMPLES: usize = 65_535;
 
 /// Bytes of device memory.

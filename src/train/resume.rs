@@ -1,4 +1,4 @@
-//! Whether a run can be resumed: what is checked before anything of it is changed.
+//! Whether a run can be resumed: what is checked before anything of it is changed, but for what killed trainers left.
 
 use std::path::Path;
 

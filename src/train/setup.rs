@@ -152,7 +152,7 @@ fn check_fits(config: &TrainConfig, dit: &Dit, at_once: usize, there: f64) -> Re
     let model = &config.model;
     if !weights_fit {
         return Err(Error::usage(format!(
-            "training {model} takes {weights:.1} GB for the weights and what goes with them, but this machine has {there:.1} GB: \
+            "training {model} takes {weights:.1} GB for the weights and what goes with them, but it may take {there:.1} GB here: \
              choose a smaller model"
         )));
     }
@@ -167,22 +167,30 @@ fn check_fits(config: &TrainConfig, dit: &Dit, at_once: usize, there: f64) -> Re
     remedies.push("choose a smaller model".to_string());
     Err(Error::usage(format!(
         "training {model} with {images} at a time takes about {:.1} GB (weights and what goes with them {weights:.1}, activations \
-         {activations:.1}), but this machine has {there:.1} GB: {}",
+         {activations:.1}), but it may take {there:.1} GB here: {}",
         weights + activations,
         remedies.join(", or ")
     )))
 }
 
-/// Memory that this process may take: what the machine has and can swap (Linux tells), its container's, and what `ulimit -v` leaves.
+/// Memory that this process may take at most, where the system tells (Linux): that of the machine or of its container, with all that can
+/// be swapped, or what `ulimit -v` allows.
 fn memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let bytes = |key| {
+        let line = text.lines().find(|line| line.starts_with(key))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
+    };
     let container = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
         .into_iter()
-        .find_map(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok());
-    [machine_bytes(), container, address_space()].into_iter().flatten().min()
+        .find_map(|path| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok());
+    let memory = [bytes("MemTotal:"), container].into_iter().flatten().min()?;
+    let with_swap = memory.saturating_add(bytes("SwapTotal:").unwrap_or(0));
+    Some(address_space().map_or(with_swap, |limit| limit.min(with_swap)))
 }
 
 /// The address space that this process may have, if it is limited.
-#[cfg(unix)]
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 fn address_space() -> Option<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: a valid place to write to.
@@ -190,19 +198,9 @@ fn address_space() -> Option<u64> {
     (told && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
 }
 
-#[cfg(not(unix))]
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 fn address_space() -> Option<u64> {
     None
-}
-
-/// Memory of this machine and what it can swap, where the system tells (Linux).
-fn machine_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kilobytes = |key| {
-        let line = text.lines().find(|line| line.starts_with(key))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok()
-    };
-    kilobytes("MemTotal:")?.checked_add(kilobytes("SwapTotal:").unwrap_or(0))?.checked_mul(1024)
 }
 
 /// Puts the weights of `init_from`, if there are any, in the place of those that were drawn.
@@ -244,14 +242,14 @@ mod tests {
         assert_eq!(
             says(&dit, 64, 1e9),
             "training digits with 64 images at a time takes about 15.5 GB (weights and what goes with them 0.1, activations 15.4), but \
-             this machine has 1.0 GB: give --checkpoint-activations, or give --grad-accumulation N for parts of fewer than 64 images, \
+             it may take 1.0 GB here: give --checkpoint-activations, or give --grad-accumulation N for parts of fewer than 64 images, \
              or choose a smaller model"
         );
         dit.checkpoint_activations = true;
         let weights = 20.0 * dit.layout.len() as f64;
         let of_one = says(&dit, 1, weights);
         assert!(
-            of_one.contains(" with one image at a time ") && of_one.ends_with("0.1 GB: choose a smaller model"),
+            of_one.contains(" with one image at a time ") && of_one.ends_with("0.1 GB here: choose a smaller model"),
             "{of_one}"
         );
         assert!(says(&dit, 1, weights - 1.0).starts_with("training digits takes 0.1 GB for the weights and what"));

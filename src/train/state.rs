@@ -47,17 +47,18 @@ pub(super) fn last_after_a_good_step(run: &RunDir) -> Option<PathBuf> {
     checkpoint::list(run.path()).ok()?.into_iter().rev().map(|(_, path)| path).find(good)
 }
 
-/// Names of classes to compare, of data that have been and are, if they can be. Classes that are only numbers have the names of their
-/// labels, as folders may have too.
-fn comparable_names(names: [Option<Vec<String>>; 2], counts: [usize; 2]) -> Option<(Vec<String>, Vec<String>)> {
-    let labels = |count: usize| (0..count).map(|label| label.to_string()).collect();
+/// Names of classes to compare, of data that have been and are, if they can be. Classes without names have their labels, which the names
+/// of folders may be too.
+fn comparable_names(names: [Option<Vec<String>>; 2]) -> Option<[Vec<String>; 2]> {
     // `07` is label 7.
-    let numbers =
-        |names: Vec<String>| names.iter().map(|name| name.parse().ok().map(|n: usize| n.to_string())).collect();
+    let numbers = |names: &[String]| {
+        names.iter().map(|name| Some(name.parse::<usize>().ok()?.to_string())).collect::<Option<Vec<_>>>()
+    };
+    let labels = |names: &[String]| (0..names.len()).map(|label| label.to_string()).collect();
     match names {
-        [Some(were), Some(are)] => Some((were, are)),
-        [Some(were), None] => Option::map(numbers(were), |were| (were, labels(counts[1]))),
-        [None, Some(are)] => Option::map(numbers(are), |are| (labels(counts[0]), are)),
+        [Some(were), Some(are)] => Some([were, are]),
+        [Some(were), None] => Some([numbers(&were)?, labels(&were)]),
+        [None, Some(are)] => Some([labels(&are), numbers(&are)?]),
         [None, None] => None,
     }
 }
@@ -148,7 +149,7 @@ impl Trainer {
         self.check_data(checkpoint, config)
     }
 
-    /// Refuses data whose classes have other names than those `checkpoint` was trained on, if both have names: labels would mean
+    /// Refuses data whose classes have other names than those `checkpoint` was trained on, if both have names, or numbers for names: labels would mean
     /// something else. A note if the number of samples is another. Checkpoints of before this was written down say neither.
     fn check_data(&self, checkpoint: &Path, config: &TrainConfig) -> Result<Option<String>> {
         let file = SafetensorsFile::open(checkpoint.join(checkpoint::OPTIMIZER))?;
@@ -165,7 +166,7 @@ impl Trainer {
         // What is no such list is as good as none.
         let were: Option<Vec<String>> = serde_json::from_str(names).unwrap_or_default();
         let are = names_of_classes(self.dataset()).map(<[String]>::to_vec);
-        if let Some((were, are)) = comparable_names([were, are], [config.num_classes, classes])
+        if let Some([were, are]) = comparable_names([were, are])
             && let Some(class) = (0..were.len().max(are.len())).find(|&class| were.get(class) != are.get(class))
         {
             let name = |names: &[String]| names.get(class).map_or("missing".into(), |name| format!("'{name}'"));
@@ -237,16 +238,16 @@ mod tests {
     #[test]
     fn folders_of_numbers_are_compared_with_labels() {
         let names = |names: &[&str]| Some(names.iter().map(|name| name.to_string()).collect::<Vec<_>>());
-        let differ = |were, are, counts| comparable_names([were, are], counts).map(|(were, are)| were != are);
+        let differ = |were, are| comparable_names([were, are]).map(|[were, are]| were != are);
         let fewer = || names(&["0", "1", "3"]);
         // Folder 2 is gone, or has come.
-        assert_eq!(differ(None, fewer(), [4, 3]), Some(true));
-        assert_eq!(differ(fewer(), None, [4, 4]), Some(true));
-        assert_eq!(differ(None, names(&["00", "01", "02"]), [3, 3]), Some(false));
-        assert_eq!(differ(fewer(), fewer(), [3, 3]), Some(false));
-        // Names say nothing of labels, nor do fewer labels in an array.
-        assert_eq!(differ(None, names(&["ape", "bear"]), [2, 2]), None);
-        assert_eq!(differ(names(&["ape", "7"]), None, [2, 2]), None);
-        assert_eq!(differ(None, None, [4, 3]), None);
+        assert_eq!(differ(None, fewer()), Some(true));
+        assert_eq!(differ(fewer(), None), Some(true));
+        assert_eq!(differ(None, names(&["00", "01", "02"])), Some(false));
+        assert_eq!(differ(fewer(), fewer()), Some(false));
+        // Names say nothing of labels.
+        assert_eq!(differ(None, names(&["ape", "bear"])), None);
+        assert_eq!(differ(names(&["ape", "7"]), None), None);
+        assert_eq!(differ(None, None), None);
     }
 }

@@ -17,7 +17,7 @@ const TO_COME: Duration = Duration::from_millis(1);
 const EAGER: usize = 2000;
 
 /// Runs `work` on a thread of the pool, outside of any on one of the global pool, while the other threads look for parts of it
-/// without pause. Not for calls inside of each other: the inner one waits in vain for threads that are with the outer one.
+/// without pause, unless there are more threads than cores. Not for calls inside of each other: the inner one waits in vain for threads that are with the outer one.
 pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     static CORES: OnceLock<usize> = OnceLock::new();
     let cores = *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, NonZero::get));
@@ -126,8 +126,10 @@ mod tests {
     fn work_is_done_by_any_number_of_threads() {
         for threads in [1, 2, 3, 8] {
             pool(threads).install(|| {
-                for n in 0..100 {
-                    assert_eq!(awake(|| sum(n) + awake(|| sum(n))), n * n.saturating_sub(1), "{threads} threads");
+                for n in 0..100u32 {
+                    let twice = n * n.saturating_sub(1);
+                    assert_eq!(awake(|| sum(n) + awake(|| sum(n))), twice, "{threads} threads");
+                    assert_eq!(watched(threads - 1, TO_COME, |_| 2 * sum(n)), twice, "{threads} threads, watched");
                 }
             });
         }
@@ -161,9 +163,9 @@ mod tests {
     fn a_panic_ends_the_watch() {
         let pool = pool(3);
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| {
-            pool.install(|| awake(|| assert_eq!(sum(10), 0, "on purpose")));
+            pool.install(|| watched(2, TO_COME, |_| assert_eq!(sum(10), 0, "on purpose")));
         }));
         assert!(result.is_err());
-        assert_eq!(pool.install(|| awake(|| sum(10))), 45);
+        assert_eq!(pool.install(|| watched(2, TO_COME, |_| sum(10))), 45);
     }
 }

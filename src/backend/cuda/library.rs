@@ -38,19 +38,8 @@ fn preload(path: &Path, variable: &str, symbol: Option<&str>) -> Result<usize> {
 
 /// Where `symbol` of a library is.
 fn address_of(library: &Library, symbol: &str) -> Option<usize> {
-    // SAFETY: the address is not used, so its type does not matter.
+    // SAFETY: the address is only compared, so its type does not matter.
     unsafe { library.get::<*const ()>(symbol.as_bytes()) }.ok().map(|symbol| (*symbol).addr())
-}
-
-/// Refuses a library that cudarc found under a name that comes before those of the one that `variable` names.
-fn check_found(library: &Library, symbol: &str, named: Option<usize>, variable: &str) -> Result<()> {
-    match named.is_none() || address_of(library, symbol) == named {
-        true => Ok(()),
-        false => Err(Error::usage(format!(
-            "the loader finds another library before the one that {variable} names: take its folder off LD_LIBRARY_PATH, or off the \
-             system's list (ldconfig -p)"
-        ))),
-    }
 }
 
 /// Whether a 64-bit ELF file ends before what its program header says it holds: the loader would map what is not there, and
@@ -98,8 +87,14 @@ pub fn load_driver() -> Result<()> {
             "there is no CUDA driver (libcuda.so) on this machine; {CUDA_LIBRARY} may name one elsewhere"
         )));
     }
-    // SAFETY: it is present.
-    check_found(unsafe { driver::sys::culib() }, SYMBOL, named, CUDA_LIBRARY)?;
+    // cudarc may have found another one, under a name that it tries before.
+    // SAFETY: there is one.
+    if named.is_some() && address_of(unsafe { driver::sys::culib() }, SYMBOL) != named {
+        return Err(Error::usage(format!(
+            "the system's CUDA driver is found before the one that {CUDA_LIBRARY} names: unset it to use the system's, or call that one's \
+             folder first in LD_LIBRARY_PATH"
+        )));
+    }
     *loaded = true;
     Ok(())
 }
@@ -114,12 +109,10 @@ pub fn load_nvrtc() -> Result<()> {
     if *loaded {
         return Ok(());
     }
-    const SYMBOL: &str = "nvrtcVersion";
-    let mut named = None;
     if let Some(folder) = std::env::var_os(NVRTC_FOLDER) {
         // The builtins first: NVRTC opens them by name and has no path to them.
-        for (file, symbol) in [("libnvrtc-builtins.so.13.0", None), ("libnvrtc.so.13", Some(SYMBOL))] {
-            named = Some(preload(&Path::new(&folder).join(file), NVRTC_FOLDER, symbol)?);
+        for (file, symbol) in [("libnvrtc-builtins.so.13.0", None), ("libnvrtc.so.13", Some("nvrtcVersion"))] {
+            preload(&Path::new(&folder).join(file), NVRTC_FOLDER, symbol)?;
         }
     }
     // SAFETY: only tries to open libraries by their names.
@@ -129,8 +122,6 @@ pub fn load_nvrtc() -> Result<()> {
              {NVRTC_FOLDER}=target/nvrtc, or install the CUDA toolkit 13"
         )));
     }
-    // SAFETY: it is present.
-    check_found(unsafe { nvrtc::sys::culib() }, SYMBOL, named, NVRTC_FOLDER)?;
     *loaded = true;
     Ok(())
 }

@@ -54,7 +54,7 @@ impl TrainConfig {
     /// Checks a strength of guidance, which `key` names, for samples of a model trained like this.
     ///
     /// # Errors
-    /// [`Error::Usage`] when it is below 0 or not a number, or the model cannot be guided: without label dropout it has not
+    /// [`Error::Usage`] when it is not 0 to 1000, or the model cannot be guided: without label dropout it has not
     /// learned what an image without a class is.
     pub fn check_cfg(&self, key: &str, cfg: f64) -> Result<()> {
         guidance(key, cfg)?;
@@ -179,7 +179,7 @@ fn not_negative(key: &str, value: f64) -> Result<()> {
     require(key, value, value >= 0.0 && value.is_finite(), "a number, 0 or more")
 }
 
-/// The strength of guidance, beyond which nothing is sampled but the numbers' limits.
+/// The strength of guidance. Beyond 1000 every pixel would be black or white.
 fn guidance(key: &str, value: f64) -> Result<()> {
     require(key, value, (0.0..=1e3).contains(&value), "0 to 1000")
 }

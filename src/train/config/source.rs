@@ -131,13 +131,15 @@ impl TrainConfig {
         [Self::note_on_model(layers), Self::note_on_flip(layers)].into_iter().flatten().collect()
     }
 
-    /// What there is to say where `flip` comes from before the data are named, of which another is the default.
+    /// A sentence where `flip` was given together with other data, and is not the default of these.
     fn note_on_flip(layers: &[Layer]) -> Option<String> {
         let at = layers.iter().rposition(|layer| layer.last("data").is_some())?;
         let (before, after) = layers.split_at(at);
         let (data, default) = (after[0].last("data")?, may_flip(after[0].last("data")?).to_string());
-        let file = before.iter().rev().find(|layer| layer.last("flip").is_some_and(|flip| flip != default))?;
-        after.iter().all(|layer| layer.last("flip").is_none()).then(|| {
+        let file = before.iter().rev().find(|layer| layer.last("flip").is_some())?;
+        let other = file.last("data").is_some_and(|of_file| of_file != data);
+        let replaces = other && file.last("flip") != Some(default.as_str());
+        (replaces && after.iter().all(|layer| layer.last("flip").is_none())).then(|| {
             format!(
                 "flip is that of {}, not the default of the data '{data}', {default}: leave it out there to have this",
                 file.origin
@@ -353,6 +355,8 @@ mod tests {
         let note = TrainConfig::notes_on(&[file.clone(), data(&[])]).pop().unwrap();
         assert!(note.starts_with("flip is that of my.toml, not the default of the data 'src', true"), "{note}");
         assert!(TrainConfig::notes_on(&[file.clone(), data(&[("flip", "false")])]).is_empty());
+        assert!(TrainConfig::notes_on(&[file.clone(), layer("--set", &[("flip", "true")]), data(&[])]).is_empty());
+        assert!(TrainConfig::notes_on(&[layer("--set", &[("flip", "false")]), data(&[])]).is_empty());
         assert!(TrainConfig::notes_on(&[file, layer("flags", &[("data", "digits")])]).is_empty());
     }
 
