@@ -121,6 +121,46 @@ fn the_same_run_has_the_same_bits_and_resumes_bit_for_bit() {
     }
 }
 
+/// The moments tell: the weights hardly change with the scale of the gradients.
+#[test]
+fn gradients_are_clipped_as_on_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |device: &str, clip: &str| {
+        let set = [("device", device), ("grad_clip", clip), ("steps", "2"), ("checkpoint_every", "2")];
+        let (run, _) = train(folder.path().join(format!("{device}-{clip}")), &set);
+        let norms: Vec<f64> = metrics::read(&run).unwrap().iter().map(|line| line.grad_norm.unwrap()).collect();
+        let (_, at) = checkpoint::latest(&run).unwrap().unwrap();
+        let file = SafetensorsFile::open(at.join(checkpoint::OPTIMIZER)).unwrap();
+        let moments = file.names().map(|name| {
+            let mut numbers = vec![0.0; file.tensor(name).unwrap().elements()];
+            file.tensor(name).unwrap().to_f32(&mut numbers);
+            (name.to_string(), numbers)
+        });
+        (norms, moments.collect::<BTreeMap<_, _>>())
+    };
+    let (norms, _) = run("cpu", "0");
+    let [smallest, largest] = [f64::min, f64::max].map(|pick| norms.iter().copied().reduce(pick).unwrap());
+    // A bound that both steps reach, and one that none does.
+    for clip in [smallest / 3.0, 3.0 * largest] {
+        let [(on_cpu, cpu), (on_device, cuda)] = ["cpu", "cuda"].map(|device| run(device, &clip.to_string()));
+        for (a, b) in on_device.iter().zip(&on_cpu) {
+            assert!((a - b).abs() <= 1e-4 * b, "clipped to {clip}: norm {a}, on the CPU {b}");
+        }
+        assert!(cpu.keys().eq(cuda.keys()), "{:?}", cuda.keys());
+        let largest = |numbers: &Vec<f32>| numbers.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+        // The gates of the blocks open later.
+        let learning = cpu.iter().filter(|(_, numbers)| largest(numbers) > 0.0).count();
+        assert!(learning >= 10, "only {learning} moments are not zero");
+        for (name, expected) in &cpu {
+            let most = largest(expected);
+            for (found, expected) in cuda[name].iter().zip(expected) {
+                let err = (found - expected).abs();
+                assert!(err <= 1e-3 * most, "clipped to {clip}, {name}: {found}, on the CPU {expected}");
+            }
+        }
+    }
+}
+
 #[test]
 fn checkpointed_activations_change_no_bit() {
     let folder = tempfile::tempdir().unwrap();

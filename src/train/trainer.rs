@@ -421,6 +421,7 @@ impl Trainer {
 
 #[cfg(test)]
 mod tests {
+    use super::super::optimizer::adamw;
     use super::super::setup::learner;
     use super::*;
     use std::sync::atomic::AtomicUsize;
@@ -452,10 +453,13 @@ mod tests {
         }
     }
 
-    /// A tiny run in `out`, whose data can be read `reads` times, after `before` has seen its directory.
-    fn train(out: &Path, steps: u64, reads: usize, before: impl FnOnce(&Path) + Send) -> Result<Outcome> {
+    /// Data that can be read `reads` times.
+    fn data(reads: usize) -> Arc<Failing> {
+        Arc::new(Failing { left: AtomicUsize::new(reads), names: vec!["all".into()] })
+    }
+
+    fn tiny(steps: u64) -> TrainConfig {
         let mut config = TrainConfig {
-            out: out.display().to_string(),
             hidden_size: 32,
             depth: 1,
             batch_size: 4,
@@ -467,13 +471,53 @@ mod tests {
             ..TrainConfig::default()
         };
         config.fit_to_data(4, 1, 1).unwrap();
-        let dataset = Arc::new(Failing { left: AtomicUsize::new(reads), names: vec!["all".into()] });
+        config
+    }
+
+    /// A tiny run in `out`, whose data can be read `reads` times, after `before` has seen its directory.
+    fn train(out: &Path, steps: u64, reads: usize, before: impl FnOnce(&Path) + Send) -> Result<Outcome> {
+        let config = TrainConfig { out: out.display().to_string(), ..tiny(steps) };
+        let dataset = data(reads);
         in_pool(&config, || {
             let run = RunDir::create(&config)?;
             before(run.path());
             let trainer = Trainer::new(&config, dataset, learner(&config)?, Vec::new())?;
             trainer.run(&config, &run, &AtomicBool::new(false))
         })
+    }
+
+    /// The first moments tell: the update itself hardly changes with the scale of its gradients.
+    #[test]
+    fn gradients_are_clipped_to_the_norm_that_is_asked_for() {
+        let step = |clip: f64| {
+            let config = TrainConfig { grad_clip: clip, ..tiny(10) };
+            let mut trainer = Trainer::new(&config, data(usize::MAX), learner(&config)?, Vec::new())?;
+            trainer.train_step(&config).map(|()| trainer.learner)
+        };
+        let norm = step(0.0).unwrap().gradient_norm();
+        assert!(norm > 0.01, "too small a norm: {norm}");
+        // Half the norm; a bound that is not reached; none.
+        for (clip, grad_scale) in [(norm / 2.0, 0.5), (norm * 2.0, 1.0), (0.0, 1.0)] {
+            let found = step(clip).unwrap();
+            let config = tiny(10);
+            let mut start = learner(&config).unwrap();
+            let update = Update {
+                lr: config.lr_at(0),
+                beta1: config.adam_beta1,
+                beta2: config.adam_beta2,
+                eps: config.adam_eps,
+                weight_decay: config.weight_decay,
+                ema_decay: config.ema_decay_at(0),
+                number: 1,
+                grad_scale,
+            };
+            let Learner { weights, ema, m, v, .. } = &mut start;
+            adamw(weights, ema, m, v, &found.grads, update);
+            let pairs = [(&found.weights, weights), (&found.ema, ema), (&found.m, m), (&found.v, v)];
+            for ((found, expected), name) in pairs.into_iter().zip(["weights", "average", "m", "v"]) {
+                assert!(**found == **expected, "{name} are others when a norm of {norm} is clipped to {clip}");
+            }
+        }
     }
 
     #[test]
