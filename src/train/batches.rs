@@ -147,3 +147,79 @@ impl Part {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Four samples of class 0.
+    struct Few {
+        names: Vec<String>,
+    }
+
+    impl Dataset for Few {
+        fn shape(&self) -> [usize; 3] {
+            [1, 4, 4]
+        }
+
+        fn class_names(&self) -> &[String] {
+            &self.names
+        }
+
+        fn len(&self) -> usize {
+            4
+        }
+
+        fn read(&self, _index: usize, _flip: bool, out: &mut [f32]) -> Result<u32> {
+            out.fill(0.0);
+            Ok(0)
+        }
+    }
+
+    /// Whether the label of each sample was dropped, as drawn, by step, when `share` of them are.
+    fn dropped(share: f64, parts: usize) -> Vec<Vec<bool>> {
+        let mut config =
+            TrainConfig { batch_size: 64, label_dropout: share, grad_accumulation: parts, ..TrainConfig::default() };
+        config.fit_to_data(4, 1, 3).unwrap();
+        let data = Few { names: ["a", "b", "c"].map(String::from).into() };
+        let mut batches = Batches::new(&config, Arc::new(data), true).unwrap();
+        let of_step = |step| {
+            let mut dropped = vec![None; config.batch_size];
+            for index in 0..parts {
+                assert!(batches.gather(&config, step, index).unwrap());
+                for (&sample, &label) in batches.part.samples.iter().zip(&batches.part.labels) {
+                    assert!([0, 3].contains(&label), "label {label} is neither the sample's nor the null class");
+                    dropped[sample as usize] = Some(label == 3);
+                }
+            }
+            dropped.into_iter().map(|dropped| dropped.expect("every sample is in a part")).collect()
+        };
+        (0..40).map(of_step).collect()
+    }
+
+    #[test]
+    fn labels_are_dropped_as_often_as_asked_for() {
+        for share in [0.0, 0.1, 0.6, 1.0] {
+            let found = dropped(share, 1);
+            let draws = found.concat();
+            let there = draws.iter().filter(|&&dropped| dropped).count() as f64 / draws.len() as f64;
+            // Four standard deviations: nothing is left of them at 0 and 1.
+            let slack = 4.0 * (share * (1.0 - share) / draws.len() as f64).sqrt();
+            assert!((there - share).abs() <= slack, "{there} of the labels are dropped for {share}");
+        }
+    }
+
+    #[test]
+    fn other_labels_are_dropped_in_every_step_and_the_same_in_parts() {
+        let found = dropped(0.3, 1);
+        for (step, later) in found.iter().enumerate() {
+            assert!(!found[..step].contains(later), "step {step} drops the labels of another step");
+        }
+        // Nor does a sample's place in the batch decide.
+        for sample in 0..64 {
+            let count = found.iter().filter(|step| step[sample]).count();
+            assert!((1..30).contains(&count), "sample {sample} has no label in {count} of 40 steps");
+        }
+        assert_eq!(dropped(0.3, 4), found);
+    }
+}
