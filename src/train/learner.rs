@@ -475,6 +475,59 @@ mod tests {
         }
     }
 
+    /// A weight is one more coefficient of the squared error. Without learned variance there is nothing else.
+    #[test]
+    fn a_loss_weight_scales_losses_and_gradients() {
+        let of = |loss_weight, learn_sigma| {
+            let dit = Dit::new(ModelConfig { learn_sigma, ..learner().dit.config }).unwrap();
+            let weights = dit.init(1, Init::Small);
+            let schedule = Schedule::new(ScheduleKind::Linear, TASKS).unwrap();
+            let mut learner = Learner::new(dit, schedule, loss_weight, weights);
+            learner.weights.iter_mut().enumerate().for_each(|(i, w)| *w += (i * 37 % 101) as f32 / 2000.0 - 0.025);
+            learner
+        };
+        let x: Vec<f32> = (0..5 * 36).map(|i| (i % 17) as f32 / 9.0 - 0.8).collect();
+        let t = [0, 20, 80, 300, 999];
+        let coefficients = [0.3, 2.0, 0.5, 0.7, 0.25];
+        let run = |learner: &mut Learner, coefficients: &[f64]| {
+            let batch = Batch { x_start: &x, noise: &x, t: &t, labels: &[1, 2, 3, 4, 10], coefficients };
+            let mut losses = Losses::default();
+            learner.gradients(batch, false, &mut losses).unwrap();
+            losses
+        };
+        let min_snr = LossWeight::MinSnr { gamma: 5.0 };
+        for learn_sigma in [false, true] {
+            let [mut constant, mut weighted] = [LossWeight::Constant, min_snr].map(|weight| of(weight, learn_sigma));
+            let weights = t.map(|t| min_snr.weight(&constant.schedule, t as usize));
+            assert!(weights[0] < 0.01 && weights[2] < 0.9 && weights[4] == 1.0, "{weights:?}");
+            let scaled: Vec<f64> = coefficients.iter().zip(weights).map(|(c, w)| c * w).collect();
+            let found = run(&mut weighted, &coefficients);
+            let expected = run(&mut constant, &scaled);
+            for b in 0..t.len() {
+                let mse = expected.mse[b] * weights[b] as f32;
+                assert!((found.mse[b] - mse).abs() <= 1e-6 * mse, "t {}: mse {} for {mse}", t[b], found.mse[b]);
+                assert_eq!(found.vb[b], expected.vb[b], "t {}: the bound has no weight", t[b]);
+                assert_eq!(found.vb[b] != 0.0, learn_sigma);
+                let loss = mse + expected.vb[b];
+                assert!((found.loss[b] - loss).abs() <= 1e-6 * loss.abs(), "t {}: {} for {loss}", t[b], found.loss[b]);
+            }
+            // What the bias of the last layer is told are sums of the gradient of the output: its first half is the squared error's.
+            let bias = constant.dit.layout.entries().iter().find(|e| e.name == "final_layer.linear.bias").unwrap();
+            let channels = constant.dit.config.out_channels();
+            let compared: Vec<usize> = match learn_sigma {
+                false => (0..constant.grads.len()).collect(),
+                true => bias.param.range().filter(|i| (i - bias.param.offset) % channels == 0).collect(),
+            };
+            let largest = compared.iter().fold(0.0, |most: f32, &i| most.max(constant.grads[i].abs()));
+            assert!(largest > 1e-3, "gradients of at most {largest}");
+            for i in compared {
+                let (found, expected) = (weighted.grads[i], constant.grads[i]);
+                let err = (found - expected).abs();
+                assert!(err <= 1e-5 * largest, "learn_sigma {learn_sigma}, gradient {i}: {found} for {expected}");
+            }
+        }
+    }
+
     /// A batch of more samples than are computed at once gives the bits of its parts, with their buffers.
     #[test]
     fn parts_of_a_batch_are_added() {
