@@ -36,6 +36,32 @@ fn parts_of_a_step_need_less_memory() {
 }
 
 #[test]
+fn a_profile_tells_where_the_time_of_a_step_goes() {
+    let place = tempfile::tempdir().unwrap();
+    let bench = [&["bench", "--device", "cpu", "--runs", "1"], program::TINY].concat();
+    let text = succeeds(run(place.path(), &[&bench[..], &["--profile"]].concat()));
+    let (_, table) = text.split_once("\noperation ").unwrap_or_else(|| panic!("no table: {text}"));
+    for (operation, pass) in [
+        ("ln_linear", "forward"),
+        ("ln_linear", "backward"),
+        ("attention", "forward"),
+        ("attention", "backward"),
+        ("linear_residual", "backward"),
+        ("patch_embed", "backward"),
+        ("adamw", "update"),
+    ] {
+        let is = |line: &&str| line.starts_with(&format!("{operation} ")) && line.contains(pass);
+        let line = table.lines().find(is).unwrap_or_else(|| panic!("no {operation} {pass}: {table}"));
+        // Calls, milliseconds, share, and work a second.
+        let numbers: Vec<f64> =
+            line.split(pass).last().unwrap().split_whitespace().map(|x| x.parse().unwrap()).collect();
+        assert!(numbers.len() == 5 && numbers[0] >= 1.0 && numbers[2] <= 100.0, "{line}");
+    }
+    assert!(table.contains("everything else"), "{table}");
+    assert!(!succeeds(run(place.path(), &bench)).contains("operation "), "a profile that nobody asked for");
+}
+
+#[test]
 fn what_the_cpu_cannot_time_is_refused() {
     let place = tempfile::tempdir().unwrap();
     let bench = |args: &[&str]| run(place.path(), &[&["bench"], program::TINY, args].concat());
