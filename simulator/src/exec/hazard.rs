@@ -39,15 +39,10 @@ pub(crate) struct Reading {
     group: u32,
     /// Pieces of 16 bytes that it reads.
     pieces: Vec<u32>,
-    /// Registers of the warp that its results will be in.
+    /// Registers of the warp that its results will be in: moves change them.
     results: Vec<u32>,
-}
-
-impl Reading {
-    /// Its host memory, with what the allocator adds.
-    fn bytes(&self) -> usize {
-        size_of::<Reading>() + 4 * (self.pieces.len() + self.results.len()) + 32
-    }
+    /// Its host memory, with what the allocator adds, when it began.
+    bytes: usize,
 }
 
 #[derive(Default)]
@@ -193,9 +188,9 @@ impl Block<'_> {
         }
         let clock = self.clocks.clock(warp);
         h.numbers += 1;
-        let reading = Reading { number: h.numbers, warp, lane, clock, group: NONE, pieces, results };
-        self.pending_bytes += reading.bytes();
-        h.readings.push(reading);
+        let bytes = size_of::<Reading>() + 4 * (pieces.len() + results.len()) + 32;
+        self.pending_bytes += bytes;
+        h.readings.push(Reading { number: h.numbers, warp, lane, clock, group: NONE, pieces, results, bytes });
     }
 
     /// Ends the readings for which `done` holds; gives how many.
@@ -212,7 +207,7 @@ impl Block<'_> {
                 *n = n.saturating_sub(1);
             }
             ended.push(r.number);
-            self.pending_bytes -= r.bytes();
+            self.pending_bytes -= r.bytes;
         }
         h.readings = kept;
         if !h.early.is_empty() {
