@@ -8,7 +8,8 @@
 //! reference   the formulas as plain loops: the specification
 //! ```
 //!
-//! All per-element mathematics is f64 and is rounded to f32 once, at the end; guidance rounds its epsilon too, which is a model's answer then.
+//! All per-element mathematics is f64 and is rounded to f32 once, at the end; guidance rounds its epsilon too, which is a model's answer
+//! then.
 
 pub mod loss;
 pub mod reference;

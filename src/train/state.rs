@@ -149,8 +149,8 @@ impl Trainer {
         self.check_data(checkpoint, config)
     }
 
-    /// Refuses data whose classes have other names than those `checkpoint` was trained on, if both have names, or numbers for names: labels would mean
-    /// something else. A note if the number of samples is another. Checkpoints of before this was written down say neither.
+    /// Refuses data whose classes have other names than those `checkpoint` was trained on, if both have names, or numbers for names: labels
+    /// would mean something else. A note if the number of samples is another. Checkpoints of before this was written down say neither.
     fn check_data(&self, checkpoint: &Path, config: &TrainConfig) -> Result<Option<String>> {
         let file = SafetensorsFile::open(checkpoint.join(checkpoint::OPTIMIZER))?;
         let recorded = |key: &str| file.metadata().get(key);

@@ -17,7 +17,8 @@ const TO_COME: Duration = Duration::from_millis(1);
 const EAGER: usize = 2000;
 
 /// Runs `work` on a thread of the pool, outside of any on one of the global pool, while the other threads look for parts of it
-/// without pause, unless there are more threads than cores. Not for calls inside of each other: the inner one waits in vain for threads that are with the outer one.
+/// without pause, unless there are more threads than cores. Not for calls inside of each other: the inner one waits in vain for threads
+/// that are with the outer one.
 pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     static CORES: OnceLock<usize> = OnceLock::new();
     let cores = *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, NonZero::get));
