@@ -79,7 +79,7 @@ pub enum FaultClass {
     /// No `wgmma.fence` or no `fence.proxy.async` where PTX asks for one.
     MissingFence,
     Timeout,
-    /// `trap`, `__assertfail`, a stack overflow, an invalid operand only known at run time.
+    /// `trap`, `__assertfail`, a stack overflow, too much that nobody waits for, an invalid operand only known at run time.
     Trap,
     /// The GPU would refuse this launch.
     LaunchRefused,

@@ -108,6 +108,13 @@ fn bulk_copies() {
 }
 
 /// A tensor copy of a box of 8 x `width` words and back, with every swizzle, at coordinates outside the tensor too.
+/// What is at `at` on a device.
+fn words_at(device: &Device, at: u64, count: usize) -> Vec<u32> {
+    let mut raw = vec![0; 4 * count];
+    device.read(at, &mut raw).unwrap();
+    raw.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect()
+}
+
 #[test]
 fn tensor_copies() {
     for (swizzle, width) in [(0u32, 16u32), (0, 64), (1, 8), (2, 16), (3, 32)] {
@@ -147,11 +154,7 @@ fn tensor_copies() {
             let params = [&map(from).encode().unwrap()[..], &map(to).encode().unwrap(), &dump.to_le_bytes()].concat();
             let f = module.function("k").unwrap();
             device.launch(&f, &LaunchConfig::new([1; 3], [32, 1, 1]), &params).unwrap_or_else(|e| panic!("{e}"));
-            let read = |at, n: usize| {
-                let mut raw = vec![0; 4 * n];
-                device.read(at, &mut raw).unwrap();
-                raw.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<u32>>()
-            };
+            let read = |at, n| words_at(&device, at, n);
             let (shared, back) = (read(dump, 8 * width as usize), read(to, 1024));
             let inside = |c: i32, r: i32| (0..64).contains(&c) && (0..16).contains(&r);
             for r in 0..8i32 {
@@ -254,11 +257,7 @@ fn tensor_copies_with_steps() {
         let params = [&map(from).encode().unwrap()[..], &map(to).encode().unwrap(), &dump.to_le_bytes()].concat();
         let f = module.function("k").unwrap();
         device.launch(&f, &LaunchConfig::new([1; 3], [32, 1, 1]), &params).unwrap_or_else(|e| panic!("{e}"));
-        let read = |at, n: usize| {
-            let mut raw = vec![0; 4 * n];
-            device.read(at, &mut raw).unwrap();
-            raw.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<u32>>()
-        };
+        let read = |at, n| words_at(&device, at, n);
         let mut back = vec![0; words.len()];
         let mut box_words = Vec::new();
         let step = |d: usize| steps[d].max(1) as usize;

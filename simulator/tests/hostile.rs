@@ -328,6 +328,7 @@ fn copies_that_nobody_waits_for_need_bounded_memory() {
     for (n, body) in [
         (60_000, format!("{copy} cp.async.commit_group; cp.async.wait_group 0;")),
         (2_000, format!("{store} cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;")),
+        (1_000, format!("{init} {load} mbarrier.inval.shared.b64 [b];")),
     ] {
         launch(&times(n, "", &body)).unwrap_or_else(|e| panic!("{body}: {e}"));
     }

@@ -115,15 +115,14 @@ pub(super) fn half_flush(x: u32, p: u32) -> u32 {
 }
 
 pub(super) fn half_in(x: u32, p: u32) -> f32 {
-    let v = if p & BF16 != 0 { bf16_to_f32(x as u16) } else { f16_to_f32(x as u16) };
-    if p & FTZ != 0 && p & BF16 == 0 && x & 0x7c00 == 0 { f(v.to_bits() & 0x8000_0000) } else { v }
+    let x = half_flush(x & 0xffff, p) as u16;
+    if p & BF16 != 0 { bf16_to_f32(x) } else { f16_to_f32(x) }
 }
 
 pub(super) fn half_out(v: f32, p: u32) -> u32 {
     let v = if p & SAT != 0 { saturate(v) } else { v };
     let v = if p & RELU != 0 && v <= 0.0 { 0.0 } else { v };
-    let h = u32::from(if p & BF16 != 0 { f32_to_bf16(v) } else { f32_to_f16(v) });
-    if p & FTZ != 0 && p & BF16 == 0 && h & 0x7c00 == 0 { h & 0x8000 } else { h }
+    half_flush(u32::from(if p & BF16 != 0 { f32_to_bf16(v) } else { f32_to_f16(v) }), p)
 }
 
 pub(super) fn half1(a: u32, p: u32, g: impl Fn(f32) -> f32) -> u32 {

@@ -192,7 +192,7 @@ impl<'a> Block<'a> {
             return Ok(());
         }
         self.fault(FaultClass::Trap, warp, active.trailing_zeros(), || {
-            "too many copies, stores or products that nobody has waited for".into()
+            "too many copies, stores or products that nobody has waited for, of this block or of all".into()
         })
     }
 

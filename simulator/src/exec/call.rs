@@ -52,7 +52,9 @@ impl Block<'_> {
                 }
             };
             let Some(new) = warp.push(self.l, self.index, func, frame, pc) else {
-                return self.trap(warp, first, "stack overflow").map(|_| ());
+                return self
+                    .trap(warp, first, "stack overflow, or nested calls of all blocks need too much memory")
+                    .map(|_| ());
             };
             let info = &self.l.program.funcs[func as usize];
             for (from, to) in call.args.iter().zip(&info.params) {

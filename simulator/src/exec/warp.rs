@@ -296,7 +296,7 @@ impl Warp {
         self.local_stride = stride as u32;
     }
 
-    /// Makes a frame for `func`; `None` when the stack is full.
+    /// Makes a frame for `func`; `None` when the stack is full, or all blocks together need too much memory.
     pub(crate) fn push(&mut self, l: &Launch<'_>, block: u64, func: u32, parent: u16, call: u32) -> Option<u16> {
         let info = &l.program.funcs[func as usize];
         let (top, depth) = (*self.frames.last()?, self.frames.get(parent as usize)?.depth);

@@ -15,8 +15,8 @@ pub const CUDA_LIBRARY: &str = "DTR_CUDA_LIBRARY";
 /// Folder with `libnvrtc.so.13` and `libnvrtc-builtins.so.13.0`.
 pub const NVRTC_FOLDER: &str = "DTR_NVRTC_FOLDER";
 
-/// Loads a library for good, so that cudarc, which opens it by name, gets this one. The address of `symbol`, which tells whether it is the
-/// right one; 0 without.
+/// Loads a library for good, so that cudarc, which opens it by name, gets this one (unless it finds another under a name that it tries
+/// before). The address of `symbol`, which tells whether it is the right one; 0 without.
 fn preload(path: &Path, variable: &str, symbol: Option<&str>) -> Result<usize> {
     let refused = |why: String| Error::file(path, format!("{variable} names it, but {why}"));
     let size = |e| refused(format!("it cannot be loaded: {e}"));
@@ -109,6 +109,7 @@ pub fn load_nvrtc() -> Result<()> {
     if *loaded {
         return Ok(());
     }
+    // Where a toolkit's is found before, that may be used: `nvrtc::version` refuses those that do not fit.
     if let Some(folder) = std::env::var_os(NVRTC_FOLDER) {
         // The builtins first: NVRTC opens them by name and has no path to them.
         for (file, symbol) in [("libnvrtc-builtins.so.13.0", None), ("libnvrtc.so.13", Some("nvrtcVersion"))] {
