@@ -149,7 +149,14 @@ fn sample(args: SampleArgs) -> Result<()> {
     AtomicFile::create(&args.out)?;
     let mut npz = args.npz.as_ref().map(|path| Archive::create(path, labels.len(), &config)).transpose()?;
 
+    // Checkpoints hold f32, so what a GPU trained in bf16 can be sampled anywhere.
+    let (compute, note) = Compute::open_or_f32(&config.device, config.precision == Precision::Bf16)?;
     let dit = Dit::new(config.model_config())?;
+    let in_main_memory = match &compute {
+        Compute::Cpu => args.batch_size.min(labels.len()) * if sampler.guided() { 2 } else { 1 },
+        Compute::Cuda { elem, .. } => dit.config.check_cuda(*elem).map(|()| 0)?,
+    };
+    setup::check_sampling_memory(&config, &dit, in_main_memory)?;
     let mut weights = vec![0.0; dit.layout.len()];
     let name = if args.weights == Weights::Ema { checkpoint::EMA } else { checkpoint::MODEL };
     setup::read_weights(&directory.join(name), &dit, &mut weights)?;
@@ -159,13 +166,8 @@ fn sample(args: SampleArgs) -> Result<()> {
     let images = format!("{} images", labels.len());
     let mut grid = Grid::new(&labels, &config);
     grid.note(labels.len(), args.npz.is_some(), !args.classes.is_empty()).iter().for_each(|note| progress.say(note));
+    note.iter().for_each(|note| progress.say(note));
     trainer::in_pool(&config, || {
-        // Checkpoints hold f32, so what a GPU trained in bf16 can be sampled anywhere.
-        let (compute, note) = Compute::open_or_f32(&config.device, config.precision == Precision::Bf16)?;
-        if let Compute::Cuda { elem, .. } = &compute {
-            config.model_config().check_cuda(*elem)?;
-        }
-        note.iter().for_each(|note| progress.say(note));
         let mut memory = Memory::on(&compute);
         let uploaded = match &compute {
             Compute::Cpu => None,

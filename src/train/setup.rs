@@ -15,7 +15,7 @@ use crate::diffusion::Schedule;
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
-use crate::model::memory::activation_numbers;
+use crate::model::memory::{activation_numbers, inference_numbers};
 use crate::model::parts::largest_part;
 use crate::safetensors_file::SafetensorsFile;
 
@@ -173,6 +173,33 @@ fn check_fits(config: &TrainConfig, dit: &Dit, at_once: usize, there: f64) -> Re
     )))
 }
 
+/// Refuses to sample where main memory surely cannot hold the weights and what a forward pass over `images` images computes with, an
+/// estimate.
+///
+/// # Errors
+/// When that is more than this process may take.
+pub fn check_sampling_memory(config: &TrainConfig, dit: &Dit, images: usize) -> Result<()> {
+    memory_bytes().map_or(Ok(()), |there| check_sampling_fits(config, dit, images, there as f64))
+}
+
+/// [`check_sampling_memory`] on a machine with `there` bytes.
+fn check_sampling_fits(config: &TrainConfig, dit: &Dit, images: usize, there: f64) -> Result<()> {
+    let [weights, activations] =
+        [dit.layout.len() as f64, inference_numbers(&dit.config, images)].map(|n| n * size_of::<f32>() as f64);
+    if weights.max((weights + activations) / 1.25) <= there {
+        return Ok(());
+    }
+    let remedy = if weights > there { "a machine with more memory can" } else { "give a smaller --batch-size" };
+    Err(Error::usage(format!(
+        "sampling {} takes about {:.1} GB (weights {:.1}, {images} samples at a time {:.1}), but it may take {:.1} GB here: {remedy}",
+        config.model,
+        (weights + activations) / 1e9,
+        weights / 1e9,
+        activations / 1e9,
+        there / 1e9,
+    )))
+}
+
 /// Memory that this process may take at most, where the system tells (Linux): that of the machine or of its container, with all that can
 /// be swapped, or what `ulimit -v` allows.
 fn memory_bytes() -> Option<u64> {
@@ -253,5 +280,19 @@ mod tests {
             "{of_one}"
         );
         assert!(says(&dit, 1, weights - 1.0).starts_with("training digits takes 0.1 GB for the weights and what"));
+    }
+    #[test]
+    fn samples_that_memory_cannot_hold_are_refused_with_what_would_help() {
+        let config = TrainConfig { image_size: 128, in_channels: 3, num_classes: 10, ..TrainConfig::default() };
+        let dit = model(&config).unwrap();
+        assert!(check_sampling_fits(&config, &dit, 128, 16e9).is_ok());
+        let says = |images, there| check_sampling_fits(&config, &dit, images, there).unwrap_err().to_string();
+        assert_eq!(
+            says(2048, 1e9),
+            "sampling digits takes about 62.6 GB (weights 0.0, 2048 samples at a time 62.6), but it may take 1.0 GB here: give a \
+             smaller --batch-size"
+        );
+        let weights = 4.0 * dit.layout.len() as f64;
+        assert!(says(2, weights - 1.0).ends_with(": a machine with more memory can"));
     }
 }
