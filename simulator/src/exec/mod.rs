@@ -258,9 +258,11 @@ fn worker<'a>(
     let queue = || parked.lock().unwrap_or_else(PoisonError::into_inner);
     // Parked blocks wait for others, so new ones come first, up to a limit.
     while !l.stop.load(Ordering::Relaxed) && l.unfinished.load(Ordering::Acquire) > 0 {
-        // Those that have grown should end before others begin to grow.
+        // Those that have grown should end before others begin to grow, unless they all wait for others.
         let parked = queue().len();
-        let fresh = parked == 0 || parked < resident && l.grown.load(Ordering::Relaxed) < BLOCK_MEMORY / 2;
+        let all_wait = l.idle_turns.load(Ordering::Relaxed) > 2 * parked as u64;
+        let small = l.grown.load(Ordering::Relaxed) < BLOCK_MEMORY / 2;
+        let fresh = parked == 0 || parked < resident && (small || all_wait);
         let started = if fresh { next.fetch_add(1, Ordering::Relaxed) } else { blocks };
         let mut block = if started < blocks {
             let index = l.options.seed.map_or(started, |s| permute(started, blocks, s));
