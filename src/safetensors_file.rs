@@ -146,10 +146,14 @@ impl Header {
     /// [`MAX_HEADER_BYTES`] or no JSON of the format, a name is there twice, a dtype is unknown, or the byte ranges do not fit
     /// their shapes or do not cover the rest of the file exactly once.
     pub fn parse(file: &[u8]) -> std::result::Result<Header, String> {
-        let Some((length, rest)) = file.split_first_chunk::<8>() else {
+        let Some((bytes, rest)) = file.split_first_chunk::<8>() else {
             return Err(format!("is no safetensors file: it has {} bytes", file.len()));
         };
-        let length = u64::from_le_bytes(*length);
+        let length = u64::from_le_bytes(*bytes);
+        if length > MAX_HEADER_BYTES && [&b"PK\x03\x04"[..], &[0x80, 2]].iter().any(|start| bytes.starts_with(start)) {
+            // A zip archive or a pickle, as torch.save writes them.
+            return Err("seems to be a PyTorch file: save its tensors with safetensors.torch.save_file".into());
+        }
         if length > MAX_HEADER_BYTES {
             return Err(format!("claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"));
         }

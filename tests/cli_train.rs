@@ -11,8 +11,6 @@ use std::time::{Duration, Instant};
 #[cfg(unix)]
 use libc::{SIGHUP, SIGINT, SIGTERM};
 
-use dtr_fused::safetensors_file::SafetensorsFile;
-use dtr_fused::train::checkpoint;
 use program::{command, fails, run, stderr, succeeds, train};
 
 const STEPS: &[&str] = &["--steps", "24", "--checkpoint-every", "3", "--log-every", "2", "--sample-every", "12"];
@@ -265,39 +263,6 @@ fn signals_that_the_parent_ignores_stay_ignored() {
 }
 
 #[test]
-fn a_run_starts_from_given_weights() {
-    let place = tempfile::tempdir().unwrap();
-    let place = place.path();
-    succeeds(train(place, &["--out", "first", "--steps", "2"]));
-    let weights = |run: &str| -> Vec<f32> {
-        let file =
-            SafetensorsFile::open(checkpoint::latest(&place.join(run)).unwrap().unwrap().1.join(checkpoint::MODEL))
-                .unwrap();
-        let of = |name| {
-            let tensor = file.tensor(name).unwrap();
-            let mut numbers = vec![0.0; tensor.elements()];
-            tensor.to_f32(&mut numbers);
-            numbers
-        };
-        file.names().flat_map(of).collect()
-    };
-    let from = ["--init-from", "first/checkpoints/0000002/model.safetensors", "--steps", "1"];
-    let still = ["--lr", "1e-20", "--warmup-steps", "0", "--out"];
-    succeeds(train(place, &[&from[..], &still, &["second"]].concat()));
-    succeeds(train(place, &[&still[..], &["third", "--steps", "1"]].concat()));
-    let [first, second, third] = ["first", "second", "third"].map(weights);
-    let near = |a: &[f32], b: &[f32]| a.iter().zip(b).filter(|(a, b)| (*a - *b).abs() <= 1e-18).count();
-    assert_eq!([first.len(), near(&first, &second)], [second.len(), first.len()]);
-    assert!(near(&first, &third) < first.len(), "drawn weights are those that were trained");
-    fails(
-        train(place, &[&from[..], &["--depth", "2", "--out", "other"]].concat()),
-        1,
-        &["first/checkpoints", "blocks.1."],
-    );
-    assert!(!place.join("other").exists());
-}
-
-#[test]
 fn a_run_is_not_overwritten_and_keeps_its_nature() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
@@ -470,12 +435,21 @@ fn info_shows_runs_and_checkpoints() {
         "checkpoints/0000002",
         "checkpoints/0000003",
         "parameters",
+        "cosine schedule, loss weight constant",
     ] {
         assert!(said.contains(part), "'{part}' is not in\n{said}");
     }
+    assert!(!said.contains("\nclasses"), "{said}");
     let said = succeeds(run(place, &["info", "--tensors", "run/checkpoints/0000002"]));
     assert!(said.contains("blocks.0.attn.qkv.weight") && said.contains("F32 [96, 32]"), "{said}");
     assert!(said.lines().any(|line| line.starts_with("step") && line.ends_with(" 2")), "{said}");
+    save_folders(&place.join("pets"), &["cat", "dog"]);
+    succeeds(train(
+        place,
+        &["--data", "pets", "--image-size", "8", "--steps", "1", "--batch-size", "2", "--out", "pets-run"],
+    ));
+    let said = succeeds(run(place, &["info", "pets-run"]));
+    assert!(said.contains("\nclasses       0 cat, 1 dog\n"), "{said}");
 }
 
 /// An `.npy` file of `n` samples of 1 x 8 x 8 (bytes), of which the last has label `last`, and its labels.

@@ -5,7 +5,7 @@ use dtr_fused::data::digits::Digits;
 use dtr_fused::generate::generate;
 use dtr_fused::model::dit::Dit;
 use dtr_fused::train::config::SamplerKind;
-use dtr_fused::train::{TrainConfig, checkpoint, setup, trainer};
+use dtr_fused::train::{TrainConfig, checkpoint, trainer, weights::read_weights};
 use std::sync::atomic::AtomicBool;
 
 const PIXELS: usize = 64;
@@ -37,7 +37,7 @@ fn the_default_run_learns_to_write_digits() {
     let config = TrainConfig::from_file(&directory.join(checkpoint::CONFIG)).unwrap();
     let dit = Dit::new(config.model_config()).unwrap();
     let mut weights = vec![0.0; dit.layout.len()];
-    setup::read_weights(&directory.join(checkpoint::EMA), &dit, &mut weights).unwrap();
+    read_weights(&directory.join(checkpoint::EMA), &dit, &mut weights).unwrap();
     let sampler = trainer::sampler(&config, SamplerKind::Ddim, "50", 0.0, 1.5).unwrap();
     let labels: Vec<u32> = (0..SAMPLES).map(|i| (i * 10 / SAMPLES) as u32).collect();
     let mut memory = Memory::new();

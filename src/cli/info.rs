@@ -8,6 +8,7 @@ use clap::Args;
 use crate::error::{Error, Result, printable};
 use crate::safetensors_file::SafetensorsFile;
 use crate::train::config::KNOBS;
+use crate::train::state::CLASSES;
 use crate::train::{TrainConfig, checkpoint, metrics};
 
 const EXAMPLES: &str = "\
@@ -91,6 +92,7 @@ fn show_config(config: &TrainConfig) {
         "training",
         format!("{} steps of {} images, lr {}, seed {}", config.steps, config.batch_size, config.lr, config.seed),
     );
+    row("diffusion", format!("{} schedule, loss weight {}", text("schedule"), text("loss_weight")));
     let preset = TrainConfig::preset(&config.model, &config.data).unwrap_or_default();
     let shown = [
         "model",
@@ -102,6 +104,8 @@ fn show_config(config: &TrainConfig) {
         "in_channels",
         "data_kind",
         "num_classes",
+        "schedule",
+        "loss_weight",
         "steps",
         "batch_size",
         "lr",
@@ -127,10 +131,17 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
     }
     let model = SafetensorsFile::open(path.join(checkpoint::MODEL))?;
     let state = path.join(checkpoint::OPTIMIZER);
-    if state.exists()
-        && let Some(step) = SafetensorsFile::open(state)?.metadata().get("step")
-    {
-        row("step", step);
+    if state.exists() {
+        let state = SafetensorsFile::open(state)?;
+        if let Some(step) = state.metadata().get("step") {
+            row("step", step);
+        }
+        if let Some(names) =
+            state.metadata().get(CLASSES).and_then(|names| serde_json::from_str::<Vec<String>>(names).ok())
+        {
+            let named = names.iter().enumerate().map(|(class, name)| format!("{class} {name}"));
+            row("classes", named.collect::<Vec<_>>().join(", "));
+        }
     }
     let (names, parameters) = (model.names().count(), count(&model));
     row("parameters", format!("{} in {names} tensors", grouped(parameters)));

@@ -19,7 +19,7 @@ use crate::model::dit::Dit;
 use crate::picture::grid_png;
 use crate::train::config::{Precision, SamplerKind};
 use crate::train::progress::{Progress, say};
-use crate::train::{TrainConfig, checkpoint, setup, trainer};
+use crate::train::{TrainConfig, checkpoint, setup, trainer, weights::read_weights};
 
 /// A grid shows at most this many images of a class.
 const GRID_COLUMNS: usize = 16;
@@ -159,7 +159,7 @@ fn sample(args: SampleArgs) -> Result<()> {
     setup::check_sampling_memory(&config, &dit, in_main_memory)?;
     let mut weights = vec![0.0; dit.layout.len()];
     let name = if args.weights == Weights::Ema { checkpoint::EMA } else { checkpoint::MODEL };
-    setup::read_weights(&directory.join(name), &dit, &mut weights)?;
+    read_weights(&directory.join(name), &dit, &mut weights)?;
 
     let total = steps(&sampler, labels.len(), args.batch_size) as u64;
     let mut progress = Progress::new("sampling", 0, total);

@@ -310,8 +310,16 @@ pub fn read_layout(file: &SafetensorsFile, layout: &Layout, prefix: &str, buffer
 pub fn read_tensor(file: &SafetensorsFile, name: &str, shape: &[usize], out: &mut [f32]) -> Result<()> {
     let tensor = file.tensor(name)?;
     if tensor.shape != shape {
-        let what = format!("tensor '{name}' has shape {:?}, but this model needs {shape:?}", tensor.shape);
-        return Err(Error::file(file.path(), what + ": was it made with another --model or data?"));
+        // What the official models leave out on demand.
+        let why = match name {
+            "y_embedder.embedding_table.weight" => "a row a class, and one for no class",
+            "final_layer.linear.weight" | "final_layer.linear.bias" => {
+                "outputs for the noise, and as many for its variance"
+            }
+            _ => "was it made with another --model or data?",
+        };
+        let what = format!("tensor '{name}' has shape {:?}, but this model needs {shape:?}: {why}", tensor.shape);
+        return Err(Error::file(file.path(), what));
     }
     if !tensor.element.is_float() {
         return Err(Error::file(
@@ -338,11 +346,12 @@ pub fn check_names(file: &SafetensorsFile, layout: &Layout, prefixes: &[&str], a
     let known = |name: &str| {
         also.contains(&name) || prefixes.iter().any(|p| name.strip_prefix(p).is_some_and(|rest| names.contains(rest)))
     };
-    match file.names().find(|name| !known(name)) {
-        Some(name) => Err(Error::file(
-            file.path(),
-            format!("holds tensor '{name}', which this model does not have: it is another model's"),
-        )),
-        None => Ok(()),
-    }
+    let Some(name) = file.names().find(|name| !known(name)) else { return Ok(()) };
+    // Wrappers of PyTorch put their name before those of the model.
+    let wrapped = name.match_indices('.').find(|&(dot, _)| names.contains(&name[dot + 1..]));
+    let why = match wrapped {
+        Some((dot, _)) => format!("take '{}' off the names of its tensors", &name[..=dot]),
+        None => "it is another model's".into(),
+    };
+    Err(Error::file(file.path(), format!("holds tensor '{name}', which this model does not have: {why}")))
 }

@@ -15,9 +15,10 @@ pub mod progress;
 pub mod resume;
 pub mod run_dir;
 pub mod setup;
-mod state;
+pub(crate) mod state;
 pub mod timing;
 pub mod trainer;
+pub mod weights;
 
 pub use config::TrainConfig;
 pub use run_dir::RunDir;

@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::checkpoint;
 use super::config::{DataKind, Precision, TrainConfig};
 use super::learner::Learner;
 use super::plan;
@@ -17,7 +16,6 @@ use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::model::memory::{activation_numbers, inference_numbers};
 use crate::model::parts::largest_part;
-use crate::safetensors_file::SafetensorsFile;
 
 /// Opens the data set and completes the configuration with what only the data know. A run that is `resumed` has learned that
 /// already, and keeps it.
@@ -228,26 +226,6 @@ fn address_space() -> Option<u64> {
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 fn address_space() -> Option<u64> {
     None
-}
-
-/// Puts the weights of `init_from`, if there are any, in the place of those that were drawn.
-pub(super) fn start_from_given_weights(config: &TrainConfig, learner: &mut Learner) -> Result<()> {
-    if config.init_from.is_empty() {
-        return Ok(());
-    }
-    read_weights(Path::new(&config.init_from), &learner.dit, &mut learner.weights)?;
-    learner.ema.copy_from_slice(&learner.weights);
-    learner.push()
-}
-
-/// Reads `model.safetensors` or `ema.safetensors` of a checkpoint, or weights from elsewhere with the same names, into `buffer`.
-///
-/// # Errors
-/// When the file is missing, damaged or another model's.
-pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
-    let file = SafetensorsFile::open(path)?;
-    checkpoint::check_names(&file, &dit.layout, &[""], &["pos_embed"])?;
-    checkpoint::read_layout(&file, &dit.layout, "", buffer)
 }
 
 #[cfg(test)]

@@ -9,15 +9,16 @@ use super::metrics::{self, Meter};
 use super::plot;
 use super::progress::Progress;
 use super::run_dir::RunDir;
-use super::setup::read_weights;
 use super::trainer::Trainer;
+use super::weights::{self, read_weights};
 use crate::data::Dataset;
 use crate::diffusion::weighting::CLUSTERS;
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
 
-// What an optimizer file says of the data, beside the state of the trainer: a JSON list of names, and a number.
-const CLASSES: &str = "classes";
+/// What an optimizer file says of the data, beside the state of the trainer: a JSON list of the names of classes, if they have names.
+pub(crate) const CLASSES: &str = "classes";
+/// And how many samples there are.
 const SAMPLES: &str = "samples";
 
 /// Steps that were skipped in a row before it was saved.
@@ -67,12 +68,12 @@ impl Trainer {
     /// Writes a checkpoint and the loss curve, and deletes checkpoints that are no longer kept.
     pub(super) fn save(&mut self, config: &TrainConfig, run: &RunDir, progress: &Progress) -> Result<()> {
         self.learner.fetch()?;
-        let Learner { dit, weights, ema, m, v, uncertainty, updates, .. } = &self.learner;
+        let Learner { dit, weights: model, ema, m, v, uncertainty, updates, .. } = &self.learner;
         let tokens = [1, dit.config.tokens(), dit.config.hidden_size];
         let weights_file = |name, data| {
             let mut tensors = TensorOut::of_layout(&dit.layout, data, "");
             tensors.push(TensorOut { name: "pos_embed".into(), shape: &tokens, data: dit.positions() });
-            FileOut { name, tensors, metadata: Metadata::new() }
+            FileOut { name, tensors, metadata: weights::metadata(config) }
         };
         let mut moments = TensorOut::of_layout(&dit.layout, m, "m.");
         moments.extend(TensorOut::of_layout(&dit.layout, v, "v."));
@@ -91,7 +92,7 @@ impl Trainer {
         ];
         let metadata: Metadata = state.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
         let files = [
-            weights_file(checkpoint::MODEL, weights),
+            weights_file(checkpoint::MODEL, model),
             weights_file(checkpoint::EMA, ema),
             FileOut { name: checkpoint::OPTIMIZER, tensors: moments, metadata },
         ];

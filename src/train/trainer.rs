@@ -2,7 +2,7 @@
 
 use super::batches::Batches;
 use super::checkpoint;
-use super::config::{Precision, SamplerKind, TrainConfig};
+use super::config::{DataKind, Precision, SamplerKind, TrainConfig};
 use super::device::{DeviceUpdate, LARGEST_NORM};
 use super::learner::{Learner, Losses};
 use super::metrics::{self, Meter, MetricsLog};
@@ -10,8 +10,9 @@ use super::optimizer::Update;
 use super::progress::Progress;
 use super::resume;
 use super::run_dir::RunDir;
-use super::setup::{learner_on, open_data, start_from_given_weights};
+use super::setup::{learner_on, open_data};
 use super::state::last_after_a_good_step;
+use super::weights::start_from_given_weights;
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
 use crate::backend::cuda::DType;
@@ -51,8 +52,8 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
     config.check_cfg("sample_cfg", config.sample_cfg)?;
     let dataset = open_data(&mut config, false)?;
     in_pool(&config, || {
-        let (mut learner, notes) = learner_on(&config)?;
-        start_from_given_weights(&config, &mut learner)?;
+        let (mut learner, mut notes) = learner_on(&config)?;
+        notes.extend(start_from_given_weights(&config, &mut learner)?);
         let run = RunDir::create(&config)?;
         let trainer = Trainer::new(&config, dataset, learner, notes)?;
         trainer.run(&config, &run, stop)
@@ -76,9 +77,9 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
         None => resume::check_never_saved(run.path())?,
     }
     in_pool(&config, || {
-        let (mut learner, notes) = learner_on(&config)?;
+        let (mut learner, mut notes) = learner_on(&config)?;
         if checkpoint.is_none() {
-            start_from_given_weights(&config, &mut learner)?;
+            notes.extend(start_from_given_weights(&config, &mut learner)?);
         }
         let mut trainer = Trainer::new(&config, dataset, learner, notes)?;
         let note = match &checkpoint {
@@ -181,6 +182,9 @@ impl Trainer {
         ));
         if let Some(note) = self.dataset().note() {
             progress.say(note);
+        }
+        if config.flip && config.data_kind == DataKind::Latents {
+            progress.say("flip mirrors latents, which do not decode to mirrored images: encode mirrored images, and give --flip false");
         }
         self.notes.iter().for_each(|note| progress.say(note));
         let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
