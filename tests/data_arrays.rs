@@ -103,8 +103,27 @@ fn npy_latents_and_pictures_are_told_apart_by_their_channels() {
             assert_eq!(ArrayFile::open(&path, None, Some(said)).unwrap().is_pictures(), said);
         }
         assert_eq!(sample(&set, 1, false), (1, values[8..].to_vec()));
-        assert_eq!(set.note(), None);
+        assert_eq!(set.note(), None, "{shape:?}");
     }
+}
+
+#[test]
+fn labels_that_no_sample_has_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let note = |labels: &[i64], classes| {
+        let values: Vec<f32> = (0..2 * labels.len()).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
+        let tensors = [
+            ("latents", Dtype::F32, &[labels.len(), 1, 1, 2][..], f32s(&values)),
+            ("labels", Dtype::I64, &[labels.len()][..], i64s(labels)),
+        ];
+        let set = ArrayFile::open(save(dir.path(), &tensors), classes, None).unwrap();
+        set.note().map(|note| note.rsplit_once(".safetensors: ").unwrap().1.to_string())
+    };
+    assert_eq!(note(&[2, 0, 1, 0], None), None);
+    let from_one = "no sample has 1 of the 4 labels, 0 for one: if labels are counted from 1, subtract 1";
+    assert_eq!(note(&[2, 1, 3], None).as_deref(), Some(from_one));
+    assert_eq!(note(&[0, 100, 0, 200], None).as_deref(), Some("no sample has 198 of the 201 labels, 1 for one"));
+    assert_eq!(note(&[1, 0], Some(4)).as_deref(), Some("no sample has 2 of the 4 labels, 2 for one"));
 }
 
 #[test]
@@ -120,7 +139,12 @@ fn images_of_another_range_are_refused() {
     };
     let says = refusal(&save("images", &[0.0, 255.0, 3.0, 7.0]), None);
     assert!(says.contains("has 255 in image 0, but images are numbers from -1 to 1, or bytes"), "{says}");
-    assert_eq!(ArrayFile::open(save("latents", &[0.0, 255.0, 3.0, 7.0]), None, None).unwrap().note(), None);
+    assert_eq!(ArrayFile::open(save("latents", &[-1.0, 1.9, 0.3, -0.7]), None, None).unwrap().note(), None);
+    for (factor, spread) in [(5.0, "5.66"), (0.25, "0.28"), (0.0, "0.00")] {
+        let latents = [-1.0, 1.9, 0.3, -0.7].map(|x| factor * x);
+        let note = ArrayFile::open(save("latents", &latents), None, None).unwrap().note().unwrap().to_string();
+        assert!(note.contains(&format!("standard deviation of about {spread}, where 1 is expected")), "{note}");
+    }
     // Resizing overshoots, and no image needs all of the range.
     assert_eq!(ArrayFile::open(save("images", &[-1.4, 1.4]), None, None).unwrap().note(), None);
     let note = ArrayFile::open(save("images", &[0.0, 0.9]), None, None).unwrap().note().unwrap().to_string();

@@ -65,7 +65,11 @@ fn classes_labels_values_and_flips() {
     assert_eq!(folder.class_names(), ["ant", "zebra"]);
     assert_eq!((folder.len(), folder.shape(), folder.num_classes()), (3, [3, 4, 4], 2));
     assert!(folder.path(0).ends_with("ant/10.PNG") && folder.path(1).ends_with("ant/2.webp"));
-    assert_eq!(folder.note(), None);
+    assert!(
+        folder.note().unwrap().ends_with(": 1 files that are no PNG, JPEG or WebP images of a class were left out")
+    );
+    std::fs::remove_file(dir.path().join("ant/notes.txt")).unwrap();
+    assert_eq!(ImageFolder::open(dir.path(), 4).unwrap().note(), None);
 
     let mut straight = [f32::NAN; 48];
     let mut flipped = [f32::NAN; 48];
@@ -105,7 +109,11 @@ fn folders_that_cannot_be_used_are_refused_in_a_sentence() {
     put(dir.path(), "loose.png", &picture(8, 8));
     assert!(refusal(dir.path()).contains("has no class folders"));
     std::fs::create_dir(dir.path().join("cats")).unwrap();
-    assert!(refusal(dir.path()).contains("cats: is a class folder without PNG, JPEG or WebP images"));
+    assert!(
+        refusal(dir.path()).contains("cats: is a class folder without PNG, JPEG or WebP images; fill or remove it")
+    );
+    put(dir.path(), "cats/images/a.png", &picture(8, 8));
+    assert!(refusal(dir.path()).contains("images; folders in it are not looked into: give the folder whose folders"));
     assert!(refusal(&dir.path().join("missing")).contains("cannot be read"));
     assert!(refusal(&dir.path().join("loose.png")).contains("cannot be read"));
     put(dir.path(), "cats/a.png", &picture(8, 8));
@@ -134,7 +142,12 @@ fn links_lead_inside_only() {
     let folder = ImageFolder::open(dir.path(), 8).unwrap();
     assert_eq!((folder.len(), folder.num_classes()), (2, 1));
     let note = folder.note().unwrap();
-    assert!(note.ends_with("2 links that lead out of it were left out"), "{note}");
+    assert!(note.ends_with(": 2 links that lead out of it were left out"), "{note}");
+    put(dir.path(), "cats/more/e.png", &picture(8, 8));
+    std::fs::write(dir.path().join("readme.txt"), "").unwrap();
+    let folder = ImageFolder::open(dir.path(), 8).unwrap();
+    let left = "links that lead out of it, 1 folders in class folders, 1 files that are no PNG, JPEG or WebP images of a class were left out";
+    assert!(folder.len() == 2 && folder.note().unwrap().ends_with(left), "{:?}", folder.note());
 }
 
 #[test]

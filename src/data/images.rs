@@ -28,7 +28,7 @@ const MAX_SIZE: usize = 4096;
 ///
 /// Labels are the places of the class folders in alphabetical order (of code points, as in torchvision's `ImageFolder`).
 /// Images are cropped and scaled exactly as ADM and DiT do with Pillow ([`center_crop`]); PNG and WebP images therefore
-/// agree with theirs to the bit, JPEGs as far as two decoders agree (on test pictures by a level, by two with subsampled colour).
+/// agree with theirs to the bit (but for those of 16 bits a channel), JPEGs as far as two decoders agree (on test pictures by a level, by two with subsampled colour).
 /// Transparency is dropped and orientation tags are ignored, as there.
 pub struct ImageFolder {
     size: usize,
@@ -41,8 +41,8 @@ pub struct ImageFolder {
 impl ImageFolder {
     /// Lists the images of `root`; none is opened yet. `size` is the side in pixels that they will have.
     ///
-    /// Links are followed only to places inside `root`; others are left out and mentioned in the [`note`](Dataset::note).
-    /// Hidden entries and files that are not named `.png`, `.jpg`, `.jpeg` or `.webp` are ignored.
+    /// Links are followed only to places inside `root`; others are left out, as are files that are not named `.png`, `.jpg`, `.jpeg` or
+    /// `.webp`, or lie anywhere but in a class folder. The [`note`](Dataset::note) tells how many; hidden entries are ignored.
     ///
     /// # Errors
     /// [`Error::Usage`] for a size of 0 or above 4096; [`Error::File`] when a folder cannot be read, there are no class
@@ -52,7 +52,8 @@ impl ImageFolder {
         if size == 0 || size > MAX_SIZE {
             return Err(Error::usage(format!("image_size is {size}; it can be 1 to {MAX_SIZE}")));
         }
-        let mut scan = Scan { root: root.canonicalize().map_err(|e| unreadable(root, &e))?, links: 0 };
+        let canonical = root.canonicalize().map_err(|e| unreadable(root, &e))?;
+        let mut scan = Scan { root: canonical, links: 0, files: 0, folders: 0 };
         let classes = scan.entries(root, |path, _| path.is_dir())?;
         if classes.is_empty() {
             let what =
@@ -71,7 +72,7 @@ impl ImageFolder {
         let mut folder = ImageFolder { size, names: Vec::new(), folders: Vec::new(), files: Vec::new(), note: None };
         for (class, name) in (0..).zip(classes) {
             let path = root.join(&name);
-            let links = scan.links;
+            let (links, folders) = (scan.links, scan.folders);
             let images = scan.entries(&path, |path, name| is_image(name) && path.is_file())?;
             if images.is_empty() && scan.links > links {
                 let root = root.display();
@@ -81,15 +82,18 @@ impl ImageFolder {
                 ));
             }
             if images.is_empty() {
-                return Err(Error::file(path, "is a class folder without PNG, JPEG or WebP images; fill or remove it"));
+                let inside = if scan.folders > folders {
+                    "; folders in it are not looked into: give the folder whose folders are the classes, with the images in them"
+                } else {
+                    "; fill or remove it"
+                };
+                return Err(Error::file(path, format!("is a class folder without PNG, JPEG or WebP images{inside}")));
             }
             folder.files.extend(images.into_iter().map(|image| (class, image.into_boxed_os_str())));
             folder.names.push(name.to_string_lossy().into_owned());
             folder.folders.push(path);
         }
-        if scan.links > 0 {
-            folder.note = Some(format!("{}: {} links that lead out of it were left out", root.display(), scan.links));
-        }
+        folder.note = scan.left_out().map(|what| format!("{}: {what} were left out", root.display()));
         Ok(folder)
     }
 
@@ -133,9 +137,12 @@ impl Dataset for ImageFolder {
     }
 }
 
+/// What was found, and left out.
 struct Scan {
-    root: PathBuf, // canonical
-    links: usize,  // that led out of it
+    root: PathBuf,  // canonical
+    links: usize,   // that led out of it
+    files: usize,   // without the name of an image, or beside class folders
+    folders: usize, // in class folders
 }
 
 impl Scan {
@@ -145,17 +152,30 @@ impl Scan {
         for entry in std::fs::read_dir(folder).map_err(|e| unreadable(folder, &e))? {
             let entry = entry.map_err(|e| unreadable(folder, &e))?;
             let name = entry.file_name();
-            if name.as_encoded_bytes().starts_with(b".") || !wanted(&entry.path(), &name) {
+            if name.as_encoded_bytes().starts_with(b".") {
                 continue;
             }
-            if self.leads_out(&entry) {
-                self.links += 1;
-            } else {
-                names.push(name);
+            let path = entry.path();
+            match (wanted(&path, &name), path.is_dir()) {
+                (true, _) if self.leads_out(&entry) => self.links += 1,
+                (true, _) => names.push(name),
+                (false, true) => self.folders += 1,
+                (false, false) => self.files += 1,
             }
         }
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// `3 links that lead out of it and 1 folders`, if anything.
+    fn left_out(&self) -> Option<String> {
+        let kinds = [
+            (self.links, "links that lead out of it"),
+            (self.folders, "folders in class folders"),
+            (self.files, "files that are no PNG, JPEG or WebP images of a class"),
+        ];
+        let told = kinds.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}"));
+        Some(told.collect::<Vec<_>>().join(", ")).filter(|told| !told.is_empty())
     }
 
     fn leads_out(&self, entry: &DirEntry) -> bool {

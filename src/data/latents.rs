@@ -15,7 +15,10 @@ pub(crate) const MAX_SAMPLE: usize = 1 << 26;
 /// Largest number that an image may have: its numbers are meant to be from -1 to 1, and resizing overshoots a little.
 const MAX_PIXEL: f32 = 1.5;
 
-/// Images that are looked at when a file is opened, and numbers of them at most.
+/// The standard deviation that latents have for diffusion, roughly: noise has 1.
+const SPREADS: std::ops::Range<f64> = 0.4..2.5;
+
+/// Samples that are looked at when a file is opened, and numbers of them at most.
 const LOOKED_AT: usize = 64;
 const NUMBERS_LOOKED_AT: usize = 1 << 22;
 
@@ -99,18 +102,21 @@ impl ArrayFile {
         let opened = regular_file::open(&path).and_then(|file| Ok((file.metadata()?.len(), file)));
         let (len, on_disk) = opened.map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
         let mut file = ArrayFile { path, layout, shape, pictures, labels, names, file, on_disk, len, note: None };
-        file.look_at_images()?;
+        let notes = [file.look_at_samples()?, file.classes_without_samples()].into_iter().flatten();
+        let notes: Vec<_> = notes.map(|note| format!("{}: {note}", file.path.display())).collect();
+        file.note = (!notes.is_empty()).then(|| notes.join("\n"));
         Ok(file)
     }
 
-    /// Looks at some images, so that a whole set of another range is refused before anything is trained on it.
-    fn look_at_images(&mut self) -> Result<()> {
-        if !self.pictures || self.file.array().element == Element::U8 {
-            return Ok(());
+    /// Looks at some samples, so that a whole set of another range is told, or refused, before anything is trained on it.
+    fn look_at_samples(&self) -> Result<Option<String>> {
+        if self.file.array().element == Element::U8 {
+            return Ok(None);
         }
         let mut out = vec![0.0; self.shape.iter().product()];
         let count = LOOKED_AT.min(NUMBERS_LOOKED_AT / out.len()).clamp(1, self.len());
         let (mut low, mut high) = (f32::INFINITY, f32::NEG_INFINITY);
+        let (mut sum, mut squares) = (0.0, 0.0);
         for i in 0..count {
             let index = i * self.len() / count;
             self.numbers(index, &mut out);
@@ -119,14 +125,33 @@ impl ArrayFile {
                 return Err(Error::file(&self.path, what));
             }
             (low, high) = out.iter().fold((low, high), |(low, high), &x| (low.min(x), high.max(x)));
+            sum += out.iter().map(|&x| f64::from(x)).sum::<f64>();
+            squares += out.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
         }
-        if low >= 0.0 && high > 0.0 {
-            let path = self.path.display();
-            self.note = Some(format!(
-                "{path}: the images seem to be from 0 to 1, but -1 to 1 is expected: if 0 is black in them, save 2 x - 1"
-            ));
+        let numbers = (count * out.len()) as f64;
+        let spread = (squares / numbers - (sum / numbers).powi(2)).max(0.0).sqrt();
+        if self.pictures && low >= 0.0 && high > 0.0 {
+            let what =
+                "the images seem to be from 0 to 1, but -1 to 1 is expected: if 0 is black in them, save 2 x - 1";
+            return Ok(Some(what.into()));
         }
-        Ok(())
+        let unlike = !self.pictures && spread.is_finite() && !SPREADS.contains(&spread);
+        Ok(unlike.then(|| {
+            format!(
+                "the latents have a standard deviation of about {spread:.2}, where 1 is expected: scale them, as those of Stable Diffusion's \
+                 encoder are by 0.18215"
+            )
+        }))
+    }
+
+    /// What there is to say about classes that no label names, if any: the model would not learn them.
+    fn classes_without_samples(&self) -> Option<String> {
+        let mut found = vec![false; self.names.len()];
+        self.labels.iter().for_each(|&label| found[label as usize] = true);
+        let empty: Vec<usize> = (0..found.len()).filter(|&class| !found[class]).collect();
+        let first = empty.first()?;
+        let why = if empty == [0] { ": if labels are counted from 1, subtract 1" } else { "" };
+        Some(format!("no sample has {} of the {} labels, {first} for one{why}", empty.len(), found.len()))
     }
 
     /// What is wrong with the range of an image, if anything.
