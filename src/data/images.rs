@@ -140,7 +140,7 @@ impl Dataset for ImageFolder {
 /// What was found, and left out.
 struct Scan {
     root: PathBuf,  // canonical
-    links: usize,   // that led out of it
+    links: usize,   // that led out of it, or nowhere
     files: usize,   // without the name of an image, or beside class folders
     folders: usize, // in class folders
 }
@@ -157,20 +157,20 @@ impl Scan {
             }
             let path = entry.path();
             match (wanted(&path, &name), path.is_dir()) {
-                (true, _) if self.leads_out(&entry) => self.links += 1,
-                (true, _) => names.push(name),
                 (false, true) => self.folders += 1,
+                _ if self.leads_out(&entry) => self.links += 1,
                 (false, false) => self.files += 1,
+                (true, _) => names.push(name),
             }
         }
         names.sort_unstable();
         Ok(names)
     }
 
-    /// `3 links that lead out of it and 1 folders`, if anything.
+    /// `2 links that lead out of it or nowhere, 1 folders in class folders`, if anything.
     fn left_out(&self) -> Option<String> {
         let kinds = [
-            (self.links, "links that lead out of it"),
+            (self.links, "links that lead out of it or nowhere"),
             (self.folders, "folders in class folders"),
             (self.files, "files that are no PNG, JPEG or WebP images of a class"),
         ];
