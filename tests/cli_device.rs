@@ -134,3 +134,11 @@ fn every_command_that_computes_says_the_same() {
         fails(output, 1, &["garbage.so", "cannot be loaded"]);
     }
 }
+
+#[test]
+fn a_comparison_of_nothing_is_no_success() {
+    let place = tempfile::tempdir().unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/small");
+    let args = ["parity", golden.to_str().unwrap(), "--device", "cuda", "--precision", "bf16"];
+    fails(run(place.path(), &[], &args), 1, &["nothing was compared, as 1 cases were left out: see above"]);
+}

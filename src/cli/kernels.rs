@@ -313,7 +313,7 @@ fn show(args: &KernelsArgs, arch: &Arch, step: &Step) {
         }
     }
     println!(
-        "{} launches a step, {} a block; {:.2} GB for activations, {:.2} GB for weights, gradients and moments\n",
+        "{} launches a step, {} a block; {:.2} GB for activations, {:.2} GB for weights, their average, gradients and moments\n",
         step.launches,
         step.launches_per_block,
         step.activation_bytes as f64 / 1e9,

@@ -104,7 +104,7 @@ pub struct DeviceState {
     grads: Allocation,
     staged: Option<Places>,
     mail: VecDeque<Mail>,
-    under_way: VecDeque<(Mail, usize, bool)>, // with the number of samples, and whether an update was made
+    under_way: VecDeque<(Mail, usize, bool)>, // with the number of samples, and whether an update follows
 }
 
 impl DeviceState {
@@ -267,14 +267,14 @@ impl DeviceState {
             losses.clear();
         }
         let mut decision = None;
-        while let Some((mail, b, updated)) = self.under_way.pop_front() {
+        while let Some((mail, b, updates)) = self.under_way.pop_front() {
             let bytes = mail.wait()?;
             let (losses, rest) = bytes.split_at(3 * b * size_of::<f32>());
             let terms: Vec<f32> = bytemuck::pod_collect_to_vec(losses);
             for (to, from) in [&mut found.mse, &mut found.vb, &mut found.loss].into_iter().zip(terms.chunks_exact(b)) {
                 to.extend_from_slice(from);
             }
-            if updated {
+            if updates {
                 let numbers: Vec<f64> = bytemuck::pod_collect_to_vec(&rest[..3 * size_of::<f64>()]);
                 decision = Some(Decision { norm: numbers[0], updated: numbers[2] == 0.0 });
             }

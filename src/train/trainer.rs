@@ -402,7 +402,8 @@ impl Trainer {
         let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
         let memory = own.as_mut().unwrap_or(memory);
         let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
-        // As many at once as the plan of the device's memory counts with, or as training computes; how many does not change the samples.
+        // As many at once as the plan of the device's memory counts with, or as training computes; how many changes only
+        // how sums are rounded.
         let fit = match weights {
             Weights::Cuda(_) => generate::IMAGES_AT_ONCE,
             Weights::Cpu(_) if config.sample_cfg == 1.0 => samples_at_once(dit),
