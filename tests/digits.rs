@@ -5,7 +5,8 @@ use dtr_fused::data::digits::Digits;
 use dtr_fused::generate::generate;
 use dtr_fused::model::dit::Dit;
 use dtr_fused::train::config::SamplerKind;
-use dtr_fused::train::{TrainConfig, checkpoint, trainer, weights::read_weights};
+use dtr_fused::train::weights::read_weights;
+use dtr_fused::train::{TrainConfig, checkpoint, samples, trainer};
 use std::sync::atomic::AtomicBool;
 
 const PIXELS: usize = 64;
@@ -38,7 +39,7 @@ fn the_default_run_learns_to_write_digits() {
     let dit = Dit::new(config.model_config()).unwrap();
     let mut weights = vec![0.0; dit.layout.len()];
     read_weights(&directory.join(checkpoint::EMA), &dit, &mut weights).unwrap();
-    let sampler = trainer::sampler(&config, SamplerKind::Ddim, "50", 0.0, 1.5).unwrap();
+    let sampler = samples::sampler(&config, SamplerKind::Ddim, "50", 0.0, 1.5).unwrap();
     let labels: Vec<u32> = (0..SAMPLES).map(|i| (i * 10 / SAMPLES) as u32).collect();
     let mut memory = Memory::new();
     let images = trainer::in_pool(&config, || {

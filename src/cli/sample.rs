@@ -19,7 +19,8 @@ use crate::model::dit::Dit;
 use crate::picture::grid_png;
 use crate::train::config::{Precision, SamplerKind};
 use crate::train::progress::{Progress, say};
-use crate::train::{TrainConfig, checkpoint, setup, trainer, weights::read_weights};
+use crate::train::weights::read_weights;
+use crate::train::{TrainConfig, checkpoint, samples, setup, trainer};
 
 /// A grid shows at most this many images of a class.
 const GRID_COLUMNS: usize = 16;
@@ -140,7 +141,7 @@ fn sample(args: SampleArgs) -> Result<()> {
     let respacing = args.steps.as_deref().unwrap_or(default_steps);
     let cfg = args.cfg.unwrap_or(config.default_cfg());
     config.check_cfg("--cfg", cfg)?;
-    let sampler = trainer::sampler(&config, kind, respacing, args.eta, cfg)?;
+    let sampler = samples::sampler(&config, kind, respacing, args.eta, cfg)?;
 
     // Where signals cannot be caught, and when Ctrl-C is pressed twice, at worst a temporary file stays.
     let _ = signals::stop_on_signals("without files");
@@ -291,7 +292,7 @@ impl<'a> Grid<'a> {
     fn write(&self, path: &Path) -> Result<()> {
         let (channels, side) = (self.config.in_channels, self.config.image_size);
         let shape = [self.rows * self.columns, channels, side, side];
-        grid_png(path, &self.pixels, shape, self.columns, trainer::scale_of(side), self.config.are_images())
+        grid_png(path, &self.pixels, shape, self.columns, samples::scale_of(side), self.config.are_images())
     }
 }
 

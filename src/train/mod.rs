@@ -14,6 +14,7 @@ pub mod plot;
 pub mod progress;
 pub mod resume;
 pub mod run_dir;
+pub mod samples;
 pub mod setup;
 pub(crate) mod state;
 pub mod timing;

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::{self, FileOut, Metadata, TensorOut};
-use super::config::TrainConfig;
 use super::learner::{Learner, Uncertainty};
 use super::metrics::{self, Meter};
 use super::plot;
@@ -64,9 +63,10 @@ fn comparable_names(names: [Option<Vec<String>>; 2]) -> Option<[Vec<String>; 2]>
     }
 }
 
-impl Trainer {
+impl Trainer<'_> {
     /// Writes a checkpoint and the loss curve, and deletes checkpoints that are no longer kept.
-    pub(super) fn save(&mut self, config: &TrainConfig, run: &RunDir, progress: &Progress) -> Result<()> {
+    pub(super) fn save(&mut self, run: &RunDir, progress: &Progress) -> Result<()> {
+        let config = self.config;
         self.learner.fetch()?;
         let Learner { dit, weights: model, ema, m, v, uncertainty, updates, .. } = &self.learner;
         let tokens = [1, dit.config.tokens(), dit.config.hidden_size];
@@ -112,12 +112,8 @@ impl Trainer {
     }
 
     /// Takes everything from the last checkpoint of a run. What there is to say about its data is returned.
-    pub(super) fn go_on_from(
-        &mut self,
-        checkpoint: &Path,
-        config: &TrainConfig,
-        run: &RunDir,
-    ) -> Result<Option<String>> {
+    pub(super) fn go_on_from(&mut self, checkpoint: &Path, run: &RunDir) -> Result<Option<String>> {
+        let config = self.config;
         let all = checkpoint::list(run.path())?;
         if let Err(error) = self.load(checkpoint) {
             let this = all.iter().find(|(_, path)| path.file_name() == checkpoint.file_name());
@@ -147,12 +143,13 @@ impl Trainer {
         if self.nonfinite_in_a_row >= config.max_nonfinite_steps {
             self.nonfinite_in_a_row = 0;
         }
-        self.check_data(checkpoint, config)
+        self.check_data(checkpoint)
     }
 
     /// Refuses data whose classes have other names than those `checkpoint` was trained on, if both have names, or numbers for names: labels
     /// would mean something else. A note if the number of samples is another. Checkpoints of before this was written down say neither.
-    fn check_data(&self, checkpoint: &Path, config: &TrainConfig) -> Result<Option<String>> {
+    fn check_data(&self, checkpoint: &Path) -> Result<Option<String>> {
+        let config = self.config;
         let file = SafetensorsFile::open(checkpoint.join(checkpoint::OPTIMIZER))?;
         let recorded = |key: &str| file.metadata().get(key);
         let (classes, samples) = (self.dataset().num_classes(), self.dataset().len());

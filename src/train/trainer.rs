@@ -1,8 +1,9 @@
-//! The training loop, top to bottom. What it starts from is made in [`setup`](super::setup); `state.rs` saves and loads it.
+//! The training loop, top to bottom. What it starts from is made in [`setup`](super::setup); `state.rs` saves and loads it, `samples.rs` shows what it
+//! has learned.
 
 use super::batches::Batches;
 use super::checkpoint;
-use super::config::{DataKind, Precision, SamplerKind, TrainConfig};
+use super::config::{DataKind, TrainConfig};
 use super::device::{DeviceUpdate, LARGEST_NORM};
 use super::learner::{Learner, Losses};
 use super::metrics::{self, Meter, MetricsLog};
@@ -13,16 +14,8 @@ use super::run_dir::RunDir;
 use super::setup::{learner_on, open_data};
 use super::state::last_after_a_good_step;
 use super::weights::start_from_given_weights;
-use crate::autograd::cuda::DeviceWeights;
-use crate::autograd::{Memory, Weights};
-use crate::backend::cuda::DType;
 use crate::data::Dataset;
-use crate::diffusion::{Method, Sampler, Schedule, sampling_timesteps};
 use crate::error::{Error, Result};
-use crate::generate;
-use crate::model::config::TASKS;
-use crate::model::parts::samples_at_once;
-use crate::picture::grid_png;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -56,7 +49,7 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
         notes.extend(start_from_given_weights(&config, &mut learner)?);
         let run = RunDir::create(&config)?;
         let trainer = Trainer::new(&config, dataset, learner, notes)?;
-        trainer.run(&config, &run, stop)
+        trainer.run(&run, stop)
     })
 }
 
@@ -84,7 +77,7 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
         let mut trainer = Trainer::new(&config, dataset, learner, notes)?;
         let note = match &checkpoint {
             Some(checkpoint) => {
-                let about_data = trainer.go_on_from(checkpoint, &config, &run)?;
+                let about_data = trainer.go_on_from(checkpoint, &run)?;
                 trainer.notes.splice(0..0, about_data);
                 format!("going on after step {} of {}, from {}", trainer.step, config.steps, checkpoint.display())
             }
@@ -93,7 +86,7 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
         trainer.notes.insert(0, note);
         // What was changed for this run (more steps, say) holds for the next resume too.
         run.replace(checkpoint::CONFIG, |out| out.write_all(config.to_toml().as_bytes()))?;
-        trainer.run(&config, &run, stop)
+        trainer.run(&run, stop)
     })
 }
 
@@ -106,25 +99,8 @@ pub fn in_pool<R: Send>(config: &TrainConfig, work: impl FnOnce() -> Result<R> +
     pool.install(work)
 }
 
-/// The sampler of a model: `steps` is a respacing such as `50`; images are clipped, latents are not.
-///
-/// # Errors
-/// When the respacing or the guidance is not usable.
-pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f64, cfg: f64) -> Result<Sampler> {
-    let schedule = Schedule::new(config.schedule, TASKS)?.respaced(&sampling_timesteps(TASKS, respacing)?)?;
-    let method = match kind {
-        SamplerKind::Ddim => Method::Ddim { eta },
-        SamplerKind::Ddpm => Method::Ddpm,
-    };
-    Sampler::new(schedule, method, config.are_images(), (cfg != 1.0).then_some(cfg))
-}
-
-/// How much a picture of images of this side is enlarged, so that small ones can be seen.
-pub fn scale_of(side: usize) -> usize {
-    (64 / side).max(1)
-}
-
-pub(super) struct Trainer {
+pub(super) struct Trainer<'a> {
+    pub(super) config: &'a TrainConfig,
     pub(super) learner: Learner,
     batches: Batches,
     pub(super) step: u64,
@@ -138,9 +114,10 @@ pub(super) struct Trainer {
     notes: Vec<String>,
 }
 
-impl Trainer {
-    fn new(config: &TrainConfig, dataset: Arc<dyn Dataset>, learner: Learner, notes: Vec<String>) -> Result<Self> {
+impl<'a> Trainer<'a> {
+    fn new(config: &'a TrainConfig, dataset: Arc<dyn Dataset>, learner: Learner, notes: Vec<String>) -> Result<Self> {
         Ok(Trainer {
+            config,
             batches: Batches::new(config, dataset, learner.on_device.is_some())?,
             learner,
             step: 0,
@@ -163,9 +140,57 @@ impl Trainer {
         &**self.batches.loader.dataset()
     }
 
-    fn run(mut self, config: &TrainConfig, run: &RunDir, stop: &AtomicBool) -> Result<Outcome> {
+    fn run(mut self, run: &RunDir, stop: &AtomicBool) -> Result<Outcome> {
+        let config = self.config;
         let mut log = MetricsLog::open(run, self.step)?;
         let mut progress = Progress::new("training", self.step, config.steps);
+        self.announce(run, &progress);
+        let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
+        let began = self.step;
+        let (mut samples, mut figures) = (None, String::new());
+        if self.step > 0 && due(self.step, config.sample_every) {
+            // A run that ended between a checkpoint and the samples of its step makes them now, from the same weights.
+            let there = run.samples(self.step).ok().filter(|path| path.exists());
+            samples = there.or_else(|| self.samples(run, stop, &mut progress));
+        }
+        let mut since = (Instant::now(), self.step);
+        while self.step < config.steps && !stop.load(Ordering::Relaxed) {
+            let trained = self.train_step();
+            trained.map_err(|error| self.saved_before(error, run, &progress))?;
+            self.batches.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
+            if due(self.step, config.log_every) {
+                let images = (self.step - since.1) * config.batch_size as u64;
+                let logged = self.log(&mut log, images as f64 / since.0.elapsed().as_secs_f64());
+                figures = logged.map_err(|error| self.saved_before(error, run, &progress))?;
+                since = (Instant::now(), self.step);
+            }
+            progress.set(self.step, &figures);
+            if self.nonfinite_in_a_row >= config.max_nonfinite_steps {
+                return Err(self.diverged(run, &progress));
+            }
+            let pause = Instant::now();
+            if due(self.step, config.checkpoint_every) {
+                self.save(run, &progress)?;
+            }
+            // After the checkpoint, which nothing that goes wrong here can cost then.
+            if due(self.step, config.sample_every) {
+                samples = self.samples(run, stop, &mut progress);
+            }
+            // Images a second are those of training alone.
+            since.0 += pause.elapsed();
+        }
+        let stopped = stop.load(Ordering::Relaxed);
+        if stopped && self.saved != Some(self.step) {
+            self.save(run, &progress)?;
+        }
+        progress.finish();
+        let finished = self.step >= config.steps && !(stopped && samples.is_none());
+        Ok(Outcome { run: run.path().to_path_buf(), began, step: self.step, finished, samples })
+    }
+
+    /// Says what is trained on what, and what there is to note about it.
+    fn announce(&self, run: &RunDir, progress: &Progress) {
+        let config = self.config;
         progress.say(&format!(
             "{} with {} routing, {:.1} M parameters, {} {} of {} x {} x {} in {} classes from '{}' -> {}",
             config.model,
@@ -187,75 +212,45 @@ impl Trainer {
             progress.say("flip mirrors latents, which do not decode to mirrored images: encode mirrored images, and give --flip false");
         }
         self.notes.iter().for_each(|note| progress.say(note));
-        let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
-        let began = self.step;
-        let (mut samples, mut figures) = (None, String::new());
-        if self.step > 0 && due(self.step, config.sample_every) {
-            // A run that ended between a checkpoint and the samples of its step makes them now, from the same weights.
-            let there = run.samples(self.step).ok().filter(|path| path.exists());
-            samples = there.or_else(|| self.samples(config, run, stop, &mut progress));
+    }
+
+    /// Appends the averages since the last line to `log`, and returns what the progress bar shows of them.
+    fn log(&mut self, log: &mut MetricsLog, images_per_s: f64) -> Result<String> {
+        let mut meter = self.meter.clone();
+        let line = meter.line(self.step, self.config.lr_at(self.step - 1), images_per_s);
+        log.append(&line)?;
+        self.meter = meter;
+        let loss = line.loss.map_or("not finite".into(), metrics::loss_text);
+        let mut figures = format!("loss {loss}  {:.0} images/s", line.images_per_s.unwrap_or(0.0));
+        let damaged = self.batches.loader.bad_samples();
+        if damaged > 0 {
+            figures += &format!("  {damaged} damaged images skipped");
         }
-        let mut since = (Instant::now(), self.step);
-        while self.step < config.steps && !stop.load(Ordering::Relaxed) {
-            let trained = self.train_step(config);
-            trained.map_err(|error| self.saved_before(error, config, run, &progress))?;
-            self.batches.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
-            if due(self.step, config.log_every) {
-                let images = (self.step - since.1) * config.batch_size as u64;
-                let mut meter = self.meter.clone();
-                let line =
-                    meter.line(self.step, config.lr_at(self.step - 1), images as f64 / since.0.elapsed().as_secs_f64());
-                let logged = log.append(&line);
-                logged.map_err(|error| self.saved_before(error, config, run, &progress))?;
-                self.meter = meter;
-                since = (Instant::now(), self.step);
-                let loss = line.loss.map_or("not finite".into(), metrics::loss_text);
-                figures = format!("loss {loss}  {:.0} images/s", line.images_per_s.unwrap_or(0.0));
-                if self.batches.loader.bad_samples() > 0 {
-                    figures += &format!("  {} damaged images skipped", self.batches.loader.bad_samples());
-                }
-            }
-            progress.set(self.step, &figures);
-            if self.nonfinite_in_a_row >= config.max_nonfinite_steps {
-                let good = last_after_a_good_step(run).map_or(String::new(), |path| {
-                    format!("; if that does not help, move the checkpoints after {} away first", path.display())
-                });
-                let end = match self.save(config, run, &progress) {
-                    Ok(()) => format!(
-                        "no such step changed the weights, and {0} holds them: try --resume {0} with a smaller --lr or --grad-clip 1{good}",
-                        run.path().display()
-                    ),
-                    Err(error) => error.to_string(),
-                };
-                return Err(Error::Stopped(format!(
-                    "training stopped at step {}: loss or gradient was not finite {} steps in a row; {end}",
-                    self.step, self.nonfinite_in_a_row
-                )));
-            }
-            let pause = Instant::now();
-            if due(self.step, config.checkpoint_every) {
-                self.save(config, run, &progress)?;
-            }
-            // After the checkpoint, which nothing that goes wrong here can cost then.
-            if due(self.step, config.sample_every) {
-                samples = self.samples(config, run, stop, &mut progress);
-            }
-            // Images a second are those of training alone.
-            since.0 += pause.elapsed();
-        }
-        let stopped = stop.load(Ordering::Relaxed);
-        if stopped && self.saved != Some(self.step) {
-            self.save(config, run, &progress)?;
-        }
-        progress.finish();
-        let finished = self.step >= config.steps && !(stopped && samples.is_none());
-        Ok(Outcome { run: run.path().to_path_buf(), began, step: self.step, finished, samples })
+        Ok(figures)
+    }
+
+    /// Saves what the last finite step left, and says how to go on from it.
+    fn diverged(&mut self, run: &RunDir, progress: &Progress) -> Error {
+        let good = last_after_a_good_step(run).map_or(String::new(), |path| {
+            format!("; if that does not help, move the checkpoints after {} away first", path.display())
+        });
+        let end = match self.save(run, progress) {
+            Ok(()) => format!(
+                "no such step changed the weights, and {0} holds them: try --resume {0} with a smaller --lr or --grad-clip 1{good}",
+                run.path().display()
+            ),
+            Err(error) => error.to_string(),
+        };
+        Error::Stopped(format!(
+            "training stopped at step {}: loss or gradient was not finite {} steps in a row; {end}",
+            self.step, self.nonfinite_in_a_row
+        ))
     }
 
     /// Saves what was trained before `error` ends the run (a full disk, data that cannot be read), and says so in it.
-    fn saved_before(&mut self, error: Error, config: &TrainConfig, run: &RunDir, progress: &Progress) -> Error {
+    fn saved_before(&mut self, error: Error, run: &RunDir, progress: &Progress) -> Error {
         let unsaved = self.whole && self.step > 0 && self.saved != Some(self.step);
-        if unsaved && let Err(why) = self.save(config, run, progress) {
+        if unsaved && let Err(why) = self.save(run, progress) {
             return error.and(&format!("; nor could step {} be saved: {why}", self.step));
         }
         match self.saved {
@@ -268,7 +263,8 @@ impl Trainer {
 
     /// One step: draw, gradients part by part, and the update, unless something is not finite. On a device, the next part is
     /// gathered and sent while this one is computed.
-    fn train_step(&mut self, config: &TrainConfig) -> Result<()> {
+    fn train_step(&mut self) -> Result<()> {
+        let config = self.config;
         let on_device = self.learner.on_device.is_some();
         let update = Update {
             lr: config.lr_at(self.step),
@@ -283,7 +279,7 @@ impl Trainer {
         self.learner.coefficients(&mut self.coefficients);
         let parts = config.grad_accumulation;
         for index in 0..parts {
-            self.prepare(config, self.step, index)?;
+            self.prepare(self.step, index)?;
             let Trainer { learner, batches: Batches { part, .. }, coefficients, computed, whole, .. } = self;
             part.set_coefficients(coefficients);
             if !on_device {
@@ -298,7 +294,7 @@ impl Trainer {
             let (step, index) = if index + 1 < parts { (self.step, index + 1) } else { (self.step + 1, 0) };
             if step < config.steps {
                 // What goes wrong here is met again, and told, when it is this part's turn.
-                let _ = self.prepare(config, step, index);
+                let _ = self.prepare(step, index);
             }
         }
         let mut decision = None;
@@ -329,8 +325,8 @@ impl Trainer {
     }
 
     /// Makes part `index` of the batch of `step` ready, unless it is: collects it, and sends it to the device if there is one.
-    fn prepare(&mut self, config: &TrainConfig, step: u64, index: usize) -> Result<()> {
-        let Trainer { learner, batches, .. } = self;
+    fn prepare(&mut self, step: u64, index: usize) -> Result<()> {
+        let Trainer { config, learner, batches, .. } = self;
         if batches.gather(config, step, index)? && learner.on_device.is_some() {
             let staged = learner.stage(batches.part.batch(), batches.part.how(config));
             staged.inspect_err(|_| batches.forget())?;
@@ -358,69 +354,6 @@ impl Trainer {
             self.meter.add_sample(drawn.t[sample] as usize, loss, mse, vb);
         }
         self.meter.add_step(norm);
-    }
-
-    /// [`sample_grid`](Self::sample_grid), of which a failure is told but does not end training.
-    fn samples(
-        &mut self,
-        config: &TrainConfig,
-        run: &RunDir,
-        stop: &AtomicBool,
-        progress: &mut Progress,
-    ) -> Option<PathBuf> {
-        let made = self.sample_grid(config, run, stop, progress);
-        progress.end_meanwhile();
-        made.inspect_err(|error| {
-            if !stop.load(Ordering::Relaxed) {
-                progress.say(&format!("no samples of step {}: {error}", self.step));
-            }
-        })
-        .ok()
-    }
-
-    /// Samples of the moving average in a grid, one row a class. A request to stop ends it.
-    fn sample_grid(
-        &mut self,
-        config: &TrainConfig,
-        run: &RunDir,
-        stop: &AtomicBool,
-        progress: &mut Progress,
-    ) -> Result<PathBuf> {
-        let path = run.samples(self.step)?;
-        let steps = config.sample_steps.to_string();
-        let sampler = sampler(config, config.sample_sampler, &steps, 0.0, config.sample_cfg)?;
-        let columns = config.samples_per_class;
-        let classes = config.sample_classes.min(config.num_classes);
-        let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
-        let Learner { dit, ema, memory, on_device, .. } = &mut self.learner;
-        if let Some(state) = on_device {
-            state.read_ema(ema)?;
-        }
-        // A memory of its own on a device: that of training keeps its place, and its graphs with it.
-        let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
-        let uploaded = on_device.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;
-        let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
-        let memory = own.as_mut().unwrap_or(memory);
-        let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
-        // As many at once as the plan of the device's memory counts with, or as training computes; how many changes only
-        // how sums are rounded.
-        let fit = match weights {
-            Weights::Cuda(_) => generate::IMAGES_AT_ONCE,
-            Weights::Cpu(_) if config.sample_cfg == 1.0 => samples_at_once(dit),
-            // Each image twice: with its label, and without.
-            Weights::Cpu(_) => samples_at_once(dit) / 2,
-        };
-        let part = config.batch_size / config.grad_accumulation;
-        let at_once = part.min(generate::IMAGES_AT_ONCE).min(fit).max(1);
-        let total = generate::steps(&sampler, labels.len(), at_once);
-        let show = |done| {
-            progress.meanwhile(format!("sampling {done}/{total}"));
-            if stop.load(Ordering::Relaxed) { Err(Error::Stopped("sampling was stopped".into())) } else { Ok(()) }
-        };
-        let pixels = generate::generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, show)?;
-        let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
-        grid_png(&path, &pixels, shape, columns, scale_of(config.image_size), config.are_images())?;
-        Ok(path)
     }
 }
 
@@ -487,7 +420,7 @@ mod tests {
             let run = RunDir::create(&config)?;
             before(run.path());
             let trainer = Trainer::new(&config, dataset, learner(&config)?, Vec::new())?;
-            trainer.run(&config, &run, &AtomicBool::new(false))
+            trainer.run(&run, &AtomicBool::new(false))
         })
     }
 
@@ -497,7 +430,7 @@ mod tests {
         let step = |clip: f64| {
             let config = TrainConfig { grad_clip: clip, ..tiny(10) };
             let mut trainer = Trainer::new(&config, data(usize::MAX), learner(&config)?, Vec::new())?;
-            trainer.train_step(&config).map(|()| trainer.learner)
+            trainer.train_step().map(|()| trainer.learner)
         };
         let norm = step(0.0).unwrap().gradient_norm();
         assert!(norm > 0.01, "too small a norm: {norm}");

@@ -1,0 +1,91 @@
+//! Samples while a run trains: a grid of its moving average.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::config::{Precision, SamplerKind, TrainConfig};
+use super::learner::Learner;
+use super::progress::Progress;
+use super::run_dir::RunDir;
+use super::trainer::Trainer;
+use crate::autograd::cuda::DeviceWeights;
+use crate::autograd::{Memory, Weights};
+use crate::backend::cuda::DType;
+use crate::diffusion::{Method, Sampler, Schedule, sampling_timesteps};
+use crate::error::{Error, Result};
+use crate::generate;
+use crate::model::config::TASKS;
+use crate::model::parts::samples_at_once;
+use crate::picture::grid_png;
+
+/// The sampler of a model: `steps` is a respacing such as `50`; images are clipped, latents are not.
+///
+/// # Errors
+/// When the respacing or the guidance is not usable.
+pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f64, cfg: f64) -> Result<Sampler> {
+    let schedule = Schedule::new(config.schedule, TASKS)?.respaced(&sampling_timesteps(TASKS, respacing)?)?;
+    let method = match kind {
+        SamplerKind::Ddim => Method::Ddim { eta },
+        SamplerKind::Ddpm => Method::Ddpm,
+    };
+    Sampler::new(schedule, method, config.are_images(), (cfg != 1.0).then_some(cfg))
+}
+
+/// How much a picture of images of this side is enlarged, so that small ones can be seen.
+pub(crate) fn scale_of(side: usize) -> usize {
+    (64 / side).max(1)
+}
+
+impl Trainer<'_> {
+    /// [`sample_grid`](Self::sample_grid), of which a failure is told but does not end training.
+    pub(super) fn samples(&mut self, run: &RunDir, stop: &AtomicBool, progress: &mut Progress) -> Option<PathBuf> {
+        let made = self.sample_grid(run, stop, progress);
+        progress.end_meanwhile();
+        made.inspect_err(|error| {
+            if !stop.load(Ordering::Relaxed) {
+                progress.say(&format!("no samples of step {}: {error}", self.step));
+            }
+        })
+        .ok()
+    }
+
+    /// Samples of the moving average in a grid, one row a class. A request to stop ends it.
+    fn sample_grid(&mut self, run: &RunDir, stop: &AtomicBool, progress: &mut Progress) -> Result<PathBuf> {
+        let config = self.config;
+        let path = run.samples(self.step)?;
+        let steps = config.sample_steps.to_string();
+        let sampler = sampler(config, config.sample_sampler, &steps, 0.0, config.sample_cfg)?;
+        let columns = config.samples_per_class;
+        let classes = config.sample_classes.min(config.num_classes);
+        let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
+        let Learner { dit, ema, memory, on_device, .. } = &mut self.learner;
+        if let Some(state) = on_device {
+            state.read_ema(ema)?;
+        }
+        // A memory of its own on a device: that of training keeps its place, and its graphs with it.
+        let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
+        let uploaded = on_device.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;
+        let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
+        let memory = own.as_mut().unwrap_or(memory);
+        let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
+        // As many at once as the plan of the device's memory counts with, or as training computes; how many changes only
+        // how sums are rounded.
+        let fit = match weights {
+            Weights::Cuda(_) => generate::IMAGES_AT_ONCE,
+            Weights::Cpu(_) if config.sample_cfg == 1.0 => samples_at_once(dit),
+            // Each image twice: with its label, and without.
+            Weights::Cpu(_) => samples_at_once(dit) / 2,
+        };
+        let part = config.batch_size / config.grad_accumulation;
+        let at_once = part.min(generate::IMAGES_AT_ONCE).min(fit).max(1);
+        let total = generate::steps(&sampler, labels.len(), at_once);
+        let show = |done| {
+            progress.meanwhile(format!("sampling {done}/{total}"));
+            if stop.load(Ordering::Relaxed) { Err(Error::Stopped("sampling was stopped".into())) } else { Ok(()) }
+        };
+        let pixels = generate::generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, show)?;
+        let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
+        grid_png(&path, &pixels, shape, columns, scale_of(config.image_size), config.are_images())?;
+        Ok(path)
+    }
+}
