@@ -210,7 +210,7 @@ impl<'a> From<&'a DeviceWeights> for Weights<'a> {
 }
 
 /// A pass that records nothing, wherever the weights are. `work` is run twice on a CUDA device, see [`cuda`]; on the CPU it is run
-/// [`awake`], by a thread of the pool.
+/// by a thread of the pool, while the others stay awake.
 ///
 /// # Errors
 /// Those of `work`, and when the device has not enough memory.

@@ -252,7 +252,7 @@ impl Learner {
         }
     }
 
-    /// Loss and gradients of `batch`, computed [`awake`], by a thread of the pool. `add` adds to the gradients of the parts of a
+    /// Loss and gradients of `batch`, computed by a thread of the pool, while the others stay awake. `add` adds to the gradients of the parts of a
     /// batch before it.
     ///
     /// # Errors

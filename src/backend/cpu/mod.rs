@@ -3,13 +3,13 @@
 //! (`threads`), and where the time goes (`profile`).
 
 pub mod aligned;
-pub mod linear;
-pub mod pack;
-pub mod packed;
-pub mod profile;
-pub mod scratch;
-pub mod shared;
-pub mod simd;
-pub mod split;
-pub mod threads;
-pub mod tile;
+pub(crate) mod linear;
+pub(crate) mod pack;
+pub(crate) mod packed;
+pub(crate) mod profile;
+pub(crate) mod scratch;
+pub(crate) mod shared;
+pub(crate) mod simd;
+pub(crate) mod split;
+pub(crate) mod threads;
+pub(crate) mod tile;
