@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn names_round_trip_and_bad_ones_are_refused() {
-        for name in ["constant", "min-snr-5", "min-snr-2.5", "p2", "p2-0.5-2", "uw"] {
+        for name in ["constant", "min-snr-5", "min-snr-2.5", "p2", "p2-0.5-2", "p2-0.5-1", "p2-1-2", "uw"] {
             assert_eq!(name.parse::<LossWeight>().unwrap().to_string(), name);
         }
         for name in ["", "min-snr-", "min-snr-0", "min-snr--1", "min-snr-nan", "p2-1", "p2-1-inf", "UW", "p3"] {
@@ -196,6 +196,24 @@ mod tests {
         assert!(seen.iter().flatten().all(|n| (400..600).contains(n)), "{seen:?}");
         let all: Vec<u32> = (0..500).map(|s| LossWeight::Constant.draw_timestep(&rng, s, 0, 16, 1000)).collect();
         assert!(all.iter().any(|&t| t < 100) && all.iter().any(|&t| t >= 900));
+    }
+
+    #[test]
+    fn every_timestep_is_drawn_and_every_sample_draws_its_own() {
+        let rng = Philox::new(3, Stream::Timestep);
+        for weight in [LossWeight::Constant, LossWeight::Uncertainty] {
+            let mut counts = [0; 16];
+            for (step, sample) in (0..100).flat_map(|step| (0..64).map(move |sample| (step, sample))) {
+                counts[weight.draw_timestep(&rng, step, sample, 64, 16) as usize] += 1;
+            }
+            // 400 each, with a standard deviation of 20.
+            assert!(counts.iter().all(|n| (300..500).contains(n)), "{weight}: {counts:?}");
+        }
+        let mut of_step: Vec<u32> =
+            (0..64).map(|sample| LossWeight::Constant.draw_timestep(&rng, 5, sample, 64, 1000)).collect();
+        of_step.sort_unstable();
+        of_step.dedup();
+        assert!(of_step.len() > 50, "64 samples have only {} timesteps", of_step.len());
     }
 
     #[test]

@@ -176,6 +176,105 @@ mod tests {
         }
     }
 
+    /// Samples that say who they are: the first pixel is the index, the second tells a mirrored one.
+    struct Told {
+        names: Vec<String>,
+    }
+
+    impl Dataset for Told {
+        fn shape(&self) -> [usize; 3] {
+            [1, 4, 4]
+        }
+
+        fn class_names(&self) -> &[String] {
+            &self.names
+        }
+
+        fn len(&self) -> usize {
+            20
+        }
+
+        fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
+            out.fill(0.0);
+            (out[0], out[1]) = (index as f32, f32::from(u8::from(flip)));
+            Ok(index as u32 % 3)
+        }
+    }
+
+    /// What is drawn for a sample: its image's index, whether it is mirrored, its noise (the bits), timestep and label.
+    #[derive(Clone, Debug, PartialEq)]
+    struct Draw {
+        index: usize,
+        flip: bool,
+        noise: Vec<u32>,
+        t: u32,
+        label: u32,
+    }
+
+    /// The samples of the first steps, as drawn, when each step is gathered in `parts`.
+    fn draws(seed: u64, flip: bool, parts: usize) -> Vec<Vec<Draw>> {
+        let mut config = TrainConfig {
+            batch_size: 12,
+            label_dropout: 0.3,
+            grad_accumulation: parts,
+            seed,
+            flip,
+            ..TrainConfig::default()
+        };
+        config.fit_to_data(4, 1, 3).unwrap();
+        let data = Told { names: ["a", "b", "c"].map(String::from).into() };
+        let mut batches = Batches::new(&config, Arc::new(data), false).unwrap();
+        let of_step = |step| {
+            let mut drawn = vec![None; config.batch_size];
+            for index in 0..parts {
+                batches.gather(&config, step, index).unwrap();
+                let of_batch: Vec<f64> = (0..config.batch_size).map(|sample| sample as f64).collect();
+                batches.part.set_coefficients(&of_batch);
+                let Part { samples, x_start, noise, t, labels, coefficients, .. } = &batches.part;
+                assert!(t.is_sorted(), "neighbours share their windows");
+                assert!(coefficients.iter().zip(samples).all(|(c, &sample)| *c == f64::from(sample)));
+                for (k, &sample) in samples.iter().enumerate() {
+                    drawn[sample as usize] = Some(Draw {
+                        index: x_start[16 * k] as usize,
+                        flip: x_start[16 * k + 1] == 1.0,
+                        noise: noise[16 * k..][..16].iter().map(|x| x.to_bits()).collect(),
+                        t: t[k],
+                        label: labels[k],
+                    });
+                }
+            }
+            drawn.into_iter().map(|draw| draw.expect("every sample is in a part")).collect()
+        };
+        (0..5).map(of_step).collect()
+    }
+
+    #[test]
+    fn every_step_and_every_seed_draws_anew_and_parts_draw_the_same() {
+        let (found, other) = (draws(1, true, 1), draws(2, true, 1));
+        assert_eq!(draws(1, true, 4), found);
+        let mut noises = std::collections::HashSet::new();
+        for draw in found.iter().chain(&other).flatten() {
+            assert!(noises.insert(draw.noise.clone()), "two samples have the same noise");
+            assert!([draw.index as u32 % 3, 3].contains(&draw.label), "a label of another sample: {draw:?}");
+        }
+        assert!(draws(1, false, 1).iter().flatten().all(|draw| !draw.flip));
+        type Of = fn(&Draw) -> u32;
+        let parts: [(&str, Of); 4] = [
+            ("images", |draw| draw.index as u32),
+            ("flips", |draw| draw.flip.into()),
+            ("timesteps", |draw| draw.t),
+            ("dropped labels", |draw| (draw.label == 3).into()),
+        ];
+        for (what, of) in parts {
+            let steps = |found: &[Vec<Draw>]| -> Vec<Vec<u32>> {
+                found.iter().map(|step| step.iter().map(of).collect()).collect()
+            };
+            let (found, other) = (steps(&found), steps(&other));
+            assert!(found.iter().zip(&other).all(|(a, b)| a != b), "{what} are those of another seed");
+            assert!(found.windows(2).all(|pair| pair[0] != pair[1]), "{what} are those of the step before");
+        }
+    }
+
     /// Whether the label of each sample was dropped, as drawn, by step, when `share` of them are.
     fn dropped(share: f64, parts: usize) -> Vec<Vec<bool>> {
         let mut config =
@@ -195,6 +294,20 @@ mod tests {
             dropped.into_iter().map(|dropped| dropped.expect("every sample is in a part")).collect()
         };
         (0..40).map(of_step).collect()
+    }
+
+    #[test]
+    fn every_timestep_is_trained_on() {
+        let mut config = TrainConfig { batch_size: 1000, ..TrainConfig::default() };
+        config.fit_to_data(4, 1, 3).unwrap();
+        let data = Few { names: ["a", "b", "c"].map(String::from).into() };
+        let mut batches = Batches::new(&config, Arc::new(data), true).unwrap();
+        let mut drawn = std::collections::BTreeSet::<u32>::new();
+        for step in 0..12 {
+            batches.gather(&config, step, 0).unwrap();
+            drawn.extend(&batches.part.t);
+        }
+        assert!(drawn.into_iter().eq(0..TASKS as u32));
     }
 
     #[test]
