@@ -475,6 +475,15 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_objective_is_the_mean_and_coefficients_its_slope() {
+        let mut learner = learner();
+        let mut coefficients = [f64::NAN; 5];
+        learner.coefficients(&mut coefficients);
+        assert_eq!(coefficients, [0.2; 5]);
+        assert_eq!(learner.objective(&[1.0, 2.0, 3.0, 4.0, 10.0]), 4.0);
+    }
+
     /// A weight is one more coefficient of the squared error. Without learned variance there is nothing else.
     #[test]
     fn a_loss_weight_scales_losses_and_gradients() {

@@ -233,6 +233,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn another_seed_draws_other_weights() {
+        let weights = |seed| {
+            let mut config = TrainConfig { seed, ..TrainConfig::default() };
+            config.fit_to_data(8, 1, 10).unwrap();
+            assert_eq!(config.model_config().routing_seed, seed);
+            learner(&config).unwrap().weights
+        };
+        let [a, again, b] = [0, 0, 1].map(weights);
+        assert!(*a == *again && *a != *b);
+    }
+
+    #[test]
     fn what_memory_cannot_hold_is_refused_with_what_would_help() {
         let config = TrainConfig {
             hidden_size: 256,
@@ -250,7 +262,7 @@ mod tests {
              it may take 1.0 GB here: give --checkpoint-activations, or give --grad-accumulation N for parts of fewer than 64 images, \
              or choose a smaller model"
         );
-        dit.checkpoint_activations = true;
+        dit = model(&TrainConfig { checkpoint_activations: true, ..config.clone() }).unwrap();
         let weights = 20.0 * dit.layout.len() as f64;
         let of_one = says(&dit, 1, weights);
         assert!(

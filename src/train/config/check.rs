@@ -218,6 +218,17 @@ mod tests {
         }
     }
 
+    /// Park et al., ICLR 2024, section 5.1, and the authors' configuration files.
+    #[test]
+    fn published_models_train_as_published() {
+        let config = TrainConfig::preset("DiT-B/2", "latents.npy").unwrap();
+        assert_eq!((config.lr, config.weight_decay, config.batch_size, config.steps), (1e-4, 0.0, 256, 400_000));
+        assert_eq!([config.lr_at(0), config.lr_at(399_999)], [1e-4; 2]);
+        assert_eq!([config.ema_decay_at(0), config.ema_decay_at(399_999)], [0.9999; 2]);
+        assert_eq!((config.adam_beta1, config.adam_beta2, config.adam_eps), (0.9, 0.999, 1e-8));
+        assert_eq!((config.alpha, config.beta, config.label_dropout, config.grad_clip), (4.0, 0.8, 0.1, 0.0));
+    }
+
     #[test]
     fn bad_values_are_refused_in_one_sentence_that_names_the_key() {
         for (key, text) in [
