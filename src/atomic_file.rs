@@ -145,6 +145,7 @@ mod tests {
         assert!(check_target(place.path()).unwrap_err().to_string().contains("is a directory"));
         if cfg!(unix) {
             assert!(check_target(Path::new("/dev/null")).unwrap_err().to_string().contains("not a regular file"));
+            assert!(AtomicFile::create("/dev/null").unwrap_err().to_string().contains("not a regular file"));
         }
     }
 }

@@ -148,12 +148,13 @@ pub fn steps(sampler: &Sampler, samples: usize, batch: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::diffusion::{Method, Schedule, ScheduleKind};
     use crate::model::config::ModelConfig;
     use crate::model::dit::Init;
     use crate::routing::Routing;
 
-    #[test]
-    fn halves_of_a_batch_are_answered_as_batches_of_their_own() {
+    /// A model whose answers depend on everything, and its weights.
+    fn model() -> (Dit, Vec<f32>) {
         let config = ModelConfig {
             hidden_size: 24,
             depth: 1,
@@ -171,8 +172,67 @@ mod tests {
             routing_seed: 0,
         };
         let dit = Dit::new(config).unwrap();
-        let mut weights = dit.init(2, Init::Small);
+        let mut weights = dit.init(2, Init::Small).to_vec();
         weights.iter_mut().enumerate().for_each(|(i, w)| *w += (i * 37 % 101) as f32 / 1000.0 - 0.05);
+        (dit, weights)
+    }
+
+    /// Each sample made on its own, with the noise and the labels that the documentation promises.
+    #[test]
+    fn noise_and_labels_of_a_sample_are_those_of_its_number() {
+        let (dit, weights) = model();
+        let dims = ImageDims { channels: 1, pixels: 16, learn_sigma: true };
+        let (labels, seed, first) = ([2, 0, 1, 1, 0], 7, 3);
+        let mut memory = Memory::new();
+        for guidance in [None, Some(2.5)] {
+            let schedule = Schedule::new(ScheduleKind::Cosine, 1000).unwrap().respaced(&[10, 400, 700, 950]).unwrap();
+            let sampler = Sampler::new(schedule, Method::Ddpm, true, guidance).unwrap();
+            let mut steps = 0;
+            let made =
+                generate_batch(&dit, Weights::Cpu(&weights), &mut memory, &sampler, &labels, seed, first, || {
+                    steps += 1;
+                    Ok(())
+                });
+            assert_eq!(steps, sampler.steps());
+            for (i, (&label, made)) in labels.iter().zip(made.unwrap().chunks_exact(16)).enumerate() {
+                let (number, rows) = ((first + i) as u64, 1 + usize::from(guidance.is_some()));
+                let mut x = vec![0.0; rows * 16];
+                Philox::new(seed, Stream::SampleStart).normal(&mut x[..16], 0, number);
+                let model = |x: &[f32], t: u32, out: &mut [f32]| {
+                    // The null class is that after the last.
+                    let y = [label, 3];
+                    infer(Weights::Cpu(&weights), &mut memory, |tape| {
+                        answer(&dit, tape, x, &vec![t; rows], &y[..rows], out)
+                    })
+                };
+                let noise = |k: usize, out: &mut [f32]| {
+                    Philox::new(seed, Stream::SampleStep).normal(&mut out[..16], k as u64, number);
+                };
+                sampler.sample(&mut x, model, noise, |_, _| Ok(()), dims).unwrap();
+                for (made, expected) in made.iter().zip(&x[..16]) {
+                    assert!((made - expected).abs() <= 1e-3, "sample {i}, {guidance:?}: {made} for {expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_last_batch_counts_though_it_is_not_full() {
+        let (dit, weights) = model();
+        let schedule = Schedule::new(ScheduleKind::Cosine, 1000).unwrap().respaced(&[10, 950]).unwrap();
+        let sampler = Sampler::new(schedule, Method::Ddpm, true, None).unwrap();
+        let mut told = Vec::new();
+        generate(&dit, Weights::Cpu(&weights), &mut Memory::new(), &sampler, &[1; 5], 0, 2, |done| {
+            told.push(done);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(told, (1..=steps(&sampler, 5, 2)).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn halves_of_a_batch_are_answered_as_batches_of_their_own() {
+        let (dit, weights) = model();
         let mut memory = Memory::new();
         let x: Vec<f32> = (0..5 * 16).map(|i| (i * 29 % 67) as f32 / 40.0 - 0.8).collect();
         let (t, y) = ([900, 500, 20, 999, 0], [0, 1, 2, 3, 0]);

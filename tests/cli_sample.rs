@@ -114,12 +114,57 @@ fn the_archive_holds_pixels_by_row_and_labels_and_the_grid_shows_them() {
     assert!((10..246).filter(|value| pixels.contains(value)).count() > 20, "little but black and white");
     let grid = image::open(place.join("grid.png")).unwrap().into_rgb8();
     // A row a class; squares of 16 pixels a side, and 2 between images and around them.
+    let mut others = 0;
     for (image, [row, column]) in [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]].into_iter().enumerate() {
         for (i, rgb) in pixels[image * 48..][..48].as_chunks::<3>().0.iter().enumerate() {
             let (x, y) = (2 + column * 66 + i as u32 % 4 * 16, 2 + row * 66 + i as u32 / 4 * 16);
             let shown = grid.get_pixel(x, y).0;
             assert!(shown.iter().zip(rgb).all(|(a, &b)| a.abs_diff(b) <= 1), "image {image}: {shown:?} for {rgb:?}");
+            others += shown.iter().zip(rgb).filter(|(a, b)| a != b).count();
         }
+    }
+    // Both round to the nearest, up to rounding errors where two are as near.
+    assert!(others <= 2, "{others} of 240 numbers differ");
+}
+
+#[test]
+fn every_sampler_takes_the_steps_that_help_promises() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &[]);
+    for (sampler, steps) in [("ddim", "50/50"), ("ddpm", "250/250")] {
+        let args = ["sample", "--checkpoint", "run", "--device", "cpu", "--num", "1", "--sampler", sampler];
+        let output = run(place, &args);
+        assert!(stderr(&output).contains(steps), "{}", stderr(&output));
+        succeeds(output);
+    }
+}
+
+/// Both are of the moving average, with the same noise.
+#[test]
+fn the_grid_of_training_is_what_sample_makes() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    save_samples(&place.join("latents.safetensors"), "latents");
+    let knobs = ["--seed", "5", "--schedule", "linear", "--lr", "0.02", "--warmup-steps", "0", "--sample-steps", "4"];
+    let grid = ["--samples-per-class", "3", "--sample-sampler", "ddpm", "--sample-cfg", "2.5", "--steps", "6"];
+    let knobs = [&knobs[..], &grid, &["--device", "cpu"]].concat();
+    for (data, num, classes) in [("digits", "12", "0,1,2,3"), ("latents.safetensors", "6", "0,1")] {
+        succeeds(train(place, &[&knobs[..], &["--data", data, "--sample-classes", "4", "--out", "run"]].concat()));
+        let same = ["4", "ddpm", "2.5", "5", "ema"];
+        let sampled = |[steps, sampler, cfg, seed, weights]: [&str; 5]| {
+            let way = ["--sampler", sampler, "--cfg", cfg, "--seed", seed, "--weights", weights];
+            succeeds(sample_in(steps, place, &[&["--num", num, "--classes", classes], &way[..]].concat()));
+            fs::read(place.join("grid.png")).unwrap()
+        };
+        let made = fs::read(place.join("run/samples/0000006.png")).unwrap();
+        assert!(sampled(same) == made, "{data}: the grids differ");
+        for (i, other) in ["5", "ddim", "2", "6", "model"].into_iter().enumerate() {
+            let mut way = same;
+            way[i] = other;
+            assert!(sampled(way) != made, "{data}: {other} for {} changes nothing", same[i]);
+        }
+        fs::remove_dir_all(place.join("run")).unwrap();
     }
 }
 
@@ -134,6 +179,11 @@ fn files_that_cannot_be_written_are_refused_before_anything_is_computed() {
     fails(sample(place, &["--npz", "folder"]), 1, &["folder: is a directory"]);
     fails(sample(place, &["--out", "folder/"]), 1, &["folder/: is a directory"]);
     fails(sample(place, &["--npz", "nowhere/x.npz"]), 1, &["nowhere/x.npz", "cannot be written"]);
+    // A slip of the hand.
+    let weights = "run/checkpoints/0000001/ema.safetensors";
+    for flag in ["--out", "--npz"] {
+        fails(sample(place, &[flag, weights]), 1, &[weights, "is there already"]);
+    }
     assert_eq!(names(place), ["folder", "run"]);
 }
 
@@ -222,5 +272,7 @@ fn latents_of_three_channels_are_no_images() {
     // A run of before that was written down tells by the channels, as it did.
     edit_config(place, "data_kind = \"latents\"\n", "");
     assert!(made("images.npz").windows(5).any(|bytes| bytes == b"'|u1'"));
+    // It goes on all the same.
+    succeeds(run(place, &["train", "--resume", "run", "--steps", "2", "--device", "cpu"]));
     fails(train(place, &["--data", "digits", "--data-kind", "latents"]), 2, &["data_kind is latents", "are images"]);
 }
