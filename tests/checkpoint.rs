@@ -79,6 +79,10 @@ fn the_safetensors_crate_reads_it() {
     let bias = file.tensor("x_embedder.proj.bias").unwrap();
     assert_eq!((bias.shape(), bias.dtype()), (&[5][..], safetensors::Dtype::F32));
     assert_eq!(file.names().len(), 3);
+    // Readers in Python ask for the framework, and the tensors lie where f32 may.
+    let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
+    assert_eq!(header % 8, 0);
 }
 
 #[test]
@@ -124,6 +128,35 @@ fn leftovers_are_ignored_and_cleared() {
     assert_eq!(steps(run.path()), [3, 4]);
     assert_whole(&path, 3);
     assert!(!half.exists() && !replaced.exists());
+    // Killed after the second: the new one counts. What has another name than a step's is somebody else's.
+    for other in [&replaced, &run.path().join("checkpoints/9")] {
+        fs::create_dir(other).unwrap();
+        fs::write(other.join(MODEL), b"old").unwrap();
+    }
+    assert_eq!(checkpoint::list(run.path()).unwrap()[0], (3, path.clone()));
+    write(run.path(), 5).unwrap();
+    assert_eq!(steps(run.path()), [3, 4, 5]);
+    assert_whole(&path, 3);
+    assert!(!replaced.exists());
+}
+
+#[test]
+fn of_a_checkpoint_and_the_one_it_replaces_the_new_one_counts() {
+    let run = tempfile::tempdir().unwrap();
+    let inside = run.path().join("checkpoints");
+    for step in 10..20 {
+        let mut names = [format!("{step:07}"), format!(".old-{step:07}")];
+        // Directories are listed in any order, often that of the names' creation.
+        if step % 2 == 0 {
+            names.reverse();
+        }
+        names.iter().for_each(|name| fs::create_dir_all(inside.join(name)).unwrap());
+    }
+    let found = checkpoint::list(run.path()).unwrap();
+    assert!(
+        found.len() == 10 && found.iter().all(|(step, path)| *path == inside.join(format!("{step:07}"))),
+        "{found:?}"
+    );
 }
 
 /// Writes checkpoints and prunes: three of them, or without end when another test started this one to kill it.
@@ -208,6 +241,15 @@ fn resolve_tells_runs_from_checkpoints() {
         fs::remove_file(&inside).unwrap();
         fs::rename(&elsewhere, &inside).unwrap();
     }
+    // A copy that was cut short is neither, though a run may have such a configuration.
+    for (place, file) in [(run.join("checkpoints/0000013"), "config.toml"), (place.path().join("part"), EMA)] {
+        fs::create_dir(&place).unwrap();
+        fs::write(place.join("config.toml"), "").unwrap();
+        fs::write(place.join(file), "").unwrap();
+        let message = checkpoint::resolve(&place).unwrap_err().to_string();
+        assert!(message.contains("is no whole checkpoint"), "{message}");
+        fs::remove_dir_all(place).unwrap();
+    }
     // Copied out of its run.
     let copy = place.path().join("copy");
     fs::rename(&path, &copy).unwrap();
@@ -254,6 +296,10 @@ fn weights_that_do_not_fit_are_refused_by_name() {
         let message = open(&bytes).unwrap_err();
         assert!(message.contains("'blocks.0.attn.qkv.bias'") && message.contains("element 1"), "{message}");
     }
+    let mut bytes = model_file();
+    let dtype = bytes.windows(5).position(|bytes| bytes == b"\"F32\"").unwrap();
+    bytes[dtype + 1] = b'I';
+    assert!(open(&bytes).unwrap_err().contains("holds I32, but must hold floats"));
     let mut missing = TensorOut::of_layout(&layout, &good, "");
     missing.remove(1);
     assert!(refused(missing, &layout).contains("no tensor 'blocks.0.attn.qkv.bias'"));

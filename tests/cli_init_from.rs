@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use dtr_fused::safetensors_file::SafetensorsFile;
 use dtr_fused::train::checkpoint::{self, FileOut, Metadata, TensorOut};
-use program::{fails, stderr, succeeds, train};
+use program::{fails, run, stderr, succeeds, train};
 
 /// Tensors by name: shape and numbers.
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
@@ -41,6 +41,7 @@ fn a_run_starts_from_given_weights() {
     let place = place.path();
     succeeds(train(place, &["--out", "first", "--steps", "2"]));
     let weights = |run: &str| read(&weights_of(&place.join(run)));
+    let average = |run: &str| read(&weights_of(&place.join(run)).with_file_name(checkpoint::EMA));
     let from = ["--init-from", "first/checkpoints/0000002/model.safetensors", "--steps", "1"];
     let still = ["--lr", "1e-20", "--warmup-steps", "0", "--out"];
     let output = train(place, &[&from[..], &still, &["second"]].concat());
@@ -54,6 +55,14 @@ fn a_run_starts_from_given_weights() {
         a.keys().eq(b.keys()) && a.values().zip(b.values()).all(|(a, b)| a.1.iter().zip(&b.1).all(same))
     };
     assert!(near(&first, &second) && !near(&first, &third), "drawn weights are those that were trained");
+    // The average starts there too, and so does a run that was killed before its first checkpoint.
+    let apart = |(a, b): (&f32, &f32)| (a - b).abs();
+    let farthest = |(a, b): (&Vec<f32>, &Vec<f32>)| a.iter().zip(b).map(apart).fold(0.0, f32::max);
+    let mean = average("second");
+    assert!(mean.values().zip(first.values()).all(|(a, b)| farthest((&a.1, &b.1)) <= 1e-6), "the average is of other weights");
+    std::fs::remove_dir_all(place.join("second/checkpoints")).unwrap();
+    succeeds(run(place, &["train", "--resume", "second"]));
+    assert!(near(&first, &weights("second")));
     fails(
         train(place, &[&from[..], &["--depth", "2", "--out", "other"]].concat()),
         1,

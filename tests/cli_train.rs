@@ -81,6 +81,29 @@ fn a_run_killed_again_and_again_ends_in_the_bytes_of_an_uninterrupted_one() {
     assert_same(&place.join("whole"), &place.join("killed"));
 }
 
+/// Learned weights of the loss, mirrored images, batches in parts: all of it goes on as if it had not stopped.
+#[test]
+fn a_run_with_learned_loss_weights_goes_on_bit_for_bit() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let knobs = ["--loss-weight", "uw", "--uw-lr", "0.3", "--flip", "--grad-accumulation", "2", "--grad-clip", "0.5"];
+    let start = |steps, out| {
+        let more = ["--lr-decay", "constant", "--steps", steps, "--out", out];
+        succeeds(train(place, &[STEPS, &knobs, &more].concat()));
+    };
+    start("24", "whole");
+    start("12", "cut");
+    succeeds(run(place, &["train", "--resume", "cut", "--steps", "24"]));
+    assert_same(&place.join("whole"), &place.join("cut"));
+    let state = place.join("cut/checkpoints/0000024/optimizer.safetensors");
+    let state = SafetensorsFile::open(state).unwrap();
+    for name in ["loss_scale", "m.loss_scale", "v.loss_scale"] {
+        let mut numbers = [0.0; 8];
+        state.tensor(name).unwrap().to_f32(&mut numbers);
+        assert!(numbers.iter().all(|&x| x != 0.0), "{name}: {numbers:?}");
+    }
+}
+
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let place = tempfile::tempdir().unwrap();
@@ -311,6 +334,8 @@ fn a_resume_that_would_lose_or_change_the_run_is_refused() {
     let config = fs::read_to_string(at("config.toml")).unwrap();
     fs::write(at("config.toml"), "").unwrap();
     fails(resume(&["run"]), 1, &["run/config.toml", "no key 'model'"]);
+    fs::write(at("config.toml"), config.replace("\nseed = 0\n", "\n")).unwrap();
+    fails(resume(&["run"]), 1, &["run/config.toml", "no key 'seed'"]);
     fs::write(at("config.toml"), config.replace("\nseed = 0\n", "\nseed = 1\n")).unwrap();
     fails(resume(&["run"]), 1, &["run/config.toml", "seed is 1", "trained with 0"]);
     fs::write(at("config.toml"), &config).unwrap();
@@ -382,6 +407,72 @@ fn steps_that_are_not_finite_stop_the_run_with_a_good_checkpoint() {
 }
 
 #[test]
+fn steps_that_are_left_out_are_counted_on_after_a_resume() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let diverging = ["--lr", "1000", "--lr-decay", "constant", "--warmup-steps", "0", "--max-nonfinite-steps", "3"];
+    let diverging = [&diverging[..], &["--log-every", "1"]].concat();
+    let output = train(place, &[&diverging[..], &["--steps", "60", "--out", "whole"]].concat());
+    let said = stderr(&output);
+    fails(output, 1, &["training stopped at step", "not finite 3 steps in a row"]);
+    let (_, last) = said.split_once("training stopped at step ").unwrap();
+    let last: u64 = last.split(':').next().unwrap().parse().unwrap();
+    // Two of the three, and then the third.
+    let before = (last - 1).to_string();
+    succeeds(train(place, &[&diverging[..], &["--steps", &before, "--out", "cut"]].concat()));
+    let output = run(place, &["train", "--resume", "cut", "--steps", "60"]);
+    fails(output, 1, &[&format!("training stopped at step {last}:"), "not finite 3 steps in a row"]);
+    // They are no updates, whose number AdamW corrects for.
+    for out in ["whole", "cut"] {
+        let path = place.join(out).join(format!("checkpoints/{last:07}/optimizer.safetensors"));
+        let state = SafetensorsFile::open(path).unwrap();
+        assert_eq!(state.metadata()["updates"], (last - 3).to_string(), "{out}");
+        let shown = succeeds(run(place, &["info", out]));
+        let row = |name: &str| shown.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{shown}"));
+        assert!(row("step ").ends_with(&format!(" {last}")) && row("skipped").contains(" 3 steps"), "{shown}");
+    }
+}
+
+#[test]
+fn checkpoints_are_kept_as_asked() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    for (keep, expected) in [
+        (["--keep-checkpoints", "1", "--keep-every", "3"], &[3, 6, 7][..]),
+        (["--keep-checkpoints", "3", "--keep-every", "0"], &[5, 6, 7]),
+    ] {
+        succeeds(train(place, &[&["--steps", "7", "--checkpoint-every", "1", "--out", "run"], &keep[..]].concat()));
+        let steps: Vec<u64> = checkpoint::list(&place.join("run")).unwrap().into_iter().map(|(step, _)| step).collect();
+        assert_eq!(steps, expected, "{keep:?}");
+        fs::remove_dir_all(place.join("run")).unwrap();
+    }
+}
+
+/// A kill may come between the line of a step and its checkpoint, but not much later.
+#[test]
+fn a_run_starts_over_only_if_it_never_had_a_checkpoint() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    succeeds(train(place, &["--steps", "4", "--checkpoint-every", "3", "--log-every", "1", "--out", "run"]));
+    let lose =
+        |path: &str| fs::remove_dir_all(place.join("run/checkpoints")).and_then(|()| fs::remove_file(place.join(path)));
+    let resume = || run(place, &["train", "--resume", "run"]);
+    // Step 4 was done, so step 3 was saved.
+    lose("run/loss.png").unwrap();
+    fails(resume(), 1, &["run/checkpoints", "no checkpoint", "step 4"]);
+    let metrics = fs::read_to_string(place.join("run/metrics.jsonl")).unwrap();
+    let until_3: String = metrics.split_inclusive('\n').take(3).collect();
+    fs::write(place.join("run/metrics.jsonl"), &until_3).unwrap();
+    // The curve is drawn after a checkpoint.
+    fs::write(place.join("run/loss.png"), "").unwrap();
+    fails(resume(), 1, &["run/checkpoints", "no checkpoint", "step 3"]);
+    fs::remove_file(place.join("run/loss.png")).unwrap();
+    let output = resume();
+    assert!(stderr(&output).contains("starting it over"), "{}", stderr(&output));
+    succeeds(output);
+}
+
+#[test]
 fn default_names_are_readable_and_unique() {
     let place = tempfile::tempdir().unwrap();
     for name in ["custom-paper-0001", "custom-paper-0002"] {
@@ -402,6 +493,12 @@ fn the_printed_configuration_is_the_configuration() {
     assert_eq!(succeeds(run(place, &["train", "--config", "c.toml", "--print-config"])), printed);
     assert!(
         printed.contains("\nlr = 3e-5\n") && printed.contains("\nseed = 7\n") && printed.contains("\nflip = true\n")
+    );
+    let output = run(place, &["train", "--config", "c.toml", "--model", "digits", "--print-config"]);
+    assert!(
+        stderr(&output).starts_with("note: ") && stderr(&output).contains("are those of c.toml"),
+        "{}",
+        stderr(&output)
     );
     // Flags win over --set, --set over the file.
     let other = succeeds(run(
@@ -436,6 +533,8 @@ fn info_shows_runs_and_checkpoints() {
         "checkpoints/0000003",
         "parameters",
         "cosine schedule, loss weight constant",
+        "log_every = 1",
+        "checkpoint_every = 2",
     ] {
         assert!(said.contains(part), "'{part}' is not in\n{said}");
     }
