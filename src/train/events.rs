@@ -199,6 +199,13 @@ mod tests {
         assert_eq!(crc32c(b"123456789"), 0xE306_9283);
     }
 
+    /// What every event file of TensorBoard begins with: the first record has 24 bytes.
+    #[test]
+    fn a_record_is_written_as_its_bytes() {
+        let event = [field_double(1, 1.0), field_bytes(3, b"brain.Event:2")].concat();
+        assert!(record(&event).starts_with(&[24, 0, 0, 0, 0, 0, 0, 0, 0xA3, 0x7F, 0x4B, 0x22, 9]));
+    }
+
     #[test]
     fn an_event_is_written_as_its_bytes() {
         // wall_time = 1.0, step = 300, summary { value { tag: "a", simple_value: 2.0 } }

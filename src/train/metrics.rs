@@ -272,6 +272,11 @@ mod tests {
             (line.loss_by_timestep[0], line.loss_by_timestep[1], line.loss_by_timestep[7]),
             (Some(2.0), None, Some(5.0))
         );
+        for (t, octile) in [(124, 0), (125, 1), (499, 3), (500, 4), (874, 6), (875, 7)] {
+            let mut meter = Meter::default();
+            meter.add_sample(t, 1.0, 0.5, 0.5);
+            assert!(meter.line(1, 0.0, 0.0).loss_by_timestep[octile].is_some(), "timestep {t}");
+        }
         let empty = meter.line(3, 1e-3, f64::INFINITY);
         assert_eq!((empty.loss, empty.images_per_s, empty.skipped), (None, None, 1));
         let text = serde_json::to_string(&empty).unwrap();
@@ -291,6 +296,39 @@ mod tests {
         for bad in ["", "1 2 3", "x", &format!("{} 0", meter.to_text())] {
             assert_eq!(Meter::from_text(bad), None, "{bad}");
         }
+    }
+
+    /// Each scalar is its name and its value as a float (field 2) behind that.
+    #[test]
+    fn the_events_of_a_line_have_its_numbers() {
+        let place = tempfile::tempdir().unwrap();
+        let run = run(place.path());
+        let mut log = MetricsLog::open(&run, 0).unwrap();
+        let mut meter = meter(1);
+        meter.add_skipped();
+        let line = meter.line(300, 0.25, 12.5);
+        log.append(&line).unwrap();
+        let name = fs::read_dir(run.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        let name = name.filter_map(|name| name.into_string().ok()).find(|name| name.starts_with("events."));
+        let events = fs::read(run.path().join(name.unwrap())).unwrap();
+        let holds = |bytes: &[u8]| events.windows(bytes.len()).any(|found| found == bytes);
+        // Field 2 of the event.
+        assert!(holds(&[16, 0xAC, 2]), "step 300");
+        for (name, value) in [
+            ("loss/total", line.loss),
+            ("loss/mse", line.mse),
+            ("loss/vb", line.vb),
+            ("gradient_norm", line.grad_norm),
+            ("learning_rate", Some(0.25)),
+            ("skipped_steps", Some(1.0)),
+            ("images_per_second", Some(12.5)),
+            ("loss_by_timestep/125-249", line.loss_by_timestep[1]),
+            ("loss_by_timestep/875-999", line.loss_by_timestep[7]),
+        ] {
+            let value = value.unwrap_or_else(|| panic!("{name} was not measured")) as f32;
+            assert!(holds(&[name.as_bytes(), &[0x15], &value.to_le_bytes()].concat()), "{name} {value}");
+        }
+        assert!(line.loss_by_timestep[4].is_none() && !holds(b"500-624"), "what was not measured is not there");
     }
 
     #[test]
