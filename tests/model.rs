@@ -4,6 +4,7 @@ mod common;
 
 use common::{numbers, pools, same_bits};
 use dtr_fused::autograd::{Memory, Tape};
+use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::Error;
 use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::{Dit, Init};
@@ -263,6 +264,88 @@ fn the_published_start_is_the_identity_and_trains() {
     let last = model.layout.get("final_layer.linear.weight").unwrap();
     assert!(grads[last.param.range()].iter().all(|&g| g.is_finite() && g != 0.0));
     assert!(grads.iter().all(|g| g.is_finite()));
+}
+
+/// Biases, adaLN and the last layer are zero; the rest is spread as the two starts promise, and no two layers are the same.
+#[test]
+fn initial_weights_are_spread_as_they_should() {
+    let model = model(Routing::Paper, 0.8);
+    for init in [Init::Published, Init::Small] {
+        let weights = model.init(1, init);
+        let again = model.init(2, init);
+        let mut firsts = Vec::new();
+        for entry in model.layout.entries() {
+            let (name, w) = (&entry.name, &weights[entry.param.range()]);
+            if name.ends_with(".bias") || name.contains("adaLN_modulation") || name.starts_with("final_layer") {
+                assert!(w.iter().all(|&w| w == 0.0), "{init:?}: {name} is not zero");
+                continue;
+            }
+            let n = w.len() as f32;
+            let deviation = (w.iter().map(|w| w * w).sum::<f32>() / n).sqrt();
+            let largest = w.iter().fold(0.0, |most: f32, w| most.max(w.abs()));
+            let normal = match (init, name.split('.').next().unwrap()) {
+                (Init::Published, "t_embedder" | "y_embedder") => Some(0.02),
+                (Init::Small, "y_embedder") => Some(0.5),
+                _ => None,
+            };
+            // Xavier: uniform within a bound, whose deviation is the bound by the root of 3.
+            let rows = entry.shape[0];
+            let bound = (6.0 / (rows + w.len() / rows) as f32).sqrt();
+            let expected = normal.unwrap_or(bound / 3f32.sqrt());
+            let err = (deviation / expected - 1.0).abs();
+            assert!(err <= 4.0 / (2.0 * n).sqrt(), "{init:?}: {name} deviates by {deviation}, not {expected}");
+            assert!(normal.is_some() || largest <= bound, "{init:?}: {name} has {largest} beyond {bound}");
+            assert!(*w != again[entry.param.range()], "{init:?}: {name} is that of another seed");
+            firsts.push((w[0] / expected, w[1] / expected));
+        }
+        for (i, a) in firsts.iter().enumerate() {
+            let same = |b: &(f32, f32)| (a.0 - b.0).abs() < 1e-4 && (a.1 - b.1).abs() < 1e-4;
+            assert!(!firsts[..i].iter().any(same), "{init:?}: two layers start with the same numbers");
+        }
+    }
+}
+
+/// Peebles and Xie, ICCV 2023, table 1: millions of parameters, and heads of 64 channels or, in the largest, 72.
+#[test]
+fn published_models_have_their_sizes() {
+    for (name, millions, head) in [("S/2", 33, 64), ("B/2", 130, 64), ("L/2", 458, 64), ("XL/2", 675, 72)] {
+        let [hidden_size, depth, num_heads, patch_size] = ModelConfig::published(&format!("DiT-{name}")).unwrap();
+        let sizes = ModelConfig {
+            hidden_size,
+            depth,
+            num_heads,
+            patch_size,
+            input_size: 32,
+            in_channels: 4,
+            ..config(Routing::Dense, 1.0)
+        };
+        let model = Dit::new(ModelConfig { num_classes: 1000, mlp_ratio: 4.0, ..sizes }).unwrap();
+        assert_eq!((model.layout.len() as f64 / 1e6).round() as usize, millions, "{name}");
+        assert_eq!((hidden_size / num_heads, hidden_size % num_heads, patch_size), (head, 0, 2), "{name}");
+    }
+    for name in ["DiT-S/3", "DiT-M/2", "S/2", "DiT-XL", "DiT-XL/", "dit-s/2"] {
+        assert_eq!(ModelConfig::published(name), None, "{name}");
+    }
+}
+
+#[test]
+fn sizes_that_the_kernels_do_not_take_are_refused() {
+    let fits =
+        ModelConfig { hidden_size: 64, num_heads: 4, in_channels: 1, mlp_ratio: 4.0, ..config(Routing::Paper, 0.8) };
+    let refused = |config: &ModelConfig, elem| config.check_cuda(elem).err().map(|e| e.to_string());
+    assert_eq!([DType::F32, DType::Bf16].map(|elem| refused(&fits, elem)), [None, None]);
+    for (odd, what) in [
+        (ModelConfig { num_heads: 16, ..fits.clone() }, "the head size is 4,"),
+        (ModelConfig { mlp_ratio: 1.0625, ..fits.clone() }, "the MLP size is 68,"),
+        (ModelConfig { patch_size: 1, ..fits.clone() }, "the numbers of an output patch is 2,"),
+    ] {
+        assert!(refused(&odd, DType::Bf16).is_some_and(|message| message.contains(what)), "{what}");
+        assert_eq!(refused(&odd, DType::F32), None, "{what}");
+    }
+    for (hidden_size, fits_f32) in [(512, true), (516, false)] {
+        let wide = ModelConfig { hidden_size, ..fits.clone() };
+        assert_eq!(refused(&wide, DType::F32).is_none(), fits_f32, "heads of {} channels", hidden_size / 4);
+    }
 }
 
 #[test]

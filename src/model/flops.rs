@@ -71,6 +71,13 @@ mod tests {
         assert_eq!(flops.dense, flops.done);
     }
 
+    /// 231 channels are left out of a product with 3456 outputs in each block: of 256 tokens, but for two vectors.
+    #[test]
+    fn channels_outside_of_a_window_cost_their_correction() {
+        let flops = forward_flops(&config(Routing::Paper), &[Window { start: 5, width: 921 }]);
+        assert_eq!(flops.dense - flops.done, 28.0 * (2.0 * 256.0 - 2.0 * 2.0) * 231.0 * 3456.0);
+    }
+
     #[test]
     fn windows_save_what_the_paper_block_and_the_sublayer_block_can() {
         let window = Window { start: 5, width: 921 };
