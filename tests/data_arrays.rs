@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dtr_fused::data::latents::ArrayFile;
-use dtr_fused::data::{Dataset, npy, open};
+use dtr_fused::data::{Dataset, may_flip, npy, open};
 use dtr_fused::element::Element;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -147,8 +147,13 @@ fn images_of_another_range_are_refused() {
     }
     // Resizing overshoots, and no image needs all of the range.
     assert_eq!(ArrayFile::open(save("images", &[-1.4, 1.4]), None, None).unwrap().note(), None);
+    assert!(refusal(&save("images", &[-1.0, 1.6]), None).contains("has 1.6 in image 0"));
     let note = ArrayFile::open(save("images", &[0.0, 0.9]), None, None).unwrap().note().unwrap().to_string();
     assert!(note.contains("seem to be from 0 to 1"), "{note}");
+    // Images from all of the file are looked at.
+    let mut values = vec![-0.5; 2 * 1000];
+    values[1000..].fill(9.0);
+    assert!(refusal(&save("images", &values), None).contains("has 9 in image 500"));
     // A single one among many is met when it is read.
     let mut values = vec![-0.5; 2 * 1000];
     values[2 * 999] = 9.0;
@@ -231,6 +236,15 @@ fn npy_files_that_are_no_data_set_are_refused_in_a_sentence() {
     assert!(refusal(&path, None).contains("has 2 samples but 1 labels"));
     std::fs::write(dir.path().join("labels.npy"), "nonsense").unwrap();
     assert!(refusal(&path, None).contains("labels.npy: is no .npy file"));
+}
+
+#[test]
+fn only_photographs_are_mirrored_unless_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("photos.npy");
+    std::fs::create_dir(&folder).unwrap();
+    assert!(may_flip(folder.to_str().unwrap()) && may_flip("photos"));
+    assert!(!["digits", "latents.safetensors", "somewhere/images.npy"].into_iter().any(may_flip));
 }
 
 #[test]

@@ -165,6 +165,14 @@ fn bad_samples_are_replaced_in_the_same_way_always() {
 }
 
 #[test]
+fn of_many_bad_samples_the_first_are_named_and_all_are_counted() {
+    let bad: Vec<usize> = (0..40).map(|i| 2 * i).collect();
+    let mut loader = loader(Named::new(100, &bad), 100, 7, 2);
+    loader.next(0).unwrap();
+    assert_eq!((loader.bad_samples(), loader.take_warnings().len(), loader.take_warnings().len()), (40, 16, 0));
+}
+
+#[test]
 fn too_many_bad_samples_are_an_error() {
     let refusal = |len: usize, bad: &[usize]| loader(Named::new(len, bad), 50, 7, 2).next(0).unwrap_err().to_string();
     assert!(refusal(1, &[0]).contains("1 of 1 samples cannot be read, the last: 0.png: is damaged"));
