@@ -142,6 +142,13 @@ mod tests {
     }
 
     #[test]
+    fn windows_inside_of_the_channels_fit() {
+        let fits = |start, width| Window { start, width }.fits(10);
+        assert!(fits(0, 10) && fits(3, 7) && fits(9, 1));
+        assert!(!fits(0, 0) && !fits(0, 11) && !fits(4, 7) && !fits(10, 1) && !fits(usize::MAX, 2));
+    }
+
+    #[test]
     fn bad_routing_is_refused() {
         for (alpha, beta) in
             [(4.0, 0.0), (4.0, 1.5), (4.0, -0.1), (4.0, f64::NAN), (0.0, 0.8), (f64::NAN, 0.8), (4.0, 0.01)]
@@ -167,6 +174,7 @@ mod tests {
         assert_ne!(a[..40], a[40..80]);
         assert_ne!(a, random_masks(50, 40, 0.8, 1, 1).unwrap());
         assert_eq!(a, random_masks(50, 40, 0.8, 1, 0).unwrap());
+        assert_ne!(a, random_masks(50, 40, 0.8, 2, 0).unwrap());
         // Every channel is left out about equally often: 50 tasks x 8 of 40 channels = 10 times each.
         let counts: Vec<f32> = (0..40).map(|c| a.iter().skip(c).step_by(40).sum()).collect();
         assert!(counts.iter().all(|&n| (28.0..=49.0).contains(&n)), "{counts:?}");

@@ -22,6 +22,25 @@ fn a_published_model_of_another_depth_is_timed_on_latents() {
 }
 
 #[test]
+fn the_numbers_of_a_report_agree() {
+    let number = |report: &serde_json::Value, key: &str| report[key].as_f64().unwrap_or_else(|| panic!("no {key}"));
+    let all = |routing| {
+        let report = bench(&[program::TINY, &["--routing", routing, "--beta", "0.5"]].concat());
+        let of = |key| number(&report, key);
+        let near = |a: f64, b: f64| assert!((a - b).abs() <= 1e-9 * b.abs(), "{a} for {b}: {report}");
+        near(of("images_per_s") * of("step_seconds"), 16.0);
+        near(of("step_gflop_per_s") * of("step_seconds"), of("step_gflop"));
+        // A backward pass takes twice as much as a forward pass.
+        near(3.0 * of("forward_gflop_per_s") * of("forward_seconds"), of("step_gflop"));
+        [of("step_gflop"), of("step_gflop_saved")]
+    };
+    let [dense, none] = all("dense");
+    let [done, saved] = all("sublayer");
+    assert_eq!(none, 0.0);
+    assert!((done + saved - dense).abs() <= 1e-9 * dense && saved > 0.2 * dense, "{done} + {saved} for {dense}");
+}
+
+#[test]
 fn parts_of_a_step_need_less_memory() {
     let sizes = ["--batch-size", "256", "--image-size", "16", "--depth", "2", "--hidden-size", "64"];
     let peak = |parts: &str| {

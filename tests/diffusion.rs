@@ -216,7 +216,8 @@ fn model(x: &[f32], t: u32, out: &mut [f32], dims: ImageDims) {
 }
 
 fn sampler_error(method: Method, clip: bool, guidance: Option<f64>, respacing: &str, learn_sigma: bool) -> f64 {
-    let dims = ImageDims { channels: 2, pixels: 9, learn_sigma };
+    // Four channels, as latents have: all of them are guided.
+    let dims = ImageDims { channels: 4, pixels: 6, learn_sigma };
     let (rows, n) = (6, dims.elements());
     let schedule = Schedule::new(ScheduleKind::Cosine, 1000).unwrap();
     let schedule = schedule.respaced(&space_timesteps(1000, respacing).unwrap()).unwrap();

@@ -278,6 +278,12 @@ mod tests {
         }
     }
 
+    /// The positions are multiples of 166.5; published samplers are in Python, which rounds half to even.
+    #[test]
+    fn timesteps_halfway_are_rounded_to_the_even_ones() {
+        assert_eq!(space_timesteps(1000, "7").unwrap(), [0, 166, 333, 500, 666, 832, 999]);
+    }
+
     #[test]
     fn a_single_step_has_finite_log_variances() {
         let one = Schedule::new(ScheduleKind::Linear, 1000).unwrap().respaced(&[999]).unwrap();
