@@ -59,7 +59,10 @@ fn a_run_starts_from_given_weights() {
     let apart = |(a, b): (&f32, &f32)| (a - b).abs();
     let farthest = |(a, b): (&Vec<f32>, &Vec<f32>)| a.iter().zip(b).map(apart).fold(0.0, f32::max);
     let mean = average("second");
-    assert!(mean.values().zip(first.values()).all(|(a, b)| farthest((&a.1, &b.1)) <= 1e-6), "the average is of other weights");
+    assert!(
+        mean.values().zip(first.values()).all(|(a, b)| farthest((&a.1, &b.1)) <= 1e-6),
+        "the average is of other weights"
+    );
     std::fs::remove_dir_all(place.join("second/checkpoints")).unwrap();
     succeeds(run(place, &["train", "--resume", "second"]));
     assert!(near(&first, &weights("second")));

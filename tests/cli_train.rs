@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 #[cfg(unix)]
 use libc::{SIGHUP, SIGINT, SIGTERM};
 
+use dtr_fused::safetensors_file::SafetensorsFile;
+use dtr_fused::train::checkpoint;
 use program::{command, fails, run, stderr, succeeds, train};
 
 const STEPS: &[&str] = &["--steps", "24", "--checkpoint-every", "3", "--log-every", "2", "--sample-every", "12"];
