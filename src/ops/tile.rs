@@ -168,23 +168,63 @@ fn defines(tile: &Tile) -> [(&'static str, i64); 2] {
     [("TILE_M", tile.m as i64), ("TILE_N", tile.n as i64)]
 }
 
-/// Refuses buffers that are too short, or start where 16 bytes cannot be read at a time: each with its name and the length it must have,
-/// 0 for one that is left out.
-pub(crate) fn check_buffers(operation: &'static str, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
-    for (name, buffer, len) in buffers {
+/// Where a buffer of f32 must start. (One of bf16 always at a multiple of 16 bytes, one of integers if activations are bf16.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Starts {
+    /// At a multiple of 16 bytes.
+    Aligned,
+    /// There if activations are bf16, anywhere if they are f32.
+    AlignedInBf16,
+    /// Anywhere: kernels read vectors only where they can.
+    Anywhere,
+}
+
+/// A buffer that an operation is given, and what it must be.
+pub(crate) struct Operand {
+    /// In messages only.
+    name: &'static str,
+    buffer: Buffer,
+    /// The fewest numbers it may have, 0 for one that is left out.
+    len: usize,
+    starts: Starts,
+}
+
+impl Operand {
+    /// One that kernels read or write 16 bytes at a time.
+    pub(crate) fn new(name: &'static str, buffer: Buffer, len: usize) -> Self {
+        Operand { name, buffer, len, starts: Starts::Aligned }
+    }
+
+    /// A weight or a bias, or its gradient: they lie one after the other, whatever their lengths.
+    pub(crate) fn weight(name: &'static str, buffer: Buffer, len: usize) -> Self {
+        Operand { name, buffer, len, starts: Starts::AlignedInBf16 }
+    }
+
+    /// Columns of the modulation, or of its gradient: those of a sample may start anywhere.
+    pub(crate) fn columns(name: &'static str, buffer: Buffer, len: usize) -> Self {
+        Operand { name, buffer, len, starts: Starts::Anywhere }
+    }
+
+    /// Whether it must start at a multiple of 16 bytes, where activations are `elem`.
+    fn is_aligned(&self, elem: DType) -> bool {
+        match (self.buffer.dtype, self.starts) {
+            (DType::Bf16, _) | (DType::F32, Starts::Aligned) => true,
+            (DType::F32, Starts::Anywhere) => false,
+            // Weights of f32, and integers.
+            _ => elem == DType::Bf16,
+        }
+    }
+}
+
+/// Refuses buffers that are too short, or start where 16 bytes cannot be read at a time.
+pub(crate) fn check_buffers(operation: &'static str, elem: DType, operands: &[Operand]) -> Result<()> {
+    for operand in operands {
+        let Operand { name, buffer, len, .. } = operand;
         if buffer.len < *len {
             let what = format!("{name} has {} numbers, expected {len}", buffer.len);
             return Err(Error::Shape { operation, what });
         }
-        // A sample's modulation may start anywhere, and so may weights in f32, which are read by vectors only where they can be.
-        let anywhere = ["shift", "scale", "gate", "dshift", "dscale", "dgate"].contains(name);
-        let weights = ["weight", "bias", "dweight", "dbias"].contains(name);
-        let aligned = match buffer.dtype {
-            DType::Bf16 => true,
-            DType::F32 => !anywhere && (elem == DType::Bf16 || !weights),
-            _ => elem == DType::Bf16,
-        };
-        if aligned && !buffer.address.is_multiple_of(16) {
+        if operand.is_aligned(elem) && !buffer.address.is_multiple_of(16) {
             let what = format!("{name} starts at {:#x}, but kernels read 16 bytes at a time", buffer.address);
             return Err(Error::Shape { operation, what });
         }
@@ -218,7 +258,7 @@ mod tests {
     fn buffers_that_kernels_cannot_use_are_refused() {
         let at = |address, len, dtype| Buffer { address, len, dtype };
         let says = |buffer: Buffer, len| {
-            check_buffers("product", buffer.dtype, &[("x", buffer, len)])
+            check_buffers("product", buffer.dtype, &[Operand::new("x", buffer, len)])
                 .map_err(|e| e.to_string())
                 .err()
                 .unwrap_or_default()
@@ -229,10 +269,20 @@ mod tests {
         assert!(says(at(32, 4, DType::Bf16), 5).contains("x has 4 numbers, expected 5"));
         assert!(says(Buffer::none(DType::F32), 1).contains("x has 0 numbers, expected 1"));
         assert!(says(at(40, 5, DType::Bf16), 5).contains("x starts at 0x28"));
-        let in_bf16 = |name| check_buffers("product", DType::Bf16, &[(name, at(36, 5, DType::F32), 5)]);
-        assert!(in_bf16("gate").is_ok() && in_bf16("bias").is_err());
-        let in_f32 = |name| check_buffers("product", DType::F32, &[(name, at(36, 5, DType::F32), 5)]);
-        assert!(in_f32("gate").is_ok() && in_f32("bias").is_ok() && in_f32("dx").is_err());
+    }
+
+    #[test]
+    fn where_a_buffer_may_start_depends_on_what_it_holds() {
+        let at = |dtype| Buffer { address: 36, len: 5, dtype };
+        let makes = [Operand::new, Operand::weight, Operand::columns];
+        let accepted = |elem, dtype| {
+            makes.map(|operand| check_buffers("product", elem, &[operand("any name", at(dtype), 5)]).is_ok())
+        };
+        assert_eq!(accepted(DType::F32, DType::F32), [false, true, true]);
+        assert_eq!(accepted(DType::Bf16, DType::F32), [false, false, true]);
+        assert_eq!(accepted(DType::Bf16, DType::Bf16), [false; 3]);
+        assert_eq!(accepted(DType::Bf16, DType::I32), [false; 3]);
+        assert_eq!(accepted(DType::F32, DType::I32), [true; 3]);
     }
 
     #[test]

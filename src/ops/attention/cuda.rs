@@ -2,7 +2,7 @@
 
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
-use crate::ops::tile::check_buffers;
+use crate::ops::tile::{Operand, check_buffers};
 
 const FILE: &str = "attention";
 const OP: &str = "attention";
@@ -34,7 +34,7 @@ impl Dims {
     }
 
     /// Refuses sizes that the kernels do not know, and buffers that are too short.
-    fn check(self, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
+    fn check(self, elem: DType, buffers: &[Operand]) -> Result<()> {
         let Dims { b, t, c, heads } = self;
         let refused = |what| Err(Error::Shape { operation: OP, what });
         let size = c / heads.max(1);
@@ -137,7 +137,14 @@ fn launch(
 pub fn forward(device: &Device, out: Buffer, lse: Buffer, qkv: Buffer, dims: Dims) -> Result<()> {
     let Dims { b, t, c, heads } = dims;
     let elem = qkv.dtype;
-    dims.check(elem, &[("out", out, b * t * c), ("lse", lse, b * heads * t), ("qkv", qkv, b * t * 3 * c)])?;
+    dims.check(
+        elem,
+        &[
+            Operand::new("out", out, b * t * c),
+            Operand::new("lse", lse, b * heads * t),
+            Operand::new("qkv", qkv, b * t * 3 * c),
+        ],
+    )?;
     let shape = dims.shape(elem);
     let tile = shape.tile * dims.row_bytes(elem);
     let (owned, shared) = match elem {
@@ -168,11 +175,11 @@ pub fn backward(
     dims.check(
         elem,
         &[
-            ("dqkv", dqkv, b * t * 3 * c),
-            ("dout", dout, b * t * c),
-            ("qkv", qkv, b * t * 3 * c),
-            ("out", out, b * t * c),
-            ("lse", lse, b * heads * t),
+            Operand::new("dqkv", dqkv, b * t * 3 * c),
+            Operand::new("dout", dout, b * t * c),
+            Operand::new("qkv", qkv, b * t * 3 * c),
+            Operand::new("out", out, b * t * c),
+            Operand::new("lse", lse, b * heads * t),
         ],
     )?;
     let shape = dims.shape(elem);

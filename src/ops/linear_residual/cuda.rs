@@ -4,7 +4,7 @@ use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::Result;
 use crate::ops::shares::{Gradient, Planner, check_windows};
 pub use crate::ops::shares::{Lengths, Shares};
-use crate::ops::tile::{SMALL, check_buffers, check_sizes, overlapped_tiling, tiling};
+use crate::ops::tile::{Operand, SMALL, check_buffers, check_sizes, overlapped_tiling, tiling};
 use crate::routing::Window;
 
 const FILE: &str = "linear_residual";
@@ -47,7 +47,7 @@ pub struct Windows {
 }
 
 /// Refuses sizes and buffers that the kernels cannot use: each buffer with its name and the length it must have.
-fn check(dims: Dims, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
+fn check(dims: Dims, elem: DType, buffers: &[Operand]) -> Result<()> {
     check_sizes(OP, elem, dims.b * dims.t, &[dims.c, dims.k])?;
     check_buffers(OP, elem, buffers)
 }
@@ -82,17 +82,17 @@ pub fn forward(
         dims,
         elem,
         &[
-            ("out", out, b * t * c),
-            ("z", z, unless_none(z, b * t * c)),
-            ("a", a, b * t * k),
-            ("weight", weight, c * k),
-            ("bias", bias, c),
-            ("gate", gate.gate, b.saturating_sub(1) * gate.stride + c),
-            ("base", base, b * t * c),
-            ("bypass", bypass, unless_none(bypass, b * t * c)),
-            ("base windows", windows.base, b * 2),
-            ("bypass windows", windows.bypass, unless_none(bypass, b * 2)),
-            ("write windows", windows.write, b * 2),
+            Operand::new("out", out, b * t * c),
+            Operand::new("z", z, unless_none(z, b * t * c)),
+            Operand::new("a", a, b * t * k),
+            Operand::weight("weight", weight, c * k),
+            Operand::weight("bias", bias, c),
+            Operand::columns("gate", gate.gate, b.saturating_sub(1) * gate.stride + c),
+            Operand::new("base", base, b * t * c),
+            Operand::new("bypass", bypass, unless_none(bypass, b * t * c)),
+            Operand::new("base windows", windows.base, b * 2),
+            Operand::new("bypass windows", windows.bypass, unless_none(bypass, b * 2)),
+            Operand::new("write windows", windows.write, b * 2),
         ],
     )?;
     let tiles = tiling(device, elem, b * t, c);
@@ -211,26 +211,26 @@ pub fn backward(
         dims,
         elem,
         &[
-            ("da", grads.da, b * t * k),
-            ("dgate", grads.dgate, b.saturating_sub(1) * gate.stride + c),
-            ("dbase", grads.dbase, unless_none(grads.dbase, b * t * c)),
-            ("dbypass", grads.dbypass, unless_none(grads.dbypass, b * t * c)),
-            ("dweight", grads.dweight, c * k),
-            ("dbias", grads.dbias, c),
-            ("dz", scratch.dz, b * t * c),
-            ("dz_sums", scratch.dz_sums, b * c),
-            ("counters", scratch.counters, stored),
-            ("plan", scratch.shares.plan, plan),
-            ("parts", scratch.shares.parts, parts),
-            ("dout", dout, b * t * c),
-            ("a", a, b * t * k),
-            ("pre", pre, unless_none(pre, b * t * k)),
-            ("z", z, b * t * c),
-            ("weight", weight, c * k),
-            ("gate", gate.gate, b.saturating_sub(1) * gate.stride + c),
-            ("base windows", windows.base, b * 2),
-            ("bypass windows", windows.bypass, unless_none(grads.dbypass, b * 2)),
-            ("write windows", windows.write, b * 2),
+            Operand::new("da", grads.da, b * t * k),
+            Operand::columns("dgate", grads.dgate, b.saturating_sub(1) * gate.stride + c),
+            Operand::new("dbase", grads.dbase, unless_none(grads.dbase, b * t * c)),
+            Operand::new("dbypass", grads.dbypass, unless_none(grads.dbypass, b * t * c)),
+            Operand::weight("dweight", grads.dweight, c * k),
+            Operand::weight("dbias", grads.dbias, c),
+            Operand::new("dz", scratch.dz, b * t * c),
+            Operand::new("dz_sums", scratch.dz_sums, b * c),
+            Operand::new("counters", scratch.counters, stored),
+            Operand::new("plan", scratch.shares.plan, plan),
+            Operand::new("parts", scratch.shares.parts, parts),
+            Operand::new("dout", dout, b * t * c),
+            Operand::new("a", a, b * t * k),
+            Operand::new("pre", pre, unless_none(pre, b * t * k)),
+            Operand::new("z", z, b * t * c),
+            Operand::weight("weight", weight, c * k),
+            Operand::columns("gate", gate.gate, b.saturating_sub(1) * gate.stride + c),
+            Operand::new("base windows", windows.base, b * 2),
+            Operand::new("bypass windows", windows.bypass, unless_none(grads.dbypass, b * 2)),
+            Operand::new("write windows", windows.write, b * 2),
         ],
     )?;
     let [b32, t32, k32, c32] = [b, t, k, c].map(|size| Arg::I32(size as i32));

@@ -5,7 +5,7 @@ use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
 use crate::ops::shares::{Gradient, Planner, check_windows};
 pub use crate::ops::shares::{Lengths, Shares};
-use crate::ops::tile::{SMALL, SPLIT_BF16, check_buffers, check_sizes, overlapped_tiling, tiling};
+use crate::ops::tile::{Operand, SMALL, SPLIT_BF16, check_buffers, check_sizes, overlapped_tiling, tiling};
 use crate::routing::Window;
 
 const FILE: &str = "ln_linear";
@@ -186,7 +186,7 @@ pub fn plan(device: &Device, elem: DType, dims: Dims, windows: &[Window], full: 
 }
 
 /// Refuses sizes and buffers that the kernels cannot use: each buffer with its name and the length it must have.
-fn check(dims: Dims, elem: DType, buffers: &[(&str, Buffer, usize)]) -> Result<()> {
+fn check(dims: Dims, elem: DType, buffers: &[Operand]) -> Result<()> {
     check_sizes(OP, elem, dims.b * dims.t, &[dims.c, dims.n])?;
     check_buffers(OP, elem, buffers)
 }
@@ -212,19 +212,19 @@ pub fn forward(
         dims,
         elem,
         &[
-            ("y", y, b * t * n),
-            ("pre", pre, if pre.is_none() { 0 } else { b * t * n }),
-            ("h", saved.h, b * t * c),
-            ("mean", saved.mean, b * t),
-            ("rstd", saved.rstd, b * t),
-            ("inactive", saved.inactive, b * 2 * c),
-            ("uv", saved.uv, if inputs.full { 0 } else { b * 2 * n }),
-            ("x", inputs.x, b * t * c),
-            ("windows", inputs.windows, b * 2),
-            ("shift", inputs.modulation.shift, b.saturating_sub(1) * inputs.modulation.stride + c),
-            ("scale", inputs.modulation.scale, b.saturating_sub(1) * inputs.modulation.stride + c),
-            ("weight", inputs.weight, n * c),
-            ("bias", bias, n),
+            Operand::new("y", y, b * t * n),
+            Operand::new("pre", pre, if pre.is_none() { 0 } else { b * t * n }),
+            Operand::new("h", saved.h, b * t * c),
+            Operand::new("mean", saved.mean, b * t),
+            Operand::new("rstd", saved.rstd, b * t),
+            Operand::new("inactive", saved.inactive, b * 2 * c),
+            Operand::new("uv", saved.uv, if inputs.full { 0 } else { b * 2 * n }),
+            Operand::new("x", inputs.x, b * t * c),
+            Operand::new("windows", inputs.windows, b * 2),
+            Operand::columns("shift", inputs.modulation.shift, b.saturating_sub(1) * inputs.modulation.stride + c),
+            Operand::columns("scale", inputs.modulation.scale, b.saturating_sub(1) * inputs.modulation.stride + c),
+            Operand::weight("weight", inputs.weight, n * c),
+            Operand::weight("bias", bias, n),
         ],
     )?;
     let [b32, t32, c32, n32] = [b, t, c, n].map(|size| Arg::I32(size as i32));
@@ -301,7 +301,7 @@ pub fn gelu_backward(device: &Device, dy: Buffer, pre: Buffer) -> Result<()> {
         let what = format!("a gradient of {} numbers for {} values", dy.len, pre.len);
         return Err(Error::Shape { operation: OP, what });
     }
-    check_buffers(OP, dy.dtype, &[("dy", dy, dy.len), ("pre", pre, dy.len)])?;
+    check_buffers(OP, dy.dtype, &[Operand::new("dy", dy, dy.len), Operand::new("pre", pre, dy.len)])?;
     let grid = [dy.len.div_ceil(ELEMENTS * 16 / dy.dtype.bytes()) as u32, 1, 1];
     let kernel = "ln_linear_bwd_gelu";
     let block = ELEMENTS as u32;
@@ -332,30 +332,30 @@ pub fn backward(
         dims,
         elem,
         &[
-            ("dx", grads.dx, b * t * c),
-            ("dshift", grads.dshift, b.saturating_sub(1) * inputs.modulation.stride + c),
-            ("dscale", grads.dscale, b.saturating_sub(1) * inputs.modulation.stride + c),
-            ("dweight", grads.dweight, n * c),
-            ("dbias", grads.dbias, n),
-            ("dh", scratch.dh, b * t * c),
-            ("pq", scratch.pq, unless_full(pq_len(dims, elem))),
-            ("q", scratch.q, unless_full(b * n)),
-            ("dr", scratch.dr, unless_full(dr_len(dims))),
-            ("inactive_grads", scratch.inactive_grads, unless_full(inactive_grads_len(dims, elem))),
-            ("sums", scratch.sums, sums_len(dims)),
-            ("counters", scratch.counters, b + stored),
-            ("plan", scratch.shares.plan, plan),
-            ("parts", scratch.shares.parts, parts),
-            ("g", g, b * t * n),
-            ("x", inputs.x, b * t * c),
-            ("windows", inputs.windows, b * 2),
-            ("scale", inputs.modulation.scale, b.saturating_sub(1) * inputs.modulation.stride + c),
-            ("weight", inputs.weight, n * c),
-            ("h", saved.h, b * t * c),
-            ("mean", saved.mean, b * t),
-            ("rstd", saved.rstd, b * t),
-            ("inactive", saved.inactive, b * 2 * c),
-            ("uv", saved.uv, unless_full(b * 2 * n)),
+            Operand::new("dx", grads.dx, b * t * c),
+            Operand::columns("dshift", grads.dshift, b.saturating_sub(1) * inputs.modulation.stride + c),
+            Operand::columns("dscale", grads.dscale, b.saturating_sub(1) * inputs.modulation.stride + c),
+            Operand::weight("dweight", grads.dweight, n * c),
+            Operand::weight("dbias", grads.dbias, n),
+            Operand::new("dh", scratch.dh, b * t * c),
+            Operand::new("pq", scratch.pq, unless_full(pq_len(dims, elem))),
+            Operand::new("q", scratch.q, unless_full(b * n)),
+            Operand::new("dr", scratch.dr, unless_full(dr_len(dims))),
+            Operand::new("inactive_grads", scratch.inactive_grads, unless_full(inactive_grads_len(dims, elem))),
+            Operand::new("sums", scratch.sums, sums_len(dims)),
+            Operand::new("counters", scratch.counters, b + stored),
+            Operand::new("plan", scratch.shares.plan, plan),
+            Operand::new("parts", scratch.shares.parts, parts),
+            Operand::new("g", g, b * t * n),
+            Operand::new("x", inputs.x, b * t * c),
+            Operand::new("windows", inputs.windows, b * 2),
+            Operand::columns("scale", inputs.modulation.scale, b.saturating_sub(1) * inputs.modulation.stride + c),
+            Operand::weight("weight", inputs.weight, n * c),
+            Operand::new("h", saved.h, b * t * c),
+            Operand::new("mean", saved.mean, b * t),
+            Operand::new("rstd", saved.rstd, b * t),
+            Operand::new("inactive", saved.inactive, b * 2 * c),
+            Operand::new("uv", saved.uv, unless_full(b * 2 * n)),
         ],
     )?;
     let [b32, t32, c32, n32] = [b, t, c, n].map(|size| Arg::I32(size as i32));
