@@ -4,6 +4,7 @@
 //! Scores are kept transposed, `[keys, queries]`: softmax then runs down columns, a vector of queries at a time, and the
 //! probabilities are where both kinds of products that follow read them (see [`Rows`]).
 
+use super::Dims;
 #[cfg(target_arch = "x86_64")]
 use super::sixteen;
 use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed};
@@ -16,14 +17,6 @@ use crate::backend::cpu::tile::{
 };
 use rayon::prelude::*;
 use std::ops::Range;
-
-#[derive(Clone, Copy)]
-pub struct Dims {
-    pub b: usize,
-    pub t: usize,
-    pub c: usize,
-    pub heads: usize,
-}
 
 /// Queries of a block of backward: a multiple of [`PANEL`], at most [`STRIP`], fewer when there are many keys.
 fn queries_at_once(keys: usize) -> usize {

@@ -1,24 +1,12 @@
 //! The CUDA version (`kernels/attention.cu`), on buffers of the caller.
 
+pub use super::Dims;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
 use crate::ops::tile::{Operand, check_buffers};
 
 const FILE: &str = "attention";
 const OP: &str = "attention";
-
-/// Sizes.
-#[derive(Clone, Copy, Debug)]
-pub struct Dims {
-    /// Samples.
-    pub b: usize,
-    /// Tokens of each.
-    pub t: usize,
-    /// Channels.
-    pub c: usize,
-    /// Heads.
-    pub heads: usize,
-}
 
 impl Dims {
     fn head_size(self) -> usize {

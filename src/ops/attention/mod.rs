@@ -21,6 +21,19 @@ use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
 use crate::ops::{Node, check, dims3};
 
+/// Sizes.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Samples.
+    pub b: usize,
+    /// Tokens of each.
+    pub t: usize,
+    /// Channels.
+    pub c: usize,
+    /// Heads.
+    pub heads: usize,
+}
+
 /// What backward needs.
 #[derive(Clone, Copy)]
 pub(crate) struct Saved {
@@ -42,7 +55,7 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
     if tape.on_cuda() {
         let (device, elem) = (tape.device(), tape.elem());
         let (out, lse) = (tape.take_buffer(b * t * c, elem), tape.take_buffer(b * t * heads, DType::F32));
-        cuda::forward(&device, out, lse, tape.buffer(qkv), cuda::Dims { b, t, c, heads })?;
+        cuda::forward(&device, out, lse, tape.buffer(qkv), Dims { b, t, c, heads })?;
         let out = tape.push([b, t, c], out, true);
         let lse = tape.push([b, heads, t], lse, false);
         tape.record(out, Node::Attention(Saved { qkv, out, rows: lse, heads }));
@@ -50,7 +63,7 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
     }
     let mut out = tape.take(b * t * c);
     let mut rows = tape.take(b * t * heads * 2);
-    cpu::forward(&mut out, &mut rows, tape.value(qkv), cpu::Dims { b, t, c, heads });
+    cpu::forward(&mut out, &mut rows, tape.value(qkv), Dims { b, t, c, heads });
     let out = tape.push([b, t, c], out, true);
     let rows = tape.push([b, t, heads, 2], rows, false);
     tape.record(out, Node::Attention(Saved { qkv, out, rows, heads }));
@@ -63,7 +76,7 @@ impl Saved {
         let device = tape.device();
         let dqkv = tape.take_buffer(b * t * 3 * c, dout.dtype);
         let (qkv, out, lse) = (tape.buffer(self.qkv), tape.buffer(self.out), tape.buffer(self.rows));
-        cuda::backward(&device, dqkv, dout, qkv, out, lse, cuda::Dims { b, t, c, heads: self.heads })?;
+        cuda::backward(&device, dqkv, dout, qkv, out, lse, Dims { b, t, c, heads: self.heads })?;
         tape.add_grad_buffer(self.qkv, dqkv)?;
         tape.give_buffer(dout);
         Ok(())
@@ -78,7 +91,7 @@ impl Saved {
             tape.value(self.qkv),
             tape.value(self.out),
             tape.value(self.rows),
-            cpu::Dims { b, t, c, heads: self.heads },
+            Dims { b, t, c, heads: self.heads },
         );
         tape.add_grad(self.qkv, dqkv);
         tape.give(dout);

@@ -2,7 +2,7 @@
 //!
 //! The general version spends two thirds of its time around such small products.
 
-use super::cpu::Dims;
+use super::Dims;
 use crate::backend::cpu::pack::interleave;
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::simd::{Level, exp, fetch_rows, level};

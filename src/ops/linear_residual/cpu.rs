@@ -1,6 +1,7 @@
 //! The CPU version: rows, packed, times the panels of the weight, of which a window is some halves; bias, gate and residual are
 //! applied to each tile while it is in cache.
 
+use super::Dims;
 use crate::backend::cpu::packed::Format;
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
@@ -15,14 +16,6 @@ use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight
 use crate::routing::Window;
 use rayon::prelude::*;
 use std::ops::Range;
-
-#[derive(Clone, Copy)]
-pub struct Dims {
-    pub b: usize,
-    pub t: usize,
-    pub c: usize,
-    pub k: usize,
-}
 
 /// Columns of `[B, stride]`.
 #[derive(Clone, Copy)]

@@ -1,5 +1,6 @@
 //! The CUDA version (`kernels/linear_residual.cu`), on buffers of the caller.
 
+pub use super::Dims;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::Result;
 use crate::ops::shares::{Gradient, Planner, check_windows};
@@ -13,19 +14,6 @@ const OP: &str = "linear_residual";
 const COLUMNS: usize = 64;
 const COLUMN_THREADS: u32 = 128;
 
-/// Sizes.
-#[derive(Clone, Copy, Debug)]
-pub struct Dims {
-    /// Samples.
-    pub b: usize,
-    /// Tokens of each.
-    pub t: usize,
-    /// Inputs.
-    pub k: usize,
-    /// Channels of the residual stream.
-    pub c: usize,
-}
-
 /// The gate of a sample: f32 columns of `[B, stride]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Gate {
@@ -33,6 +21,13 @@ pub struct Gate {
     pub gate: Buffer,
     /// Columns in all.
     pub stride: usize,
+}
+
+impl Gate {
+    /// Numbers from the first sample's gate to the end of the last one's.
+    fn reach(self, dims: Dims) -> usize {
+        (dims.b - 1) * self.stride + dims.c
+    }
 }
 
 /// Windows, `[B, 2]` i32: start and width for each sample.
@@ -44,12 +39,6 @@ pub struct Windows {
     pub bypass: Buffer,
     /// What the linear layer writes.
     pub write: Buffer,
-}
-
-/// Refuses sizes and buffers that the kernels cannot use: each buffer with its name and the length it must have.
-fn check(dims: Dims, elem: DType, buffers: &[Operand]) -> Result<()> {
-    check_sizes(OP, elem, dims.b * dims.t, &[dims.c, dims.k])?;
-    check_buffers(OP, elem, buffers)
 }
 
 /// The length of a buffer that may be left out.
@@ -78,8 +67,9 @@ pub fn forward(
 ) -> Result<()> {
     let Dims { b, t, k, c } = dims;
     let elem = a.dtype;
-    check(
-        dims,
+    check_sizes(OP, elem, b * t, &[c, k])?;
+    check_buffers(
+        OP,
         elem,
         &[
             Operand::new("out", out, b * t * c),
@@ -87,7 +77,7 @@ pub fn forward(
             Operand::new("a", a, b * t * k),
             Operand::weight("weight", weight, c * k),
             Operand::weight("bias", bias, c),
-            Operand::columns("gate", gate.gate, b.saturating_sub(1) * gate.stride + c),
+            Operand::columns("gate", gate.gate, gate.reach(dims)),
             Operand::new("base", base, b * t * c),
             Operand::new("bypass", bypass, unless_none(bypass, b * t * c)),
             Operand::new("base windows", windows.base, b * 2),
@@ -207,12 +197,12 @@ pub fn backward(
     check_sizes(OP, elem, b * t, &[c, k])?;
     let planner = planner(device, elem, dims);
     let Lengths { plan, parts, stored } = planner.lengths();
-    check(
-        dims,
+    check_buffers(
+        OP,
         elem,
         &[
             Operand::new("da", grads.da, b * t * k),
-            Operand::columns("dgate", grads.dgate, b.saturating_sub(1) * gate.stride + c),
+            Operand::columns("dgate", grads.dgate, gate.reach(dims)),
             Operand::new("dbase", grads.dbase, unless_none(grads.dbase, b * t * c)),
             Operand::new("dbypass", grads.dbypass, unless_none(grads.dbypass, b * t * c)),
             Operand::weight("dweight", grads.dweight, c * k),
@@ -227,7 +217,7 @@ pub fn backward(
             Operand::new("pre", pre, unless_none(pre, b * t * k)),
             Operand::new("z", z, b * t * c),
             Operand::weight("weight", weight, c * k),
-            Operand::columns("gate", gate.gate, b.saturating_sub(1) * gate.stride + c),
+            Operand::columns("gate", gate.gate, gate.reach(dims)),
             Operand::new("base windows", windows.base, b * 2),
             Operand::new("bypass windows", windows.bypass, unless_none(grads.dbypass, b * 2)),
             Operand::new("write windows", windows.write, b * 2),

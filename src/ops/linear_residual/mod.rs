@@ -31,6 +31,19 @@ use crate::ops::{Node, PerSample, check, check_linear, check_per_sample, dims3};
 use crate::params::Linear;
 use crate::tensor::Storage;
 
+/// Sizes.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Samples.
+    pub b: usize,
+    /// Tokens of each.
+    pub t: usize,
+    /// Inputs.
+    pub k: usize,
+    /// Channels of the residual stream.
+    pub c: usize,
+}
+
 /// The residual stream around the linear layer.
 #[derive(Clone, Copy, Debug)]
 pub struct Residual {
@@ -130,7 +143,7 @@ pub fn linear_residual(
         (tape.value(residual.base), tape.get_windows(residual.base_window)),
         residual.bypass.map(|(x, w)| (tape.value(x), tape.get_windows(w))),
         tape.get_windows(write),
-        cpu::Dims { b, t, c, k },
+        Dims { b, t, c, k },
     );
     let out = tape.push([b, t, c], out, true);
     if tape.records() {
@@ -168,7 +181,7 @@ fn on_cuda(
         tape.buffer(residual.base),
         residual.bypass.map_or(Buffer::none(elem), |(x, _)| tape.buffer(x)),
         cuda_windows(tape, residual, write),
-        cuda::Dims { b, t, k, c },
+        Dims { b, t, k, c },
     )?;
     let out = tape.push([b, t, c], out, true);
     if tape.records() {
@@ -207,7 +220,7 @@ impl Saved {
             Some((x, _)) => tape.take_grad_buffer(x),
             None => (Buffer::none(elem), false),
         };
-        let dims = cuda::Dims { b, t, k, c };
+        let dims = Dims { b, t, k, c };
         let scratch = cuda::Scratch {
             dz: tape.take_buffer(b * t * c, elem),
             dz_sums: tape.take_buffer(b * c, DType::F32),
@@ -281,7 +294,7 @@ impl Saved {
             cpu::Gate { data: modulation, stride: modulation.len() / b.max(1), offset: self.gate.offset },
             values.value(self.z),
             values.windows(self.write),
-            cpu::Dims { b, t, c, k },
+            Dims { b, t, c, k },
         );
         tape.note_squares(self.linear.weight, squares);
         tape.put_grad(self.a, da);

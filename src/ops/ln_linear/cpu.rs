@@ -2,7 +2,7 @@
 //! window is a range; correction and bias are added to each tile while it is in cache. Where very few channels are inactive in every
 //! sample, all are computed and nothing is corrected ([`computes_all`]). GELU is left to the reader of its output, or a pass of its own.
 
-use super::EPS;
+use super::{Dims, EPS};
 use crate::backend::cpu::packed::Format;
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
@@ -18,14 +18,6 @@ use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight
 use crate::routing::Window;
 use rayon::prelude::*;
 use std::ops::Range;
-
-#[derive(Clone, Copy)]
-pub struct Dims {
-    pub b: usize,
-    pub t: usize,
-    pub c: usize,
-    pub n: usize,
-}
 
 /// Shift and scale: columns of `[B, stride]`.
 #[derive(Clone, Copy)]

@@ -1,6 +1,7 @@
 //! The CUDA version (`kernels/ln_linear.cu`), on buffers of the caller.
 
 use super::Activation;
+pub use super::Dims;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
 use crate::ops::shares::{Gradient, Planner, check_windows};
@@ -22,19 +23,6 @@ const COLUMN_THREADS: u32 = 128;
 /// Threads of a block of the element-wise kernel.
 const ELEMENTS: usize = 256;
 
-/// Sizes.
-#[derive(Clone, Copy, Debug)]
-pub struct Dims {
-    /// Samples.
-    pub b: usize,
-    /// Tokens of each.
-    pub t: usize,
-    /// Channels.
-    pub c: usize,
-    /// Outputs.
-    pub n: usize,
-}
-
 impl Dims {
     /// Parts of [`Scratch::dr`].
     fn dr_parts(self) -> usize {
@@ -50,11 +38,11 @@ impl Dims {
     fn row_threads(self, elem: DType) -> u32 {
         (self.c * elem.bytes()).div_ceil(16).next_multiple_of(32).min(ROW_THREADS) as u32
     }
+}
 
-    /// Halves into which P and Q are split for products in `elem`.
-    fn split(elem: DType) -> usize {
-        if elem == DType::Bf16 { SPLIT_BF16 } else { 1 }
-    }
+/// Halves into which P and Q are split for products in `elem`.
+fn split(elem: DType) -> usize {
+    if elem == DType::Bf16 { SPLIT_BF16 } else { 1 }
 }
 
 /// Shift and scale of a sample: f32 columns of `[B, stride]`.
@@ -66,6 +54,13 @@ pub struct Modulation {
     pub scale: Buffer,
     /// Columns in all.
     pub stride: usize,
+}
+
+impl Modulation {
+    /// Numbers from the first sample's shift, or scale, to the end of the last one's.
+    fn reach(self, dims: Dims) -> usize {
+        (dims.b - 1) * self.stride + dims.c
+    }
 }
 
 /// Inputs of both passes; `elem` is f32 or bf16, the same for all.
@@ -140,7 +135,7 @@ pub struct Gradients {
 
 /// Elements of [`Scratch::pq`].
 pub fn pq_len(dims: Dims, elem: DType) -> usize {
-    Dims::split(elem) * dims.b * 2 * dims.n
+    split(elem) * dims.b * 2 * dims.n
 }
 
 /// Elements of [`Scratch::dr`].
@@ -150,7 +145,7 @@ pub fn dr_len(dims: Dims) -> usize {
 
 /// Elements of [`Scratch::inactive_grads`].
 pub fn inactive_grads_len(dims: Dims, elem: DType) -> usize {
-    Dims::split(elem) * dims.b * 2 * dims.c
+    split(elem) * dims.b * 2 * dims.c
 }
 
 /// Elements of [`Scratch::sums`].
@@ -161,7 +156,7 @@ pub fn sums_len(dims: Dims) -> usize {
 /// How the weight's gradient is shared out.
 pub(crate) fn planner(device: &Device, elem: DType, dims: Dims, full: bool) -> Planner {
     let Dims { b, t, c, n } = dims;
-    let corrections = if full { 0 } else { Dims::split(elem) };
+    let corrections = if full { 0 } else { split(elem) };
     let gradient = Gradient { rows: n, columns: c, windows_of_rows: false, b, t, corrections, bias: full };
     Planner::new(device, elem, gradient)
 }
@@ -185,12 +180,6 @@ pub fn plan(device: &Device, elem: DType, dims: Dims, windows: &[Window], full: 
     Ok(planner(device, elem, dims, full).plan(windows))
 }
 
-/// Refuses sizes and buffers that the kernels cannot use: each buffer with its name and the length it must have.
-fn check(dims: Dims, elem: DType, buffers: &[Operand]) -> Result<()> {
-    check_sizes(OP, elem, dims.b * dims.t, &[dims.c, dims.n])?;
-    check_buffers(OP, elem, buffers)
-}
-
 /// `y` `[B, T, N]` elem; with GELU also `pre`, what it was before (none: not kept). `bias` is `[N]` f32.
 ///
 /// # Errors
@@ -208,8 +197,9 @@ pub fn forward(
 ) -> Result<()> {
     let Dims { b, t, c, n } = dims;
     let elem = inputs.x.dtype;
-    check(
-        dims,
+    check_sizes(OP, elem, b * t, &[c, n])?;
+    check_buffers(
+        OP,
         elem,
         &[
             Operand::new("y", y, b * t * n),
@@ -221,8 +211,8 @@ pub fn forward(
             Operand::new("uv", saved.uv, if inputs.full { 0 } else { b * 2 * n }),
             Operand::new("x", inputs.x, b * t * c),
             Operand::new("windows", inputs.windows, b * 2),
-            Operand::columns("shift", inputs.modulation.shift, b.saturating_sub(1) * inputs.modulation.stride + c),
-            Operand::columns("scale", inputs.modulation.scale, b.saturating_sub(1) * inputs.modulation.stride + c),
+            Operand::columns("shift", inputs.modulation.shift, inputs.modulation.reach(dims)),
+            Operand::columns("scale", inputs.modulation.scale, inputs.modulation.reach(dims)),
             Operand::weight("weight", inputs.weight, n * c),
             Operand::weight("bias", bias, n),
         ],
@@ -328,13 +318,13 @@ pub fn backward(
     check_sizes(OP, elem, b * t, &[c, n])?;
     let planner = planner(device, elem, dims, inputs.full);
     let Lengths { plan, parts, stored } = planner.lengths();
-    check(
-        dims,
+    check_buffers(
+        OP,
         elem,
         &[
             Operand::new("dx", grads.dx, b * t * c),
-            Operand::columns("dshift", grads.dshift, b.saturating_sub(1) * inputs.modulation.stride + c),
-            Operand::columns("dscale", grads.dscale, b.saturating_sub(1) * inputs.modulation.stride + c),
+            Operand::columns("dshift", grads.dshift, inputs.modulation.reach(dims)),
+            Operand::columns("dscale", grads.dscale, inputs.modulation.reach(dims)),
             Operand::weight("dweight", grads.dweight, n * c),
             Operand::weight("dbias", grads.dbias, n),
             Operand::new("dh", scratch.dh, b * t * c),
@@ -349,7 +339,7 @@ pub fn backward(
             Operand::new("g", g, b * t * n),
             Operand::new("x", inputs.x, b * t * c),
             Operand::new("windows", inputs.windows, b * 2),
-            Operand::columns("scale", inputs.modulation.scale, b.saturating_sub(1) * inputs.modulation.stride + c),
+            Operand::columns("scale", inputs.modulation.scale, inputs.modulation.reach(dims)),
             Operand::weight("weight", inputs.weight, n * c),
             Operand::new("h", saved.h, b * t * c),
             Operand::new("mean", saved.mean, b * t),
@@ -381,7 +371,7 @@ pub fn backward(
     let (finished, stored) = (scratch.counters.slice(0..b), scratch.counters.slice(b..b + stored));
     let mut tiles = tiling(device, elem, b * t, c);
     if !inputs.full {
-        tiles.grid[1] += (Dims::split(elem) * 2 * b).div_ceil(tiles.tile.m) as u32;
+        tiles.grid[1] += (split(elem) * 2 * b).div_ceil(tiles.tile.m) as u32;
     }
     device.launch(
         &tiles.launch(FILE, "ln_linear_bwd_input", elem),
@@ -394,7 +384,7 @@ pub fn backward(
             inputs.weight.into(),
             inputs.windows.into(),
             tiles.operand(g, b * t, n),
-            tiles.operand(pq, Dims::split(elem) * 2 * b, n),
+            tiles.operand(pq, split(elem) * 2 * b, n),
             tiles.operand(inputs.weight, n, c),
             Arg::I32((b + stored.len) as i32),
             b32,
@@ -445,7 +435,7 @@ pub fn backward(
             q.into(),
             planner.tiling.operand(g, b * t, n),
             planner.tiling.operand(saved.h, b * t, c),
-            planner.tiling.operand(pq, Dims::split(elem) * 2 * b, n),
+            planner.tiling.operand(pq, split(elem) * 2 * b, n),
             planner.tiling.operand(saved.inactive, 2 * b, c),
             Arg::I32(i32::from(grads.add)),
             b32,

@@ -39,6 +39,19 @@ use crate::routing::Window;
 /// Added to the variance, as in the published model.
 pub const EPS: f64 = 1e-6;
 
+/// Sizes.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Samples.
+    pub b: usize,
+    /// Tokens of each.
+    pub t: usize,
+    /// Channels.
+    pub c: usize,
+    /// Outputs.
+    pub n: usize,
+}
+
 /// What follows the linear layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
@@ -98,7 +111,7 @@ pub fn ln_linear(
     }
     let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
     let n = linear.outputs;
-    let dims = cpu::Dims { b, t, c, n };
+    let dims = Dims { b, t, c, n };
     let all = cpu::computes_all(tape.get_windows(read), dims);
     let computed = if all && !full { tape.windows(std::iter::repeat_n(Window::all(c), b)) } else { read };
     let mut y = tape.take(b * t * n);
@@ -213,7 +226,7 @@ fn on_cuda(
         uv: if full { Buffer::none(DType::F32) } else { tape.take_buffer(b * 2 * n, DType::F32) },
     };
     let inputs = cuda_inputs(tape, x, read, full, shift, scale, linear);
-    let dims = cuda::Dims { b, t, c, n };
+    let dims = Dims { b, t, c, n };
     cuda::forward(&device, y, pre, saved, inputs, tape.full_buffer(linear.bias), activation, dims)?;
     let y = tape.push([b, t, n], y, true);
     let mean = tape.push([b, t], saved.mean, false);
@@ -253,7 +266,7 @@ impl Saved {
     pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
         let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
         let (n, elem, device) = (self.linear.outputs, tape.elem(), tape.device());
-        let (dims, full) = (cuda::Dims { b, t, c, n }, self.correction.is_none());
+        let (dims, full) = (Dims { b, t, c, n }, self.correction.is_none());
         if let Some(pre) = self.pre {
             cuda::gelu_backward(&device, dy, tape.buffer(pre))?;
         }
@@ -331,7 +344,7 @@ impl Saved {
             values.value(self.mean),
             values.value(self.rstd),
             self.correction.map(|v| values.value(v)),
-            cpu::Dims { b, t, c, n },
+            Dims { b, t, c, n },
         );
         tape.note_squares(self.linear.weight, squares);
         tape.put_grad(self.x, dx);
