@@ -26,9 +26,30 @@ pub struct Gate<'a> {
 }
 
 impl<'a> Gate<'a> {
+    /// Of `data` `[B, stride]`, which holds `b` samples.
+    pub fn new(data: &'a [f32], b: usize, offset: usize) -> Self {
+        Gate { data, stride: data.len() / b, offset }
+    }
+
     fn of(&self, sample: usize, c: usize) -> &'a [f32] {
         &self.data[sample * self.stride + self.offset..][..c]
     }
+}
+
+/// What both passes read.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    pub weight: &'a [f32], // [C, K]
+    pub gate: Gate<'a>,
+    pub write: &'a [Window], // B
+    pub dims: Dims,
+}
+
+/// What is added to the gated output of the linear layer: `[B, T, C]`, each with one window a sample.
+#[derive(Clone, Copy)]
+pub struct Residual<'a> {
+    pub base: (&'a [f32], &'a [Window]),           // inside of its windows
+    pub bypass: Option<(&'a [f32], &'a [Window])>, // outside of its windows
 }
 
 /// Operations of the forward product.
@@ -37,23 +58,16 @@ fn flops(write: &[Window], t: usize, k: usize) -> usize {
 }
 
 /// See [`super::linear_residual`].
-#[allow(clippy::too_many_arguments)]
 pub fn forward(
     out: &mut [f32], // [B, T, C]
     z: &mut [f32],   // [B, T, C], written on the write windows
     a: &[f32],       // [B, T, K]
     of_gelu: bool,   // multiply the GELU of `a`
-    weight: &[f32],  // [C, K]
-    bias: &[f32],    // [C]
-    gate: Gate,      // [B, C]
-    base: (&[f32], &[Window]),
-    bypass: Option<(&[f32], &[Window])>,
-    write: &[Window], // B
-    Dims { b, t, c, k }: Dims,
+    inputs: Inputs,
+    bias: &[f32], // [C]
+    Residual { base, bypass }: Residual,
 ) {
-    if b * t == 0 {
-        return;
-    }
+    let Inputs { weight, gate, write, dims: Dims { b, t, k, c } } = inputs;
     let numbers = b * t * (k + 3 * c) + c * k;
     let _span = span("linear_residual", Pass::Forward, [k, c], flops(write, t, k), numbers);
     let format = Format::of(t);
@@ -157,18 +171,15 @@ pub fn panels_len([b, t, k]: [usize; 3]) -> usize {
 
 /// The gradients of `a`, the gate, weight and bias; those of base and bypass are `dout` itself. Gives the sum of squares of what
 /// is written, or added, to the weight's.
-#[allow(clippy::too_many_arguments)]
 pub fn backward(
     grads: Gradients,
     dbias_parts: &mut [f32], // [B, C], for the time of the call
     dout: &[f32],            // [B, T, C]
     a: Activation,
-    weight: &[f32], // [C, K]
-    gate: Gate,
-    z: &[f32],        // [B, T, C]
-    write: &[Window], // B
-    Dims { b, t, c, k }: Dims,
+    z: &[f32],      // [B, T, C]
+    inputs: Inputs, // as in the forward pass
 ) -> f64 {
+    let Inputs { weight, gate, write, dims: Dims { b, t, k, c } } = inputs;
     let Gradients { da, fresh_da, dmodulation, dweight, dbias, add } = grads;
     let each = if matches!(a, Activation::GeluOfDa(_)) { 3 * k } else { 2 * k };
     let numbers = b * t * (each + 3 * c) + 2 * c * k;
@@ -188,7 +199,7 @@ pub fn backward(
             Activation::GeluOfDa(room) => (&[][..], room, true),
         };
         assert!(!of_gelu || room.len() == b * t * wide_k, "room of another size than the panels");
-        let inputs = BackwardInputs { format, dout, of_gelu, panels_of_w, gate, z, write, t, c, k };
+        let backward = Backward { inputs, format, dout, of_gelu, panels_of_w, z };
         let (shared_dz, recomputed) = (Shared::new(dz), Shared::new(room));
         da.par_chunks_mut(samples * t * k)
             .zip(dmodulation.par_chunks_mut(samples * stride))
@@ -196,7 +207,7 @@ pub fn backward(
             .enumerate()
             .for_each(|(block, ((da, dmodulation), dbias))| {
                 // SAFETY: each sample once; they are read after all tasks.
-                unsafe { inputs.samples(block * samples, &shared_dz, da, fresh_da, &recomputed, dmodulation, dbias) };
+                unsafe { backward.samples(block * samples, &shared_dz, da, fresh_da, &recomputed, dmodulation, dbias) };
             });
         let operands = Operands { routed: dz, other: room };
         weight_gradient(format, dweight, add, Layout::RoutedRows, [c, k], operands, b.div_ceil(joined), |i| {
@@ -215,20 +226,16 @@ pub fn backward(
 }
 
 /// What backward reads of all samples.
-struct BackwardInputs<'a> {
+struct Backward<'a> {
+    inputs: Inputs<'a>,
     format: Format,
     dout: &'a [f32],
     of_gelu: bool,          // see Activation
     panels_of_w: &'a [f32], // panels(K) over C
-    gate: Gate<'a>,
     z: &'a [f32],
-    write: &'a [Window],
-    t: usize,
-    c: usize,
-    k: usize,
 }
 
-impl BackwardInputs<'_> {
+impl Backward<'_> {
     /// Some samples, from `first` on: `dz` in the groups that the window of each tile meets, `da`, and the sums over tokens.
     ///
     /// # Safety
@@ -244,8 +251,9 @@ impl BackwardInputs<'_> {
         dmodulation: &mut [f32], // [_, stride]
         dbias: &mut [f32],       // [_, C]
     ) {
-        let (format, t, c, k) = (self.format, self.t, self.c, self.k);
-        let (all_rows, first_row, count) = (self.write.len() * t, first * t, dbias.len() / c);
+        let Inputs { gate, write, dims: Dims { b, t, k, c }, .. } = self.inputs;
+        let format = self.format;
+        let (all_rows, first_row, count) = (b * t, first * t, dbias.len() / c);
         let (wide, tile_len) = (format.padded_columns(c), packed_tile_len(format, t, c));
         let lines_len = most_rows(format, t) * wide;
         dbias.fill(0.0);
@@ -260,10 +268,10 @@ impl BackwardInputs<'_> {
                     }
                     let mut lines_of_rows = lines.chunks_exact_mut(wide);
                     for (sample, rows) in tile.of_samples(t) {
-                        let (at, range) = (sample - first, self.write[sample].range());
-                        let dgate = &mut dmodulation[at * self.gate.stride + self.gate.offset..][range.clone()];
+                        let (at, range) = (sample - first, write[sample].range());
+                        let dgate = &mut dmodulation[at * gate.stride + gate.offset..][range.clone()];
                         let dbias = &mut dbias[at * c..][range.clone()];
-                        let gate = &self.gate.of(sample, c)[range.clone()];
+                        let gate = &gate.of(sample, c)[range.clone()];
                         for (row, line) in rows.zip(&mut lines_of_rows) {
                             gate_backward(
                                 &mut line[range.clone()],
@@ -275,19 +283,19 @@ impl BackwardInputs<'_> {
                             );
                         }
                     }
-                    let (window, rows) = (tile.window(self.write), tile.rows.len());
+                    let (window, rows) = (tile.window(write), tile.rows.len());
                     let (lines, row) = (&lines[..rows * wide], tile.first_row(format, t));
                     // SAFETY: rows of these samples.
-                    unsafe { format.scatter(dz, lines, wide, window, row, self.write.len() * format.rows_of(t)) };
+                    unsafe { format.scatter(dz, lines, wide, window, row, b * format.rows_of(t)) };
                     let inner = format.inner(window.range(), c);
                     format.pack_rows(packed, &lines[inner.start..], rows, inner.len(), wide);
                 }
-                let of_all = inner_of_all(tiles, self.write);
+                let of_all = inner_of_all(tiles, write);
                 for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(k);
                     let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());
                     for ((row_tile, a), next) in with_packed(format, tiles, packed, t, c).zip(shares) {
-                        let (rows, inner) = (&row_tile.rows, format.inner(row_tile.window(self.write).range(), c));
+                        let (rows, inner) = (&row_tile.rows, format.inner(row_tile.window(write).range(), c));
                         let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
                         let halves = columns.len().div_ceil(HALF);
                         let (width, at) = (columns.len(), (rows.start - first_row) * k + columns.start);
@@ -463,11 +471,13 @@ mod tests {
                     &mut vec![f32::NAN; b * c],
                     &dout,
                     input,
-                    &weight,
-                    Gate { data: &modulation, stride: c, offset: 0 },
                     &z,
-                    &windows,
-                    Dims { b, t, c, k },
+                    Inputs {
+                        weight: &weight,
+                        gate: Gate::new(&modulation, b, 0),
+                        write: &windows,
+                        dims: Dims { b, t, k, c },
+                    },
                 );
                 (da, [dmodulation, dweight, dbias])
             };

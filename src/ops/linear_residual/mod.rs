@@ -76,17 +76,26 @@ impl From<Gelu> for Input {
     }
 }
 
-/// What backward needs.
+/// The linear layer and what is around it.
 #[derive(Clone, Copy)]
-pub(crate) struct Saved {
+struct Operands {
     a: Var,             // [B, T, K]
     pre: Option<Var>, // [B, T, K], of which `a` is the GELU; in main memory `a` itself, and backward puts its gradient there
     linear: Linear,   // [C, K], [C]
     gate: PerSample,  // [B, C]
     residual: Residual, // [B, T, C]
     write: Windows,   // B
-    z: Var,           // [B, T, C], defined on the write windows; in main memory backward recycles it
 }
+
+/// What backward needs.
+#[derive(Clone, Copy)]
+pub(crate) struct Saved {
+    operands: Operands,
+    dims: Dims,
+    z: Var, // [B, T, C], defined on the write windows; in main memory backward recycles it
+}
+
+const OP: &str = "linear_residual";
 
 /// `out`, `[B, T, C]`.
 ///
@@ -99,74 +108,90 @@ pub fn linear_residual(
     a: impl Into<Input>,
     linear: Linear,
     gate: PerSample,
-    mut residual: Residual,
+    residual: Residual,
     write: Windows,
 ) -> Result<Var> {
-    const OP: &str = "linear_residual";
     let (a, pre) = match a.into() {
         Input::Rows(a) => (a, None),
         Input::Gelu(gelu) => (gelu.value, gelu.pre),
     };
-    let [b, t, k] = dims3(tape, a, OP, "[batch, tokens, inputs]")?;
-    let c = linear.outputs;
-    check_linear(linear, OP)?;
-    check(linear.inputs == k, OP, || format!("a has {k} inputs, but the weight is [{c}, {}]", linear.inputs))?;
-    check_per_sample(tape, gate, b, c, OP)?;
-    for var in [Some(residual.base), residual.bypass.map(|(x, _)| x)].into_iter().flatten() {
-        check(tape.shape(var) == [b, t, c], OP, || {
-            format!("the residual stream is {:?}, expected {:?}", tape.shape(var), [b, t, c])
-        })?;
-    }
-    for windows in [Some(write), Some(residual.base_window), residual.bypass.map(|(_, w)| w)].into_iter().flatten() {
-        let windows = tape.get_windows(windows);
-        check(windows.len() == b && windows.iter().all(|w| w.fits(c)), OP, || {
-            format!("needs {b} windows inside 0..{c}, got {windows:?}")
-        })?;
-    }
-
+    let mut operands = Operands { a, pre, linear, gate, residual, write };
+    let dims = operands.check(tape)?;
+    let Dims { b, t, c, .. } = dims;
     // Nothing lies outside full windows.
-    residual.bypass = residual.bypass.filter(|&(_, windows)| tape.get_windows(windows).iter().any(|w| w.width < c));
+    let bypass = residual.bypass.filter(|&(_, windows)| tape.get_windows(windows).iter().any(|w| w.width < c));
+    operands.residual.bypass = bypass;
     if tape.on_cuda() {
-        return on_cuda(tape, a, pre, linear, gate, residual, write, [b, t, k, c]);
+        return on_cuda(tape, operands, dims);
     }
     let mut z = tape.take(b * t * c);
     let mut out = tape.take(b * t * c);
-    let modulation = tape.value(gate.var);
-    cpu::forward(
-        &mut out,
-        &mut z,
-        tape.value(a),
-        pre.is_some(),
-        &tape.weights[linear.weight.range()],
-        &tape.weights[linear.bias.range()],
-        cpu::Gate { data: modulation, stride: modulation.len() / b.max(1), offset: gate.offset },
-        (tape.value(residual.base), tape.get_windows(residual.base_window)),
-        residual.bypass.map(|(x, w)| (tape.value(x), tape.get_windows(w))),
-        tape.get_windows(write),
-        Dims { b, t, c, k },
-    );
+    let inputs = cpu::Inputs {
+        weight: &tape.weights[linear.weight.range()],
+        gate: cpu::Gate::new(tape.value(gate.var), b, gate.offset),
+        write: tape.get_windows(write),
+        dims,
+    };
+    let around = cpu::Residual {
+        base: (tape.value(residual.base), tape.get_windows(residual.base_window)),
+        bypass: bypass.map(|(x, windows)| (tape.value(x), tape.get_windows(windows))),
+    };
+    let bias = &tape.weights[linear.bias.range()];
+    cpu::forward(&mut out, &mut z, tape.value(a), pre.is_some(), inputs, bias, around);
     let out = tape.push([b, t, c], out, true);
     if tape.records() {
         let z = tape.push([b, t, c], z, false);
-        tape.record(out, Node::LinearResidual(Saved { a, pre, linear, gate, residual, write, z }));
+        tape.record(out, Node::LinearResidual(Saved { operands, dims, z }));
     } else {
         tape.give(z);
     }
     Ok(out)
 }
 
+impl Operands {
+    /// Refuses those that do not fit; their sizes.
+    fn check(self, tape: &Tape) -> Result<Dims> {
+        let Operands { a, linear, gate, residual, write, .. } = self;
+        let [b, t, k] = dims3(tape, a, OP, "[batch, tokens, inputs]")?;
+        let c = linear.outputs;
+        check_linear(linear, OP)?;
+        check(linear.inputs == k, OP, || format!("a has {k} inputs, but the weight is [{c}, {}]", linear.inputs))?;
+        check_per_sample(tape, gate, b, c, OP)?;
+        for var in [Some(residual.base), residual.bypass.map(|(x, _)| x)].into_iter().flatten() {
+            check(tape.shape(var) == [b, t, c], OP, || {
+                format!("the residual stream is {:?}, expected {:?}", tape.shape(var), [b, t, c])
+            })?;
+        }
+        for windows in [Some(write), Some(residual.base_window), residual.bypass.map(|(_, w)| w)].into_iter().flatten()
+        {
+            let windows = tape.get_windows(windows);
+            check(windows.len() == b && windows.iter().all(|w| w.fits(c)), OP, || {
+                format!("needs {b} windows inside 0..{c}, got {windows:?}")
+            })?;
+        }
+        Ok(Dims { b, t, k, c })
+    }
+
+    fn cuda_gate(self, tape: &Tape) -> cuda::Gate {
+        let modulation = tape.buffer(self.gate.var);
+        let gate = modulation.slice(self.gate.offset..modulation.len);
+        cuda::Gate { gate, stride: tape.shape(self.gate.var)[1] }
+    }
+
+    fn cuda_windows(self, tape: &Tape) -> cuda::Windows {
+        let bypass = self.residual.bypass;
+        cuda::Windows {
+            base: tape.window_buffer(self.residual.base_window),
+            bypass: bypass.map_or(Buffer::none(DType::I32), |(_, windows)| tape.window_buffer(windows)),
+            write: tape.window_buffer(self.write),
+        }
+    }
+}
+
 /// [`linear_residual`] on a CUDA device.
-#[expect(clippy::too_many_arguments, reason = "those of linear_residual, checked")]
-fn on_cuda(
-    tape: &mut Tape,
-    a: Var,
-    pre: Option<Var>,
-    linear: Linear,
-    gate: PerSample,
-    residual: Residual,
-    write: Windows,
-    [b, t, k, c]: [usize; 4],
-) -> Result<Var> {
+fn on_cuda(tape: &mut Tape, operands: Operands, dims: Dims) -> Result<Var> {
+    let Operands { a, linear, residual, .. } = operands;
+    let Dims { b, t, c, .. } = dims;
     let (elem, device) = (tape.elem(), tape.device());
     let out = tape.take_buffer(b * t * c, elem);
     let z = if tape.records() { tape.take_buffer(b * t * c, elem) } else { Buffer::none(elem) };
@@ -177,83 +202,69 @@ fn on_cuda(
         tape.buffer(a),
         tape.weight_buffer(linear.weight),
         tape.full_buffer(linear.bias),
-        cuda_gate(tape, gate),
+        operands.cuda_gate(tape),
         tape.buffer(residual.base),
         residual.bypass.map_or(Buffer::none(elem), |(x, _)| tape.buffer(x)),
-        cuda_windows(tape, residual, write),
-        Dims { b, t, k, c },
+        operands.cuda_windows(tape),
+        dims,
     )?;
     let out = tape.push([b, t, c], out, true);
     if tape.records() {
         let z = tape.push([b, t, c], z, false);
-        tape.record(out, Node::LinearResidual(Saved { a, pre, linear, gate, residual, write, z }));
+        tape.record(out, Node::LinearResidual(Saved { operands, dims, z }));
     }
     Ok(out)
 }
 
-fn cuda_gate(tape: &Tape, gate: PerSample) -> cuda::Gate {
-    let modulation = tape.buffer(gate.var);
-    cuda::Gate { gate: modulation.slice(gate.offset..modulation.len), stride: tape.shape(gate.var)[1] }
-}
-
-fn cuda_windows(tape: &Tape, residual: Residual, write: Windows) -> cuda::Windows {
-    cuda::Windows {
-        base: tape.window_buffer(residual.base_window),
-        bypass: residual.bypass.map_or(Buffer::none(DType::I32), |(_, windows)| tape.window_buffer(windows)),
-        write: tape.window_buffer(write),
-    }
-}
-
 impl Saved {
     pub(crate) fn backward_cuda(self, tape: &mut Tape, dout: Buffer) -> Result<()> {
-        let &[b, t, k] = tape.shape(self.a) else { unreachable!("checked by the forward pass") };
-        let (c, elem, device) = (self.linear.outputs, tape.elem(), tape.device());
+        let (Operands { a, pre, linear, gate, residual, write }, dims) = (self.operands, self.dims);
+        let Dims { b, t, k, c } = dims;
+        let (elem, device) = (tape.elem(), tape.device());
         let da = tape.take_buffer(b * t * k, elem);
-        let dmodulation = tape.take_zeroed_grad_buffer(self.gate.var)?;
-        let (mut dbase, fresh_base) = tape.take_grad_buffer(self.residual.base);
+        let dmodulation = tape.take_zeroed_grad_buffer(gate.var)?;
+        let (mut dbase, fresh_base) = tape.take_grad_buffer(residual.base);
         if fresh_base {
             // The gradient passes on inside the window, so its buffer does.
             tape.give_buffer(std::mem::replace(&mut dbase, dout));
         }
-        let (dbypass, fresh_bypass) = match self.residual.bypass {
-            Some((x, _)) if x == self.residual.base => (tape.take_buffer(b * t * c, elem), true),
+        let (dbypass, fresh_bypass) = match residual.bypass {
+            Some((x, _)) if x == residual.base => (tape.take_buffer(b * t * c, elem), true),
             Some((x, _)) => tape.take_grad_buffer(x),
             None => (Buffer::none(elem), false),
         };
-        let dims = Dims { b, t, k, c };
         let scratch = cuda::Scratch {
             dz: tape.take_buffer(b * t * c, elem),
             dz_sums: tape.take_buffer(b * c, DType::F32),
             counters: tape.take_buffer(cuda::counters_len(&device, elem, dims), DType::U32),
-            shares: tape.take_shares(self.write, &cuda::planner(&device, elem, dims)),
+            shares: tape.take_shares(write, &cuda::planner(&device, elem, dims)),
         };
-        let (dweight, add) = tape.grad_buffer(self.linear.weight);
-        let (dbias, _) = tape.grad_buffer(self.linear.bias);
-        let pre = self.pre.map_or(Buffer::none(elem), |pre| tape.buffer(pre));
-        let dgate = dmodulation.slice(self.gate.offset..dmodulation.len);
+        let (dweight, add) = tape.grad_buffer(linear.weight);
+        let (dbias, _) = tape.grad_buffer(linear.bias);
+        let dgate = dmodulation.slice(gate.offset..dmodulation.len);
         cuda::backward(
             &device,
             cuda::Gradients { da, dgate, dbase, fresh_base, dbypass, fresh_bypass, dweight, dbias, add },
             scratch,
             dout,
-            tape.buffer(self.a),
-            pre,
+            tape.buffer(a),
+            pre.map_or(Buffer::none(elem), |pre| tape.buffer(pre)),
             tape.buffer(self.z),
-            tape.weight_buffer(self.linear.weight),
-            cuda_gate(tape, self.gate),
-            cuda_windows(tape, self.residual, self.write),
+            tape.weight_buffer(linear.weight),
+            self.operands.cuda_gate(tape),
+            self.operands.cuda_windows(tape),
             dims,
         )?;
-        tape.put_grad_buffer(self.residual.base, dbase);
-        if let Some((x, _)) = self.residual.bypass {
-            if x == self.residual.base {
+        tape.put_grad_buffer(residual.base, dbase);
+        if let Some((x, _)) = residual.bypass {
+            if x == residual.base {
                 tape.add_grad_buffer(x, dbypass)?;
             } else {
                 tape.put_grad_buffer(x, dbypass);
             }
         }
-        tape.put_grad_buffer(self.gate.var, dmodulation);
-        tape.add_grad_buffer(self.a, da)?;
+        tape.put_grad_buffer(gate.var, dmodulation);
+        tape.add_grad_buffer(a, da)?;
         if !fresh_base {
             tape.give_buffer(dout);
         }
@@ -264,52 +275,54 @@ impl Saved {
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, mut dout: AlignedVec) {
-        let &[b, t, k] = tape.shape(self.a) else { unreachable!("checked by the forward pass") };
-        let c = self.linear.outputs;
+        let Operands { a, pre, linear, gate, residual, write } = self.operands;
+        let Dims { b, t, k, c } = self.dims;
         // The gradient of a GELU is handed on as that of its input, in the place of that.
-        let (mut da, fresh_da) = match self.pre.map(|pre| tape.take_value(pre)) {
+        let (mut da, fresh_da) = match pre.map(|pre| tape.take_value(pre)) {
             Some(Storage::Cpu(pre)) => (pre, true),
             Some(Storage::Cuda(_)) => unreachable!("a backward pass in main memory"),
-            None => tape.take_grad(self.a),
+            None => tape.take_grad(a),
         };
-        let mut room = self.pre.map_or_else(AlignedVec::new, |_| tape.take(cpu::panels_len([b, t, k])));
-        let (mut dmodulation, fresh) = tape.take_grad(self.gate.var);
+        let mut room = pre.map_or_else(AlignedVec::new, |_| tape.take(cpu::panels_len([b, t, k])));
+        let (mut dmodulation, fresh) = tape.take_grad(gate.var);
         if fresh {
             dmodulation.fill(0.0);
         }
         let mut dbias_parts = tape.take(b * c);
         let (values, grads) = tape.split();
         let add = grads.add;
-        let (dweight, dbias) = grads.of_linear(self.linear);
-        let modulation = values.value(self.gate.var);
+        let (dweight, dbias) = grads.of_linear(linear);
+        let inputs = cpu::Inputs {
+            weight: values.weight(linear.weight),
+            gate: cpu::Gate::new(values.value(gate.var), b, gate.offset),
+            write: values.windows(write),
+            dims: self.dims,
+        };
         let squares = cpu::backward(
             cpu::Gradients { da: &mut da, fresh_da, dmodulation: &mut dmodulation, dweight, dbias, add },
             &mut dbias_parts,
             &dout,
-            match self.pre {
+            match pre {
                 Some(_) => cpu::Activation::GeluOfDa(&mut room),
-                None => cpu::Activation::Rows(values.value(self.a)),
+                None => cpu::Activation::Rows(values.value(a)),
             },
-            values.weight(self.linear.weight),
-            cpu::Gate { data: modulation, stride: modulation.len() / b.max(1), offset: self.gate.offset },
             values.value(self.z),
-            values.windows(self.write),
-            Dims { b, t, c, k },
+            inputs,
         );
-        tape.note_squares(self.linear.weight, squares);
-        tape.put_grad(self.a, da);
-        tape.put_grad(self.gate.var, dmodulation);
+        tape.note_squares(linear.weight, squares);
+        tape.put_grad(a, da);
+        tape.put_grad(gate.var, dmodulation);
         tape.give(dbias_parts);
         tape.give(room);
         tape.release(self.z);
 
-        if let Some((x, windows)) = self.residual.bypass {
+        if let Some((x, windows)) = residual.bypass {
             let (mut dx, fresh) = tape.take_grad(x);
             cpu::bypass_backward(&mut dx, fresh, &dout, tape.get_windows(windows), t, c);
             tape.put_grad(x, dx);
         }
-        let windows = self.residual.base_window;
-        let (mut dbase, fresh) = tape.take_grad(self.residual.base);
+        let windows = residual.base_window;
+        let (mut dbase, fresh) = tape.take_grad(residual.base);
         if fresh {
             // The gradient passes on unchanged in the windows, so its buffer does.
             cpu::clear_outside(&mut dout, tape.get_windows(windows), t, c);
@@ -317,7 +330,7 @@ impl Saved {
         } else {
             cpu::base_backward(&mut dbase, &dout, tape.get_windows(windows), t, c);
         }
-        tape.put_grad(self.residual.base, dbase);
+        tape.put_grad(residual.base, dbase);
         tape.give(dout);
     }
 }

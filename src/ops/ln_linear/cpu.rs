@@ -29,6 +29,11 @@ pub struct Modulation<'a> {
 }
 
 impl<'a> Modulation<'a> {
+    /// Of `data` `[B, stride]`, which holds `b` samples.
+    pub fn new(data: &'a [f32], b: usize, shift: usize, scale: usize) -> Self {
+        Modulation { data, stride: data.len() / b, shift, scale }
+    }
+
     fn shift(&self, sample: usize, c: usize) -> &'a [f32] {
         &self.data[sample * self.stride + self.shift..][..c]
     }
@@ -36,6 +41,17 @@ impl<'a> Modulation<'a> {
     fn scale(&self, sample: usize, c: usize) -> &'a [f32] {
         &self.data[sample * self.stride + self.scale..][..c]
     }
+}
+
+/// What both passes read.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    pub x: &'a [f32],           // [B, T, C]
+    pub read: &'a [Window],     // B
+    pub computed: &'a [Window], // B: those of `read`, or all channels
+    pub modulation: Modulation<'a>,
+    pub weight: &'a [f32], // [N, C]
+    pub dims: Dims,
 }
 
 /// Whether all channels of masked rows are computed, rather than the windows and what corrects for the others: where that takes less,
@@ -166,23 +182,15 @@ unsafe fn forward_correction(
 }
 
 /// See [`super::ln_linear`], without activation. `correction` is empty when it is not needed.
-#[allow(clippy::too_many_arguments)]
 pub fn forward(
     y: &mut [f32],          // [B, T, N]
     mean: &mut [f32],       // [B, T]
     rstd: &mut [f32],       // [B, T]
     correction: &mut [f32], // [B, 2, N] or empty
-    x: &[f32],              // [B, T, C]
-    read: &[Window],        // B
-    computed: &[Window],    // B: those of `read`, or all channels
-    modulation: Modulation,
-    weight: &[f32], // [N, C]
-    bias: &[f32],   // [N]
-    Dims { b, t, c, n }: Dims,
+    inputs: Inputs,
+    bias: &[f32], // [N]
 ) {
-    if b * t == 0 {
-        return;
-    }
+    let Inputs { read, computed, modulation, weight, dims: Dims { b, t, c, n }, .. } = inputs;
     let format = Format::of(t);
     let _span = span("ln_linear", Pass::Forward, [c, n], flops(computed, t, c, n), b * t * (c + n) + n * c);
     let lines_len = if correction.is_empty() { 0 } else { packed_lines_len(format, b, c) };
@@ -203,70 +211,64 @@ pub fn forward(
             }
         });
         let (panels_of_w, correction) = (&*panels_of_w, &*correction);
-        let len = y.len();
-        let inputs = Inputs { format, x, read, computed, modulation, panels_of_w, bias, correction, t, c, len };
+        let forward = Forward { inputs, format, panels_of_w, bias, correction };
         let rows = rows_per_block(b * t, format.joined(t) * t, panels_of_w.len());
         let stats = mean.par_chunks_mut(rows).zip(rstd.par_chunks_mut(rows));
         let blocks = y.par_chunks_mut(rows * n).zip(stats).enumerate();
-        blocks.for_each(|(block, (y, (mean, rstd)))| inputs.block(block * rows, y, mean, rstd));
+        blocks.for_each(|(block, (y, (mean, rstd)))| forward.block(block * rows, y, mean, rstd));
     });
 }
 
 /// What a block of rows of the forward pass reads.
-struct Inputs<'a> {
+struct Forward<'a> {
+    inputs: Inputs<'a>,
     format: Format,
-    x: &'a [f32],
-    read: &'a [Window],
-    computed: &'a [Window],
-    modulation: Modulation<'a>,
     panels_of_w: &'a [f32], // panels(N) over C
-    bias: &'a [f32],
-    correction: &'a [f32],
-    t: usize,
-    c: usize,
-    len: usize, // of y
+    bias: &'a [f32],        // [N]
+    correction: &'a [f32],  // [B, 2, N] or empty
 }
 
-impl Inputs<'_> {
+impl Forward<'_> {
     /// Rows from `first` on, as many as `mean` has.
     fn block(&self, first: usize, y: &mut [f32], mean: &mut [f32], rstd: &mut [f32]) {
-        let (format, c, n) = (self.format, self.c, self.bias.len());
+        let Inputs { x, read, computed, modulation, dims: Dims { b, t, c, n }, .. } = self.inputs;
+        let format = self.format;
         let rows = first..first + mean.len();
         let (mut tile, mut kernel) = (Tile::new(), format.kernel());
-        let streams = Streams::of(self.len);
+        let streams = Streams::of(b * t * n);
         let wide = format.padded_columns(c);
-        let (lines_len, tile_len) = (most_rows(format, self.t) * wide, packed_tile_len(format, self.t, c));
-        scratch::with(c + lines_len + packed_tiles_len(format, self.t, c), |buffer| {
+        let (lines_len, tile_len) = (most_rows(format, t) * wide, packed_tile_len(format, t, c));
+        scratch::with(c + lines_len + packed_tiles_len(format, t, c), |buffer| {
             let (row_of_x, buffer) = buffer.split_at_mut(c);
             let (lines, packed) = buffer.split_at_mut(lines_len);
-            batches(format, rows, self.t, tile_len, |tiles| {
+            batches(format, rows, t, tile_len, |tiles| {
                 for (row_tile, packed) in tiles.iter().zip(packed.chunks_exact_mut(tile_len)) {
-                    let inner = format.inner(row_tile.window(self.computed).range(), c);
+                    let inner = format.inner(row_tile.window(computed).range(), c);
                     let mut lines_of_rows = lines.chunks_exact_mut(wide);
-                    for (sample, rows) in row_tile.of_samples(self.t) {
-                        let (window, computed) = (self.read[sample], self.computed[sample]);
-                        let here = computed.start - inner.start..computed.end() - inner.start;
+                    for (sample, rows) in row_tile.of_samples(t) {
+                        let (window, of_sample) = (read[sample], computed[sample]);
+                        let here = of_sample.start - inner.start..of_sample.end() - inner.start;
                         row_of_x.fill(0.0);
                         for (row, line) in rows.zip(&mut lines_of_rows) {
                             line[..here.start].fill(0.0);
                             line[here.end..inner.len()].fill(0.0);
                             (mean[row - first], rstd[row - first]) = normalise(
                                 &mut line[here.clone()],
-                                masked(row_of_x, &self.x[row * c..][..c], window, computed),
-                                computed,
-                                self.modulation.shift(sample, c),
-                                self.modulation.scale(sample, c),
+                                masked(row_of_x, &x[row * c..][..c], window, of_sample),
+                                of_sample,
+                                modulation.shift(sample, c),
+                                modulation.scale(sample, c),
                             );
                         }
                     }
                     format.pack_rows(packed, lines, row_tile.rows.len(), inner.len(), wide);
                 }
-                let of_all = inner_of_all(tiles, self.computed);
+                let of_all = inner_of_all(tiles, computed);
                 for (panel, (b, next)) in each_panel(format, self.panels_of_w, c).enumerate() {
                     let columns = panel * PANEL..((panel + 1) * PANEL).min(n);
                     let shares = fetched_by_each(format, next, of_all.clone(), tiles.len());
-                    for ((row_tile, a), next) in with_packed(format, tiles, packed, self.t, c).zip(shares) {
-                        let inner = format.inner(row_tile.window(self.computed).range(), c);
+                    for ((row_tile, a), next) in with_packed(format, tiles, packed, t, c).zip(shares) {
+                        let inner = format.inner(row_tile.window(computed).range(), c);
                         let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
                         let halves = columns.len().div_ceil(HALF);
                         let rows = row_tile.rows.start - first..row_tile.rows.end - first;
@@ -281,7 +283,7 @@ impl Inputs<'_> {
                         }
                         kernel.multiply(&mut tile, rows.len(), halves, segment, next);
                         let mut sums = &mut tile.rows[..rows.len()];
-                        for (sample, rows) in row_tile.of_samples(self.t) {
+                        for (sample, rows) in row_tile.of_samples(t) {
                             let rows = rows.start - first..rows.end - first;
                             let of_sample = sums.split_off_mut(..rows.len()).expect("a row of the tile for each");
                             let mut r = [0.0; MAX_ROWS];
@@ -321,20 +323,15 @@ pub struct Gradients<'a> {
 }
 
 /// See [`super::ln_linear`], without activation. Gives the sum of squares of what is written, or added, to `dweight`.
-#[allow(clippy::too_many_arguments)]
 pub fn backward(
     grads: Gradients,
-    dy: &[f32],          // [B, T, N]
-    x: &[f32],           // [B, T, C]
-    read: &[Window],     // B
-    computed: &[Window], // B: as in the forward pass
-    modulation: Modulation,
-    weight: &[f32],             // [N, C]
+    dy: &[f32],                 // [B, T, N]
+    inputs: Inputs,             // as in the forward pass
     mean: &[f32],               // [B, T]
     rstd: &[f32],               // [B, T]
     correction: Option<&[f32]>, // [B, 2, N]: u, v + b
-    Dims { b, t, c, n }: Dims,
 ) -> f64 {
+    let Inputs { read, computed, modulation, weight, dims: Dims { b, t, c, n }, .. } = inputs;
     let Gradients { dx, fresh_dx, dmodulation, dweight, dbias, add } = grads;
     let numbers = b * t * (2 * c + n) + 2 * n * c;
     let format = Format::of(t);
@@ -352,8 +349,7 @@ pub fn backward(
 
         let samples = samples_per_block(b, t, joined, panels_len);
         let stride = modulation.stride;
-        let inputs =
-            BackwardInputs { format, x, read, computed, modulation, panels_of_w, mean, rstd, correction, t, c, n };
+        let backward = Backward { inputs, format, panels_of_w, mean, rstd, correction };
         let shared_h = Shared::new(h);
         dy.par_chunks(samples * t * n)
             .zip(dx.par_chunks_mut(samples * t * c))
@@ -362,7 +358,7 @@ pub fn backward(
             .enumerate()
             .for_each(|(block, (((g, dx), dmodulation), pq))| {
                 // SAFETY: each sample once; they are read after all tasks.
-                unsafe { inputs.samples(block * samples, g, dx, fresh_dx, &shared_h, rows, dmodulation, pq) };
+                unsafe { backward.samples(block * samples, g, dx, fresh_dx, &shared_h, rows, dmodulation, pq) };
             });
 
         let pq = &*pq;
@@ -399,22 +395,16 @@ pub fn backward(
 }
 
 /// What backward reads of all samples.
-struct BackwardInputs<'a> {
+struct Backward<'a> {
+    inputs: Inputs<'a>,
     format: Format,
-    x: &'a [f32],
-    read: &'a [Window],
-    computed: &'a [Window],
-    modulation: Modulation<'a>,
     panels_of_w: &'a [f32], // panels(C) over N
     mean: &'a [f32],
     rstd: &'a [f32],
     correction: Option<&'a [f32]>,
-    t: usize,
-    c: usize,
-    n: usize,
 }
 
-impl BackwardInputs<'_> {
+impl Backward<'_> {
     /// Some samples, from `first` on: `dx`, the modulated rows again in groups, the gradients of shift and scale on what is computed of
     /// each, and P and Q.
     ///
@@ -432,10 +422,10 @@ impl BackwardInputs<'_> {
         dmodulation: &mut [f32], // [_, stride]
         pq: &mut [f32],          // [_, 2, N]
     ) {
-        let (format, t, c, n) = (self.format, self.t, self.c, self.n);
+        let Inputs { x, read, computed, modulation, dims: Dims { t, c, n, .. }, .. } = self.inputs;
+        let format = self.format;
         let (wide, first_row, rows) = (format.padded_columns(c), first * t, dx.len() / c);
-        let product =
-            WindowedColumns { format, panels_of_w: self.panels_of_w, windows: self.computed, tokens: t, k: n };
+        let product = WindowedColumns { format, panels_of_w: self.panels_of_w, windows: computed, tokens: t, k: n };
         let of_batch = product.tiles_at_once() * most_rows(format, t);
         let lines_len = most_rows(format, t) * wide;
         pq.fill(0.0);
@@ -471,10 +461,10 @@ impl BackwardInputs<'_> {
                     }
                     let mut lines_of_rows = lines_of_h.chunks_exact_mut(wide);
                     for (sample, rows) in tile.of_samples(t) {
-                        let dmodulation = &mut dmodulation[(sample - first) * self.modulation.stride..];
-                        let (dshift, dscale) = columns(dmodulation, self.modulation.shift, self.modulation.scale, c);
-                        let (shift, scale) = (self.modulation.shift(sample, c), self.modulation.scale(sample, c));
-                        let (window, computed) = (self.read[sample], self.computed[sample]);
+                        let dmodulation = &mut dmodulation[(sample - first) * modulation.stride..];
+                        let (dshift, dscale) = columns(dmodulation, modulation.shift, modulation.scale, c);
+                        let (shift, scale) = (modulation.shift(sample, c), modulation.scale(sample, c));
+                        let (window, of_sample) = (read[sample], computed[sample]);
                         row_of_x.fill(0.0);
                         for (row, line) in rows.zip(&mut lines_of_rows) {
                             normalise_backward(
@@ -485,18 +475,18 @@ impl BackwardInputs<'_> {
                                 dscale,
                                 &dh[(row - start) * wide..][..c],
                                 dr[row - start],
-                                masked(row_of_x, &self.x[row * c..][..c], window, computed),
+                                masked(row_of_x, &x[row * c..][..c], window, of_sample),
                                 shift,
                                 scale,
                                 window,
-                                computed,
+                                of_sample,
                                 self.mean[row],
                                 self.rstd[row],
                             );
                         }
                     }
                     let lines = &lines_of_h[..tile.rows.len() * wide];
-                    let (window, row) = (tile.window(self.computed), tile.first_row(format, t));
+                    let (window, row) = (tile.window(computed), tile.first_row(format, t));
                     // SAFETY: rows of these samples.
                     unsafe { format.scatter(h, lines, wide, window, row, rows_of_h) };
                 }

@@ -61,15 +61,22 @@ pub enum Activation {
     Gelu,
 }
 
+/// What is normalised, modulated and multiplied.
+#[derive(Clone, Copy)]
+struct Operands {
+    x: Var,           // [B, T, C]
+    read: Windows,    // B
+    shift: PerSample, // [B, C]
+    scale: PerSample, // [B, C]
+    linear: Linear,   // [N, C], [N]
+}
+
 /// What backward needs.
 #[derive(Clone, Copy)]
 pub(crate) struct Saved {
-    x: Var,                  // [B, T, C]
-    read: Windows,           // B
+    operands: Operands,
+    dims: Dims,
     computed: Windows,       // B: in main memory those of `read`, or all channels; CUDA: `read`
-    shift: PerSample,        // [B, C]
-    scale: PerSample,        // [B, C]
-    linear: Linear,          // [N, C], [N]
     mean: Var,               // [B, T]
     rstd: Var,               // [B, T]
     correction: Option<Var>, // [B, 2, N]: u, and v + b (CUDA: v); None when all channels are computed
@@ -103,41 +110,30 @@ pub fn ln_linear(
     linear: Linear,
     activation: Activation,
 ) -> Result<Var> {
-    let full = all_full(tape, x, read, shift, scale, linear)?;
+    let operands = Operands { x, read, shift, scale, linear };
+    let (dims, full) = operands.check(tape)?;
     if tape.on_cuda() {
-        let (y, pre, saved) = on_cuda(tape, x, read, shift, scale, linear, activation, full)?;
+        let (y, pre, saved) = on_cuda(tape, operands, activation, dims, full)?;
         tape.record(y, Node::LnLinear(Saved { pre, ..saved }));
         return Ok(y);
     }
-    let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
-    let n = linear.outputs;
-    let dims = Dims { b, t, c, n };
+    let Dims { b, t, c, n } = dims;
     let all = cpu::computes_all(tape.get_windows(read), dims);
     let computed = if all && !full { tape.windows(std::iter::repeat_n(Window::all(c), b)) } else { read };
     let mut y = tape.take(b * t * n);
     let mut mean = tape.take(b * t);
     let mut rstd = tape.take(b * t);
     let mut correction = if all { AlignedVec::new() } else { tape.take(b * 2 * n) };
-    let modulation = tape.value(shift.var);
-    let modulation = cpu::Modulation {
-        data: modulation,
-        stride: modulation.len() / b.max(1),
-        shift: shift.offset,
-        scale: scale.offset,
-    };
-    cpu::forward(
-        &mut y,
-        &mut mean,
-        &mut rstd,
-        &mut correction,
-        tape.value(x),
-        tape.get_windows(read),
-        tape.get_windows(computed),
-        modulation,
-        &tape.weights[linear.weight.range()],
-        &tape.weights[linear.bias.range()],
+    let inputs = cpu::Inputs {
+        x: tape.value(x),
+        read: tape.get_windows(read),
+        computed: tape.get_windows(computed),
+        modulation: cpu::Modulation::new(tape.value(shift.var), b, shift.offset, scale.offset),
+        weight: &tape.weights[linear.weight.range()],
         dims,
-    );
+    };
+    let bias = &tape.weights[linear.bias.range()];
+    cpu::forward(&mut y, &mut mean, &mut rstd, &mut correction, inputs, bias);
     let mut pre = None;
     if activation == Activation::Gelu {
         let before = std::mem::replace(&mut y, tape.take(b * t * n));
@@ -152,8 +148,7 @@ pub fn ln_linear(
     let mean = tape.push([b, t], mean, false);
     let rstd = tape.push([b, t], rstd, false);
     let correction = (!all).then(|| tape.push([b, 2, n], correction, false));
-    let (h, inactive) = (None, None);
-    let saved = Saved { x, read, computed, shift, scale, linear, mean, rstd, correction, pre, h, inactive };
+    let saved = Saved { operands, dims, computed, mean, rstd, correction, pre, h: None, inactive: None };
     tape.record(y, Node::LnLinear(saved));
     Ok(y)
 }
@@ -174,47 +169,63 @@ pub fn ln_linear_gelu(
         let value = ln_linear(tape, x, read, shift, scale, linear, Activation::None)?;
         return Ok(Gelu { value, pre: Some(value) });
     }
-    let full = all_full(tape, x, read, shift, scale, linear)?;
-    let (value, pre, saved) = on_cuda(tape, x, read, shift, scale, linear, Activation::Gelu, full)?;
+    let operands = Operands { x, read, shift, scale, linear };
+    let (dims, full) = operands.check(tape)?;
+    let (value, pre, saved) = on_cuda(tape, operands, Activation::Gelu, dims, full)?;
     tape.record(value, Node::LnLinear(saved));
     Ok(Gelu { value, pre })
 }
 
 const OP: &str = "ln_linear";
 
-/// Refuses operands that do not fit; whether every window is full.
-fn all_full(tape: &Tape, x: Var, read: Windows, shift: PerSample, scale: PerSample, linear: Linear) -> Result<bool> {
-    let [b, _, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
-    let (n, inputs) = (linear.outputs, linear.inputs);
-    check_linear(linear, OP)?;
-    check(inputs == c, OP, || format!("x has {c} channels, but the weight is [{n}, {inputs}]"))?;
-    check_per_sample(tape, shift, b, c, OP)?;
-    check_per_sample(tape, scale, b, c, OP)?;
-    check(shift.var == scale.var, OP, || "shift and scale must be columns of one modulation".into())?;
-    check(shift.offset.abs_diff(scale.offset) >= c, OP, || {
-        format!("shift and scale, columns {} and {} of the modulation, overlap", shift.offset, scale.offset)
-    })?;
-    let windows = tape.get_windows(read);
-    check(windows.len() == b && windows.iter().all(|w| w.fits(c)), OP, || {
-        format!("needs {b} read windows inside 0..{c}, got {windows:?}")
-    })?;
-    Ok(windows.iter().all(|w| w.width == c))
+impl Operands {
+    /// Refuses those that do not fit; their sizes, and whether every window is full.
+    fn check(self, tape: &Tape) -> Result<(Dims, bool)> {
+        let Operands { x, read, shift, scale, linear } = self;
+        let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
+        let (n, inputs) = (linear.outputs, linear.inputs);
+        check_linear(linear, OP)?;
+        check(inputs == c, OP, || format!("x has {c} channels, but the weight is [{n}, {inputs}]"))?;
+        check_per_sample(tape, shift, b, c, OP)?;
+        check_per_sample(tape, scale, b, c, OP)?;
+        check(shift.var == scale.var, OP, || "shift and scale must be columns of one modulation".into())?;
+        check(shift.offset.abs_diff(scale.offset) >= c, OP, || {
+            format!("shift and scale, columns {} and {} of the modulation, overlap", shift.offset, scale.offset)
+        })?;
+        let windows = tape.get_windows(read);
+        check(windows.len() == b && windows.iter().all(|w| w.fits(c)), OP, || {
+            format!("needs {b} read windows inside 0..{c}, got {windows:?}")
+        })?;
+        Ok((Dims { b, t, c, n }, windows.iter().all(|w| w.width == c)))
+    }
+
+    fn cuda_inputs(self, tape: &Tape, full: bool) -> cuda::Inputs {
+        let modulation = tape.buffer(self.shift.var);
+        let from = |offset| modulation.slice(offset..modulation.len);
+        cuda::Inputs {
+            x: tape.buffer(self.x),
+            windows: tape.window_buffer(self.read),
+            full,
+            modulation: cuda::Modulation {
+                shift: from(self.shift.offset),
+                scale: from(self.scale.offset),
+                stride: tape.shape(self.shift.var)[1],
+            },
+            weight: tape.weight_buffer(self.linear.weight),
+        }
+    }
 }
 
 /// [`ln_linear`] on a CUDA device, not yet recorded: the output, what GELU was applied to, and what backward needs but that.
-#[expect(clippy::too_many_arguments, reason = "those of ln_linear, checked")]
 fn on_cuda(
     tape: &mut Tape,
-    x: Var,
-    read: Windows,
-    shift: PerSample,
-    scale: PerSample,
-    linear: Linear,
+    operands: Operands,
     activation: Activation,
+    dims: Dims,
     full: bool,
 ) -> Result<(Var, Option<Var>, Saved)> {
-    let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
-    let (n, elem, device) = (linear.outputs, tape.elem(), tape.device());
+    let Dims { b, t, c, n } = dims;
+    let (elem, device) = (tape.elem(), tape.device());
     let y = tape.take_buffer(b * t * n, elem);
     let keeps_pre = activation == Activation::Gelu && tape.records();
     let pre = if keeps_pre { tape.take_buffer(b * t * n, elem) } else { Buffer::none(elem) };
@@ -225,9 +236,8 @@ fn on_cuda(
         inactive: tape.take_buffer(b * 2 * c, elem),
         uv: if full { Buffer::none(DType::F32) } else { tape.take_buffer(b * 2 * n, DType::F32) },
     };
-    let inputs = cuda_inputs(tape, x, read, full, shift, scale, linear);
-    let dims = Dims { b, t, c, n };
-    cuda::forward(&device, y, pre, saved, inputs, tape.full_buffer(linear.bias), activation, dims)?;
+    let (inputs, bias) = (operands.cuda_inputs(tape, full), tape.full_buffer(operands.linear.bias));
+    cuda::forward(&device, y, pre, saved, inputs, bias, activation, dims)?;
     let y = tape.push([b, t, n], y, true);
     let mean = tape.push([b, t], saved.mean, false);
     let rstd = tape.push([b, t], saved.rstd, false);
@@ -235,43 +245,20 @@ fn on_cuda(
     let pre = keeps_pre.then(|| tape.push([b, t, n], pre, false));
     let h = Some(tape.push([b, t, c], saved.h, false));
     let inactive = Some(tape.push([b, 2, c], saved.inactive, false));
-    Ok((
-        y,
-        pre,
-        Saved { x, read, computed: read, shift, scale, linear, mean, rstd, correction, pre: None, h, inactive },
-    ))
-}
-
-fn cuda_inputs(
-    tape: &Tape,
-    x: Var,
-    windows: Windows,
-    full: bool,
-    shift: PerSample,
-    scale: PerSample,
-    linear: Linear,
-) -> cuda::Inputs {
-    let (modulation, stride) = (tape.buffer(shift.var), tape.shape(shift.var)[1]);
-    let from = |offset| modulation.slice(offset..modulation.len);
-    cuda::Inputs {
-        x: tape.buffer(x),
-        windows: tape.window_buffer(windows),
-        full,
-        modulation: cuda::Modulation { shift: from(shift.offset), scale: from(scale.offset), stride },
-        weight: tape.weight_buffer(linear.weight),
-    }
+    let computed = operands.read;
+    Ok((y, pre, Saved { operands, dims, computed, mean, rstd, correction, pre: None, h, inactive }))
 }
 
 impl Saved {
     pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
-        let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
-        let (n, elem, device) = (self.linear.outputs, tape.elem(), tape.device());
-        let (dims, full) = (Dims { b, t, c, n }, self.correction.is_none());
+        let (Operands { x, read, shift, scale, linear }, dims) = (self.operands, self.dims);
+        let Dims { b, t, c, n } = dims;
+        let (full, elem, device) = (self.correction.is_none(), tape.elem(), tape.device());
         if let Some(pre) = self.pre {
             cuda::gelu_backward(&device, dy, tape.buffer(pre))?;
         }
-        let (dx, fresh_dx) = tape.take_grad_buffer(self.x);
-        let dmodulation = tape.take_zeroed_grad_buffer(self.shift.var)?;
+        let (dx, fresh_dx) = tape.take_grad_buffer(x);
+        let dmodulation = tape.take_zeroed_grad_buffer(shift.var)?;
         let scratch = cuda::Scratch {
             dh: tape.take_buffer(b * t * c, elem),
             pq: tape.take_buffer(if full { 0 } else { cuda::pq_len(dims, elem) }, elem),
@@ -280,16 +267,16 @@ impl Saved {
             inactive_grads: tape.take_buffer(if full { 0 } else { cuda::inactive_grads_len(dims, elem) }, DType::F32),
             sums: tape.take_buffer(cuda::sums_len(dims), DType::F32),
             counters: tape.take_buffer(cuda::counters_len(&device, elem, dims, full), DType::U32),
-            shares: tape.take_shares(self.read, &cuda::planner(&device, elem, dims, full)),
+            shares: tape.take_shares(read, &cuda::planner(&device, elem, dims, full)),
         };
-        let (dweight, add) = tape.grad_buffer(self.linear.weight);
-        let (dbias, _) = tape.grad_buffer(self.linear.bias);
+        let (dweight, add) = tape.grad_buffer(linear.weight);
+        let (dbias, _) = tape.grad_buffer(linear.bias);
         let from = |offset| dmodulation.slice(offset..dmodulation.len);
         let grads = cuda::Gradients {
             dx,
             fresh_dx,
-            dshift: from(self.shift.offset),
-            dscale: from(self.scale.offset),
+            dshift: from(shift.offset),
+            dscale: from(scale.offset),
             dweight,
             dbias,
             add,
@@ -302,10 +289,10 @@ impl Saved {
             inactive: of(self.inactive),
             uv: of(self.correction),
         };
-        let inputs = cuda_inputs(tape, self.x, self.read, full, self.shift, self.scale, self.linear);
+        let inputs = self.operands.cuda_inputs(tape, full);
         cuda::backward(&device, grads, scratch, dy, inputs, saved, dims)?;
-        tape.put_grad_buffer(self.x, dx);
-        tape.put_grad_buffer(self.shift.var, dmodulation);
+        tape.put_grad_buffer(x, dx);
+        tape.put_grad_buffer(shift.var, dmodulation);
         let cuda::Scratch { dh, pq, q, dr, inactive_grads, sums, counters, shares } = scratch;
         for buffer in [dy, dh, pq, q, dr, inactive_grads, sums, counters, shares.parts] {
             tape.give_buffer(buffer);
@@ -314,41 +301,37 @@ impl Saved {
     }
 
     pub(crate) fn backward(self, tape: &mut Tape, mut dy: AlignedVec) {
-        let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
-        let n = self.linear.outputs;
+        let Operands { x, read, shift, scale, linear } = self.operands;
         if let Some(pre) = self.pre {
             cpu::gelu_backward(&mut dy, tape.value(pre));
         }
-        let (mut dx, fresh_dx) = tape.take_grad(self.x);
-        let (mut dmodulation, fresh) = tape.take_grad(self.shift.var);
+        let (mut dx, fresh_dx) = tape.take_grad(x);
+        let (mut dmodulation, fresh) = tape.take_grad(shift.var);
         if fresh {
             dmodulation.fill(0.0);
         }
         let (values, grads) = tape.split();
-        let modulation = values.value(self.shift.var);
         let add = grads.add;
-        let (dweight, dbias) = grads.of_linear(self.linear);
+        let (dweight, dbias) = grads.of_linear(linear);
+        let inputs = cpu::Inputs {
+            x: values.value(x),
+            read: values.windows(read),
+            computed: values.windows(self.computed),
+            modulation: cpu::Modulation::new(values.value(shift.var), self.dims.b, shift.offset, scale.offset),
+            weight: values.weight(linear.weight),
+            dims: self.dims,
+        };
         let squares = cpu::backward(
             cpu::Gradients { dx: &mut dx, fresh_dx, dmodulation: &mut dmodulation, dweight, dbias, add },
             &dy,
-            values.value(self.x),
-            values.windows(self.read),
-            values.windows(self.computed),
-            cpu::Modulation {
-                data: modulation,
-                stride: modulation.len() / b.max(1),
-                shift: self.shift.offset,
-                scale: self.scale.offset,
-            },
-            values.weight(self.linear.weight),
+            inputs,
             values.value(self.mean),
             values.value(self.rstd),
             self.correction.map(|v| values.value(v)),
-            Dims { b, t, c, n },
         );
-        tape.note_squares(self.linear.weight, squares);
-        tape.put_grad(self.x, dx);
-        tape.put_grad(self.shift.var, dmodulation);
+        tape.note_squares(linear.weight, squares);
+        tape.put_grad(x, dx);
+        tape.put_grad(shift.var, dmodulation);
         tape.give(dy);
     }
 }
