@@ -80,7 +80,7 @@ impl From<Gelu> for Input {
 #[derive(Clone, Copy)]
 struct Operands {
     a: Var,             // [B, T, K]
-    pre: Option<Var>, // [B, T, K], of which `a` is the GELU; in main memory `a` itself, and backward puts its gradient there
+    pre: Option<Var>, // [B, T, K], of which `a` is the GELU; in main memory `a` itself, where backward puts its gradient
     linear: Linear,   // [C, K], [C]
     gate: PerSample,  // [B, C]
     residual: Residual, // [B, T, C]
@@ -162,8 +162,8 @@ impl Operands {
                 format!("the residual stream is {:?}, expected {:?}", tape.shape(var), [b, t, c])
             })?;
         }
-        for windows in [Some(write), Some(residual.base_window), residual.bypass.map(|(_, w)| w)].into_iter().flatten()
-        {
+        let all_windows = [Some(write), Some(residual.base_window), residual.bypass.map(|(_, w)| w)];
+        for windows in all_windows.into_iter().flatten() {
             let windows = tape.get_windows(windows);
             check(windows.len() == b && windows.iter().all(|w| w.fits(c)), OP, || {
                 format!("needs {b} windows inside 0..{c}, got {windows:?}")

@@ -26,7 +26,9 @@
 
 pub(crate) mod cpu;
 pub mod cuda;
+mod inactive;
 pub mod reference;
+mod rows;
 
 use crate::autograd::{Tape, Var, Windows};
 use crate::backend::cpu::aligned::AlignedVec;
