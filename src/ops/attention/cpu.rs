@@ -102,20 +102,25 @@ fn split<const N: usize>(mut buffer: &mut [f32], sizes: [usize; N]) -> [&mut [f3
 
 /// See [`super::attention`].
 pub fn forward(
-    out: &mut [f32],   // [B, T, C]
-    found: &mut [f32], // [B, T, NH, 2]: the largest q k^T of a row, and 1 / the sum of its exponentials
-    qkv: &[f32],       // [B, T, 3C]
-    Dims { b, t, c, heads }: Dims,
+    out: &mut [f32],        // [B, T, C]
+    statistics: &mut [f32], // [B, T, NH, 2]: the largest q k^T of a row, and 1 / the sum of its exponentials
+    qkv: &[f32],            // [B, T, 3C]
+    dims: Dims,
 ) {
+    let Dims { b, t, c, heads } = dims;
     let _span = span("attention", Pass::Forward, [c, heads], 4 * b * t * t * c, 4 * b * t * c);
     let size = c / heads;
     #[cfg(target_arch = "x86_64")]
     if sixteen::takes(t, size) {
-        return sixteen::forward(out, found, qkv, Dims { b, t, c, heads });
+        return sixteen::forward(out, statistics, qkv, dims);
     }
     let scale = 1.0 / (size as f32).sqrt();
-    let sizes = [Columns::room(size, t), PANEL * size, t * PANEL];
-    let (out, found) = (Shared::new(out), Shared::new(found));
+    let sizes = [
+        Columns::room(size, t), // v: all values
+        PANEL * size,           // q: [2, HS, HALF], a panel of queries
+        t * PANEL,              // p: [T, PANEL], their scores, then probabilities
+    ];
+    let (out, statistics) = (Shared::new(out), Shared::new(statistics));
     (0..b * heads).into_par_iter().for_each_init(Tile::new, |tile, task| {
         let (sample, head) = (task / heads, task % heads);
         let part = |i: usize| Head { row: sample * t, column: i * c + head * size, stride: 3 * c, size };
@@ -155,7 +160,7 @@ pub fn forward(
                 for i in 0..count {
                     let at = 2 * ((sample * t + first + i) * heads + head);
                     // SAFETY: the numbers of one head and row.
-                    unsafe { found.slice(at..at + 2) }.copy_from_slice(&[max[i], inverse[i]]);
+                    unsafe { statistics.slice(at..at + 2) }.copy_from_slice(&[max[i], inverse[i]]);
                 }
             }
         });
@@ -164,36 +169,36 @@ pub fn forward(
 
 /// See [`super::attention`]. Overwrites `dqkv`.
 pub fn backward(
-    dqkv: &mut [f32], // [B, T, 3C]
-    dout: &[f32],     // [B, T, C]
-    qkv: &[f32],      // [B, T, 3C]
-    out: &[f32],      // [B, T, C]
-    found: &[f32],    // [B, T, NH, 2], see `forward`
-    Dims { b, t, c, heads }: Dims,
+    dqkv: &mut [f32],   // [B, T, 3C]
+    dout: &[f32],       // [B, T, C]
+    qkv: &[f32],        // [B, T, 3C]
+    out: &[f32],        // [B, T, C]
+    statistics: &[f32], // [B, T, NH, 2], see `forward`
+    dims: Dims,
 ) {
+    let Dims { b, t, c, heads } = dims;
     let span = |of_rows| span("attention", Pass::Backward, [c, heads], 10 * b * t * t * c, of_rows * b * t * c);
     let size = c / heads;
     #[cfg(target_arch = "x86_64")]
     if sixteen::takes(t, size) {
         // It does not read `out`.
         let _span = span(7);
-        return sixteen::backward(dqkv, dout, qkv, found, Dims { b, t, c, heads });
+        return sixteen::backward(dqkv, dout, qkv, statistics, dims);
     }
     let _span = span(8);
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
-    let block = [at_once * size, Columns::room(size, at_once.min(t))];
     let sizes = [
-        Columns::room(size, t),
-        block[0],
-        block[0],
-        block[1],
-        block[1],
-        t * STRIP,
-        t * STRIP,
-        at_once,
-        at_once,
-        at_once,
+        Columns::room(size, t),              // k: all keys
+        at_once * size,                      // q_transposed: [panels(queries), 2, HS, HALF]
+        at_once * size,                      // dy_transposed: as that
+        Columns::room(size, at_once.min(t)), // q: the queries
+        Columns::room(size, at_once.min(t)), // dy: their rows of dout
+        t * STRIP,                           // p: [T, STRIP], the probabilities, transposed
+        t * STRIP,                           // ds: [T, STRIP], the gradients of the scores, transposed
+        at_once,                             // max: [queries]
+        at_once,                             // inverse: [queries]
+        at_once,                             // delta: [queries]
     ];
     let dqkv = Shared::new(dqkv);
     (0..b * heads).into_par_iter().for_each_init(
@@ -208,7 +213,7 @@ pub fn backward(
                 fetch_rows(&qkv[part(i).at(0).start..], t.min(FETCHED), size, 3 * c);
             }
             scratch::with(sizes.iter().sum(), |buffer| {
-                let [k, q_transposed, dy_transposed, q, dy, p, ds, max, inverse, mean] = split(buffer, sizes);
+                let [k, q_transposed, dy_transposed, q, dy, p, ds, max, inverse, delta] = split(buffer, sizes);
                 let k = Columns::new(k, qkv, part(1), 0..t);
                 for first in (0..t).step_by(at_once) {
                     let count = at_once.min(t - first);
@@ -219,10 +224,10 @@ pub fn backward(
                     let dy = Columns::new(dy, dout, of_out, queries.clone());
                     for (i, query) in queries.enumerate() {
                         let at = 2 * ((sample * t + query) * heads + head);
-                        (max[i], inverse[i]) = (found[at], found[at + 1]);
-                        mean[i] = dot(&dout[of_out.at(query)], &out[of_out.at(query)]);
+                        (max[i], inverse[i]) = (statistics[at], statistics[at + 1]);
+                        delta[i] = dot(&dout[of_out.at(query)], &out[of_out.at(query)]);
                     }
-                    for of_queries in [&mut *max, inverse, mean] {
+                    for of_queries in [&mut *max, inverse, delta] {
                         of_queries[count..].fill(0.0);
                     }
 
@@ -244,7 +249,7 @@ pub fn backward(
                             for half in 0..halves {
                                 let at = at + half * HALF;
                                 let numbers = columns.start + half * HALF..columns.start + (half + 1) * HALF;
-                                let queries = [&*max, inverse, mean].map(|of_queries| &of_queries[numbers.clone()]);
+                                let queries = [&*max, inverse, delta].map(|of_queries| &of_queries[numbers.clone()]);
                                 let (p, ds) = (&mut p[at..], &mut ds[at..]);
                                 softmax_backward(p, ds, scores, dp, keys.len(), half, queries, scale);
                             }
@@ -340,7 +345,7 @@ fn softmax_of<const FMA: bool, const N: usize>(
 
 simd_fn! {
     /// Half `half` of the queries of a tile of keys: the probabilities and the gradient of the scores, rows [`STRIP`] apart. The
-    /// tiles are whole; `queries` are `max`, `inverse` and `D` of that half.
+    /// tiles are whole; `queries` are `max`, `inverse` and `delta` of that half.
     fn softmax_backward<F>(
         p: &mut [f32],
         ds: &mut [f32],
@@ -351,7 +356,7 @@ simd_fn! {
         queries: [&[f32]; 3],
         scale: f32,
     ) {
-        let [max, inverse, mean]: [&[f32; HALF]; 3] =
+        let [max, inverse, delta]: [&[f32; HALF]; 3] =
             queries.map(|of_queries| of_queries.try_into().expect("half a panel of queries"));
         for i in 0..keys {
             let (p, ds) = (&mut p[i * STRIP..][..HALF], &mut ds[i * STRIP..][..HALF]);
@@ -359,7 +364,7 @@ simd_fn! {
             for j in 0..HALF {
                 let probability = exp::<F>((scores[j] - max[j]) * scale) * inverse[j];
                 p[j] = probability;
-                ds[j] = probability * (dp[j] - mean[j]) * scale;
+                ds[j] = probability * (dp[j] - delta[j]) * scale;
             }
         }
     }

@@ -5,8 +5,8 @@
 //! S = q k^T / sqrt(HS)    P = softmax(S)    out = P v    [B, T, C]
 //! ```
 //!
-//! Of P only what softmax finds of each row of S is saved: on the CPU the largest `q k^T` and 1 / the sum of exponentials, on CUDA the
-//! log-sum-exp. Backward computes P again, with `D_t = dout_t . out_t` (which is `P_t . dP_t`): `dv = P^T dout`,
+//! Of P only statistics of each row of S are saved: on the CPU the largest `q k^T` and 1 / the sum of exponentials, on CUDA the
+//! log-sum-exp. Backward computes P again, with `D_t = dout_t . out_t` (which is `P_t . dP_t`, and `delta` in code): `dv = P^T dout`,
 //! `dS = P (dout v^T - D) / sqrt(HS)`, `dq = dS k`, `dk = dS^T q`.
 
 pub(crate) mod cpu;
@@ -37,9 +37,9 @@ pub struct Dims {
 /// What backward needs.
 #[derive(Clone, Copy)]
 pub(crate) struct Saved {
-    qkv: Var,  // [B, T, 3C]
-    out: Var,  // [B, T, C]
-    rows: Var, // what softmax found: [B, T, NH, 2]; on CUDA [B, NH, T]
+    qkv: Var,        // [B, T, 3C]
+    out: Var,        // [B, T, C]
+    statistics: Var, // of the rows of S: [B, T, NH, 2]; on CUDA [B, NH, T]
     heads: usize,
 }
 
@@ -54,19 +54,19 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
     let c = c3 / 3;
     if tape.on_cuda() {
         let (device, elem) = (tape.device(), tape.elem());
-        let (out, lse) = (tape.take_buffer(b * t * c, elem), tape.take_buffer(b * t * heads, DType::F32));
-        cuda::forward(&device, out, lse, tape.buffer(qkv), Dims { b, t, c, heads })?;
+        let (out, statistics) = (tape.take_buffer(b * t * c, elem), tape.take_buffer(b * t * heads, DType::F32));
+        cuda::forward(&device, out, statistics, tape.buffer(qkv), Dims { b, t, c, heads })?;
         let out = tape.push([b, t, c], out, true);
-        let lse = tape.push([b, heads, t], lse, false);
-        tape.record(out, Node::Attention(Saved { qkv, out, rows: lse, heads }));
+        let statistics = tape.push([b, heads, t], statistics, false);
+        tape.record(out, Node::Attention(Saved { qkv, out, statistics, heads }));
         return Ok(out);
     }
     let mut out = tape.take(b * t * c);
-    let mut rows = tape.take(b * t * heads * 2);
-    cpu::forward(&mut out, &mut rows, tape.value(qkv), Dims { b, t, c, heads });
+    let mut statistics = tape.take(b * t * heads * 2);
+    cpu::forward(&mut out, &mut statistics, tape.value(qkv), Dims { b, t, c, heads });
     let out = tape.push([b, t, c], out, true);
-    let rows = tape.push([b, t, heads, 2], rows, false);
-    tape.record(out, Node::Attention(Saved { qkv, out, rows, heads }));
+    let statistics = tape.push([b, t, heads, 2], statistics, false);
+    tape.record(out, Node::Attention(Saved { qkv, out, statistics, heads }));
     Ok(out)
 }
 
@@ -75,8 +75,8 @@ impl Saved {
         let &[b, t, c] = tape.shape(self.out) else { unreachable!("made by the forward pass") };
         let device = tape.device();
         let dqkv = tape.take_buffer(b * t * 3 * c, dout.dtype);
-        let (qkv, out, lse) = (tape.buffer(self.qkv), tape.buffer(self.out), tape.buffer(self.rows));
-        cuda::backward(&device, dqkv, dout, qkv, out, lse, Dims { b, t, c, heads: self.heads })?;
+        let (qkv, out, statistics) = (tape.buffer(self.qkv), tape.buffer(self.out), tape.buffer(self.statistics));
+        cuda::backward(&device, dqkv, dout, qkv, out, statistics, Dims { b, t, c, heads: self.heads })?;
         tape.add_grad_buffer(self.qkv, dqkv)?;
         tape.give_buffer(dout);
         Ok(())
@@ -90,7 +90,7 @@ impl Saved {
             &dout,
             tape.value(self.qkv),
             tape.value(self.out),
-            tape.value(self.rows),
+            tape.value(self.statistics),
             Dims { b, t, c, heads: self.heads },
         );
         tape.add_grad(self.qkv, dqkv);

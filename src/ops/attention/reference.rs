@@ -76,16 +76,16 @@ pub fn backward<R: Real>(qkv: &[R], dout: &[R], d: Dims) -> Vec<R> {
                 let p = probabilities(qkv, d, b, t, head);
                 let dout = &dout[(b * d.tokens + t) * d.channels + head * size..][..size];
                 let mut dp = vec![R::zero(); d.tokens];
-                let mut mean = R::zero();
+                let mut delta = R::zero();
                 for s in 0..d.tokens {
                     for i in 0..size {
                         dp[s] += dout[i] * at(qkv, d, b, s, 2, head, i);
                         dqkv[place(b, s, 2, head) + i] += p[s] * dout[i];
                     }
-                    mean += p[s] * dp[s];
+                    delta += p[s] * dp[s];
                 }
                 for s in 0..d.tokens {
-                    let ds = (p[s] * (dp[s] - mean)).stored() * scale;
+                    let ds = (p[s] * (dp[s] - delta)).stored() * scale;
                     for i in 0..size {
                         dqkv[place(b, t, 0, head) + i] += ds * at(qkv, d, b, s, 1, head, i);
                         dqkv[place(b, s, 1, head) + i] += ds * at(qkv, d, b, t, 0, head, i);

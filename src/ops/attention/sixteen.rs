@@ -25,10 +25,10 @@ pub fn takes(tokens: usize, size: usize) -> bool {
 }
 
 /// As [`super::cpu::forward`].
-pub fn forward(out: &mut [f32], found: &mut [f32], qkv: &[f32], Dims { c, heads, .. }: Dims) {
+pub fn forward(out: &mut [f32], statistics: &mut [f32], qkv: &[f32], Dims { c, heads, .. }: Dims) {
     let size = c / heads;
-    out.par_chunks_mut(T * c).zip(found.par_chunks_mut(T * heads * 2)).enumerate().for_each(
-        |(sample, (out, found))| {
+    out.par_chunks_mut(T * c).zip(statistics.par_chunks_mut(T * heads * 2)).enumerate().for_each(
+        |(sample, (out, statistics))| {
             scratch::with(size * T, |transposed| {
                 for head in 0..heads {
                     let [q, k, v] = [0, 1, 2].map(|part| rows_of(qkv, 3 * c, sample, part * c, [head, heads], size));
@@ -36,8 +36,10 @@ pub fn forward(out: &mut [f32], found: &mut [f32], qkv: &[f32], Dims { c, heads,
                     let out = &mut out[head * size..][..(T - 1) * c + size];
                     // SAFETY: `takes` found AVX-512 and whole vectors; the rows are as long as was cut.
                     let [max, inverse] = unsafe { head_forward(out, transposed, [k, v], size, c) };
-                    for (found, (max, inverse)) in found.chunks_exact_mut(heads * 2).zip(max.into_iter().zip(inverse)) {
-                        found[2 * head..][..2].copy_from_slice(&[max, inverse]);
+                    for (statistics, (max, inverse)) in
+                        statistics.chunks_exact_mut(heads * 2).zip(max.into_iter().zip(inverse))
+                    {
+                        statistics[2 * head..][..2].copy_from_slice(&[max, inverse]);
                     }
                 }
             });
@@ -46,7 +48,7 @@ pub fn forward(out: &mut [f32], found: &mut [f32], qkv: &[f32], Dims { c, heads,
 }
 
 /// As [`super::cpu::backward`].
-pub fn backward(dqkv: &mut [f32], dout: &[f32], qkv: &[f32], found: &[f32], Dims { c, heads, .. }: Dims) {
+pub fn backward(dqkv: &mut [f32], dout: &[f32], qkv: &[f32], statistics: &[f32], Dims { c, heads, .. }: Dims) {
     let size = c / heads;
     dqkv.par_chunks_mut(T * 3 * c).enumerate().for_each(|(sample, dqkv)| {
         scratch::with(2 * size * T, |transposed| {
@@ -61,7 +63,7 @@ pub fn backward(dqkv: &mut [f32], dout: &[f32], qkv: &[f32], found: &[f32], Dims
                 interleave(q_transposed, T, q, T, size, 3 * c);
                 interleave(dout_transposed, T, dout, T, size, c);
                 let of_row =
-                    |which: usize| std::array::from_fn(|i| found[2 * ((sample * T + i) * heads + head) + which]);
+                    |which: usize| std::array::from_fn(|i| statistics[2 * ((sample * T + i) * heads + head) + which]);
                 let (max, inverse) = (of_row(0), of_row(1));
                 // SAFETY: `takes` found AVX-512 and whole vectors; the rows are as long as was cut.
                 unsafe {
@@ -199,17 +201,17 @@ unsafe fn head_backward(
         store(p.as_mut_ptr().cast(), T, product::<false>(k.as_ptr(), 3 * c, q_transposed.as_ptr(), T, size));
         store(ds.as_mut_ptr().cast(), T, product::<false>(v.as_ptr(), 3 * c, dout_transposed.as_ptr(), T, size));
     }
-    let mut mean = [0.0f32; T];
+    let mut delta = [0.0f32; T];
     for (p, ds) in p.iter_mut().zip(&ds) {
         for i in 0..T {
             p[i] = exp::<true>((p[i] - max[i]) * scale) * inverse[i];
             // P . dP is dout . out, so out need not be read.
-            mean[i] = p[i].mul_add(ds[i], mean[i]);
+            delta[i] = p[i].mul_add(ds[i], delta[i]);
         }
     }
     for (p, ds) in p.iter().zip(&mut ds) {
         for i in 0..T {
-            ds[i] = p[i] * (ds[i] - mean[i]) * scale;
+            ds[i] = p[i] * (ds[i] - delta[i]) * scale;
         }
     }
     let (p, of_ds) = (p.as_ptr().cast(), ds.as_ptr().cast());
