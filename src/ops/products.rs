@@ -41,7 +41,8 @@ pub(crate) fn window_of_all(windows: &[Window]) -> Window {
 
 /// Most tiles of a batch.
 const MOST_TILES: usize = 24;
-/// Numbers of packed rows that leave room in a core's cache for the panels; and of an operand that stays there.
+/// Numbers, 512 KB of them: an operand of at most so many is taken to stay in a core's second cache from one use to the next. How many
+/// times as many the packed rows of a batch may be was measured ([`tiles_at_once`]): they should stay there while panels pass through.
 pub(crate) const RESIDENT: usize = 1 << 17;
 /// Tiles that are multiplied at once even when they leave less room: they share what is read of the panels.
 const FEW_TILES: usize = 4;
@@ -159,9 +160,14 @@ pub(crate) fn batches(
     }
 }
 
-/// Rows of one block of work: at most 256, or where panels of `packed` numbers stay in cache, at most a sample but not less than 64; fewer
-/// so that each thread has about as many blocks; whole samples where they fit, of which `tokens` may be those of some that are joined.
-/// Nothing may be summed over a block: results never depend on the number of threads.
+/// Rows of one block of work, the unit that threads take, for `rows` rows of samples of `tokens` tokens (or of runs of joined samples,
+/// with the tokens of a run) that are multiplied with panels of `packed` numbers:
+///
+/// - at most 256, so that panels are read few times; if they stay in cache at most a sample, but 64 may always be taken;
+/// - fewer, but not less than 32, so that every thread gets about as many blocks;
+/// - then whole samples if one fits, or else an even part of a sample.
+///
+/// It depends on the number of threads, and results must not: nothing may be summed over a block.
 pub(crate) fn rows_per_block(rows: usize, tokens: usize, packed: usize) -> usize {
     // Measured (2 cores of an Intel Xeon, which others used too): with 256, a thread waits longer for the other at the end, and a step of
     // digits takes 2 to 4 % more time with AMX, 1 to 2 % with AVX2, as long with AVX-512.

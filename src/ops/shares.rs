@@ -96,7 +96,9 @@ enum Kind {
 }
 
 impl Piece {
-    /// The order of a block: what others wait for early, and at the end what it waits for.
+    /// Its place among the pieces of a block, which computes those with the lowest first: tiles of its own that need nobody else, then what
+    /// was cut off from the tiles of others, who may wait for it, then the bias, and at the end tiles that need parts from other blocks, so
+    /// that these have the most time.
     fn turn(&self, is_own: bool) -> usize {
         match self.kind {
             Kind::Complete { count, .. } if count > 0 => 3,

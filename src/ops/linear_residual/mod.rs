@@ -97,7 +97,7 @@ pub(crate) struct Saved {
 
 const OP: &str = "linear_residual";
 
-/// `out`, `[B, T, C]`.
+/// `out = (base inside its windows) + (gate (a W^T + b) inside the write windows) + (bypass outside its windows)`, `[B, T, C]`.
 ///
 /// `a` is `[B, T, K]`; `write` gives one window a sample: only these channels of the linear layer are computed.
 ///

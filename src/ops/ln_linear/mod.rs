@@ -87,8 +87,12 @@ pub(crate) struct Saved {
     inactive: Option<Var>,   // CUDA: [B, 2, C]: 1 + scale and shift outside of the windows
 }
 
-/// The GELU of a linear layer, for one reader: [`linear_residual`](super::linear_residual::linear_residual) takes it away. So in main
-/// memory it is computed where it is read and never stored, and everywhere its reader hands the gradient on as that of its input.
+/// The output of a linear layer on its way through GELU to its only reader, [`linear_residual`](super::linear_residual::linear_residual),
+/// which takes it by value.
+///
+/// In main memory nobody has applied GELU yet: the reader does, to the numbers that it is about to multiply, so that forward stores no
+/// result. On a CUDA device both may be stored. In either, backward of the reader also goes through the GELU: it gives the gradient of
+/// what that was applied to.
 #[derive(Debug)]
 pub struct Gelu {
     /// On a CUDA device the GELU; in main memory `pre`.
