@@ -16,14 +16,14 @@ impl Shape {
         &self.dims[..self.rank]
     }
 
-    /// Number of elements.
+    /// Number of elements; `usize::MAX` where it cannot be counted, which is the length of no memory.
     pub fn len(&self) -> usize {
-        self.dims().iter().product()
+        self.dims().iter().fold(1, |len: usize, &size| len.saturating_mul(size))
     }
 
     /// Whether a dimension is 0.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.dims().contains(&0)
     }
 
     /// Number of dimensions.
@@ -112,5 +112,18 @@ impl From<AlignedVec> for Storage {
 impl From<Buffer> for Storage {
     fn from(buffer: Buffer) -> Self {
         Storage::Cuda(buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_whose_product_cannot_be_counted_are_not_taken_for_few() {
+        assert_eq!(Shape::from([2, 3, 4]).len(), 24);
+        assert_eq!(Shape::from([1 << 32, 1 << 32, 3]).len(), usize::MAX);
+        let empty = Shape::from([1 << 32, 1 << 32, 0]);
+        assert_eq!((empty.len(), empty.is_empty()), (0, true));
     }
 }

@@ -226,4 +226,6 @@ fn misfits_are_refused() {
     refused("12 is not 3 x channels of 5 equal heads", |tape| (zeros(tape, [2, 3, 12]), 5));
     refused("14 is not 3 x channels of 2 equal heads", |tape| (zeros(tape, [2, 3, 14]), 2));
     refused("12 is not 3 x channels of 0 equal heads", |tape| (zeros(tape, [2, 3, 12]), 0));
+    // Three times as many would wrap around to 2.
+    refused("equal heads", |tape| (zeros(tape, [2, 3, 12]), usize::MAX / 3 + 1));
 }

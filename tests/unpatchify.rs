@@ -106,6 +106,9 @@ fn misfits_are_refused() {
     refused("6 patches of 13 do not make 3 x 4 x 6 images of patch 2", 6, 13, [4, 6], 2);
     refused("6 patches of 12 do not make 3 x 4 x 6 images of patch 0", 6, 12, [4, 6], 0);
     refused("6 patches of 12 do not make 3 x 4 x 7 images of patch 2", 6, 12, [4, 7], 2);
+    // The square of its side would wrap around to 1.
+    let side = (1 << 63) + 1;
+    refused("images of patch 9223372036854775809", 1, 3, [side, side], side);
     refused("6 patches of 12 do not make 3 x 5 x 6 images of patch 2", 6, 12, [5, 6], 2);
     check_refused("unpatchify", "got [6, 12], expected [batch, tokens, patch x patch x channels]", |tape| {
         let x = zeros(tape, [6, 12]);

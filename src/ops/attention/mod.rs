@@ -50,7 +50,9 @@ pub(crate) struct Saved {
 pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
     const OP: &str = "attention";
     let [b, t, c3] = dims3(tape, qkv, OP, "[batch, tokens, 3 x channels]")?;
-    check(heads > 0 && c3 % (3 * heads) == 0, OP, || format!("{c3} is not 3 x channels of {heads} equal heads"))?;
+    check(heads.checked_mul(3).is_some_and(|parts| c3.is_multiple_of(parts)), OP, || {
+        format!("{c3} is not 3 x channels of {heads} equal heads")
+    })?;
     let c = c3 / 3;
     if tape.on_cuda() {
         let (device, elem) = (tape.device(), tape.elem());

@@ -31,7 +31,9 @@ pub fn unpatchify(tape: &mut Tape, x: Var, channels: usize, height: usize, width
     const OP: &str = "unpatchify";
     let [b, t, k] = dims3(tape, x, OP, "[batch, tokens, patch x patch x channels]")?;
     let divides = patch > 0 && height.is_multiple_of(patch) && width.is_multiple_of(patch);
-    check(divides && t == (height / patch) * (width / patch) && k == patch * patch * channels, OP, || {
+    let product = |sizes: [usize; 3]| sizes.into_iter().try_fold(1, |len: usize, size| len.checked_mul(size));
+    let fits = |of_image, of_patch| Some(t) == product(of_image) && Some(k) == product(of_patch);
+    check(divides && fits([height / patch, width / patch, 1], [patch, patch, channels]), OP, || {
         format!("{t} patches of {k} do not make {channels} x {height} x {width} images of patch {patch}")
     })?;
     if tape.on_cuda() {
