@@ -225,6 +225,10 @@ pub fn infer<R: Send>(
     }
 }
 
+/// What is said of an activation whose numbers are gone.
+const RELEASED: &str = "an activation was released: an inference tape keeps of a model only its output, a checkpoint only its result, \
+                        and a backward pass uses up what nobody else reads";
+
 /// One pass of a model over borrowed weights.
 pub struct Tape<'a> {
     pub(crate) weights: &'a [f32],
@@ -328,12 +332,27 @@ impl<'a> Tape<'a> {
     /// The numbers of an activation in main memory.
     ///
     /// # Panics
-    /// When the tape computes on a CUDA device: use [`Tape::read`].
+    /// When they were released ([`Tape::read`] refuses them instead), or the tape computes on a CUDA device: use [`Tape::read`].
     pub fn value(&self, var: Var) -> &[f32] {
+        assert!(!self.is_released(var), "{RELEASED}");
         self.memory.values[var.0 as usize].data.cpu()
     }
 
-    /// The sizes of an activation.
+    /// Whether the numbers of an activation are gone.
+    pub(crate) fn is_released(&self, var: Var) -> bool {
+        let Tensor { shape, data } = &self.memory.values[var.0 as usize];
+        data.len() != shape.len()
+    }
+
+    /// Refuses an operand whose numbers are gone.
+    pub(crate) fn check_held(&self, var: Var, operation: &'static str) -> Result<()> {
+        match self.is_released(var) {
+            true => Err(Error::Shape { operation, what: RELEASED.into() }),
+            false => Ok(()),
+        }
+    }
+
+    /// The sizes of an activation; none of one that was released.
     pub fn shape(&self, var: Var) -> &[usize] {
         self.memory.values[var.0 as usize].shape.dims()
     }
@@ -349,8 +368,9 @@ impl<'a> Tape<'a> {
     /// The numbers of an activation, from any device.
     ///
     /// # Errors
-    /// When work on the device failed.
+    /// When they were released, or work on the device failed.
     pub fn read(&self, var: Var) -> Result<Vec<f32>> {
+        self.check_held(var, "read")?;
         self.read_storage(&self.memory.values[var.0 as usize].data)
     }
 
@@ -475,6 +495,8 @@ impl<'a> Tape<'a> {
                 continue;
             }
             self.release(Var(index as u32));
+            // No operation takes this for one of its operands.
+            self.memory.values[index].shape = [].into();
         }
     }
 

@@ -4,6 +4,11 @@ mod common;
 
 use common::numbers;
 use dtr_fused::autograd::{Memory, Tape};
+use dtr_fused::model::config::ModelConfig;
+use dtr_fused::model::dit::{Dit, Init};
+use dtr_fused::ops::attention::attention;
+use dtr_fused::ops::channel_mask::{Keep, channel_mask};
+use dtr_fused::routing::Routing;
 
 #[test]
 fn sizes_that_wrap_around_are_not_those_of_nothing() {
@@ -12,4 +17,50 @@ fn sizes_that_wrap_around_are_not_those_of_nothing() {
     let message = tape.input(&[], [1 << 32, 1 << 32, 3], true).unwrap_err().to_string();
     assert!(message.contains("0 numbers cannot have the shape [4294967296, 4294967296, 3]"), "{message}");
     assert!(tape.input(&numbers(1, 24), [2, 3, 4], true).is_ok());
+}
+
+fn model() -> Dit {
+    Dit::new(ModelConfig {
+        hidden_size: 24,
+        depth: 2,
+        num_heads: 2,
+        patch_size: 2,
+        input_size: 4,
+        in_channels: 1,
+        num_classes: 3,
+        null_class: true,
+        mlp_ratio: 2.0,
+        learn_sigma: true,
+        routing: Routing::Paper,
+        beta: 0.7,
+        alpha: 4.0,
+        routing_seed: 0,
+    })
+    .unwrap()
+}
+
+#[test]
+fn what_was_released_is_refused_and_not_read_as_nothing() {
+    let dit = model();
+    let weights = dit.init(1, Init::Small);
+    let mut memory = Memory::new();
+    let mut tape = Tape::inference(&weights, &mut memory);
+    let images = tape.input(&numbers(1, 2 * 16), [2, 1, 4, 4], false).unwrap();
+    let trace = dit.forward_traced(&mut tape, images, &[3, 900], &[0, 1]).unwrap();
+    let (gone, there) = (trace.blocks[0], tape.input(&numbers(2, 2 * 4 * 24), [2, 4, 24], false).unwrap());
+    let mask = tape.input(&numbers(3, 2 * 24), [2, 24], false).unwrap();
+    assert_eq!(tape.read(trace.out).unwrap().len(), 2 * 2 * 16);
+    assert_eq!(tape.shape(gone), [0; 0]);
+    for (name, refused) in [
+        ("read", tape.read(gone).map(|_| ())),
+        ("attention", attention(&mut tape, gone, 2).map(|_| ())),
+        ("x", channel_mask(&mut tape, None, gone, mask, Keep::Active).map(|_| ())),
+        ("base", channel_mask(&mut tape, Some(gone), there, mask, Keep::Active).map(|_| ())),
+        ("mask", channel_mask(&mut tape, None, there, gone, Keep::Active).map(|_| ())),
+    ] {
+        let message = refused.expect_err(name).to_string();
+        assert!(message.contains("was released"), "{name}: {message}");
+    }
+    let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| tape.value(gone).len()));
+    assert!(read.unwrap_err().downcast_ref::<String>().is_some_and(|message| message.contains("was released")));
 }

@@ -6,7 +6,7 @@
 //! A training step does the first half for the next pass while the device computes this one ([`stage`]), and the second
 //! half replays the graph of an earlier pass ([`launch_staged`]).
 
-use super::{Memory, Storage, Tape, Var, Windows};
+use super::{Memory, RELEASED, Storage, Tape, Var, Windows};
 use crate::backend::cuda::arena::Arena;
 use crate::backend::cuda::transfer::Staging;
 use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Graph, Launch};
@@ -449,6 +449,7 @@ impl Tape<'_> {
 
     /// The numbers of an activation on the device.
     pub(crate) fn buffer(&self, var: Var) -> Buffer {
+        assert!(!self.is_released(var), "{RELEASED}");
         self.memory.values[var.0 as usize].data.cuda()
     }
 

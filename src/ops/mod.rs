@@ -108,6 +108,7 @@ pub(crate) fn check_linear(linear: Linear, operation: &'static str) -> Result<()
 
 /// The sizes of an activation that must have three dimensions and hold something.
 pub(crate) fn dims3(tape: &Tape, var: Var, operation: &'static str, expected: &str) -> Result<[usize; 3]> {
+    tape.check_held(var, operation)?;
     let shape = tape.shape(var);
     let fits = shape.len() == 3 && !shape.contains(&0);
     check(fits, operation, || format!("got {shape:?}, expected {expected}, where no size may be 0"))?;
@@ -122,6 +123,7 @@ pub(crate) fn check_per_sample(
     channels: usize,
     operation: &'static str,
 ) -> Result<()> {
+    tape.check_held(vector.var, operation)?;
     let shape = tape.shape(vector.var);
     let end = vector.offset.saturating_add(channels);
     check(shape.len() == 2 && shape[0] == batch && end <= shape[1], operation, || {

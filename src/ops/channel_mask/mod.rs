@@ -48,6 +48,7 @@ pub(crate) struct Saved {
 pub fn channel_mask(tape: &mut Tape, base: Option<Var>, x: Var, mask: Var, keep: Keep) -> Result<Var> {
     const OP: &str = "channel_mask";
     let [b, t, c] = dims3(tape, x, OP, "[batch, tokens, channels]")?;
+    [Some(mask), base].into_iter().flatten().try_for_each(|var| tape.check_held(var, OP))?;
     let base_shape = base.map(|base| tape.shape(base));
     check(tape.shape(mask) == [b, c] && base_shape.is_none_or(|s| s == [b, t, c]), OP, || {
         format!("x is {:?}, mask {:?}, base {base_shape:?}", [b, t, c], tape.shape(mask))
