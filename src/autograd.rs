@@ -109,6 +109,11 @@ impl Memory {
         self.squares.push((Param { offset: 0, len }, squares));
     }
 
+    /// Forgets all sums of squares: the gradients are others now.
+    pub(crate) fn forget_squares(&mut self) {
+        self.squares.clear();
+    }
+
     fn clear(&mut self) {
         for storage in self.values.drain(..).map(|value| value.data).chain(self.grads.drain(..).flatten()) {
             if let Storage::Cpu(data) = storage {

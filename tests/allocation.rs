@@ -142,9 +142,9 @@ fn a_steady_state_step_allocates_nothing() {
                 // memory, a few times. One thread has met it by now.
                 let (most, at_rest) = if threads == 1 { (1, 1) } else { (300, 20) };
                 while found.len() < most && !ends_with_nothing(&found, at_rest) {
-                    let held = learner.memory.bytes();
+                    let held = learner.memory().bytes();
                     found.push(count(|| step(&mut learner, &mut losses)));
-                    assert_eq!(learner.memory.bytes(), held, "{routing:?}: the tape's buffers grew");
+                    assert_eq!(learner.memory().bytes(), held, "{routing:?}: the tape's buffers grew");
                 }
                 let what = format!("{routing:?}, beta {beta}, {threads} threads: allocations, bytes by step {found:?}");
                 assert!(ends_with_nothing(&found, at_rest), "{what}");

@@ -115,16 +115,15 @@ pub struct Learner {
     pub m: AlignedVec,
     /// Second moments of AdamW.
     pub v: AlignedVec,
-    /// Gradients of the last batch.
-    pub grads: AlignedVec,
+    grads: AlignedVec, // of the last batch
     /// Uncertainty weighting, when `loss_weight` asks for it.
     pub uncertainty: Option<Uncertainty>,
     /// Updates made so far.
     pub updates: u64,
-    /// Buffers of the model's passes.
-    pub memory: Memory,
+    /// Buffers of the model's passes, and what is known of the gradients' squares: a pass of others would say something else of them.
+    pub(crate) memory: Memory,
     /// Where everything is while training on a CUDA device: `weights`, `ema`, `m` and `v` here are then as old as when they
-    /// were last fetched, arbitrary before the first time, and `grads` is empty.
+    /// were last fetched, arbitrary before the first time, and there are no gradients here.
     pub on_device: Option<DeviceState>,
     buffers: Buffers,
     at_once: usize,                  // most samples of a part, on the CPU
@@ -308,7 +307,24 @@ impl Learner {
         }
     }
 
-    /// L2 norm of the gradients as the last [`Learner::gradients`] left them: not finite when any of them is not.
+    /// Buffers of the model's passes.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Gradients of the last batch, `[P]`; none on a device, where [`DeviceState::gradients`] reads them.
+    pub fn grads(&self) -> &[f32] {
+        &self.grads
+    }
+
+    /// The gradients, to be changed before the update: clipped otherwise, or added to those of other machines.
+    pub fn grads_mut(&mut self) -> &mut [f32] {
+        // What backward found of their squares is no longer so.
+        self.memory.forget_squares();
+        &mut self.grads
+    }
+
+    /// L2 norm of the gradients: not finite when any of them is not.
     pub fn gradient_norm(&mut self) -> f64 {
         optimizer::norm(&self.grads, self.memory.squares_mut(), &mut self.norm_parts)
     }
@@ -427,6 +443,20 @@ mod tests {
                 found.iter().all(|of| *of == found[0]),
                 "the number of threads changes gradients, halves: {halves}"
             );
+        }
+    }
+
+    /// What the caller does to gradients counts, in halves or not.
+    #[test]
+    fn the_norm_is_that_of_gradients_that_were_changed() {
+        for count in [3, 30] {
+            let mut learner = learner();
+            compute(&mut learner, count, false);
+            let before = norm(&mut learner);
+            learner.grads_mut().iter_mut().for_each(|g| *g *= 3.0);
+            assert!((norm(&mut learner) / before - 3.0).abs() < 1e-6);
+            learner.grads_mut()[7] = f32::NAN;
+            assert!(learner.gradient_norm().is_nan());
         }
     }
 
