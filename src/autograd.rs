@@ -54,6 +54,16 @@ enum Step {
     DoneSince { mark: usize },
 }
 
+impl Step {
+    /// What it made.
+    fn output(&self) -> Option<Var> {
+        match self {
+            Step::Made { output, .. } | Step::Checkpointed { output, .. } => Some(*output),
+            Step::DoneSince { .. } => None,
+        }
+    }
+}
+
 /// Buffers that outlive a tape. Give the same one to every step.
 #[derive(Default)]
 pub struct Memory {
@@ -399,34 +409,54 @@ impl<'a> Tape<'a> {
     /// # Errors
     /// On a tape made for inference, the second time, and when `upstream` is not of the output's size.
     pub fn backward(&mut self, output: Var, upstream: &[f32]) -> Result<()> {
-        let dtype = match &self.memory.values[output.0 as usize].data {
-            Storage::Cuda(buffer) => buffer.dtype,
-            Storage::Cpu(_) => DType::F32,
-        };
-        let grad = self.holding(upstream, dtype);
+        self.check_backward(output, upstream.len())?;
+        let grad = self.holding(upstream, self.dtype(output));
         self.backward_from(output, grad)
     }
 
     /// [`Tape::backward`] with an input of the tape as the upstream gradient, which is used up.
     ///
     /// # Errors
-    /// As [`Tape::backward`].
+    /// As [`Tape::backward`], and when `upstream` is not what was put on the tape last: an operation might have read it, and would
+    /// find nothing.
     pub fn backward_with(&mut self, output: Var, upstream: Var) -> Result<()> {
+        self.check_backward(output, self.memory.values[upstream.0 as usize].data.len())?;
+        let is_made = self.memory.steps.iter().any(|step| step.output() == Some(upstream));
+        let refused = |what: String| Err(Error::Shape { operation: "backward_with", what });
+        if is_made || upstream.0 as usize + 1 != self.mark() {
+            return refused("the upstream gradient must be an input, and the last that is put on the tape".into());
+        }
+        let [found, expected] = [upstream, output].map(|var| self.dtype(var));
+        if found != expected {
+            return refused(format!("the upstream gradient is {found:?}, but the output {expected:?}"));
+        }
         let upstream = self.take_value(upstream);
         self.backward_from(output, upstream)
     }
 
+    /// The type of an activation's numbers.
+    fn dtype(&self, var: Var) -> DType {
+        match &self.memory.values[var.0 as usize].data {
+            Storage::Cuda(buffer) => buffer.dtype,
+            Storage::Cpu(_) => DType::F32,
+        }
+    }
+
+    /// Refuses a backward pass from `output` with an upstream gradient of `len` numbers.
+    fn check_backward(&self, output: Var, len: usize) -> Result<()> {
+        let expected = self.memory.values[output.0 as usize].data.len();
+        let what = match (self.records(), self.spent) {
+            (false, _) => "an inference tape has recorded nothing: make it with Tape::new".to_string(),
+            (true, true) => "it was called before, and what the tape recorded is used up".to_string(),
+            _ if len == expected => return Ok(()),
+            _ => format!("the upstream gradient has {len} numbers, but the output has {expected}"),
+        };
+        Err(Error::Shape { operation: "backward", what })
+    }
+
     /// [`Tape::backward`] with the upstream gradient where the tape computes.
     pub(crate) fn backward_from(&mut self, output: Var, upstream: Storage) -> Result<()> {
-        let len = self.memory.values[output.0 as usize].data.len();
-        if !self.records() || self.spent || upstream.len() != len {
-            let what = match (self.records(), self.spent) {
-                (false, _) => "an inference tape has recorded nothing: make it with Tape::new".to_string(),
-                (true, true) => "it was called before, and what the tape recorded is used up".to_string(),
-                _ => format!("the upstream gradient has {} numbers, but the output has {len}", upstream.len()),
-            };
-            return Err(Error::Shape { operation: "backward", what });
-        }
+        self.check_backward(output, upstream.len())?;
         self.spent = true;
         self.memory.grads[output.0 as usize] = Some(upstream);
         while let Some(step) = self.memory.steps.pop() {

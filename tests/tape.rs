@@ -3,7 +3,7 @@
 mod common;
 
 use common::numbers;
-use dtr_fused::autograd::{Memory, Tape};
+use dtr_fused::autograd::{Memory, Tape, Var};
 use dtr_fused::model::config::ModelConfig;
 use dtr_fused::model::dit::{Dit, Init};
 use dtr_fused::ops::attention::attention;
@@ -63,4 +63,41 @@ fn what_was_released_is_refused_and_not_read_as_nothing() {
     }
     let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| tape.value(gone).len()));
     assert!(read.unwrap_err().downcast_ref::<String>().is_some_and(|message| message.contains("was released")));
+}
+
+/// Attention of 4 tokens, on a tape, and its operand.
+fn attend(tape: &mut Tape) -> (Var, Var) {
+    let qkv = tape.input(&numbers(5, 2 * 4 * 24), [2, 4, 24], true).unwrap();
+    (qkv, attention(tape, qkv, 2).unwrap())
+}
+
+#[test]
+fn a_backward_pass_that_is_refused_costs_nothing() {
+    let (mut memory, upstream) = (Memory::new(), numbers(6, 2 * 4 * 8));
+    let mut tape = Tape::inference(&[], &mut memory);
+    let (_, y) = attend(&mut tape);
+    let given = tape.input(&upstream, [2, 4, 8], false).unwrap();
+    assert!(tape.backward_with(y, given).is_err() && tape.value(given) == upstream);
+
+    let mut tape = Tape::new(&[], &mut [], false, &mut memory);
+    let (qkv, y) = attend(&mut tape);
+    let short = tape.input(&upstream[1..], [63], false).unwrap();
+    assert!(tape.backward(y, &upstream[1..]).is_err() && tape.backward_with(y, short).is_err());
+    assert_eq!(tape.value(short), &upstream[1..]);
+    // What an operation made, and what one may have read.
+    let early = tape.input(&upstream, [2, 4, 8], false).unwrap();
+    let (_, other) = attend(&mut tape);
+    for used in [other, early, y] {
+        let message = tape.backward_with(y, used).unwrap_err().to_string();
+        assert!(message.contains("the last that is put on the tape"), "{message}");
+    }
+    let last = tape.input(&upstream, [2, 4, 8], false).unwrap();
+    tape.backward_with(y, last).unwrap();
+    let found = tape.gradient(qkv).unwrap().to_vec();
+    assert!(tape.read(last).is_err() && tape.backward(y, &upstream).is_err());
+
+    let mut tape = Tape::new(&[], &mut [], false, &mut memory);
+    let (qkv, y) = attend(&mut tape);
+    tape.backward(y, &upstream).unwrap();
+    assert_eq!(tape.gradient(qkv).unwrap(), found);
 }
