@@ -73,6 +73,7 @@ pub struct Memory {
     steps: Vec<Step>,
     windows: Vec<Window>,
     squares: Vec<(Param, f64)>,
+    written: Written,
     pool: Pool,
     cuda: Option<Box<DeviceMemory>>,
     second: Option<Box<Memory>>, // see for_halves
@@ -137,6 +138,8 @@ impl Memory {
         self.steps.clear();
         self.windows.clear();
         self.squares.clear();
+        self.written.params.clear();
+        self.written.step = 0;
     }
 }
 
@@ -175,17 +178,47 @@ impl Pool {
 pub(crate) struct WeightGrads<'a> {
     pub(crate) data: &'a mut [f32],
     pub(crate) add: bool,
+    written: Written, // that of the memory, during a backward pass
+}
+
+/// The parameters whose gradients a backward pass has written.
+#[derive(Default)]
+struct Written {
+    params: Vec<Param>,
+    step: usize, // where those of the operation begin that is undone now
+}
+
+impl Written {
+    /// Takes note of a parameter.
+    fn note(&mut self, param: Param) {
+        self.params.push(param);
+    }
+
+    /// Takes note of a parameter, of one operation once.
+    fn note_once(&mut self, param: Param) {
+        if !self.params[self.step..].contains(&param) {
+            self.note(param);
+        }
+    }
+
+    /// A parameter of which something was noted before.
+    fn twice(&mut self) -> Option<Param> {
+        self.params.sort_unstable_by_key(|param| (param.offset, param.len));
+        self.params.windows(2).find(|pair| pair[0].range().end > pair[1].offset).map(|pair| pair[1])
+    }
 }
 
 impl WeightGrads<'_> {
-    /// The gradient of `param`: to be added to if `add` is set, else to be overwritten.
+    /// The gradient of `param`: to be added to if `add` is set, else to be overwritten. An operation may ask for it again.
     pub(crate) fn of(&mut self, param: Param) -> &mut [f32] {
+        self.written.note_once(param);
         &mut self.data[param.range()]
     }
 
-    /// The gradients of weight and bias.
+    /// The gradients of weight and bias, as [`WeightGrads::of`] gives that of one parameter, but once.
     pub(crate) fn of_linear(&mut self, linear: Linear) -> (&mut [f32], &mut [f32]) {
         let ranges = [linear.weight.range(), linear.bias.range()];
+        [linear.weight, linear.bias].into_iter().for_each(|param| self.written.note(param));
         let [weight, bias] = self.data.get_disjoint_mut(ranges).expect("parameters of a layout never overlap");
         (weight, bias)
     }
@@ -257,13 +290,17 @@ pub struct Tape<'a> {
 impl<'a> Tape<'a> {
     /// A tape for a forward and a backward pass. `grads` has the layout of `weights`; `backward` overwrites it, or adds to
     /// it when `add` is set (gradient accumulation). An operation overwrites or adds by itself, so that nothing has to be
-    /// cleared: each parameter must be used exactly once on a tape, as a DiT does.
+    /// cleared: each parameter must be used exactly once on a tape, as a DiT does. Where one is not used, `grads` keeps what it held;
+    /// where one is used more often, `backward` fails unless it adds (to zeros, say).
+    ///
+    /// # Panics
+    /// When `grads` is not as long as `weights`.
     pub fn new(weights: &'a [f32], grads: &'a mut [f32], add: bool, memory: &'a mut Memory) -> Self {
         assert_eq!(weights.len(), grads.len(), "weights and their gradients have one layout");
         memory.clear();
         Tape {
             weights,
-            weight_grads: Some(WeightGrads { data: grads, add }),
+            weight_grads: Some(WeightGrads { data: grads, add, written: Written::default() }),
             cuda: None,
             paused: false,
             spent: false,
@@ -407,7 +444,8 @@ impl<'a> Tape<'a> {
     /// Gradients of all weights and wanted inputs of `sum(output * upstream)`: once, since what was recorded is used up.
     ///
     /// # Errors
-    /// On a tape made for inference, the second time, and when `upstream` is not of the output's size.
+    /// On a tape made for inference, the second time, and when `upstream` is not of the output's size. Also when two layers had the
+    /// same parameter and gradients are not added: they are wrong then.
     pub fn backward(&mut self, output: Var, upstream: &[f32]) -> Result<()> {
         self.check_backward(output, upstream.len())?;
         let grad = self.holding(upstream, self.dtype(output));
@@ -459,13 +497,19 @@ impl<'a> Tape<'a> {
         self.check_backward(output, upstream.len())?;
         self.spent = true;
         self.memory.grads[output.0 as usize] = Some(upstream);
+        self.exchange_written();
         while let Some(step) = self.memory.steps.pop() {
             match step {
-                Step::Made { node, output } => match self.memory.grads[output.0 as usize].take() {
-                    Some(Storage::Cpu(grad)) => node.backward(self, grad),
-                    Some(Storage::Cuda(grad)) => node.backward_cuda(self, grad)?,
-                    None => {}
-                },
+                Step::Made { node, output } => {
+                    let written =
+                        self.weight_grads.as_mut().map_or(&mut self.memory.written, |grads| &mut grads.written);
+                    written.step = written.params.len();
+                    match self.memory.grads[output.0 as usize].take() {
+                        Some(Storage::Cpu(grad)) => node.backward(self, grad),
+                        Some(Storage::Cuda(grad)) => node.backward_cuda(self, grad)?,
+                        None => {}
+                    }
+                }
                 Step::Checkpointed { work, output } => {
                     let Some(grad) = self.memory.grads[output.0 as usize].take() else { continue };
                     // All that read it is undone.
@@ -478,7 +522,31 @@ impl<'a> Tape<'a> {
                 Step::DoneSince { mark } => self.forget_since(mark),
             }
         }
-        Ok(())
+        self.exchange_written();
+        self.check_written()
+    }
+
+    /// Lends the list of the memory, which keeps it from pass to pass, to the gradients, or takes it back.
+    fn exchange_written(&mut self) {
+        if let Some(grads) = &mut self.weight_grads {
+            std::mem::swap(&mut grads.written, &mut self.memory.written);
+        }
+    }
+
+    /// Refuses gradients that an operation has overwritten after another.
+    fn check_written(&mut self) -> Result<()> {
+        let overwrites = self.weight_grads.as_ref().map_or(!self.adds_on_cuda(), |grads| !grads.add);
+        match self.memory.written.twice().filter(|_| overwrites) {
+            None => Ok(()),
+            Some(param) => {
+                let what = format!(
+                    "two layers have the weights {:?}, and the gradient of one was overwritten by the other's: have them added, \
+                     to zeros",
+                    param.range()
+                );
+                Err(Error::Shape { operation: "backward", what })
+            }
+        }
     }
 
     /// `work(self)`, and of all that it puts on the tape only its result is kept, until backward does it again to have the rest.

@@ -4,10 +4,15 @@ mod common;
 
 use common::numbers;
 use dtr_fused::autograd::{Memory, Tape, Var};
+use dtr_fused::error::Result;
 use dtr_fused::model::config::ModelConfig;
 use dtr_fused::model::dit::{Dit, Init};
 use dtr_fused::ops::attention::attention;
 use dtr_fused::ops::channel_mask::{Keep, channel_mask};
+use dtr_fused::ops::label_embed::label_embed;
+use dtr_fused::ops::modulation::modulation;
+use dtr_fused::ops::timestep_embed::timestep_embed;
+use dtr_fused::params::{Layout, Linear, Param};
 use dtr_fused::routing::Routing;
 
 #[test]
@@ -100,4 +105,59 @@ fn a_backward_pass_that_is_refused_costs_nothing() {
     let (qkv, y) = attend(&mut tape);
     tape.backward(y, &upstream).unwrap();
     assert_eq!(tape.gradient(qkv).unwrap(), found);
+}
+
+/// Two layers of `[4, 4]` that follow each other, and a table of labels in between; gradients of all weights, which were 9.
+fn two_layers(layers: [Linear; 2], weights: &[f32], add: bool) -> (Result<()>, Vec<f32>) {
+    let (mut memory, mut grads) = (Memory::new(), vec![9.0; weights.len()]);
+    let mut tape = Tape::new(weights, &mut grads, add, &mut memory);
+    let x = tape.input(&numbers(7, 12), [3, 4], false).unwrap();
+    let x = modulation(&mut tape, x, layers[0]).unwrap();
+    let table = Param { offset: 40, len: 8 };
+    let x = label_embed(&mut tape, x, table, &[1, 0, 1]).unwrap();
+    let y = modulation(&mut tape, x, layers[1]).unwrap();
+    let done = tape.backward(y, &[1.0; 12]);
+    (done, grads)
+}
+
+#[test]
+fn a_parameter_that_is_used_twice_is_refused_unless_gradients_are_added() {
+    let mut layout = Layout::default();
+    let [first, second] = ["first", "second"].map(|name| layout.push_linear(name, 4, 4));
+    layout.push("table", &[2, 4]);
+    layout.push("unused", &[3]);
+    let weights = numbers(8, layout.len());
+    let (done, grads) = two_layers([first, second], &weights, false);
+    done.unwrap();
+    assert!(grads[..48].iter().all(|&g| g != 9.0) && grads[48..] == [9.0; 3], "{grads:?}");
+    // The same layer, and one that shares its last row.
+    let shifted = Linear { weight: Param { offset: 12, len: 16 }, bias: second.bias, ..first };
+    for other in [first, shifted] {
+        let message = two_layers([first, other], &weights, false).0.unwrap_err().to_string();
+        assert!(message.contains("two layers have the weights"), "{message}");
+    }
+    // The two layers of one operation.
+    let mut layout = Layout::default();
+    let layer = layout.push_linear("both", 256, 256);
+    let (weights, mut memory) = (numbers(9, layout.len()), Memory::new());
+    let mut grads = vec![0.0; weights.len()];
+    let mut tape = Tape::new(&weights, &mut grads, false, &mut memory);
+    let (y, _) = timestep_embed(&mut tape, &[5], layer, layer).unwrap();
+    let message = tape.backward(y, &[1.0; 256]).unwrap_err().to_string();
+    assert!(message.contains("two layers have the weights"), "{message}");
+    // What one layer twice adds up to is the sum of what two that are the same get.
+    let mut equal = numbers(8, 51);
+    equal.copy_within(0..20, 20);
+    let (done, apart) = two_layers([first, second], &equal, false);
+    done.unwrap();
+    let (done, together) = two_layers([first, first], &equal, true);
+    done.unwrap();
+    for i in 0..20 {
+        let expected = 9.0 + apart[i] + apart[20 + i];
+        assert!(
+            (together[i] - expected).abs() <= 1e-5 * expected.abs().max(1.0),
+            "{i}: {} for {expected}",
+            together[i]
+        );
+    }
 }

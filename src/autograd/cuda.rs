@@ -463,8 +463,14 @@ impl Tape<'_> {
         self.borrowed().weights.full().slice(param.range())
     }
 
+    /// Whether gradients of weights are added to what is there.
+    pub(super) fn adds_on_cuda(&self) -> bool {
+        self.cuda.as_ref().and_then(|cuda| cuda.grads).is_some_and(|(_, add)| add)
+    }
+
     /// The gradient of a weight or bias, f32, and whether to add to it.
-    pub(crate) fn grad_buffer(&self, param: Param) -> (Buffer, bool) {
+    pub(crate) fn grad_buffer(&mut self, param: Param) -> (Buffer, bool) {
+        self.memory.written.note(param);
         let (grads, add) = self.borrowed().grads.expect("backward runs on a recording tape");
         (grads.slice(param.range()), add)
     }
