@@ -52,7 +52,7 @@ impl<'a> Batch<'a> {
     }
 
     /// Refuses sizes that do not fit together, timesteps and labels out of range.
-    fn check(&self, dit: &Dit) -> Result<()> {
+    fn check(&self, dit: &Dit, schedule: &Schedule) -> Result<()> {
         let (config, b) = (&dit.config, self.t.len());
         let numbers = b * config.in_channels * config.input_size * config.input_size;
         for (name, found, expected) in [
@@ -66,7 +66,8 @@ impl<'a> Batch<'a> {
                 return Err(Error::Shape { operation: "gradients", what });
             }
         }
-        for (name, numbers, end) in [("timestep", self.t, TASKS), ("label", self.labels, config.label_rows())] {
+        let tasks = TASKS.min(schedule.len());
+        for (name, numbers, end) in [("timestep", self.t, tasks), ("label", self.labels, config.label_rows())] {
             if let Some(number) = numbers.iter().find(|&&number| number as usize >= end) {
                 let what = format!("{name} {number} is outside 0..{end}");
                 return Err(Error::Shape { operation: "gradients", what });
@@ -105,8 +106,7 @@ pub struct Learner {
     pub dit: Dit,
     /// Noise schedule over all timesteps.
     pub schedule: Schedule,
-    /// Weight of the loss by timestep.
-    pub loss_weight: LossWeight,
+    loss_weight: LossWeight,
     /// `[P]`, in the model's layout, as are the next four.
     pub weights: AlignedVec,
     /// Moving average of the weights.
@@ -116,7 +116,7 @@ pub struct Learner {
     /// Second moments of AdamW.
     pub v: AlignedVec,
     grads: AlignedVec, // of the last batch
-    /// Uncertainty weighting, when `loss_weight` asks for it.
+    /// Uncertainty weighting, when the loss weight asks for it.
     pub uncertainty: Option<Uncertainty>,
     /// Updates made so far.
     pub updates: u64,
@@ -194,6 +194,11 @@ impl Learner {
         }
     }
 
+    /// Weight of the loss by timestep. What it needs was made with the learner, so it stays.
+    pub fn loss_weight(&self) -> LossWeight {
+        self.loss_weight
+    }
+
     /// Copies everything from the device, if there is one, to main memory.
     ///
     /// # Errors
@@ -262,7 +267,7 @@ impl Learner {
 
     fn compute(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
         // Before any part adds to the gradients.
-        batch.check(&self.dit)?;
+        batch.check(&self.dit, &self.schedule)?;
         let b = batch.t.len();
         let mut found = [&mut found.mse, &mut found.vb, &mut found.loss].map(|losses| {
             losses.resize(b, 0.0);
@@ -617,10 +622,16 @@ mod tests {
             Batch { labels: &unknown, ..good },
             Batch { coefficients: &[], ..good },
         ] {
-            learner.loss_weight = LossWeight::MinSnr { gamma: 5.0 };
             assert!(learner.gradients(bad, true, &mut Losses::default()).is_err());
         }
         assert!(learner.grads.iter().all(|&g| g == 0.0), "a batch that was refused left gradients");
         learner.gradients(good, false, &mut Losses::default()).unwrap();
+        // A model has more timesteps than this schedule, in which the loss looks up its weights.
+        learner.schedule = Schedule::new(ScheduleKind::Linear, 100).unwrap();
+        learner.loss_weight = LossWeight::MinSnr { gamma: 5.0 };
+        learner.gradients(Batch { t: &[99; 32], ..good }, false, &mut Losses::default()).unwrap();
+        let beyond = Batch { t: &[100; 32], ..good };
+        let message = learner.gradients(beyond, false, &mut Losses::default()).unwrap_err().to_string();
+        assert!(message.contains("timestep 100 is outside 0..100"), "{message}");
     }
 }
