@@ -2,10 +2,16 @@
 
 use crate::backend::cuda::DType;
 use crate::error::{Error, Result};
+use crate::ops::timestep_embed::FREQUENCIES;
 use crate::routing::{Routing, window_width};
 
 /// Number of diffusion timesteps, each a task of DTR.
 pub const TASKS: usize = 1000;
+
+/// A model of more parameters is a mistake: they alone take 4 TB.
+const MOST_PARAMETERS: u128 = 1 << 40;
+/// The same of the fixed tables, which are made with the model: 4 GiB.
+const MOST_OF_TABLE: usize = 1 << 30;
 
 /// Everything that fixes a model's shapes and routing.
 #[derive(Clone, Debug, PartialEq)]
@@ -80,6 +86,9 @@ impl ModelConfig {
     }
 
     /// T
+    ///
+    /// # Panics
+    /// When `patch_size` is 0, which [`ModelConfig::check`] refuses.
     pub fn tokens(&self) -> usize {
         (self.input_size / self.patch_size).pow(2)
     }
@@ -99,7 +108,20 @@ impl ModelConfig {
         self.num_classes + usize::from(self.null_class)
     }
 
-    /// Refuses sizes that no model can have.
+    /// Number of parameters, of any sizes that one by one are not too large.
+    fn parameters(&self) -> u128 {
+        let [c, h, depth, rows, images, outputs] =
+            [self.hidden_size, self.mlp_size(), self.depth, self.label_rows(), self.in_channels, self.out_channels()]
+                .map(|size| size as u128);
+        let patch = (self.patch_size as u128).pow(2);
+        let linear = |inputs: u128, outputs: u128| (inputs + 1) * outputs;
+        let ends = linear(images * patch, c) + linear(c, outputs * patch);
+        let condition = linear(FREQUENCIES as u128, c) + linear(c, c) + rows * c + linear(c, 2 * c);
+        let block = linear(c, 3 * c) + linear(c, c) + linear(c, h) + linear(h, c) + linear(c, 6 * c);
+        ends + condition + depth * block
+    }
+
+    /// Refuses sizes that no model can have, alone or together.
     ///
     /// # Errors
     /// One sentence that names the first such size and what it must be.
@@ -150,6 +172,81 @@ impl ModelConfig {
         if !(self.alpha > 0.0 && self.alpha.is_finite()) {
             return Err(Error::usage(format!("alpha is {}, but it must be a positive number", self.alpha)));
         }
-        window_width(c, self.beta).map(|_| ())
+        window_width(c, self.beta)?;
+        let parameters = self.parameters();
+        if parameters > MOST_PARAMETERS {
+            return Err(Error::usage(format!(
+                "hidden_size {c} and depth {} make a model of {:.1e} parameters, but it may have at most {:.1e}",
+                self.depth, parameters as f64, MOST_PARAMETERS as f64
+            )));
+        }
+        let of_images = format!("input_size (image_size) {} and patch_size {}", self.input_size, self.patch_size);
+        let masks = if self.routing == Routing::Random { self.depth * TASKS } else { 0 };
+        for (why, what, rows) in [
+            (of_images, "positions", self.tokens()),
+            (format!("random routing and depth {}", self.depth), "masks", masks),
+        ] {
+            if rows.saturating_mul(c) > MOST_OF_TABLE {
+                return Err(Error::usage(format!(
+                    "{why} make {what} of {rows} x {c} numbers, but they may have at most {MOST_OF_TABLE}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::dit::Dit;
+
+    fn config() -> ModelConfig {
+        ModelConfig {
+            hidden_size: 24,
+            depth: 3,
+            num_heads: 2,
+            patch_size: 2,
+            input_size: 8,
+            in_channels: 3,
+            num_classes: 7,
+            null_class: true,
+            mlp_ratio: 2.5,
+            learn_sigma: true,
+            routing: Routing::Paper,
+            beta: 0.7,
+            alpha: 4.0,
+            routing_seed: 0,
+        }
+    }
+
+    #[test]
+    fn parameters_are_those_of_the_layout() {
+        for config in
+            [config(), ModelConfig { null_class: false, learn_sigma: false, depth: 1, patch_size: 4, ..config() }]
+        {
+            assert_eq!(config.parameters(), Dit::new(config.clone()).unwrap().layout.len() as u128, "{config:?}");
+        }
+    }
+
+    #[test]
+    fn models_that_no_machine_holds_are_refused_before_they_are_made() {
+        let wide = ModelConfig { hidden_size: 1 << 20, depth: 64, ..config() };
+        let fine = ModelConfig { hidden_size: 1024, input_size: 1 << 20, patch_size: 1, ..config() };
+        let random =
+            ModelConfig { hidden_size: 1024, depth: 1 << 16, mlp_ratio: 0.1, routing: Routing::Random, ..config() };
+        for (config, what) in [
+            (
+                wide,
+                "hidden_size 1048576 and depth 64 make a model of 1.1e15 parameters, but it may have at most 1.1e12",
+            ),
+            (fine, "input_size (image_size) 1048576 and patch_size 1 make positions of 1099511627776 x 1024 numbers"),
+            (random, "random routing and depth 65536 make masks of 65536000 x 1024 numbers"),
+        ] {
+            let message = Dit::new(config).err().expect(what).to_string();
+            assert!(message.contains(what), "{message}");
+        }
+        let largest = ModelConfig { hidden_size: 8192, depth: 256, input_size: 256, ..config() };
+        largest.check().unwrap();
     }
 }
