@@ -308,7 +308,8 @@ impl<'a> Tape<'a> {
         }
     }
 
-    /// A tape that records nothing: for sampling.
+    /// A tape that records nothing: for sampling. Weights that are too few for a parameter make its operation panic; a
+    /// [`Dit`](crate::model::dit::Dit) refuses them.
     pub fn inference(weights: &'a [f32], memory: &'a mut Memory) -> Self {
         memory.clear();
         Tape { weights, weight_grads: None, cuda: None, paused: false, spent: false, memory }
@@ -320,6 +321,11 @@ impl<'a> Tape<'a> {
         if self.weight_grads.as_ref().is_some_and(|grads| !grads.add) {
             self.memory.squares.push((param, squares));
         }
+    }
+
+    /// Number of all weights.
+    pub(crate) fn weights_len(&self) -> usize {
+        self.weights_len_on_cuda().unwrap_or(self.weights.len())
     }
 
     /// Whether operations need to save anything for a backward pass.

@@ -21,7 +21,8 @@ pub(crate) const IMAGES_AT_ONCE: usize = 64;
 /// `progress` is called with the number of denoising steps done, out of [`steps`].
 ///
 /// # Errors
-/// When a label is out of range, numbers stop being finite, or `progress` returns an error.
+/// When a label is out of range, there are too few weights, numbers stop being finite, or `progress` returns an error. Also with guidance
+/// when the model has no null class.
 #[expect(clippy::too_many_arguments, reason = "what, how, from what, and who is told")]
 pub fn generate(
     dit: &Dit,
@@ -63,6 +64,11 @@ pub fn generate_batch(
     mut progress: impl FnMut() -> Result<()>,
 ) -> Result<Vec<f32>> {
     let config = &dit.config;
+    if sampler.guided() && !config.null_class {
+        return Err(Error::usage(
+            "guidance compares with the null class, which this model does not have: make it with null_class, or sample without guidance",
+        ));
+    }
     let (side, channels) = (config.input_size, config.in_channels);
     let dims = ImageDims { channels, pixels: side * side, learn_sigma: config.learn_sigma };
     let row = dims.elements();

@@ -3,7 +3,7 @@
 //! Weights, gradients, both moments of AdamW and the moving average are five buffers with the same layout, so that an
 //! update is one pass over memory and a checkpoint is a walk over the names.
 
-/// Where a parameter lies in the flat buffers. Copied into operations.
+/// Where a parameter lies in the flat buffers. Copied into operations, which panic on a tape whose weights do not reach as far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Param {
     /// First element.

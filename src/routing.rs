@@ -73,14 +73,18 @@ impl Window {
 /// Number of active channels, `floor(channels * beta)`.
 ///
 /// # Errors
-/// When `beta` is outside (0, 1] or leaves no channel active.
+/// When `beta` is outside (0, 1] or leaves no channel active, or there are none.
 pub fn window_width(channels: usize, beta: f64) -> Result<usize> {
     if !(beta > 0.0 && beta <= 1.0) {
         return Err(Error::usage(format!(
             "beta is {beta}, but it is the share of active channels: give a number above 0 and at most 1"
         )));
     }
-    match (channels as f64 * beta).floor() as usize {
+    if channels == 0 {
+        return Err(Error::usage("there are 0 channels, of which none can be active: give at least 1"));
+    }
+    // From 2^53 channels on the product may be rounded up.
+    match ((channels as f64 * beta).floor() as usize).min(channels) {
         0 => Err(Error::usage(format!(
             "beta {beta} leaves none of {channels} channels active: give at least {:.4}",
             (1e4 / channels as f64).ceil() / 1e4
@@ -89,18 +93,27 @@ pub fn window_width(channels: usize, beta: f64) -> Result<usize> {
     }
 }
 
+/// Refuses numbers of diffusion timesteps that are none, or for which no table can be made.
+fn check_tasks(tasks: usize) -> Result<()> {
+    const MOST: usize = 1 << 24;
+    match tasks {
+        1..=MOST => Ok(()),
+        _ => Err(Error::usage(format!(
+            "the number of tasks is {tasks}, but it is the number of diffusion timesteps, 1 to {MOST}: give 1000"
+        ))),
+    }
+}
+
 /// The windows of all tasks, indexed by timestep.
 ///
 /// # Errors
-/// When `beta` is outside (0, 1], leaves no channel active, `alpha` is not positive, or `tasks` is 0.
+/// When `beta` is outside (0, 1], leaves no channel active, `alpha` is not positive, or `tasks` is 0 or more than 2^24.
 pub fn windows(tasks: usize, channels: usize, alpha: f64, beta: f64) -> Result<Vec<Window>> {
     let width = window_width(channels, beta)?;
     if !(alpha > 0.0 && alpha.is_finite()) {
         return Err(Error::usage(format!("alpha is {alpha}, but it must be a positive number (the paper uses 4)")));
     }
-    if tasks == 0 {
-        return Err(Error::usage("the number of tasks is 0, but it is the number of diffusion timesteps: give 1000"));
-    }
+    check_tasks(tasks)?;
     let last = (tasks - 1).max(1) as f64;
     let start = |t| ((t as f64 / last).powf(alpha) * (channels - width) as f64).round_ties_even() as usize;
     Ok((0..tasks).map(|t| Window { start: start(t), width }).collect())
@@ -109,9 +122,15 @@ pub fn windows(tasks: usize, channels: usize, alpha: f64, beta: f64) -> Result<V
 /// The masks of random routing for one block: `[tasks, channels]` of 0 and 1 with `floor(channels * beta)` ones a row.
 ///
 /// # Errors
-/// When `beta` is outside (0, 1] or leaves no channel active.
+/// When `beta` is outside (0, 1] or leaves no channel active, `tasks` is 0 or more than 2^24, or the masks are more than 2^32 numbers.
 pub fn random_masks(tasks: usize, channels: usize, beta: f64, seed: u64, block: usize) -> Result<Vec<f32>> {
     let width = window_width(channels, beta)?;
+    check_tasks(tasks)?;
+    if channels > (1 << 32) / tasks {
+        return Err(Error::usage(format!(
+            "masks of {tasks} tasks and {channels} channels are too large: give fewer channels"
+        )));
+    }
     let rng = Philox::new(seed, Stream::Routing);
     let mut masks = vec![0.0; tasks * channels];
     let mut order: Vec<usize> = Vec::with_capacity(channels);
@@ -155,7 +174,16 @@ mod tests {
         {
             assert!(windows(1000, 64, alpha, beta).is_err(), "alpha {alpha} beta {beta}");
         }
-        assert!(windows(0, 64, 4.0, 0.8).is_err());
+        for tasks in [0, 1 << 40, usize::MAX] {
+            let message = windows(tasks, 64, 4.0, 0.8).unwrap_err().to_string();
+            assert!(message.contains(&format!("tasks is {tasks}, ")), "{message}");
+            assert!(random_masks(tasks, 64, 0.8, 1, 0).is_err());
+        }
+        assert!(random_masks(1000, 1 << 40, 0.8, 1, 0).is_err());
+        let message = windows(10, 0, 4.0, 0.8).unwrap_err().to_string();
+        assert!(message.contains("there are 0 channels"), "{message}");
+        let width = window_width((1 << 53) + 3, 1.0).unwrap();
+        assert_eq!(width, (1 << 53) + 3, "more channels are active than there are");
     }
 
     #[test]

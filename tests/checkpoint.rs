@@ -311,6 +311,27 @@ fn weights_that_do_not_fit_are_refused_by_name() {
     assert!(refused(more, &layout).contains("'lora'"));
 }
 
+#[test]
+fn tensors_that_no_file_can_hold_are_refused_and_leave_nothing() {
+    let data = [1.0; 6];
+    let tensor = |name: &str, shape| TensorOut { name: name.into(), shape, data: &data };
+    for (tensors, what) in [
+        (vec![tensor("a", &[2, 2])], "tensor 'a' has 6 numbers for the shape [2, 2]"),
+        (vec![tensor("a", &[1 << 32, 1 << 32, 6])], "6 numbers for the shape"),
+        (vec![tensor("a", &[6]), tensor("b", &[6]), tensor("a", &[2, 3])], "two tensors 'a'"),
+        (vec![tensor("__metadata__", &[6])], "'__metadata__'"),
+    ] {
+        let run = tempfile::tempdir().unwrap();
+        write(run.path(), 1).unwrap();
+        let files = [FileOut { name: MODEL, tensors, metadata: Metadata::new() }];
+        let message = checkpoint::write(run.path(), 2, &files, "").unwrap_err().to_string();
+        assert!(message.contains(what) && message.contains("0000002"), "{message}");
+        let names: Vec<_> =
+            fs::read_dir(run.path().join("checkpoints")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["0000001"]);
+    }
+}
+
 /// The bytes of a model file, written once.
 fn model_file() -> Vec<u8> {
     let run = tempfile::tempdir().unwrap();

@@ -2,6 +2,7 @@
 
 use dtr_fused::Result;
 use dtr_fused::diffusion::loss::{ImageDims, LossTerms, losses, q_sample};
+use dtr_fused::diffusion::sampler::guide;
 use dtr_fused::diffusion::{
     LossWeight, Method, Sampler, Schedule, ScheduleKind, reference, space_timesteps, weighting,
 };
@@ -523,4 +524,15 @@ fn golden_schedules() {
     }
     let found: Vec<f64> = space_timesteps(300, "10,15,20").unwrap().into_iter().map(f64::from).collect();
     assert_eq!(found, floats(&file, "space_timesteps_300.10,15,20"));
+}
+
+#[test]
+fn guidance_of_what_is_not_two_halves_is_refused() {
+    let dims = ImageDims { channels: 2, pixels: 3, learn_sigma: true };
+    for (len, dims) in [(12, dims), (36, dims), (23, dims), (24, ImageDims { pixels: 0, ..dims })] {
+        let guided = std::panic::catch_unwind(|| guide(&mut vec![1.0; len], 1.5, dims));
+        let message = guided.expect_err("rows without a partner").downcast::<String>().unwrap();
+        assert!(message.contains("not two halves"), "{message}");
+    }
+    guide(&mut [1.0; 24], 1.5, dims);
 }

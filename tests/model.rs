@@ -5,7 +5,9 @@ mod common;
 use common::{numbers, pools, same_bits};
 use dtr_fused::autograd::{Memory, Tape};
 use dtr_fused::backend::cuda::DType;
+use dtr_fused::diffusion::{Method, Sampler, Schedule, ScheduleKind};
 use dtr_fused::error::Error;
+use dtr_fused::generate::generate;
 use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::{Dit, Init};
 use dtr_fused::model::memory::activation_numbers;
@@ -380,4 +382,26 @@ fn a_tape_goes_back_once() {
     let upstream = vec![1.0; tape.value(out).len()];
     tape.backward(out, &upstream).unwrap();
     assert!(matches!(tape.backward(out, &upstream), Err(Error::Shape { operation: "backward", .. })));
+}
+
+#[test]
+fn too_few_weights_and_guidance_without_a_null_class_are_refused() {
+    let dit = Dit::new(ModelConfig { null_class: false, ..config(Routing::Paper, 0.8) }).unwrap();
+    let weights = weights(&dit);
+    let few = Schedule::new(ScheduleKind::Linear, TASKS).unwrap().respaced(&[0, 999]).unwrap();
+    let sample = |weights: &[f32], guidance| {
+        let sampler = Sampler::new(few.clone(), Method::Ddpm, true, guidance).unwrap();
+        generate(&dit, weights.into(), &mut Memory::new(), &sampler, &[0, 4], 1, 2, |_| Ok(()))
+    };
+    assert!(sample(&weights, None).is_ok());
+    let message = sample(&weights, Some(1.5)).unwrap_err().to_string();
+    assert!(message.contains("null class"), "{message}");
+    let mut memory = Memory::new();
+    let mut tape = Tape::inference(&weights, &mut memory);
+    let x = tape.input(&[0.0; 300], [1, 3, 10, 10], false).unwrap();
+    let message = dit.forward(&mut tape, x, &[0], &[5]).unwrap_err().to_string();
+    assert!(message.contains("label 5 is outside 0..5, as this model has no null class"), "{message}");
+    let message = sample(&weights[1..], None).unwrap_err().to_string();
+    let (found, needed) = (weights.len() - 1, weights.len());
+    assert!(message.contains(&format!("{found} weights, but the model {needed} parameters")), "{message}");
 }

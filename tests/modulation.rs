@@ -9,6 +9,7 @@ use dtr_fused::error::Result;
 use dtr_fused::ops::label_embed::label_embed;
 use dtr_fused::ops::modulation::{modulation, reference};
 use dtr_fused::ops::real::Real;
+use dtr_fused::params::{Linear, Param};
 
 struct Case {
     batch: usize,
@@ -120,5 +121,13 @@ fn misfits_are_refused() {
     check_refused("modulation", "the condition is [2, 1, 6], expected [batch, 6]", |tape| {
         let c = zeros(tape, [2, 1, 6]);
         modulation(tape, c, any_linear(7, 6))
+    });
+    check_refused("modulation", "at least one input and output", |tape| {
+        let c = zeros(tape, [2, 0]);
+        modulation(tape, c, any_linear(7, 0))
+    });
+    check_refused("modulation", "[outputs] side by side", |tape| {
+        let (c, layer) = (zeros(tape, [2, 6]), any_linear(7, 6));
+        modulation(tape, c, Linear { bias: Param { offset: layer.weight.len - 1, len: 7 }, ..layer })
     });
 }

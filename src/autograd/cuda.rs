@@ -356,6 +356,11 @@ impl Tape<'_> {
         self.cuda.as_ref().expect("only asked of a tape on a device")
     }
 
+    /// Number of all weights, on a device.
+    pub(super) fn weights_len_on_cuda(&self) -> Option<usize> {
+        self.cuda.as_ref().map(|cuda| cuda.weights.full().len)
+    }
+
     /// The device that the tape computes on.
     pub(crate) fn device(&self) -> Arc<Device> {
         self.own().device.clone()

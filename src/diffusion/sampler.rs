@@ -198,11 +198,15 @@ impl Sampler {
 /// as here; the published sampling script of DiT the first three only.
 ///
 /// `out` is `[R, 2 * channels or channels, pixels]` with an even R.
+///
+/// # Panics
+/// When R is odd, or a row has no elements.
 pub fn guide(out: &mut [f32], scale: f64, dims: ImageDims) {
-    let half = out.len() / 2;
+    let (half, row) = (out.len() / 2, dims.out_elements());
+    assert!(row > 0 && out.len().is_multiple_of(2 * row), "{} numbers are not two halves of rows of {row}", out.len());
     let (conditional, unconditional) = out.split_at_mut(half);
-    let rows = conditional.chunks_exact_mut(dims.out_elements());
-    for (c, u) in rows.zip(unconditional.chunks_exact_mut(dims.out_elements())) {
+    let rows = conditional.chunks_exact_mut(row);
+    for (c, u) in rows.zip(unconditional.chunks_exact_mut(row)) {
         for (c, u) in c.iter_mut().zip(u).take(dims.elements()) {
             let guided = f64::from(*u) + scale * (f64::from(*c) - f64::from(*u));
             *c = guided as f32;

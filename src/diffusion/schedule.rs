@@ -149,6 +149,9 @@ impl Schedule {
     }
 
     /// Signal to noise ratio of `x_t`: `alphas_cumprod / (1 - alphas_cumprod)`.
+    ///
+    /// # Panics
+    /// When `t` is not below [`len`](Self::len).
     pub fn snr(&self, t: usize) -> f64 {
         self.alphas_cumprod[t] / (1.0 - self.alphas_cumprod[t])
     }

@@ -34,6 +34,9 @@ pub enum LossWeight {
 
 impl LossWeight {
     /// Weight of the mean squared error at timestep `t`; 1 for uncertainty weighting, which weighs the losses instead.
+    ///
+    /// # Panics
+    /// When `t` is outside the schedule and the weight depends on it.
     pub fn weight(self, schedule: &Schedule, t: usize) -> f64 {
         match self {
             LossWeight::Constant | LossWeight::Uncertainty => 1.0,
@@ -45,6 +48,9 @@ impl LossWeight {
     /// The timestep of `sample` in a batch of `batch` at `step`: uniform over `0..steps`, or over the sample's cluster.
     ///
     /// `rng` is the generator of [`crate::rng::Stream::Timestep`]; the draw depends on its seed, `step` and `sample` alone.
+    ///
+    /// # Panics
+    /// Where clusters matter, when `batch` is 0.
     pub fn draw_timestep(self, rng: &Philox, step: u64, sample: usize, batch: usize, steps: usize) -> u32 {
         let range = match self {
             LossWeight::Uncertainty => cluster_timesteps(cluster_of(sample, batch), steps),
@@ -106,6 +112,9 @@ impl std::str::FromStr for LossWeight {
 }
 
 /// The cluster that sample `sample` of a batch of `batch` belongs to, by its position alone.
+///
+/// # Panics
+/// When `batch` is 0.
 pub fn cluster_of(sample: usize, batch: usize) -> usize {
     sample * CLUSTERS / batch
 }

@@ -177,7 +177,7 @@ impl Dit {
     /// (`num_classes` is the null class).
     ///
     /// # Errors
-    /// When shapes do not fit, or a timestep or label is out of range.
+    /// When shapes do not fit, the tape has too few weights, or a timestep or label is out of range.
     pub fn forward(&self, tape: &mut Tape, x: Var, t: &[u32], y: &[u32]) -> Result<Var> {
         Ok(self.run(tape, x, t, y, |_| {})?.out)
     }
@@ -202,6 +202,16 @@ impl Dit {
         }
         if let Some(t) = t.iter().find(|&&t| t as usize >= TASKS) {
             return Err(Error::Shape { operation: "DiT", what: format!("timestep {t} is outside 0..{TASKS}") });
+        }
+        let rows = config.label_rows();
+        if let Some(label) = y.iter().find(|&&label| label as usize >= rows) {
+            let null = if config.null_class { "" } else { ", as this model has no null class" };
+            return Err(Error::Shape { operation: "DiT", what: format!("label {label} is outside 0..{rows}{null}") });
+        }
+        let (found, needed) = (tape.weights_len(), self.layout.len());
+        if found < needed {
+            let what = format!("the tape has {found} weights, but the model {needed} parameters");
+            return Err(Error::Shape { operation: "DiT", what });
         }
         let windows = tape.windows(t.iter().map(|&t| self.windows[t as usize]));
         let all = tape.windows(t.iter().map(|_| Window::all(c)));

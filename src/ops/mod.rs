@@ -93,15 +93,17 @@ pub(crate) fn check(fits: bool, operation: &'static str, what: impl FnOnce() -> 
     if fits { Ok(()) } else { Err(Error::Shape { operation, what: what() }) }
 }
 
-/// Refuses a layer whose parameters have not its sizes, or that has no outputs.
+/// Refuses a layer whose parameters have not its sizes or overlap, or that has no inputs or outputs.
 pub(crate) fn check_linear(linear: Linear, operation: &'static str) -> Result<()> {
     let Linear { weight, bias, inputs, outputs } = linear;
-    let fits = outputs > 0 && Some(weight.len) == inputs.checked_mul(outputs) && bias.len == outputs;
+    let apart = weight.range().end <= bias.offset || bias.range().end <= weight.offset;
+    let sizes = Some(weight.len) == inputs.checked_mul(outputs) && bias.len == outputs;
+    let fits = inputs > 0 && outputs > 0 && sizes && apart;
     check(fits, operation, || {
         let (weights, biases) = (weight.len, bias.len);
         format!(
             "a layer of {inputs} inputs and {outputs} outputs has {weights} weights and {biases} biases, expected [outputs, inputs] and \
-             [outputs], and at least one output"
+             [outputs] side by side, and at least one input and output"
         )
     })
 }

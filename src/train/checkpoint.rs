@@ -6,7 +6,7 @@
 //! killed while it wrote or deleted; they are cleared by the next write.
 
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -24,6 +24,9 @@ pub const EMA: &str = "ema.safetensors";
 pub const OPTIMIZER: &str = "optimizer.safetensors";
 /// The configuration of the run.
 pub const CONFIG: &str = "config.toml";
+
+/// Where a file has its free text, among the names of its tensors.
+const METADATA: &str = "__metadata__";
 
 /// Free text of a file: what the trainer must remember beside tensors.
 pub type Metadata = BTreeMap<String, String>;
@@ -62,7 +65,11 @@ pub struct FileOut<'a> {
 
 impl<'a> TensorOut<'a> {
     /// Every parameter of `layout` with the numbers in `buffer`, its name after `prefix` (`""`, `m.`, `v.`).
+    ///
+    /// # Panics
+    /// When `buffer` is not as long as the layout.
     pub fn of_layout(layout: &'a Layout, buffer: &'a [f32], prefix: &str) -> Vec<TensorOut<'a>> {
+        assert_eq!(buffer.len(), layout.len(), "the numbers of a layout");
         let entries = layout.entries().iter();
         let tensor = |entry: &'a crate::params::Entry| TensorOut {
             name: format!("{prefix}{}", entry.name),
@@ -76,8 +83,9 @@ impl<'a> TensorOut<'a> {
 /// Writes the checkpoint of `step` and returns its directory. A checkpoint of the same step is replaced.
 ///
 /// # Errors
-/// [`Error::File`] when a directory or file cannot be written (no permission, disk full), or a number is not finite. All
-/// earlier checkpoints are intact, and what was written of this one is removed.
+/// [`Error::File`] when a directory or file cannot be written (no permission, disk full), a number is not finite, a tensor has not as
+/// many as its shape says, or two of a file have one name. All earlier checkpoints are intact, and what was written of this one is
+/// removed.
 pub fn write(run: &Path, step: u64, files: &[FileOut], config: &str) -> Result<PathBuf> {
     let directory = run.join(DIRECTORY);
     let target = directory.join(name_of(step));
@@ -90,6 +98,7 @@ pub fn write(run: &Path, step: u64, files: &[FileOut], config: &str) -> Result<P
         let what = format!("is not written, as tensor '{}' is not finite: training diverged", bad.name);
         return Err(Error::file(&target, what + "; use a smaller --lr, from an earlier checkpoint if there is one"));
     }
+    files.iter().try_for_each(|file| check_tensors(file)).map_err(|what| Error::file(&target, what))?;
     let result = clear_leftovers(&directory)
         .and_then(|()| fs::create_dir_all(&temporary))
         .and_then(|()| sync_directory(run))
@@ -105,6 +114,23 @@ pub fn write(run: &Path, step: u64, files: &[FileOut], config: &str) -> Result<P
         )
     })?;
     Ok(target)
+}
+
+/// Refuses what no `.safetensors` file can hold.
+fn check_tensors(file: &FileOut) -> std::result::Result<(), String> {
+    let mut names = HashSet::from([METADATA]);
+    for TensorOut { name, shape, data } in &file.tensors {
+        if shape.iter().try_fold(1, |len: usize, &size| len.checked_mul(size)) != Some(data.len()) {
+            return Err(format!(
+                "is not written, as tensor '{name}' has {} numbers for the shape {shape:?}",
+                data.len()
+            ));
+        }
+        if !names.insert(name) {
+            return Err(format!("is not written, as {} has two tensors '{name}', or it is no name of one", file.name));
+        }
+    }
+    Ok(())
 }
 
 fn write_files(directory: &Path, files: &[FileOut], config: &str) -> io::Result<()> {
@@ -156,15 +182,13 @@ fn write_safetensors(out: &mut dyn Write, tensors: &[TensorOut], metadata: &Meta
     let mut text: Metadata = metadata.clone();
     // Readers in Python look here for the framework that wrote the file.
     text.insert("format".into(), "pt".into());
-    header.insert("__metadata__".into(), serde_json::to_value(text)?);
+    header.insert(METADATA.into(), serde_json::to_value(text)?);
     let mut end = 0;
     for tensor in tensors {
-        assert_eq!(tensor.data.len(), tensor.shape.iter().product::<usize>(), "{} has {:?}", tensor.name, tensor.shape);
         let begin = end;
         end += size_of_val(tensor.data);
         let info = serde_json::json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]});
-        let before = header.insert(tensor.name.clone(), info);
-        assert!(before.is_none(), "two tensors are called {}", tensor.name);
+        header.insert(tensor.name.clone(), info);
     }
     let mut header = serde_json::to_vec(&header)?;
     header.resize(header.len().next_multiple_of(8), b' ');
@@ -296,7 +320,11 @@ fn step_of(name: &str) -> Option<u64> {
 /// # Errors
 /// [`Error::File`] when a tensor is missing, has another shape or no floating-point numbers, or holds a NaN or an infinity;
 /// the message names it.
+///
+/// # Panics
+/// When `buffer` is not as long as the layout.
 pub fn read_layout(file: &SafetensorsFile, layout: &Layout, prefix: &str, buffer: &mut [f32]) -> Result<()> {
+    assert_eq!(buffer.len(), layout.len(), "room for the numbers of a layout");
     for entry in layout.entries() {
         read_tensor(file, &format!("{prefix}{}", entry.name), &entry.shape, &mut buffer[entry.param.range()])?;
     }
@@ -307,6 +335,9 @@ pub fn read_layout(file: &SafetensorsFile, layout: &Layout, prefix: &str, buffer
 ///
 /// # Errors
 /// As [`read_layout`].
+///
+/// # Panics
+/// When `out` has not as many elements as `shape`.
 pub fn read_tensor(file: &SafetensorsFile, name: &str, shape: &[usize], out: &mut [f32]) -> Result<()> {
     let tensor = file.tensor(name)?;
     if tensor.shape != shape {
@@ -342,7 +373,7 @@ pub fn read_tensor(file: &SafetensorsFile, name: &str, shape: &[usize], out: &mu
 /// # Errors
 /// [`Error::File`] that names the first tensor too many: most likely the file belongs to another model.
 pub fn check_names(file: &SafetensorsFile, layout: &Layout, prefixes: &[&str], also: &[&str]) -> Result<()> {
-    let names: std::collections::HashSet<&str> = layout.entries().iter().map(|entry| entry.name.as_str()).collect();
+    let names: HashSet<&str> = layout.entries().iter().map(|entry| entry.name.as_str()).collect();
     let known = |name: &str| {
         also.contains(&name) || prefixes.iter().any(|p| name.strip_prefix(p).is_some_and(|rest| names.contains(rest)))
     };

@@ -139,6 +139,9 @@ struct SecondHalf {
 
 impl Learner {
     /// A learner whose weights are those of `start` (in the layout of `dit`).
+    ///
+    /// # Panics
+    /// When there are more or fewer than in the layout.
     pub fn new(dit: Dit, schedule: Schedule, loss_weight: LossWeight, start: AlignedVec) -> Self {
         let (len, ema) = (start.len(), start.clone());
         let second_half = || SecondHalf { buffers: Buffers::default(), grads: AlignedVec::zeros(len) };
@@ -151,6 +154,9 @@ impl Learner {
     ///
     /// # Errors
     /// When it does not fit, or the device fails.
+    ///
+    /// # Panics
+    /// As [`Learner::new`].
     pub fn on_device(
         dit: Dit,
         schedule: Schedule,
@@ -336,7 +342,14 @@ impl Learner {
 
     /// One update of the weights and their moving average. `update.number` is set here; `uncertainty_lr` is the learning
     /// rate of the log-variances.
+    ///
+    /// # Panics
+    /// On a device, which has the gradients: there an update is part of [`Learner::launch`].
     pub fn update(&mut self, update: Update, uncertainty_lr: f64) {
+        assert!(
+            self.on_device.is_none(),
+            "the gradients of this learner are on a CUDA device, which makes its updates"
+        );
         self.updates += 1;
         let update = Update { number: self.updates, ..update };
         let Learner { weights, ema, m, v, grads, .. } = self;

@@ -87,6 +87,9 @@ impl Update {
 }
 
 /// One step of AdamW on `weights`, and then of their moving average, all `[P]` with the layout of the model.
+///
+/// # Panics
+/// When one of them is longer or shorter than another.
 pub fn adamw(
     weights: &mut [f32],
     ema: &mut [f32],
@@ -95,6 +98,8 @@ pub fn adamw(
     grads: &[f32],
     u: Update,
 ) {
+    let lens = [ema.len(), first_moment.len(), second_moment.len(), grads.len()];
+    assert_eq!(lens, [weights.len(); 4], "average, moments and gradients have the layout of the weights");
     let factors = u.as_factors();
     let _span = span("adamw", Pass::Update, [weights.len(), 1], 0, 9 * weights.len());
     weights
@@ -131,7 +136,11 @@ simd_fn! {
 }
 
 /// Adds other gradients to `grads`, both `[P]`, and returns the sum of the squares of the sums.
+///
+/// # Panics
+/// When one of them is longer than the other.
 pub fn add(grads: &mut [f32], others: &[f32]) -> f64 {
+    assert_eq!(grads.len(), others.len(), "gradients that are added have one layout");
     let _span = span("gradient sum", Pass::Update, [grads.len(), 1], 0, 3 * grads.len());
     scratch::sum(grads.len().div_ceil(BLOCK), |squares| {
         let parts = grads.par_chunks_mut(BLOCK).zip(others.par_chunks(BLOCK));
@@ -146,6 +155,9 @@ pub fn add(grads: &mut [f32], others: &[f32]) -> f64 {
 
 /// L2 norm of `grads`: NaN or infinite when any element is. Of the parameters in `known`, which do not overlap, the sums of squares
 /// are known; `rest` is scratch, kept by the caller.
+///
+/// # Panics
+/// When a known parameter lies outside of `grads`.
 pub fn norm(grads: &[f32], known: &mut [(Param, f64)], rest: &mut Vec<(Range<usize>, f64)>) -> f64 {
     known.sort_unstable_by_key(|(param, _)| (param.offset, param.len));
     let ends = known.iter().map(|(param, _)| param.offset).chain([grads.len()]);
@@ -245,6 +257,31 @@ mod tests {
         let param = Param { offset: BLOCK, len: 9 };
         assert!(norm(&g, &mut [(param, f64::NAN)], &mut rest).is_nan());
         assert!(norm(&g, &mut [(param, f64::INFINITY)], &mut rest).is_infinite());
+    }
+
+    /// Blocks without a partner were left out in silence.
+    #[test]
+    fn buffers_of_other_lengths_are_refused() {
+        let n = 2 * BLOCK;
+        let update = Update {
+            lr: 1e-2,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            ema_decay: 0.95,
+            number: 1,
+            grad_scale: 1.0,
+        };
+        for short in 0..4 {
+            let mut buffers: [Vec<f32>; 4] = std::array::from_fn(|i| vec![0.0; if i == short { BLOCK } else { n }]);
+            let [e, m, v, g] = &mut buffers;
+            let updated = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                adamw(&mut vec![1.0; n], e, m, v, g, update);
+            }));
+            assert!(updated.is_err(), "buffer {short} is too short");
+        }
+        assert!(std::panic::catch_unwind(|| add(&mut vec![0.0; n], &[0.0; BLOCK])).is_err());
     }
 
     #[test]

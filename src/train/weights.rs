@@ -88,6 +88,9 @@ fn differences(config: &TrainConfig, dit: &Dit, file: &SafetensorsFile) -> Resul
 ///
 /// # Errors
 /// When the file is missing, damaged or another model's, also one with learned positions.
+///
+/// # Panics
+/// When `buffer` is not as long as the layout of the model.
 pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
     let file = SafetensorsFile::open(path)?;
     checkpoint::check_names(&file, &dit.layout, &[""], &[POSITIONS])?;
