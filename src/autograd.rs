@@ -30,11 +30,12 @@ use crate::tensor::{Shape, Storage, Tensor};
 use cuda::{DeviceMemory, DeviceWeights};
 use std::collections::BTreeMap;
 
-/// An activation on a tape.
+/// An activation on a tape: its place there. It does not know which tape that is, so on another one, or after something was taken off
+/// this one, it names another activation or none, which panics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Var(u32);
 
-/// The windows of a batch, one per sample, on a tape.
+/// The windows of a batch, one per sample, on a tape, as a [`Var`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Windows {
     start: u32,
@@ -521,8 +522,14 @@ impl<'a> Tape<'a> {
                     // All that read it is undone.
                     self.release(output);
                     // Below the steps of the work, so that it comes after them.
-                    self.memory.steps.push(Step::DoneSince { mark: self.mark() });
-                    let again = work(self)?;
+                    let mark = self.mark();
+                    self.memory.steps.push(Step::DoneSince { mark });
+                    let again = work(self).and_then(|again| made_since(mark, again))?;
+                    let [was, is] = [output, again].map(|var| self.memory.values[var.0 as usize].shape);
+                    if was != is {
+                        let what = format!("the work made {was:?}, but {is:?} when it was done again");
+                        return Err(Error::Shape { operation: "checkpointed", what });
+                    }
                     self.memory.grads[again.0 as usize] = Some(grad);
                 }
                 Step::DoneSince { mark } => self.forget_since(mark),
@@ -556,17 +563,18 @@ impl<'a> Tape<'a> {
     }
 
     /// `work(self)`, and of all that it puts on the tape only its result is kept, until backward does it again to have the rest.
-    /// So `work` must do the same every time, from what was on the tape before. On an inference tape it is only done.
+    /// So `work` must make its result itself, and do the same every time, from what was on the tape before; of what it made, nothing but
+    /// the result may be used afterwards. On an inference tape it is only done.
     ///
     /// # Errors
-    /// Those of `work`.
+    /// Those of `work`, and when its result was on the tape before; in backward, when it is another the second time.
     pub fn checkpointed(&mut self, work: impl Fn(&mut Tape) -> Result<Var> + Send + Sync + 'static) -> Result<Var> {
-        if !self.records() {
-            return work(self);
-        }
         let mark = self.mark();
+        if !self.records() {
+            return work(self).and_then(|output| made_since(mark, output));
+        }
         self.paused = true;
-        let output = work(self);
+        let output = work(self).and_then(|output| made_since(mark, output));
         let output = output.inspect(|&output| self.release_since(mark, output));
         self.paused = false;
         let output = output?;
@@ -686,6 +694,15 @@ impl<'a> Tape<'a> {
         let values = Values { weights: self.weights, values: &self.memory.values, windows: &self.memory.windows };
         (values, self.weight_grads.as_mut().expect("backward runs on a recording tape"))
     }
+}
+
+/// The result of work that began at `mark`, which must have made it.
+fn made_since(mark: usize, output: Var) -> Result<Var> {
+    if output.0 as usize >= mark {
+        return Ok(output);
+    }
+    let what = "the result was on the tape before: the work must make it".into();
+    Err(Error::Shape { operation: "checkpointed", what })
 }
 
 /// What a backward pass reads.

@@ -14,6 +14,7 @@ use dtr_fused::ops::modulation::modulation;
 use dtr_fused::ops::timestep_embed::timestep_embed;
 use dtr_fused::params::{Layout, Linear, Param};
 use dtr_fused::routing::Routing;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[test]
 fn sizes_that_wrap_around_are_not_those_of_nothing() {
@@ -160,4 +161,31 @@ fn a_parameter_that_is_used_twice_is_refused_unless_gradients_are_added() {
             together[i]
         );
     }
+}
+
+#[test]
+fn checkpointed_work_makes_its_result_and_the_same_one_again() {
+    let mut memory = Memory::new();
+    let refused = |message: String, what: &str| assert!(message.contains(what), "{message}");
+    let mut tape = Tape::inference(&[], &mut memory);
+    let (qkv, _) = attend(&mut tape);
+    refused(tape.checkpointed(move |_| Ok(qkv)).unwrap_err().to_string(), "was on the tape before");
+    let mut tape = Tape::new(&[], &mut [], false, &mut memory);
+    let (qkv, _) = attend(&mut tape);
+    refused(tape.checkpointed(move |_| Ok(qkv)).unwrap_err().to_string(), "was on the tape before");
+    // What was refused is not recorded, and the tape goes on recording.
+    let y = tape.checkpointed(move |tape| attention(tape, qkv, 2)).unwrap();
+    tape.backward(y, &numbers(6, 64)).unwrap();
+
+    let mut tape = Tape::new(&[], &mut [], false, &mut memory);
+    let (qkv, _) = attend(&mut tape);
+    let wide = tape.input(&numbers(5, 3 * 4 * 24), [3, 4, 24], true).unwrap();
+    let times = AtomicUsize::new(0);
+    let changing = move |tape: &mut Tape| match times.fetch_add(1, Ordering::Relaxed) {
+        0 => attention(tape, qkv, 2),
+        _ => attention(tape, wide, 2),
+    };
+    let y = tape.checkpointed(changing).unwrap();
+    let message = tape.backward(y, &numbers(6, 64)).unwrap_err().to_string();
+    refused(message, "the work made [2, 4, 8], but [3, 4, 8]");
 }
