@@ -188,5 +188,50 @@ fn batches_that_cannot_be_are_refused() {
         Loader::new(Named::new(4, &[]), options).err().expect("should be refused").to_string()
     };
     assert!(refusal(0).contains("batch_size is 0"));
+    let options = LoaderOptions { batch: 1, seed: 0, flip: false, threads: usize::MAX };
+    let message = Loader::new(Named::new(4, &[]), options).err().expect("should be refused").to_string();
+    assert!(message.contains("give at most 1024"), "{message}");
     assert!(refusal(usize::MAX / 3).contains("cannot be one batch"));
+}
+
+/// Two samples, of which the second is anything but a sample.
+struct Wrong {
+    read: fn() -> u32,
+    classes: Vec<String>,
+}
+
+impl Dataset for Wrong {
+    fn shape(&self) -> [usize; 3] {
+        [1, 1, 1]
+    }
+
+    fn class_names(&self) -> &[String] {
+        &self.classes
+    }
+
+    fn len(&self) -> usize {
+        2
+    }
+
+    fn read(&self, index: usize, _flip: bool, _out: &mut [f32]) -> Result<u32> {
+        Ok(if index == 1 { (self.read)() } else { 0 })
+    }
+}
+
+#[test]
+fn what_a_data_set_does_wrong_is_named() {
+    for (read, what) in [
+        ((|| panic!("no more {}", "room")) as fn() -> u32, "panicked when it read sample 1: no more room"),
+        (|| panic!("a bare word"), "panicked when it read sample 1: a bare word"),
+        (|| std::panic::panic_any(5), "panicked when it read sample 1"),
+        (|| 3, "sample 1 has the label 3, but the data set has 3 classes"),
+    ] {
+        let set = Arc::new(Wrong { read, classes: vec!["a".into(), "b".into(), "c".into()] });
+        let mut loader = Loader::new(set, LoaderOptions { batch: 2, seed: 0, flip: false, threads: 2 }).unwrap();
+        // It says so whenever it is asked.
+        for step in [0, 1, 7] {
+            let message = loader.next(step).unwrap_err().to_string();
+            assert!(message.contains(what), "{message}");
+        }
+    }
 }

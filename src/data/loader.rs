@@ -1,6 +1,8 @@
 //! Batches in a fixed order, made ready in background threads while the model computes.
 
+use std::any::Any;
 use std::collections::{HashSet, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,6 +21,9 @@ const AHEAD: usize = 2;
 /// Warnings about damaged samples that are kept until somebody takes them; further ones are only counted.
 const WARNINGS: usize = 16;
 
+/// Most threads that read and decode.
+const MOST_THREADS: usize = 1024;
+
 /// How a [`Loader`] makes batches.
 #[derive(Clone, Copy, Debug)]
 pub struct LoaderOptions {
@@ -28,7 +33,7 @@ pub struct LoaderOptions {
     pub seed: u64,
     /// Mirror each sample with probability 1/2.
     pub flip: bool,
-    /// Threads that read and decode; 0 is one per processor, at most 8.
+    /// Threads that read and decode, at most 1024; 0 is one per processor, at most 8.
     pub threads: usize,
 }
 
@@ -86,7 +91,7 @@ impl Loader {
     ///
     /// # Errors
     /// [`Error::Usage`] when the batch is empty or too large for memory to be addressed, the data set is empty or has more
-    /// than `u32::MAX` samples; [`Error::Stopped`] when the system refuses to start threads.
+    /// than `u32::MAX` samples, or there are too many threads; [`Error::Stopped`] when the system refuses to start threads.
     pub fn new(dataset: Arc<dyn Dataset>, options: LoaderOptions) -> Result<Self> {
         let LoaderOptions { batch, seed, flip, threads } = options;
         if batch == 0 {
@@ -95,7 +100,12 @@ impl Loader {
         if dataset.is_empty() || u32::try_from(dataset.len()).is_err() {
             return Err(Error::usage(format!("a data set of {} samples cannot be used", dataset.len())));
         }
-        let sample = dataset.shape().iter().product::<usize>();
+        if threads > MOST_THREADS {
+            return Err(Error::usage(format!(
+                "{threads} threads are to read the data: give at most {MOST_THREADS}, or 0"
+            )));
+        }
+        let sample = dataset.shape().iter().fold(1, |sample: usize, &size| sample.saturating_mul(size));
         if sample == 0 || sample.checked_mul(batch).is_none_or(|n| n > isize::MAX as usize / size_of::<f32>()) {
             return Err(Error::usage(format!("{batch} samples of {:?} cannot be one batch", dataset.shape())));
         }
@@ -127,7 +137,8 @@ impl Loader {
     /// The batch of `step`. Fast when the steps are asked for in order; any other step starts over from there.
     ///
     /// # Errors
-    /// [`Error::Stopped`] when more than half of the samples cannot be read, or the loading thread has died.
+    /// [`Error::Stopped`] when more than half of the samples cannot be read, the data set gives a sample a label that is no class of it,
+    /// or it panics.
     pub fn next(&mut self, step: u64) -> Result<Batch> {
         while self.requested.front().is_some_and(|&first| first != step) {
             if let Ok(job) = self.receive()? {
@@ -195,6 +206,11 @@ impl Drop for Loader {
 
 fn died() -> Error {
     Error::Stopped("the thread that reads the data has died; this is a bug, please report it".into())
+}
+
+/// What a panic says, if it says something.
+fn text_of(panic: &dyn Any) -> Option<&str> {
+    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str))
 }
 
 /// The order of the samples: one permutation per epoch (Fisher and Yates), made anew when the epoch changes.
@@ -291,12 +307,28 @@ impl Source {
             if self.bad().indices.contains(&index) {
                 continue;
             }
-            match self.dataset.read(index, flip, out) {
-                Ok(label) => return Ok(label),
-                Err(e) => self.leave_out(index, &e)?,
+            // A data set may be anybody's.
+            match catch_unwind(AssertUnwindSafe(|| self.dataset.read(index, flip, out))) {
+                Ok(Ok(label)) => return self.check_label(index, label),
+                Ok(Err(e)) => self.leave_out(index, &e)?,
+                Err(panic) => {
+                    let said = text_of(&*panic).map_or(String::new(), |said| format!(": {said}"));
+                    return Err(Error::Stopped(format!("the data set panicked when it read sample {index}{said}")));
+                }
             }
         }
         Err(Error::Stopped("no sample of the data set can be read".into()))
+    }
+
+    /// The label of sample `index`, which must be a class.
+    fn check_label(&self, index: usize, label: u32) -> Result<u32> {
+        let classes = self.dataset.num_classes();
+        if (label as usize) < classes {
+            return Ok(label);
+        }
+        Err(Error::Stopped(format!(
+            "sample {index} has the label {label}, but the data set has {classes} classes, from 0 on"
+        )))
     }
 
     fn leave_out(&self, index: usize, why: &Error) -> Result<()> {
