@@ -297,11 +297,15 @@ fn peak_flops(device: &Device) -> Option<f64> {
     device.rates()[0].map(|khz| per_clock * f64::from(device.multiprocessors()) * khz * 1e3)
 }
 
+fn published(model: &str) -> ModelConfig {
+    ModelConfig::published(model).expect("it is published")
+}
+
 fn timed(device: &Arc<Device>) {
     let mut criterion = Criterion::default().configure_from_args();
     println!("times by the events of {}", device.name());
     for model in ["DiT-S/2", "DiT-L/2", "DiT-XL/2"] {
-        let [c, depth, heads, _] = ModelConfig::published(model).expect("it is published");
+        let ModelConfig { hidden_size: c, depth, num_heads: heads, .. } = published(model);
         let sizes = Sizes { b: 32, t: 256, c, heads, depth };
         let mut group = group(&mut criterion, model);
         for case in cases(sizes, &[1.0, 0.8, 0.5]) {
@@ -452,7 +456,7 @@ fn counted(device: &Arc<Device>, file: &Path) {
         counts
     };
     for (model, betas) in [("DiT-S/2", &[1.0, 0.8, 0.5][..]), ("DiT-XL/2", &[0.8])] {
-        let [c, _, heads, _] = ModelConfig::published(model).expect("it is published");
+        let ModelConfig { hidden_size: c, num_heads: heads, .. } = published(model);
         // One block: the modulation of all of them is the same product, many times larger.
         let sizes = Sizes { b: 2, t: 64, c, heads, depth: 1 };
         for case in cases(sizes, betas) {

@@ -416,7 +416,8 @@ impl<'a> Tape<'a> {
         self.memory.values[var.0 as usize].shape.dims()
     }
 
-    /// The gradient of an input, after [`Tape::backward`]; maybe none of one for which it was not asked.
+    /// The gradient of an input, after [`Tape::backward`]: None of one that nothing depends on, maybe of one for which it was not asked,
+    /// and of what operations made, whose gradient was used up.
     ///
     /// # Panics
     /// When the tape computes on a CUDA device: use [`Tape::read_gradient`].

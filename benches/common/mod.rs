@@ -18,23 +18,7 @@ pub const TIMESTEPS: [u32; BATCH] = [990, 870, 740, 610, 480, 350, 130, 10];
 
 /// DiT-S/2 on latents of 32 x 32 x 4.
 pub fn dit_s_2(routing: Routing, beta: f64) -> ModelConfig {
-    let [hidden_size, depth, num_heads, patch_size] = ModelConfig::published("DiT-S/2").expect("it is published");
-    ModelConfig {
-        hidden_size,
-        depth,
-        num_heads,
-        patch_size,
-        input_size: 32,
-        in_channels: 4,
-        num_classes: 1000,
-        null_class: true,
-        mlp_ratio: 4.0,
-        learn_sigma: true,
-        routing,
-        beta,
-        alpha: 4.0,
-        routing_seed: 0,
-    }
+    ModelConfig { routing, beta, ..ModelConfig::published("DiT-S/2").expect("it is published") }
 }
 
 /// The routings that are compared, and their names.

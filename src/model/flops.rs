@@ -45,22 +45,7 @@ mod tests {
     use super::*;
 
     fn config(routing: Routing) -> ModelConfig {
-        ModelConfig {
-            hidden_size: 1152,
-            depth: 28,
-            num_heads: 16,
-            patch_size: 2,
-            input_size: 32,
-            in_channels: 4,
-            num_classes: 1000,
-            null_class: true,
-            mlp_ratio: 4.0,
-            learn_sigma: true,
-            routing,
-            beta: 0.8,
-            alpha: 4.0,
-            routing_seed: 0,
-        }
+        ModelConfig { routing, ..ModelConfig::published("DiT-XL/2").unwrap() }
     }
 
     #[test]

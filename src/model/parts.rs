@@ -81,7 +81,6 @@ pub(crate) fn halves_mut<T>(numbers: &mut [T], batch: usize) -> (&mut [T], &mut 
 mod tests {
     use super::*;
     use crate::model::config::ModelConfig;
-    use crate::routing::Routing;
 
     #[test]
     fn parts_hold_each_sample_once() {
@@ -103,23 +102,7 @@ mod tests {
         for (name, input_size, expected) in
             [("DiT-S/4", 32, 68), ("DiT-S/2", 32, 17), ("DiT-B/2", 32, 8), ("DiT-XL/2", 32, 8), ("DiT-S/2", 256, 1)]
         {
-            let [hidden_size, depth, num_heads, patch_size] = ModelConfig::published(name).unwrap();
-            let config = ModelConfig {
-                hidden_size,
-                depth,
-                num_heads,
-                patch_size,
-                input_size,
-                in_channels: 4,
-                num_classes: 1000,
-                null_class: true,
-                mlp_ratio: 4.0,
-                learn_sigma: true,
-                routing: Routing::Paper,
-                beta: 0.8,
-                alpha: 4.0,
-                routing_seed: 0,
-            };
+            let config = ModelConfig { input_size, ..ModelConfig::published(name).unwrap() };
             let mut dit = Dit::new(config).unwrap();
             for checkpointed in [false, true] {
                 dit.checkpoint_activations = checkpointed;

@@ -113,12 +113,22 @@ pub fn learner_on_device(
 
 /// The model, without weights.
 pub(super) fn model(config: &TrainConfig) -> Result<Dit> {
+    let of_data =
+        [("image_size", config.image_size), ("in_channels", config.in_channels), ("num_classes", config.num_classes)];
+    if let Some((name, _)) = of_data.into_iter().find(|(_, size)| *size == 0) {
+        return Err(Error::usage(format!(
+            "{name} is 0, as the data are not known yet: call TrainConfig::fit_to_data first"
+        )));
+    }
     let mut dit = Dit::new(config.model_config())?;
     dit.checkpoint_activations = config.checkpoint_activations;
     Ok(dit)
 }
 
 /// The model with its initial weights, in main memory.
+///
+/// # Errors
+/// When the configuration contradicts itself, [`TrainConfig::fit_to_data`] was not called, or memory cannot hold it.
 pub fn learner(config: &TrainConfig) -> Result<Learner> {
     learner_of(config, model(config)?)
 }
@@ -271,6 +281,16 @@ mod tests {
         );
         assert!(says(&dit, 1, weights - 1.0).starts_with("training digits takes 0.1 GB for the weights and what"));
     }
+
+    #[test]
+    fn sizes_that_only_the_data_know_are_asked_for() {
+        let mut config = TrainConfig::default();
+        let message = learner(&config).err().expect("no data").to_string();
+        assert_eq!(message, "image_size is 0, as the data are not known yet: call TrainConfig::fit_to_data first");
+        config.fit_to_data(8, 1, 10).unwrap();
+        assert!(learner(&config).is_ok());
+    }
+
     #[test]
     fn samples_that_memory_cannot_hold_are_refused_with_what_would_help() {
         let config = TrainConfig { image_size: 128, in_channels: 3, num_classes: 10, ..TrainConfig::default() };

@@ -204,7 +204,7 @@ fn shape_of(model: &str) -> Option<[usize; 4]> {
     if model == "digits" || model == "custom" {
         return Some([128, 4, 4, 2]);
     }
-    ModelConfig::published(model)
+    ModelConfig::published(model).map(|of| [of.hidden_size, of.depth, of.num_heads, of.patch_size])
 }
 
 /// The names that `model` may have.
