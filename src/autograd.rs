@@ -279,6 +279,36 @@ const RELEASED: &str = "an activation was released: an inference tape keeps of a
                         and a backward pass uses up what nobody else reads";
 
 /// One pass of a model over borrowed weights.
+///
+/// ```
+/// # fn main() -> dtr_fused::Result<()> {
+/// use dtr_fused::autograd::{Memory, Tape};
+/// use dtr_fused::ops::PerSample;
+/// use dtr_fused::ops::ln_linear::{Activation, ln_linear};
+/// use dtr_fused::params::Layout;
+/// use dtr_fused::routing::Window;
+///
+/// let mut layout = Layout::default();
+/// let layer = layout.push_linear("layer", 4, 8); // 4 outputs, 8 inputs
+/// let weights: Vec<f32> = (0..layout.len()).map(|i| (i as f32).sin()).collect();
+/// let (mut grads, mut memory) = (vec![0.0; layout.len()], Memory::new());
+///
+/// let mut tape = Tape::new(&weights, &mut grads, false, &mut memory);
+/// let numbers: Vec<f32> = (0..2 * 3 * 8).map(|i| (i as f32).cos()).collect();
+/// let x = tape.input(&numbers, [2, 3, 8], true)?; // 2 samples of 3 tokens
+/// let modulation = tape.input(&[0.5; 2 * 16], [2, 16], false)?; // of each sample 8 shifts, then 8 scales
+/// let [shift, scale] = [0, 8].map(|offset| PerSample { var: modulation, offset });
+/// // The first sample reads channels 0 to 5, the second 2 to 7.
+/// let windows = tape.windows([0, 2].map(|start| Window { start, width: 6 }));
+/// let y = ln_linear(&mut tape, x, windows, shift, scale, layer, Activation::None)?; // [2, 3, 4]
+/// tape.backward(y, &[1.0; 2 * 3 * 4])?; // of the sum of all outputs
+///
+/// let dx = tape.gradient(x).expect("it was asked for");
+/// assert!(dx[..6].iter().all(|&d| d != 0.0) && dx[6..8] == [0.0; 2]); // of the first token
+/// assert_eq!(grads[layer.bias.range()], [6.0; 4]); // one of each token
+/// # Ok(())
+/// # }
+/// ```
 pub struct Tape<'a> {
     pub(crate) weights: &'a [f32],
     pub(crate) weight_grads: Option<WeightGrads<'a>>,

@@ -10,6 +10,9 @@
 //!            │  └── diffusion
 //!            └──> train::checkpoint ──> generate ──> picture, data::npz
 //! ```
+//!
+//! `examples/train_on_cpu.rs` trains a small model and samples from it with these; one operation on a tape is shown at
+//! [`autograd::Tape`], and `examples/fused_ops.rs` calls kernels on CUDA memory of one's own.
 
 // The idea: which channels are active at which timestep.
 pub mod routing;
