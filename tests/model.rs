@@ -311,7 +311,8 @@ fn initial_weights_are_spread_as_they_should() {
 #[test]
 fn published_models_have_their_sizes() {
     for (name, millions, head) in [("S/2", 33, 64), ("B/2", 130, 64), ("L/2", 458, 64), ("XL/2", 675, 72)] {
-        let [hidden_size, depth, num_heads, patch_size] = ModelConfig::published(&format!("DiT-{name}")).unwrap();
+        let ModelConfig { hidden_size, depth, num_heads, patch_size, .. } =
+            ModelConfig::published(&format!("DiT-{name}")).unwrap();
         let sizes = ModelConfig {
             hidden_size,
             depth,
