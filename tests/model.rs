@@ -311,18 +311,9 @@ fn initial_weights_are_spread_as_they_should() {
 #[test]
 fn published_models_have_their_sizes() {
     for (name, millions, head) in [("S/2", 33, 64), ("B/2", 130, 64), ("L/2", 458, 64), ("XL/2", 675, 72)] {
-        let ModelConfig { hidden_size, depth, num_heads, patch_size, .. } =
-            ModelConfig::published(&format!("DiT-{name}")).unwrap();
-        let sizes = ModelConfig {
-            hidden_size,
-            depth,
-            num_heads,
-            patch_size,
-            input_size: 32,
-            in_channels: 4,
-            ..config(Routing::Dense, 1.0)
-        };
-        let model = Dit::new(ModelConfig { num_classes: 1000, mlp_ratio: 4.0, ..sizes }).unwrap();
+        let config = ModelConfig::published(&format!("DiT-{name}")).unwrap();
+        let (hidden_size, num_heads, patch_size) = (config.hidden_size, config.num_heads, config.patch_size);
+        let model = Dit::new(config).unwrap();
         assert_eq!((model.layout.len() as f64 / 1e6).round() as usize, millions, "{name}");
         assert_eq!((hidden_size / num_heads, hidden_size % num_heads, patch_size), (head, 0, 2), "{name}");
     }

@@ -64,16 +64,16 @@ pub struct LossTerms<'a> {
 }
 
 /// What the elements of a sample share at its timestep.
-struct Step {
-    first: bool,      // t = 0
-    mean_factor: f64, // k of the module documentation
-    precision: f64,   // 1 / variance of q
-    min_log: f64,     // log-variance of q, the lower bound for p
-    range: f64,       // the upper bound for p above it
+pub(crate) struct Step {
+    pub(crate) first: bool,      // t = 0
+    pub(crate) mean_factor: f64, // k of the module documentation
+    pub(crate) precision: f64,   // 1 / variance of q
+    pub(crate) min_log: f64,     // log-variance of q, the lower bound for p
+    pub(crate) range: f64,       // the upper bound for p above it
 }
 
 impl Step {
-    fn new(schedule: &Schedule, t: usize) -> Self {
+    pub(crate) fn new(schedule: &Schedule, t: usize) -> Self {
         let min_log = schedule.posterior_log_variance_clipped[t];
         Step {
             first: t == 0,

@@ -15,6 +15,7 @@ use crate::autograd::cuda::{DeviceWeights, launch_staged, stage};
 use crate::autograd::{Memory, Tape};
 use crate::backend::cuda::transfer::Mail;
 use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Launch};
+use crate::diffusion::loss::Step;
 use crate::diffusion::{ImageDims, LossWeight, Schedule};
 use crate::error::{Error, Result};
 use crate::model::dit::Dit;
@@ -395,17 +396,17 @@ fn steps(schedule: &Schedule, loss_weight: LossWeight, batch: Batch) -> Vec<f64>
     let mut steps = Vec::with_capacity(batch.t.len() * STEP_NUMBERS);
     for (&t, &coefficient) in batch.t.iter().zip(batch.coefficients) {
         let t = t as usize;
-        let min_log = schedule.posterior_log_variance_clipped[t];
+        let Step { first, mean_factor, precision, min_log, range } = Step::new(schedule, t);
         steps.extend([
             schedule.sqrt_alphas_cumprod[t],
             schedule.sqrt_one_minus_alphas_cumprod[t],
-            schedule.posterior_mean_coef1[t] * schedule.sqrt_recipm1_alphas_cumprod[t],
-            (-min_log).exp(),
+            mean_factor,
+            precision,
             min_log,
-            schedule.log_betas[t] - min_log,
+            range,
             loss_weight.weight(schedule, t),
             coefficient,
-            f64::from(u8::from(t == 0)),
+            f64::from(u8::from(first)),
         ]);
     }
     steps
