@@ -21,7 +21,7 @@ pub fn main() -> dtr_fused::Result<()> {
         println!("timestep {t:>3}: channels {:?} of 64", windows(TASKS, 64, 4.0, 0.8)?[t].range());
     }
     let (hidden_size, depth, num_heads, input_size, in_channels, num_classes) = (64, 2, 2, SIDE, 1, 2);
-    let published = ModelConfig::published("DiT-S/2").expect("it is");
+    let published = ModelConfig::published("DiT-S/2").expect("DiT-S/2 is published");
     let sizes = ModelConfig { hidden_size, depth, num_heads, input_size, in_channels, num_classes, ..published };
     let dit = Dit::new(ModelConfig { routing: Routing::Paper, ..sizes })?;
     let weights = dit.init(1, Init::Small);
