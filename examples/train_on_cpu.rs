@@ -1,6 +1,8 @@
 //! Training as a library, on the CPU: a small model learns images whose upper (class 0) or left half (class 1) is white.
 //! `cargo run --release --example train_on_cpu`
 
+use std::path::Path;
+
 use dtr_fused::autograd::Memory;
 use dtr_fused::diffusion::{LossWeight, Method, Sampler, Schedule, ScheduleKind, sampling_timesteps};
 use dtr_fused::generate::generate;
@@ -16,6 +18,11 @@ const B: usize = 32; // images of a batch
 const SIDE: usize = 8; // of an image
 
 pub fn main() -> dtr_fused::Result<()> {
+    train(&std::env::temp_dir().join("train_on_cpu")).map(|_| ())
+}
+
+/// Trains, writes the weights to `place`, and samples: the mean loss of the last steps, and two images of each class.
+pub fn train(place: &Path) -> dtr_fused::Result<(f64, Vec<f32>)> {
     // Each timestep has its own channels: those of noisy images lie to the right of those of clear ones.
     for t in [0, 500, 999] {
         println!("timestep {t:>3}: channels {:?} of 64", windows(TASKS, 64, 4.0, 0.8)?[t].range());
@@ -34,7 +41,7 @@ pub fn main() -> dtr_fused::Result<()> {
     let x_start: [f32; B * SIDE * SIDE] = std::array::from_fn(pixel);
     let (normal, random) = (Philox::new(1, Stream::Noise), Philox::new(1, Stream::Timestep));
     let (mut noise, mut coefficients) = ([0.0; B * SIDE * SIDE], [0.0; B]);
-    let (mut losses, mut sum) = (Losses::default(), 0.0);
+    let (mut losses, mut sum, mut loss) = (Losses::default(), 0.0, 0.0);
     for step in 0..400 {
         // Every eighth image loses its label: class 2 is the null class, which guidance compares with.
         let labels: [u32; B] = std::array::from_fn(|i| if (i as u64 + step).is_multiple_of(8) { 2 } else { class(i) });
@@ -57,14 +64,14 @@ pub fn main() -> dtr_fused::Result<()> {
         learner.update(update, 0.0);
         sum += learner.objective(&losses.loss);
         if (step + 1).is_multiple_of(80) {
-            println!("step {:>3}: loss {:.3}, norm of the last gradients {norm:.2}", step + 1, sum / 80.0);
-            sum = 0.0;
+            (loss, sum) = (sum / 80.0, 0.0);
+            println!("step {:>3}: loss {loss:.3}, norm of the last gradients {norm:.2}", step + 1);
         }
     }
 
     let tensors = TensorOut::of_layout(&learner.dit.layout, &learner.ema, "");
     let file = FileOut { name: checkpoint::EMA, tensors, metadata: Metadata::new() };
-    let place = checkpoint::write(&std::env::temp_dir().join("train_on_cpu"), 400, &[file], "")?;
+    let place = checkpoint::write(place, 400, &[file], "")?;
     println!("the averaged weights are in {}", place.display());
 
     let few = learner.schedule.respaced(&sampling_timesteps(TASKS, "25")?)?;
@@ -76,5 +83,5 @@ pub fn main() -> dtr_fused::Result<()> {
             |image: &[f32]| image[row * SIDE..][..SIDE].iter().map(|&x| if x > 0.0 { '#' } else { '.' }).collect();
         println!("{}", images.chunks(SIDE * SIDE).map(drawn).collect::<Vec<String>>().join("  "));
     }
-    Ok(())
+    Ok((loss, images))
 }

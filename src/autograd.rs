@@ -31,7 +31,7 @@ use cuda::{DeviceMemory, DeviceWeights};
 use std::collections::BTreeMap;
 
 /// An activation on a tape: its place there. It does not know which tape that is, so on another one, or after something was taken off
-/// this one, it names another activation or none, which panics.
+/// this one, it names another activation, which goes unnoticed, or none, which panics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Var(u32);
 
@@ -441,7 +441,7 @@ impl<'a> Tape<'a> {
         }
     }
 
-    /// The sizes of an activation; none of one that was released.
+    /// The sizes of an activation; none of one that an inference tape or a checkpoint released.
     pub fn shape(&self, var: Var) -> &[usize] {
         self.memory.values[var.0 as usize].shape.dims()
     }
@@ -524,6 +524,7 @@ impl<'a> Tape<'a> {
         let what = match (self.records(), self.spent) {
             (false, _) => "an inference tape has recorded nothing: make it with Tape::new".to_string(),
             (true, true) => "it was called before, and what the tape recorded is used up".to_string(),
+            _ if self.is_released(output) => RELEASED.into(),
             _ if len == expected => return Ok(()),
             _ => format!("the upstream gradient has {len} numbers, but the output has {expected}"),
         };
@@ -608,7 +609,7 @@ impl<'a> Tape<'a> {
         let output = work(self).and_then(|output| made_since(mark, output));
         let output = output.inspect(|&output| self.release_since(mark, output));
         self.paused = false;
-        let output = output?;
+        let output = output.inspect_err(|_| self.forget_since(mark))?;
         self.memory.steps.push(Step::Checkpointed { work: Box::new(work), output });
         Ok(output)
     }

@@ -93,7 +93,9 @@ fn a_backward_pass_that_is_refused_costs_nothing() {
     // What an operation made, and what one may have read.
     let early = tape.input(&upstream, [2, 4, 8], false).unwrap();
     let (_, other) = attend(&mut tape);
-    for used in [other, early, y] {
+    let mask = tape.input(&[1.0; 16], [2, 8], false).unwrap();
+    let made = channel_mask(&mut tape, None, early, mask, Keep::Active).unwrap();
+    for used in [made, other, early, y] {
         let message = tape.backward_with(y, used).unwrap_err().to_string();
         assert!(message.contains("the last that is put on the tape"), "{message}");
     }

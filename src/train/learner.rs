@@ -107,7 +107,7 @@ pub struct Learner {
     /// Noise schedule over all timesteps.
     pub schedule: Schedule,
     loss_weight: LossWeight,
-    /// `[P]`, in the model's layout, as are the next four.
+    /// `[P]`, in the model's layout, as are the next three.
     pub weights: AlignedVec,
     /// Moving average of the weights.
     pub ema: AlignedVec,
@@ -115,7 +115,7 @@ pub struct Learner {
     pub m: AlignedVec,
     /// Second moments of AdamW.
     pub v: AlignedVec,
-    grads: AlignedVec, // of the last batch
+    grads: AlignedVec, // [P], of the last batch
     /// Uncertainty weighting, when the loss weight asks for it.
     pub uncertainty: Option<Uncertainty>,
     /// Updates made so far.
@@ -262,16 +262,20 @@ impl Learner {
         }
     }
 
-    /// Loss and gradients of `batch`, computed by a thread of the pool, while the others stay awake. `add` adds to the gradients of the parts of a
-    /// batch before it.
+    /// Loss and gradients of `batch`, computed by a thread of the pool, while the others stay awake. `add` adds to the gradients of
+    /// the parts of a batch before it.
     ///
     /// # Errors
-    /// When sizes do not fit, or a timestep or label is out of range: the gradients are then as they were.
+    /// When sizes do not fit, or a timestep or label is out of range: the gradients are then as they were. On a device, where
+    /// [`Learner::launch`] makes them.
     pub fn gradients(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
         awake(|| self.compute(batch, add, found))
     }
 
     fn compute(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
+        if self.on_device.is_some() {
+            return Err(Error::Stopped("this learner is on a CUDA device: stage and launch its batches".into()));
+        }
         // Before any part adds to the gradients.
         batch.check(&self.dit, &self.schedule)?;
         let b = batch.t.len();
@@ -336,7 +340,11 @@ impl Learner {
     }
 
     /// L2 norm of the gradients: not finite when any of them is not.
+    ///
+    /// # Panics
+    /// On a device, which has the gradients: [`Learner::collect`] tells their norm.
     pub fn gradient_norm(&mut self) -> f64 {
+        assert!(self.on_device.is_none(), "the gradients of this learner are on a CUDA device");
         optimizer::norm(&self.grads, self.memory.squares_mut(), &mut self.norm_parts)
     }
 

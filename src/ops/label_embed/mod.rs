@@ -31,6 +31,7 @@ pub(crate) struct Saved {
 /// When shapes do not fit together or a label is outside the table.
 pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> Result<Var> {
     const OP: &str = "label_embed";
+    tape.check_held(base, OP)?;
     let shape = tape.shape(base);
     check(shape.len() == 2 && shape[0] == labels.len() && !shape.contains(&0), OP, || {
         format!("base is {shape:?}, expected [{}, channels], where no size may be 0", labels.len())

@@ -158,6 +158,7 @@ impl Operands {
         check(linear.inputs == k, OP, || format!("a has {k} inputs, but the weight is [{c}, {}]", linear.inputs))?;
         check_per_sample(tape, gate, b, c, OP)?;
         for var in [Some(residual.base), residual.bypass.map(|(x, _)| x)].into_iter().flatten() {
+            tape.check_held(var, OP)?;
             check(tape.shape(var) == [b, t, c], OP, || {
                 format!("the residual stream is {:?}, expected {:?}", tape.shape(var), [b, t, c])
             })?;

@@ -31,6 +31,7 @@ pub(crate) struct Saved {
 /// When shapes do not fit together.
 pub fn modulation(tape: &mut Tape, c: Var, layer: Linear) -> Result<Var> {
     check_linear(layer, "modulation")?;
+    tape.check_held(c, "modulation")?;
     let shape = tape.shape(c);
     check(shape.len() == 2 && shape[1] == layer.inputs, "modulation", || {
         format!("the condition is {shape:?}, expected [batch, {}]", layer.inputs)

@@ -58,6 +58,7 @@ impl Dims {
 /// When shapes do not fit together.
 pub fn patch_embed(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], patch: usize) -> Result<Var> {
     const OP: &str = "patch_embed";
+    tape.check_held(x, OP)?;
     let shape = tape.shape(x);
     let &[batch, image_channels, height, width] = shape else {
         return Err(crate::Error::Shape {
