@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turns images into latents to train on, and sampled latents into images, with the autoencoder of Stable Diffusion, as DiT does.
+"""Turns images into latents to train on, and sampled latents into images, with the autoencoder of Stable Diffusion.
 
     scripts/latents.py encode photos latents.npy --size 256 --mirror     a folder of class folders -> latents.npy, latents.labels.npy
     dtr-fused train --data latents.npy --model DiT-XL/2
@@ -7,11 +7,13 @@
     scripts/latents.py decode latents.npz samples.npz --png samples      uint8 [N, H, W, 3] and labels, for evaluation suites
 
 Needs torch, diffusers and pillow. --vae is a name that diffusers can load or a folder; the first use of a name downloads it.
-Latents are drawn from the encoder's distribution and multiplied by its scaling factor (0.18215). Of each image that --mirror adds
-mirrored, latents are encoded anew: mirrored latents do not decode to mirrored images.
+Images are cropped as DiT does; the latents of each are drawn once from the encoder's distribution and multiplied by its scaling factor
+(0.18215). Mirrored images are encoded anew: mirrored latents do not decode to mirrored images.
 """
 
 import argparse
+import concurrent.futures
+import os
 import pathlib
 import sys
 import time
@@ -47,9 +49,18 @@ def read(path, size):
 
 def images_of(root):
     """Paths and labels: the place of the class folder in alphabetical order, as for `dtr-fused train`."""
-    classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+    def inside(path):
+        return not path.name.startswith(".") and path.resolve().is_relative_to(root.resolve())
+
+    classes = sorted(path for path in root.glob("*") if path.is_dir() and inside(path))
+    if not classes:
+        sys.exit(f"{root} has no class folders")
     for label, folder in enumerate(classes):
-        yield from ((path, label) for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS)
+        images = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and inside(path))
+        if not images:
+            sys.exit(f"{folder} is a class folder without PNG, JPEG or WebP images; fill or remove it")
+        yield from ((path, label) for path in images)
 
 
 def progress(began, done, total):
@@ -62,43 +73,54 @@ def load(args):
     return AutoencoderKL.from_pretrained(args.vae).to(args.device).eval()
 
 
+def new_array(path, shape):
+    """An .npy file whose space is taken now: a full disk is an error here and not hours later."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array
+
+
 def encode(args):
     found = list(images_of(args.source))
-    if not found:
-        sys.exit(f"{args.source} has no class folders with images")
     vae = load(args)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    side, channels = args.size // factor, vae.config.latent_channels
+    side = args.size // 2 ** (len(vae.config.block_out_channels) - 1)
     copies = 2 if args.mirror else 1
-    shape = (copies * len(found), channels, side, side)
-    temporary = args.target.with_suffix(".partial.npy")
-    latents = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+    # Under the final names there is only what is whole.
+    partial, labels_path = args.target.with_suffix(".partial.npy"), args.target.with_suffix(".labels.npy")
     labels, began = [], time.time()
-    for first in range(0, len(found), args.batch_size):
-        batch = [(read(path, args.size), label) for path, label in found[first : first + args.batch_size]]
-        batch = [(image, label) for image, label in batch if image is not None]
-        if batch:
-            x = torch.stack([image for image, _ in batch])
-            x = torch.cat([x, x.flip(-1)]) if args.mirror else x
-            z = vae.encode(x.to(args.device)).latent_dist.sample() * vae.config.scaling_factor
-            latents[len(labels) : len(labels) + len(z)] = z.cpu().numpy()
-            labels += copies * [label for _, label in batch]
-        progress(began, min(first + args.batch_size, len(found)), len(found))
-    if not labels:
-        sys.exit(f"no image of {args.source} could be read")
-    latents.flush()
-    if len(labels) < len(latents):
-        shorter = np.lib.format.open_memmap(
-            args.target, mode="w+", dtype=np.float16, shape=(len(labels), channels, side, side)
-        )
-        shorter[:] = latents[: len(labels)]
-        shorter.flush()
-        temporary.unlink()
-    else:
-        temporary.replace(args.target)
-    np.save(args.target.with_suffix(".labels.npy"), np.array(labels, dtype=np.int64))
-    sample = latents[: len(labels) : max(1, len(labels) // 1000)].astype(np.float32)
-    print(f"{len(labels)} latents of {channels} x {side} x {side} are in {args.target}; standard deviation {sample.std():.2f}")
+    try:
+        latents = new_array(partial, (copies * len(found), vae.config.latent_channels, side, side))
+        with concurrent.futures.ThreadPoolExecutor() as readers:
+            for first in range(0, len(found), args.batch_size):
+                some = found[first : first + args.batch_size]
+                images = readers.map(lambda image: read(image[0], args.size), some)
+                batch = [(image, label) for image, (_, label) in zip(images, some) if image is not None]
+                if batch:
+                    x = torch.stack([image for image, _ in batch])
+                    x = torch.cat([x, x.flip(-1)]) if args.mirror else x
+                    z = vae.encode(x.to(args.device)).latent_dist.sample() * vae.config.scaling_factor
+                    latents[len(labels) : len(labels) + len(z)] = z.cpu().numpy()
+                    labels += copies * [label for _, label in batch]
+                progress(began, min(first + args.batch_size, len(found)), len(found))
+        if not labels:
+            sys.exit(f"no image of {args.source} could be read")
+        if len(labels) < len(latents):
+            whole = new_array(shorter := args.target.with_suffix(".shorter.npy"), (len(labels), *latents.shape[1:]))
+            for first in range(0, len(labels), 4096):
+                whole[first : first + 4096] = latents[first : min(first + 4096, len(labels))]
+            latents = whole
+            shorter.replace(partial)
+        latents.flush()
+        labels_path.unlink(missing_ok=True)
+        partial.replace(args.target)
+        np.save(labels_path, np.array(labels, dtype=np.int64))
+    finally:
+        partial.unlink(missing_ok=True)
+    shape = " x ".join(str(size) for size in latents.shape[1:])
+    spread = latents[:: max(1, len(labels) // 1000)].astype(np.float32).std()
+    print(f"{len(labels)} latents of {shape} are in {args.target}; standard deviation {spread:.2f}")
 
 
 def decode(args):

@@ -27,10 +27,11 @@ fn read(path: &Path) -> Tensors {
     file.names().map(of).collect()
 }
 
-/// A file `place/checkpoints/STEP/model.safetensors` without a word of how it was trained.
+/// A file `place/checkpoints/STEP/model.safetensors` without a word of how it was trained, as another program may write it.
 fn write(place: &Path, step: u64, tensors: &Tensors) -> String {
     let tensors = tensors.iter().map(|(name, (shape, data))| TensorOut { name: name.clone(), shape, data }).collect();
-    let file = FileOut { name: checkpoint::MODEL, tensors, metadata: Metadata::new() };
+    let metadata = Metadata::from([("seed".into(), "42".into())]);
+    let file = FileOut { name: checkpoint::MODEL, tensors, metadata };
     let path = checkpoint::write(place, step, &[file], "").unwrap().join(checkpoint::MODEL);
     path.display().to_string()
 }
@@ -117,6 +118,9 @@ fn weights_of_other_models_are_refused_with_what_would_help() {
     let wrapped = tensors.iter().map(|(name, tensor)| (format!("module.{name}"), tensor.clone())).collect();
     fails(start(&wrapped), 1, &["take 'module.' off the names"]);
 
+    let moments = ["--init-from", "first/checkpoints/0000001/optimizer.safetensors", "--steps", "1"];
+    fails(train(place, &moments), 1, &["they are moments of AdamW, and the weights are in ema.safetensors"]);
+
     let mut learned = tensors.clone();
     learned.get_mut("pos_embed").unwrap().1[5] += 0.5;
     fails(start(&learned), 1, &["'pos_embed' is up to 0.50 away"]);
@@ -151,6 +155,11 @@ fn weights_of_other_models_are_refused_with_what_would_help() {
         shape[0] = rows;
         fails(start(&cut), 1, &[says]);
     }
+    let mut wide = tensors.clone();
+    let (shape, numbers) = wide.get_mut("y_embedder.embedding_table.weight").unwrap();
+    (shape[0], *numbers) = (22, numbers.repeat(2));
+    let path = write(place, 1, &wide);
+    fails(train(place, &["--init-from", &path]), 1, &["for all of its classes, give --num-classes 21"]);
     for start in [&b"PK\x03\x04\0\0\x08\x08\0\0"[..], b"\x80\x02ctorch._utils\n"] {
         std::fs::write(place.join("w.pt"), start).unwrap();
         fails(train(place, &["--init-from", "w.pt"]), 1, &["w.pt: seems to be a PyTorch file: save its tensors with"]);

@@ -342,12 +342,15 @@ pub fn read_tensor(file: &SafetensorsFile, name: &str, shape: &[usize], out: &mu
     let tensor = file.tensor(name)?;
     if tensor.shape != shape {
         // What the official models leave out on demand.
-        let why = match name {
-            "y_embedder.embedding_table.weight" => "a row a class, and one for no class",
-            "final_layer.linear.weight" | "final_layer.linear.bias" => {
-                "outputs for the noise, and as many for its variance"
+        let why = match (name, tensor.shape) {
+            ("y_embedder.embedding_table.weight", &[rows, _]) if rows > shape[0] => {
+                format!("for all of its classes, give --num-classes {}", rows - 1)
             }
-            _ => "was it made with another --model or data?",
+            ("y_embedder.embedding_table.weight", _) => "a row a class, and one for no class".into(),
+            ("final_layer.linear.weight" | "final_layer.linear.bias", _) => {
+                "outputs for the noise, and as many for its variance".into()
+            }
+            _ => String::from("was it made with another --model or data?"),
         };
         let what = format!("tensor '{name}' has shape {:?}, but this model needs {shape:?}: {why}", tensor.shape);
         return Err(Error::file(file.path(), what));
@@ -381,6 +384,9 @@ pub fn check_names(file: &SafetensorsFile, layout: &Layout, prefixes: &[&str], a
     // Wrappers of PyTorch put their name before those of the model.
     let wrapped = name.match_indices('.').find(|&(dot, _)| names.contains(&name[dot + 1..]));
     let why = match wrapped {
+        Some((1, _)) if name.starts_with(['m', 'v']) => {
+            format!("they are moments of AdamW, and the weights are in {EMA} and {MODEL}")
+        }
         Some((dot, _)) => format!("take '{}' off the names of its tensors", &name[..=dot]),
         None => "it is another model's".into(),
     };

@@ -44,8 +44,8 @@ pub(super) fn check_same_run(config: &TrainConfig, run: &Path, checkpoint: &Path
             return Err(Error::file(run.join(CONFIG), what + ": put that back, or start a new run"));
         }
     }
-    // A model that has learned the null class still has it where it is no longer trained.
-    if saved.label_dropout == 0.0 {
+    // A model that has learned the null class still has it where it is no longer trained; so what was saved is left alone.
+    if saved.label_dropout == 0.0 && config.sample_cfg != saved.sample_cfg {
         config.check_cfg("sample_cfg", config.sample_cfg)?;
     }
     Ok(())

@@ -72,7 +72,8 @@ fn differences(config: &TrainConfig, dit: &Dit, file: &SafetensorsFile) -> Resul
         let told = UNSEEN.iter().filter_map(|knob| Some(format!("{knob} {}", metadata.get(*knob)?)));
         told.collect::<Vec<_>>().join(", ")
     };
-    if !UNSEEN.iter().any(|knob| was.contains_key(*knob)) {
+    // Others may have a seed there, or a schedule of something else.
+    if !["num_heads", "routing", "schedule"].iter().all(|knob| was.contains_key(*knob)) {
         notes += &format!(
             "; they do not say how they were trained, and go on with {} (published DiT weights: routing dense, schedule linear)",
             told(&is)
