@@ -121,8 +121,9 @@ fn ends_with_nothing(found: &[(usize, usize)], steps: usize) -> bool {
 /// none, and that buffers do not grow is asked of the tape itself.
 #[test]
 fn a_steady_state_step_allocates_nothing() {
-    // The count sees what a step would do wrong.
-    assert_eq!(count(|| drop(std::hint::black_box(vec![1.0f32; 1000]))), (1, 4000));
+    // The count sees what a step would do wrong. (The harness, on a thread of its own, may allocate meanwhile.)
+    let (count_of_one, bytes) = count(|| drop(std::hint::black_box(vec![1.0f32; 1000])));
+    assert!(count_of_one >= 1 && bytes >= 4000, "{count_of_one} allocations of {bytes} bytes");
 
     // The pools stay until the end: the threads of one that is dropped end beside the next one's steps, and allocate as they do.
     let pools = [1, 2].map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
