@@ -10,6 +10,8 @@ pub mod digits;
 pub mod images;
 pub mod latents;
 pub mod loader;
+#[cfg(test)]
+pub(crate) mod made;
 pub mod npy;
 pub mod npz;
 pub mod resize;

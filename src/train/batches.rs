@@ -151,54 +151,23 @@ impl Part {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::made::made;
 
-    /// Four samples of class 0.
-    struct Few {
-        names: Vec<String>,
-    }
-
-    impl Dataset for Few {
-        fn shape(&self) -> [usize; 3] {
-            [1, 4, 4]
-        }
-
-        fn class_names(&self) -> &[String] {
-            &self.names
-        }
-
-        fn len(&self) -> usize {
-            4
-        }
-
-        fn read(&self, _index: usize, _flip: bool, out: &mut [f32]) -> Result<u32> {
+    /// Four samples of class 0 of three.
+    fn few() -> Arc<dyn Dataset> {
+        made(4, 3, |_, _, out| {
             out.fill(0.0);
             Ok(0)
-        }
+        })
     }
 
     /// Samples that say who they are: the first pixel is the index, the second tells a mirrored one.
-    struct Told {
-        names: Vec<String>,
-    }
-
-    impl Dataset for Told {
-        fn shape(&self) -> [usize; 3] {
-            [1, 4, 4]
-        }
-
-        fn class_names(&self) -> &[String] {
-            &self.names
-        }
-
-        fn len(&self) -> usize {
-            20
-        }
-
-        fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
+    fn told() -> Arc<dyn Dataset> {
+        made(20, 3, |index, flip, out| {
             out.fill(0.0);
             (out[0], out[1]) = (index as f32, f32::from(u8::from(flip)));
             Ok(index as u32 % 3)
-        }
+        })
     }
 
     /// What is drawn for a sample: its image's index, whether it is mirrored, its noise (the bits), timestep and label.
@@ -222,8 +191,7 @@ mod tests {
             ..TrainConfig::default()
         };
         config.fit_to_data(4, 1, 3).unwrap();
-        let data = Told { names: ["a", "b", "c"].map(String::from).into() };
-        let mut batches = Batches::new(&config, Arc::new(data), false).unwrap();
+        let mut batches = Batches::new(&config, told(), false).unwrap();
         let of_step = |step| {
             let mut drawn = vec![None; config.batch_size];
             for index in 0..parts {
@@ -280,8 +248,7 @@ mod tests {
         let mut config =
             TrainConfig { batch_size: 64, label_dropout: share, grad_accumulation: parts, ..TrainConfig::default() };
         config.fit_to_data(4, 1, 3).unwrap();
-        let data = Few { names: ["a", "b", "c"].map(String::from).into() };
-        let mut batches = Batches::new(&config, Arc::new(data), true).unwrap();
+        let mut batches = Batches::new(&config, few(), true).unwrap();
         let of_step = |step| {
             let mut dropped = vec![None; config.batch_size];
             for index in 0..parts {
@@ -300,8 +267,7 @@ mod tests {
     fn every_timestep_is_trained_on() {
         let mut config = TrainConfig { batch_size: 1000, ..TrainConfig::default() };
         config.fit_to_data(4, 1, 3).unwrap();
-        let data = Few { names: ["a", "b", "c"].map(String::from).into() };
-        let mut batches = Batches::new(&config, Arc::new(data), true).unwrap();
+        let mut batches = Batches::new(&config, few(), true).unwrap();
         let mut drawn = std::collections::BTreeSet::<u32>::new();
         for step in 0..12 {
             batches.gather(&config, step, 0).unwrap();

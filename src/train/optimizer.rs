@@ -183,6 +183,17 @@ pub fn norm(grads: &[f32], known: &mut [(Param, f64)], rest: &mut Vec<(Range<usi
 mod tests {
     use super::*;
 
+    const UPDATE: Update = Update {
+        lr: 1e-2,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        ema_decay: 0.95,
+        number: 1,
+        grad_scale: 0.7,
+    };
+
     /// The loop of the AdamW paper (algorithm 2) in f64.
     fn reference(w: &mut f64, e: &mut f64, m: &mut f64, v: &mut f64, g: f64, u: Update) {
         let g = g * u.grad_scale;
@@ -202,16 +213,7 @@ mod tests {
         let mut truth: Vec<[f64; 4]> = start.iter().map(|&w| [f64::from(w), f64::from(w), 0.0, 0.0]).collect();
         for number in 1..=5 {
             let grads: Vec<f32> = (0..n).map(|i| ((i as u64 * 97 + number * 13) % 89) as f32 / 40.0 - 1.1).collect();
-            let u = Update {
-                lr: 1e-2,
-                beta1: 0.9,
-                beta2: 0.999,
-                eps: 1e-8,
-                weight_decay: 0.1,
-                ema_decay: 0.95,
-                number,
-                grad_scale: 0.7,
-            };
+            let u = Update { number, ..UPDATE };
             let [w, e, m, v] = &mut fast;
             adamw(w, e, m, v, &grads, u);
             for ([w, e, m, v], &g) in truth.iter_mut().zip(&grads) {
@@ -230,16 +232,7 @@ mod tests {
     fn the_average_of_constant_weights_is_the_weights() {
         let (mut w, mut e, mut m, mut v) = ([1.0f32], [1.0f32], [0.0f32], [0.0f32]);
         for number in 1..=20_000 {
-            let u = Update {
-                lr: 0.0,
-                beta1: 0.9,
-                beta2: 0.999,
-                eps: 1e-8,
-                weight_decay: 0.0,
-                ema_decay: 0.9999,
-                number,
-                grad_scale: 1.0,
-            };
+            let u = Update { lr: 0.0, ema_decay: 0.9999, number, ..UPDATE };
             adamw(&mut w, &mut e, &mut m, &mut v, &[0.0], u);
         }
         assert_eq!(e[0], 1.0, "the average drifts away from weights that do not move");
@@ -263,21 +256,11 @@ mod tests {
     #[test]
     fn buffers_of_other_lengths_are_refused() {
         let n = 2 * BLOCK;
-        let update = Update {
-            lr: 1e-2,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            ema_decay: 0.95,
-            number: 1,
-            grad_scale: 1.0,
-        };
         for short in 0..4 {
             let mut buffers: [Vec<f32>; 4] = std::array::from_fn(|i| vec![0.0; if i == short { BLOCK } else { n }]);
             let [e, m, v, g] = &mut buffers;
             let updated = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                adamw(&mut vec![1.0; n], e, m, v, g, update);
+                adamw(&mut vec![1.0; n], e, m, v, g, UPDATE);
             }));
             assert!(updated.is_err(), "buffer {short} is too short");
         }

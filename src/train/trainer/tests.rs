@@ -1,6 +1,7 @@
 //! The trainer's own tests: a step is what it should be, and nothing that goes wrong costs what was trained.
 
 use super::*;
+use crate::data::made::made;
 use crate::diffusion::{ImageDims, Schedule, ScheduleKind};
 use crate::model::config::TASKS;
 use crate::model::dit::Init;
@@ -11,36 +12,15 @@ use crate::train::samples::sampler;
 use crate::train::setup::learner;
 use std::sync::atomic::AtomicUsize;
 
-/// Four samples that cannot be read any more after some reads.
-struct Failing {
-    left: AtomicUsize,
-    names: Vec<String>,
-}
-
-impl Dataset for Failing {
-    fn shape(&self) -> [usize; 3] {
-        [1, 4, 4]
-    }
-
-    fn class_names(&self) -> &[String] {
-        &self.names
-    }
-
-    fn len(&self) -> usize {
-        4
-    }
-
-    fn read(&self, index: usize, _flip: bool, out: &mut [f32]) -> Result<u32> {
-        let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+/// Four samples that can be read `reads` times in all.
+fn data(reads: usize) -> Arc<dyn Dataset> {
+    let left = AtomicUsize::new(reads);
+    made(4, 1, move |index, _, out| {
+        let left = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
         left.map_err(|_| Error::file("sample", "is gone"))?;
         out.fill(index as f32 / 4.0);
         Ok(0)
-    }
-}
-
-/// Data that can be read `reads` times.
-fn data(reads: usize) -> Arc<Failing> {
-    Arc::new(Failing { left: AtomicUsize::new(reads), names: vec!["all".into()] })
+    })
 }
 
 fn tiny(steps: u64) -> TrainConfig {
@@ -111,45 +91,22 @@ fn gradients_are_clipped_to_the_norm_that_is_asked_for() {
 }
 
 /// Sixteen samples of three classes, none like its mirror image; the first is `first` times as bright.
-struct Slopes {
-    first: f32,
-    names: Vec<String>,
-}
-
-impl Slopes {
-    fn new(first: f32) -> Arc<Self> {
-        Arc::new(Slopes { first, names: ["a", "b", "c"].map(String::from).into() })
-    }
-}
-
-impl Dataset for Slopes {
-    fn shape(&self) -> [usize; 3] {
-        [1, 4, 4]
-    }
-
-    fn class_names(&self) -> &[String] {
-        &self.names
-    }
-
-    fn len(&self) -> usize {
-        16
-    }
-
-    fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
-        let bright = if index == 0 { self.first } else { 1.0 };
+fn slopes(first: f32) -> Arc<dyn Dataset> {
+    made(16, 3, move |index, flip, out| {
+        let bright = if index == 0 { first } else { 1.0 };
         for (i, x) in out.iter_mut().enumerate() {
             let column = if flip { 3 - i % 4 } else { i % 4 };
             *x = bright * ((index * 5 % 16) as f32 / 20.0 - column as f32 / 4.0 + (i / 4) as f32 / 9.0);
         }
         Ok(index as u32 % 3)
-    }
+    })
 }
 
 /// A step that is not finite is left out: weights, average and the count of updates stay.
 #[test]
 fn only_steps_that_are_made_count() {
     let config = TrainConfig { num_classes: 3, ..tiny(100) };
-    let mut trainer = Trainer::new(&config, Slopes::new(f32::INFINITY), learner(&config).unwrap(), Vec::new()).unwrap();
+    let mut trainer = Trainer::new(&config, slopes(f32::INFINITY), learner(&config).unwrap(), Vec::new()).unwrap();
     let (mut skipped, mut in_a_row) = (0, 0);
     for step in 0..40 {
         let state = |learner: &Learner| {
@@ -208,7 +165,7 @@ fn what_is_measured_is_what_was_computed() {
         let mut learner = learner(config).unwrap();
         // No gate or last layer of zeros.
         learner.weights.iter_mut().enumerate().for_each(|(i, w)| *w += (i * 37 % 101) as f32 / 2000.0 - 0.025);
-        Trainer::new(config, Slopes::new(1.0), learner, Vec::new()).unwrap()
+        Trainer::new(config, slopes(1.0), learner, Vec::new()).unwrap()
     };
     let Trainer { config, mut learner, mut batches, .. } = trainer(0);
     batches.gather(config, 0, 0).unwrap();
@@ -240,28 +197,6 @@ fn what_is_measured_is_what_was_computed() {
     }
 }
 
-/// Four samples, each of which takes a while to read.
-struct Slow(Arc<Failing>);
-
-impl Dataset for Slow {
-    fn shape(&self) -> [usize; 3] {
-        self.0.shape()
-    }
-
-    fn class_names(&self) -> &[String] {
-        self.0.class_names()
-    }
-
-    fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
-        std::thread::sleep(std::time::Duration::from_millis(3));
-        self.0.read(index, flip, out)
-    }
-}
-
 #[test]
 fn lines_tell_the_rate_and_the_speed_of_their_own_steps() {
     let place = tempfile::tempdir().unwrap();
@@ -269,7 +204,12 @@ fn lines_tell_the_rate_and_the_speed_of_their_own_steps() {
     let config = TrainConfig { log_every: 5, out: out.display().to_string(), ..tiny(60) };
     in_pool(&config, || {
         let run = RunDir::create(&config)?;
-        let trainer = Trainer::new(&config, Arc::new(Slow(data(usize::MAX))), learner(&config)?, Vec::new())?;
+        let slow = made(4, 1, |index, _, out| {
+            std::thread::sleep(std::time::Duration::from_millis(3));
+            out.fill(index as f32 / 4.0);
+            Ok(0)
+        });
+        let trainer = Trainer::new(&config, slow, learner(&config)?, Vec::new())?;
         trainer.run(&run, &AtomicBool::new(false))
     })
     .unwrap();
@@ -294,7 +234,7 @@ fn a_knob_that_is_turned_is_felt() {
         let mut config = TrainConfig::from_layers(&[layer]).unwrap();
         config.fit_to_data(4, 1, 3).unwrap();
         in_pool(&config, || {
-            let mut trainer = Trainer::new(&config, Slopes::new(1.0), learner(&config)?, Vec::new())?;
+            let mut trainer = Trainer::new(&config, slopes(1.0), learner(&config)?, Vec::new())?;
             (0..config.steps).try_for_each(|_| trainer.train_step())?;
             let Learner { weights, ema, uncertainty, .. } = trainer.learner;
             Ok((weights.to_vec(), ema.to_vec(), uncertainty.map(|learned| learned.log_variances)))
