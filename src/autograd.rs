@@ -196,6 +196,12 @@ impl<'a> Tape<'a> {
         }
     }
 
+    /// Type in which the products of the blocks are computed; on a CUDA device also that of activations, and of the weights that products
+    /// read.
+    pub(crate) fn elem(&self) -> DType {
+        self.memory.elem
+    }
+
     /// Number of all weights.
     pub(crate) fn weights_len(&self) -> usize {
         self.weights_len_on_cuda().unwrap_or(self.weights.len())

@@ -1,6 +1,7 @@
 //! Golden tensors of the published PyTorch code pass; whatever is off, damaged, unknown or missing fails.
 
 use dtr_fused::backend::Compute;
+use dtr_fused::backend::cuda::DType;
 use dtr_fused::parity::{Report, Row, check_dir, check_reference};
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ fn golden() -> PathBuf {
 
 /// The report of a single case.
 fn check(dir: &Path) -> Report {
-    let mut cases = check_dir(dir, &Compute::Cpu).unwrap();
+    let mut cases = check_dir(dir, &Compute::Cpu { elem: DType::F32 }).unwrap();
     assert_eq!(cases.len(), 1);
     cases.pop().unwrap().1
 }
@@ -42,7 +43,7 @@ fn the_plain_loops_pass_every_golden_case() {
 
 #[test]
 fn every_golden_case_passes() {
-    let cases = check_dir(&golden(), &Compute::Cpu).unwrap();
+    let cases = check_dir(&golden(), &Compute::Cpu { elem: DType::F32 }).unwrap();
     let names: Vec<_> = cases.iter().map(|(dir, _)| dir.file_name().unwrap().to_str().unwrap()).collect();
     for expected in ["a", "c", "d", "masks", "nll", "schedules", "small"] {
         assert!(names.contains(&expected), "{expected} is missing in {names:?}");
@@ -186,7 +187,12 @@ fn an_empty_directory_fails() {
     // A model with nothing to compare it with is not enough, but its positions are compared.
     let copy = Copy::of("c", &["config.json"]);
     copy.assert_fails(&["model: params.safetensors is missing"]);
-    assert!(check_dir(&copy.path().join("nowhere"), &Compute::Cpu).unwrap_err().to_string().contains("nowhere"));
+    assert!(
+        check_dir(&copy.path().join("nowhere"), &Compute::Cpu { elem: DType::F32 })
+            .unwrap_err()
+            .to_string()
+            .contains("nowhere")
+    );
 }
 
 #[test]

@@ -87,7 +87,6 @@ impl OnDevice<'_> {
 /// The memory of passes on a device.
 pub(super) struct DeviceMemory {
     device: Arc<Device>,
-    elem: DType,
     work: Region,
     inputs: Region,
     staging: Option<Staging>, // of the inputs of the next pass
@@ -195,7 +194,6 @@ impl Memory {
     pub fn on_device(device: &Arc<Device>, elem: DType) -> Self {
         let cuda = DeviceMemory {
             device: device.clone(),
-            elem,
             work: Region::new(1 << 61),
             inputs: Region::new(1 << 62),
             staging: None,
@@ -206,7 +204,7 @@ impl Memory {
             plans: Vec::new(),
             replayed: HashMap::new(),
         };
-        Memory { cuda: Some(Box::new(cuda)), ..Memory::default() }
+        Memory { elem, cuda: Some(Box::new(cuda)), ..Memory::default() }
     }
 
     /// Bytes of device memory that passes take for activations and inputs.
@@ -364,11 +362,6 @@ impl Tape<'_> {
     /// The device that the tape computes on.
     pub(crate) fn device(&self) -> Arc<Device> {
         self.own().device.clone()
-    }
-
-    /// Type of activations and of the weights that products read.
-    pub(crate) fn elem(&self) -> DType {
-        self.own().elem
     }
 
     /// An input of the pass, copied to the device before it is used.

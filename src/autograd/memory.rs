@@ -4,6 +4,7 @@ use super::Step;
 use super::cuda::DeviceMemory;
 use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
+use crate::backend::cuda::DType;
 use crate::params::{Linear, Param};
 use crate::routing::Window;
 use crate::tensor::{Storage, Tensor};
@@ -20,20 +21,31 @@ pub struct Memory {
     pub(super) squares: Vec<(Param, f64)>,
     pub(super) written: Written,
     pub(super) pool: Pool,
+    pub(super) elem: DType,
     pub(super) cuda: Option<Box<DeviceMemory>>,
     pub(super) second: Option<Box<Memory>>, // see for_halves
 }
 
 impl Memory {
-    /// An empty memory: the first step fills it.
+    /// An empty memory for passes on the CPU in f32: the first step fills it.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// [`Memory::new`], with the products of the blocks and of the last layer in `elem`, f32 or bf16: then their factors are rounded, and
+    /// the sums and all else are in f32. With AMX, bf16 takes less time; without ([`has_bf16`](crate::backend::cpu::has_bf16)), much more.
+    ///
+    /// # Panics
+    /// With another type.
+    pub fn on_cpu(elem: DType) -> Self {
+        assert!(matches!(elem, DType::F32 | DType::Bf16), "products are in f32 or bf16, not {elem:?}");
+        Memory { elem, ..Self::default() }
     }
 
     /// An empty memory for passes on `compute`.
     pub fn on(compute: &Compute) -> Self {
         match compute {
-            Compute::Cpu => Memory::new(),
+            Compute::Cpu { elem } => Memory::on_cpu(*elem),
             Compute::Cuda { device, elem } => Memory::on_device(device, *elem),
         }
     }
@@ -53,7 +65,7 @@ impl Memory {
 
     /// Calls `work` with this memory and another, for the second half of a batch.
     pub(crate) fn for_halves<R>(&mut self, work: impl FnOnce(&mut Memory, &mut Memory) -> R) -> R {
-        let mut second = self.second.take().unwrap_or_default();
+        let mut second = self.second.take().unwrap_or_else(|| Box::new(Memory::on_cpu(self.elem)));
         let result = work(self, &mut second);
         self.second = Some(second);
         result

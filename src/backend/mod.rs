@@ -7,13 +7,18 @@ use crate::error::{Error, Result};
 use cuda::{DType, Device};
 use std::sync::Arc;
 
-const ONLY_F32: &str = "the CPU computes in f32 only: give --precision f32";
+/// Why bf16 is refused on a CPU.
+const ONLY_F32: &str =
+    "in bf16 the CPU computes only with AMX, and here is none that DTR_CPU allows: give --precision f32";
 
 /// Where to compute, and in which precision.
 #[derive(Clone)]
 pub enum Compute {
-    /// On the processor, in f32.
-    Cpu,
+    /// On the processor.
+    Cpu {
+        /// Type of the factors of products: f32 or bf16, see [`Memory::on_cpu`](crate::autograd::Memory::on_cpu).
+        elem: DType,
+    },
     /// On a CUDA device.
     Cuda {
         /// The device.
@@ -31,32 +36,39 @@ impl Compute {
     /// When the device is not there, or cannot compute in this precision.
     pub fn open(device: &str, bf16: bool) -> Result<(Self, Option<String>)> {
         let (compute, why) = Self::find(device, bf16)?;
-        match (&compute, why) {
-            (Compute::Cpu, None) if bf16 => Err(Error::usage(ONLY_F32)),
-            (Compute::Cpu, Some(why)) if bf16 => Err(Error::usage(format!("{why}; {ONLY_F32}"))),
-            (_, why) => Ok((compute, why.map(|why| format!("computing on the CPU: {why}")))),
+        if compute.takes_long() {
+            let why = why.map_or_else(String::new, |why| format!("{why}; "));
+            return Err(Error::usage(format!("{why}{ONLY_F32}")));
         }
+        Ok((compute, why.map(|why| format!("computing on the CPU: {why}"))))
     }
 
-    /// As [`open`](Self::open), but in f32 where that is the CPU: for weights that a device may have trained in bf16.
+    /// As [`open`](Self::open), but in f32 where that is a CPU without AMX: for weights that were trained in bf16 elsewhere.
     ///
     /// # Errors
     /// When the device is not there.
     pub fn open_or_f32(device: &str, bf16: bool) -> Result<(Self, Option<String>)> {
         let (compute, why) = Self::find(device, bf16)?;
-        let in_f32 = if bf16 { " in f32" } else { "" };
-        let note = match (&compute, why) {
-            (_, Some(why)) => Some(format!("computing on the CPU{in_f32}: {why}")),
-            (Compute::Cpu, None) if bf16 => Some("computing in f32: the CPU has no bf16".into()),
-            _ => None,
+        if !compute.takes_long() {
+            return Ok((compute, why.map(|why| format!("computing on the CPU: {why}"))));
+        }
+        let note = match why {
+            Some(why) => format!("computing on the CPU in f32: {why}"),
+            None => "computing in f32: without AMX the CPU takes longer in bf16".into(),
         };
-        Ok((compute, note))
+        Ok((Compute::Cpu { elem: DType::F32 }, Some(note)))
+    }
+
+    /// Whether it is a CPU that has no products in bf16.
+    fn takes_long(&self) -> bool {
+        matches!(self, Compute::Cpu { elem: DType::Bf16 }) && !cpu::has_bf16()
     }
 
     /// The device, and why it is the CPU where `auto` had to do with it.
     fn find(device: &str, bf16: bool) -> Result<(Self, Option<Error>)> {
+        let elem = if bf16 { DType::Bf16 } else { DType::F32 };
         if device == "cpu" {
-            return Ok((Compute::Cpu, None));
+            return Ok((Compute::Cpu { elem }, None));
         }
         let ordinal = match device.strip_prefix("cuda:") {
             Some(number) => number.parse().ok(),
@@ -64,11 +76,10 @@ impl Compute {
         };
         let ordinal =
             ordinal.ok_or_else(|| Error::usage(format!("device is '{device}': give auto, cpu, cuda or cuda:N")))?;
-        let elem = if bf16 { DType::Bf16 } else { DType::F32 };
         // A GPU without its compiler is as good as none.
         match Device::open(ordinal).and_then(|device| cuda::nvrtc::version().map(|_| device)) {
             Ok(device) => Ok((Compute::Cuda { device: Arc::new(device), elem }, None)),
-            Err(why) if device == "auto" => Ok((Compute::Cpu, Some(why))),
+            Err(why) if device == "auto" => Ok((Compute::Cpu { elem }, Some(why))),
             Err(why) => Err(why),
         }
     }

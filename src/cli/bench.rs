@@ -59,6 +59,7 @@ struct Report {
     batch_size: usize,
     grad_accumulation: usize,
     threads: usize,
+    precision: String,
     parameters: usize,
     step_seconds: f64,
     /// Of a batch with the timesteps of the training step.
@@ -129,7 +130,7 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     row("model", format!("{}, {:.1} M parameters", report.model, report.parameters as f64 / 1e6));
     row("routing", format!("{}, beta {}", report.routing, report.beta));
     row("data", data(&config));
-    row("batch", format!("{}, {} threads", batch(&config), report.threads));
+    row("batch", format!("{} in {}, {} threads", batch(&config), report.precision, report.threads));
     let (step, forward) = (report.step_seconds * 1e3, report.forward_seconds * 1e3);
     row(
         "training step",
@@ -254,6 +255,7 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
         batch_size: b,
         grad_accumulation: config.grad_accumulation,
         threads: rayon::current_num_threads(),
+        precision: config.toml_of("precision").trim_matches('"').into(),
         parameters: dit.layout.len(),
         step_seconds,
         forward_seconds,

@@ -173,7 +173,7 @@ fn step(
         "bf16" => Precision::Bf16,
         other => return Err(Error::usage(format!("--precision is '{other}': give f32 or bf16"))),
     };
-    let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
+    let elem = config.precision.elem();
     let device = Device::on_paper(arch.name, arch.number, arch.multiprocessors);
     let model_config = config.model_config();
     let (recorded, activation_bytes) = launches(&device, model_config.clone(), elem, args.batch_size)?;

@@ -28,7 +28,7 @@ pub(super) struct ParityArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Precision of the products: f32, or on CUDA bf16, which may be off by three times the error of plain loops in bf16
+    /// Precision of the products: f32 or bf16, which may be off by three times the error of plain loops in bf16
     #[arg(long, default_value = "f32")]
     precision: String,
     /// Print only what fails, and a summary

@@ -154,7 +154,7 @@ fn sample(args: SampleArgs) -> Result<()> {
     let (compute, note) = Compute::open_or_f32(&config.device, config.precision == Precision::Bf16)?;
     let dit = Dit::new(config.model_config())?;
     let in_main_memory = match &compute {
-        Compute::Cpu => args.batch_size.min(labels.len()) * if sampler.guided() { 2 } else { 1 },
+        Compute::Cpu { .. } => args.batch_size.min(labels.len()) * if sampler.guided() { 2 } else { 1 },
         Compute::Cuda { elem, .. } => dit.config.check_cuda(*elem).map(|()| 0)?,
     };
     setup::check_sampling_memory(&config, &dit, in_main_memory)?;
@@ -171,7 +171,7 @@ fn sample(args: SampleArgs) -> Result<()> {
     trainer::in_pool(&config, || {
         let mut memory = Memory::on(&compute);
         let uploaded = match &compute {
-            Compute::Cpu => None,
+            Compute::Cpu { .. } => None,
             Compute::Cuda { device, elem } => Some(DeviceWeights::upload(device, &weights, *elem)?),
         };
         let weights = uploaded.as_ref().map_or(ModelWeights::Cpu(&weights), ModelWeights::Cuda);

@@ -74,7 +74,7 @@ fn tiles_at_once(format: Format, of_tile: usize) -> usize {
     let fit = |numbers: usize| numbers / of_tile.max(1);
     let tiles = match level() {
         // Measured on an Intel Xeon, with 2 MB a core: with half as much, forward passes of DiT-S/2 take 8 % more.
-        _ if format == Format::Parts => fit(9 * RESIDENT / 4),
+        _ if format.is_parts() => fit(9 * RESIDENT / 4),
         // There too: with 2 tiles instead of 4 a step of DiT-B/4 takes 1 to 2 % more. With less than 2 MB it is not known.
         Level::Amx | Level::Avx512 => fit(RESIDENT).max(fit(2 * RESIDENT).min(FEW_TILES)),
         // Measured on Zen 3, with 512 KB a core. Half as much: DiT-S/4 takes 2 % less time, 1 at sublayer .5, but forward passes
@@ -468,7 +468,7 @@ mod tests {
                 let of_part = part.of(&panels_of_b, len, &mixed);
                 for (columns, first) in part.columns() {
                     for (column, at) in columns.clone().zip(first..) {
-                        assert!((0..len).all(|k| format.in_panel(of_part, k, at) == b[k * n + column]));
+                        assert!((0..len).all(|k| format.in_panel(of_part, k, at) == format.reads(b[k * n + column])));
                     }
                     seen.extend(columns);
                 }

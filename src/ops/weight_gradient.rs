@@ -137,7 +137,7 @@ impl Task<'_> {
         let (c, count, most_rows) = (self.c, self.panels.len(), self.format.most_rows());
         let sums_len = self.format.sums_rows(c) * PANEL;
         // Every tile of channels reads the panels: as lines M apart, they would crowd into few sets of the cache.
-        let packs = self.format == Format::Parts || self.operands.other.is_empty();
+        let packs = self.format.is_parts() || self.operands.other.is_empty();
         // A block may start and end inside of rows that are multiplied at once.
         let packed_len = if packs { self.format.panel_len(most_rows + 2 * (self.format.block_rows() - 1)) } else { 0 };
         scratch::with(count * (sums_len + packed_len), |buffer| {
@@ -416,7 +416,7 @@ mod tests {
         for Drawn { routed, other, .. } in &samples {
             for (routed, other) in routed.chunks_exact(c).zip(other.chunks_exact(m)) {
                 for (channel, j) in (0..c).flat_map(|channel| (0..m).map(move |j| (channel, j))) {
-                    let term = f64::from(routed[channel]) * f64::from(other[j]);
+                    let term = f64::from(format.reads(routed[channel])) * f64::from(format.reads(other[j]));
                     expected[channel * m + j][0] += term;
                     expected[channel * m + j][1] += term.abs();
                 }

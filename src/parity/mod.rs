@@ -130,7 +130,9 @@ fn each_case(dir: &Path, compare: impl Fn(&Files, Report) -> Report) -> Result<V
 /// the error of plain loops on tensors in bf16.
 fn compared(files: &Files, compute: &Compute, listed: Report) -> Report {
     let mut report = match compute {
-        Compute::Cuda { elem: DType::Bf16, .. } => Report::tolerating(&plain_in_bf16(files)),
+        Compute::Cpu { elem: DType::Bf16 } | Compute::Cuda { elem: DType::Bf16, .. } => {
+            Report::tolerating(&plain_in_bf16(files))
+        }
         _ => Report::default(),
     };
     report.rows = listed.rows;

@@ -235,7 +235,7 @@ fn plain<R: Real>(
 /// The weights on the device, where there is one.
 fn uploaded(compute: &Compute, weights: &[f32]) -> Result<Option<DeviceWeights>> {
     match compute {
-        Compute::Cpu => Ok(None),
+        Compute::Cpu { .. } => Ok(None),
         Compute::Cuda { device, elem } => DeviceWeights::upload(device, weights, *elem).map(Some),
     }
 }

@@ -150,6 +150,15 @@ impl Learner {
         Learner { second_half, ..learner }
     }
 
+    /// With products in `elem`, f32 or bf16, of one on the CPU: see [`Memory::on_cpu`].
+    ///
+    /// # Panics
+    /// With another type.
+    #[must_use]
+    pub fn with_products_in(self, elem: DType) -> Self {
+        Learner { memory: Memory::on_cpu(elem), ..self }
+    }
+
     /// [`Learner::new`] on a CUDA device, for products in `elem`.
     ///
     /// # Errors

@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::config::{Precision, SamplerKind, TrainConfig};
+use super::config::{SamplerKind, TrainConfig};
 use super::learner::Learner;
 use super::progress::Progress;
 use super::run_dir::RunDir;
 use super::trainer::Trainer;
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
-use crate::backend::cuda::DType;
 use crate::diffusion::{Method, Sampler, Schedule, sampling_timesteps};
 use crate::error::{Error, Result};
 use crate::generate;
@@ -63,7 +62,7 @@ impl Trainer<'_> {
             state.read_ema(ema)?;
         }
         // A memory of its own on a device: that of training keeps its place, and its graphs with it.
-        let elem = if config.precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
+        let elem = config.precision.elem();
         let uploaded = on_device.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;
         let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
         let memory = own.as_mut().unwrap_or(memory);

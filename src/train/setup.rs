@@ -77,8 +77,14 @@ pub(super) fn learner_on(config: &TrainConfig) -> Result<(Learner, Vec<String>)>
     let (compute, note) = compute(config)?;
     let mut notes: Vec<String> = note.into_iter().collect();
     let mut dit = model(config)?;
-    let Compute::Cuda { device, elem } = &compute else {
-        return Ok((learner_of(config, dit)?, notes));
+    let (device, elem) = match &compute {
+        Compute::Cuda { device, elem } => (device, elem),
+        Compute::Cpu { elem } => {
+            if *elem == DType::Bf16 {
+                notes.push("computing on the CPU in bf16".into());
+            }
+            return Ok((learner_of(config, dit, *elem)?, notes));
+        }
     };
     let plan = plan::check(config, &mut dit, device, *elem)?;
     let (free, total) = device.memory()?;
@@ -130,15 +136,15 @@ pub(super) fn model(config: &TrainConfig) -> Result<Dit> {
 /// # Errors
 /// When the configuration contradicts itself, [`TrainConfig::fit_to_data`] was not called, or memory cannot hold it.
 pub fn learner(config: &TrainConfig) -> Result<Learner> {
-    learner_of(config, model(config)?)
+    learner_of(config, model(config)?, config.precision.elem())
 }
 
-fn learner_of(config: &TrainConfig, dit: Dit) -> Result<Learner> {
+fn learner_of(config: &TrainConfig, dit: Dit, elem: DType) -> Result<Learner> {
     let part = config.batch_size / config.grad_accumulation;
     check_memory(config, &dit, largest_part(&dit, part))?;
     let weights = dit.init(config.seed, config.init);
     let schedule = Schedule::new(config.schedule, TASKS)?;
-    Ok(Learner::new(dit, schedule, config.loss_weight, weights))
+    Ok(Learner::new(dit, schedule, config.loss_weight, weights).with_products_in(elem))
 }
 
 /// Refuses what main memory surely cannot hold: weights and what goes with them, and the activations of `at_once` images, an estimate.

@@ -13,3 +13,8 @@ pub(crate) mod simd;
 pub(crate) mod split;
 pub(crate) mod threads;
 pub(crate) mod tile;
+
+/// Whether products in bf16 take less time than those in f32: with AMX, unless `DTR_CPU` leaves it out.
+pub fn has_bf16() -> bool {
+    simd::level() == simd::Level::Amx
+}

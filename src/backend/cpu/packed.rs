@@ -1,14 +1,15 @@
 //! Packed operands of the linear layers, and their products: rows in tiles (A), a weight in panels (B), both over an inner dimension
 //! of which a window is a range.
 //!
-//! They are packed for the kernel that multiplies them: numbers as they are ([`super::tile`]), or for AMX three parts of each
+//! They are packed for the kernel that multiplies them: numbers as they are ([`super::tile`]), or for AMX parts of each
 //! ([`super::split`]). Either way they are a slice of f32; what is in it only this file knows.
 
 use super::pack;
 use super::shared::Shared;
 use super::simd::{Level, fetch_rows, level, limit};
-use super::split;
+use super::split::{self, EXACT, ROUNDED, by_parts};
 use super::tile::{self, HALF, Lines, PANEL, Registers, Rows, Segment, Tile};
+use crate::backend::cuda::DType;
 use crate::routing::Window;
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -24,44 +25,74 @@ fn amx_is_asked_for() -> bool {
 pub enum Format {
     /// Numbers, for the kernels of [`super::tile`].
     Numbers,
-    /// Three parts of each, for the kernel for AMX.
-    Parts,
+    /// So many parts of each, for the kernels for AMX: [`EXACT`] or [`ROUNDED`].
+    Parts(usize),
 }
 
 impl Format {
-    /// The one for samples of `tokens` tokens.
+    /// The one for samples of `tokens` tokens and products in `elem`, f32 or bf16. Where there is no AMX, those in bf16 take long: then
+    /// their specification computes them.
     #[inline]
-    pub fn of(tokens: usize) -> Format {
+    pub fn of(tokens: usize, elem: DType) -> Format {
+        let parts = Format::Parts(if elem == DType::Bf16 { ROUNDED } else { EXACT });
         // Without joining, so few rows leave more than half of a tile empty.
-        let few = tokens <= split::STEP && Format::Parts.joined(tokens) == 1;
-        let parts = level() == Level::Amx && (!few || amx_is_asked_for());
-        if parts { Format::Parts } else { Format::Numbers }
+        let few = tokens <= split::STEP && parts.joined(tokens) == 1;
+        let has_kernel = level() == Level::Amx || elem == DType::Bf16;
+        if has_kernel && (!few || amx_is_asked_for()) { parts } else { Format::Numbers }
+    }
+
+    /// Whether operands are packed as parts.
+    #[inline]
+    pub fn is_parts(self) -> bool {
+        matches!(self, Format::Parts(_))
+    }
+
+    /// How many rows [`Format::exact_rows`] makes of one.
+    #[inline]
+    pub fn rows_of_exact(self) -> usize {
+        if self == Format::Parts(ROUNDED) { 2 } else { 1 }
+    }
+
+    /// Rows of `len` numbers, each of which stands for many, so that in products of them a rounded one would show: as they are, or where
+    /// numbers are rounded, in `room`, each rounded and followed by what that leaves.
+    pub fn exact_rows<'a>(self, room: &'a mut [f32], rows: &'a [f32], len: usize) -> &'a [f32] {
+        if self.rows_of_exact() == 1 {
+            return rows;
+        }
+        for (to, row) in room.chunks_exact_mut(2 * len).zip(rows.chunks_exact(len)) {
+            let (rounded, rest) = to.split_at_mut(len);
+            for ((rounded, rest), x) in rounded.iter_mut().zip(rest).zip(row) {
+                *rounded = split::rounded(*x);
+                *rest = x - *rounded;
+            }
+        }
+        room
     }
 
     /// How many samples of `tokens` tokens are one tile together: several where their rows fit into a tile of parts. Where rows are the
     /// inner dimension, parts are of pairs of rows, and an odd sample would share one with the next.
     #[inline]
     pub fn joined(self, tokens: usize) -> usize {
-        let joins = self == Format::Parts && (2..=split::STEP).contains(&tokens) && tokens.is_multiple_of(2);
+        let joins = self.is_parts() && (2..=split::STEP).contains(&tokens) && tokens.is_multiple_of(2);
         if joins { 2 * split::STEP / tokens } else { 1 }
     }
 
     /// Rows of a step: what the rows of a tile are rounded to, and the channels of a group.
     #[inline]
     pub fn step_rows(self) -> usize {
-        if self == Format::Parts { split::STEP } else { tile::step_rows() }
+        if self.is_parts() { split::STEP } else { tile::step_rows() }
     }
 
     /// Rows of a tile.
     #[inline]
     pub fn tile_rows(self) -> usize {
-        if self == Format::Parts { 2 * split::STEP } else { tile::tile_rows() }
+        if self.is_parts() { 2 * split::STEP } else { tile::tile_rows() }
     }
 
     /// Splits `rows` into tiles of at most [`Format::tile_rows`] rows.
     pub fn row_tiles(self, rows: usize) -> impl Iterator<Item = Range<usize>> + Clone {
         // A step of AMX takes as long whatever it holds, so all but the last are full.
-        let (whole, even) = if self == Format::Parts { (rows, 0) } else { (0, rows) };
+        let (whole, even) = if self.is_parts() { (rows, 0) } else { (0, rows) };
         let whole = (0..whole).step_by(2 * split::STEP).map(move |row| row..(row + 2 * split::STEP).min(whole));
         whole.chain(tile::row_tiles(even))
     }
@@ -81,17 +112,19 @@ impl Format {
     /// Numbers of a tile of up to `rows` rows over `inner` elements.
     #[inline]
     pub fn rows_len(self, rows: usize, inner: usize) -> usize {
-        if self == Format::Parts {
-            rows.div_ceil(split::STEP) * split::len(inner)
-        } else {
-            tile::packed_len(rows, inner)
+        match self {
+            Format::Numbers => tile::packed_len(rows, inner),
+            Format::Parts(parts) => rows.div_ceil(split::STEP) * split::len(parts, inner),
         }
     }
 
     /// Numbers of half a panel over `inner` elements.
     #[inline]
     pub fn half_len(self, inner: usize) -> usize {
-        if self == Format::Parts { split::len(inner) } else { inner * HALF }
+        match self {
+            Format::Numbers => inner * HALF,
+            Format::Parts(parts) => split::len(parts, inner),
+        }
     }
 
     /// Numbers of a panel over `inner` elements.
@@ -103,20 +136,23 @@ impl Format {
     /// The inner elements, of `len`, that are multiplied for `range`: with parts a few more around them, for which A holds zeros.
     #[inline]
     pub fn inner(self, range: Range<usize>, len: usize) -> Range<usize> {
-        if self == Format::Parts { split::padded(range, len) } else { range }
+        if self.is_parts() { split::padded(range, len) } else { range }
     }
 
     /// So few inner elements that it takes less to multiply them than to do without. Measured (2 cores of an Intel Xeon): of 128
     /// channels, to multiply 26 inactive ones too takes 5 to 9 % off a step; of 384, with 77 inactive it neither saves nor costs.
     #[inline]
     pub fn few_inner(self) -> usize {
-        if self == Format::Parts { split::INNER } else { 0 }
+        if self.is_parts() { split::INNER } else { 0 }
     }
 
     /// Where the inner elements of `range` are in half a panel: with parts, those of whole pairs.
     #[inline]
     pub fn in_half(self, range: Range<usize>) -> Range<usize> {
-        let at = |inner: usize| if self == Format::Parts { split::at(inner) } else { inner * HALF };
+        let at = |inner: usize| match self {
+            Format::Numbers => inner * HALF,
+            Format::Parts(parts) => split::at(parts, inner),
+        };
         at(range.start)..at(range.end)
     }
 
@@ -130,42 +166,50 @@ impl Format {
 
     /// Packs a tile of rows, `stride` apart, of `len` inner elements. The first is where a range of [`Format::inner`] starts.
     pub fn pack_rows(self, to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
-        let pack = if self == Format::Parts { split::pack_rows } else { pack::pack_rows };
-        pack(to, from, rows, len, stride);
+        match self {
+            Format::Numbers => pack::pack_rows(to, from, rows, len, stride),
+            Format::Parts(parts) => by_parts!(parts, P => split::pack_rows::<P>(to, from, rows, len, stride)),
+        }
     }
 
     /// [`Format::pack_rows`] of the GELU of the rows.
     pub fn pack_rows_of_gelu(self, to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
-        let pack = if self == Format::Parts { split::pack_rows_of_gelu } else { pack::pack_rows_of_gelu };
-        pack(to, from, rows, len, stride);
+        match self {
+            Format::Numbers => pack::pack_rows_of_gelu(to, from, rows, len, stride),
+            Format::Parts(parts) => by_parts!(parts, P => split::pack_rows_of_gelu::<P>(to, from, rows, len, stride)),
+        }
     }
 
     /// Packs panel `panel` of `B = W^T`, W row-major `[n, len]`: columns of the panel are rows of W.
     pub fn pack_panel_transposed(self, to: &mut [f32], w: &[f32], panel: usize, n: usize, len: usize) {
-        let pack = if self == Format::Parts { split::pack_panel_transposed } else { pack::pack_panel_transposed };
-        pack(to, w, panel, n, len, len);
+        match self {
+            Format::Numbers => pack::pack_panel_transposed(to, w, panel, n, len, len),
+            Format::Parts(parts) => by_parts!(parts, P => split::pack_panel_transposed::<P>(to, w, panel, n, len, len)),
+        }
     }
 
     /// Packs panels of a row-major B `[len, n]`, as many as `to` holds: those of the columns from `first` on.
     pub fn pack_panels(self, to: &mut [f32], b: &[f32], first: usize, n: usize, len: usize) {
-        let pack = if self == Format::Parts { split::pack_panels } else { pack::pack_panels };
-        pack(to, b, first, n, len);
+        match self {
+            Format::Numbers => pack::pack_panels(to, b, first, n, len),
+            Format::Parts(parts) => by_parts!(parts, P => split::pack_panels::<P>(to, b, first, n, len)),
+        }
     }
 
     /// Rows that are multiplied at once where rows are the inner dimension.
     #[inline]
     pub fn block_rows(self) -> usize {
-        if self == Format::Parts { split::INNER } else { 1 }
+        if self.is_parts() { split::INNER } else { 1 }
     }
 
     /// Most rows that are multiplied with a tile of channels before its sums go back to memory.
     pub fn most_rows(self) -> usize {
-        if self == Format::Parts { CACHED_ROWS } else { tile::MOST_INNER }
+        if self.is_parts() { CACHED_ROWS } else { tile::MOST_INNER }
     }
 
     /// Rows that `tokens` tokens of a sample take where rows are the inner dimension.
     pub fn rows_of(self, tokens: usize) -> usize {
-        if self == Format::Parts { tokens.next_multiple_of(2) } else { tokens }
+        if self.is_parts() { tokens.next_multiple_of(2) } else { tokens }
     }
 
     /// Packs `panels` of a row-major B of `n` columns and `rows` rows: as rows from `start` on of panels side by side, of `panel_len`
@@ -183,9 +227,9 @@ impl Format {
     ) {
         let at = self.in_half(start..start + self.rows_of(rows));
         assert!(at.end <= panel_len / 2, "more rows than a panel has");
-        if self == Format::Parts {
-            let columns = panels.start * PANEL..(panels.end * PANEL).min(n);
-            return split::pack_columns(&mut to[at.start..], panel_len / 2, b, columns, n, rows, rows);
+        if let Format::Parts(parts) = self {
+            let (to, columns) = (&mut to[at.start..], panels.start * PANEL..(panels.end * PANEL).min(n));
+            return by_parts!(parts, P => split::pack_columns::<P>(to, panel_len / 2, b, columns, n, rows, rows));
         }
         for (panel, to) in panels.zip(to.chunks_exact_mut(panel_len)) {
             pack::pack_panel(tile::of_panel_mut(to).map(|half| &mut half[at.clone()]), b, panel, n, n);
@@ -194,9 +238,9 @@ impl Format {
 
     /// Packs halves of a panel, `[rows, HALF]` of numbers each. Numbers need no packing: they are multiplied where they are.
     pub fn pack_halves(self, to: [&mut [f32]; 2], from: [&[f32]; 2], rows: usize) {
-        assert!(self == Format::Parts, "a panel of numbers is multiplied where it is");
+        let Format::Parts(parts) = self else { panic!("a panel of numbers is multiplied where it is") };
         for (to, from) in to.into_iter().zip(from) {
-            split::pack_pairs(to, from, rows, HALF, HALF);
+            by_parts!(parts, P => split::pack_pairs::<P>(to, from, rows, HALF, HALF));
         }
     }
 
@@ -207,13 +251,19 @@ impl Format {
 
     /// Numbers of a group of channels over `rows` rows.
     fn group_len(self, rows: usize) -> usize {
-        if self == Format::Parts { split::len(rows) } else { rows * tile::packed_stride() }
+        match self {
+            Format::Numbers => rows * tile::packed_stride(),
+            Format::Parts(parts) => split::len(parts, rows),
+        }
     }
 
     /// Where row `row` of group `group` is: with parts, where its block is.
     pub fn in_routed(self, group: usize, row: usize, rows: usize) -> usize {
-        group * self.group_len(rows)
-            + if self == Format::Parts { row / split::INNER * split::BLOCK } else { row * tile::packed_stride() }
+        let of_group = match self {
+            Format::Numbers => row * tile::packed_stride(),
+            Format::Parts(parts) => row / split::INNER * split::block(parts),
+        };
+        group * self.group_len(rows) + of_group
     }
 
     /// Puts lines of channels into [`Format::routed_len`] numbers, where the groups that the window meets have them. Lines are `stride`
@@ -224,35 +274,45 @@ impl Format {
     pub unsafe fn scatter(self, to: &Shared, lines: &[f32], stride: usize, window: Window, first: usize, rows: usize) {
         // SAFETY: the contract is the same.
         unsafe {
-            if self == Format::Parts {
-                split::scatter(to, lines, stride, window.range(), first, rows);
-            } else {
-                pack::scatter(to, lines, stride, window, first, rows);
+            match self {
+                Format::Numbers => pack::scatter(to, lines, stride, window, first, rows),
+                Format::Parts(parts) => {
+                    by_parts!(parts, P => split::scatter::<P>(to, lines, stride, window.range(), first, rows));
+                }
             }
         }
     }
 
     /// The most inner elements that are multiplied with all panels before the next.
     pub fn most_inner(self) -> usize {
-        if self == Format::Parts { CACHED_INNER } else { usize::MAX }
+        if self.is_parts() { CACHED_INNER } else { usize::MAX }
     }
 
     /// Rows of the sums of `rows` rows: whole steps, where the kernel writes them.
     pub fn sums_rows(self, rows: usize) -> usize {
-        if self == Format::Parts { rows.next_multiple_of(split::STEP) } else { rows }
+        if self.is_parts() { rows.next_multiple_of(split::STEP) } else { rows }
     }
 
     /// Its kernel, on this thread.
     #[inline]
     pub fn kernel(self) -> Kernel {
-        Kernel { format: self, registers: (self == Format::Parts).then(Registers::new), lines: Lines::new() }
+        Kernel { format: self, registers: self.is_parts().then(Registers::new), lines: Lines::new() }
     }
 
-    /// The number of inner element `k` and column `j` of a panel: exact in both formats.
+    /// A number as products read it.
+    #[cfg(test)]
+    pub fn reads(self, x: f32) -> f32 {
+        if self == Format::Parts(ROUNDED) { split::rounded(x) } else { x }
+    }
+
+    /// The number of inner element `k` and column `j` of a panel, as products read it.
     #[cfg(test)]
     pub fn in_panel(self, halves: [&[f32]; 2], k: usize, j: usize) -> f32 {
         let half = halves[j / HALF];
-        if self == Format::Parts { split::in_half(half, k, j % HALF) } else { half[k * HALF + j % HALF] }
+        match self {
+            Format::Numbers => half[k * HALF + j % HALF],
+            Format::Parts(parts) => split::in_half(parts, half, k, j % HALF),
+        }
     }
 }
 
@@ -270,7 +330,7 @@ impl Kernel {
     pub fn fetch_rows(&mut self, from: &[f32], rows: usize, width: usize, stride: usize) {
         match self.format {
             Format::Numbers => fetch_rows(from, rows, width, stride),
-            Format::Parts => self.lines.add_rows(from, rows, width, stride),
+            Format::Parts(_) => self.lines.add_rows(from, rows, width, stride),
         }
     }
 
@@ -280,7 +340,7 @@ impl Kernel {
     pub fn multiply(&mut self, to: &mut Tile, rows: usize, halves: usize, segment: Segment, next: &[f32]) {
         match self.format {
             Format::Numbers => tile::multiply_packed(to, rows, halves, segment, next),
-            Format::Parts => self.multiply_part(&mut to.rows, false, rows, halves, segment, next),
+            Format::Parts(_) => self.multiply_part(&mut to.rows, false, rows, halves, segment, next),
         }
     }
 
@@ -295,7 +355,7 @@ impl Kernel {
         segment: Segment,
         next: &[f32],
     ) {
-        self.multiply_split(sums, add, rows, halves, split::len(segment.len), segment, next);
+        self.multiply_split(sums, add, rows, halves, self.format.group_len(segment.len), segment, next);
     }
 
     /// Adds products to `sums`, which have [`Format::sums_rows`]: of `rows` rows of A and halves of a panel, over parts of an inner
@@ -331,8 +391,10 @@ impl Kernel {
         segment: Segment,
         next: &[f32],
     ) {
-        let registers = self.registers.as_ref().expect("numbers are multiplied over all of the inner dimension");
-        tile::multiply_split(registers, sums, add, [rows, halves], step, segment, next, &mut self.lines);
+        let (Format::Parts(parts), Some(registers)) = (self.format, &self.registers) else {
+            panic!("numbers are multiplied over all of the inner dimension")
+        };
+        tile::multiply_split(registers, parts, sums, add, [rows, halves], step, segment, next, &mut self.lines);
     }
 }
 
@@ -347,7 +409,7 @@ const CACHED_ROWS: usize = 24 * split::INNER;
 /// All formats: parts are multiplied on every processor, if only by their specification.
 #[cfg(test)]
 pub fn formats() -> impl Iterator<Item = Format> + Clone {
-    [Format::Numbers, Format::Parts].into_iter()
+    [Format::Numbers, Format::Parts(EXACT), Format::Parts(ROUNDED)].into_iter()
 }
 
 #[cfg(test)]
@@ -373,8 +435,8 @@ mod tests {
                     let got = format.in_panel(halves, k, j);
                     let what = format!("({k}, {j}) of panel {panel} of {n} x {len}, {format:?}");
                     if j < columns && k < len {
-                        assert_eq!(got, w[column * len + k], "{what}");
-                    } else if format == Format::Parts {
+                        assert_eq!(got, format.reads(w[column * len + k]), "{what}");
+                    } else if format.is_parts() {
                         assert_eq!(got, 0.0, "{what}");
                     }
                 }

@@ -8,31 +8,34 @@ use std::sync::OnceLock;
 
 /// Defines a function once for every instruction set.
 macro_rules! simd_fn {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident<$fma:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    (
+        $(#[$meta:meta])* $vis:vis fn $name:ident<$fma:ident $(, const $size:ident: usize)?>($($arg:ident: $ty:ty),* $(,)?)
+        $(-> $ret:ty)? $body:block
+    ) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
-        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name$(<const $size: usize>)?($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn body<const $fma: bool>($($arg: $ty),*) $(-> $ret)? $body
+            fn body<const $fma: bool $(, const $size: usize)?>($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx512($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
+                fn avx512$(<const $size: usize>)?($($arg: $ty),*) $(-> $ret)? { body::<true $(, $size)?>($($arg),*) }
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx2($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
+                fn avx2$(<const $size: usize>)?($($arg: $ty),*) $(-> $ret)? { body::<true $(, $size)?>($($arg),*) }
                 match $crate::backend::cpu::simd::level() {
                     // SAFETY: `level` found every feature the function needs on this processor.
-                    $crate::backend::cpu::simd::Level::Amx | $crate::backend::cpu::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::backend::cpu::simd::Level::Amx | $crate::backend::cpu::simd::Level::Avx512 => return unsafe { avx512$(::<$size>)?($($arg),*) },
                     // SAFETY: as above.
-                    $crate::backend::cpu::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::backend::cpu::simd::Level::Avx2 => return unsafe { avx2$(::<$size>)?($($arg),*) },
                     $crate::backend::cpu::simd::Level::Baseline => {}
                 }
             }
-            body::<{ cfg!(target_arch = "aarch64") }>($($arg),*)
+            body::<{ cfg!(target_arch = "aarch64") } $(, $size)?>($($arg),*)
         }
     };
 }
@@ -47,7 +50,7 @@ pub enum Level {
     Avx2,
     /// 512-bit vectors.
     Avx512,
-    /// Products of tiles of bf16 numbers; [`super::split`] makes f32 ones of them.
+    /// Products of tiles of bf16 numbers; [`super::split`] also makes f32 ones of them.
     Amx,
 }
 

@@ -511,7 +511,7 @@ fn sum_products(
     steps::multiply(sums, add, halves, layout, stride, segments, next, plain::step);
 }
 
-/// As [`multiply_packed`], of operands in parts ([`super::split`]): writes, or adds, the sums of up to two steps of rows, which are
+/// As [`multiply_packed`], of operands in `parts` parts ([`super::split`]): writes, or adds, the sums of up to two steps of rows, which are
 /// `step` apart in A. All rows of the steps are written; those that are not asked for are of no meaning. The segment
 /// is whole blocks. Meanwhile `next` and `lines`, which are read or written soon, may be fetched.
 #[inline]
@@ -519,6 +519,7 @@ fn sum_products(
 #[expect(clippy::too_many_arguments, reason = "operands and sizes")]
 pub fn multiply_split(
     _: &Registers,
+    parts: usize,
     sums: &mut [[f32; PANEL]],
     add: bool,
     [rows, halves]: [usize; 2],
@@ -530,7 +531,7 @@ pub fn multiply_split(
     assert!(segment.len.is_multiple_of(split::INNER), "parts are multiplied in whole blocks");
     let (steps, blocks) = (rows.div_ceil(split::STEP), segment.len / split::INNER);
     // Saturated, so that no length wraps round to a place inside.
-    let end = blocks.saturating_mul(split::BLOCK);
+    let end = blocks.saturating_mul(split::block(parts));
     assert!((1..=2).contains(&steps) && (1..=2).contains(&halves) && steps * split::STEP <= sums.len());
     let reaches = |b: &&[f32]| end <= b.len();
     let last = (steps - 1).saturating_mul(step).saturating_add(end);
@@ -542,7 +543,7 @@ pub fn multiply_split(
         let to = sums.as_mut_ptr().cast();
         // SAFETY: the processor has AMX, and its registers are set up, as [`Registers`] says; the lengths of the operands and of the
         // sums were checked above.
-        return unsafe { amx::multiply(to, add, [steps, halves], a, b, blocks, next, lines) };
+        return unsafe { amx::multiply(parts, to, add, [steps, halves], a, b, blocks, next, lines) };
     }
-    split::multiply(sums, add, [steps, halves], step, segment, blocks);
+    split::multiply(parts, sums, add, [steps, halves], step, segment, blocks);
 }

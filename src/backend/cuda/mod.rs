@@ -30,9 +30,10 @@ pub use library::load_driver;
 pub use memory::{Allocation, Element};
 
 /// Type of the numbers in a buffer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum DType {
     /// 32-bit float.
+    #[default]
     F32,
     /// bfloat16.
     Bf16,

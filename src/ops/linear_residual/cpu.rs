@@ -8,6 +8,7 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{HALF, PANEL, Segment, Tile, add_tile, panels, write_rows};
+use crate::backend::cuda::DType;
 use crate::ops::products::{
     Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, joined_samples, most_rows, pack_panels,
     packed_tile_len, packed_tiles_len, rows_per_block, samples_per_block, window_of_all, with_packed,
@@ -43,6 +44,7 @@ pub struct Inputs<'a> {
     pub gate: Gate<'a>,
     pub write: &'a [Window], // B
     pub dims: Dims,
+    pub elem: DType, // in which products are: f32 or bf16
 }
 
 /// What is added to the gated output of the linear layer: `[B, T, C]`, each with one window a sample.
@@ -67,10 +69,10 @@ pub fn forward(
     bias: &[f32], // [C]
     Residual { base, bypass }: Residual,
 ) {
-    let Inputs { weight, gate, write, dims: Dims { b, t, k, c } } = inputs;
+    let Inputs { weight, gate, write, dims: Dims { b, t, k, c }, elem } = inputs;
     let numbers = b * t * (k + 3 * c) + c * k;
     let _span = span("linear_residual", Pass::Forward, [k, c], flops(write, t, k), numbers);
-    let format = Format::of(t);
+    let format = Format::of(t, elem);
     let panels_len = panels(c) * format.panel_len(k);
     let rows = rows_per_block(b * t, format.joined(t) * t, panels_len);
     // Whether the whole write window is added to base alone: then that is done tile by tile.
@@ -179,12 +181,12 @@ pub fn backward(
     z: &[f32],      // [B, T, C]
     inputs: Inputs, // as in the forward pass
 ) -> f64 {
-    let Inputs { weight, gate, write, dims: Dims { b, t, k, c } } = inputs;
+    let Inputs { weight, gate, write, dims: Dims { b, t, k, c }, elem } = inputs;
     let Gradients { da, fresh_da, dmodulation, dweight, dbias, add } = grads;
     let each = if matches!(a, Activation::GeluOfDa(_)) { 3 * k } else { 2 * k };
     let numbers = b * t * (each + 3 * c) + 2 * c * k;
     let _span = span("linear_residual", Pass::Backward, [k, c], 2 * flops(write, t, k), numbers);
-    let format = Format::of(t);
+    let format = Format::of(t, elem);
     let stride = gate.stride;
     let wide_k = panels(k) * PANEL;
     let panels_len = panels(k) * format.panel_len(c);
@@ -448,8 +450,9 @@ mod tests {
     /// The input of a GELU in place of its output: the same bits, and the gradient of that input.
     #[test]
     fn what_is_before_gelu_stands_for_what_is_after() {
-        for [b, t, c, k] in
-            [[1, 1, 4, 3], [2, 5, 12, 20], [3, 17, 40, 33], [2, 30, 36, 64], [1, 9, 64, 97], [1, 400, 36, 20]]
+        let sizes = [[1, 1, 4, 3], [2, 5, 12, 20], [3, 17, 40, 33], [2, 30, 36, 64], [1, 9, 64, 97], [1, 400, 36, 20]];
+        for ([b, t, c, k], elem) in
+            sizes.into_iter().flat_map(|size| [DType::F32, DType::Bf16].map(|elem| (size, elem)))
         {
             let (dout, pre, weight) = (numbers(1, b * t * c), numbers(2, b * t * k), numbers(3, c * k));
             let (z, modulation) = (numbers(4, b * t * c), numbers(5, b * c));
@@ -477,6 +480,7 @@ mod tests {
                         gate: Gate::new(&modulation, b, 0),
                         write: &windows,
                         dims: Dims { b, t, k, c },
+                        elem,
                     },
                 );
                 (da, [dmodulation, dweight, dbias])
@@ -486,8 +490,8 @@ mod tests {
                 let mut room = vec![f32::NAN; panels_len([b, t, k])];
                 let (dpre, same) = run(Activation::GeluOfDa(&mut room), pre.clone(), add);
                 let expected: Vec<_> = da.iter().zip(&slope).map(|(da, slope)| da * slope).collect();
-                assert_eq!(dpre, expected, "{b} x {t} x {k}");
-                assert_eq!(same, others, "{b} x {t} x {k} -> {c}");
+                assert_eq!(dpre, expected, "{b} x {t} x {k}, {elem:?}");
+                assert_eq!(same, others, "{b} x {t} x {k} -> {c}, {elem:?}");
                 assert!(others.iter().chain([&da]).flatten().all(|x| x.is_finite()));
             }
         }

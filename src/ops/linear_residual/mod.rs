@@ -131,6 +131,7 @@ pub fn linear_residual(
         gate: cpu::Gate::new(tape.value(gate.var), b, gate.offset),
         write: tape.get_windows(write),
         dims,
+        elem: tape.elem(),
     };
     let around = cpu::Residual {
         base: (tape.value(residual.base), tape.get_windows(residual.base_window)),
@@ -290,6 +291,7 @@ impl Saved {
             dmodulation.fill(0.0);
         }
         let mut dbias_parts = tape.take(b * c);
+        let elem = tape.elem();
         let (values, grads) = tape.split();
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(linear);
@@ -298,6 +300,7 @@ impl Saved {
             gate: cpu::Gate::new(values.value(gate.var), b, gate.offset),
             write: values.windows(write),
             dims: self.dims,
+            elem,
         };
         let squares = cpu::backward(
             cpu::Gradients { da: &mut da, fresh_da, dmodulation: &mut dmodulation, dweight, dbias, add },

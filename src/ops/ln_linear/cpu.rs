@@ -12,6 +12,7 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{HALF, MAX_ROWS, PANEL, Segment, Streams, Tile, panels, write_rows};
+use crate::backend::cuda::DType;
 use crate::ops::products::{
     PACKED_PANELS, RowTile, Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, joined_samples,
     most_rows, pack_panels, packed_tile_len, packed_tiles_len, panels_at_once, rows_per_block, samples_per_block,
@@ -55,12 +56,13 @@ pub struct Inputs<'a> {
     pub modulation: Modulation<'a>,
     pub weight: &'a [f32], // [N, C]
     pub dims: Dims,
+    pub elem: DType, // in which products are: f32 or bf16
 }
 
 /// Whether all channels of masked rows are computed, rather than the windows and what corrects for the others: where that takes less,
 /// because so few are inactive in every sample ([`Format::few_inner`]: none but with parts).
-pub fn computes_all(read: &[Window], Dims { t, c, .. }: Dims) -> bool {
-    read.iter().all(|window| c - window.width <= Format::of(t).few_inner())
+pub fn computes_all(read: &[Window], Dims { t, c, .. }: Dims, elem: DType) -> bool {
+    read.iter().all(|window| c - window.width <= Format::of(t, elem).few_inner())
 }
 
 /// Operations of the forward product and of the correction.
@@ -77,8 +79,8 @@ pub fn forward(
     inputs: Inputs,
     bias: &[f32], // [N]
 ) {
-    let Inputs { read, computed, modulation, weight, dims: Dims { b, t, c, n }, .. } = inputs;
-    let format = Format::of(t);
+    let Inputs { read, computed, modulation, weight, dims: Dims { b, t, c, n }, elem, .. } = inputs;
+    let format = Format::of(t, elem);
     let _span = span("ln_linear", Pass::Forward, [c, n], flops(computed, t, c, n), b * t * (c + n) + n * c);
     let inactive = Inactive { format, read, modulation, c };
     let inactive_len = if correction.is_empty() { 0 } else { inactive.packed_len() };
@@ -259,17 +261,19 @@ pub fn backward(
     rstd: &[f32],               // [B, T]
     correction: Option<&[f32]>, // [B, 2, N]: u, v + b
 ) -> f64 {
-    let Inputs { read, computed, modulation, weight, dims: Dims { b, t, c, n }, .. } = inputs;
+    let Inputs { read, computed, modulation, weight, dims: Dims { b, t, c, n }, elem, .. } = inputs;
     let Gradients { dx, fresh_dx, dmodulation, dweight, dbias, add } = grads;
     let numbers = b * t * (2 * c + n) + 2 * n * c;
-    let format = Format::of(t);
+    let format = Format::of(t, elem);
     let _span = span("ln_linear", Pass::Backward, [c, n], 2 * flops(computed, t, c, n), numbers);
-    // Those of the samples, then the two of each that correct for the inactive channels.
-    let rows = b * format.rows_of(t) + if correction.is_some() { 2 * b } else { 0 };
+    // Those of the samples, then those of each that correct for the inactive channels.
+    let of_inactive = if correction.is_some() { 2 * format.rows_of_exact() } else { 0 };
+    let rows = b * (format.rows_of(t) + of_inactive);
     let (panels_len, h_len) = (panels(c) * format.panel_len(n), format.routed_len(rows, c));
-    scratch::with(panels_len + h_len + b * 2 * n, |buffer| {
+    scratch::with(panels_len + h_len + b * (2 + of_inactive) * n, |buffer| {
         let (panels_of_w, buffer) = buffer.split_at_mut(panels_len);
-        let (h, pq) = buffer.split_at_mut(h_len);
+        let (h, buffer) = buffer.split_at_mut(h_len);
+        let (pq, room) = buffer.split_at_mut(b * 2 * n);
         pack_panels(format, panels_of_w, weight, c, n);
         let panels_of_w = &*panels_of_w;
         let joined = format.joined(t);
@@ -290,11 +294,12 @@ pub fn backward(
             });
 
         let pq = &*pq;
+        let exact_pq = format.exact_rows(room, pq, 2 * n);
         if correction.is_some() {
-            inactive.gradient(dmodulation, pq, panels_of_w, n);
+            inactive.gradient(dmodulation, exact_pq, panels_of_w, n);
             let wide = format.padded_columns(c);
-            scratch::with(2 * b * wide, |vectors| {
-                inactive.vectors(vectors, 0, wide);
+            scratch::with(b * of_inactive * wide, |vectors| {
+                inactive.vectors(vectors, 0, wide, format.rows_of_exact());
                 // SAFETY: `h` is borrowed here alone.
                 unsafe { format.scatter(&Shared::new(h), vectors, wide, Window::all(c), b * format.rows_of(t), rows) };
             });
@@ -309,7 +314,7 @@ pub fn backward(
                 let other = &dy[samples.start * t * n..samples.end * t * n];
                 Sample { tokens: samples.len() * t, channels: [window.range(), 0..0], other }
             } else {
-                Sample { tokens: 2 * b, channels: inactive.ranges(read), other: pq }
+                Sample { tokens: b * of_inactive, channels: inactive.ranges(read), other: exact_pq }
             }
         });
         if !add {

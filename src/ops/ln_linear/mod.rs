@@ -124,7 +124,7 @@ pub fn ln_linear(
         return Ok(y);
     }
     let Dims { b, t, c, n } = dims;
-    let all = cpu::computes_all(tape.get_windows(read), dims);
+    let all = cpu::computes_all(tape.get_windows(read), dims, tape.elem());
     let computed = if all && !full { tape.windows(std::iter::repeat_n(Window::all(c), b)) } else { read };
     let mut y = tape.take(b * t * n);
     let mut mean = tape.take(b * t);
@@ -137,6 +137,7 @@ pub fn ln_linear(
         modulation: cpu::Modulation::new(tape.value(shift.var), b, shift.offset, scale.offset),
         weight: &tape.weights[linear.weight.range()],
         dims,
+        elem: tape.elem(),
     };
     let bias = &tape.weights[linear.bias.range()];
     cpu::forward(&mut y, &mut mean, &mut rstd, &mut correction, inputs, bias);
@@ -316,6 +317,7 @@ impl Saved {
         if fresh {
             dmodulation.fill(0.0);
         }
+        let elem = tape.elem();
         let (values, grads) = tape.split();
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(linear);
@@ -326,6 +328,7 @@ impl Saved {
             modulation: cpu::Modulation::new(values.value(shift.var), self.dims.b, shift.offset, scale.offset),
             weight: values.weight(linear.weight),
             dims: self.dims,
+            elem,
         };
         let squares = cpu::backward(
             cpu::Gradients { dx: &mut dx, fresh_dx, dmodulation: &mut dmodulation, dweight, dbias, add },

@@ -1,5 +1,6 @@
 //! The types that a knob may have, and how their values are read and written.
 
+use crate::backend::cuda::DType;
 use crate::diffusion::{LossWeight, ScheduleKind};
 use crate::model::dit::Init;
 use crate::routing::Routing;
@@ -171,6 +172,16 @@ own_choice! {
         F32 = "f32",
         /// The upper 16 bits of it; statistics and updates stay in single precision.
         Bf16 = "bf16",
+    }
+}
+
+impl Precision {
+    /// As the type of numbers.
+    pub fn elem(self) -> DType {
+        match self {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::Bf16,
+        }
     }
 }
 

@@ -1,11 +1,11 @@
-//! The kernel for AMX: 32 columns of 32 rows, of numbers in three parts of bf16 ([`super::super::split`]).
+//! The kernels for AMX: 32 columns of 32 rows, of numbers in one part of bf16 or in three ([`super::super::split`]).
 //!
-//! With `a = a0 + a1 + a2` and `b` alike, `a b` is nine products of parts, each exact in f32. The three smallest are left out: they
+//! Of one part, there is one product. With three, `a = a0 + a1 + a2` and `b` alike, `a b` is nine products of parts, each exact in f32. The three smallest are left out: they
 //! are 2^-23 of it at most, mostly much less. Each of the others is summed over 32 inner elements before it is added to what is there:
 //! that is rounded 6 times for those, not 32 times as in a chain of f32 products. Its errors are smaller (a test tells by how much).
 
 use super::super::simd::LINE;
-use super::super::split::BLOCK;
+use super::super::split::{block, by_parts};
 use super::Lines;
 #[cfg(doc)]
 use super::PANEL;
@@ -100,23 +100,23 @@ struct Rare {
     end_of_lines: *const usize,
 }
 
-/// Most portions of lines that a kernel fetches in a block: one after each group of products.
-const PORTIONS: usize = 6;
-/// Bytes of a block of the inner dimension, of A and of B.
-const BLOCK_BYTES: usize = BLOCK * size_of::<f32>();
-/// Bytes between the rows of a tile of A, and between those of B, which are pairs of inner elements.
+/// Portions of lines that a kernel fetches in a block: one after each group of products.
+const fn portions(parts: usize) -> usize {
+    if parts == 1 { 1 } else { 6 }
+}
+/// Bytes between the rows of a tile of A.
 const A_LINE: usize = 64;
-const B_LINE: usize = 3 * 64;
 
 /// Sums of one or two steps at `a` and one or two halves of a panel at `b`, over `blocks` of the inner dimension: written to rows of
 /// [`PANEL`] numbers, or added to those. Meanwhile the cache lines of `next` and `lines` are fetched, a portion after
 /// each group of products, until there are none left.
 ///
 /// # Safety
-/// [`available`], and [`set_up`] on this thread; `blocks` blocks, at least one, are at each operand that is asked for, and all rows of
+/// [`available`], and [`set_up`] on this thread; `blocks` blocks of `parts` parts, at least one, are at each operand that is asked for, and all rows of
 /// the steps at `to`.
 #[expect(clippy::too_many_arguments, reason = "operands and sizes")]
 pub(super) unsafe fn multiply(
+    parts: usize,
     to: *mut f32,
     add: bool,
     [steps, halves]: [usize; 2],
@@ -126,38 +126,78 @@ pub(super) unsafe fn multiply(
     next: &[f32],
     lines: &mut Lines,
 ) {
-    let kernel = match (steps, halves) {
-        (2, 2) => two_steps,
-        (2, _) => two_steps_of_a_half,
-        (_, 2) => one_step,
-        (_, _) => one_step_of_a_half,
-    };
-    let of_next = next.len().div_ceil(LINE).div_ceil(PORTIONS * blocks);
-    let (lines, of_lines) = lines.in_portions(PORTIONS * blocks);
+    let kernel = by_parts!(parts, P => match (steps, halves) {
+        (2, 2) => Kernel::<P>::two_steps,
+        (2, _) => Kernel::<P>::two_steps_of_a_half,
+        (_, 2) => Kernel::<P>::one_step,
+        (_, _) => Kernel::<P>::one_step_of_a_half,
+    });
+    let portions = portions(parts) * blocks;
+    let of_next = next.len().div_ceil(LINE).div_ceil(portions);
+    let (lines, of_lines) = lines.in_portions(portions);
     let (end_of_next, end_of_lines) = (next.as_ptr_range().end, lines.as_ptr_range().end);
     let rare = Rare { to, add: usize::from(add), of_next, end_of_next, of_lines, end_of_lines };
     // SAFETY: the contract is the same; the lines are whole portions.
     unsafe { kernel(&rare, a, b, blocks, next.as_ptr(), lines.as_ptr()) }
 }
 
-/// Loads tile register `$to` with part `$part` of a block of A.
+/// Loads part `$part` of a block of A into each of its tile registers.
 macro_rules! load_a {
-    ($to:literal, $from:literal, $part:literal) => {
-        concat!("tileloadd tmm", $to, ", [{", $from, "} + {a_line} + 1024 * ", $part, "]")
+    ([$($to:literal: $from:literal),*], $part:literal) => {
+        concat!($("tileloadd tmm", $to, ", [{", $from, "} + {a_line} + 1024 * ", $part, "]\n",)*)
     };
 }
 
-/// Loads tile register `$to` with part `$part` of a block of B.
+/// Loads part `$part` of a block of B into each of its tile registers.
 macro_rules! load_b {
-    ($to:literal, $from:literal, $part:literal) => {
-        concat!("tileloadd tmm", $to, ", [{", $from, "} + {b_line} + 64 * ", $part, "]")
+    ([$($to:literal: $from:literal),*], $part:literal) => {
+        concat!($("tileloadd tmm", $to, ", [{", $from, "} + {b_line} + 64 * ", $part, "]\n",)*)
     };
 }
 
-/// Adds the product of two tile registers to a third.
+/// Adds to each sum the product of its factors; then fetches a portion of the lines.
 macro_rules! add {
-    ($to:literal, $a:literal, $b:literal) => {
-        concat!("tdpbf16ps tmm", $to, ", tmm", $a, ", tmm", $b)
+    ([$($to:literal: $a:literal $b:literal to $at:literal),*]) => {
+        concat!($("tdpbf16ps tmm", $to, ", tmm", $a, ", tmm", $b, "\n",)* fetch_lines!())
+    };
+}
+
+/// The products of a block of one part, or of three, in an order in which each has a factor of the one before.
+macro_rules! block {
+    (1, $a:tt, $b:tt, $c:tt) => {
+        concat!(load_a!($a, "0"), load_b!($b, "0"), add!($c))
+    };
+    (3, $a:tt, $b:tt, $c:tt) => {
+        concat!(
+            load_a!($a, "0"),
+            load_b!($b, "2"),
+            add!($c),
+            load_b!($b, "1"),
+            add!($c),
+            load_a!($a, "1"),
+            add!($c),
+            load_b!($b, "0"),
+            add!($c),
+            load_a!($a, "2"),
+            add!($c),
+            load_a!($a, "0"),
+            add!($c),
+        )
+    };
+}
+
+/// The sums start with zero, or with what is there.
+macro_rules! clear {
+    ([$($to:literal: $a:literal $b:literal to $at:literal),*]) => { concat!($("tilezero tmm", $to, "\n",)*) };
+}
+macro_rules! load_sums {
+    ([$($to:literal: $a:literal $b:literal to $at:literal),*]) => {
+        concat!($("tileloadd tmm", $to, ", [{line} + {a_line} + ", $at, "]\n",)*)
+    };
+}
+macro_rules! store_sums {
+    ([$($to:literal: $a:literal $b:literal to $at:literal),*]) => {
+        concat!($("tilestored [{line} + {a_line} + ", $at, "], tmm", $to, "\n",)*)
     };
 }
 
@@ -186,19 +226,18 @@ macro_rules! fetch_lines {
             "add {lines}, 8\n",
             "dec {count}\n",
             "jnz 5b\n",
-            "6:",
+            "6:\n",
         )
     };
 }
 
+/// The kernels for numbers of `P` parts.
+struct Kernel<const P: usize>;
+
 /// A kernel: which tile registers hold which steps of A and halves of B, and for each sum its register, those of its factors, and
 /// where in a tile of C it is.
 macro_rules! kernel {
-    (
-        $(#[$meta:meta])* $name:ident,
-        a: [$($a:literal: $step:literal),*], b: [$($b:literal: $half:literal),*],
-        c: [$($c:literal: $left:literal $right:literal to $at:literal),*]
-    ) => {
+    ($(#[$meta:meta])* $name:ident, parts: $parts:tt, a: $a:tt, b: $b:tt, c: $c:tt) => {
         $(#[$meta])*
         ///
         /// # Safety
@@ -220,35 +259,16 @@ macro_rules! kernel {
                     "mov {line}, [{rare} + {add}]",
                     "test {line}, {line}",
                     "jnz 2f",
-                    $(concat!("tilezero tmm", $c),)*
+                    clear!($c),
                     "jmp 3f",
                     "2:",
                     "mov {line}, [{rare} + {to}]",
                     "add {a_line}, {a_line}",
-                    $(concat!("tileloadd tmm", $c, ", [{line} + {a_line} + ", $at, "]"),)*
+                    load_sums!($c),
                     "shr {a_line}",
                     "3:",
                     "2:",
-                    // In an order in which each product has a factor of the one before.
-                    $(load_a!($a, $step, "0"),)*
-                    $(load_b!($b, $half, "2"),)*
-                    $(add!($c, $left, $right),)*
-                    fetch_lines!(),
-                    $(load_b!($b, $half, "1"),)*
-                    $(add!($c, $left, $right),)*
-                    fetch_lines!(),
-                    $(load_a!($a, $step, "1"),)*
-                    $(add!($c, $left, $right),)*
-                    fetch_lines!(),
-                    $(load_b!($b, $half, "0"),)*
-                    $(add!($c, $left, $right),)*
-                    fetch_lines!(),
-                    $(load_a!($a, $step, "2"),)*
-                    $(add!($c, $left, $right),)*
-                    fetch_lines!(),
-                    $(load_a!($a, $step, "0"),)*
-                    $(add!($c, $left, $right),)*
-                    fetch_lines!(),
+                    block!($parts, $a, $b, $c),
                     "add {first}, {block}",
                     "add {second}, {block}",
                     "add {left}, {block}",
@@ -257,20 +277,21 @@ macro_rules! kernel {
                     "jnz 2b",
                     "mov {line}, [{rare} + {to}]",
                     "add {a_line}, {a_line}",
-                    $(concat!("tilestored [{line} + {a_line} + ", $at, "], tmm", $c),)*
+                    store_sums!($c),
                     rare = in(reg) rare,
                     first = inout(reg) a[0] => _,
                     second = inout(reg) a[1] => _,
                     left = inout(reg) b[0] => _,
                     right = inout(reg) b[1] => _,
                     a_line = inout(reg) A_LINE => _,
-                    b_line = in(reg) B_LINE,
+                    // Bytes between the rows of a tile of B, which are pairs of inner elements.
+                    b_line = in(reg) 64usize * $parts,
                     blocks = inout(reg) blocks => _,
                     next = inout(reg) next => _,
                     lines = inout(reg) lines => _,
                     count = out(reg) _,
                     line = out(reg) _,
-                    block = const BLOCK_BYTES,
+                    block = const block($parts) * size_of::<f32>(),
                     to = const offset_of!(Rare, to),
                     add = const offset_of!(Rare, add),
                     of_next = const offset_of!(Rare, of_next),
@@ -286,30 +307,39 @@ macro_rules! kernel {
     };
 }
 
-kernel! {
-    /// Two steps, two halves.
-    two_steps,
-    a: ["4": "first", "5": "second"], b: ["6": "left", "7": "right"],
-    c: ["0": "4" "6" to "0", "1": "4" "7" to "64", "2": "5" "6" to "2048", "3": "5" "7" to "2048 + 64"]
+macro_rules! kernels {
+    ($parts:tt) => {
+        impl Kernel<$parts> {
+            kernel! {
+                /// Two steps, two halves.
+                two_steps, parts: $parts,
+                a: ["4": "first", "5": "second"], b: ["6": "left", "7": "right"],
+                c: ["0": "4" "6" to "0", "1": "4" "7" to "64", "2": "5" "6" to "2048", "3": "5" "7" to "2048 + 64"]
+            }
+
+            kernel! {
+                /// Two steps, one half.
+                two_steps_of_a_half, parts: $parts,
+                a: ["4": "first", "5": "second"], b: ["6": "left"],
+                c: ["0": "4" "6" to "0", "2": "5" "6" to "2048"]
+            }
+
+            kernel! {
+                /// One step, two halves.
+                one_step, parts: $parts,
+                a: ["4": "first"], b: ["6": "left", "7": "right"],
+                c: ["0": "4" "6" to "0", "1": "4" "7" to "64"]
+            }
+
+            kernel! {
+                /// One step, one half.
+                one_step_of_a_half, parts: $parts,
+                a: ["4": "first"], b: ["6": "left"],
+                c: ["0": "4" "6" to "0"]
+            }
+        }
+    };
 }
 
-kernel! {
-    /// Two steps, one half.
-    two_steps_of_a_half,
-    a: ["4": "first", "5": "second"], b: ["6": "left"],
-    c: ["0": "4" "6" to "0", "2": "5" "6" to "2048"]
-}
-
-kernel! {
-    /// One step, two halves.
-    one_step,
-    a: ["4": "first"], b: ["6": "left", "7": "right"],
-    c: ["0": "4" "6" to "0", "1": "4" "7" to "64"]
-}
-
-kernel! {
-    /// One step, one half.
-    one_step_of_a_half,
-    a: ["4": "first"], b: ["6": "left"],
-    c: ["0": "4" "6" to "0"]
-}
+kernels!(1);
+kernels!(3);

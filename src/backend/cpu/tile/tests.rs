@@ -1,6 +1,7 @@
 //! The kernels against chains of additions, and what they refuse.
 
 use super::super::aligned::AlignedVec;
+use super::super::split::by_parts;
 use super::*;
 
 fn numbers(seed: usize, n: usize) -> Vec<f32> {
@@ -252,12 +253,38 @@ fn tiles_cover_the_rows_evenly() {
     assert!(row_tiles(100).all(|tile| tile.len() <= tile_rows()) && tile_rows() <= MAX_ROWS);
 }
 
-/// The kernel for AMX against its specification, in all sizes, and that against f64; NaN, infinity and numbers whose parts are
-/// subnormal come through both.
 #[test]
-fn products_of_parts_are_as_exact_as_those_of_numbers() {
+fn products_of_three_parts_are_as_exact_as_those_of_numbers() {
+    let ratio = check_products_of_parts(split::EXACT, |x| x);
+    println!("root of mean squares of errors, as against a chain of f32 products: {ratio:.2}");
+    assert!(ratio <= 0.7);
+}
+
+#[test]
+fn products_of_one_part_are_as_exact_as_those_of_rounded_numbers() {
+    // Each product is exact in f32, so only the order of the sum differs.
+    let ratio = check_products_of_parts(split::ROUNDED, split::rounded);
+    println!("root of mean squares of errors, as against a chain of f32 products: {ratio:.2}");
+    assert!(ratio <= 1.0);
+}
+
+#[test]
+fn numbers_are_rounded_to_the_nearest_of_bf16_and_nan_stays_nan() {
+    for bits in
+        (0..u32::MAX - 997).step_by(997).chain([0x7F7F_7FFF, 0x7F7F_8001, 0x7FFF_FFFF, 0xFFFF_8000, 0x7F80_0001])
+    {
+        let x = f32::from_bits(bits);
+        let (got, nearest) = (split::rounded(x), half::bf16::from_f32(x).to_f32());
+        let tie = bits & 0xFFFF == 0x8000;
+        assert!(got.to_bits() == nearest.to_bits() || got.is_nan() && x.is_nan() || tie, "{x:e}: {got:e}, {nearest:e}");
+    }
+}
+
+/// The kernels for AMX against their specification, in all sizes, and that against f64, of numbers as `read` gives them; NaN, infinity and
+/// numbers whose parts are subnormal come through both. Gives the root of the mean squares of errors, as against a chain of f32 products.
+fn check_products_of_parts(parts: usize, read: fn(f32) -> f32) -> f64 {
     const MOST: usize = 4;
-    let step = MOST * split::BLOCK + 48;
+    let step = MOST * split::block(parts) + 48;
     let numbers = |seed: usize, n: usize| -> Vec<f32> {
         // From 2^-12 to 2^12, all bits used.
         let any = |i: usize| (i + 7919 * seed).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 16;
@@ -275,20 +302,21 @@ fn products_of_parts_are_as_exact_as_those_of_numbers() {
         if let Some(x) = spoil {
             (a[5 * len + 3], b[7 * PANEL + 20]) = (x, -x);
         }
-        let (mut packed_a, mut packed_b) = (vec![f32::NAN; 2 * step], vec![f32::NAN; 2 * split::len(len)]);
+        let (mut packed_a, mut packed_b) = (vec![f32::NAN; 2 * step], vec![f32::NAN; 2 * split::len(parts, len)]);
         for (number, to) in packed_a.chunks_exact_mut(step).enumerate() {
-            split::pack_rows(&mut to[..split::len(len)], &a[number * 16 * len..], 16, len, len);
+            let (to, a) = (&mut to[..split::len(parts, len)], &a[number * 16 * len..]);
+            by_parts!(parts, P => split::pack_rows::<P>(to, a, 16, len, len));
         }
-        split::pack_panels(&mut packed_b, &b, 0, PANEL, len);
-        let segment = Segment { a: &packed_a, b: packed_b.split_at(split::len(len)).into(), len };
+        by_parts!(parts, P => split::pack_panels::<P>(&mut packed_b, &b, 0, PANEL, len));
+        let segment = Segment { a: &packed_a, b: packed_b.split_at(split::len(parts, len)).into(), len };
         for (add, rows, halves) in
             [false, true].into_iter().flat_map(|add| [(9, 1), (16, 2), (17, 1), (32, 2)].map(|(r, h)| (add, r, h)))
         {
             let start = [[if add { 3.0 } else { f32::NAN }; PANEL]; 32];
             let (mut kernel, mut specified) = (start, start);
             lines.add_rows(&b, 3, 40, PANEL);
-            multiply_split(&registers, &mut kernel, add, [rows, halves], step, segment, &b[..40], &mut lines);
-            split::multiply(&mut specified, add, [rows.div_ceil(16), halves], step, segment, blocks);
+            multiply_split(&registers, parts, &mut kernel, add, [rows, halves], step, segment, &b[..40], &mut lines);
+            split::multiply(parts, &mut specified, add, [rows.div_ceil(16), halves], step, segment, blocks);
             for (i, j) in (0..32).flat_map(|i| (0..PANEL).map(move |j| (i, j))) {
                 let (got, of_two) = (kernel[i][j], specified[i][j]);
                 let same = got.to_bits() == of_two.to_bits() || got.is_nan() && of_two.is_nan();
@@ -301,7 +329,7 @@ fn products_of_parts_are_as_exact_as_those_of_numbers() {
                 let start = if add { 3.0 } else { 0.0 };
                 let (mut sum, mut size, mut plain) = (f64::from(start), 0.0, start);
                 for k in 0..len {
-                    let (a, b) = (a[i * len + k], b[k * PANEL + j]);
+                    let [a, b] = [a[i * len + k], b[k * PANEL + j]].map(read);
                     sum += f64::from(a) * f64::from(b);
                     size += (f64::from(a) * f64::from(b)).abs();
                     plain = a.mul_add(b, plain);
@@ -315,9 +343,7 @@ fn products_of_parts_are_as_exact_as_those_of_numbers() {
             }
         }
     }
-    let ratio = f64::sqrt(squares / of_plain_squares);
-    println!("root of mean squares of errors, as against a chain of f32 products: {ratio:.2}");
-    assert!(ratio <= 0.7);
+    f64::sqrt(squares / of_plain_squares)
 }
 
 #[test]
@@ -347,13 +373,15 @@ fn portions_hold_all_lines() {
 #[test]
 fn registers_stay_until_the_last_is_dropped() {
     let len = split::INNER;
-    let (mut a, mut b) = (vec![0.0; split::len(len)], vec![0.0; 2 * split::len(len)]);
-    split::pack_rows(&mut a, &vec![1.0; len], 1, len, len);
-    split::pack_panels(&mut b, &vec![2.0; len * PANEL], 0, PANEL, len);
-    let segment = Segment { a: &a, b: b.split_at(split::len(len)).into(), len };
+    const PARTS: usize = split::EXACT;
+    let of_step = split::len(PARTS, len);
+    let (mut a, mut b) = (vec![0.0; of_step], vec![0.0; 2 * of_step]);
+    split::pack_rows::<PARTS>(&mut a, &vec![1.0; len], 1, len, len);
+    split::pack_panels::<PARTS>(&mut b, &vec![2.0; len * PANEL], 0, PANEL, len);
+    let segment = Segment { a: &a, b: b.split_at(of_step).into(), len };
     let multiplies = |registers: &Registers| {
         let mut sums = [[0.0; PANEL]; split::STEP];
-        multiply_split(registers, &mut sums, false, [1, 2], split::len(len), segment, &[], &mut Lines::new());
+        multiply_split(registers, PARTS, &mut sums, false, [1, 2], of_step, segment, &[], &mut Lines::new());
         assert_eq!(sums[0], [2.0 * len as f32; PANEL]);
     };
     for _ in 0..2 {
