@@ -179,6 +179,27 @@ fn the_smallest_sizes() {
     }
 }
 
+/// Tiles of a sample and of several, with few and with many inactive channels, over several blocks of tokens.
+#[test]
+fn in_bf16() {
+    for (b, tokens, channels, outputs, mean) in [
+        (23, 16, 100, 70, 0.0),
+        (11, 6, 60, 45, 0.0),
+        (3, 65, 60, 31, 0.0),
+        (2, 300, 20, 9, 0.0),
+        (3, 40, 132, 37, 1000.0),
+    ] {
+        for (name, read) in window_sets(b, channels) {
+            for activation in [Activation::None, Activation::Gelu] {
+                let label =
+                    format!("B {b}, T {tokens}, C {channels}, N {outputs}, {name}, {activation:?}, mean {mean}");
+                let case = Case { tokens, channels, outputs, read: read.clone(), activation, mean };
+                check_operation_in(&label, &case, DType::Bf16);
+            }
+        }
+    }
+}
+
 #[test]
 fn on_cuda() {
     for (b, tokens, channels, outputs, mean) in

@@ -3,7 +3,6 @@
 use super::*;
 use dtr_fused::autograd::cuda::{DeviceWeights, pass};
 use dtr_fused::backend::cuda::{Allocation, Buffer, DType, Device};
-use dtr_fused::ops::real::InBf16;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 
@@ -44,14 +43,6 @@ pub fn device() -> Device {
         }
     });
     Device::open(0).unwrap()
-}
-
-/// Numbers as `dtype` holds them.
-pub fn rounded(numbers: &[f32], dtype: DType) -> Vec<f32> {
-    match dtype {
-        DType::Bf16 => numbers.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect(),
-        _ => numbers.to_vec(),
-    }
 }
 
 /// Numbers beyond both ends of an output that no kernel may touch.
@@ -136,12 +127,7 @@ pub fn check_with_large_tiles(label: &str, op: &impl Operation, elem: DType) {
 #[track_caller]
 pub fn check_on(device: Device, label: &str, op: &impl Operation, elem: DType) {
     let device = Arc::new(device);
-    let mut inputs = op.inputs();
-    for input in &mut inputs {
-        if in_elem(input) {
-            input.data = rounded(&input.data, elem);
-        }
-    }
+    let inputs = inputs_in(op, elem);
     let (expected_y, expected, upstream) = expectations_in(op, &inputs, elem);
     let mut memory = Memory::on_device(&device, elem);
     let found = run_on_cuda(&device, op, &inputs, &upstream, None, &mut memory, elem);
@@ -203,60 +189,6 @@ pub fn uneven_windows(b: usize, channels: usize) -> Vec<Window> {
             _ => Window { start: 3, width: channels / 2 - i % 7 },
         })
         .collect()
-}
-
-/// Whether the device holds this input in the tape's element type.
-fn in_elem(input: &Input) -> bool {
-    match input.place {
-        Place::Activation(shape) | Place::Constant(shape) => shape.rank() == 3,
-        Place::PerSample(_) => false,
-        Place::Weight => !input.name.contains("bias"),
-    }
-}
-
-/// [`expectations`] with the plain version in `elem`.
-fn expectations_in(op: &impl Operation, inputs: &[Input], elem: DType) -> (Expected, Vec<Expected>, Vec<f32>) {
-    let mut data: Vec<Vec<f32>> = inputs.iter().map(|x| x.data.clone()).collect();
-    let (mut outputs, mut upstream) = (Vec::new(), Vec::new());
-    let mut grads: Vec<Vec<(Vec<f32>, Vec<f64>)>> = vec![Vec::new(); inputs.len()];
-    for draw in 0..4 {
-        if draw > 0 {
-            for (input, x) in inputs.iter().zip(&mut data) {
-                let last_bit = if in_elem(input) && elem == DType::Bf16 { 1.0 / 128.0 } else { f32::EPSILON };
-                for (i, x) in x.iter_mut().enumerate() {
-                    *x *= 1.0 + (below(draw, i, 5) as f32 - 2.0) * last_bit;
-                }
-                if in_elem(input) {
-                    *x = rounded(x, elem);
-                }
-            }
-        }
-        let in_f64: Vec<Vec<f64>> = data.iter().map(|x| cast(x)).collect();
-        let truth = op.forward(&in_f64);
-        if draw == 0 {
-            upstream = rounded(&numbers(99, truth.len()), elem);
-        }
-        let true_grads = op.backward(&in_f64, &cast::<f64>(&upstream));
-        let (plain, plain_grads) = match elem {
-            DType::F32 => (op.forward(&data), op.backward(&data, &upstream)),
-            _ => {
-                let narrow = |x: Vec<InBf16>| x.into_iter().map(|x| x.0).collect::<Vec<f32>>();
-                let inputs: Vec<Vec<InBf16>> = data.iter().map(|x| cast(x)).collect();
-                let grads = op.backward(&inputs, &cast::<InBf16>(&upstream));
-                (narrow(op.forward(&inputs)), grads.into_iter().map(narrow).collect())
-            }
-        };
-        let few = true_grads.iter().any(|x| few_count(x)) || few_count(&truth);
-        outputs.push((plain, truth));
-        for (draws, pair) in grads.iter_mut().zip(plain_grads.into_iter().zip(true_grads)) {
-            draws.push(pair);
-        }
-        if !few {
-            break;
-        }
-    }
-    let grads = grads.into_iter().map(|draws| Expected::new(draws, op.cancellation())).collect();
-    (Expected::new(outputs, None), grads, upstream)
 }
 
 fn run_on_cuda(

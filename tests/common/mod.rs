@@ -10,9 +10,10 @@
 pub mod cuda;
 
 use dtr_fused::autograd::{Memory, Tape, Var};
+use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::{Error, Result};
 use dtr_fused::ops::PerSample;
-use dtr_fused::ops::real::Real;
+use dtr_fused::ops::real::{InBf16, Real};
 use dtr_fused::params::{Linear, Param};
 use dtr_fused::rng::{Philox, Stream};
 use dtr_fused::routing::Window;
@@ -152,12 +153,21 @@ pub trait Operation: Sync {
     fn backward<R: Real>(&self, inputs: &[Vec<R>], upstream: &[R]) -> Vec<Vec<R>>;
 }
 
+/// The inputs of an operation, rounded to `elem` where that is how they are multiplied.
+pub fn inputs_in(op: &impl Operation, elem: DType) -> Vec<Input> {
+    let mut inputs = op.inputs();
+    for input in inputs.iter_mut().filter(|input| in_elem(input)) {
+        input.data = rounded(&input.data, elem);
+    }
+    inputs
+}
+
 /// What the references say of one tensor.
 #[derive(Clone, Debug)]
 pub struct Expected {
     /// In f64.
     pub truth: Vec<f64>,
-    /// Largest error of the plain version in f32.
+    /// Largest error of the plain version.
     pub plain_error: f64,
     /// Error allowed on top, see [`Operation::cancellation`].
     pub cancellation: f64,
@@ -166,7 +176,7 @@ pub struct Expected {
 }
 
 impl Expected {
-    /// From several draws of the plain version in f32 and in f64, the first of which is meant.
+    /// From several draws of the plain version and of that in f64, the first of which is meant.
     fn new(draws: Vec<(Vec<f32>, Vec<f64>)>, cancellation: Option<f64>) -> Self {
         let errors = draws.iter().flat_map(|(plain, truth)| {
             assert_eq!(plain.len(), truth.len());
@@ -177,7 +187,7 @@ impl Expected {
         Expected { truth, plain_error, cancellation: cancellation.unwrap_or(0.0), exact_zeros: cancellation.is_none() }
     }
 
-    /// Error of the fused version <= `factor` times the error of the plain version in f32, plus a floor of two roundings
+    /// Error of the fused version <= `factor` times the error of the plain version, plus a floor of two roundings in f32
     /// of the largest number.
     #[allow(clippy::neg_cmp_op_on_partial_ord)] // A NaN must fail.
     pub fn check(&self, what: &str, factor: f64, fused: &[f32]) -> std::result::Result<(), String> {
@@ -212,13 +222,12 @@ const GAP: usize = 3;
 const CANARY: f32 = -12345.0;
 
 /// Runs the fused operation forward and backward. Gradients of weights are added to `start` if there is one.
-fn run(op: &impl Operation, upstream: &[f32], start: Option<&[Vec<f32>]>) -> Outcome {
-    let mut memory = Memory::new();
-    let inputs = op.inputs();
+fn run(op: &impl Operation, inputs: &[Input], upstream: &[f32], start: Option<&[Vec<f32>]>, elem: DType) -> Outcome {
+    let mut memory = Memory::on_cpu(elem);
     // Every buffer that the second pass gets is then full of NaN, in every build profile.
     let poison: Vec<Input> = inputs.iter().map(|x| Input { data: vec![f32::NAN; x.data.len()], ..x.clone() }).collect();
     run_on(op, &poison, &vec![f32::NAN; upstream.len()], None, &mut memory);
-    run_on(op, &inputs, upstream, start, &mut memory)
+    run_on(op, inputs, upstream, start, &mut memory)
 }
 
 fn run_on(
@@ -332,12 +341,22 @@ pub fn same_bits(a: &[f32], b: &[f32]) -> bool {
 /// Everything that is asked of an operation, see the head of this file.
 #[track_caller]
 pub fn check_operation(label: &str, op: &impl Operation) {
-    let inputs = op.inputs();
-    let (expected_y, expected, upstream) = expectations(op);
-    let outcome = run(op, &upstream, None);
+    check_operation_in(label, op, DType::F32);
+}
+
+/// [`check_operation`] with products in `elem`.
+#[track_caller]
+pub fn check_operation_in(label: &str, op: &impl Operation, elem: DType) {
+    let inputs = inputs_in(op, elem);
+    let (expected_y, expected, upstream) = match elem {
+        DType::F32 => expectations(op),
+        _ => expectations_in(op, &inputs, elem),
+    };
+    let run = |start| run(op, &inputs, &upstream, start, elem);
+    let outcome = run(None);
     let judge = |result: std::result::Result<(), String>| {
         if let Err(what) = result {
-            panic!("{label}: {what}");
+            panic!("{label}, {elem:?}: {what}");
         }
     };
     judge(expected_y.check("y", 2.0, &outcome.y));
@@ -346,7 +365,7 @@ pub fn check_operation(label: &str, op: &impl Operation) {
     }
 
     let start: Vec<Vec<f32>> = inputs.iter().map(|x| numbers(5, x.data.len())).collect();
-    let added = run(op, &upstream, Some(&start));
+    let added = run(Some(&start));
     for (i, input) in inputs.iter().enumerate() {
         if let Place::Weight = input.place {
             let mut expected = expected[i].clone();
@@ -356,13 +375,30 @@ pub fn check_operation(label: &str, op: &impl Operation) {
     }
 
     for pool in pools() {
-        let (threads, again) = (pool.current_num_threads(), pool.install(|| run(op, &upstream, None)));
+        let (threads, again) = (pool.current_num_threads(), pool.install(|| run(None)));
         assert!(same_bits(&again.y, &outcome.y), "{label}: other bits in y with {threads} threads");
         for (input, (a, b)) in inputs.iter().zip(again.grads.iter().zip(&outcome.grads)) {
             assert!(same_bits(a, b), "{label}: other bits in d{} with {threads} threads", input.name);
         }
     }
-    assert!(same_bits(&infer(op), &outcome.y), "{label}: other bits on an inference tape");
+    assert!(same_bits(&infer(op, &inputs, elem), &outcome.y), "{label}: other bits on an inference tape");
+}
+
+/// Numbers as `dtype` holds them.
+pub fn rounded(numbers: &[f32], dtype: DType) -> Vec<f32> {
+    match dtype {
+        DType::Bf16 => numbers.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect(),
+        _ => numbers.to_vec(),
+    }
+}
+
+/// Whether a device holds this input in the tape's element type, and the CPU multiplies it in that.
+pub fn in_elem(input: &Input) -> bool {
+    match input.place {
+        Place::Activation(shape) | Place::Constant(shape) => shape.rank() == 3,
+        Place::PerSample(_) => false,
+        Place::Weight => !input.name.contains("bias"),
+    }
 }
 
 /// What the references say of the output and of every gradient, and the upstream gradient they used.
@@ -399,6 +435,51 @@ fn expectations(op: &impl Operation) -> (Expected, Vec<Expected>, Vec<f32>) {
     (Expected::new(outputs, None), grads, upstream)
 }
 
+/// [`expectations`] of these inputs, with the plain version in `elem`.
+pub fn expectations_in(op: &impl Operation, inputs: &[Input], elem: DType) -> (Expected, Vec<Expected>, Vec<f32>) {
+    let mut data: Vec<Vec<f32>> = inputs.iter().map(|x| x.data.clone()).collect();
+    let (mut outputs, mut upstream) = (Vec::new(), Vec::new());
+    let mut grads: Vec<Vec<(Vec<f32>, Vec<f64>)>> = vec![Vec::new(); inputs.len()];
+    for draw in 0..4 {
+        if draw > 0 {
+            for (input, x) in inputs.iter().zip(&mut data) {
+                let last_bit = if in_elem(input) && elem == DType::Bf16 { 1.0 / 128.0 } else { f32::EPSILON };
+                for (i, x) in x.iter_mut().enumerate() {
+                    *x *= 1.0 + (below(draw, i, 5) as f32 - 2.0) * last_bit;
+                }
+                if in_elem(input) {
+                    *x = rounded(x, elem);
+                }
+            }
+        }
+        let in_f64: Vec<Vec<f64>> = data.iter().map(|x| cast(x)).collect();
+        let truth = op.forward(&in_f64);
+        if draw == 0 {
+            upstream = rounded(&numbers(99, truth.len()), elem);
+        }
+        let true_grads = op.backward(&in_f64, &cast::<f64>(&upstream));
+        let (plain, plain_grads) = match elem {
+            DType::F32 => (op.forward(&data), op.backward(&data, &upstream)),
+            _ => {
+                let narrow = |x: Vec<InBf16>| x.into_iter().map(|x| x.0).collect::<Vec<f32>>();
+                let inputs: Vec<Vec<InBf16>> = data.iter().map(|x| cast(x)).collect();
+                let grads = op.backward(&inputs, &cast::<InBf16>(&upstream));
+                (narrow(op.forward(&inputs)), grads.into_iter().map(narrow).collect())
+            }
+        };
+        let few = true_grads.iter().any(|x| few_count(x)) || few_count(&truth);
+        outputs.push((plain, truth));
+        for (draws, pair) in grads.iter_mut().zip(plain_grads.into_iter().zip(true_grads)) {
+            draws.push(pair);
+        }
+        if !few {
+            break;
+        }
+    }
+    let grads = grads.into_iter().map(|draws| Expected::new(draws, op.cancellation())).collect();
+    (Expected::new(outputs, None), grads, upstream)
+}
+
 /// Whether there are numbers but 0, and few of a size with the largest.
 fn few_count(x: &[f64]) -> bool {
     let largest = x.iter().fold(0.0, |a: f64, x| a.max(x.abs()));
@@ -406,17 +487,16 @@ fn few_count(x: &[f64]) -> bool {
 }
 
 /// The output on an inference tape.
-fn infer(op: &impl Operation) -> Vec<f32> {
-    let inputs = op.inputs();
+fn infer(op: &impl Operation, inputs: &[Input], elem: DType) -> Vec<f32> {
     let mut weights = Vec::new();
     let mut params = HashMap::new();
     for input in inputs.iter().filter(|x| matches!(x.place, Place::Weight)) {
         params.insert(input.name, Param { offset: weights.len(), len: input.data.len() });
         weights.extend(&input.data);
     }
-    let mut memory = Memory::new();
+    let mut memory = Memory::on_cpu(elem);
     let mut tape = Tape::inference(&weights, &mut memory);
-    let (given, _) = put(&mut tape, &inputs, params);
+    let (given, _) = put(&mut tape, inputs, params);
     let y = op.on_tape(&mut tape, &given).expect("the shapes fit");
     tape.value(y).to_vec()
 }
