@@ -47,28 +47,6 @@ impl Format {
         matches!(self, Format::Parts(_))
     }
 
-    /// How many rows [`Format::exact_rows`] makes of one.
-    #[inline]
-    pub fn rows_of_exact(self) -> usize {
-        if self == Format::Parts(ROUNDED) { 2 } else { 1 }
-    }
-
-    /// Rows of `len` numbers, each of which stands for many, so that in products of them a rounded one would show: as they are, or where
-    /// numbers are rounded, in `room`, each rounded and followed by what that leaves.
-    pub fn exact_rows<'a>(self, room: &'a mut [f32], rows: &'a [f32], len: usize) -> &'a [f32] {
-        if self.rows_of_exact() == 1 {
-            return rows;
-        }
-        for (to, row) in room.chunks_exact_mut(2 * len).zip(rows.chunks_exact(len)) {
-            let (rounded, rest) = to.split_at_mut(len);
-            for ((rounded, rest), x) in rounded.iter_mut().zip(rest).zip(row) {
-                *rounded = split::rounded(*x);
-                *rest = x - *rounded;
-            }
-        }
-        room
-    }
-
     /// How many samples of `tokens` tokens are one tile together: several where their rows fit into a tile of parts. Where rows are the
     /// inner dimension, parts are of pairs of rows, and an odd sample would share one with the next.
     #[inline]

@@ -336,40 +336,47 @@ fn transpose_pairs<const P: usize>(to: &mut [f32], pairs: &[f32]) {
     }
 }
 
-/// What the kernels for AMX compute, bit for bit: their specification, and what tests have where there are none. See
-/// [`super::tile::multiply_split`].
-pub fn multiply(
-    parts: usize,
-    sums: &mut [[f32; 2 * HALF]],
-    add: bool,
-    [steps, halves]: [usize; 2],
-    step: usize,
-    Segment { a, b, .. }: Segment,
-    blocks: usize,
-) {
-    let products_of: &[_] = if parts == EXACT { &[[0, 2], [0, 1], [1, 1], [1, 0], [2, 0], [0, 0]] } else { &[[0, 0]] };
-    // The tile registers take subnormal numbers for zero, and make none.
-    let flush = |x: f32| if x.is_subnormal() { 0.0f32.copysign(x) } else { x };
-    let of_pair =
-        |pair: f32| [pair.to_bits() << 16, pair.to_bits() & 0xFFFF_0000].map(|bits| flush(f32::from_bits(bits)));
-    for (i, j) in (0..steps * STEP).flat_map(|i| (0..halves * HALF).map(move |j| (i, j))) {
-        let mut sum = if add { sums[i][j] } else { 0.0 };
-        for block in 0..blocks {
-            for &[of_a, of_b] in products_of {
-                let mut products = [0.0f32; 2];
-                for pair in 0..INNER / 2 {
-                    let a = of_pair(
-                        a[i / STEP * step + block * self::block(parts) + (of_a * STEP + i % STEP) * INNER / 2 + pair],
-                    );
-                    let b = of_pair(b[j / HALF][block * self::block(parts) + (pair * parts + of_b) * HALF + j % HALF]);
-                    for k in 0..2 {
-                        products[k] = flush(a[k].mul_add(b[k], products[k]));
+simd_fn! {
+    /// What the kernels for AMX compute, bit for bit: their specification, and what there is where there are none. See
+    /// [`super::tile::multiply_split`].
+    pub fn multiply<F>(
+        parts: usize,
+        sums: &mut [[f32; 2 * HALF]],
+        add: bool,
+        steps_and_halves: [usize; 2],
+        step: usize,
+        segment: Segment,
+        blocks: usize,
+    ) {
+        let ([steps, halves], Segment { a, b, .. }) = (steps_and_halves, segment);
+        let products_of: &[_] =
+            if parts == EXACT { &[[0, 2], [0, 1], [1, 1], [1, 0], [2, 0], [0, 0]] } else { &[[0, 0]] };
+        // The tile registers take subnormal numbers for zero, and make none.
+        let flush = |x: f32| if x.is_subnormal() { 0.0f32.copysign(x) } else { x };
+        let of_pair =
+            |pair: f32| [pair.to_bits() << 16, pair.to_bits() & 0xFFFF_0000].map(|bits| flush(f32::from_bits(bits)));
+        for (i, half) in (0..steps * STEP).flat_map(|i| (0..halves).map(move |half| (i, half))) {
+            let to = &mut sums[i].as_chunks_mut::<HALF>().0[half];
+            let mut of_half = if add { *to } else { [0.0; HALF] };
+            for (block, &[of_a, of_b]) in (0..blocks).flat_map(|block| products_of.iter().map(move |of| (block, of))) {
+                let lines = a[i / STEP * step + block * self::block(parts)..].as_chunks::<{ INNER / 2 }>().0;
+                let pairs = b[half][block * self::block(parts)..].as_chunks::<HALF>().0;
+                let mut products = [[0.0f32; HALF]; 2];
+                for (pair, &of_line) in lines[of_a * STEP + i % STEP].iter().enumerate() {
+                    let (of_line, pairs) = (of_pair(of_line), &pairs[pair * parts + of_b]);
+                    for j in 0..HALF {
+                        let pair = of_pair(pairs[j]);
+                        for k in 0..2 {
+                            products[k][j] = flush(of_line[k].mul_add(pair[k], products[k][j]));
+                        }
                     }
                 }
-                sum = flush(flush(products[0] + products[1]) + flush(sum));
+                for j in 0..HALF {
+                    of_half[j] = flush(flush(products[0][j] + products[1][j]) + flush(of_half[j]));
+                }
             }
+            *to = of_half;
         }
-        sums[i][j] = sum;
     }
 }
 

@@ -266,14 +266,12 @@ pub fn backward(
     let numbers = b * t * (2 * c + n) + 2 * n * c;
     let format = Format::of(t, elem);
     let _span = span("ln_linear", Pass::Backward, [c, n], 2 * flops(computed, t, c, n), numbers);
-    // Those of the samples, then those of each that correct for the inactive channels.
-    let of_inactive = if correction.is_some() { 2 * format.rows_of_exact() } else { 0 };
-    let rows = b * (format.rows_of(t) + of_inactive);
+    // Those of the samples, then the two of each that correct for the inactive channels.
+    let rows = b * format.rows_of(t) + if correction.is_some() { 2 * b } else { 0 };
     let (panels_len, h_len) = (panels(c) * format.panel_len(n), format.routed_len(rows, c));
-    scratch::with(panels_len + h_len + b * (2 + of_inactive) * n, |buffer| {
+    scratch::with(panels_len + h_len + b * 2 * n, |buffer| {
         let (panels_of_w, buffer) = buffer.split_at_mut(panels_len);
-        let (h, buffer) = buffer.split_at_mut(h_len);
-        let (pq, room) = buffer.split_at_mut(b * 2 * n);
+        let (h, pq) = buffer.split_at_mut(h_len);
         pack_panels(format, panels_of_w, weight, c, n);
         let panels_of_w = &*panels_of_w;
         let joined = format.joined(t);
@@ -294,12 +292,11 @@ pub fn backward(
             });
 
         let pq = &*pq;
-        let exact_pq = format.exact_rows(room, pq, 2 * n);
         if correction.is_some() {
-            inactive.gradient(dmodulation, exact_pq, panels_of_w, n);
+            inactive.gradient(dmodulation, pq, panels_of_w, n);
             let wide = format.padded_columns(c);
-            scratch::with(b * of_inactive * wide, |vectors| {
-                inactive.vectors(vectors, 0, wide, format.rows_of_exact());
+            scratch::with(2 * b * wide, |vectors| {
+                inactive.vectors(vectors, 0, wide);
                 // SAFETY: `h` is borrowed here alone.
                 unsafe { format.scatter(&Shared::new(h), vectors, wide, Window::all(c), b * format.rows_of(t), rows) };
             });
@@ -314,7 +311,7 @@ pub fn backward(
                 let other = &dy[samples.start * t * n..samples.end * t * n];
                 Sample { tokens: samples.len() * t, channels: [window.range(), 0..0], other }
             } else {
-                Sample { tokens: b * of_inactive, channels: inactive.ranges(read), other: exact_pq }
+                Sample { tokens: 2 * b, channels: inactive.ranges(read), other: pq }
             }
         });
         if !add {

@@ -38,18 +38,17 @@ impl Inactive<'_> {
         if right.start < left.end { [format.inner(0..c, c), c..c] } else { [left, right] }
     }
 
-    /// Samples of which `rows` rows each fill a tile.
-    fn samples_at_once(&self, rows: usize) -> usize {
+    /// Samples whose two vectors fill a tile.
+    fn samples_at_once(&self) -> usize {
         let b = self.read.len();
-        b.div_ceil(b.div_ceil(self.format.tile_rows() / rows))
+        b.div_ceil(b.div_ceil(self.format.tile_rows() / 2))
     }
 
-    /// `[samples, times, 2, stride]`: `1 + scale` and `shift` of each sample from `first` on, so many times, on its inactive channels;
-    /// zero on the active ones, and behind the last.
-    pub(super) fn vectors(&self, out: &mut [f32], first: usize, stride: usize, times: usize) {
+    /// `[2 samples, stride]`: `1 + scale` and `shift` of each sample from `first` on, on its inactive channels; zero on the active ones,
+    /// and behind the last.
+    pub(super) fn vectors(&self, out: &mut [f32], first: usize, stride: usize) {
         let c = self.c;
-        let samples = (first..).zip(&self.read[first..]).flat_map(|sample| std::iter::repeat_n(sample, times));
-        for (rows, (i, &window)) in out.chunks_exact_mut(2 * stride).zip(samples) {
+        for ((i, rows), &window) in (first..).zip(out.chunks_exact_mut(2 * stride)).zip(&self.read[first..]) {
             let (one_plus_scale, shift) = rows.split_at_mut(stride);
             for (y, s) in one_plus_scale.iter_mut().zip(self.modulation.scale(i, c)) {
                 *y = 1.0 + s;
@@ -69,16 +68,16 @@ impl Inactive<'_> {
 
     /// Numbers that [`Inactive::pack`] writes.
     pub(super) fn packed_len(&self) -> usize {
-        self.read.len().div_ceil(self.samples_at_once(2)) * 2 * self.side_len()
+        self.read.len().div_ceil(self.samples_at_once()) * 2 * self.side_len()
     }
 
     /// [`Inactive::vectors`] of as many samples as are multiplied at once, packed: of the left and of the right inactive channels.
     pub(super) fn pack(&self, to: &mut [f32]) {
-        let (format, samples, len) = (self.format, self.samples_at_once(2), self.side_len());
+        let (format, samples, len) = (self.format, self.samples_at_once(), self.side_len());
         to.par_chunks_mut(2 * len).zip(self.read.par_chunks(samples)).enumerate().for_each(|(chunk, (to, windows))| {
             let wide = format.padded_columns(self.c);
             scratch::with(2 * windows.len() * wide, |vectors| {
-                self.vectors(vectors, chunk * samples, wide, 1);
+                self.vectors(vectors, chunk * samples, wide);
                 for (inner, to) in self.inner(windows).into_iter().zip(to.chunks_exact_mut(len)) {
                     format.pack_rows(to, &vectors[inner.start..], 2 * windows.len(), inner.len(), wide);
                 }
@@ -100,7 +99,7 @@ impl Inactive<'_> {
         bias: &[f32],        // [N]
     ) {
         let (format, c, n) = (self.format, self.c, bias.len());
-        let samples = self.samples_at_once(2);
+        let samples = self.samples_at_once();
         let (mut tile, mut kernel) = (Tile::new(), format.kernel());
         let chunks = self.read.chunks(samples).zip(packed.chunks_exact(2 * self.side_len()));
         for (chunk, (windows, packed)) in chunks.enumerate() {
@@ -130,16 +129,15 @@ impl Inactive<'_> {
     pub(super) fn gradient(
         &self,
         dmodulation: &mut [f32], // [B, stride]
-        pq: &[f32],              // [B, rows_of_exact, 2, N]: see Format::exact_rows
+        pq: &[f32],              // [B, 2, N]
         panels_of_w: &[f32],     // panels(C) over N
         n: usize,
     ) {
         let (format, modulation, inner) = (self.format, self.modulation, self.format.inner(0..n, n));
-        let rows = 2 * format.rows_of_exact();
-        let samples = self.samples_at_once(rows);
-        let of_chunk = format.rows_len(rows * samples, n);
+        let samples = self.samples_at_once();
+        let of_chunk = format.rows_len(2 * samples, n);
         scratch::with(self.read.len().div_ceil(samples) * of_chunk, |packed| {
-            let chunks = packed.par_chunks_mut(of_chunk).zip(pq.par_chunks(samples * rows * n));
+            let chunks = packed.par_chunks_mut(of_chunk).zip(pq.par_chunks(samples * 2 * n));
             chunks.for_each(|(to, pq)| format.pack_rows(to, pq, pq.len() / n, n, n));
             let (packed, dmodulation) = (&*packed, Shared::new(dmodulation));
             panels_of_w.par_chunks_exact(format.panel_len(n)).enumerate().with_max_len(1).for_each(|(panel, b)| {
@@ -150,10 +148,9 @@ impl Inactive<'_> {
                         continue;
                     }
                     let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
-                    kernel.multiply(&mut tile, rows * windows.len(), columns.len().div_ceil(HALF), segment, &[]);
-                    for ((sample, window), sums) in (chunk * samples..).zip(windows).zip(tile.rows.chunks_exact(rows)) {
-                        let of_pq = [modulation.scale, modulation.shift].into_iter().cycle();
-                        for (sums, first) in sums.iter().zip(of_pq) {
+                    kernel.multiply(&mut tile, 2 * windows.len(), columns.len().div_ceil(HALF), segment, &[]);
+                    for ((sample, window), sums) in (chunk * samples..).zip(windows).zip(tile.rows.chunks_exact(2)) {
+                        for (first, sums) in [(modulation.scale, &sums[0]), (modulation.shift, &sums[1])] {
                             let at = sample * modulation.stride + first;
                             for outside in [0..window.start, window.end()..self.c] {
                                 let Range { start, end } = clip(outside, &columns);
