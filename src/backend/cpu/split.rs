@@ -89,6 +89,7 @@ fn parts<const P: usize>(x: f32) -> [u32; P] {
 }
 
 /// A number as products in bf16 read it.
+#[cfg(test)]
 pub fn rounded(x: f32) -> f32 {
     f32::from_bits(parts::<ROUNDED>(x)[0])
 }
