@@ -66,6 +66,25 @@ fn check(batch: usize, tokens: usize, heads: usize, size: usize) {
     }
 }
 
+/// Heads that fill tiles and heads that do not; several blocks of queries, the last of which is smaller; scores far below 0.
+#[test]
+fn in_bf16() {
+    for (batch, tokens, heads, size) in [
+        (2, 64, 2, 32),
+        (3, 33, 2, 16),
+        (1, 130, 1, 64),
+        (1, 257, 1, 48),
+        (2, 400, 1, 16),
+        (1, 31, 2, 16),
+        (1, 40, 2, 20),
+    ] {
+        for (sharpness, shift) in [(0.3, 0.0), (3.0, 0.0), (1.0, 5.0)] {
+            let label = format!("B {batch}, T {tokens}, NH {heads}, HS {size}, sharpness {sharpness}, shift {shift}");
+            check_operation_in(&label, &Case { batch, tokens, heads, size, sharpness, shift }, DType::Bf16);
+        }
+    }
+}
+
 #[test]
 fn on_cuda() {
     for (batch, tokens, heads, size) in [(2, 65, 2, 8), (1, 1, 3, 16), (3, 17, 2, 72), (1, 130, 1, 64), (2, 33, 1, 128)]

@@ -1,12 +1,12 @@
 //! The CPU version: a head of a sample at a time, a block of queries against all keys, so that its scores stay in cache. Of 16 tokens
-//! with AVX-512: [`super::sixteen`].
+//! with AVX-512: [`super::sixteen`]; in bf16: [`super::bf16`].
 //!
 //! Scores are kept transposed, `[keys, queries]`: softmax then runs down columns, a vector of queries at a time, and the
 //! probabilities are where both kinds of products that follow read them (see [`Rows`]).
 
-use super::Dims;
 #[cfg(target_arch = "x86_64")]
 use super::sixteen;
+use super::{Dims, bf16};
 use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
@@ -15,11 +15,12 @@ use crate::backend::cpu::simd::{add_assign, exp, fetch_rows, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
     HALF, PANEL, Rows, STRIP, Segment, Tile, copy_row, multiply, of_panel, of_panel_mut, panels, row_tiles,
 };
+use crate::backend::cuda::DType;
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Queries of a block of backward: a multiple of [`PANEL`], at most [`STRIP`], fewer when there are many keys.
-fn queries_at_once(keys: usize) -> usize {
+pub(super) fn queries_at_once(keys: usize) -> usize {
     match keys {
         0..=384 => 128,
         385..=768 => 64,
@@ -29,7 +30,7 @@ fn queries_at_once(keys: usize) -> usize {
 
 /// Most rows of a head that are fetched before they are used: with few tokens the misses would come one after the other, with
 /// more the products are long enough to hide them.
-const FETCHED: usize = 64;
+pub(super) const FETCHED: usize = 64;
 
 /// Rows of a head from which on they are copied to be multiplied as columns: so many, as far apart as they lie, crowd into few sets
 /// of the cache. Measured (Zen 3, 256 tokens): attention takes 3 % less time; with 64 tokens nothing is gained.
@@ -37,22 +38,22 @@ const MANY: usize = 128;
 
 /// Columns of one head of one sample in rows `stride` apart.
 #[derive(Clone, Copy)]
-struct Head {
-    row: usize,    // first row
-    column: usize, // first column
-    stride: usize,
-    size: usize,
+pub(super) struct Head {
+    pub(super) row: usize,    // first row
+    pub(super) column: usize, // first column
+    pub(super) stride: usize,
+    pub(super) size: usize,
 }
 
 impl Head {
-    fn at(self, i: usize) -> Range<usize> {
+    pub(super) fn at(self, i: usize) -> Range<usize> {
         let start = (self.row + i) * self.stride + self.column;
         start..start + self.size
     }
 }
 
 /// Halves of a panel of `size` columns.
-fn halves(size: usize, panel: usize) -> usize {
+pub(super) fn halves(size: usize, panel: usize) -> usize {
     (size - panel * PANEL).div_ceil(HALF).min(2)
 }
 
@@ -96,7 +97,7 @@ impl<'a> Columns<'a> {
 }
 
 /// Splits `buffer` into parts of these sizes.
-fn split<const N: usize>(mut buffer: &mut [f32], sizes: [usize; N]) -> [&mut [f32]; N] {
+pub(super) fn split<const N: usize>(mut buffer: &mut [f32], sizes: [usize; N]) -> [&mut [f32]; N] {
     sizes.map(|size| buffer.split_off_mut(..size).expect("the sum of the sizes"))
 }
 
@@ -106,10 +107,14 @@ pub fn forward(
     statistics: &mut [f32], // [B, T, NH, 2]: the largest q k^T of a row, and 1 / the sum of its exponentials
     qkv: &[f32],            // [B, T, 3C]
     dims: Dims,
+    elem: DType, // in which products are: f32 or bf16
 ) {
     let Dims { b, t, c, heads } = dims;
     let _span = span("attention", Pass::Forward, [c, heads], 4 * b * t * t * c, 4 * b * t * c);
     let size = c / heads;
+    if elem == DType::Bf16 && bf16::takes(t, size) {
+        return bf16::forward(out, statistics, qkv, dims);
+    }
     #[cfg(target_arch = "x86_64")]
     if sixteen::takes(t, size) {
         return sixteen::forward(out, statistics, qkv, dims);
@@ -175,6 +180,7 @@ pub fn backward(
     out: &[f32],        // [B, T, C]
     statistics: &[f32], // [B, T, NH, 2], see `forward`
     dims: Dims,
+    elem: DType, // as in `forward`
 ) {
     let Dims { b, t, c, heads } = dims;
     let span = |of_rows| span("attention", Pass::Backward, [c, heads], 10 * b * t * t * c, of_rows * b * t * c);
@@ -186,6 +192,9 @@ pub fn backward(
         return sixteen::backward(dqkv, dout, qkv, statistics, dims);
     }
     let _span = span(8);
+    if elem == DType::Bf16 && bf16::takes(t, size) {
+        return bf16::backward(dqkv, dout, qkv, out, statistics, dims);
+    }
     let scale = 1.0 / (size as f32).sqrt();
     let at_once = queries_at_once(t);
     let sizes = [
@@ -292,7 +301,7 @@ pub fn backward(
 }
 
 simd_fn! {
-    fn dot<F>(a: &[f32], b: &[f32]) -> f32 {
+    pub(super) fn dot<F>(a: &[f32], b: &[f32]) -> f32 {
         let [dot] = sum_by([a, b], |[a, b]| [a * b]);
         dot
     }
@@ -301,7 +310,7 @@ simd_fn! {
 simd_fn! {
     /// The first `halves` halves of the columns of `p` `[keys, PANEL]` become `exp(scale (p - max))`, with the largest of each column;
     /// `inverse` is one over their sum.
-    fn softmax<F>(
+    pub(super) fn softmax<F>(
         p: &mut [[f32; PANEL]],
         halves: usize,
         scale: f32,
@@ -346,7 +355,7 @@ fn softmax_of<const FMA: bool, const N: usize>(
 simd_fn! {
     /// Half `half` of the queries of a tile of keys: the probabilities and the gradient of the scores, rows [`STRIP`] apart. The
     /// tiles are whole; `queries` are `max`, `inverse` and `delta` of that half.
-    fn softmax_backward<F>(
+    pub(super) fn softmax_backward<F>(
         p: &mut [f32],
         ds: &mut [f32],
         scores: &Tile,

@@ -9,6 +9,7 @@
 //! log-sum-exp. Backward computes P again, with `D_t = dout_t . out_t` (which is `P_t . dP_t`, and `delta` in code): `dv = P^T dout`,
 //! `dS = P (dout v^T - D) / sqrt(HS)`, `dq = dS k`, `dk = dS^T q`.
 
+mod bf16;
 pub(crate) mod cpu;
 pub mod cuda;
 pub mod reference;
@@ -65,7 +66,7 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
     }
     let mut out = tape.take(b * t * c);
     let mut statistics = tape.take(b * t * heads * 2);
-    cpu::forward(&mut out, &mut statistics, tape.value(qkv), Dims { b, t, c, heads });
+    cpu::forward(&mut out, &mut statistics, tape.value(qkv), Dims { b, t, c, heads }, tape.elem());
     let out = tape.push([b, t, c], out, true);
     let statistics = tape.push([b, t, heads, 2], statistics, false);
     tape.record(out, Node::Attention(Saved { qkv, out, statistics, heads }));
@@ -94,6 +95,7 @@ impl Saved {
             tape.value(self.out),
             tape.value(self.statistics),
             Dims { b, t, c, heads: self.heads },
+            tape.elem(),
         );
         tape.add_grad(self.qkv, dqkv);
         tape.give(dout);
