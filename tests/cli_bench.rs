@@ -84,7 +84,9 @@ fn a_profile_tells_where_the_time_of_a_step_goes() {
 fn what_the_cpu_cannot_time_is_refused() {
     let place = tempfile::tempdir().unwrap();
     let bench = |args: &[&str]| run(place.path(), &[&["bench"], program::TINY, args].concat());
-    fails(bench(&["--device", "cpu", "--precision", "bf16"]), 2, &["the CPU computes in f32 only"]);
+    let in_bf16 = [&["bench", "--device", "cpu", "--precision", "bf16"], program::TINY].concat();
+    let output = program::command(place.path(), &in_bf16).env("DTR_CPU", "avx2").output().unwrap();
+    fails(output, 2, &["the CPU computes in bf16 only with AMX"]);
     fails(bench(&["--device", "cpu", "--grad-accumulation", "3"]), 2, &["it must divide batch_size 16"]);
     fails(bench(&["--init-from", "weights.safetensors"]), 2, &["--init-from is of no use"]);
 }

@@ -38,21 +38,52 @@ fn edit_config(place: &Path, from: &str, to: &str) {
 }
 
 #[test]
-fn a_run_in_bf16_is_sampled_and_resumed_on_the_cpu() {
+fn a_run_in_bf16_is_sampled_and_resumed_in_f32_without_amx() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
     short_run(place, &[]);
-    succeeds(sample(place, &["--out", "f32.png"]));
-    // As a run looks that a GPU trained in bf16.
+    let on_cpu = |command: &[&str], more: &[&str]| {
+        let args = [command, &["--device", "cpu"], more].concat();
+        program::command(place, &args).env("DTR_CPU", "avx2").output().unwrap()
+    };
+    let sample = |out: &str| on_cpu(&["sample", "--checkpoint", "run", "--steps", "2"], &["--out", out]);
+    succeeds(sample("f32.png"));
+    // As a run looks that a GPU, or a CPU with AMX, trained in bf16.
     edit_config(place, "precision = \"f32\"", "precision = \"bf16\"");
-    let output = sample(place, &["--out", "bf16.png"]);
-    assert!(stderr(&output).contains("computing in f32: the CPU has no bf16"), "{}", stderr(&output));
+    let output = sample("bf16.png");
+    assert!(stderr(&output).contains("computing in f32: without AMX"), "{}", stderr(&output));
     succeeds(output);
     assert!(fs::read(place.join("f32.png")).unwrap() == fs::read(place.join("bf16.png")).unwrap());
-    let resume =
-        |more: &[&str]| run(place, &[&["train", "--resume", "run", "--steps", "2", "--device", "cpu"], more].concat());
-    fails(resume(&[]), 2, &["the CPU computes in f32 only: give --precision f32"]);
+    let resume = |more: &[&str]| on_cpu(&["train", "--resume", "run", "--steps", "2"], more);
+    fails(resume(&[]), 2, &["only with AMX, which this one has not, or DTR_CPU leaves out: give --precision f32"]);
     succeeds(resume(&["--precision", "f32"]));
+}
+
+#[test]
+fn with_amx_a_run_in_bf16_is_trained_resumed_and_sampled_on_the_cpu() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let train = |args: &[&str]| train(place, &[&["--device", "cpu", "--samples-per-class", "1"], args].concat());
+    let output = train(&["--precision", "bf16", "--steps", "3", "--out", "at_once"]);
+    if !dtr_fused::backend::cpu::has_bf16() {
+        return fails(output, 2, &["only with AMX"]);
+    }
+    assert!(stderr(&output).contains("computing on the CPU in bf16"), "{}", stderr(&output));
+    succeeds(output);
+    // In two parts: the same bits.
+    succeeds(train(&["--precision", "bf16", "--steps", "1", "--out", "run"]));
+    succeeds(run(place, &["train", "--resume", "run", "--steps", "3"]));
+    // In f32: others.
+    succeeds(train(&["--precision", "f32", "--steps", "3", "--out", "f32"]));
+    let [at_once, resumed, in_f32] = ["at_once", "run", "f32"].map(|run| {
+        let weights = fs::read(place.join(run).join("checkpoints/0000003/model.safetensors")).unwrap();
+        let sampled = self::run(place, &["sample", "--checkpoint", run, "--steps", "2", "--out", "sampled.png"]);
+        assert!(!stderr(&sampled).contains("computing in f32"), "{}", stderr(&sampled));
+        succeeds(sampled);
+        (weights, fs::read(place.join("sampled.png")).unwrap())
+    });
+    assert!(at_once == resumed, "a run in two parts has other bits");
+    assert!(at_once.0 != in_f32.0, "bf16 is no other than f32");
 }
 
 /// Names of what is in `place`.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 /// Why bf16 is refused on a CPU.
 const ONLY_F32: &str =
-    "in bf16 the CPU computes only with AMX, and here is none that DTR_CPU allows: give --precision f32";
+    "the CPU computes in bf16 only with AMX, which this one has not, or DTR_CPU leaves out: give --precision f32";
 
 /// Where to compute, and in which precision.
 #[derive(Clone)]
