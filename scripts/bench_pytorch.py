@@ -4,7 +4,8 @@
 Usage: scripts/bench_pytorch.py [--hidden-size 384] [--depth 12] [--heads 6] [--patch 2] [--size 32] [--channels 4]
                                 [--classes 1000] [--batch-size 8] [--threads 2] [--runs 5] [--compile] [--json]
                                 [--device cpu|cuda] [--precision f32|bf16]
-       scripts/bench_pytorch.py --check CASE      runs the dense parity case CASE instead (needs safetensors)
+       scripts/bench_pytorch.py --check CASE [--precision f32|bf16]      runs the dense parity case CASE instead, on the CPU
+                                                                         (needs safetensors)
 
 scaled_dot_product_attention, fused AdamW and a foreach moving average; bf16 is autocast over weights in f32. Routing changes
 nothing in PyTorch (masking computes everything), so the model is dense. `--compile` compiles the model; on a GPU block by block,
@@ -182,12 +183,14 @@ def check(a, case):
     model, params = DiT(a), load_file(case / "params.safetensors")
     model.load_state_dict({name: params[official_name(name)].float() for name in model.state_dict()})
     given = load_file(case / "forward.safetensors")
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=a.precision == "bf16"):
         out = model(given["x"].float(), given["t"].long(), given["y"].long()).double()
     error = (out - given["out.f64"]).abs().max().item() / given["out.f64"].abs().max().item()
     loss, expected = (((o[:, : a.channels] - given["noise"]) ** 2).mean().item() for o in (out, given["out.f64"]))
-    print(f"{case.name}: squared error {loss:.7f}, expected {expected:.7f}; output off by {error:.1e} of its largest number")
-    return 0 if error <= 1e-5 and abs(loss - expected) <= 1e-5 * expected else 1
+    print(f"{case.name}{', bf16' * (a.precision == 'bf16')}: squared error {loss:.7f}, expected {expected:.7f}; output off by {error:.1e} of its largest number")
+    # In bf16 three times what PyTorch 2.15 was off by (6.8e-3), and of the loss what `dtr-fused parity` tolerates of the mean.
+    of_output, of_loss = (2e-2, 1e-3) if a.precision == "bf16" else (1e-5, 1e-5)
+    return 0 if error <= of_output and abs(loss - expected) <= of_loss * expected else 1
 
 
 def median(work, runs, wait):

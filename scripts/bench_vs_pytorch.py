@@ -4,10 +4,11 @@
 Usage: scripts/bench_vs_pytorch.py [--dtr-fused target/release/dtr-fused] [--threads 2] [--rounds 3] [--models DiT-S/2,..]
                                    [--no-compile] [--device cpu|cuda] [--precision f32|bf16]
 
-First both must compute the output and loss of a golden parity case from its weights (PyTorch on the CPU). Then the programs take
-turns, `--rounds` times each, and medians are compared. On a CPU a run counts only when other processes had less than 3 % of the
-processors during it (/proc/stat), else it is repeated. On a GPU both are timed by the clock of the host. Needs Linux, torch,
-numpy and safetensors, and a C++ compiler for torch.compile.
+First both must compute the output and loss of a golden parity case from its weights (PyTorch on the CPU, and for bf16 in f32 too).
+Then the programs take turns, `--rounds` times each, and medians are compared. On a CPU a run counts only when other processes had
+less than 3 % of the processors during it (/proc/stat), else it is repeated. On a GPU both are timed by the clock of the host. In
+bf16 PyTorch runs under autocast, and a CPU needs AMX for dtr-fused. Needs Linux, torch, numpy and safetensors, and a C++ compiler
+for torch.compile.
 """
 
 import argparse
@@ -80,10 +81,13 @@ def undisturbed(command, attempts, allowed):
     sys.exit("this machine is too busy to measure on")
 
 
-def check_losses(program, where):
+def check_losses(program, where, precision):
     """Both must give the output and loss of the dense golden case from its weights; ours, of the routed ones too."""
     golden = SCRIPTS.parent / "tests/golden"
-    print(run([sys.executable, str(SCRIPTS / "bench_pytorch.py"), "--check", str(golden / "c")])[0].strip())
+    # What f32 would show, the rounding of bf16 may hide.
+    for of_pytorch in dict.fromkeys(["f32", precision]):
+        command = [sys.executable, str(SCRIPTS / "bench_pytorch.py"), "--check", str(golden / "c"), "--precision", of_pytorch]
+        print(run(command)[0].strip())
     print(run([program, "parity", *where, str(golden / "a"), str(golden / "c")])[0].strip().splitlines()[-1])
 
 
@@ -117,7 +121,7 @@ def main():
     device = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {os.cpu_count()} processors; {a.threads} threads"
     print(f"{device}; {a.precision}; PyTorch {torch.__version__}; {datetime.date.today()}")
     where = ["--device", a.device, "--precision", a.precision]
-    check_losses(a.dtr_fused, where)
+    check_losses(a.dtr_fused, where, a.precision)
     common = [*where, "--threads", str(a.threads), "--runs", str(a.runs)]
     # Neither program measures the processor of a machine with a GPU.
     allowed = math.inf if on_gpu else OTHERS
@@ -145,7 +149,7 @@ def main():
         memory = min(median(name, "peak_memory_mb") - median(name, "import_memory_mb") for name in peers)
         rows.append(f"| {model}, peak MB | {memory:.0f} |" + " |" * (len(peers) - 1) + "".join(f" {median(n, 'peak_memory_mb'):.0f} |" for n in ROUTES))
     names = [f"PyTorch {name}" for name in peers] + list(ROUTES)
-    print("| seconds | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
+    print(f"| seconds{', bf16' * (a.precision == 'bf16')} | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
     print("\n".join(rows))
 
 
