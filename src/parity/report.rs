@@ -124,12 +124,15 @@ pub struct Report {
 type Errors = BTreeMap<(String, usize, &'static str), f64>;
 
 /// Under which the error of check `number` of a row is kept. Where errors grow from step to step, and by chance more here
-/// than there (a trajectory; AdamW, which makes large steps of small gradients), all rows of a kind share the largest.
+/// than there (a trajectory; AdamW, which makes large steps of small gradients), all rows of a kind share the largest. So do the
+/// norms of a parameter's gradient under all losses: of one number the plain error may be small by chance.
 fn key(row: &str, number: usize, measure: &'static str) -> (String, usize, &'static str) {
     let grows = row.starts_with("train") || row.starts_with("sampling");
-    match row.split_once('.').filter(|_| grows) {
-        Some((kind, _)) => (kind.to_string(), 0, measure),
-        None => (row.to_string(), number, measure),
+    let norm = row.split_once(' ').map(|(_, what)| what).filter(|what| what.starts_with("gradnorm."));
+    match (row.split_once('.').filter(|_| grows), norm) {
+        (Some((kind, _)), _) => (kind.to_string(), 0, measure),
+        (None, Some(norm)) => (norm.to_string(), number, measure),
+        (None, None) => (row.to_string(), number, measure),
     }
 }
 

@@ -163,7 +163,7 @@ knobs! {
     "Machine" {
         /// Where to compute: auto, cpu, cuda or cuda:N
         device: String;
-        /// Number format of products and activations: f32 or bf16
+        /// Number format of products, and on a GPU of activations: f32, or bf16 (on the CPU with AMX only)
         precision: Precision;
         /// Keep only the input of each block for the backward pass and compute the rest again: less memory, a third more work, the same bits
         checkpoint_activations: bool;

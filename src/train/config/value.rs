@@ -166,7 +166,7 @@ own_choice! {
 }
 
 own_choice! {
-    /// Number format of products and activations.
+    /// Number format of products, and on a GPU of activations.
     Precision, "f32|bf16" {
         /// IEEE 754 single precision.
         F32 = "f32",
