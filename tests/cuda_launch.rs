@@ -2,8 +2,9 @@
 
 mod common;
 
-use common::cuda::{Output, device, rounded};
+use common::cuda::{Output, device};
 use common::numbers;
+use common::rounded;
 use dtr_fused::backend::cuda::device::Recorded;
 use dtr_fused::backend::cuda::launch::Matrix;
 use dtr_fused::backend::cuda::{Arg, Buffer, DType, Device, Launch};

@@ -301,7 +301,7 @@ fn a_device_starts_with_what_the_cpu_does() {
             assert!(same_bits(moments, &vec![0.0; cpu.weights.len()]), "{elem:?}: moments are others");
         }
         let read = learner.on_device.as_ref().unwrap().weights.elem();
-        let expected = common::cuda::rounded(&cpu.weights, elem);
+        let expected = common::rounded(&cpu.weights, elem);
         assert!(
             same_bits(&device.download(read).unwrap(), &expected),
             "{elem:?}: weights as products read them are others"

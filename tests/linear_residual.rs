@@ -99,6 +99,7 @@ fn in_bf16() {
     {
         for (label, case) in cases(b, tokens, inputs, channels) {
             check_operation_in(&label, &case, DType::Bf16);
+            assert_eq!(other_in_bf16(&case), ["y", "a", "weight", "gate"], "{label}");
         }
     }
 }

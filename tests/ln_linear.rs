@@ -195,6 +195,9 @@ fn in_bf16() {
                     format!("B {b}, T {tokens}, C {channels}, N {outputs}, {name}, {activation:?}, mean {mean}");
                 let case = Case { tokens, channels, outputs, read: read.clone(), activation, mean };
                 check_operation_in(&label, &case, DType::Bf16);
+                let bias = (activation == Activation::Gelu).then_some("bias"); // The slope of GELU is at another place.
+                let expected = ["y", "x", "shift", "scale", "weight"].into_iter().chain(bias).collect::<Vec<_>>();
+                assert_eq!(other_in_bf16(&case), expected, "{label}");
             }
         }
     }

@@ -65,6 +65,23 @@ fn step(model: &Dit, weights: &[f32], memory: &mut Memory) -> (Vec<f32>, Vec<f32
     (output, grads)
 }
 
+/// Of 36 tokens and heads of 16 channels, so that attention is in bf16 too. Of numbers near 1, each layer's factors are off by up to 2^-9.
+#[test]
+fn a_model_in_bf16_is_near_the_same_in_f32() {
+    for (routing, beta) in [(Routing::Dense, 1.0), (Routing::Paper, 0.6), (Routing::Sublayer, 0.4)] {
+        let model = Dit::new(ModelConfig { hidden_size: 48, input_size: 12, ..config(routing, beta) }).unwrap();
+        let weights = weights(&model);
+        let [(y, grads), (rounded_y, rounded_grads)] =
+            [DType::F32, DType::Bf16].map(|elem| step(&model, &weights, &mut Memory::on_cpu(elem)));
+        for (what, exact, rounded) in [("output", y, rounded_y), ("gradients", grads, rounded_grads)] {
+            let square = |x: f32| f64::from(x).powi(2);
+            let error: f64 = exact.iter().zip(&rounded).map(|(x, y)| square(x - y)).sum();
+            let off = (error / exact.iter().map(|&x| square(x)).sum::<f64>()).sqrt();
+            assert!((1e-4..2e-2).contains(&off), "{what} of {routing:?}: off by {off:.1e}");
+        }
+    }
+}
+
 fn fresh_step(model: &Dit) -> (Vec<f32>, Vec<f32>) {
     step(model, &weights(model), &mut Memory::new())
 }

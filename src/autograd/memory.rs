@@ -35,6 +35,9 @@ impl Memory {
     /// [`Memory::new`], with the products of the blocks and of the last layer in `elem`, f32 or bf16: then their factors are rounded, and
     /// the sums and all else are in f32. With AMX, bf16 takes less time; without ([`has_bf16`](crate::backend::cpu::has_bf16)), much more.
     ///
+    /// Small products stay in f32: attention of less than 32 tokens, or with heads whose size is no multiple of 16, and all of samples
+    /// with an odd number of tokens below 16.
+    ///
     /// # Panics
     /// With another type.
     pub fn on_cpu(elem: DType) -> Self {
@@ -178,5 +181,17 @@ impl WeightGrads<'_> {
         [linear.weight, linear.bias].into_iter().for_each(|param| self.written.note(param));
         let [weight, bias] = self.data.get_disjoint_mut(ranges).expect("parameters of a layout never overlap");
         (weight, bias)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_half_of_a_batch_is_computed_in_the_type_of_the_first() {
+        for elem in [DType::F32, DType::Bf16] {
+            Memory::on_cpu(elem).for_halves(|first, second| assert_eq!([first.elem, second.elem], [elem; 2]));
+        }
     }
 }

@@ -8,7 +8,7 @@ use cuda::{DType, Device};
 use std::sync::Arc;
 
 /// Why bf16 is refused on a CPU.
-const ONLY_F32: &str =
+const NEEDS_AMX: &str =
     "the CPU computes in bf16 only with AMX, which this one has not, or DTR_CPU leaves out: give --precision f32";
 
 /// Where to compute, and in which precision.
@@ -29,16 +29,16 @@ pub enum Compute {
 }
 
 impl Compute {
-    /// What `--device` (`auto`, `cpu`, `cuda` or `cuda:N`) and `--precision` ask for, and a note where `auto` had to do with
-    /// the processor.
+    /// What `--device` (`auto`, `cpu`, `cuda` or `cuda:N`) and `--precision` (as `elem`, f32 or bf16) ask for, and a note where `auto` had
+    /// to do with the processor.
     ///
     /// # Errors
     /// When the device is not there, or cannot compute in this precision.
-    pub fn open(device: &str, bf16: bool) -> Result<(Self, Option<String>)> {
-        let (compute, why) = Self::find(device, bf16)?;
+    pub fn open(device: &str, elem: DType) -> Result<(Self, Option<String>)> {
+        let (compute, why) = Self::find(device, elem)?;
         if compute.takes_long() {
             let why = why.map_or_else(String::new, |why| format!("{why}; "));
-            return Err(Error::usage(format!("{why}{ONLY_F32}")));
+            return Err(Error::usage(format!("{why}{NEEDS_AMX}")));
         }
         Ok((compute, why.map(|why| format!("computing on the CPU: {why}"))))
     }
@@ -47,8 +47,8 @@ impl Compute {
     ///
     /// # Errors
     /// When the device is not there.
-    pub fn open_or_f32(device: &str, bf16: bool) -> Result<(Self, Option<String>)> {
-        let (compute, why) = Self::find(device, bf16)?;
+    pub fn open_or_f32(device: &str, elem: DType) -> Result<(Self, Option<String>)> {
+        let (compute, why) = Self::find(device, elem)?;
         if !compute.takes_long() {
             return Ok((compute, why.map(|why| format!("computing on the CPU: {why}"))));
         }
@@ -59,14 +59,13 @@ impl Compute {
         Ok((Compute::Cpu { elem: DType::F32 }, Some(note)))
     }
 
-    /// Whether it is a CPU that has no products in bf16.
+    /// Whether it is bf16 on a CPU without AMX.
     fn takes_long(&self) -> bool {
         matches!(self, Compute::Cpu { elem: DType::Bf16 }) && !cpu::has_bf16()
     }
 
     /// The device, and why it is the CPU where `auto` had to do with it.
-    fn find(device: &str, bf16: bool) -> Result<(Self, Option<Error>)> {
-        let elem = if bf16 { DType::Bf16 } else { DType::F32 };
+    fn find(device: &str, elem: DType) -> Result<(Self, Option<Error>)> {
         if device == "cpu" {
             return Ok((Compute::Cpu { elem }, None));
         }

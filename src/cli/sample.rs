@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::generate::{IMAGES_AT_ONCE, generate_batch, steps};
 use crate::model::dit::Dit;
 use crate::picture::grid_png;
-use crate::train::config::{Precision, SamplerKind};
+use crate::train::config::SamplerKind;
 use crate::train::progress::{Progress, say};
 use crate::train::weights::read_weights;
 use crate::train::{TrainConfig, checkpoint, samples, setup, trainer};
@@ -150,8 +150,8 @@ fn sample(args: SampleArgs) -> Result<()> {
     AtomicFile::create(&args.out)?;
     let mut npz = args.npz.as_ref().map(|path| Archive::create(path, labels.len(), &config)).transpose()?;
 
-    // Checkpoints hold f32, so what a GPU trained in bf16 can be sampled anywhere.
-    let (compute, note) = Compute::open_or_f32(&config.device, config.precision == Precision::Bf16)?;
+    // Checkpoints hold f32, so what was trained in bf16 can be sampled anywhere.
+    let (compute, note) = Compute::open_or_f32(&config.device, config.precision.elem())?;
     let dit = Dit::new(config.model_config())?;
     let in_main_memory = match &compute {
         Compute::Cpu { .. } => args.batch_size.min(labels.len()) * if sampler.guided() { 2 } else { 1 },

@@ -125,7 +125,8 @@ type Errors = BTreeMap<(String, usize, &'static str), f64>;
 
 /// Under which the error of check `number` of a row is kept. Where errors grow from step to step, and by chance more here
 /// than there (a trajectory; AdamW, which makes large steps of small gradients), all rows of a kind share the largest. So do the
-/// norms of a parameter's gradient under all losses: of one number the plain error may be small by chance.
+/// norms of a parameter's gradient under all losses: of one number the plain error may be small by chance (of the bias of QKV in one case,
+/// four draws were off by 6e-4 to 2.4e-3, from loss to loss, and the fused gradients by 1e-3 to 2e-3).
 fn key(row: &str, number: usize, measure: &'static str) -> (String, usize, &'static str) {
     let grows = row.starts_with("train") || row.starts_with("sampling");
     let norm = row.split_once(' ').map(|(_, what)| what).filter(|what| what.starts_with("gradnorm."));
@@ -345,6 +346,21 @@ mod tests {
             }
             assert!(!Check::exact(&with, &with).passes());
         }
+    }
+
+    #[test]
+    fn norms_of_a_parameter_and_rows_of_training_share_what_is_tolerated() {
+        let same = |a: &str, b: &str| key(a, 0, "each") == key(b, 0, "each");
+        assert!(same(
+            "loss_cosine_uw gradnorm.blocks.0.attn.qkv.bias",
+            "loss_linear_p2 gradnorm.blocks.0.attn.qkv.bias"
+        ));
+        assert!(!same(
+            "loss_cosine_uw gradnorm.blocks.0.attn.qkv.bias",
+            "loss_cosine_uw gradnorm.blocks.1.attn.qkv.bias"
+        ));
+        assert!(!same("grads_cosine_uw grad.final_layer.linear.bias", "grads_linear_uw grad.final_layer.linear.bias"));
+        assert!(same("train20 final.x_embedder.proj.bias", "train20 final.blocks.0.mlp.fc1.bias"));
     }
 
     #[test]

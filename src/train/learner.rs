@@ -150,12 +150,13 @@ impl Learner {
         Learner { second_half, ..learner }
     }
 
-    /// With products in `elem`, f32 or bf16, of one on the CPU: see [`Memory::on_cpu`].
+    /// With products in `elem`, f32 or bf16: see [`Memory::on_cpu`].
     ///
     /// # Panics
-    /// With another type.
+    /// With another type, and of a learner on a CUDA device, whose type is that of [`Learner::on_device`].
     #[must_use]
     pub fn with_products_in(self, elem: DType) -> Self {
+        assert!(self.on_device.is_none(), "a learner on a CUDA device has its type");
         Learner { memory: Memory::on_cpu(elem), ..self }
     }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::config::{DataKind, Precision, TrainConfig};
+use super::config::{DataKind, TrainConfig};
 use super::learner::Learner;
 use super::plan;
 use crate::backend::Compute;
@@ -65,7 +65,7 @@ pub(super) fn open_data(config: &mut TrainConfig, resumed: bool) -> Result<Arc<d
 /// # Errors
 /// When the device is not there, or cannot compute in the precision or with the model's sizes.
 pub fn compute(config: &TrainConfig) -> Result<(Compute, Option<String>)> {
-    let (compute, note) = Compute::open(&config.device, config.precision == Precision::Bf16)?;
+    let (compute, note) = Compute::open(&config.device, config.precision.elem())?;
     if let Compute::Cuda { elem, .. } = &compute {
         config.model_config().check_cuda(*elem)?;
     }
@@ -81,7 +81,7 @@ pub(super) fn learner_on(config: &TrainConfig) -> Result<(Learner, Vec<String>)>
         Compute::Cuda { device, elem } => (device, elem),
         Compute::Cpu { elem } => {
             if *elem == DType::Bf16 {
-                notes.push("computing on the CPU in bf16".into());
+                notes.push("the products of the blocks are in bf16".into());
             }
             return Ok((learner_of(config, dit, *elem)?, notes));
         }
@@ -131,7 +131,7 @@ pub(super) fn model(config: &TrainConfig) -> Result<Dit> {
     Ok(dit)
 }
 
-/// The model with its initial weights, in main memory.
+/// The model with its initial weights, in main memory. (In bf16 it takes long without AMX: [`compute`] refuses that.)
 ///
 /// # Errors
 /// When the configuration contradicts itself, [`TrainConfig::fit_to_data`] was not called, or memory cannot hold it.

@@ -401,6 +401,16 @@ pub fn in_elem(input: &Input) -> bool {
     }
 }
 
+/// Which of the output ("y") and of the gradients (by input) have other bits with products in bf16 than in f32.
+pub fn other_in_bf16(op: &impl Operation) -> Vec<&'static str> {
+    let inputs = op.inputs();
+    let upstream = numbers(99, op.forward(&inputs.iter().map(|x| x.data.clone()).collect::<Vec<_>>()).len());
+    let [in_f32, in_bf16] = [DType::F32, DType::Bf16].map(|elem| run(op, &inputs, &upstream, None, elem));
+    let grads = inputs.iter().zip(in_f32.grads.iter().zip(&in_bf16.grads));
+    let others = grads.filter(|(_, (a, b))| !same_bits(a, b)).map(|(input, _)| input.name);
+    (!same_bits(&in_f32.y, &in_bf16.y)).then_some("y").into_iter().chain(others).collect()
+}
+
 /// What the references say of the output and of every gradient, and the upstream gradient they used.
 ///
 /// How far a sum in f32 is off is luck. So that a lucky one does not set the rule where few numbers of a tensor are large, the

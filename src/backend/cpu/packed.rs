@@ -117,8 +117,8 @@ impl Format {
         if self.is_parts() { split::padded(range, len) } else { range }
     }
 
-    /// So few inner elements that it takes less to multiply them than to do without. Measured (2 cores of an Intel Xeon): of 128
-    /// channels, to multiply 26 inactive ones too takes 5 to 9 % off a step; of 384, with 77 inactive it neither saves nor costs.
+    /// So few inner elements that it takes less to multiply them than to do without. Measured (2 cores of an Intel Xeon, three parts): of
+    /// 128 channels, to multiply 26 inactive ones too takes 5 to 9 % off a step; of 384, with 77 inactive it neither saves nor costs.
     #[inline]
     pub fn few_inner(self) -> usize {
         if self.is_parts() { split::INNER } else { 0 }
@@ -376,12 +376,13 @@ impl Kernel {
     }
 }
 
-/// Inner elements of rows and panels that stay in a core's caches: with 384, 6 tiles of DiT-B/4 with their sums take 1 MB of the 2 MB
-/// of an Intel Xeon. More were not tried.
+/// Inner elements of rows and panels that stay in a core's caches: with 384, 6 tiles of DiT-B/4 in three parts with their sums take 1 MB
+/// of the 2 MB of an Intel Xeon. More were not tried; of one part, steps of DiT-S/2 with 192 to 1536 take as long.
 const CACHED_INNER: usize = 12 * split::INNER;
 
 /// Rows of panels that stay in a core's caches, with the sums over them. Measured (2 cores of an Intel Xeon, with 2 MB each): as against
-/// half as many, steps of DiT-S/2 take 2 to 5 % less time and of S/4 2 %; twice as many gain nothing.
+/// half as many, steps of DiT-S/2 in three parts take 2 to 5 % less time and of S/4 2 %; twice as many gain nothing. Of one part, with a
+/// third to twice as many they take as long.
 const CACHED_ROWS: usize = 24 * split::INNER;
 
 /// All formats: parts are multiplied on every processor, if only by their specification.

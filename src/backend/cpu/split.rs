@@ -24,7 +24,7 @@ pub const STEP: usize = 16;
 pub const INNER: usize = 32;
 /// Numbers of bf16 that a number is the sum of, where products are in f32.
 pub const EXACT: usize = 3;
-/// Where they are in bf16.
+/// The same, where products are in bf16: a number is rounded to one.
 pub const ROUNDED: usize = 1;
 
 /// `$call` with the number of parts as a constant of this name.

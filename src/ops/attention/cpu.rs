@@ -1,5 +1,5 @@
 //! The CPU version: a head of a sample at a time, a block of queries against all keys, so that its scores stay in cache. Of 16 tokens
-//! with AVX-512: [`super::sixteen`]; in bf16: [`super::bf16`].
+//! with AVX-512: [`super::sixteen`]; in bf16, of 32 tokens or more: [`super::bf16`].
 //!
 //! Scores are kept transposed, `[keys, queries]`: softmax then runs down columns, a vector of queries at a time, and the
 //! probabilities are where both kinds of products that follow read them (see [`Rows`]).

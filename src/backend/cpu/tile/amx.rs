@@ -5,7 +5,7 @@
 //! that is rounded 6 times for those, not 32 times as in a chain of f32 products. Its errors are smaller (a test tells by how much).
 
 use super::super::simd::LINE;
-use super::super::split::{block, by_parts};
+use super::super::split::{ROUNDED, block, by_parts};
 use super::Lines;
 #[cfg(doc)]
 use super::PANEL;
@@ -102,8 +102,9 @@ struct Rare {
 
 /// Portions of lines that a kernel fetches in a block: one after each group of products.
 const fn portions(parts: usize) -> usize {
-    if parts == 1 { 1 } else { 6 }
+    if parts == ROUNDED { 1 } else { 6 }
 }
+
 /// Bytes between the rows of a tile of A.
 const A_LINE: usize = 64;
 
@@ -127,10 +128,10 @@ pub(super) unsafe fn multiply(
     lines: &mut Lines,
 ) {
     let kernel = by_parts!(parts, P => match (steps, halves) {
-        (2, 2) => Kernel::<P>::two_steps,
-        (2, _) => Kernel::<P>::two_steps_of_a_half,
-        (_, 2) => Kernel::<P>::one_step,
-        (_, _) => Kernel::<P>::one_step_of_a_half,
+        (2, 2) => OfParts::<P>::two_steps,
+        (2, _) => OfParts::<P>::two_steps_of_a_half,
+        (_, 2) => OfParts::<P>::one_step,
+        (_, _) => OfParts::<P>::one_step_of_a_half,
     });
     let portions = portions(parts) * blocks;
     let of_next = next.len().div_ceil(LINE).div_ceil(portions);
@@ -232,7 +233,7 @@ macro_rules! fetch_lines {
 }
 
 /// The kernels for numbers of `P` parts.
-struct Kernel<const P: usize>;
+struct OfParts<const P: usize>;
 
 /// A kernel: which tile registers hold which steps of A and halves of B, and for each sum its register, those of its factors, and
 /// where in a tile of C it is.
@@ -309,7 +310,7 @@ macro_rules! kernel {
 
 macro_rules! kernels {
     ($parts:tt) => {
-        impl Kernel<$parts> {
+        impl OfParts<$parts> {
             kernel! {
                 /// Two steps, two halves.
                 two_steps, parts: $parts,
