@@ -54,6 +54,9 @@ fn a_run_in_bf16_is_sampled_and_resumed_in_f32_without_amx() {
     assert!(stderr(&output).contains("computing in f32: without AMX"), "{}", stderr(&output));
     succeeds(output);
     assert!(fs::read(place.join("f32.png")).unwrap() == fs::read(place.join("bf16.png")).unwrap());
+    let asked_for = on_cpu(&["sample", "--checkpoint", "run", "--steps", "2"], &["--precision", "bf16"]);
+    fails(asked_for, 2, &["only with AMX"]);
+    fails(self::sample(place, &["--precision", "f16"]), 2, &["--precision is 'f16': give f32 or bf16"]);
     let resume = |more: &[&str]| on_cpu(&["train", "--resume", "run", "--steps", "2"], more);
     fails(resume(&[]), 2, &["only with AMX, which this one has not, or DTR_CPU leaves out: give --precision f32"]);
     succeeds(resume(&["--precision", "f32"]));
@@ -84,6 +87,10 @@ fn with_amx_a_run_in_bf16_is_trained_resumed_and_sampled_on_the_cpu() {
     });
     assert!(at_once == resumed, "a run in two parts has other bits");
     assert!(at_once.0 != in_f32.0, "bf16 is no other than f32");
+    // A run can be sampled in the other.
+    let args = ["sample", "--checkpoint", "f32", "--steps", "2", "--precision", "bf16", "--out", "sampled.png"];
+    succeeds(self::run(place, &args));
+    assert!(fs::read(place.join("sampled.png")).unwrap() != in_f32.1, "sampled in f32");
 }
 
 /// Names of what is in `place`.

@@ -14,7 +14,6 @@ use crate::ops::work::{self, Flops};
 use crate::rng::{Philox, Stream};
 use crate::routing::{self, Routing, Window};
 use crate::train::TrainConfig;
-use crate::train::config::Precision;
 use crate::train::plan;
 
 const EXAMPLES: &str = "\
@@ -168,11 +167,7 @@ fn step(
             return Err(Error::usage(format!("--routing is '{other}': give paper, sublayer, random or dense")));
         }
     };
-    config.precision = match args.precision.as_str() {
-        "f32" => Precision::F32,
-        "bf16" => Precision::Bf16,
-        other => return Err(Error::usage(format!("--precision is '{other}': give f32 or bf16"))),
-    };
+    config.precision = super::precision(&args.precision)?;
     let elem = config.precision.elem();
     let device = Device::on_paper(arch.name, arch.number, arch.multiprocessors);
     let model_config = config.model_config();

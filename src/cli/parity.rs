@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::backend::Compute;
-use crate::backend::cuda::DType;
 use crate::error::{Error, Result, printable};
 use crate::parity::check_dir;
 use crate::parity::report::Failures;
@@ -38,12 +37,7 @@ pub(super) struct ParityArgs {
 }
 
 pub(super) fn run(args: ParityArgs) -> Result<()> {
-    let elem = match args.precision.as_str() {
-        "f32" => DType::F32,
-        "bf16" => DType::Bf16,
-        other => return Err(Error::usage(format!("precision is '{other}': give f32 or bf16"))),
-    };
-    let (compute, note) = Compute::open(&args.device, elem)?;
+    let (compute, note) = Compute::open(&args.device, super::precision(&args.precision)?.elem())?;
     if let Some(note) = note {
         say(&note);
     }

@@ -100,6 +100,9 @@ pub(super) struct SampleArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
+    /// Number format of products: f32 or bf16 [default: the run's, but f32 on a CPU without AMX]
+    #[arg(long, value_name = "f32|bf16")]
+    precision: Option<String>,
 }
 
 /// What is said when a signal ends sampling.
@@ -127,6 +130,7 @@ fn sample(args: SampleArgs) -> Result<()> {
     config.threads = args.threads;
     config.device = args.device.clone();
     config.validate()?;
+    let precision = args.precision.as_deref().map(super::precision).transpose()?;
     let labels = labels(&args, &config)?;
     if !(1..=MOST_AT_ONCE).contains(&args.batch_size) {
         return Err(Error::usage(format!(
@@ -151,7 +155,10 @@ fn sample(args: SampleArgs) -> Result<()> {
     let mut npz = args.npz.as_ref().map(|path| Archive::create(path, labels.len(), &config)).transpose()?;
 
     // Checkpoints hold f32, so what was trained in bf16 can be sampled anywhere.
-    let (compute, note) = Compute::open_or_f32(&config.device, config.precision.elem())?;
+    let (compute, note) = match precision {
+        Some(precision) => Compute::open(&config.device, precision.elem())?,
+        None => Compute::open_or_f32(&config.device, config.precision.elem())?,
+    };
     let dit = Dit::new(config.model_config())?;
     let in_main_memory = match &compute {
         Compute::Cpu { .. } => args.batch_size.min(labels.len()) * if sampler.guided() { 2 } else { 1 },
