@@ -88,9 +88,14 @@ fn with_amx_a_run_in_bf16_is_trained_resumed_and_sampled_on_the_cpu() {
     assert!(at_once == resumed, "a run in two parts has other bits");
     assert!(at_once.0 != in_f32.0, "bf16 is no other than f32");
     // A run can be sampled in the other.
-    let args = ["sample", "--checkpoint", "f32", "--steps", "2", "--precision", "bf16", "--out", "sampled.png"];
-    succeeds(self::run(place, &args));
-    assert!(fs::read(place.join("sampled.png")).unwrap() != in_f32.1, "sampled in f32");
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    long_run(place, &[]);
+    let [as_trained, in_f32, in_bf16] = [&[][..], &["--precision", "f32"], &["--precision", "bf16"]].map(|precision| {
+        succeeds(sample(place, precision));
+        fs::read(place.join("grid.png")).unwrap()
+    });
+    assert!(as_trained == in_f32 && in_bf16 != in_f32, "sampled in another precision than was asked for");
 }
 
 /// Names of what is in `place`.
