@@ -3,8 +3,10 @@
 mod program;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use dtr_fused::safetensors_file::SafetensorsFile;
+use dtr_fused::train::checkpoint::{self, FileOut, Metadata, TensorOut};
 use program::{fails, run, stderr, succeeds, train};
 
 /// A run of a step in `place/run`, on the CPU: the tests are the same on a machine with a GPU.
@@ -96,6 +98,95 @@ fn with_amx_a_run_in_bf16_is_trained_resumed_and_sampled_on_the_cpu() {
         fs::read(place.join("grid.png")).unwrap()
     });
     assert!(as_trained == in_f32 && in_bf16 != in_f32, "sampled in another precision than was asked for");
+}
+
+/// The run's moving average.
+fn average(place: &Path) -> PathBuf {
+    checkpoint::latest(&place.join("run")).unwrap().unwrap().1.join(checkpoint::EMA)
+}
+
+/// A file `weights.safetensors` with those tensors of the run's moving average that `keep` chooses, and nothing else, as another
+/// program may write it.
+fn write_foreign(place: &Path, keep: impl Fn(&str) -> bool) {
+    let file = SafetensorsFile::open(average(place)).unwrap();
+    let tensors: Vec<_> =
+        file.names().filter(|name| keep(name)).map(|name| (name, file.tensor(name).unwrap())).collect();
+    let numbers: Vec<Vec<f32>> = tensors.iter().map(|(_, tensor)| bytemuck::pod_collect_to_vec(tensor.bytes)).collect();
+    let tensors = tensors.iter().zip(&numbers).map(|((name, tensor), data)| TensorOut {
+        name: name.to_string(),
+        shape: tensor.shape,
+        data,
+    });
+    let file = FileOut { name: "weights.safetensors", tensors: tensors.collect(), metadata: Metadata::new() };
+    let written = checkpoint::write(&place.join("elsewhere"), 1, &[file], "").unwrap();
+    fs::rename(written.join("weights.safetensors"), place.join("weights.safetensors")).unwrap();
+}
+
+#[test]
+fn a_file_of_weights_is_sampled_without_its_run() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    // What no shape tells, and only the file's own words do. Without label dropout there is no guidance.
+    long_run(place, &["--routing", "random", "--seed", "7", "--label-dropout", "0"]);
+    let sample = |checkpoint: &str, more: &[&str]| {
+        let args = ["sample", "--checkpoint", checkpoint, "--steps", "2", "--device", "cpu", "--npz", "all.npz"];
+        let output = run(place, &[&args, more].concat());
+        let said = stderr(&output);
+        succeeds(output);
+        (fs::read(place.join("all.npz")).unwrap(), said)
+    };
+    let of_run = sample("run", &[]).0;
+    fs::copy(average(place), place.join("copy.safetensors")).unwrap();
+    let (of_file, said) = sample("copy.safetensors", &[]);
+    assert!(of_file == of_run, "the file alone is another model");
+    assert!(!said.contains("does not say"), "{said}");
+    assert!(sample("copy.safetensors", &["--set", "seed=8"]).0 != of_run, "--set changes nothing");
+
+    write_foreign(place, |_| true);
+    let told = ["num_heads=2", "routing=random", "seed=7", "schedule=cosine", "label_dropout=0"];
+    let (of_foreign, said) = sample("weights.safetensors", &[&["--set"], &told[..]].concat());
+    assert!(of_foreign == of_run, "what --set says is another model");
+    let taken = "weights.safetensors does not say how it was trained: it is taken for num_heads 2, routing random, ";
+    assert!(said.contains(taken), "{said}");
+    // As the published weights.
+    let said = sample("weights.safetensors", &["--set", "num_heads=2"]).1;
+    assert!(said.contains("num_heads 2, routing dense, schedule linear (--set"), "{said}");
+
+    let refused = |checkpoint: &str, more: &[&str], code, says: &[&str]| {
+        fails(run(place, &[&["sample", "--checkpoint", checkpoint, "--steps", "2"], more].concat()), code, says);
+    };
+    refused("weights.safetensors", &[], 1, &["weights.safetensors: does not tell num_heads: give --set num_heads=N"]);
+    refused("weights.safetensors", &["--set", "depth=2"], 2, &["--set gives 'depth', but", "num_heads, routing"]);
+    refused("weights.safetensors", &["--set", "num_heads=5"], 2, &["num_heads 5", "weights in weights.safetensors"]);
+    refused("weights.safetensors", &["--weights", "ema"], 2, &["weights.safetensors is a file: leave it out"]);
+    refused("run", &["--set", "routing=dense"], 2, &["run says itself what its model is: leave it out"]);
+    write_foreign(place, |name| name != "pos_embed");
+    refused("weights.safetensors", &["--set", "num_heads=2"], 1, &["give --set image_size=N"]);
+    let told = [&told[..], &["image_size=8"]].concat();
+    assert!(sample("weights.safetensors", &[&["--set"], &told[..]].concat()).0 == of_run);
+    write_foreign(place, |name| !name.starts_with("x_embedder"));
+    refused("weights.safetensors", &[], 1, &["has no tensor 'x_embedder.proj.weight'"]);
+
+    fs::remove_file(average(place).with_file_name(checkpoint::MODEL)).unwrap();
+    let instead = "sample takes run/checkpoints/0000100/ema.safetensors by itself";
+    refused("run/checkpoints/0000100", &[], 1, &["no model.safetensors", instead]);
+    assert!(sample("run/checkpoints/0000100/ema.safetensors", &[]).0 == of_run);
+}
+
+/// The names of the published models come with their heads.
+#[test]
+fn weights_of_a_published_model_need_no_flag() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let step =
+        ["train", "--model", "DiT-S/8", "--image-size", "8", "--batch-size", "2", "--steps", "1", "--out", "run"];
+    let samples = ["--sample-classes", "1", "--samples-per-class", "1", "--sample-steps", "1"];
+    succeeds(run(place, &[&step[..], &samples].concat()));
+    write_foreign(place, |_| true);
+    let one = ["--num", "1", "--classes", "3", "--steps", "1"];
+    let output = run(place, &[&["sample", "--checkpoint", "weights.safetensors"], &one[..]].concat());
+    assert!(stderr(&output).contains("taken for num_heads 6, routing dense, schedule linear"), "{}", stderr(&output));
+    succeeds(output);
 }
 
 /// Names of what is in `place`.

@@ -17,9 +17,10 @@ use crate::error::{Error, Result};
 use crate::generate::{IMAGES_AT_ONCE, generate_batch, steps};
 use crate::model::dit::Dit;
 use crate::picture::grid_png;
-use crate::train::config::SamplerKind;
+use crate::safetensors_file::SafetensorsFile;
+use crate::train::config::{Assignment, Layer, SamplerKind};
 use crate::train::progress::{Progress, say};
-use crate::train::weights::read_weights;
+use crate::train::weights::{self, read_weights};
 use crate::train::{TrainConfig, checkpoint, samples, setup, trainer};
 
 /// A grid shows at most this many images of a class.
@@ -34,6 +35,10 @@ Examples:
   dtr-fused sample --checkpoint runs/digits-paper-0001
   dtr-fused sample --checkpoint runs/digits-paper-0001 --classes 3,7 --num 40 --cfg 2 --seed 1
   dtr-fused sample --checkpoint runs/digits-paper-0001 --num 50000 --sampler ddpm --steps 250 --npz samples.npz
+  dtr-fused sample --checkpoint DiT-XL-2.safetensors --classes 207,360 --cfg 4 --npz latents.npz
+
+A file of weights tells the sizes of its model. Where it was not written by dtr-fused, routing is taken to be dense and the schedule
+linear, as of the published DiT weights: --set routing=paper schedule=cosine says otherwise, for weights of the DTR paper's code.
 ";
 
 /// Which weights of a checkpoint.
@@ -58,9 +63,12 @@ enum Algorithm {
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct SampleArgs {
-    /// A run's directory (its latest checkpoint), or one of its checkpoints
-    #[arg(long, value_name = "DIR")]
+    /// A run's directory (its latest checkpoint), one of its checkpoints, or a file of weights with the official names
+    #[arg(long, value_name = "DIR|FILE")]
     checkpoint: PathBuf,
+    /// What a file of weights does not tell: routing, beta, alpha, schedule, num_heads, image_size, data_kind, label_dropout, seed
+    #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
+    set: Vec<String>,
     /// Sampling algorithm
     #[arg(long, value_enum, default_value = "ddim")]
     sampler: Algorithm,
@@ -85,9 +93,9 @@ pub(super) struct SampleArgs {
     /// Seed of the noise
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
-    /// Which weights
-    #[arg(long, value_enum, default_value = "ema")]
-    weights: Weights,
+    /// Which weights of a checkpoint [default: ema]
+    #[arg(long, value_enum)]
+    weights: Option<Weights>,
     /// The grid of images: a row for each of the first 64 classes, with 16 images at most
     #[arg(long, default_value = "grid.png", value_name = "FILE")]
     out: PathBuf,
@@ -119,14 +127,7 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
 }
 
 fn sample(args: SampleArgs) -> Result<()> {
-    let place = checkpoint::resolve(&args.checkpoint)?;
-    let Some(directory) = place.checkpoint else {
-        return Err(Error::file(
-            &args.checkpoint,
-            "has no checkpoint yet: wait for the first one, or finish training with dtr-fused train --resume",
-        ));
-    };
-    let mut config = TrainConfig::from_file(&directory.join(checkpoint::CONFIG))?;
+    let Source { mut config, name, weights: file, note: assumed } = source(&args)?;
     config.threads = args.threads;
     config.device = args.device.clone();
     config.validate()?;
@@ -166,15 +167,14 @@ fn sample(args: SampleArgs) -> Result<()> {
     };
     setup::check_sampling_memory(&config, &dit, in_main_memory)?;
     let mut weights = vec![0.0; dit.layout.len()];
-    let name = if args.weights == Weights::Ema { checkpoint::EMA } else { checkpoint::MODEL };
-    read_weights(&directory.join(name), &dit, &mut weights)?;
+    read_weights(&file, &dit, &mut weights)?;
 
     let total = steps(&sampler, labels.len(), args.batch_size) as u64;
     let mut progress = Progress::new("sampling", 0, total);
     let images = format!("{} images", labels.len());
     let mut grid = Grid::new(&labels, &config);
     grid.note(labels.len(), args.npz.is_some(), !args.classes.is_empty()).iter().for_each(|note| progress.say(note));
-    note.iter().for_each(|note| progress.say(note));
+    assumed.iter().chain(&note).for_each(|note| progress.say(note));
     trainer::in_pool(&config, || {
         let mut memory = Memory::on(&compute);
         let uploaded = match &compute {
@@ -203,12 +203,56 @@ fn sample(args: SampleArgs) -> Result<()> {
     // Either file is written even if the other cannot be.
     let archive = npz.map_or(Ok(()), |npz| npz.finish(&labels));
     grid.write(&args.out)?;
-    println!("Samples of {} are in {}", directory.display(), args.out.display());
+    println!("Samples of {} are in {}", name.display(), args.out.display());
     archive?;
     if let Some(path) = &args.npz {
-        println!("{} images of {} are in {}", labels.len(), directory.display(), path.display());
+        println!("{} images of {} are in {}", labels.len(), name.display(), path.display());
     }
     Ok(())
+}
+
+/// Where the weights are, and what model they are.
+struct Source {
+    config: TrainConfig,
+    /// The checkpoint or file, as messages call it.
+    name: PathBuf,
+    weights: PathBuf,
+    /// What was assumed of the model, if anything.
+    note: Option<String>,
+}
+
+/// What `--checkpoint` names.
+fn source(args: &SampleArgs) -> Result<Source> {
+    let path = &args.checkpoint;
+    if path.is_file() {
+        if args.weights.is_some() {
+            let what = format!(
+                "--weights chooses among those of a checkpoint, but {} is a file: leave it out",
+                path.display()
+            );
+            return Err(Error::usage(what));
+        }
+        let assignments = args.set.iter().map(|argument| Assignment::from_argument(argument)).collect::<Result<_>>()?;
+        let set = Layer { origin: "--set".into(), assignments };
+        let (config, note) = weights::config_of(&SafetensorsFile::open(path)?, &set)?;
+        return Ok(Source { config, name: path.clone(), weights: path.clone(), note });
+    }
+    if !args.set.is_empty() {
+        let what = format!(
+            "--set is for a file of weights, but {} says itself what its model is: leave it out",
+            path.display()
+        );
+        return Err(Error::usage(what));
+    }
+    let Some(name) = checkpoint::resolve(path)?.checkpoint else {
+        return Err(Error::file(
+            path,
+            "has no checkpoint yet: wait for the first one, or finish training with dtr-fused train --resume",
+        ));
+    };
+    let config = TrainConfig::from_file(&name.join(checkpoint::CONFIG))?;
+    let weights = name.join(if args.weights == Some(Weights::Model) { checkpoint::MODEL } else { checkpoint::EMA });
+    Ok(Source { config, name, weights, note: None })
 }
 
 /// Refuses files that cannot both be written.

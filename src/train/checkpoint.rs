@@ -278,7 +278,10 @@ pub fn resolve(path: &Path) -> Result<Location> {
     // Its config.toml does not make it a run.
     let is_step = path.file_name().and_then(|name| step_of(name.to_str()?)).is_some();
     if run.is_some() && is_step || [EMA, OPTIMIZER].iter().any(|name| path.join(name).exists()) {
-        return Err(Error::file(path, format!("is no whole checkpoint, as it has no {MODEL}: give another one")));
+        let what = format!("is no whole checkpoint, as it has no {MODEL}: give another one");
+        let ema = path.join(EMA);
+        let alone = if ema.exists() { format!(" (sample takes {} by itself)", ema.display()) } else { String::new() };
+        return Err(Error::file(path, what + &alone));
     }
     let checkpoint = latest(path)?.map(|(_, checkpoint)| checkpoint);
     if checkpoint.is_none() && !path.join(CONFIG).exists() {

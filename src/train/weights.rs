@@ -1,11 +1,13 @@
-//! Files of weights: what ours say of the model beside its tensors, and those that a run starts from.
+//! Files of weights: what ours say of the model beside its tensors, those that a run starts from, and the model that a file alone
+//! tells of.
 
 use std::path::Path;
 
 use super::checkpoint::{self, Metadata};
-use super::config::TrainConfig;
+use super::config::{Assignment, Layer, TrainConfig};
 use super::learner::Learner;
 use crate::error::{Error, Result};
+use crate::model::config::ModelConfig;
 use crate::model::dit::Dit;
 use crate::routing::Routing;
 use crate::safetensors_file::SafetensorsFile;
@@ -19,6 +21,9 @@ const POSITIONS_DIFFER: f32 = 0.01;
 /// Knobs that no shape of a tensor shows, though with another value the same weights are another model.
 const UNSEEN: [&str; 6] = ["num_heads", "routing", "beta", "alpha", "seed", "schedule"];
 
+/// Knobs that only sampling asks for.
+const OF_SAMPLES: [&str; 2] = ["data_kind", "label_dropout"];
+
 /// What a file of weights says of the model.
 pub(super) fn metadata(config: &TrainConfig) -> Metadata {
     let used = |knob: &&str| match *knob {
@@ -26,7 +31,19 @@ pub(super) fn metadata(config: &TrainConfig) -> Metadata {
         "seed" => config.routing == Routing::Random,
         _ => true,
     };
-    UNSEEN.into_iter().filter(used).map(|knob| (knob.to_string(), text_of(config, knob))).collect()
+    let knobs = UNSEEN.into_iter().filter(used).chain(OF_SAMPLES);
+    knobs.map(|knob| (knob.to_string(), text_of(config, knob))).collect()
+}
+
+/// Whether a file of this program wrote this: others may have a seed there, or a schedule of something else.
+fn is_ours(metadata: &Metadata) -> bool {
+    ["num_heads", "routing", "schedule"].iter().all(|knob| metadata.contains_key(*knob))
+}
+
+/// What of `metadata` tells a model from another of the same shapes, as a sentence lists it.
+fn told(metadata: &Metadata) -> String {
+    let told = UNSEEN.iter().filter_map(|knob| Some(format!("{knob} {}", metadata.get(*knob)?)));
+    told.collect::<Vec<_>>().join(", ")
 }
 
 fn text_of(config: &TrainConfig, knob: &str) -> String {
@@ -68,12 +85,7 @@ fn differences(config: &TrainConfig, dit: &Dit, file: &SafetensorsFile) -> Resul
     {
         notes += &format!(", which were trained on images of {tokens} tokens; these have {}", dit.config.tokens());
     }
-    let told = |metadata: &Metadata| {
-        let told = UNSEEN.iter().filter_map(|knob| Some(format!("{knob} {}", metadata.get(*knob)?)));
-        told.collect::<Vec<_>>().join(", ")
-    };
-    // Others may have a seed there, or a schedule of something else.
-    if !["num_heads", "routing", "schedule"].iter().all(|knob| was.contains_key(*knob)) {
+    if !is_ours(was) {
         notes += &format!(
             "; they do not say how they were trained, and go on with {} (published DiT weights: routing dense, schedule linear)",
             told(&is)
@@ -83,6 +95,89 @@ fn differences(config: &TrainConfig, dit: &Dit, file: &SafetensorsFile) -> Resul
             &format!("; they were trained with {}, and go on with {}: another model at first", told(was), told(&is));
     }
     Ok(notes)
+}
+
+/// The configuration of the model whose weights are in `file`, with the keys of `set` over what the file tells, and a sentence on what
+/// was assumed.
+///
+/// Sizes are those of the tensors. The rest is written in files of this program; of others it is that of the published DiT weights
+/// (dense, linear schedule, their heads).
+///
+/// # Errors
+/// When the tensors are not those of a DiT, the number of heads or the size of the images is told by neither, or `set` gives what
+/// the tensors tell.
+pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Option<String>)> {
+    let settable = || UNSEEN.into_iter().chain(OF_SAMPLES).chain(["image_size"]);
+    if let Some(given) = set.assignments.iter().find(|given| settable().all(|key| given.key != key)) {
+        let keys: Vec<&str> = settable().collect();
+        return Err(Error::usage(format!(
+            "{} gives '{}', but for a file of weights it takes {}",
+            set.origin,
+            given.key,
+            keys.join(", ")
+        )));
+    }
+    let mut told_by_file = shapes_of(file)?;
+    let mut tell = |key: &str, text: &str| told_by_file.push(Assignment { key: key.into(), text: text.into() });
+    let (ours, metadata) = (is_ours(file.metadata()), file.metadata());
+    if ours {
+        let knobs = UNSEEN.into_iter().chain(OF_SAMPLES);
+        knobs.filter_map(|knob| Some((knob, metadata.get(knob)?))).for_each(|(knob, text)| tell(knob, text));
+    } else {
+        tell("routing", "dense");
+        tell("schedule", "linear");
+    }
+    let layers = [Layer { origin: file.path().display().to_string(), assignments: told_by_file }, set.clone()];
+    let told = |key| layers.iter().any(|layer| layer.last(key).is_some_and(|text| text != "0"));
+    let must_be_told = [("num_heads", told("num_heads") || told("model")), ("image_size", told("image_size"))];
+    if let Some((key, _)) = must_be_told.iter().find(|(_, told)| !told) {
+        return Err(Error::file(file.path(), format!("does not tell {key}: give --set {key}=N")));
+    }
+    let config = TrainConfig::from_layers(&layers).map_err(|error| match error {
+        Error::Usage(what) => Error::usage(format!("{what}, for the weights in {}", file.path().display())),
+        other => other,
+    })?;
+    let note = (!ours).then(|| {
+        format!(
+            "{} does not say how it was trained: it is taken for {} (--set KEY=VALUE says otherwise)",
+            file.path().display(),
+            self::told(&self::metadata(&config))
+        )
+    });
+    Ok((config, note))
+}
+
+/// The knobs that the shapes of the tensors tell.
+fn shapes_of(file: &SafetensorsFile) -> Result<Vec<Assignment>> {
+    fn shape<const RANK: usize>(file: &SafetensorsFile, name: &str) -> Result<[usize; RANK]> {
+        let shape = file.tensor(name)?.shape;
+        let fits = <[usize; RANK]>::try_from(shape).ok().filter(|shape| !shape.contains(&0));
+        fits.ok_or_else(|| Error::file(file.path(), format!("tensor '{name}' has shape {shape:?}, as in no DiT")))
+    }
+    let [hidden, channels, patch, _] = shape(file, "x_embedder.proj.weight")?;
+    let [rows, _] = shape(file, "y_embedder.embedding_table.weight")?;
+    let [mlp, _] = shape(file, "blocks.0.mlp.fc1.weight")?;
+    let depth = (0..).take_while(|block| file.get(&format!("blocks.{block}.mlp.fc1.weight")).is_some()).count();
+    // A size of the MLP that is no simple multiple must survive the way back from its share.
+    let share = mlp as f64 / hidden as f64;
+    let share = if (hidden as f64 * share) as usize == mlp { share } else { (mlp as f64 + 0.5) / hidden as f64 };
+    let mut knobs = vec![
+        ("hidden_size", hidden.to_string()),
+        ("depth", depth.to_string()),
+        ("patch_size", patch.to_string()),
+        ("mlp_ratio", share.to_string()),
+        ("in_channels", channels.to_string()),
+        ("num_classes", (rows - 1).to_string()),
+    ];
+    let published = ["S", "B", "L", "XL"].map(|size| format!("DiT-{size}/{patch}")).into_iter();
+    let same = |of: ModelConfig| of.hidden_size == hidden && of.depth == depth;
+    // Its name brings its heads.
+    knobs
+        .extend(published.map(|name| ("model", name)).find(|(_, name)| ModelConfig::published(name).is_some_and(same)));
+    if let Some(&[_, tokens, _]) = file.get(POSITIONS).map(|tensor| tensor.shape) {
+        knobs.push(("image_size", tokens.isqrt().saturating_mul(patch).to_string()));
+    }
+    Ok(knobs.into_iter().map(|(key, text)| Assignment { key: key.into(), text }).collect())
 }
 
 /// Reads `model.safetensors` or `ema.safetensors` of a checkpoint, or weights from elsewhere with the same names, into `buffer`.
