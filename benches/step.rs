@@ -39,7 +39,6 @@ fn bench_step(c: &mut Criterion) {
                 eps: 1e-8,
                 weight_decay: 0.0,
                 ema_decay: 0.9999,
-                number: 0,
                 grad_scale: 1.0,
             };
             learner.update(update, 0.0);

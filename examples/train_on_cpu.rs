@@ -58,7 +58,6 @@ pub fn train(place: &Path) -> dtr_fused::Result<(f64, Vec<f32>)> {
             eps: 1e-8,
             weight_decay: 0.0,
             ema_decay: 0.99,
-            number: 0,                         // set by the learner
             grad_scale: (1.0 / norm).min(1.0), // clips to a norm of 1
         };
         learner.update(update, 0.0);

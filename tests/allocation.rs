@@ -101,16 +101,8 @@ fn step(learner: &mut Learner, losses: &mut Losses) {
         let norm = learner.gradient_norm();
         assert!(norm.is_finite() && norm > 0.0);
     }
-    let update = Update {
-        lr: 1e-3,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.01,
-        ema_decay: 0.99,
-        number: 1,
-        grad_scale: 1.0,
-    };
+    let update =
+        Update { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, ema_decay: 0.99, grad_scale: 1.0 };
     learner.update(update, 0.0);
 }
 

@@ -99,7 +99,9 @@ fn step(device: &Arc<Device>, file: &Path, model: ModelConfig, t: &[u32]) -> Vec
     counted(file, || {
         let mut losses = Losses::default();
         let how = How { drawn: None, add: false, updates: false };
-        state.step(&dit, &schedule, LossWeight::Constant, &mut memory, batch, how, None, &mut losses).unwrap();
+        state.stage(&dit, &mut memory, batch, how).unwrap();
+        state.launch(&dit, &schedule, LossWeight::Constant, &mut memory, batch, how, None).unwrap();
+        state.collect(&mut losses).unwrap();
         assert!(losses.loss.iter().all(|loss| loss.is_finite()));
     })
 }

@@ -186,7 +186,9 @@ fn a_training_pass_has_the_loss_of_the_reference() {
             };
             let how = How { drawn: None, add: false, updates: false };
             let mut losses = Losses::default();
-            state.step(&dit, &batch.schedule, WEIGHT, &mut memory, samples, how, None, &mut losses).unwrap();
+            state.stage(&dit, &mut memory, samples, how).unwrap();
+            state.launch(&dit, &batch.schedule, WEIGHT, &mut memory, samples, how, None).unwrap();
+            state.collect(&mut losses).unwrap();
             expected.check_losses(&label, [&losses.mse, &losses.vb, &losses.loss]);
 
             let label = format!("{label}, t {t}");

@@ -9,8 +9,8 @@ use dtr_fused::backend::cuda::{Arg, DType, Device, Launch};
 use dtr_fused::model::dit::Dit;
 use dtr_fused::rng::{Philox, Stream};
 use dtr_fused::safetensors_file::SafetensorsFile;
-use dtr_fused::train::device::{DeviceState, DrawnNoise, How};
-use dtr_fused::train::learner::Batch;
+use dtr_fused::train::device::{DeviceState, DeviceUpdate, DrawnNoise, How};
+use dtr_fused::train::learner::{Batch, Learner, Losses};
 use dtr_fused::train::optimizer::{Update, adamw};
 use dtr_fused::train::timing::time_steps;
 use dtr_fused::train::{TrainConfig, checkpoint, metrics, setup, trainer};
@@ -280,6 +280,46 @@ fn steps_can_be_timed() {
     assert!(times.kernels.is_sorted_by(|a, b| a.seconds >= b.seconds), "{:?}", times.kernels);
 }
 
+/// A loop of one's own over a learner, as examples/train_on_cpu.rs has on the CPU.
+#[test]
+fn a_learner_on_a_device_makes_the_updates_of_one_on_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(&folder.path().join("run"), &[]);
+    (config.image_size, config.in_channels, config.num_classes) = (8, 1, 10);
+    let mut cpu = setup::learner(&config).unwrap();
+    let (device, dit) = (Arc::new(device()), Dit::new(config.model_config()).unwrap());
+    let start = |dit: &Dit| dit.init(config.seed, config.init);
+    let mut learner = setup::learner_on_device(&config, dit, &device, DType::F32, start).unwrap();
+    let (x_start, noise) = (common::numbers(1, 2 * 64), common::numbers(2, 2 * 64));
+    let batch = Batch { x_start: &x_start, noise: &noise, t: &[3, 700], labels: &[1, 10], coefficients: &[0.5, 0.5] };
+    let mut losses = Losses::default();
+    let how = How { drawn: None, add: false, updates: true };
+    for step in 0..3 {
+        let update = config.update_at(step, step);
+        let update_on_device = DeviceUpdate { update, clip: 0.0 };
+        learner.stage(batch, how).unwrap();
+        let error = learner.launch(batch, how, None).unwrap_err().to_string();
+        assert!(error.contains("how.updates is true, but none is given"), "{error}");
+        learner.launch(batch, how, Some(update_on_device)).unwrap();
+        assert!(learner.collect(&mut losses).unwrap().unwrap().updated);
+        learner.updated_on_device(update, 0.0);
+        let error = learner.launch(batch, how, Some(update_on_device)).unwrap_err().to_string();
+        assert!(error.contains("was not staged"), "{error}");
+        cpu.gradients(batch, false, &mut losses).unwrap();
+        cpu.update(update, 0.0);
+    }
+    learner.fetch().unwrap();
+    assert_eq!((learner.updates, cpu.updates), (3, 3));
+    let moved = |learner: &Learner| {
+        learner.weights.iter().zip(start(&learner.dit).iter()).map(|(w, s)| w - s).collect::<Vec<_>>()
+    };
+    let (found, expected) = (moved(&learner), moved(&cpu));
+    let norm = |x: &[f32]| x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    let apart: Vec<f32> = found.iter().zip(&expected).map(|(a, b)| a - b).collect();
+    // Adam's steps are alike where gradients are not near zero.
+    assert!(norm(&expected) > 0.0 && norm(&apart) <= 0.02 * norm(&expected), "{} of {}", norm(&apart), norm(&expected));
+}
+
 #[test]
 fn a_device_starts_with_what_the_cpu_does() {
     let folder = tempfile::tempdir().unwrap();
@@ -346,17 +386,9 @@ fn adamw_has_the_bits_of_the_cpu() {
     host[3].iter_mut().for_each(|v| *v = v.abs());
     let [weights, ema, m, v, grads] = [0, 1, 2, 3, 4].map(|i| device.upload(&host[i], DType::F32).unwrap());
     let rounded = device.alloc(n, DType::Bf16).unwrap();
-    let update = Update {
-        lr: 1e-2,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.1,
-        ema_decay: 0.95,
-        number: 3,
-        grad_scale: 0.5,
-    };
-    let factors: Vec<f32> = update.factors().into_iter().chain([0.0]).collect();
+    let update =
+        Update { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, ema_decay: 0.95, grad_scale: 0.5 };
+    let factors: Vec<f32> = update.factors(3).into_iter().chain([0.0]).collect();
     let factors = device.upload(&factors, DType::F32).unwrap();
     for (skip, name) in [(1.0, "left out"), (0.0, "made")] {
         let decision = device.upload(&[1.0, 0.5, skip], DType::F64).unwrap();
@@ -374,7 +406,7 @@ fn adamw_has_the_bits_of_the_cpu() {
         device.launch(&launch, &args).unwrap();
         if skip == 0.0 {
             let [w, e, m, v, g] = &mut host[..] else { unreachable!("five buffers") };
-            adamw(w, e, m, v, g, update);
+            adamw(w, e, m, v, g, 3, update);
             let bf16: Vec<f32> = host[0].iter().map(|&w| half::bf16::from_f32(w).to_f32()).collect();
             assert!(same_bits(&device.download(rounded.buffer()).unwrap(), &bf16));
         }

@@ -17,7 +17,6 @@ use crate::model::flops::forward_flops;
 use crate::model::parts::{largest_part, parts};
 use crate::rng::{Philox, Stream};
 use crate::train::learner::{Batch, Learner, Losses};
-use crate::train::optimizer::Update;
 use crate::train::progress::say;
 use crate::train::{TrainConfig, setup, trainer};
 
@@ -178,16 +177,7 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
     let mut coefficients = vec![0.0; b];
     learner.coefficients(&mut coefficients);
     let batch = Batch { x_start: &x_start, noise: &noise, t: &t, labels: &labels, coefficients: &coefficients };
-    let update = Update {
-        lr: config.lr,
-        beta1: config.adam_beta1,
-        beta2: config.adam_beta2,
-        eps: config.adam_eps,
-        weight_decay: config.weight_decay,
-        ema_decay: config.ema_decay,
-        number: 0,
-        grad_scale: 1.0,
-    };
+    let update = config.update_at(0, 0);
     // Parts of a step as training computes them.
     let part = b / config.grad_accumulation;
     let (mut found, mut losses) = (Losses::default(), vec![0.0; b]);

@@ -61,8 +61,8 @@ fn train(file: &Archive, network: &mut Network, initial: &[f32], report: &mut Re
         losses.push(evaluate(network, &batch, objective)?.total);
         let number = step as u64 + 1;
         let (beta1, beta2, eps, grad_scale) = (0.9, 0.999, 1e-8, 1.0);
-        let update = Update { lr, beta1, beta2, eps, weight_decay, ema_decay, number, grad_scale };
-        adamw(&mut network.weights, &mut ema, &mut first, &mut second, &network.grads, update);
+        let update = Update { lr, beta1, beta2, eps, weight_decay, ema_decay, grad_scale };
+        adamw(&mut network.weights, &mut ema, &mut first, &mut second, &network.grads, number, update);
     }
     // Share of the weights' way that the average has followed.
     let followed = 1.0 - ema_decay.powf(steps as f64);

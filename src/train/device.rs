@@ -203,10 +203,15 @@ impl DeviceState {
         Ok(())
     }
 
-    /// Starts the pass that was staged last, over the same `batch`, and returns before it is done.
+    /// Starts the pass that was staged last, over the same `batch`, and returns before it is done. The number of an update counts from 1:
+    /// it corrects the bias of the moments.
     ///
     /// # Errors
-    /// When coefficients are missing, a timestep is out of range, nothing was staged, or the device fails.
+    /// When coefficients are missing, a timestep is out of range, nothing was staged, an update is missing or not expected, or the
+    /// device fails.
+    ///
+    /// # Panics
+    /// When the number of the update is 0.
     #[expect(clippy::too_many_arguments, reason = "what, how, and of which model")]
     pub fn launch(
         &mut self,
@@ -216,10 +221,14 @@ impl DeviceState {
         memory: &mut Memory,
         batch: Batch,
         how: How,
-        update: Option<DeviceUpdate>,
+        update: Option<(DeviceUpdate, u64)>,
     ) -> Result<()> {
         let refused = |what| Err(Error::Shape { operation: "training step", what });
-        let (Some(places), true) = (self.staged.take(), how.updates == update.is_some()) else {
+        if how.updates != update.is_some() {
+            let given = if update.is_some() { "an update" } else { "none" };
+            return refused(format!("how.updates is {}, but {given} is given", how.updates));
+        }
+        let Some(places) = self.staged.take() else {
             return refused("a pass is launched that was not staged".into());
         };
         if batch.coefficients.len() != batch.t.len() {
@@ -229,8 +238,9 @@ impl DeviceState {
             return refused(format!("timestep {t} is outside the noise schedule of {} steps", schedule.len()));
         }
         let steps = steps(schedule, loss_weight, batch);
-        let factors: Vec<f32> =
-            update.iter().flat_map(|u| u.update.factors().into_iter().chain([u.clip as f32])).collect();
+        let factors_of =
+            |(how, number): (DeviceUpdate, u64)| how.update.factors(number).into_iter().chain([how.clip as f32]);
+        let factors: Vec<f32> = update.into_iter().flat_map(factors_of).collect();
         let mut late = vec![(places.steps, bytemuck::cast_slice(&steps))];
         late.extend(places.update.map(|(factors_at, _)| (factors_at, bytemuck::cast_slice(&factors))));
         let mut results = vec![places.losses];
@@ -282,27 +292,6 @@ impl DeviceState {
             self.mail.push_back(mail);
         }
         Ok(decision)
-    }
-
-    /// A pass over `batch` from its first kernel to its results: staged, launched and collected.
-    ///
-    /// # Errors
-    /// As those three.
-    #[expect(clippy::too_many_arguments, reason = "what, how, and of which model")]
-    pub fn step(
-        &mut self,
-        dit: &Dit,
-        schedule: &Schedule,
-        loss_weight: LossWeight,
-        memory: &mut Memory,
-        batch: Batch,
-        how: How,
-        update: Option<DeviceUpdate>,
-        found: &mut Losses,
-    ) -> Result<Option<Decision>> {
-        self.stage(dit, memory, batch, how)?;
-        self.launch(dit, schedule, loss_weight, memory, batch, how, update)?;
-        self.collect(found)
     }
 
     /// What the kernels of a pass do.

@@ -247,8 +247,9 @@ impl Learner {
     /// # Errors
     /// As [`DeviceState::launch`], and on a learner that is not on a device.
     pub fn launch(&mut self, batch: Batch, how: How, update: Option<DeviceUpdate>) -> Result<()> {
-        let Learner { dit, schedule, loss_weight, memory, on_device, .. } = self;
+        let Learner { dit, schedule, loss_weight, memory, on_device, updates, .. } = self;
         let state = on_device.as_mut().ok_or_else(not_on_device)?;
+        let update = update.map(|update| (update, *updates + 1));
         state.launch(dit, schedule, *loss_weight, memory, batch, how, update)
     }
 
@@ -284,7 +285,7 @@ impl Learner {
 
     fn compute(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
         if self.on_device.is_some() {
-            return Err(Error::Stopped("this learner is on a CUDA device: stage and launch its batches".into()));
+            return Err(Error::usage("this learner is on a CUDA device: stage and launch its batches"));
         }
         // Before any part adds to the gradients.
         batch.check(&self.dit, &self.schedule)?;
@@ -358,8 +359,7 @@ impl Learner {
         optimizer::norm(&self.grads, self.memory.squares_mut(), &mut self.norm_parts)
     }
 
-    /// One update of the weights and their moving average. `update.number` is set here; `uncertainty_lr` is the learning
-    /// rate of the log-variances.
+    /// One update of the weights and their moving average. `uncertainty_lr` is the learning rate of the log-variances.
     ///
     /// # Panics
     /// On a device, which has the gradients: there an update is part of [`Learner::launch`].
@@ -369,29 +369,28 @@ impl Learner {
             "the gradients of this learner are on a CUDA device, which makes its updates"
         );
         self.updates += 1;
-        let update = Update { number: self.updates, ..update };
-        let Learner { weights, ema, m, v, grads, .. } = self;
-        optimizer::adamw(weights, ema, m, v, grads, update);
+        let Learner { weights, ema, m, v, grads, updates, .. } = self;
+        optimizer::adamw(weights, ema, m, v, grads, *updates, update);
         self.update_uncertainty(update, uncertainty_lr);
     }
 
     /// What is left of an update that the device made: its number and the log-variances.
     pub fn updated_on_device(&mut self, update: Update, uncertainty_lr: f64) {
         self.updates += 1;
-        self.update_uncertainty(Update { number: self.updates, ..update }, uncertainty_lr);
+        self.update_uncertainty(update, uncertainty_lr);
     }
 
     fn update_uncertainty(&mut self, update: Update, uncertainty_lr: f64) {
         if let Some(Uncertainty { log_variances, m, v, gradient }) = &mut self.uncertainty {
             let update = Update { lr: uncertainty_lr, weight_decay: 0.0, grad_scale: 1.0, ..update };
             // Nobody asks for their moving average.
-            optimizer::adamw(log_variances, &mut [0.0; CLUSTERS], m, v, gradient, update);
+            optimizer::adamw(log_variances, &mut [0.0; CLUSTERS], m, v, gradient, self.updates, update);
         }
     }
 }
 
 fn not_on_device() -> Error {
-    Error::Stopped("this learner is not on a CUDA device".into())
+    Error::usage("this learner is not on a CUDA device: compute its gradients with Learner::gradients")
 }
 
 #[cfg(test)]

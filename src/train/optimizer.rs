@@ -28,8 +28,6 @@ pub struct Update {
     pub weight_decay: f64,
     /// Decay of the moving average.
     pub ema_decay: f64,
-    /// Number of this update, from 1 on: corrects the bias of the moments.
-    pub number: u64,
     /// Factor of the gradient (clipping); 1 for none.
     pub grad_scale: f64,
 }
@@ -53,8 +51,9 @@ impl Update {
     /// Number of [`Update::factors`].
     pub const FACTORS: usize = 9;
 
-    fn as_factors(&self) -> Factors {
-        let exponent = self.number.min(i32::MAX as u64) as i32;
+    fn as_factors(&self, number: u64) -> Factors {
+        assert!(number > 0, "updates are numbered from 1 on");
+        let exponent = number.min(i32::MAX as u64) as i32;
         Factors {
             beta1: self.beta1 as f32,
             beta2: self.beta2 as f32,
@@ -69,9 +68,12 @@ impl Update {
         }
     }
 
-    /// The factors that `kernels/adamw.cu` multiplies by, in its order, but for clipping.
-    pub fn factors(&self) -> [f32; Self::FACTORS] {
-        let f = self.as_factors();
+    /// The factors that `kernels/adamw.cu` multiplies by in update `number`, in its order, but for clipping.
+    ///
+    /// # Panics
+    /// When `number` is 0.
+    pub fn factors(&self, number: u64) -> [f32; Self::FACTORS] {
+        let f = self.as_factors(number);
         [
             f.beta1,
             f.beta2,
@@ -86,21 +88,23 @@ impl Update {
     }
 }
 
-/// One step of AdamW on `weights`, and then of their moving average, all `[P]` with the layout of the model.
+/// One step of AdamW on `weights`, and then of their moving average, all `[P]` with the layout of the model. The first update has
+/// `number` 1: it corrects the bias of the moments.
 ///
 /// # Panics
-/// When one of them is longer or shorter than another.
+/// When `number` is 0, or one of them is longer or shorter than another.
 pub fn adamw(
     weights: &mut [f32],
     ema: &mut [f32],
     first_moment: &mut [f32],
     second_moment: &mut [f32],
     grads: &[f32],
+    number: u64,
     u: Update,
 ) {
     let lens = [ema.len(), first_moment.len(), second_moment.len(), grads.len()];
     assert_eq!(lens, [weights.len(); 4], "average, moments and gradients have the layout of the weights");
-    let factors = u.as_factors();
+    let factors = u.as_factors(number);
     let _span = span("adamw", Pass::Update, [weights.len(), 1], 0, 9 * weights.len());
     weights
         .par_chunks_mut(BLOCK)
@@ -183,24 +187,16 @@ pub fn norm(grads: &[f32], known: &mut [(Param, f64)], rest: &mut Vec<(Range<usi
 mod tests {
     use super::*;
 
-    const UPDATE: Update = Update {
-        lr: 1e-2,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.1,
-        ema_decay: 0.95,
-        number: 1,
-        grad_scale: 0.7,
-    };
+    const UPDATE: Update =
+        Update { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, ema_decay: 0.95, grad_scale: 0.7 };
 
     /// The loop of the AdamW paper (algorithm 2) in f64.
-    fn reference(w: &mut f64, e: &mut f64, m: &mut f64, v: &mut f64, g: f64, u: Update) {
+    fn reference(w: &mut f64, e: &mut f64, m: &mut f64, v: &mut f64, g: f64, number: i32, u: Update) {
         let g = g * u.grad_scale;
         *m = u.beta1 * *m + (1.0 - u.beta1) * g;
         *v = u.beta2 * *v + (1.0 - u.beta2) * g * g;
-        let m_hat = *m / (1.0 - u.beta1.powi(u.number as i32));
-        let v_hat = *v / (1.0 - u.beta2.powi(u.number as i32));
+        let m_hat = *m / (1.0 - u.beta1.powi(number));
+        let v_hat = *v / (1.0 - u.beta2.powi(number));
         *w -= u.lr * u.weight_decay * *w + u.lr * m_hat / (v_hat.sqrt() + u.eps);
         *e = u.ema_decay * *e + (1.0 - u.ema_decay) * *w;
     }
@@ -213,11 +209,10 @@ mod tests {
         let mut truth: Vec<[f64; 4]> = start.iter().map(|&w| [f64::from(w), f64::from(w), 0.0, 0.0]).collect();
         for number in 1..=5 {
             let grads: Vec<f32> = (0..n).map(|i| ((i as u64 * 97 + number * 13) % 89) as f32 / 40.0 - 1.1).collect();
-            let u = Update { number, ..UPDATE };
             let [w, e, m, v] = &mut fast;
-            adamw(w, e, m, v, &grads, u);
+            adamw(w, e, m, v, &grads, number, UPDATE);
             for ([w, e, m, v], &g) in truth.iter_mut().zip(&grads) {
-                reference(w, e, m, v, f64::from(g), u);
+                reference(w, e, m, v, f64::from(g), number as i32, UPDATE);
             }
         }
         for i in 0..n {
@@ -232,8 +227,8 @@ mod tests {
     fn the_average_of_constant_weights_is_the_weights() {
         let (mut w, mut e, mut m, mut v) = ([1.0f32], [1.0f32], [0.0f32], [0.0f32]);
         for number in 1..=20_000 {
-            let u = Update { lr: 0.0, ema_decay: 0.9999, number, ..UPDATE };
-            adamw(&mut w, &mut e, &mut m, &mut v, &[0.0], u);
+            let u = Update { lr: 0.0, ema_decay: 0.9999, ..UPDATE };
+            adamw(&mut w, &mut e, &mut m, &mut v, &[0.0], number, u);
         }
         assert_eq!(e[0], 1.0, "the average drifts away from weights that do not move");
     }
@@ -260,7 +255,7 @@ mod tests {
             let mut buffers: [Vec<f32>; 4] = std::array::from_fn(|i| vec![0.0; if i == short { BLOCK } else { n }]);
             let [e, m, v, g] = &mut buffers;
             let updated = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                adamw(&mut vec![1.0; n], e, m, v, g, UPDATE);
+                adamw(&mut vec![1.0; n], e, m, v, g, 1, UPDATE);
             }));
             assert!(updated.is_err(), "buffer {short} is too short");
         }

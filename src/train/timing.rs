@@ -3,7 +3,6 @@
 use super::config::TrainConfig;
 use super::device::{DeviceUpdate, DrawnNoise, How};
 use super::learner::{Batch, Learner, Losses};
-use super::optimizer::Update;
 use super::setup;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::clock::KernelTime;
@@ -62,17 +61,7 @@ pub fn time_steps(
     let coefficients = vec![1.0 / config.batch_size as f64; b];
     let samples: Vec<u32> = (0..b as u32).collect();
     let batch = Batch { x_start: &x_start, noise: &[], t: &t, labels: &labels, coefficients: &coefficients };
-    let update = Update {
-        lr: config.lr,
-        beta1: config.adam_beta1,
-        beta2: config.adam_beta2,
-        eps: config.adam_eps,
-        weight_decay: config.weight_decay,
-        ema_decay: config.ema_decay,
-        number: 1,
-        grad_scale: 1.0,
-    };
-    let update = DeviceUpdate { update, clip: config.grad_clip };
+    let update = DeviceUpdate { update: config.update_at(0, 0), clip: config.grad_clip };
     let parts = config.grad_accumulation;
     let how = |step: u64, part: usize| How {
         drawn: Some(DrawnNoise { seed: config.seed, step, samples: &samples }),

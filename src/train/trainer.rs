@@ -266,16 +266,7 @@ impl<'a> Trainer<'a> {
     fn train_step(&mut self) -> Result<()> {
         let config = self.config;
         let on_device = self.learner.on_device.is_some();
-        let update = Update {
-            lr: config.lr_at(self.step),
-            beta1: config.adam_beta1,
-            beta2: config.adam_beta2,
-            eps: config.adam_eps,
-            weight_decay: config.weight_decay,
-            ema_decay: config.ema_decay_at(self.learner.updates),
-            number: self.learner.updates + 1,
-            grad_scale: 1.0,
-        };
+        let update = config.update_at(self.step, self.learner.updates);
         self.learner.coefficients(&mut self.coefficients);
         let parts = config.grad_accumulation;
         for index in 0..parts {

@@ -10,6 +10,7 @@ mod value;
 pub use source::{Assignment, Layer};
 pub use value::{DataKind, Decay, Precision, SamplerKind};
 
+use super::optimizer::Update;
 use crate::diffusion::{LossWeight, ScheduleKind};
 use crate::error::Result;
 use crate::model::config::ModelConfig;
@@ -357,6 +358,19 @@ impl TrainConfig {
                 let wave = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
                 self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * wave)
             }
+        }
+    }
+
+    /// The update of step `step` (the first is 0), after `n` updates before it; they are fewer where steps were skipped.
+    pub fn update_at(&self, step: u64, n: u64) -> Update {
+        Update {
+            lr: self.lr_at(step),
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            eps: self.adam_eps,
+            weight_decay: self.weight_decay,
+            ema_decay: self.ema_decay_at(n),
+            grad_scale: 1.0,
         }
     }
 

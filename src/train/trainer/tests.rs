@@ -78,11 +78,10 @@ fn gradients_are_clipped_to_the_norm_that_is_asked_for() {
             eps: config.adam_eps,
             weight_decay: config.weight_decay,
             ema_decay: config.ema_decay_at(0),
-            number: 1,
             grad_scale,
         };
         let Learner { weights, ema, m, v, .. } = &mut start;
-        adamw(weights, ema, m, v, found.grads(), update);
+        adamw(weights, ema, m, v, found.grads(), 1, update);
         let pairs = [(&found.weights, weights), (&found.ema, ema), (&found.m, m), (&found.v, v)];
         for ((found, expected), name) in pairs.into_iter().zip(["weights", "average", "m", "v"]) {
             assert!(**found == **expected, "{name} are others when a norm of {norm} is clipped to {clip}");
@@ -126,11 +125,10 @@ fn only_steps_that_are_made_count() {
                 eps: config.adam_eps,
                 weight_decay: config.weight_decay,
                 ema_decay: config.ema_decay_at(updates),
-                number: updates + 1,
                 grad_scale: 1.0,
             };
             let [weights, ema, m, v] = &mut expected;
-            adamw(weights, ema, m, v, trainer.learner.grads(), update);
+            adamw(weights, ema, m, v, trainer.learner.grads(), updates + 1, update);
         }
         assert!(state(&trainer.learner) == expected, "step {step}, {skipped} were left out");
         assert_eq!((trainer.meter.skipped(), trainer.nonfinite_in_a_row), (skipped, in_a_row), "step {step}");
