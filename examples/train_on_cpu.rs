@@ -5,7 +5,7 @@ use std::path::Path;
 
 use dtr_fused::autograd::Memory;
 use dtr_fused::diffusion::{LossWeight, Method, Sampler, Schedule, ScheduleKind, sampling_timesteps};
-use dtr_fused::generate::generate;
+use dtr_fused::generate::Generator;
 use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::{Dit, Init};
 use dtr_fused::rng::{Philox, Stream};
@@ -75,8 +75,8 @@ pub fn train(place: &Path) -> dtr_fused::Result<(f64, Vec<f32>)> {
 
     let few = learner.schedule.respaced(&sampling_timesteps(TASKS, "25")?)?;
     let sampler = Sampler::new(few, Method::Ddim { eta: 0.0 }, true, Some(2.0))?; // guided
-    let (dit, averaged) = (&learner.dit, (&learner.ema).into());
-    let images = generate(dit, averaged, &mut Memory::new(), &sampler, &[0, 0, 1, 1], 7, 4, |_| Ok(()))?;
+    let generator = Generator { dit: &learner.dit, weights: (&learner.ema).into(), sampler: &sampler, seed: 7 };
+    let images = generator.images(&mut Memory::new(), &[0, 0, 1, 1], 4, |_| Ok(()))?;
     for row in 0..SIDE {
         let drawn =
             |image: &[f32]| image[row * SIDE..][..SIDE].iter().map(|&x| if x > 0.0 { '#' } else { '.' }).collect();

@@ -13,92 +13,100 @@ use crate::rng::{Philox, Stream};
 /// Most images that are made at a time unless more are asked for.
 pub(crate) const IMAGES_AT_ONCE: usize = 64;
 
-/// Images (or latents) of the classes in `labels`: `[labels.len(), IC, H, W]`.
+/// Makes images (or latents) with a model.
 ///
-/// They are made `batch` at a time. The noise of sample i depends only on `seed` and i, so the batch size changes
-/// nothing but speed (and rounding, where products of another size add in another order). All samples of a step share its
-/// timestep, hence its window: one product covers them all.
-/// `progress` is called with the number of denoising steps done, out of [`steps`].
-///
-/// # Errors
-/// When a label is out of range, there are too few weights, numbers stop being finite, or `progress` returns an error. Also with guidance
-/// when the model has no null class.
-#[expect(clippy::too_many_arguments, reason = "what, how, from what, and who is told")]
-pub fn generate(
-    dit: &Dit,
-    weights: Weights,
-    memory: &mut Memory,
-    sampler: &Sampler,
-    labels: &[u32],
-    seed: u64,
-    batch: usize,
-    mut progress: impl FnMut(usize) -> Result<()>,
-) -> Result<Vec<f32>> {
-    let batch = batch.max(1);
-    let mut images = Vec::new();
-    let mut done = 0;
-    for (index, labels) in labels.chunks(batch).enumerate() {
-        let made = generate_batch(dit, weights, memory, sampler, labels, seed, index * batch, || {
-            done += 1;
-            progress(done)
-        })?;
-        images.extend(made);
-    }
-    Ok(images)
+/// The noise of sample i depends only on `seed` and i, so how many are made at a time changes nothing but speed (and rounding, where
+/// products of another size add in another order). All samples of a step share its timestep, hence its window: one product covers
+/// them all.
+#[derive(Clone, Copy)]
+pub struct Generator<'a> {
+    /// The model.
+    pub dit: &'a Dit,
+    /// Its weights.
+    pub weights: Weights<'a>,
+    /// How it is asked.
+    pub sampler: &'a Sampler,
+    /// Seed of the noise.
+    pub seed: u64,
 }
 
-/// One batch of [`generate`], for those who do not keep all images in memory: the images of `labels`, of which the first is
-/// number `first` of all. `progress` is called after every denoising step.
-///
-/// # Errors
-/// As [`generate`].
-#[expect(clippy::too_many_arguments, reason = "what, how, from what, and who is told")]
-pub fn generate_batch(
-    dit: &Dit,
-    weights: Weights,
-    memory: &mut Memory,
-    sampler: &Sampler,
-    labels: &[u32],
-    seed: u64,
-    first: usize,
-    mut progress: impl FnMut() -> Result<()>,
-) -> Result<Vec<f32>> {
-    let config = &dit.config;
-    if sampler.guided() && !config.null_class {
-        return Err(Error::usage(
-            "guidance compares with the null class, which this model does not have: make it with null_class, or sample without guidance",
-        ));
+impl Generator<'_> {
+    /// Images of the classes in `labels`, made `batch` at a time: `[labels.len(), IC, H, W]`. `progress` is called with the number of
+    /// denoising steps done, out of [`steps`].
+    ///
+    /// # Errors
+    /// When a label is out of range, there are too few weights, numbers stop being finite, or `progress` returns an error. Also with
+    /// guidance when the model has no null class.
+    pub fn images(
+        &self,
+        memory: &mut Memory,
+        labels: &[u32],
+        batch: usize,
+        mut progress: impl FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<f32>> {
+        let batch = batch.max(1);
+        let mut images = Vec::new();
+        let mut done = 0;
+        for (index, labels) in labels.chunks(batch).enumerate() {
+            let made = self.batch(memory, labels, index * batch, || {
+                done += 1;
+                progress(done)
+            })?;
+            images.extend(made);
+        }
+        Ok(images)
     }
-    let (side, channels) = (config.input_size, config.in_channels);
-    let dims = ImageDims { channels, pixels: side * side, learn_sigma: config.learn_sigma };
-    let row = dims.elements();
-    let start = Philox::new(seed, Stream::SampleStart);
-    let noise = Philox::new(seed, Stream::SampleStep);
-    // With guidance the batch is doubled: once with the labels, once with the null class.
-    let copies = if sampler.guided() { 2 } else { 1 };
-    let mut x = vec![0.0; copies * labels.len() * row];
-    let mut y = labels.to_vec();
-    y.resize(copies * labels.len(), config.num_classes as u32);
-    let mut times = vec![0; y.len()];
-    for (i, x) in x.chunks_exact_mut(row).enumerate() {
-        start.normal(x, 0, (first + i % labels.len()) as u64);
+
+    /// One batch, for those who do not keep all images in memory: the images of `labels`, of which the first is number `first` of
+    /// all. `progress` is called after every denoising step.
+    ///
+    /// # Errors
+    /// As [`Generator::images`].
+    pub fn batch(
+        &self,
+        memory: &mut Memory,
+        labels: &[u32],
+        first: usize,
+        mut progress: impl FnMut() -> Result<()>,
+    ) -> Result<Vec<f32>> {
+        let &Generator { dit, weights, sampler, seed } = self;
+        let config = &dit.config;
+        if sampler.guided() && !config.null_class {
+            return Err(Error::usage(
+                "guidance compares with the null class, which this model does not have: make it with null_class, or sample without guidance",
+            ));
+        }
+        let (side, channels) = (config.input_size, config.in_channels);
+        let dims = ImageDims { channels, pixels: side * side, learn_sigma: config.learn_sigma };
+        let row = dims.elements();
+        let start = Philox::new(seed, Stream::SampleStart);
+        let noise = Philox::new(seed, Stream::SampleStep);
+        // With guidance the batch is doubled: once with the labels, once with the null class.
+        let copies = if sampler.guided() { 2 } else { 1 };
+        let mut x = vec![0.0; copies * labels.len() * row];
+        let mut y = labels.to_vec();
+        y.resize(copies * labels.len(), config.num_classes as u32);
+        let mut times = vec![0; y.len()];
+        for (i, x) in x.chunks_exact_mut(row).enumerate() {
+            start.normal(x, 0, (first + i % labels.len()) as u64);
+        }
+        sampler.sample(
+            &mut x,
+            |x, t, out| {
+                times.fill(t);
+                predict(dit, weights, memory, x, &times, &y, out)
+            },
+            |k, out| {
+                for (i, out) in out.chunks_exact_mut(row).enumerate() {
+                    noise.normal(out, k as u64, (first + i % labels.len()) as u64);
+                }
+            },
+            |_, _| progress(),
+            dims,
+        )?;
+        x.truncate(labels.len() * row);
+        Ok(x)
     }
-    sampler.sample(
-        &mut x,
-        |x, t, out| {
-            times.fill(t);
-            predict(dit, weights, memory, x, &times, &y, out)
-        },
-        |k, out| {
-            for (i, out) in out.chunks_exact_mut(row).enumerate() {
-                noise.normal(out, k as u64, (first + i % labels.len()) as u64);
-            }
-        },
-        |_, _| progress(),
-        dims,
-    )?;
-    x.truncate(labels.len() * row);
-    Ok(x)
 }
 
 /// What the model answers to noisy images `x` `[B, IC, H, W]` at timesteps `t` with labels `y`: `out` `[B, OC, H, W]`. On the CPU a small
@@ -146,7 +154,7 @@ fn answer(dit: &Dit, tape: &mut Tape, x: &[f32], t: &[u32], y: &[u32], out: &mut
     Ok(())
 }
 
-/// Number of denoising steps of a call of [`generate`].
+/// Number of denoising steps of a call of [`Generator::images`].
 pub fn steps(sampler: &Sampler, samples: usize, batch: usize) -> usize {
     samples.div_ceil(batch.max(1)) * sampler.steps()
 }
@@ -194,11 +202,15 @@ mod tests {
             let schedule = Schedule::new(ScheduleKind::Cosine, 1000).unwrap().respaced(&[10, 400, 700, 950]).unwrap();
             let sampler = Sampler::new(schedule, Method::Ddpm, true, guidance).unwrap();
             let mut steps = 0;
-            let made =
-                generate_batch(&dit, Weights::Cpu(&weights), &mut memory, &sampler, &labels, seed, first, || {
+            let made = Generator { dit: &dit, weights: Weights::Cpu(&weights), sampler: &sampler, seed }.batch(
+                &mut memory,
+                &labels,
+                first,
+                || {
                     steps += 1;
                     Ok(())
-                });
+                },
+            );
             assert_eq!(steps, sampler.steps());
             for (i, (&label, made)) in labels.iter().zip(made.unwrap().chunks_exact(16)).enumerate() {
                 let (number, rows) = ((first + i) as u64, 1 + usize::from(guidance.is_some()));
@@ -228,11 +240,12 @@ mod tests {
         let schedule = Schedule::new(ScheduleKind::Cosine, 1000).unwrap().respaced(&[10, 950]).unwrap();
         let sampler = Sampler::new(schedule, Method::Ddpm, true, None).unwrap();
         let mut told = Vec::new();
-        generate(&dit, Weights::Cpu(&weights), &mut Memory::new(), &sampler, &[1; 5], 0, 2, |done| {
+        let generator = Generator { dit: &dit, weights: Weights::Cpu(&weights), sampler: &sampler, seed: 0 };
+        let tell = |done| {
             told.push(done);
             Ok(())
-        })
-        .unwrap();
+        };
+        generator.images(&mut Memory::new(), &[1; 5], 2, tell).unwrap();
         assert_eq!(told, (1..=steps(&sampler, 5, 2)).collect::<Vec<_>>());
     }
 

@@ -39,9 +39,12 @@ pub mod train;
 // Files: safetensors in, pictures out, nothing half-written.
 pub mod atomic_file;
 pub mod element;
-pub mod error;
 pub mod picture;
 mod regular_file;
 pub mod safetensors_file;
+
+// What all of them use.
+mod choice;
+pub mod error;
 
 pub use error::{Error, Result};

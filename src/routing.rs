@@ -12,12 +12,12 @@
 //! the noisy timesteps slide faster. Rounding is half to even, as the authors' code does it; the formula printed in the
 //! paper may differ from it by one shift.
 
+use crate::choice::choice;
 use crate::error::{Error, Result};
 use crate::rng::{Philox, Stream};
 
 /// How a block uses the windows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Routing {
     /// No routing: every channel is active at every timestep (plain DiT).
     Dense,
@@ -28,6 +28,8 @@ pub enum Routing {
     /// The R-TR baseline: a random subset of channels per task and block. It computes densely.
     Random,
 }
+
+choice!(Routing: Paper = "paper", Sublayer = "sublayer", Random = "random", Dense = "dense");
 
 /// The active channels of one sample: `start..start + width`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

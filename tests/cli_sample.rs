@@ -58,7 +58,11 @@ fn a_run_in_bf16_is_sampled_and_resumed_in_f32_without_amx() {
     assert!(fs::read(place.join("f32.png")).unwrap() == fs::read(place.join("bf16.png")).unwrap());
     let asked_for = on_cpu(&["sample", "--checkpoint", "run", "--steps", "2"], &["--precision", "bf16"]);
     fails(asked_for, 2, &["only with AMX"]);
-    fails(self::sample(place, &["--precision", "f16"]), 2, &["--precision is 'f16': give f32 or bf16"]);
+    fails(
+        self::sample(place, &["--precision", "f16"]),
+        2,
+        &["invalid value 'f16' for '--precision <f32|bf16>': 'f16' is none of f32, bf16"],
+    );
     let resume = |more: &[&str]| on_cpu(&["train", "--resume", "run", "--steps", "2"], more);
     fails(resume(&[]), 2, &["only with AMX, which this one has not, or DTR_CPU leaves out: give --precision f32"]);
     succeeds(resume(&["--precision", "f32"]));

@@ -2,7 +2,7 @@
 
 use dtr_fused::autograd::{Memory, Weights};
 use dtr_fused::data::digits::Digits;
-use dtr_fused::generate::generate;
+use dtr_fused::generate::Generator;
 use dtr_fused::model::dit::Dit;
 use dtr_fused::train::config::SamplerKind;
 use dtr_fused::train::weights::read_weights;
@@ -42,10 +42,8 @@ fn the_default_run_learns_to_write_digits() {
     let sampler = samples::sampler(&config, SamplerKind::Ddim, "50", 0.0, 1.5).unwrap();
     let labels: Vec<u32> = (0..SAMPLES).map(|i| (i * 10 / SAMPLES) as u32).collect();
     let mut memory = Memory::new();
-    let images = trainer::in_pool(&config, || {
-        generate(&dit, Weights::Cpu(&weights), &mut memory, &sampler, &labels, 1, 100, |_| Ok(()))
-    })
-    .unwrap();
+    let generator = Generator { dit: &dit, weights: Weights::Cpu(&weights), sampler: &sampler, seed: 1 };
+    let images = trainer::in_pool(&config, || generator.images(&mut memory, &labels, 100, |_| Ok(()))).unwrap();
 
     let real = Digits::new().unwrap();
     let nearest = |image: &[f32]| {

@@ -7,7 +7,7 @@ use dtr_fused::autograd::{Memory, Tape};
 use dtr_fused::backend::cuda::DType;
 use dtr_fused::diffusion::{Method, Sampler, Schedule, ScheduleKind};
 use dtr_fused::error::Error;
-use dtr_fused::generate::generate;
+use dtr_fused::generate::Generator;
 use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::{Dit, Init};
 use dtr_fused::model::memory::activation_numbers;
@@ -400,7 +400,8 @@ fn too_few_weights_and_guidance_without_a_null_class_are_refused() {
     let few = Schedule::new(ScheduleKind::Linear, TASKS).unwrap().respaced(&[0, 999]).unwrap();
     let sample = |weights: &[f32], guidance| {
         let sampler = Sampler::new(few.clone(), Method::Ddpm, true, guidance).unwrap();
-        generate(&dit, weights.into(), &mut Memory::new(), &sampler, &[0, 4], 1, 2, |_| Ok(()))
+        let generator = Generator { dit: &dit, weights: weights.into(), sampler: &sampler, seed: 1 };
+        generator.images(&mut Memory::new(), &[0, 4], 2, |_| Ok(()))
     };
     assert!(sample(&weights, None).is_ok());
     let message = sample(&weights, Some(1.5)).unwrap_err().to_string();

@@ -11,7 +11,7 @@ use crate::backend::Compute;
 use crate::backend::cpu::profile::{Entry, profile};
 use crate::diffusion::sampler::{Method, Sampler};
 use crate::error::{Error, Result};
-use crate::generate::{self, predict};
+use crate::generate::{Generator, IMAGES_AT_ONCE, predict};
 use crate::model::config::TASKS;
 use crate::model::flops::forward_flops;
 use crate::model::parts::{largest_part, parts};
@@ -225,11 +225,10 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
         }
         Ok(())
     })?;
-    let at_once = at_once.min(generate::IMAGES_AT_ONCE);
+    let at_once = at_once.min(IMAGES_AT_ONCE);
     let (both_seconds, _) = median(runs, || {
-        let weights = Weights::Cpu(weights);
-        generate::generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, |_| Ok(()))
-            .map(std::hint::black_box)?;
+        let generator = Generator { dit, weights: Weights::Cpu(weights), sampler: &sampler, seed: config.seed };
+        generator.images(memory, &labels, at_once, |_| Ok(())).map(std::hint::black_box)?;
         Ok(())
     })?;
 
@@ -237,7 +236,7 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
     let flops = forward_flops(&dit.config, &windows);
     Ok(Report {
         model: config.model.clone(),
-        routing: config.toml_of("routing").trim_matches('"').into(),
+        routing: config.routing.to_string(),
         beta: config.beta,
         image_size: config.image_size,
         in_channels: config.in_channels,
@@ -245,7 +244,7 @@ fn measure(config: &TrainConfig, runs: usize, profiled: bool) -> Result<Report> 
         batch_size: b,
         grad_accumulation: config.grad_accumulation,
         threads: rayon::current_num_threads(),
-        precision: config.toml_of("precision").trim_matches('"').into(),
+        precision: config.precision.to_string(),
         parameters: dit.layout.len(),
         step_seconds,
         forward_seconds,

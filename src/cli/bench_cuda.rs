@@ -66,9 +66,9 @@ pub(super) fn run(
     let report = Report {
         device: device.name().into(),
         model: config.model.clone(),
-        routing: config.toml_of("routing").trim_matches('"').into(),
+        routing: config.routing.to_string(),
         beta: config.beta,
-        precision: config.toml_of("precision").trim_matches('"').into(),
+        precision: config.precision.to_string(),
         image_size: config.image_size,
         in_channels: config.in_channels,
         num_classes: config.num_classes,

@@ -74,8 +74,7 @@ fn show_config(config: &TrainConfig) {
         config.model, config.hidden_size, config.depth, config.num_heads, config.patch_size
     );
     row("model", shape);
-    let text = |key: &str| config.toml_of(key).trim_matches('"').to_string();
-    row("routing", format!("{}, beta {}, alpha {}", text("routing"), config.beta, config.alpha));
+    row("routing", format!("{}, beta {}, alpha {}", config.routing, config.beta, config.alpha));
     row(
         "data",
         format!(
@@ -92,7 +91,7 @@ fn show_config(config: &TrainConfig) {
         "training",
         format!("{} steps of {} images, lr {}, seed {}", config.steps, config.batch_size, config.lr, config.seed),
     );
-    row("diffusion", format!("{} schedule, loss weight {}", text("schedule"), text("loss_weight")));
+    row("diffusion", format!("{} schedule, loss weight {}", config.schedule, config.loss_weight));
     let preset = TrainConfig::preset(&config.model, &config.data).unwrap_or_default();
     let shown = [
         "model",

@@ -14,6 +14,7 @@ use crate::ops::work::{self, Flops};
 use crate::rng::{Philox, Stream};
 use crate::routing::{self, Routing, Window};
 use crate::train::TrainConfig;
+use crate::train::config::Precision;
 use crate::train::plan;
 
 const EXAMPLES: &str = "\
@@ -38,15 +39,15 @@ pub(super) struct KernelsArgs {
     /// Images per step
     #[arg(long, default_value_t = 32)]
     batch_size: usize,
-    /// paper, sublayer, random or dense
-    #[arg(long, default_value = "paper")]
-    routing: String,
+    /// How blocks use the windows
+    #[arg(long, value_name = Routing::NAMES, default_value_t = Routing::Paper)]
+    routing: Routing,
     /// Share of active channels
     #[arg(long, default_value_t = 0.8)]
     beta: f64,
-    /// f32 or bf16
-    #[arg(long, default_value = "bf16")]
-    precision: String,
+    /// Number format of products and activations
+    #[arg(long, value_name = Precision::NAMES, default_value_t = Precision::Bf16)]
+    precision: Precision,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -158,16 +159,8 @@ fn step(
         (config.image_size, config.in_channels, config.num_classes) = (8, 1, 10);
     }
     config.beta = args.beta;
-    config.routing = match args.routing.as_str() {
-        "paper" => Routing::Paper,
-        "sublayer" => Routing::Sublayer,
-        "random" => Routing::Random,
-        "dense" => Routing::Dense,
-        other => {
-            return Err(Error::usage(format!("--routing is '{other}': give paper, sublayer, random or dense")));
-        }
-    };
-    config.precision = super::precision(&args.precision)?;
+    config.routing = args.routing;
+    config.precision = args.precision;
     let elem = config.precision.elem();
     let device = Device::on_paper(arch.name, arch.number, arch.multiprocessors);
     let model_config = config.model_config();

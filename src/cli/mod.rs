@@ -19,7 +19,6 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::error::{Error, Result, printable};
-use crate::train::config::Precision;
 use crate::train::progress::say;
 
 /// Exit code when what was asked for makes no sense; clap uses the same.
@@ -81,15 +80,6 @@ pub fn main() -> ExitCode {
         }
         // The hook has said what there is to say.
         Err(_) => ExitCode::from(FAILURE),
-    }
-}
-
-/// What `--precision` names.
-fn precision(name: &str) -> Result<Precision> {
-    match name {
-        "f32" => Ok(Precision::F32),
-        "bf16" => Ok(Precision::Bf16),
-        other => Err(Error::usage(format!("--precision is '{other}': give f32 or bf16"))),
     }
 }
 

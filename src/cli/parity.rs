@@ -8,6 +8,7 @@ use crate::backend::Compute;
 use crate::error::{Error, Result, printable};
 use crate::parity::check_dir;
 use crate::parity::report::Failures;
+use crate::train::config::Precision;
 use crate::train::progress::say;
 
 const EXAMPLES: &str = "\
@@ -28,16 +29,16 @@ pub(super) struct ParityArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Precision of the products: f32 or bf16, which may be off by three times the error of plain loops in bf16
-    #[arg(long, default_value = "f32")]
-    precision: String,
+    /// Precision of the products; in bf16 they may be off by three times the error of plain loops in bf16
+    #[arg(long, value_name = Precision::NAMES, default_value_t = Precision::F32)]
+    precision: Precision,
     /// Print only what fails, and a summary
     #[arg(long, short)]
     quiet: bool,
 }
 
 pub(super) fn run(args: ParityArgs) -> Result<()> {
-    let (compute, note) = Compute::open(&args.device, super::precision(&args.precision)?.elem())?;
+    let (compute, note) = Compute::open(&args.device, args.precision.elem())?;
     if let Some(note) = note {
         say(&note);
     }

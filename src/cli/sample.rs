@@ -14,11 +14,11 @@ use crate::backend::Compute;
 use crate::data::npz::NpzWriter;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::generate::{IMAGES_AT_ONCE, generate_batch, steps};
+use crate::generate::{Generator, IMAGES_AT_ONCE, steps};
 use crate::model::dit::Dit;
 use crate::picture::grid_png;
 use crate::safetensors_file::SafetensorsFile;
-use crate::train::config::{Assignment, Layer, SamplerKind};
+use crate::train::config::{Assignment, Layer, Precision, SamplerKind};
 use crate::train::progress::{Progress, say};
 use crate::train::weights::{self, read_weights};
 use crate::train::{TrainConfig, checkpoint, samples, setup, trainer};
@@ -50,15 +50,6 @@ enum Weights {
     Model,
 }
 
-/// Sampling algorithm.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Algorithm {
-    /// Deterministic with --eta 0; good with few steps
-    Ddim,
-    /// Ancestral sampling
-    Ddpm,
-}
-
 /// Make images with a trained model: a PNG grid, a row a class, and an .npz for evaluation
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -69,9 +60,9 @@ pub(super) struct SampleArgs {
     /// What a file of weights does not tell: routing, beta, alpha, schedule, num_heads, image_size, data_kind, label_dropout, seed
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     set: Vec<String>,
-    /// Sampling algorithm
-    #[arg(long, value_enum, default_value = "ddim")]
-    sampler: Algorithm,
+    /// Sampling algorithm: ddim (deterministic with --eta 0, good with few steps) or ddpm (ancestral)
+    #[arg(long, value_name = SamplerKind::NAMES, default_value_t = SamplerKind::Ddim)]
+    sampler: SamplerKind,
     /// Denoising steps: a number, ddimN, or A,B,.. for parts of the schedule [default: 50 for ddim, 250 for ddpm]
     #[arg(long, allow_negative_numbers = true)]
     steps: Option<String>,
@@ -109,8 +100,8 @@ pub(super) struct SampleArgs {
     #[arg(long, default_value = "auto")]
     device: String,
     /// Number format of products: f32 or bf16 [default: the run's, but f32 on a CPU without AMX]
-    #[arg(long, value_name = "f32|bf16")]
-    precision: Option<String>,
+    #[arg(long, value_name = Precision::NAMES)]
+    precision: Option<Precision>,
 }
 
 /// What is said when a signal ends sampling.
@@ -131,7 +122,6 @@ fn sample(args: SampleArgs) -> Result<()> {
     config.threads = args.threads;
     config.device = args.device.clone();
     config.validate()?;
-    let precision = args.precision.as_deref().map(super::precision).transpose()?;
     let labels = labels(&args, &config)?;
     if !(1..=MOST_AT_ONCE).contains(&args.batch_size) {
         return Err(Error::usage(format!(
@@ -139,14 +129,11 @@ fn sample(args: SampleArgs) -> Result<()> {
             args.batch_size
         )));
     }
-    let (kind, default_steps) = match args.sampler {
-        Algorithm::Ddim => (SamplerKind::Ddim, "50"),
-        Algorithm::Ddpm => (SamplerKind::Ddpm, "250"),
-    };
+    let default_steps = if args.sampler == SamplerKind::Ddim { "50" } else { "250" };
     let respacing = args.steps.as_deref().unwrap_or(default_steps);
     let cfg = args.cfg.unwrap_or(config.default_cfg());
     config.check_cfg("--cfg", cfg)?;
-    let sampler = samples::sampler(&config, kind, respacing, args.eta, cfg)?;
+    let sampler = samples::sampler(&config, args.sampler, respacing, args.eta, cfg)?;
 
     // Where signals cannot be caught, and when Ctrl-C is pressed twice, at worst a temporary file stays.
     let _ = signals::stop_on_signals("without files");
@@ -156,7 +143,7 @@ fn sample(args: SampleArgs) -> Result<()> {
     let mut npz = args.npz.as_ref().map(|path| Archive::create(path, labels.len(), &config)).transpose()?;
 
     // Checkpoints hold f32, so what was trained in bf16 can be sampled anywhere.
-    let (compute, note) = match precision {
+    let (compute, note) = match args.precision {
         Some(precision) => Compute::open(&config.device, precision.elem())?,
         None => Compute::open_or_f32(&config.device, config.precision.elem())?,
     };
@@ -182,10 +169,11 @@ fn sample(args: SampleArgs) -> Result<()> {
             Compute::Cuda { device, elem } => Some(DeviceWeights::upload(device, &weights, *elem)?),
         };
         let weights = uploaded.as_ref().map_or(ModelWeights::Cpu(&weights), ModelWeights::Cuda);
+        let generator = Generator { dit: &dit, weights, sampler: &sampler, seed: args.seed };
         let mut done = 0;
         for (index, labels) in labels.chunks(args.batch_size).enumerate() {
             let first = index * args.batch_size;
-            let pixels = generate_batch(&dit, weights, &mut memory, &sampler, labels, args.seed, first, || {
+            let pixels = generator.batch(&mut memory, labels, first, || {
                 done += 1;
                 progress.set(done, &images);
                 // An error, and not the end of the process, so that no temporary file is left behind.

@@ -37,7 +37,7 @@ pub trait Dataset: Send + Sync {
     /// Number of samples: at least 1, at most `u32::MAX`.
     fn len(&self) -> usize;
 
-    /// Always false: a data set without samples is an error when it is opened.
+    /// Whether there are no samples. False for the data sets of this crate, which are an error to open then.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }

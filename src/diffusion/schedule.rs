@@ -3,18 +3,19 @@
 //! Ho et al., "Denoising diffusion probabilistic models" (2020), sections 2 and 3; the cosine schedule, the learned variance
 //! and respacing are from Nichol and Dhariwal, "Improved denoising diffusion probabilistic models" (2021).
 
+use crate::choice::choice;
 use crate::error::{Error, Result};
-use std::fmt;
 
 /// Which betas.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ScheduleKind {
     /// From 1e-4 to 2e-2 in equal steps, scaled by `1000 / steps` (Ho et al., section 4).
     Linear,
     /// `alphas_cumprod` follows a squared cosine, betas at most 0.999 (Nichol and Dhariwal, equation 17).
     Cosine,
 }
+
+choice!(ScheduleKind: Linear = "linear", Cosine = "cosine");
 
 impl ScheduleKind {
     fn betas(self, steps: usize) -> Vec<f64> {
@@ -36,27 +37,6 @@ impl ScheduleKind {
                 };
                 (0..steps).map(|i| (1.0 - alpha_bar(i + 1) / alpha_bar(i)).min(0.999)).collect()
             }
-        }
-    }
-}
-
-impl fmt::Display for ScheduleKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            ScheduleKind::Linear => "linear",
-            ScheduleKind::Cosine => "cosine",
-        })
-    }
-}
-
-impl std::str::FromStr for ScheduleKind {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "linear" => Ok(ScheduleKind::Linear),
-            "cosine" => Ok(ScheduleKind::Cosine),
-            _ => Err(Error::usage(format!("there is no noise schedule '{name}': give linear or cosine"))),
         }
     }
 }
@@ -210,7 +190,7 @@ pub fn space_timesteps(steps: usize, respacing: &str) -> Result<Vec<u32>> {
     }
     if let Some(count) = respacing.strip_prefix("ddim") {
         let count = number(count)?;
-        let stride = (1..steps).find(|&stride| steps.div_ceil(stride) == count);
+        let stride = (1..=steps).find(|&stride| steps.div_ceil(stride) == count);
         let stride =
             stride.ok_or_else(|| bad(format!("no whole stride takes exactly {count} of {steps} timesteps")))?;
         return Ok((0..steps as u32).step_by(stride).collect());
@@ -255,8 +235,10 @@ mod tests {
 
     #[test]
     fn a_single_step_starts_from_noise() {
-        assert_eq!(space_timesteps(1000, "1").unwrap(), [0]);
-        assert_eq!(sampling_timesteps(1000, "1").unwrap(), [999]);
+        for one in ["1", "ddim1"] {
+            assert_eq!(space_timesteps(1000, one).unwrap(), [0]);
+            assert_eq!(sampling_timesteps(1000, one).unwrap(), [999]);
+        }
         for several in ["2", "250", "1,1", "ddim50", "1000"] {
             assert_eq!(sampling_timesteps(1000, several).unwrap(), space_timesteps(1000, several).unwrap());
         }

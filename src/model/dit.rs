@@ -5,6 +5,7 @@ use super::config::{ModelConfig, TASKS};
 use super::embed::position_embedding;
 use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
+use crate::choice::choice;
 use crate::error::{Error, Result};
 use crate::ops::PerSample;
 use crate::ops::channel_mask::{Keep, channel_mask};
@@ -46,6 +47,8 @@ pub enum Init {
     /// the condition is heard from the first steps on.
     Small,
 }
+
+choice!(Init: Published = "published", Small = "small");
 
 /// Activations of a forward pass, for comparisons with other implementations.
 #[derive(Clone, Debug)]

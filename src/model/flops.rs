@@ -1,6 +1,7 @@
 //! How much arithmetic a pass takes, and how much of it the windows save.
 
 use super::config::ModelConfig;
+use crate::ops::timestep_embed::FREQUENCIES;
 use crate::routing::{Routing, Window};
 
 /// Floating-point operations of the products of a forward pass; a backward pass takes twice as many.
@@ -36,7 +37,7 @@ fn sample_flops(config: &ModelConfig, window: Window) -> f64 {
     let modulation = 2.0 * c * 6.0 * c;
     let patch = (config.patch_size * config.patch_size) as f64;
     let ends = 2.0 * t * c * patch * (config.in_channels + config.out_channels()) as f64;
-    let condition = 2.0 * c * (256.0 + c) + 2.0 * c * 2.0 * c;
+    let condition = 2.0 * c * (FREQUENCIES as f64 + c) + 2.0 * c * 2.0 * c;
     config.depth as f64 * (qkv + attention + proj + mlp + modulation) + ends + condition
 }
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::events::{EventFile, MAX_FILE_BYTES};
 use super::run_dir::RunDir;
 use crate::error::{Error, Result};
+use crate::model::config::TASKS;
 use crate::regular_file;
 
 /// Name of the file with one JSON object per line.
@@ -57,13 +58,13 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Counts one sample: its timestep (0..1000), loss, squared error and variational bound.
+    /// Counts one sample: its timestep (below [`TASKS`]), loss, squared error and variational bound.
     pub fn add_sample(&mut self, t: usize, loss: f64, mse: f64, vb: f64) {
         self.samples += 1;
         self.loss += loss;
         self.mse += mse;
         self.vb += vb;
-        let octile = &mut self.octiles[(t * OCTILES / 1000).min(OCTILES - 1)];
+        let octile = &mut self.octiles[(t * OCTILES / TASKS).min(OCTILES - 1)];
         octile.0 += loss;
         octile.1 += 1;
     }
@@ -193,7 +194,8 @@ impl MetricsLog {
         ];
         scalars.extend(named.iter().filter_map(|&(name, value)| Some((name.to_string(), value?))));
         for (k, loss) in line.loss_by_timestep.iter().enumerate() {
-            scalars.extend(loss.map(|loss| (format!("loss_by_timestep/{:03}-{:03}", k * 125, k * 125 + 124), loss)));
+            let [first, after] = [k, k + 1].map(|k| k * TASKS / OCTILES);
+            scalars.extend(loss.map(|loss| (format!("loss_by_timestep/{first:03}-{:03}", after - 1), loss)));
         }
         self.events.append(line.step, &scalars)
     }

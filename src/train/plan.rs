@@ -95,7 +95,7 @@ pub fn check(config: &TrainConfig, dit: &mut Dit, device: &Device, elem: DType) 
         return Ok(plan);
     }
     let mut remedies = Vec::new();
-    let largest = largest_part(config, dit, device, elem, part, free)?;
+    let largest = most_that_fits(config, dit, device, elem, part, free)?;
     if let Some(largest) = largest {
         let accumulation = (1..=config.batch_size)
             .find(|n| config.batch_size.is_multiple_of(*n) && config.batch_size / n <= largest)
@@ -105,9 +105,9 @@ pub fn check(config: &TrainConfig, dit: &mut Dit, device: &Device, elem: DType) 
     }
     if !dit.checkpoint_activations {
         dit.checkpoint_activations = true;
-        let largest = largest_part(config, dit, device, elem, part, free)?;
+        let largest = most_that_fits(config, dit, device, elem, part, free);
         dit.checkpoint_activations = false;
-        remedies.extend(largest.and_then(|largest| match largest == part {
+        remedies.extend(largest?.and_then(|largest| match largest == part {
             true => Some("--checkpoint-activations".to_string()),
             false => {
                 batch_of(config, largest).map(|batch| format!("--checkpoint-activations with --batch-size {batch}"))
@@ -135,7 +135,7 @@ fn batch_of(config: &TrainConfig, part: usize) -> Option<usize> {
 }
 
 /// The largest part of up to `part` images that fits; None when not even one does.
-fn largest_part(
+fn most_that_fits(
     config: &TrainConfig,
     dit: &Dit,
     device: &Device,

@@ -140,8 +140,7 @@ fn picture_of(step: u64) -> String {
 fn first_free(parent: &Path, config: &TrainConfig) -> Result<PathBuf> {
     fs::create_dir_all(parent)
         .map_err(|e| Error::file(parent, format!("cannot be made: {e}; give a directory with --out")))?;
-    let routing = config.toml_of("routing");
-    let stem = format!("{}-{}", config.model.replace('/', "-"), routing.trim_matches('"'));
+    let stem = format!("{}-{}", config.model.replace('/', "-"), config.routing);
     for number in 1..=9999 {
         let path = parent.join(format!("{stem}-{number:04}"));
         // create_dir fails where something is, so two trainers that start together do not take the same.

@@ -12,7 +12,7 @@ use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
 use crate::diffusion::{Method, Sampler, Schedule, sampling_timesteps};
 use crate::error::{Error, Result};
-use crate::generate;
+use crate::generate::{self, Generator};
 use crate::model::config::TASKS;
 use crate::model::parts::samples_at_once;
 use crate::picture::grid_png;
@@ -82,7 +82,8 @@ impl Trainer<'_> {
             progress.meanwhile(format!("sampling {done}/{total}"));
             if stop.load(Ordering::Relaxed) { Err(Error::Stopped("sampling was stopped".into())) } else { Ok(()) }
         };
-        let pixels = generate::generate(dit, weights, memory, &sampler, &labels, config.seed, at_once, show)?;
+        let generator = Generator { dit, weights, sampler: &sampler, seed: config.seed };
+        let pixels = generator.images(memory, &labels, at_once, show)?;
         let shape = [labels.len(), config.in_channels, config.image_size, config.image_size];
         grid_png(&path, &pixels, shape, columns, scale_of(config.image_size), config.are_images())?;
         Ok(path)

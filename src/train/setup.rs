@@ -88,8 +88,7 @@ pub(super) fn learner_on(config: &TrainConfig) -> Result<(Learner, Vec<String>)>
     };
     let plan = plan::check(config, &mut dit, device, *elem)?;
     let (free, total) = device.memory()?;
-    let precision = config.toml_of("precision");
-    notes.push(format!("computing on {} in {}", device.name(), precision.trim_matches('"')));
+    notes.push(format!("computing on {} in {}", device.name(), config.precision));
     let [free, total] = [free, total].map(plan::readable);
     notes.push(format!("memory of the device: {plan}; {free} of {total} were free"));
     Ok((learner_on_device(config, dit, device, *elem, |dit| dit.init(config.seed, config.init))?, notes))

@@ -194,7 +194,7 @@ impl<'a> Trainer<'a> {
         progress.say(&format!(
             "{} with {} routing, {:.1} M parameters, {} {} of {} x {} x {} in {} classes from '{}' -> {}",
             config.model,
-            config.toml_of("routing").trim_matches('"'),
+            config.routing,
             self.learner.weights.len() as f64 / 1e6,
             self.dataset().len(),
             config.data_kind,

@@ -41,7 +41,7 @@ pub(crate) struct Saved {
     keep: Keep,
 }
 
-/// `y`, `[B, T, C]`; without a `base` it is 0.
+/// `y`, `[B, T, C]`; without a `base` it is 0. The mask has no gradient.
 ///
 /// # Errors
 /// When shapes do not fit together.

@@ -4,7 +4,7 @@
 //! base [B, C], labels [B] in 0..rows, table [rows, C] -> y = base + table[labels]   [B, C]
 //! ```
 //!
-//! The last row of the table is the null class of classifier-free guidance. Backward: `dbase = dy`, and each row of
+//! The last row of the table is the null class of classifier-free guidance, of models that have one. Backward: `dbase = dy`, and each row of
 //! `dtable` gets the sum over the samples of its class.
 
 pub mod reference;
@@ -40,7 +40,7 @@ pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> 
     let rows = table.len / c;
     check(table.len == rows * c && rows < 1 << 24, OP, || format!("a table of {} is not [classes, {c}]", table.len))?;
     if let Some(label) = labels.iter().find(|&&label| label as usize >= rows) {
-        let what = format!("label {label} is outside 0..{rows} (the last of these is the null class)");
+        let what = format!("label {label} is outside 0..{rows}, the rows of the table");
         return Err(crate::Error::Shape { operation: OP, what });
     }
     if tape.on_cuda() {

@@ -100,11 +100,11 @@ pub fn forward(
                     match bypass {
                         Some((x, windows)) => {
                             out.copy_from_slice(&x[row * c..][columns.clone()]);
-                            out[clip(windows[sample].range(), &columns)].fill(0.0);
+                            out[within(windows[sample].range(), &columns)].fill(0.0);
                         }
                         None => out.fill(0.0),
                     }
-                    let of_base = clip(base.1[sample].range(), &columns);
+                    let of_base = within(base.1[sample].range(), &columns);
                     let from = columns.start + of_base.start..columns.start + of_base.end;
                     add_assign(&mut out[of_base], &base.0[row * c..][from]);
                 }
@@ -143,7 +143,7 @@ pub fn forward(
 }
 
 /// The part of `range` inside `of`, from the start of `of`.
-fn clip(range: Range<usize>, of: &Range<usize>) -> Range<usize> {
+fn within(range: Range<usize>, of: &Range<usize>) -> Range<usize> {
     let start = range.start.clamp(of.start, of.end);
     start - of.start..range.end.clamp(start, of.end) - of.start
 }

@@ -144,7 +144,7 @@ impl Inactive<'_> {
                 let columns = panel * PANEL..((panel + 1) * PANEL).min(self.c);
                 let (mut tile, mut kernel) = (Tile::new(), format.kernel());
                 for (chunk, (windows, a)) in self.read.chunks(samples).zip(packed.chunks_exact(of_chunk)).enumerate() {
-                    if self.ranges(windows).into_iter().all(|range| clip(range, &columns).is_empty()) {
+                    if self.ranges(windows).into_iter().all(|range| intersection(range, &columns).is_empty()) {
                         continue;
                     }
                     let segment = Segment { a, b: format.of_panel(b, inner.start), len: inner.len() };
@@ -153,7 +153,7 @@ impl Inactive<'_> {
                         for (first, sums) in [(modulation.scale, &sums[0]), (modulation.shift, &sums[1])] {
                             let at = sample * modulation.stride + first;
                             for outside in [0..window.start, window.end()..self.c] {
-                                let Range { start, end } = clip(outside, &columns);
+                                let Range { start, end } = intersection(outside, &columns);
                                 // SAFETY: columns of this panel.
                                 let d = unsafe { dmodulation.slice(at + start..at + end) };
                                 add_assign(d, &sums[start - columns.start..end - columns.start]);
@@ -167,7 +167,7 @@ impl Inactive<'_> {
 }
 
 /// The part of `range` that is in `of`; where there is none, an empty one there.
-fn clip(range: Range<usize>, of: &Range<usize>) -> Range<usize> {
+fn intersection(range: Range<usize>, of: &Range<usize>) -> Range<usize> {
     let start = range.start.clamp(of.start, of.end);
     start..range.end.clamp(start, of.end)
 }

@@ -8,9 +8,6 @@ use crate::model::config::TASKS;
 /// Side that a folder of images is scaled to when the configuration says nothing.
 const FOLDER_IMAGE_SIZE: usize = 32;
 
-/// More than any machine holds with gradients and moments.
-const MOST_PARAMETERS: f64 = 1e11;
-
 /// Tokens per image: attention compares each with each.
 const MOST_TOKENS: usize = 1 << 16;
 
@@ -78,20 +75,6 @@ impl TrainConfig {
         model.in_channels = self.in_channels.max(1);
         model.num_classes = self.num_classes.max(1);
         model.check()?;
-        // Dense routing has no use for beta, but one out of range is a mistake all the same.
-        require("beta", self.beta, self.beta > 0.0 && self.beta <= 1.0, "above 0 and at most 1")?;
-        // Sizes within their own limits can still ask for more memory than any machine has.
-        let channels = model.hidden_size as f64;
-        let block = channels * channels * (10.0 + 2.0 * model.mlp_ratio);
-        let patch = (model.patch_size * model.patch_size) as f64;
-        let ends = channels * patch * (model.in_channels + model.out_channels()) as f64;
-        let parameters = model.depth as f64 * block + channels * model.num_classes as f64 + ends;
-        if parameters > MOST_PARAMETERS {
-            return Err(Error::usage(format!(
-                "hidden_size {} and depth {} make a model of {parameters:.1e} parameters, but at most {MOST_PARAMETERS:.0e} are possible",
-                model.hidden_size, model.depth
-            )));
-        }
         if model.tokens() > MOST_TOKENS {
             return Err(Error::usage(format!(
                 "image_size {} and patch_size {} make {} tokens per image, but at most {MOST_TOKENS} are possible",

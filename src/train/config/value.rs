@@ -1,6 +1,7 @@
 //! The types that a knob may have, and how their values are read and written.
 
 use crate::backend::cuda::DType;
+use crate::choice::choice;
 use crate::diffusion::{LossWeight, ScheduleKind};
 use crate::model::dit::Init;
 use crate::routing::Routing;
@@ -72,60 +73,24 @@ impl Value for String {
     }
 }
 
-/// Makes an enum a knob's type: the list of its names.
-macro_rules! choice {
-    ($type:ident, $names:literal, $($variant:ident = $text:literal),+) => {
-        impl Value for $type {
-            const NAME: &'static str = $names;
-            fn parse(text: &str) -> Option<Self> {
-                match text {
-                    $($text => Some($type::$variant),)+
-                    _ => None,
-                }
-            }
-            fn to_toml(&self) -> String {
-                format!("\"{}\"", match self { $($type::$variant => $text,)+ })
-            }
-            fn expected() -> String {
-                format!("one of {}", [$($text),+].join(", "))
-            }
-        }
-    };
+impl Value for LossWeight {
+    const NAME: &'static str = "constant|min-snr-5|p2|uw";
+    fn parse(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+    fn to_toml(&self) -> String {
+        format!("\"{self}\"")
+    }
+    fn expected() -> String {
+        "one of constant, min-snr-GAMMA, p2, p2-GAMMA-K, uw".into()
+    }
 }
 
-/// A choice whose type lives here: the enum, and how it is printed.
-macro_rules! own_choice {
-    ($(#[$doc:meta])* $type:ident, $names:literal { $($(#[$vdoc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum $type {
-            $($(#[$vdoc])* $variant,)+
-        }
-
-        choice!($type, $names, $($variant = $text),+);
-
-        impl std::fmt::Display for $type {
-            fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str(match self { $($type::$variant => $text,)+ })
-            }
-        }
-    };
-}
-
-choice!(
-    Routing,
-    "paper|sublayer|random|dense",
-    Paper = "paper",
-    Sublayer = "sublayer",
-    Random = "random",
-    Dense = "dense"
-);
-
-/// Makes a type that has names of its own (`FromStr` and `Display`) a knob's type.
-macro_rules! named {
-    ($type:ident, $names:literal, $expected:literal) => {
+/// Makes enums whose values have names a knob's type.
+macro_rules! choices {
+    ($($type:ident),+) => {$(
         impl Value for $type {
-            const NAME: &'static str = $names;
+            const NAME: &'static str = $type::NAMES;
             fn parse(text: &str) -> Option<Self> {
                 text.parse().ok()
             }
@@ -133,47 +98,48 @@ macro_rules! named {
                 format!("\"{self}\"")
             }
             fn expected() -> String {
-                $expected.into()
+                format!("one of {}", Self::NAMES.replace('|', ", "))
             }
         }
-    };
+    )+};
 }
 
-named!(ScheduleKind, "linear|cosine", "one of linear, cosine");
-named!(LossWeight, "constant|min-snr-5|p2|uw", "one of constant, min-snr-GAMMA, p2, p2-GAMMA-K, uw");
-choice!(Init, "published|small", Published = "published", Small = "small");
+choices!(Routing, ScheduleKind, Init, Decay, DataKind, Precision, SamplerKind);
 
-own_choice! {
-    /// Learning rate after the warm-up.
-    Decay, "constant|cosine" {
-        /// It stays.
-        Constant = "constant",
-        /// It falls as a half cosine.
-        Cosine = "cosine",
-    }
+/// Learning rate after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decay {
+    /// It stays.
+    Constant,
+    /// It falls as a half cosine.
+    Cosine,
 }
 
-own_choice! {
-    /// What the samples of a data set are.
-    DataKind, "auto|images|latents" {
-        /// What the data say.
-        Auto = "auto",
-        /// Numbers in [-1, 1], which samplers keep inside.
-        Images = "images",
-        /// Any numbers.
-        Latents = "latents",
-    }
+choice!(Decay: Constant = "constant", Cosine = "cosine");
+
+/// What the samples of a data set are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataKind {
+    /// What the data say.
+    Auto,
+    /// Numbers in [-1, 1], which samplers keep inside.
+    Images,
+    /// Any numbers.
+    Latents,
 }
 
-own_choice! {
-    /// Number format of products, and on a GPU of activations.
-    Precision, "f32|bf16" {
-        /// IEEE 754 single precision.
-        F32 = "f32",
-        /// The upper 16 bits of it; statistics and updates stay in single precision.
-        Bf16 = "bf16",
-    }
+choice!(DataKind: Auto = "auto", Images = "images", Latents = "latents");
+
+/// Number format of products, and on a GPU of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// IEEE 754 single precision.
+    F32,
+    /// The upper 16 bits of it; statistics and updates stay in single precision.
+    Bf16,
 }
+
+choice!(Precision: F32 = "f32", Bf16 = "bf16");
 
 impl Precision {
     /// As the type of numbers.
@@ -185,15 +151,16 @@ impl Precision {
     }
 }
 
-own_choice! {
-    /// Sampling algorithm.
-    SamplerKind, "ddim|ddpm" {
-        /// Deterministic, few steps (Song et al., 2021).
-        Ddim = "ddim",
-        /// Ancestral sampling (Ho et al., 2020).
-        Ddpm = "ddpm",
-    }
+/// Sampling algorithm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SamplerKind {
+    /// Deterministic, few steps (Song et al., 2021).
+    Ddim,
+    /// Ancestral sampling (Ho et al., 2020).
+    Ddpm,
 }
+
+choice!(SamplerKind: Ddim = "ddim", Ddpm = "ddpm");
 
 /// `; did you mean 'x'?` for the name nearest to `word`, or nothing when none is near.
 pub(super) fn did_you_mean<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> String {
