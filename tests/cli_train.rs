@@ -3,7 +3,7 @@
 mod program;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -45,6 +45,20 @@ fn assert_same(a: &Path, b: &Path) {
     assert_eq!(a.len(), b.len(), "metrics have as many lines");
     for ((name, a), (_, b)) in a.iter().zip(&b) {
         assert!(a == b, "{name} differs");
+    }
+}
+
+#[test]
+fn tensorboard_gets_the_samples_too() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run");
+    succeeds(train(place.path(), &["--out", "run", "--steps", "4", "--sample-every", "2"]));
+    let is_events = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with("events.out.tfevents.");
+    let events = fs::read_dir(&run).unwrap().map(|entry| entry.unwrap().path()).find(is_events).unwrap();
+    let events = fs::read(events).unwrap();
+    for name in ["samples/0000002.png", "samples/0000004.png"] {
+        let png = fs::read(run.join(name)).unwrap();
+        assert!(events.windows(png.len()).any(|part| part == png), "{name} is not there");
     }
 }
 

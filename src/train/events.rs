@@ -1,8 +1,8 @@
-//! TensorBoard event files: records of scalars that `tensorboard --logdir runs` shows.
+//! TensorBoard event files: records of scalars and pictures that `tensorboard --logdir runs` shows.
 //!
 //! A file is a list of records: length as u64, masked CRC-32C of these 8 bytes, data, masked CRC-32C of the data, all
 //! little-endian. The data are protocol buffers of the message `Event` (tensorflow/core/util/event.proto), of which this
-//! writes three fields: wall time, step, and a summary of named scalars.
+//! writes three fields: wall time, step, and a summary of named scalars, or of a picture.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -17,6 +17,9 @@ use crate::regular_file;
 pub(super) const EVENTS: &str = "events.out.tfevents";
 /// Most bytes of a run's metrics, in either form, that are read; a line takes about 500.
 pub(super) const MAX_FILE_BYTES: u64 = 1 << 30;
+
+/// Most bytes of an event file that a picture is added to.
+const MOST_WITH_PICTURES: u64 = 500_000_000;
 
 /// An event file that is appended to.
 #[derive(Debug)]
@@ -59,8 +62,27 @@ impl EventFile {
         let value = |(name, value): &(String, f64)| {
             field_bytes(1, &[field_bytes(1, name.as_bytes()), field_float(2, *value as f32)].concat())
         };
-        let summary: Vec<u8> = scalars.iter().flat_map(value).collect();
-        let event = [field_double(1, now()), field_varint(2, step), field_bytes(5, &summary)].concat();
+        self.append_summary(step, &scalars.iter().flat_map(value).collect::<Vec<u8>>())
+    }
+
+    /// Appends one record with the picture `png` at `step`, while there is room: pictures must not make the file too long to go on with.
+    pub(super) fn append_picture(&mut self, step: u64, name: &str, png: &[u8]) -> Result<()> {
+        let fail = |e: std::io::Error| Error::file(&self.path, format!("cannot be written: {e}"));
+        if self.file.metadata().map_err(fail)?.len() + png.len() as u64 > MOST_WITH_PICTURES {
+            return Err(Error::file(&self.path, format!("holds nearly {} MB already", MOST_WITH_PICTURES / 1_000_000)));
+        }
+        // A PNG begins with 8 bytes of its own, and 8 of the chunk that has width and height.
+        let side =
+            |at: usize| png.get(at..at + 4).map_or(0, |bytes| bytes.iter().fold(0, |n, &b| n << 8 | u64::from(b)));
+        let (width, height, rgb) = (side(16), side(20), 3);
+        let image =
+            [field_varint(1, height), field_varint(2, width), field_varint(3, rgb), field_bytes(4, png)].concat();
+        let value = [field_bytes(1, name.as_bytes()), field_bytes(4, &image)].concat();
+        self.append_summary(step, &field_bytes(1, &value))
+    }
+
+    fn append_summary(&mut self, step: u64, summary: &[u8]) -> Result<()> {
+        let event = [field_double(1, now()), field_varint(2, step), field_bytes(5, summary)].concat();
         let written = self.file.write_all(&record(&event));
         written.map_err(|e| Error::file(&self.path, format!("cannot be written: {e}")))
     }
@@ -215,6 +237,27 @@ mod tests {
         assert_eq!(event, expected);
         assert_eq!(step_of(&event), Some(300));
         assert_eq!(step_of(&event[..11]), None);
+    }
+
+    #[test]
+    fn a_picture_is_written_as_its_bytes() {
+        let place = tempfile::tempdir().unwrap();
+        let config = TrainConfig { out: place.path().join("run").display().to_string(), ..TrainConfig::default() };
+        let mut events = EventFile::open(&RunDir::create(&config).unwrap(), 0).unwrap();
+        let path = place.path().join("a.png");
+        crate::picture::grid_png(&path, &[0.0; 3 * 2 * 300], [1, 3, 2, 300], 1, 1, true).unwrap();
+        let png = fs::read(path).unwrap();
+        events.append_picture(7, "s", &png).unwrap();
+        let file = fs::read(&events.path).unwrap();
+        let (_, event) = records(&file).last().unwrap();
+        assert_eq!(step_of(event), Some(7));
+        // value { tag: "s", image { height: 6, width: 304, colorspace: 3, encoded_image_string } }, with gaps around the sample
+        let image = [&[8, 6, 16, 0xB0, 2, 24, 3, 34][..], &varint(png.len() as u64), &png].concat();
+        let value = [&[10, 1, b's', 34][..], &varint(image.len() as u64), &image].concat();
+        let expected = [&[10][..], &varint(value.len() as u64), &value].concat();
+        assert!(event.ends_with(&expected), "{:?}", &event[..60]);
+        events.file.set_len(MOST_WITH_PICTURES).unwrap();
+        assert!(events.append_picture(8, "s", &png).unwrap_err().to_string().contains("500 MB already"));
     }
 
     #[test]

@@ -18,6 +18,9 @@ pub const METRICS: &str = "metrics.jsonl";
 /// Groups of 125 timesteps over which the loss is also averaged.
 pub const OCTILES: usize = 8;
 
+/// Largest picture that goes into an event file.
+const MAX_PICTURE_BYTES: u64 = 1 << 26;
+
 /// Longest line that is read back; ours have a few hundred bytes.
 const MAX_LINE_BYTES: u64 = 1 << 16;
 
@@ -180,6 +183,16 @@ impl MetricsLog {
             // Where that fails too, a resumed run counts the line's steps twice.
             let _ = self.file.set_len(before);
         })
+    }
+
+    /// Shows the picture `path`, a PNG, in TensorBoard as the samples of `step`.
+    ///
+    /// # Errors
+    /// [`Error::File`] when one of the two files cannot be read or written, or the picture has more than 64 MiB.
+    pub fn append_samples(&mut self, step: u64, path: &Path) -> Result<()> {
+        let fail = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
+        let png = regular_file::read(path, MAX_PICTURE_BYTES).map_err(fail)?;
+        self.events.append_picture(step, "samples", &png)
     }
 
     fn append_events(&mut self, line: &Line) -> Result<()> {

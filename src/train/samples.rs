@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::config::{SamplerKind, TrainConfig};
 use super::learner::Learner;
+use super::metrics::MetricsLog;
 use super::progress::Progress;
 use super::run_dir::RunDir;
 use super::trainer::Trainer;
@@ -37,9 +38,20 @@ pub(crate) fn scale_of(side: usize) -> usize {
 
 impl Trainer<'_> {
     /// [`sample_grid`](Self::sample_grid), of which a failure is told but does not end training.
-    pub(super) fn samples(&mut self, run: &RunDir, stop: &AtomicBool, progress: &mut Progress) -> Option<PathBuf> {
+    pub(super) fn samples(
+        &mut self,
+        run: &RunDir,
+        log: &mut MetricsLog,
+        stop: &AtomicBool,
+        progress: &mut Progress,
+    ) -> Option<PathBuf> {
         let made = self.sample_grid(run, stop, progress);
         progress.end_meanwhile();
+        if let Ok(path) = &made
+            && let Err(error) = log.append_samples(self.step, path)
+        {
+            progress.say(&format!("the samples of step {} are not in TensorBoard: {error}", self.step));
+        }
         made.inspect_err(|error| {
             if !stop.load(Ordering::Relaxed) {
                 progress.say(&format!("no samples of step {}: {error}", self.step));

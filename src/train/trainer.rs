@@ -151,7 +151,7 @@ impl<'a> Trainer<'a> {
         if self.step > 0 && due(self.step, config.sample_every) {
             // A run that ended between a checkpoint and the samples of its step makes them now, from the same weights.
             let there = run.samples(self.step).ok().filter(|path| path.exists());
-            samples = there.or_else(|| self.samples(run, stop, &mut progress));
+            samples = there.or_else(|| self.samples(run, &mut log, stop, &mut progress));
         }
         let mut since = (Instant::now(), self.step);
         while self.step < config.steps && !stop.load(Ordering::Relaxed) {
@@ -174,7 +174,7 @@ impl<'a> Trainer<'a> {
             }
             // After the checkpoint, which nothing that goes wrong here can cost then.
             if due(self.step, config.sample_every) {
-                samples = self.samples(run, stop, &mut progress);
+                samples = self.samples(run, &mut log, stop, &mut progress);
             }
             // Images a second are those of training alone.
             since.0 += pause.elapsed();
