@@ -232,20 +232,23 @@ pub(crate) fn check_buffers(operation: &'static str, elem: DType, operands: &[Op
     Ok(())
 }
 
-/// Refuses sizes that the bf16 products cannot read 16 bytes at a time, and those that do not fit 32 bits.
-pub(crate) fn check_sizes(operation: &'static str, elem: DType, rows: usize, sizes: &[usize]) -> Result<()> {
+/// Refuses sizes that the bf16 products cannot read 16 bytes at a time, and those that do not fit 32 bits: `b` samples of `t` tokens, and
+/// what a row has of channels or outputs. What it lets pass can be multiplied.
+pub(crate) fn check_sizes(operation: &'static str, elem: DType, [b, t]: [usize; 2], sizes: &[usize]) -> Result<()> {
     if elem == DType::Bf16
         && let Some(size) = sizes.iter().find(|size| !size.is_multiple_of(8))
     {
         let what = format!("{size} channels or outputs in bf16, where they must be multiples of 8: use f32");
         return Err(Error::Shape { operation, what });
     }
-    if rows == 0 || sizes.contains(&0) {
-        return Err(Error::Shape { operation, what: format!("{rows} rows of {sizes:?}: there is nothing to compute") });
+    if b == 0 || t == 0 || sizes.contains(&0) {
+        let what = format!("{b} samples of {t} tokens of {sizes:?}: there is nothing to compute");
+        return Err(Error::Shape { operation, what });
     }
     let widest = sizes.iter().copied().max().unwrap_or(1);
-    if rows > i32::MAX as usize / 2 || widest > 1 << 24 {
-        return Err(Error::Shape { operation, what: format!("{rows} rows of {widest} are too many for one launch") });
+    if b.checked_mul(t).is_none_or(|rows| rows > i32::MAX as usize / 2) || widest > 1 << 24 {
+        let what = format!("{b} samples of {t} tokens of {widest} are too many for one launch");
+        return Err(Error::Shape { operation, what });
     }
     Ok(())
 }
@@ -283,6 +286,26 @@ mod tests {
         assert_eq!(accepted(DType::Bf16, DType::Bf16), [false; 3]);
         assert_eq!(accepted(DType::Bf16, DType::I32), [false; 3]);
         assert_eq!(accepted(DType::F32, DType::I32), [true; 3]);
+    }
+
+    #[test]
+    fn sizes_that_kernels_cannot_use_are_refused() {
+        let says = |elem, rows, sizes: &[usize]| {
+            check_sizes("product", elem, rows, sizes).map_err(|e| e.to_string()).err().unwrap_or_default()
+        };
+        assert_eq!(says(DType::F32, [1 << 15, 1 << 14], &[1 << 24, 1]), "");
+        assert_eq!(says(DType::F32, [3, 5], &[7, 1]), "");
+        assert!(says(DType::Bf16, [3, 5], &[8, 12]).contains("12 channels or outputs in bf16"));
+        for (rows, sizes) in [([0, 5], [8, 8]), ([3, 0], [8, 8]), ([0, usize::MAX], [8, 8]), ([3, 5], [8, 0])] {
+            assert!(says(DType::Bf16, rows, &sizes).contains("there is nothing to compute"), "{rows:?} of {sizes:?}");
+        }
+        // The last three would wrap around to few rows.
+        let half = usize::MAX / 2 + 1;
+        for (rows, widest) in
+            [([1, 1], (1 << 24) + 8), ([1 << 15, 1 << 15], 8), ([half, 2], 8), ([2, half], 8), ([half + 1, 2], 8)]
+        {
+            assert!(says(DType::F32, rows, &[8, widest]).contains("too many for one launch"), "{rows:?} of {widest}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 pub use super::Dims;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
-use crate::ops::tile::{Operand, check_buffers};
+use crate::ops::tile::{Operand, check_buffers, check_sizes};
 
 const FILE: &str = "attention";
 const OP: &str = "attention";
@@ -21,18 +21,19 @@ impl Dims {
         [self.t, self.c].map(|size| Arg::I32(size as i32))
     }
 
-    /// Refuses sizes that the kernels do not know, and buffers that are too short.
-    fn check(self, elem: DType, buffers: &[Operand]) -> Result<()> {
+    /// Refuses sizes that the kernels do not know.
+    fn check(self, elem: DType) -> Result<()> {
         let Dims { b, t, c, heads } = self;
         let refused = |what| Err(Error::Shape { operation: OP, what });
         let size = c / heads.max(1);
-        if heads == 0 || c == 0 || c % heads != 0 || size > 128 || elem == DType::Bf16 && size % 8 != 0 {
+        if heads == 0 || c % heads != 0 || size > 128 || elem == DType::Bf16 && size % 8 != 0 {
             return refused(format!("{heads} heads of {c} channels: a head has up to 128, in bf16 a multiple of 8"));
         }
-        if b > 65535 || heads > 65535 || b * t > i32::MAX as usize / 2 {
-            return refused(format!("{b} samples of {t} tokens and {heads} heads are too many for one launch"));
+        check_sizes(OP, elem, [b, t], &[c])?;
+        if b > 65535 || heads > 65535 {
+            return refused(format!("{b} samples of {heads} heads are too many for one launch"));
         }
-        check_buffers(OP, elem, buffers)
+        Ok(())
     }
 }
 
@@ -125,7 +126,9 @@ fn launch(
 pub fn forward(device: &Device, out: Buffer, lse: Buffer, qkv: Buffer, dims: Dims) -> Result<()> {
     let Dims { b, t, c, heads } = dims;
     let elem = qkv.dtype;
-    dims.check(
+    dims.check(elem)?;
+    check_buffers(
+        OP,
         elem,
         &[
             Operand::new("out", out, b * t * c),
@@ -160,7 +163,9 @@ pub fn backward(
 ) -> Result<()> {
     let Dims { b, t, c, heads } = dims;
     let elem = qkv.dtype;
-    dims.check(
+    dims.check(elem)?;
+    check_buffers(
+        OP,
         elem,
         &[
             Operand::new("dqkv", dqkv, b * t * 3 * c),
@@ -189,4 +194,46 @@ pub fn backward(
     let [size_t, size_c] = dims.sizes();
     let args = [dqkv.into(), dout.into(), qkv.into(), out.into(), lse.into(), dims.scale(), size_t, size_c];
     launch(device, "attention_bwd", elem, dims, [blocks, warps, shared], &args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_refused_before_they_are_multiplied() {
+        let device = Device::on_paper("H100", 90, 132);
+        let says = |elem, [b, t, c, heads]: [usize; 4]| {
+            let (x, lse, dims) = (Buffer::none(elem), Buffer::none(DType::F32), Dims { b, t, c, heads });
+            let passes = [forward(&device, x, lse, x, dims), backward(&device, x, x, x, x, lse, dims)];
+            let [forward, backward] = passes.map(|pass| pass.unwrap_err().to_string());
+            // Only of buffers each tells its own.
+            assert!(forward == backward || forward.contains("has 0 numbers"), "{forward}, {backward}");
+            forward
+        };
+        for elem in [DType::F32, DType::Bf16] {
+            assert!(says(elem, [2, 16, 64, 2]).contains("out has 0 numbers, expected 2048"));
+            for dims in [[0, 16, 64, 2], [2, 0, 64, 2], [2, 16, 0, 2]] {
+                assert!(says(elem, dims).contains("there is nothing to compute"), "{dims:?}");
+            }
+            for dims in [[2, 16, 64, 0], [2, 16, 64, 3], [2, 16, 136, 1], [2, 16, usize::MAX, 2]] {
+                assert!(says(elem, dims).contains("a head has up to 128"), "{dims:?}");
+            }
+            // In some, B T or B T C would wrap around to 0.
+            let quarter = usize::MAX / 4 + 1;
+            for dims in [
+                [65536, 16, 64, 2],
+                [2, 16, 65536 * 8, 65536],
+                [65535, 65535, 64, 2],
+                [4, quarter, 64, 2],
+                [quarter, 4, 64, 2],
+                [2, usize::MAX, 64, 2],
+                [1, 1, quarter, quarter / 8],
+                [1, 4, quarter, quarter / 8],
+            ] {
+                assert!(says(elem, dims).contains("too many for one launch"), "{dims:?}");
+            }
+        }
+        assert!(says(DType::Bf16, [2, 16, 12, 3]).contains("in bf16 a multiple of 8"));
+    }
 }

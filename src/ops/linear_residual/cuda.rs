@@ -67,7 +67,7 @@ pub fn forward(
 ) -> Result<()> {
     let Dims { b, t, k, c } = dims;
     let elem = a.dtype;
-    check_sizes(OP, elem, b * t, &[c, k])?;
+    check_sizes(OP, elem, [b, t], &[c, k])?;
     check_buffers(
         OP,
         elem,
@@ -194,7 +194,7 @@ pub fn backward(
 ) -> Result<()> {
     let Dims { b, t, k, c } = dims;
     let elem = dout.dtype;
-    check_sizes(OP, elem, b * t, &[c, k])?;
+    check_sizes(OP, elem, [b, t], &[c, k])?;
     let planner = planner(device, elem, dims);
     let Lengths { plan, parts, stored } = planner.lengths();
     check_buffers(

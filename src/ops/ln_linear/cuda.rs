@@ -197,7 +197,7 @@ pub fn forward(
 ) -> Result<()> {
     let Dims { b, t, c, n } = dims;
     let elem = inputs.x.dtype;
-    check_sizes(OP, elem, b * t, &[c, n])?;
+    check_sizes(OP, elem, [b, t], &[c, n])?;
     check_buffers(
         OP,
         elem,
@@ -315,7 +315,7 @@ pub fn backward(
     let Dims { b, t, c, n } = dims;
     let elem = g.dtype;
     let unless_full = |len| if inputs.full { 0 } else { len };
-    check_sizes(OP, elem, b * t, &[c, n])?;
+    check_sizes(OP, elem, [b, t], &[c, n])?;
     let planner = planner(device, elem, dims, inputs.full);
     let Lengths { plan, parts, stored } = planner.lengths();
     check_buffers(
