@@ -114,23 +114,17 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     attention::cuda::forward(&device, room.of(&a)?, room.of(&lse)?, room.of(&qkv)?, heads)?;
 
     let proj_dims = linear_residual::cuda::Dims { b: B, t: T, k: C, c: C };
-    let gate = linear_residual::cuda::Gate { gate: column(2), stride: 3 * C };
-    let around = linear_residual::cuda::Windows { base: windows, bypass: Buffer::none(DType::I32), write: everything };
+    let proj_inputs = linear_residual::cuda::Inputs {
+        a: room.of(&a)?,
+        weight: room.of(&w_proj)?,
+        gate: linear_residual::cuda::Gate { gate: column(2), stride: 3 * C },
+        windows: linear_residual::cuda::Windows { base: windows, bypass: Buffer::none(DType::I32), write: everything },
+    };
     let (y, z) = (room.bf16(B * T * C)?, room.bf16(B * T * C)?);
     let no_bypass = Buffer::none(DType::Bf16);
-    linear_residual::cuda::forward(
-        &device,
-        room.of(&y)?,
-        room.of(&z)?,
-        room.of(&a)?,
-        room.of(&w_proj)?,
-        room.of(&b_proj)?,
-        gate,
-        x,
-        no_bypass,
-        around,
-        proj_dims,
-    )?;
+    let residual = linear_residual::cuda::Residual { base: x, bypass: no_bypass };
+    let (of_y, of_z, bias) = (room.of(&y)?, room.of(&z)?, room.of(&b_proj)?);
+    linear_residual::cuda::forward(&device, of_y, of_z, proj_inputs, bias, residual, proj_dims)?;
 
     // Backward, in reverse. Gradients of shift, scale and gate are added to, so they start at 0.
     let dvectors = stream.alloc_zeros::<f32>(B * 3 * C)?;
@@ -163,12 +157,8 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
             shares: Shares { plan: room.of(&plan)?, parts: room.of(&parts)? },
         },
         dy,
-        room.of(&a)?,
-        no_gelu,
-        room.of(&z)?,
-        room.of(&w_proj)?,
-        gate,
-        around,
+        proj_inputs,
+        linear_residual::cuda::Saved { z: of_z, pre: no_gelu },
         proj_dims,
     )?;
 

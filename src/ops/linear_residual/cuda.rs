@@ -41,31 +41,59 @@ pub struct Windows {
     pub write: Buffer,
 }
 
+/// Inputs of both passes; `elem` is f32 or bf16, the same for all.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs {
+    /// `[B, T, K]` elem
+    pub a: Buffer,
+    /// `[C, K]` elem
+    pub weight: Buffer,
+    /// The gate.
+    pub gate: Gate,
+    /// All windows.
+    pub windows: Windows,
+}
+
+/// What is added to the gated output of the linear layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Residual {
+    /// `[B, T, C]` elem, added inside the base windows.
+    pub base: Buffer,
+    /// `[B, T, C]` elem, added outside of the bypass windows; none without a bypass.
+    pub bypass: Buffer,
+}
+
+/// What the backward pass reads of the forward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Saved {
+    /// `[B, T, C]` elem: the linear layer's output in the write windows, as [`forward`] wrote it.
+    pub z: Buffer,
+    /// `[B, T, K]` elem, of which `a` is the GELU; none where it is not one.
+    pub pre: Buffer,
+}
+
 /// The length of a buffer that may be left out.
 fn unless_none(buffer: Buffer, len: usize) -> usize {
     if buffer.is_none() { 0 } else { len }
 }
 
-/// `out` `[B, T, C]` elem, and `z`, the linear layer's output in the write windows (none: not kept), of `a` `[B, T, K]`,
-/// `weight` `[C, K]` (elem), `bias` `[C]` (f32), `base` and `bypass` (none: nothing) `[B, T, C]` elem.
+/// `out` `[B, T, C]` elem; also `z` `[B, T, C]` elem, the linear layer's output in the write windows (none: not kept). `bias` is `[C]`
+/// f32.
 ///
 /// # Errors
 /// When a buffer is too short or of another type, or the device fails.
-#[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
 pub fn forward(
     device: &Device,
     out: Buffer,
     z: Buffer,
-    a: Buffer,
-    weight: Buffer,
+    inputs: Inputs,
     bias: Buffer,
-    gate: Gate,
-    base: Buffer,
-    bypass: Buffer,
-    windows: Windows,
+    residual: Residual,
     dims: Dims,
 ) -> Result<()> {
     let Dims { b, t, k, c } = dims;
+    let Inputs { a, weight, gate, windows } = inputs;
+    let Residual { base, bypass } = residual;
     let elem = a.dtype;
     check_sizes(OP, elem, [b, t], &[c, k])?;
     check_buffers(
@@ -173,26 +201,22 @@ pub fn plan(device: &Device, elem: DType, dims: Dims, write: &[Window]) -> Resul
     Ok(planner(device, elem, dims).plan(write))
 }
 
-/// The gradients, given that of the output, `dout` `[B, T, C]` elem. `pre` `[B, T, K]` elem: `a` is its GELU (none: it is
-/// not).
+/// The gradients, given that of the output, `dout` `[B, T, C]` elem.
 ///
 /// # Errors
 /// When a buffer is too short or of another type, or the device fails.
-#[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
 pub fn backward(
     device: &Device,
     grads: Gradients,
     scratch: Scratch,
     dout: Buffer,
-    a: Buffer,
-    pre: Buffer,
-    z: Buffer,
-    weight: Buffer,
-    gate: Gate,
-    windows: Windows,
+    inputs: Inputs,
+    saved: Saved,
     dims: Dims,
 ) -> Result<()> {
     let Dims { b, t, k, c } = dims;
+    let Inputs { a, weight, gate, windows } = inputs;
+    let Saved { z, pre } = saved;
     let elem = dout.dtype;
     check_sizes(OP, elem, [b, t], &[c, k])?;
     let planner = planner(device, elem, dims);
@@ -214,13 +238,13 @@ pub fn backward(
             Operand::new("parts", scratch.shares.parts, parts),
             Operand::new("dout", dout, b * t * c),
             Operand::new("a", a, b * t * k),
-            Operand::new("pre", pre, unless_none(pre, b * t * k)),
-            Operand::new("z", z, b * t * c),
             Operand::weight("weight", weight, c * k),
             Operand::columns("gate", gate.gate, gate.reach(dims)),
             Operand::new("base windows", windows.base, b * 2),
             Operand::new("bypass windows", windows.bypass, unless_none(grads.dbypass, b * 2)),
             Operand::new("write windows", windows.write, b * 2),
+            Operand::new("z", z, b * t * c),
+            Operand::new("pre", pre, unless_none(pre, b * t * k)),
         ],
     )?;
     let [b32, t32, k32, c32] = [b, t, k, c].map(|size| Arg::I32(size as i32));

@@ -174,42 +174,36 @@ impl Operands {
         Ok(Dims { b, t, k, c })
     }
 
-    fn cuda_gate(self, tape: &Tape) -> cuda::Gate {
+    fn cuda_inputs(self, tape: &Tape) -> cuda::Inputs {
         let modulation = tape.buffer(self.gate.var);
         let gate = modulation.slice(self.gate.offset..modulation.len);
-        cuda::Gate { gate, stride: tape.shape(self.gate.var)[1] }
-    }
-
-    fn cuda_windows(self, tape: &Tape) -> cuda::Windows {
         let bypass = self.residual.bypass;
-        cuda::Windows {
-            base: tape.window_buffer(self.residual.base_window),
-            bypass: bypass.map_or(Buffer::none(DType::I32), |(_, windows)| tape.window_buffer(windows)),
-            write: tape.window_buffer(self.write),
+        cuda::Inputs {
+            a: tape.buffer(self.a),
+            weight: tape.weight_buffer(self.linear.weight),
+            gate: cuda::Gate { gate, stride: tape.shape(self.gate.var)[1] },
+            windows: cuda::Windows {
+                base: tape.window_buffer(self.residual.base_window),
+                bypass: bypass.map_or(Buffer::none(DType::I32), |(_, windows)| tape.window_buffer(windows)),
+                write: tape.window_buffer(self.write),
+            },
         }
     }
 }
 
 /// [`linear_residual`] on a CUDA device.
 fn on_cuda(tape: &mut Tape, operands: Operands, dims: Dims) -> Result<Var> {
-    let Operands { a, linear, residual, .. } = operands;
+    let Operands { linear, residual, .. } = operands;
     let Dims { b, t, c, .. } = dims;
     let (elem, device) = (tape.elem(), tape.device());
     let out = tape.take_buffer(b * t * c, elem);
     let z = if tape.records() { tape.take_buffer(b * t * c, elem) } else { Buffer::none(elem) };
-    cuda::forward(
-        &device,
-        out,
-        z,
-        tape.buffer(a),
-        tape.weight_buffer(linear.weight),
-        tape.full_buffer(linear.bias),
-        operands.cuda_gate(tape),
-        tape.buffer(residual.base),
-        residual.bypass.map_or(Buffer::none(elem), |(x, _)| tape.buffer(x)),
-        operands.cuda_windows(tape),
-        dims,
-    )?;
+    let around = cuda::Residual {
+        base: tape.buffer(residual.base),
+        bypass: residual.bypass.map_or(Buffer::none(elem), |(x, _)| tape.buffer(x)),
+    };
+    let (inputs, bias) = (operands.cuda_inputs(tape), tape.full_buffer(linear.bias));
+    cuda::forward(&device, out, z, inputs, bias, around, dims)?;
     let out = tape.push([b, t, c], out, true);
     if tape.records() {
         let z = tape.push([b, t, c], z, false);
@@ -244,19 +238,10 @@ impl Saved {
         let (dweight, add) = tape.grad_buffer(linear.weight);
         let (dbias, _) = tape.grad_buffer(linear.bias);
         let dgate = dmodulation.slice(gate.offset..dmodulation.len);
-        cuda::backward(
-            &device,
-            cuda::Gradients { da, dgate, dbase, fresh_base, dbypass, fresh_bypass, dweight, dbias, add },
-            scratch,
-            dout,
-            tape.buffer(a),
-            pre.map_or(Buffer::none(elem), |pre| tape.buffer(pre)),
-            tape.buffer(self.z),
-            tape.weight_buffer(linear.weight),
-            self.operands.cuda_gate(tape),
-            self.operands.cuda_windows(tape),
-            dims,
-        )?;
+        let grads = cuda::Gradients { da, dgate, dbase, fresh_base, dbypass, fresh_bypass, dweight, dbias, add };
+        let saved = cuda::Saved { z: tape.buffer(self.z), pre: pre.map_or(Buffer::none(elem), |pre| tape.buffer(pre)) };
+        let inputs = self.operands.cuda_inputs(tape);
+        cuda::backward(&device, grads, scratch, dout, inputs, saved, dims)?;
         tape.put_grad_buffer(residual.base, dbase);
         if let Some((x, _)) = residual.bypass {
             if x == residual.base {
