@@ -170,7 +170,7 @@ fn linear_residual_case(sizes: Sizes, layer: &str, k: usize, beta: f64) -> Case 
 fn attention_case(sizes: Sizes) -> Case {
     let Sizes { b, t, c, heads, .. } = sizes;
     let qkv = activations(2, b * t * 3 * c);
-    let dims = attention::reference::Dims { batch: 1, tokens: t, channels: c, heads };
+    let dims = attention::Dims { b: 1, t, c, heads };
     Case {
         name: "attention".into(),
         weights: vec![0.0; 8],

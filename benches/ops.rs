@@ -79,7 +79,7 @@ fn bench_ln_linear(c: &mut Criterion) {
 fn bench_attention(c: &mut Criterion) {
     let mut group = group(c, "attention");
     let qkv = numbers(2, BATCH * T * 3 * C);
-    let dims = attention::reference::Dims { batch: 1, tokens: T, channels: C, heads: HEADS };
+    let dims = attention::Dims { b: 1, t: T, c: C, heads: HEADS };
     let expected = attention::reference::forward(&qkv[..T * 3 * C], dims);
     // Backward is five products of this size, forward two: its throughput counts four.
     let flops = (BATCH * T * T * C) as f64 * 4.0;

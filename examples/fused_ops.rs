@@ -250,7 +250,7 @@ fn plain_loops(host: &Host) -> Results {
         tokens: T,
         channels: C,
     };
-    let heads = attention::reference::Dims { batch: B, tokens: T, channels: C, heads: HEADS };
+    let heads = attention::Dims { b: B, t: T, c: C, heads: HEADS };
     let qkv = ln_linear::reference::forward(&first);
     let a = attention::reference::forward(&qkv, heads);
     let last = linear_residual::reference::Inputs {

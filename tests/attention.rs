@@ -6,7 +6,7 @@ use common::*;
 use dtr_fused::autograd::{Memory, Tape, Var};
 use dtr_fused::backend::cuda::DType;
 use dtr_fused::error::Result;
-use dtr_fused::ops::attention::{attention, reference};
+use dtr_fused::ops::attention::{Dims, attention, reference};
 use dtr_fused::ops::channel_mask::{Keep, channel_mask};
 use dtr_fused::ops::real::Real;
 
@@ -22,9 +22,9 @@ struct Case {
 }
 
 impl Case {
-    fn dims(&self) -> reference::Dims {
+    fn dims(&self) -> Dims {
         let &Case { batch, tokens, heads, size, .. } = self;
-        reference::Dims { batch, tokens, channels: heads * size, heads }
+        Dims { b: batch, t: tokens, c: heads * size, heads }
     }
 }
 

@@ -58,7 +58,7 @@ pub struct Trace {
     /// Timestep embedding `[B, C]`.
     pub t_emb: Var,
     /// Condition `[B, C]`.
-    pub c: Var,
+    pub condition: Var,
     /// Embedded patches with positions `[B, T, C]`.
     pub x_embed: Var,
     /// Output of each block `[B, T, C]`.
@@ -248,7 +248,7 @@ impl Dit {
             std::array::from_fn(|i| PerSample { var: modulation, offset: self.modulation.outputs - (2 - i) * c });
         let patches = ln_linear(tape, stream, all, shift, scale, self.final_layer, Activation::None)?; // [B, T, p p OC]
         let out = unpatchify(tape, patches, config.out_channels(), side, side, config.patch_size)?;
-        Ok(Trace { t_freq, t_emb, c: condition, x_embed, blocks: Vec::new(), out })
+        Ok(Trace { t_freq, t_emb, condition, x_embed, blocks: Vec::new(), out })
     }
 }
 

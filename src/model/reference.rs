@@ -96,14 +96,9 @@ impl<'a, R: Real> Reference<'a, R> {
         if self.dit.config.routing == Routing::Sublayer { &self.active } else { &self.all }
     }
 
-    fn heads(&self) -> attention::reference::Dims {
+    fn heads(&self) -> attention::Dims {
         let config = &self.dit.config;
-        attention::reference::Dims {
-            batch: self.t.len(),
-            tokens: config.tokens(),
-            channels: config.hidden_size,
-            heads: config.num_heads,
-        }
+        attention::Dims { b: self.t.len(), t: config.tokens(), c: config.hidden_size, heads: config.num_heads }
     }
 
     fn patches(&self) -> patch_embed::Dims {

@@ -156,11 +156,11 @@ impl Network {
             let input = tape.input(x, images, true)?;
             let trace = dit.forward_traced(tape, input, t, y)?;
             let out = tape.read(trace.out)?;
-            let (t_emb, c) = (tape.read(trace.t_emb)?, tape.read(trace.c)?);
-            let y_emb = c.iter().zip(&t_emb).map(|(c, t)| c - t).collect();
+            let (t_emb, condition) = (tape.read(trace.t_emb)?, tape.read(trace.condition)?);
+            let y_emb = condition.iter().zip(&t_emb).map(|(c, t)| c - t).collect();
             let named =
                 [("t_freq", tape.read(trace.t_freq)?), ("x_embed", tape.read(trace.x_embed)?), ("y_emb", y_emb)];
-            let named = named.into_iter().chain([("t_emb", t_emb), ("c", c)]);
+            let named = named.into_iter().chain([("t_emb", t_emb), ("c", condition)]);
             let mut activations: Vec<_> = named.map(|(name, v)| (name.to_string(), v)).collect();
             for (i, &var) in trace.blocks.iter().enumerate() {
                 activations.push((format!("block{i}"), tape.read(var)?));
