@@ -407,6 +407,7 @@ impl WindowedColumns<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::numbers;
     use crate::backend::cpu::packed::formats;
 
     #[test]
@@ -478,11 +479,6 @@ mod tests {
             assert_eq!(seen, window.range().collect::<Vec<_>>());
             assert_eq!(halves, window.width.div_ceil(HALF));
         }
-    }
-
-    /// Numbers around 0, with no pattern.
-    fn numbers(seed: usize, n: usize) -> Vec<f32> {
-        (0..n).map(|i| (((i + 7919 * seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 400.0).collect()
     }
 
     #[test]

@@ -321,14 +321,10 @@ fn channel_tiles(format: Format, c: usize, parts: &[[Range<usize>; 2]], mut work
 mod tests {
     use super::*;
     use crate::backend::cpu::aligned::AlignedVec;
+    use crate::backend::cpu::numbers;
     use crate::backend::cpu::pack::pack_panels;
     use crate::backend::cpu::packed::formats;
     use crate::routing::Window;
-
-    /// Numbers around 0, with no pattern.
-    fn numbers(seed: usize, n: usize) -> Vec<f32> {
-        (0..n).map(|i| (((i + 7919 * seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 400.0).collect()
-    }
 
     /// A sample of `t` tokens: its channels, its routed numbers `[T, C]`, zero outside, and the others `[T, M]`.
     struct Drawn {

@@ -128,7 +128,7 @@ pub fn check_with_large_tiles(label: &str, op: &impl Operation, elem: DType) {
 pub fn check_on(device: Device, label: &str, op: &impl Operation, elem: DType) {
     let device = Arc::new(device);
     let inputs = inputs_in(op, elem);
-    let (expected_y, expected, upstream) = expectations_in(op, &inputs, elem);
+    let (expected_y, expected, upstream) = expectations(op, &inputs, elem);
     let mut memory = Memory::on_device(&device, elem);
     let found = run_on_cuda(&device, op, &inputs, &upstream, None, &mut memory, elem);
     let judge = |result: std::result::Result<(), String>| {

@@ -203,11 +203,8 @@ simd_fn! {
 
 #[cfg(test)]
 mod tests {
+    use super::super::numbers;
     use super::*;
-
-    fn numbers(seed: usize, n: usize) -> Vec<f32> {
-        (0..n).map(|i| (((i + seed) * 2_654_435_761 % 1000) as f32 - 499.5) / 250.0).collect()
-    }
 
     /// `sum over i of a[i] b[i]` in f64.
     fn dot(pairs: impl Iterator<Item = (f32, f32)>) -> f64 {

@@ -18,3 +18,9 @@ pub(crate) mod tile;
 pub fn has_bf16() -> bool {
     simd::level() == simd::Level::Amx
 }
+
+/// Numbers around 0, with no pattern, for tests: `n` of those of a seed.
+#[cfg(test)]
+pub(crate) fn numbers(seed: usize, n: usize) -> Vec<f32> {
+    (0..n).map(|i| (((i + 7919 * seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 250.0).collect()
+}

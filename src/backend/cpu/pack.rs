@@ -316,13 +316,10 @@ unsafe fn scatter_groups<const N: usize>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::numbers;
     use super::super::packed::Format;
     use super::super::tile::{of_panel_mut, packed_len, panels, tile_rows};
     use super::*;
-
-    fn numbers(seed: usize, n: usize) -> Vec<f32> {
-        (0..n).map(|i| (((i + seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 250.0).collect()
-    }
 
     #[test]
     fn packed_operands_hold_the_matrix() {

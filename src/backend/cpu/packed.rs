@@ -393,6 +393,7 @@ pub fn formats() -> impl Iterator<Item = Format> + Clone {
 
 #[cfg(test)]
 mod tests {
+    use super::super::numbers;
     use super::*;
 
     #[test]
@@ -400,7 +401,7 @@ mod tests {
         let sizes =
             [1, 8, 9, 15, 16, 17, 33, 70].into_iter().flat_map(|n| [1, 2, 31, 32, 33, 45, 64].map(|len| (n, len)));
         for (format, (n, len)) in formats().flat_map(|format| sizes.clone().map(move |size| (format, size))) {
-            let w: Vec<f32> = (0..n * len).map(|i| ((i * 2_654_435_761 % 1009) as f32 - 504.3) / 400.0).collect();
+            let w = numbers(1, n * len);
             for panel in 0..tile::panels(n) {
                 let mut packed = vec![f32::NAN; format.panel_len(len)];
                 format.pack_panel_transposed(&mut packed, &w, panel, n, len);

@@ -433,11 +433,8 @@ simd_fn! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::numbers;
     use crate::backend::cpu::simd::{gelu, gelu_derivative};
-
-    fn numbers(seed: usize, n: usize) -> Vec<f32> {
-        (0..n).map(|i| (((i + 7919 * seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 200.0).collect()
-    }
 
     simd_fn! {
         fn after_gelu<F>(pre: &[f32], a: &mut [f32], slope: &mut [f32]) {

@@ -1,12 +1,9 @@
 //! The kernels against chains of additions, and what they refuse.
 
 use super::super::aligned::AlignedVec;
+use super::super::numbers;
 use super::super::split::by_parts;
 use super::*;
-
-fn numbers(seed: usize, n: usize) -> Vec<f32> {
-    (0..n).map(|i| (((i + seed) * 2_654_435_761 % 1009) as f32 - 504.3) / 250.0).collect()
-}
 
 /// All sizes of a tile in all layouts, with the inner dimension in parts, empty ones and those of more than a step too, from
 /// nothing and added: the bits are those of one chain of additions.
