@@ -1,5 +1,5 @@
 // Even shares of a weight's gradient: blocks work through lists of pieces, whole tiles or parts of them, and a tile whose reduction is
-// cut is added up by one of the blocks. Who computes what is planned on the host, which knows the windows (src/ops/shares.rs).
+// cut is added up by one of the blocks. Who computes what is planned on the host, which knows the windows (src/ops/cuda/shares.rs).
 //
 // A block stores the sums of a part, and says so in `stored`; the block that owns the tile waits, and adds the parts in their
 // order, so that a run gives the same bits again. It waits for blocks of lower index alone, which start first.

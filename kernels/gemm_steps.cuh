@@ -13,7 +13,7 @@
 
 enum Layout { K_INNER, K_OUTER };
 
-// As in src/ops/tile.rs. A thread's registers must do for BLOCKS on a multiprocessor; 0: unsaid. (Two large tiles of mma.sync fit, but
+// As in src/ops/cuda/tile.rs. A thread's registers must do for BLOCKS on a multiprocessor; 0: unsaid. (Two large tiles of mma.sync fit, but
 // asked for that the assembler spills.)
 #if defined(ELEM_BF16) && defined(__CUDA_ARCH_FEAT_SM90_ALL) && TILE_M * TILE_N > 64 * 64
 #define WGMMA

@@ -230,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS) ln_linear_
     });
 }
 
-constexpr int BIAS_COLUMNS = 64;  // outputs of a piece that sums g for db, as in src/ops/shares.rs
+constexpr int BIAS_COLUMNS = 64;  // outputs of a piece that sums g for db, as in src/ops/cuda/shares.rs
 
 // db of BIAS_COLUMNS outputs, from g itself: no window asked for sums over tokens.
 __device__ __forceinline__ void sum_rows(float* dbias, const elem* g, int first, int add, int rows, int N, unsigned char* memory) {

@@ -19,7 +19,7 @@ constexpr int MMA_COLUMNS = 64;
 constexpr int INPUT_STAGES = 3;  // one is used, the others are on their way
 constexpr int INPUT_BLOCKS = 2;  // of a multiprocessor
 
-// Whether rows of the weight, and of what has its N columns, can be read in vectors; as in src/ops/rows.rs.
+// Whether rows of the weight, and of what has its N columns, can be read in vectors; as in src/ops/cuda/rows.rs.
 __device__ __forceinline__ bool are_mma_rows(const elem* weight, int K, int N) {
     return K % 8 == 0 && N % 8 == 0 && is_aligned(weight);
 }

@@ -18,10 +18,10 @@
 pub mod cuda;
 mod memory;
 
+use crate::backend::DType;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::threads::awake;
-use crate::backend::cuda::DType;
 use crate::error::{Error, Result};
 use crate::ops::Node;
 use crate::params::Param;

@@ -12,8 +12,8 @@ use dtr_fused::backend::cuda::{Allocation, Arg, DType, Device, Launch};
 use dtr_fused::diffusion::{LossWeight, Schedule, ScheduleKind};
 use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::Dit;
+use dtr_fused::ops::cuda::work::{Batch, SQUARE, WGMMA};
 use dtr_fused::ops::modulation::modulation;
-use dtr_fused::ops::work::{Batch, SQUARE, WGMMA};
 use dtr_fused::routing::{Routing, Window};
 use dtr_fused::train::device::{DeviceState, How};
 use dtr_fused::train::learner::{Batch as Samples, Losses};
@@ -125,7 +125,7 @@ fn model(hidden_size: usize, num_heads: usize, input_size: usize, routing: Routi
     }
 }
 
-/// The products of a block issue exactly the matrix instructions that `ops::work` says.
+/// The products of a block issue exactly the matrix instructions that `ops::cuda::work` says.
 fn issued_work_is_what_is_said(device: &Arc<Device>, file: &Path) {
     let cases = [
         (model(72, 3, 8, Routing::Sublayer, 0.4), vec![990, 3, 999, 640, 900]),

@@ -340,7 +340,7 @@ fn a_device_starts_with_what_the_cpu_does() {
         for moments in [&learner.m, &learner.v] {
             assert!(same_bits(moments, &vec![0.0; cpu.weights.len()]), "{elem:?}: moments are others");
         }
-        let read = learner.on_device.as_ref().unwrap().weights.elem();
+        let read = learner.device_state.as_ref().unwrap().weights.elem();
         let expected = common::rounded(&cpu.weights, elem);
         assert!(
             same_bits(&device.download(read).unwrap(), &expected),

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use dtr_fused::data::latents::ArrayFile;
+use dtr_fused::data::array_file::ArrayFile;
 use dtr_fused::data::{Dataset, may_flip, npy, open};
 use dtr_fused::element::Element;
 use safetensors::tensor::{Dtype, TensorView};

@@ -11,7 +11,7 @@ use crate::backend::cuda::arena::Arena;
 use crate::backend::cuda::transfer::Staging;
 use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Graph, Launch};
 use crate::error::{Error, Result};
-use crate::ops::shares::{Gradient, Planner, Shares};
+use crate::ops::cuda::shares::{Gradient, Planner, Shares};
 use crate::params::Param;
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -3,8 +3,8 @@
 use super::Step;
 use super::cuda::DeviceMemory;
 use crate::backend::Compute;
+use crate::backend::DType;
 use crate::backend::cpu::aligned::AlignedVec;
-use crate::backend::cuda::DType;
 use crate::params::{Linear, Param};
 use crate::routing::Window;
 use crate::tensor::{Storage, Tensor};

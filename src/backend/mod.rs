@@ -2,9 +2,12 @@
 
 pub mod cpu;
 pub mod cuda;
+mod dtype;
+
+pub use dtype::DType;
 
 use crate::error::{Error, Result};
-use cuda::{DType, Device};
+use cuda::Device;
 use std::sync::Arc;
 
 /// Why bf16 is refused on a CPU.

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 
+pub mod array_file;
 pub mod digits;
 pub mod images;
-pub mod latents;
 pub mod loader;
 #[cfg(test)]
 pub(crate) mod made;
@@ -75,7 +75,7 @@ fn is_array_file(path: &Path) -> bool {
 }
 
 /// Opens the data set that `what` names: `digits`, a folder of class subfolders ([`images::ImageFolder`]), or a
-/// `.safetensors` or `.npy` file ([`latents::ArrayFile`]).
+/// `.safetensors` or `.npy` file ([`array_file::ArrayFile`]).
 ///
 /// `image_size` is the side of the square that images of a folder are brought to, in pixels; `num_classes` widens the range
 /// of labels of an array file beyond the largest label found, and `pictures` says whether the samples of a `.npy` file are images. The
@@ -105,5 +105,5 @@ pub fn open(
     if !is_array_file(path) {
         return Err(Error::file(path, "is neither a folder of images nor a .safetensors or .npy file"));
     }
-    Ok(Arc::new(latents::ArrayFile::open(path, num_classes, pictures)?))
+    Ok(Arc::new(array_file::ArrayFile::open(path, num_classes, pictures)?))
 }

@@ -1,6 +1,6 @@
 //! The sizes of a model.
 
-use crate::backend::cuda::DType;
+use crate::backend::DType;
 use crate::error::{Error, Result};
 use crate::ops::timestep_embed::FREQUENCIES;
 use crate::routing::{Routing, window_width};

@@ -10,3 +10,6 @@ pub mod flops;
 pub mod memory;
 pub(crate) mod parts;
 pub mod reference;
+
+pub use config::{ModelConfig, TASKS};
+pub use dit::{Dit, Init};

@@ -5,26 +5,25 @@
 //! x/reference.rs  plain loops, generic over f32 and f64: the specification
 //! x/cpu.rs        the fast version, proven against it in tests/x.rs (in mod.rs where it is a few lines)
 //! x/cuda.rs       the launches of kernels/x.cu, proven there too (in mod.rs where they are a few lines)
+//!
+//! cpu/, cuda/     what several operations share
+//! real.rs         the numbers that the references are generic over
 //! ```
 //!
 //! Letters for sizes: `B` samples, `T` tokens a sample, `C` channels, `NH` heads, `HS = C / NH` head size, `N` outputs.
 
 pub mod attention;
 pub mod channel_mask;
+pub(crate) mod cpu;
+pub mod cuda;
 pub mod label_embed;
 pub mod linear_residual;
 pub mod ln_linear;
 pub mod modulation;
 pub mod patch_embed;
-pub(crate) mod products;
 pub mod real;
-pub(crate) mod rows;
-pub(crate) mod shares;
-pub(crate) mod tile;
 pub mod timestep_embed;
 pub mod unpatchify;
-pub(crate) mod weight_gradient;
-pub mod work;
 
 use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;

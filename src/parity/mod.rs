@@ -24,7 +24,7 @@ mod training;
 pub use report::{Check, Report, Row};
 
 use crate::backend::Compute;
-use crate::backend::cuda::DType;
+use crate::backend::DType;
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
 use crate::routing::Routing;

@@ -5,7 +5,7 @@ use super::report::{Check, Report};
 use crate::autograd::cuda::{DeviceWeights, pass};
 use crate::autograd::{Memory, Tape, Weights, infer};
 use crate::backend::Compute;
-use crate::backend::cuda::DType;
+use crate::backend::DType;
 use crate::diffusion::ImageDims;
 use crate::error::Result;
 use crate::model::config::{ModelConfig, TASKS};

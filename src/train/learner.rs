@@ -124,7 +124,7 @@ pub struct Learner {
     pub(crate) memory: Memory,
     /// Where everything is while training on a CUDA device: `weights`, `ema`, `m` and `v` here are then as old as when they
     /// were last fetched, arbitrary before the first time, and there are no gradients here.
-    pub on_device: Option<DeviceState>,
+    pub device_state: Option<DeviceState>,
     buffers: Buffers,
     at_once: usize,                  // most samples of a part, on the CPU
     second_half: Option<SecondHalf>, // of a small model in main memory
@@ -156,7 +156,7 @@ impl Learner {
     /// With another type, and of a learner on a CUDA device, whose type is that of [`Learner::on_device`].
     #[must_use]
     pub fn with_products_in(self, elem: DType) -> Self {
-        assert!(self.on_device.is_none(), "a learner on a CUDA device has its type");
+        assert!(self.device_state.is_none(), "a learner on a CUDA device has its type");
         Learner { memory: Memory::on_cpu(elem), ..self }
     }
 
@@ -179,7 +179,7 @@ impl Learner {
         // A large model's buffers take seconds to fill in main memory, and nobody reads these before they are fetched.
         let ema = AlignedVec::zeros(start.len());
         let learner = Self::with(dit, schedule, loss_weight, [start, ema, AlignedVec::new()]);
-        Ok(Learner { memory: Memory::on_device(device, elem), on_device: Some(state), ..learner })
+        Ok(Learner { memory: Memory::on_device(device, elem), device_state: Some(state), ..learner })
     }
 
     fn with(dit: Dit, schedule: Schedule, loss_weight: LossWeight, [weights, ema, grads]: [AlignedVec; 3]) -> Self {
@@ -198,7 +198,7 @@ impl Learner {
             }),
             updates: 0,
             memory: Memory::new(),
-            on_device: None,
+            device_state: None,
             buffers: Buffers::default(),
             at_once: samples_at_once(&dit),
             second_half: None,
@@ -220,8 +220,8 @@ impl Learner {
     /// # Errors
     /// When the device fails.
     pub fn fetch(&mut self) -> Result<()> {
-        let Learner { weights, ema, m, v, on_device, .. } = self;
-        on_device.as_ref().map_or(Ok(()), |state| state.read(weights, [ema, m, v]))
+        let Learner { weights, ema, m, v, device_state, .. } = self;
+        device_state.as_ref().map_or(Ok(()), |state| state.read(weights, [ema, m, v]))
     }
 
     /// Copies everything from main memory to the device, if there is one.
@@ -230,7 +230,7 @@ impl Learner {
     /// When the device fails.
     pub fn push(&self) -> Result<()> {
         let rest = [&self.ema[..], &self.m, &self.v];
-        self.on_device.as_ref().map_or(Ok(()), |state| state.write(&self.weights, rest))
+        self.device_state.as_ref().map_or(Ok(()), |state| state.write(&self.weights, rest))
     }
 
     /// Sends `batch` to the device, whatever that is doing.
@@ -238,8 +238,8 @@ impl Learner {
     /// # Errors
     /// As [`DeviceState::stage`], and on a learner that is not on a device.
     pub fn stage(&mut self, batch: Batch, how: How) -> Result<()> {
-        let Learner { dit, memory, on_device, .. } = self;
-        on_device.as_mut().ok_or_else(not_on_device)?.stage(dit, memory, batch, how)
+        let Learner { dit, memory, device_state, .. } = self;
+        device_state.as_mut().ok_or_else(not_on_device)?.stage(dit, memory, batch, how)
     }
 
     /// Starts the pass over the batch that was staged, and the update if it is the last part.
@@ -247,8 +247,8 @@ impl Learner {
     /// # Errors
     /// As [`DeviceState::launch`], and on a learner that is not on a device.
     pub fn launch(&mut self, batch: Batch, how: How, update: Option<DeviceUpdate>) -> Result<()> {
-        let Learner { dit, schedule, loss_weight, memory, on_device, updates, .. } = self;
-        let state = on_device.as_mut().ok_or_else(not_on_device)?;
+        let Learner { dit, schedule, loss_weight, memory, device_state, updates, .. } = self;
+        let state = device_state.as_mut().ok_or_else(not_on_device)?;
         let update = update.map(|update| (update, *updates + 1));
         state.launch(dit, schedule, *loss_weight, memory, batch, how, update)
     }
@@ -258,7 +258,7 @@ impl Learner {
     /// # Errors
     /// As [`DeviceState::collect`], and on a learner that is not on a device.
     pub fn collect(&mut self, found: &mut Losses) -> Result<Option<Decision>> {
-        self.on_device.as_mut().ok_or_else(not_on_device)?.collect(found)
+        self.device_state.as_mut().ok_or_else(not_on_device)?.collect(found)
     }
 
     /// Coefficients of a whole batch of `coefficients.len()` samples in the order they were drawn: 1 / B, or those of
@@ -284,7 +284,7 @@ impl Learner {
     }
 
     fn compute(&mut self, batch: Batch, add: bool, found: &mut Losses) -> Result<()> {
-        if self.on_device.is_some() {
+        if self.device_state.is_some() {
             return Err(Error::usage("this learner is on a CUDA device: stage and launch its batches"));
         }
         // Before any part adds to the gradients.
@@ -355,7 +355,7 @@ impl Learner {
     /// # Panics
     /// On a device, which has the gradients: [`Learner::collect`] tells their norm.
     pub fn gradient_norm(&mut self) -> f64 {
-        assert!(self.on_device.is_none(), "the gradients of this learner are on a CUDA device");
+        assert!(self.device_state.is_none(), "the gradients of this learner are on a CUDA device");
         optimizer::norm(&self.grads, self.memory.squares_mut(), &mut self.norm_parts)
     }
 
@@ -365,7 +365,7 @@ impl Learner {
     /// On a device, which has the gradients: there an update is part of [`Learner::launch`].
     pub fn update(&mut self, update: Update, uncertainty_lr: f64) {
         assert!(
-            self.on_device.is_none(),
+            self.device_state.is_none(),
             "the gradients of this learner are on a CUDA device, which makes its updates"
         );
         self.updates += 1;

@@ -1,4 +1,16 @@
 //! Training: configuration, checkpoints, metrics, and the loop that ties them together.
+//!
+//! ```text
+//! trainer       the loop: draws, steps, lines of metrics, checkpoints, samples
+//! ├─ setup      data, device, model and memory, before the first step (plan: memory and launches of a device)
+//! ├─ batches    which samples, timesteps, noise and labels a step has
+//! ├─ learner    weights and what changes them: gradients (pass), objective, update (optimizer)
+//! │  └─ device  the same on a CUDA device
+//! ├─ samples    a grid of the moving average
+//! ├─ metrics    lines and TensorBoard's events (events), the curve of the loss (plot)
+//! └─ state      what a checkpoint holds (checkpoint: the files; weights: those of others; resume: going on)
+//! config        every knob; run_dir: where files are; progress: the bar; timing: steps for bench
+//! ```
 
 mod batches;
 pub mod checkpoint;

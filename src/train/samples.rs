@@ -69,13 +69,14 @@ impl Trainer<'_> {
         let columns = config.samples_per_class;
         let classes = config.sample_classes.min(config.num_classes);
         let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
-        let Learner { dit, ema, memory, on_device, .. } = &mut self.learner;
-        if let Some(state) = on_device {
+        let Learner { dit, ema, memory, device_state, .. } = &mut self.learner;
+        if let Some(state) = device_state {
             state.read_ema(ema)?;
         }
         // A memory of its own on a device: that of training keeps its place, and its graphs with it.
         let elem = config.precision.elem();
-        let uploaded = on_device.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;
+        let uploaded =
+            device_state.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;
         let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
         let memory = own.as_mut().unwrap_or(memory);
         let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);

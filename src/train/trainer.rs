@@ -118,7 +118,7 @@ impl<'a> Trainer<'a> {
     fn new(config: &'a TrainConfig, dataset: Arc<dyn Dataset>, learner: Learner, notes: Vec<String>) -> Result<Self> {
         Ok(Trainer {
             config,
-            batches: Batches::new(config, dataset, learner.on_device.is_some())?,
+            batches: Batches::new(config, dataset, learner.device_state.is_some())?,
             learner,
             step: 0,
             saved: None,
@@ -265,7 +265,7 @@ impl<'a> Trainer<'a> {
     /// gathered and sent while this one is computed.
     fn train_step(&mut self) -> Result<()> {
         let config = self.config;
-        let on_device = self.learner.on_device.is_some();
+        let on_device = self.learner.device_state.is_some();
         let update = config.update_at(self.step, self.learner.updates);
         self.learner.coefficients(&mut self.coefficients);
         let parts = config.grad_accumulation;
@@ -318,7 +318,7 @@ impl<'a> Trainer<'a> {
     /// Makes part `index` of the batch of `step` ready, unless it is: collects it, and sends it to the device if there is one.
     fn prepare(&mut self, step: u64, index: usize) -> Result<()> {
         let Trainer { config, learner, batches, .. } = self;
-        if batches.gather(config, step, index)? && learner.on_device.is_some() {
+        if batches.gather(config, step, index)? && learner.device_state.is_some() {
             let staged = learner.stage(batches.part.batch(), batches.part.how(config));
             staged.inspect_err(|_| batches.forget())?;
         }

@@ -9,7 +9,7 @@ use super::shared::Shared;
 use super::simd::{Level, fetch_rows, level, limit};
 use super::split::{self, EXACT, ROUNDED, by_parts};
 use super::tile::{self, HALF, Lines, PANEL, Registers, Rows, Segment, Tile};
-use crate::backend::cuda::DType;
+use crate::backend::DType;
 use crate::routing::Window;
 use std::ops::Range;
 use std::sync::OnceLock;

@@ -21,6 +21,7 @@ mod memory;
 pub mod nvrtc;
 pub mod transfer;
 
+pub use super::dtype::DType;
 /// The version of cudarc whose contexts, streams and slices [`Device`] takes.
 pub use cudarc;
 pub use device::Device;
@@ -28,33 +29,6 @@ pub use graph::Graph;
 pub use launch::{Arg, Launch};
 pub use library::load_driver;
 pub use memory::{Allocation, Element};
-
-/// Type of the numbers in a buffer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum DType {
-    /// 32-bit float.
-    #[default]
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// 64-bit float.
-    F64,
-    /// 32-bit unsigned integer.
-    U32,
-    /// 32-bit signed integer.
-    I32,
-}
-
-impl DType {
-    /// Bytes of a number.
-    pub fn bytes(self) -> usize {
-        match self {
-            DType::Bf16 => 2,
-            DType::F32 | DType::U32 | DType::I32 => 4,
-            DType::F64 => 8,
-        }
-    }
-}
 
 /// Numbers in device memory, owned by somebody else. Like a pointer it may be kept longer than what it points to; work that is then
 /// given it fails, or spoils other memory of the device.

@@ -7,6 +7,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::sixteen;
 use super::{Dims, bf16};
+use crate::backend::DType;
 use crate::backend::cpu::pack::{pack_panel, pack_panel_transposed};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
@@ -15,7 +16,6 @@ use crate::backend::cpu::simd::{add_assign, exp, fetch_rows, simd_fn, sum_by};
 use crate::backend::cpu::tile::{
     HALF, PANEL, Rows, STRIP, Segment, Tile, copy_row, multiply, of_panel, of_panel_mut, panels, row_tiles,
 };
-use crate::backend::cuda::DType;
 use rayon::prelude::*;
 use std::ops::Range;
 

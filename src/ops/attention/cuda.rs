@@ -3,7 +3,7 @@
 pub use super::Dims;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
-use crate::ops::tile::{Operand, check_buffers, check_sizes};
+use crate::ops::cuda::tile::{Operand, check_buffers, check_sizes};
 
 const FILE: &str = "attention";
 const OP: &str = "attention";

@@ -2,18 +2,18 @@
 //! applied to each tile while it is in cache.
 
 use super::Dims;
+use crate::backend::DType;
 use crate::backend::cpu::packed::Format;
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fma, gelu_and_derivative, simd_fn};
 use crate::backend::cpu::tile::{HALF, PANEL, Segment, Tile, add_tile, panels, write_rows};
-use crate::backend::cuda::DType;
-use crate::ops::products::{
+use crate::ops::cpu::products::{
     Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, joined_samples, most_rows, pack_panels,
     packed_tile_len, packed_tiles_len, rows_per_block, samples_per_block, window_of_all, with_packed,
 };
-use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
+use crate::ops::cpu::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
 use crate::routing::Window;
 use rayon::prelude::*;
 use std::ops::Range;

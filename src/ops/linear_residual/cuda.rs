@@ -3,9 +3,9 @@
 pub use super::Dims;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::Result;
-use crate::ops::shares::{Gradient, Planner, check_windows};
-pub use crate::ops::shares::{Lengths, Shares};
-use crate::ops::tile::{Operand, SMALL, check_buffers, check_sizes, overlapped_tiling, tiling};
+use crate::ops::cuda::shares::{Gradient, Planner, check_windows};
+pub use crate::ops::cuda::shares::{Lengths, Shares};
+use crate::ops::cuda::tile::{Operand, SMALL, check_buffers, check_sizes, overlapped_tiling, tiling};
 use crate::routing::Window;
 
 const FILE: &str = "linear_residual";

@@ -6,19 +6,19 @@ use super::Dims;
 use super::inactive::Inactive;
 use super::rows::{Row, correct_rows, masked, normalise, normalise_backward, sums_over_tokens};
 pub use super::rows::{gelu_backward, gelu_forward};
+use crate::backend::DType;
 use crate::backend::cpu::packed::{Format, Kernel};
 use crate::backend::cpu::profile::{Pass, span};
 use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{HALF, MAX_ROWS, PANEL, Segment, Streams, Tile, panels, write_rows};
-use crate::backend::cuda::DType;
-use crate::ops::products::{
+use crate::ops::cpu::products::{
     PACKED_PANELS, RowTile, Stage, WindowedColumns, batches, each_panel, fetched_by_each, inner_of_all, joined_samples,
     most_rows, pack_panels, packed_tile_len, packed_tiles_len, panels_at_once, rows_per_block, samples_per_block,
     window_of_all, with_packed,
 };
-use crate::ops::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
+use crate::ops::cpu::weight_gradient::{Layout, Operands, Sample, clear_routed, weight_gradient};
 use crate::routing::Window;
 use rayon::prelude::*;
 use std::ops::Range;

@@ -4,9 +4,9 @@ use super::Activation;
 pub use super::Dims;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
-use crate::ops::shares::{Gradient, Planner, check_windows};
-pub use crate::ops::shares::{Lengths, Shares};
-use crate::ops::tile::{Operand, SMALL, SPLIT_BF16, check_buffers, check_sizes, overlapped_tiling, tiling};
+use crate::ops::cuda::shares::{Gradient, Planner, check_windows};
+pub use crate::ops::cuda::shares::{Lengths, Shares};
+use crate::ops::cuda::tile::{Operand, SMALL, SPLIT_BF16, check_buffers, check_sizes, overlapped_tiling, tiling};
 use crate::routing::Window;
 
 const FILE: &str = "ln_linear";

@@ -12,7 +12,7 @@ use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
-use crate::ops::rows::{Dims, Rows};
+use crate::ops::cuda::rows::{Dims, Rows};
 use crate::ops::timestep_embed::cpu::{linear, linear_backward, silu_backward, silu_to};
 use crate::ops::{Node, check, check_linear};
 use crate::params::Linear;

@@ -11,7 +11,7 @@ use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
-use crate::ops::rows::{Dims, Rows};
+use crate::ops::cuda::rows::{Dims, Rows};
 use crate::ops::{Node, check, check_linear};
 use crate::params::Linear;
 

@@ -1,7 +1,7 @@
 //! What a configuration must satisfy, and what it becomes when the data are known.
 
 use super::TrainConfig;
-use crate::data::latents::MAX_SAMPLE;
+use crate::data::array_file::MAX_SAMPLE;
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 

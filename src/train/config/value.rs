@@ -1,6 +1,6 @@
 //! The types that a knob may have, and how their values are read and written.
 
-use crate::backend::cuda::DType;
+use crate::backend::DType;
 use crate::choice::choice;
 use crate::diffusion::{LossWeight, ScheduleKind};
 use crate::model::dit::Init;

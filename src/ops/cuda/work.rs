@@ -4,8 +4,8 @@
 //! A product works in chunks along its reduction, and in tiles or parts of tiles. So a window is rounded out, and the numbers here
 //! say by how much.
 
-use crate::ops::tile::SPLIT_BF16;
-pub use crate::ops::tile::{Kind, SQUARE, Tile, WGMMA};
+use crate::ops::cuda::tile::SPLIT_BF16;
+pub use crate::ops::cuda::tile::{Kind, SQUARE, Tile, WGMMA};
 use crate::routing::Window;
 
 /// Floating-point operations of a product, 2 for a multiply-add.

@@ -13,7 +13,7 @@
 
 use crate::backend::cuda::{Buffer, DType, Device};
 use crate::error::{Error, Result};
-use crate::ops::tile::{Tile, Tiling, gradient_tiling};
+use crate::ops::cuda::tile::{Tile, Tiling, gradient_tiling};
 use crate::routing::Window;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

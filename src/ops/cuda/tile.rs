@@ -123,7 +123,7 @@ pub(crate) fn overlapped_tiling(device: &Device, elem: DType, rows: usize, colum
 }
 
 /// A weight's gradient `[rows, columns]`, whose reduction is over `inner` rows: the tiles, and how many blocks compute them. More than
-/// tiles, if those would leave a quarter of the device idle: then their reductions are cut ([`crate::ops::shares`]). On an
+/// tiles, if those would leave a quarter of the device idle: then their reductions are cut ([`crate::ops::cuda::shares`]). On an
 /// H100 that costs more than is planned for, so tiles for which most blocks find work are left whole.
 pub(crate) fn gradient_tiling(
     device: &Device,

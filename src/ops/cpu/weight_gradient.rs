@@ -7,7 +7,7 @@ use crate::backend::cpu::simd::add_assign;
 use crate::backend::cpu::tile::{
     self, HALF, PANEL, Segment, Streams, copy_row, of_panel_mut, panels, write_transposed,
 };
-use crate::ops::products::{RESIDENT, panels_at_once};
+use crate::ops::cpu::products::{RESIDENT, panels_at_once};
 use rayon::prelude::*;
 use std::ops::Range;
 
