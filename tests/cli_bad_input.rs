@@ -49,7 +49,7 @@ fn values_out_of_range_are_usage_errors() {
 fn commands_that_do_not_exist_are_usage_errors() {
     let place = tempfile::tempdir().unwrap();
     fails(run(place.path(), &["trian"]), 2, &["'trian'", "train"]);
-    fails(run(place.path(), &["info"]), 2, &["<DIR>"]);
+    fails(run(place.path(), &["info"]), 2, &["<DIR|FILE>"]);
     fails(run(place.path(), &["completions", "tcsh"]), 2, &["tcsh", "bash"]);
 }
 

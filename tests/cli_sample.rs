@@ -145,6 +145,12 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     assert!(of_file == of_run, "the file alone is another model");
     assert!(!said.contains("does not say"), "{said}");
     assert!(sample("copy.safetensors", &["--set", "seed=8"]).0 != of_run, "--set changes nothing");
+    let said = succeeds(run(place, &["info", "copy.safetensors"]));
+    for part in
+        ["custom (32 wide, 1 blocks, 2 heads, patch 2)", "random, beta", "images of 1 x 8 x 8, 10 classes", "cosine"]
+    {
+        assert!(said.contains(part), "'{part}' is not in: {said}");
+    }
 
     write_foreign(place, |_| true);
     let told = ["num_heads=2", "routing=random", "seed=7", "schedule=cosine", "label_dropout=0"];
@@ -154,7 +160,7 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     assert!(said.contains(taken), "{said}");
     // As the published weights.
     let said = sample("weights.safetensors", &["--set", "num_heads=2"]).1;
-    assert!(said.contains("num_heads 2, routing dense, schedule linear (--set"), "{said}");
+    assert!(said.contains("num_heads 2, routing dense, schedule linear (sample --set"), "{said}");
 
     let refused = |checkpoint: &str, more: &[&str], code, says: &[&str]| {
         fails(run(place, &[&["sample", "--checkpoint", checkpoint, "--steps", "2"], more].concat()), code, says);

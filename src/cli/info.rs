@@ -1,4 +1,4 @@
-//! `dtr-fused info`: what a run's directory or a checkpoint holds.
+//! `dtr-fused info`: what a run's directory, a checkpoint or a file of weights holds.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,30 +7,35 @@ use clap::Args;
 
 use crate::error::{Error, Result, printable};
 use crate::safetensors_file::SafetensorsFile;
-use crate::train::config::KNOBS;
+use crate::train::config::{KNOBS, Layer};
 use crate::train::state::CLASSES;
-use crate::train::{TrainConfig, checkpoint, metrics};
+use crate::train::{TrainConfig, checkpoint, metrics, weights};
 
 const EXAMPLES: &str = "\
 Examples:
   dtr-fused info runs/digits-paper-0001                         the run and its checkpoints
   dtr-fused info runs/digits-paper-0001/checkpoints/0000600     one checkpoint
   dtr-fused info --tensors runs/digits-paper-0001               also every tensor of the weights
+  dtr-fused info DiT-XL-2.safetensors                           what sample takes weights without a run for
 ";
 
-/// Show what a run's directory or a checkpoint holds: configuration, steps, sizes, last loss
+/// Show what a run's directory, a checkpoint or a file of weights holds: configuration, steps, sizes, last loss
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct InfoArgs {
-    /// A run's directory, or one of its checkpoints
-    dir: PathBuf,
+    /// A run's directory, one of its checkpoints, or a file of weights
+    #[arg(value_name = "DIR|FILE")]
+    path: PathBuf,
     /// List name and shape of every tensor of the weights
     #[arg(long)]
     tensors: bool,
 }
 
 pub(super) fn run(args: InfoArgs) -> Result<()> {
-    let place = checkpoint::resolve(&args.dir)?;
+    if args.path.is_file() {
+        return show_weights(&args.path, args.tensors);
+    }
+    let place = checkpoint::resolve(&args.path)?;
     if let Some(run) = &place.run {
         show_run(run)?;
     }
@@ -68,25 +73,37 @@ fn show_run(run: &Path) -> Result<()> {
     Ok(())
 }
 
-fn show_config(config: &TrainConfig) {
+fn show_weights(path: &Path, tensors: bool) -> Result<()> {
+    let file = SafetensorsFile::open(path)?;
+    row("weights", path.display());
+    let (config, note) = weights::config_of(&file, &Layer::default())?;
+    show_model(&config);
+    row("samples", samples(&config));
+    row("schedule", config.schedule);
+    note.iter().for_each(|note| row("note", note));
+    show_tensors(&file, tensors);
+    Ok(())
+}
+
+/// Kind, sizes and classes of what a model makes.
+fn samples(config: &TrainConfig) -> String {
+    let kind = if config.are_images() { "images" } else { "latents" };
+    let (channels, side) = (config.in_channels, config.image_size);
+    format!("{kind} of {channels} x {side} x {side}, {} classes", config.num_classes)
+}
+
+fn show_model(config: &TrainConfig) {
     let shape = format!(
         "{} ({} wide, {} blocks, {} heads, patch {})",
         config.model, config.hidden_size, config.depth, config.num_heads, config.patch_size
     );
     row("model", shape);
     row("routing", format!("{}, beta {}, alpha {}", config.routing, config.beta, config.alpha));
-    row(
-        "data",
-        format!(
-            "{}, {} of {} x {} x {}, {} classes",
-            config.data,
-            if config.are_images() { "images" } else { "latents" },
-            config.in_channels,
-            config.image_size,
-            config.image_size,
-            config.num_classes
-        ),
-    );
+}
+
+fn show_config(config: &TrainConfig) {
+    show_model(config);
+    row("data", format!("{}, {}", config.data, samples(config)));
     row(
         "training",
         format!("{} steps of {} images, lr {}, seed {}", config.steps, config.batch_size, config.lr, config.seed),
@@ -142,8 +159,6 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
             row("classes", named.collect::<Vec<_>>().join(", "));
         }
     }
-    let (names, parameters) = (model.names().count(), count(&model));
-    row("parameters", format!("{} in {names} tensors", grouped(parameters)));
     for name in [checkpoint::MODEL, checkpoint::EMA, checkpoint::OPTIMIZER] {
         let file = path.join(name);
         match fs::metadata(&file) {
@@ -151,18 +166,21 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
             Err(error) => row(name.trim_end_matches(".safetensors"), format!("missing ({error})")),
         }
     }
-    if tensors {
-        println!();
-        for name in model.names() {
-            let tensor = model.tensor(name)?;
-            println!("{:<44} {:?} {:?}", printable(name), tensor.element, tensor.shape);
-        }
-    }
+    show_tensors(&model, tensors);
     Ok(())
 }
 
-fn count(file: &SafetensorsFile) -> u64 {
-    file.names().filter_map(|name| file.get(name)).map(|tensor| tensor.elements() as u64).sum()
+/// How many numbers `file` holds, and `each` of its tensors.
+fn show_tensors(file: &SafetensorsFile, each: bool) {
+    let tensors = || file.names().filter_map(|name| Some((name, file.get(name)?)));
+    let parameters = tensors().map(|(_, tensor)| tensor.elements() as u64).sum();
+    row("parameters", format!("{} in {} tensors", grouped(parameters), tensors().count()));
+    if each {
+        println!();
+        for (name, tensor) in tensors() {
+            println!("{:<44} {:?} {:?}", printable(name), tensor.element, tensor.shape);
+        }
+    }
 }
 
 fn size_of_directory(path: &Path) -> Result<u64> {

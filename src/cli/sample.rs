@@ -37,8 +37,9 @@ Examples:
   dtr-fused sample --checkpoint runs/digits-paper-0001 --num 50000 --sampler ddpm --steps 250 --npz samples.npz
   dtr-fused sample --checkpoint DiT-XL-2.safetensors --classes 207,360 --cfg 4 --npz latents.npz
 
-A file of weights tells the sizes of its model. Where it was not written by dtr-fused, routing is taken to be dense and the schedule
-linear, as of the published DiT weights: --set routing=paper schedule=cosine says otherwise, for weights of the DTR paper's code.
+A file of weights tells the sizes of its model. Where dtr-fused did not write it, routing is taken
+to be dense and the schedule linear, as of the published DiT weights; for those of the DTR paper's
+code, give --set routing=paper schedule=cosine.
 ";
 
 /// Which weights of a checkpoint.

@@ -139,7 +139,7 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
     })?;
     let note = (!ours).then(|| {
         format!(
-            "{} does not say how it was trained: it is taken for {} (--set KEY=VALUE says otherwise)",
+            "{} does not say how it was trained: it is taken for {} (sample --set KEY=VALUE says otherwise)",
             file.path().display(),
             self::told(&self::metadata(&config))
         )
