@@ -62,7 +62,7 @@ fn flops(write: &[Window], t: usize, k: usize) -> usize {
 /// See [`super::linear_residual`].
 pub fn forward(
     out: &mut [f32], // [B, T, C]
-    z: &mut [f32],   // [B, T, C], written on the write windows
+    z: &mut [f32],   // [B, T, C], written on the write windows; empty when nobody reads it
     a: &[f32],       // [B, T, K]
     of_gelu: bool,   // multiply the GELU of `a`
     inputs: Inputs,
@@ -89,8 +89,11 @@ pub fn forward(
             .enumerate()
             .for_each(|(panel, to)| format.pack_panel_transposed(to, weight, panel, c, k));
         let product = WindowedColumns { format, panels_of_w, windows: write, tokens: t, k };
-        out.par_chunks_mut(rows * c).zip(z.par_chunks_mut(rows * c)).enumerate().for_each(|(block, (out, z))| {
+        let (keeps_z, z) = (!z.is_empty(), Shared::new(z));
+        out.par_chunks_mut(rows * c).enumerate().for_each(|(block, out)| {
             let first = block * rows;
+            // SAFETY: that of the rows of this block.
+            let z = unsafe { z.slice(if keeps_z { first * c..first * c + out.len() } else { 0..0 }) };
             let rows = first..first + out.len() / c;
             for (row, out) in rows.clone().zip(out.chunks_exact_mut(c)) {
                 let sample = row / t;
@@ -116,7 +119,8 @@ pub fn forward(
                         for (sample, rows) in row_tile.of_samples(t) {
                             for (columns, of_tile) in part.columns_of(write[sample]) {
                                 let (at, width) = ((rows.start - first) * c + columns.start, columns.len());
-                                let (out, z) = (&mut out[at..], &mut z[at..]);
+                                let out = &mut out[at..];
+                                let z = if keeps_z { &mut z[at..] } else { &mut [][..] };
                                 let base = match is_base(sample) {
                                     true => &base.0[rows.start * c + columns.start..],
                                     false => &[],
@@ -380,7 +384,9 @@ simd_fn! {
     ) {
         let width = bias.len();
         for (i, sums) in sums.iter().enumerate() {
-            let (out, z) = (&mut out[i * c..][..width], &mut z[i * c..][..width]);
+            let mut not_kept = [0.0; PANEL];
+            let z = if z.is_empty() { &mut not_kept[..width] } else { &mut z[i * c..][..width] };
+            let out = &mut out[i * c..][..width];
             let (sums, gate) = (&sums[first..][..width], &gate[..width]);
             if base.is_empty() {
                 for j in 0..width {

@@ -124,7 +124,7 @@ pub fn linear_residual(
     if tape.on_cuda() {
         return on_cuda(tape, operands, dims);
     }
-    let mut z = tape.take(b * t * c);
+    let mut z = if tape.records() { tape.take(b * t * c) } else { AlignedVec::new() };
     let mut out = tape.take(b * t * c);
     let inputs = cpu::Inputs {
         weight: &tape.weights[linear.weight.range()],
@@ -143,8 +143,6 @@ pub fn linear_residual(
     if tape.records() {
         let z = tape.push([b, t, c], z, false);
         tape.record(out, Node::LinearResidual(Saved { operands, dims, z }));
-    } else {
-        tape.give(z);
     }
     Ok(out)
 }
