@@ -20,6 +20,9 @@ use crate::regular_file;
 /// Longest header that is read: more than a hundred times what the largest DiT needs.
 pub const MAX_HEADER_BYTES: u64 = 16 << 20;
 
+/// Longest name of a tensor, in bytes: ten times the longest of a DiT.
+pub const MAX_NAME_BYTES: usize = 500;
+
 /// Most dimensions that a tensor may have.
 pub const MAX_RANK: usize = 8;
 
@@ -265,6 +268,12 @@ impl<'de> Deserialize<'de> for RawHeader {
                     if name == "__metadata__" {
                         header.metadata = map.next_value()?;
                         continue;
+                    }
+                    if name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
+                        let begins: String = name.escape_debug().take(80).collect();
+                        return Err(de::Error::custom(format!(
+                            "the name of a tensor, '{begins}', has more than {MAX_NAME_BYTES} bytes or control characters"
+                        )));
                     }
                     match header.tensors.entry(name) {
                         Entry::Vacant(place) => place.insert(map.next_value()?),

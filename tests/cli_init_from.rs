@@ -5,6 +5,7 @@ mod program;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use dtr_fused::model::embed::position_embedding;
 use dtr_fused::safetensors_file::SafetensorsFile;
 use dtr_fused::train::checkpoint::{self, FileOut, Metadata, TensorOut};
 use program::{fails, run, stderr, succeeds, train};
@@ -129,10 +130,15 @@ fn weights_of_other_models_are_refused_with_what_would_help() {
     succeeds(start(&learned));
     let mut other = tensors.clone();
     let (shape, numbers) = other.get_mut("pos_embed").unwrap();
-    (shape[1], *numbers) = (2 * shape[1], numbers.repeat(2));
+    (shape[1], *numbers) = (36, position_embedding(6, 32));
     let output = start(&other);
-    assert!(stderr(&output).contains("trained on images of 32 tokens; these have 16"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("trained on images of 36 tokens; these have 16"), "{}", stderr(&output));
     succeeds(output);
+    other.get_mut("pos_embed").unwrap().1[700] += 0.5;
+    fails(start(&other), 1, &["'pos_embed' is up to 0.50 away"]);
+    let (shape, numbers) = other.get_mut("pos_embed").unwrap();
+    (shape[1], *numbers) = (32, numbers[..32 * 32].to_vec());
+    fails(start(&other), 1, &["'pos_embed' has shape [1, 32, 32], but this model needs [1, 16, 32]"]);
     let mut without = tensors.clone();
     without.remove("pos_embed");
     succeeds(start(&without));

@@ -144,7 +144,9 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     let (of_file, said) = sample("copy.safetensors", &[]);
     assert!(of_file == of_run, "the file alone is another model");
     assert!(!said.contains("does not say"), "{said}");
-    assert!(sample("copy.safetensors", &["--set", "seed=8"]).0 != of_run, "--set changes nothing");
+    let (of_other, said) = sample("copy.safetensors", &["--set", "seed=8"]);
+    assert!(of_other != of_run, "--set changes nothing");
+    assert!(said.contains("copy.safetensors says seed 7, and --set otherwise"), "{said}");
     let said = succeeds(run(place, &["info", "copy.safetensors"]));
     for part in
         ["custom (32 wide, 1 blocks, 2 heads, patch 2)", "random, beta", "images of 1 x 8 x 8, 10 classes", "cosine"]
@@ -156,26 +158,35 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     let told = ["num_heads=2", "routing=random", "seed=7", "schedule=cosine", "label_dropout=0"];
     let (of_foreign, said) = sample("weights.safetensors", &[&["--set"], &told[..]].concat());
     assert!(of_foreign == of_run, "what --set says is another model");
-    let taken = "weights.safetensors does not say how it was trained: it is taken for num_heads 2, routing random, ";
-    assert!(said.contains(taken), "{said}");
+    let assumed =
+        "weights.safetensors does not say beta 0.8, alpha 4.0, data_kind images: this is assumed (sample --set";
+    assert!(said.contains(assumed), "{said}");
     // As the published weights.
     let said = sample("weights.safetensors", &["--set", "num_heads=2"]).1;
-    assert!(said.contains("num_heads 2, routing dense, schedule linear (sample --set"), "{said}");
+    let assumed = "does not say routing dense, schedule linear, data_kind images, label_dropout 0.1: this is assumed";
+    assert!(said.contains(assumed), "{said}");
 
     let refused = |checkpoint: &str, more: &[&str], code, says: &[&str]| {
         fails(run(place, &[&["sample", "--checkpoint", checkpoint, "--steps", "2"], more].concat()), code, says);
     };
-    refused("weights.safetensors", &[], 1, &["weights.safetensors: does not tell num_heads: give --set num_heads=N"]);
+    refused("weights.safetensors", &[], 1, &["weights.safetensors: does not tell num_heads: give --set num_heads=X"]);
     refused("weights.safetensors", &["--set", "depth=2"], 2, &["--set gives 'depth', but", "num_heads, routing"]);
-    refused("weights.safetensors", &["--set", "num_heads=5"], 2, &["num_heads 5", "weights in weights.safetensors"]);
+    refused("weights.safetensors", &["--set", "num_heads=5"], 1, &["weights.safetensors: num_heads 5"]);
+    refused("weights.safetensors", &["--set", "num_heads=2", "image_size=0"], 1, &["does not tell image_size"]);
+    refused("weights.safetensors", &["--set", "num_heads=2", "--out", "weights.safetensors"], 1, &["and no .png"]);
+    fs::copy(place.join("weights.safetensors"), place.join("weights.png")).unwrap();
+    refused("weights.png", &["--set", "num_heads=2", "--out", "weights.png"], 1, &["holds the weights"]);
+    refused("nowhere", &["--set", "num_heads=2"], 1, &["nowhere: cannot be opened"]);
     refused("weights.safetensors", &["--weights", "ema"], 2, &["weights.safetensors is a file: leave it out"]);
     refused("run", &["--set", "routing=dense"], 2, &["run says itself what its model is: leave it out"]);
     write_foreign(place, |name| name != "pos_embed");
-    refused("weights.safetensors", &["--set", "num_heads=2"], 1, &["give --set image_size=N"]);
+    refused("weights.safetensors", &["--set", "num_heads=2"], 1, &["give --set image_size=X"]);
     let told = [&told[..], &["image_size=8"]].concat();
     assert!(sample("weights.safetensors", &[&["--set"], &told[..]].concat()).0 == of_run);
     write_foreign(place, |name| !name.starts_with("x_embedder"));
     refused("weights.safetensors", &[], 1, &["has no tensor 'x_embedder.proj.weight'"]);
+    let moments = average(place).with_file_name(checkpoint::OPTIMIZER);
+    refused(moments.to_str().unwrap(), &[], 1, &["they are moments of AdamW"]);
 
     fs::remove_file(average(place).with_file_name(checkpoint::MODEL)).unwrap();
     let instead = "sample takes run/checkpoints/0000100/ema.safetensors by itself";
@@ -195,7 +206,11 @@ fn weights_of_a_published_model_need_no_flag() {
     write_foreign(place, |_| true);
     let one = ["--num", "1", "--classes", "3", "--steps", "1"];
     let output = run(place, &[&["sample", "--checkpoint", "weights.safetensors"], &one[..]].concat());
-    assert!(stderr(&output).contains("taken for num_heads 6, routing dense, schedule linear"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("does not say num_heads 6, routing dense, schedule linear"),
+        "{}",
+        stderr(&output)
+    );
     succeeds(output);
 }
 

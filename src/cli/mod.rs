@@ -75,7 +75,8 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
-            say(&format!("error: {}", printable(&error.to_string())));
+            // Of one line, whatever the names and values in it are.
+            say(&format!("error: {}", printable(&error.to_string().replace('\n', "\\n"))));
             ExitCode::from(if matches!(error, Error::Usage(_)) { USAGE } else { FAILURE })
         }
         // The hook has said what there is to say.

@@ -13,7 +13,7 @@ use crate::autograd::{Memory, Weights as ModelWeights};
 use crate::backend::Compute;
 use crate::data::npz::NpzWriter;
 use crate::element::Element;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::generate::{Generator, IMAGES_AT_ONCE, steps};
 use crate::model::dit::Dit;
 use crate::picture::grid_png;
@@ -34,12 +34,13 @@ const EXAMPLES: &str = "\
 Examples:
   dtr-fused sample --checkpoint runs/digits-paper-0001
   dtr-fused sample --checkpoint runs/digits-paper-0001 --classes 3,7 --num 40 --cfg 2 --seed 1
-  dtr-fused sample --checkpoint runs/digits-paper-0001 --num 50000 --sampler ddpm --steps 250 --npz samples.npz
+  dtr-fused sample --checkpoint runs/digits-paper-0001 --num 5000 --sampler ddpm --npz samples.npz
   dtr-fused sample --checkpoint DiT-XL-2.safetensors --classes 207,360 --cfg 4 --npz latents.npz
 
-A file of weights tells the sizes of its model. Where dtr-fused did not write it, routing is taken
-to be dense and the schedule linear, as of the published DiT weights; for those of the DTR paper's
-code, give --set routing=paper schedule=cosine.
+A file of weights tells the sizes of its model, that of the images if it has pos_embed. Where
+dtr-fused did not write it, routing is taken to be dense, the schedule linear and the heads those of
+the DiT of this width and depth, as in the published weights; what was assumed is said. For weights
+of the DTR paper's code, give --set routing=paper schedule=cosine.
 ";
 
 /// Which weights of a checkpoint.
@@ -58,7 +59,8 @@ pub(super) struct SampleArgs {
     /// A run's directory (its latest checkpoint), one of its checkpoints, or a file of weights with the official names
     #[arg(long, value_name = "DIR|FILE")]
     checkpoint: PathBuf,
-    /// What a file of weights does not tell: routing, beta, alpha, schedule, num_heads, image_size, data_kind, label_dropout, seed
+    /// What is to be assumed of a file of weights: routing, beta, alpha, seed (of random routing), schedule, num_heads, image_size,
+    /// data_kind, label_dropout
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     set: Vec<String>,
     /// Sampling algorithm: ddim (deterministic with --eta 0, good with few steps) or ddpm (ancestral)
@@ -85,7 +87,7 @@ pub(super) struct SampleArgs {
     /// Seed of the noise
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
-    /// Which weights of a checkpoint [default: ema]
+    /// Which weights of a run or a checkpoint [default: ema]
     #[arg(long, value_enum)]
     weights: Option<Weights>,
     /// The grid of images: a row for each of the first 64 classes, with 16 images at most
@@ -100,7 +102,7 @@ pub(super) struct SampleArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Number format of products: f32 or bf16 [default: the run's, but f32 on a CPU without AMX]
+    /// Number format of products [default: that of training if it is told, but f32 on a CPU without AMX]
     #[arg(long, value_name = Precision::NAMES)]
     precision: Option<Precision>,
 }
@@ -139,7 +141,7 @@ fn sample(args: SampleArgs) -> Result<()> {
     // Where signals cannot be caught, and when Ctrl-C is pressed twice, at worst a temporary file stays.
     let _ = signals::stop_on_signals("without files");
     // Hours of work must not end in a directory that cannot be written.
-    check_outputs(&args.out, args.npz.as_deref())?;
+    check_outputs(&args.out, args.npz.as_deref(), &file)?;
     AtomicFile::create(&args.out)?;
     let mut npz = args.npz.as_ref().map(|path| Archive::create(path, labels.len(), &config)).transpose()?;
 
@@ -148,12 +150,13 @@ fn sample(args: SampleArgs) -> Result<()> {
         Some(precision) => Compute::open(&config.device, precision.elem())?,
         None => Compute::open_or_f32(&config.device, config.precision.elem())?,
     };
-    let dit = Dit::new(config.model_config())?;
     let in_main_memory = match &compute {
         Compute::Cpu { .. } => args.batch_size.min(labels.len()) * if sampler.guided() { 2 } else { 1 },
-        Compute::Cuda { elem, .. } => dit.config.check_cuda(*elem).map(|()| 0)?,
+        Compute::Cuda { elem, .. } => config.model_config().check_cuda(*elem).map(|()| 0)?,
     };
-    setup::check_sampling_memory(&config, &dit, in_main_memory)?;
+    // Before the model: its tables of positions and masks may be large, too.
+    setup::check_sampling_memory(&config, in_main_memory)?;
+    let dit = Dit::new(config.model_config())?;
     let mut weights = vec![0.0; dit.layout.len()];
     read_weights(&file, &dit, &mut weights)?;
 
@@ -192,10 +195,11 @@ fn sample(args: SampleArgs) -> Result<()> {
     // Either file is written even if the other cannot be.
     let archive = npz.map_or(Ok(()), |npz| npz.finish(&labels));
     grid.write(&args.out)?;
-    println!("Samples of {} are in {}", name.display(), args.out.display());
+    let [name, out] = [&name, &args.out].map(|path| printable(&path.display().to_string()));
+    println!("Samples of {name} are in {out}");
     archive?;
     if let Some(path) = &args.npz {
-        println!("{} images of {} are in {}", labels.len(), name.display(), path.display());
+        println!("{} images of {name} are in {}", labels.len(), printable(&path.display().to_string()));
     }
     Ok(())
 }
@@ -213,7 +217,8 @@ struct Source {
 /// What `--checkpoint` names.
 fn source(args: &SampleArgs) -> Result<Source> {
     let path = &args.checkpoint;
-    if path.is_file() {
+    let kind = std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
+    if !kind.is_dir() {
         if args.weights.is_some() {
             let what = format!(
                 "--weights chooses among those of a checkpoint, but {} is a file: leave it out",
@@ -244,8 +249,8 @@ fn source(args: &SampleArgs) -> Result<Source> {
     Ok(Source { config, name, weights, note: None })
 }
 
-/// Refuses files that cannot both be written.
-fn check_outputs(out: &Path, npz: Option<&Path>) -> Result<()> {
+/// Refuses files that cannot both be written, or not without losing the weights.
+fn check_outputs(out: &Path, npz: Option<&Path>, weights: &Path) -> Result<()> {
     for (path, ending) in [(Some(out), "png"), (npz, "npz")] {
         let Some(path) = path else { continue };
         check_target(path)?;
@@ -259,6 +264,9 @@ fn check_outputs(out: &Path, npz: Option<&Path>) -> Result<()> {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         (parent.canonicalize().unwrap_or_else(|_| parent.into()), path.file_name().map(ToOwned::to_owned))
     };
+    if let Some(path) = [Some(out), npz].into_iter().flatten().find(|path| place(path) == place(weights)) {
+        return Err(Error::file(path, "holds the weights: give the name of another file to write"));
+    }
     match npz {
         Some(npz) if place(npz) == place(out) => Err(Error::usage(format!(
             "--out and --npz are both {}, but a file can hold the grid or the archive: give two names",

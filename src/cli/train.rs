@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::knobs::KnobFlags;
 use super::signals::{self, STOP};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::train::config::{Assignment, Layer};
 use crate::train::progress::say;
 use crate::train::{TrainConfig, checkpoint, resume, trainer};
@@ -114,7 +114,7 @@ fn report(outcome: &trainer::Outcome) -> ExitCode {
         (line, ExitCode::from(signals::exit_code()))
     };
     // The run is on the disk: that nobody reads this line is no failure.
-    let _ = writeln!(io::stdout(), "{line}");
+    let _ = writeln!(io::stdout(), "{}", printable(&line));
     code
 }
 

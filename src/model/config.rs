@@ -124,7 +124,7 @@ impl ModelConfig {
     }
 
     /// Number of parameters, of any sizes that one by one are not too large.
-    fn parameters(&self) -> u128 {
+    pub(crate) fn parameters(&self) -> u128 {
         let [c, h, depth, rows, images, outputs] =
             [self.hidden_size, self.mlp_size(), self.depth, self.label_rows(), self.in_channels, self.out_channels()]
                 .map(|size| size as u128);
@@ -134,6 +134,11 @@ impl ModelConfig {
         let condition = linear(FREQUENCIES as u128, c) + linear(c, c) + rows * c + linear(c, 2 * c);
         let block = linear(c, 3 * c) + linear(c, c) + linear(c, h) + linear(h, c) + linear(c, 6 * c);
         ends + condition + depth * block
+    }
+
+    /// Rows of C numbers of the fixed tables: positions, and masks of random routing.
+    pub(crate) fn table_rows(&self) -> [usize; 2] {
+        [self.tokens(), if self.routing == Routing::Random { self.depth * TASKS } else { 0 }]
     }
 
     /// Refuses sizes that no model can have, alone or together.
@@ -196,11 +201,10 @@ impl ModelConfig {
             )));
         }
         let of_images = format!("input_size (image_size) {} and patch_size {}", self.input_size, self.patch_size);
-        let masks = if self.routing == Routing::Random { self.depth * TASKS } else { 0 };
-        for (why, what, rows) in [
-            (of_images, "positions", self.tokens()),
-            (format!("random routing and depth {}", self.depth), "masks", masks),
-        ] {
+        let [positions, masks] = self.table_rows();
+        for (why, what, rows) in
+            [(of_images, "positions", positions), (format!("random routing and depth {}", self.depth), "masks", masks)]
+        {
             if rows.saturating_mul(c) > MOST_OF_TABLE {
                 return Err(Error::usage(format!(
                     "{why} make {what} of {rows} x {c} numbers, but they may have at most {MOST_OF_TABLE}"

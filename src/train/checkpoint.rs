@@ -386,12 +386,14 @@ pub fn check_names(file: &SafetensorsFile, layout: &Layout, prefixes: &[&str], a
     let Some(name) = file.names().find(|name| !known(name)) else { return Ok(()) };
     // Wrappers of PyTorch put their name before those of the model.
     let wrapped = name.match_indices('.').find(|&(dot, _)| names.contains(&name[dot + 1..]));
-    let why = match wrapped {
-        Some((1, _)) if name.starts_with(['m', 'v']) => {
-            format!("they are moments of AdamW, and the weights are in {EMA} and {MODEL}")
-        }
-        Some((dot, _)) => format!("take '{}' off the names of its tensors", &name[..=dot]),
-        None => "it is another model's".into(),
-    };
+    let why = wrapped.map_or("it is another model's".into(), |(dot, _)| why_prefixed(&name[..=dot]));
     Err(Error::file(file.path(), format!("holds tensor '{name}', which this model does not have: {why}")))
+}
+
+/// What to do about names of tensors that begin with `prefix`.
+pub(super) fn why_prefixed(prefix: &str) -> String {
+    match prefix {
+        "m." | "v." => format!("they are moments of AdamW, and the weights are in {EMA} and {MODEL}"),
+        _ => format!("take '{prefix}' off the names of its tensors"),
+    }
 }

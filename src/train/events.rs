@@ -67,8 +67,7 @@ impl EventFile {
 
     /// Appends one record with the picture `png` at `step`, while there is room: pictures must not make the file too long to go on with.
     pub(super) fn append_picture(&mut self, step: u64, name: &str, png: &[u8]) -> Result<()> {
-        let fail = |e: std::io::Error| Error::file(&self.path, format!("cannot be written: {e}"));
-        if self.file.metadata().map_err(fail)?.len() + png.len() as u64 > MOST_WITH_PICTURES {
+        if self.len()? + png.len() as u64 > MOST_WITH_PICTURES {
             return Err(Error::file(&self.path, format!("holds nearly {} MB already", MOST_WITH_PICTURES / 1_000_000)));
         }
         // A PNG begins with 8 bytes of its own, and 8 of the chunk that has width and height.
@@ -83,8 +82,18 @@ impl EventFile {
 
     fn append_summary(&mut self, step: u64, summary: &[u8]) -> Result<()> {
         let event = [field_double(1, now()), field_varint(2, step), field_bytes(5, summary)].concat();
+        let before = self.len()?;
         let written = self.file.write_all(&record(&event));
-        written.map_err(|e| Error::file(&self.path, format!("cannot be written: {e}")))
+        written.map_err(|e| {
+            // Half a record would hide all that come after it.
+            let _ = self.file.set_len(before);
+            Error::file(&self.path, format!("cannot be written: {e}"))
+        })
+    }
+
+    fn len(&self) -> Result<u64> {
+        let metadata = self.file.metadata();
+        metadata.map(|there| there.len()).map_err(|e| Error::file(&self.path, format!("cannot be read: {e}")))
     }
 }
 

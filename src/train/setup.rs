@@ -191,18 +191,22 @@ fn check_fits(config: &TrainConfig, dit: &Dit, at_once: usize, there: f64) -> Re
 ///
 /// # Errors
 /// When that is more than this process may take.
-pub fn check_sampling_memory(config: &TrainConfig, dit: &Dit, images: usize) -> Result<()> {
-    memory_bytes().map_or(Ok(()), |there| check_sampling_fits(config, dit, images, there as f64))
+pub fn check_sampling_memory(config: &TrainConfig, images: usize) -> Result<()> {
+    memory_bytes().map_or(Ok(()), |there| check_sampling_fits(config, images, there as f64))
 }
 
 /// [`check_sampling_memory`] on a machine with `there` bytes.
-fn check_sampling_fits(config: &TrainConfig, dit: &Dit, images: usize, there: f64) -> Result<()> {
-    let [weights, activations] =
-        [dit.layout.len() as f64, inference_numbers(&dit.config, images)].map(|n| n * size_of::<f32>() as f64);
+fn check_sampling_fits(config: &TrainConfig, images: usize, there: f64) -> Result<()> {
+    let model = config.model_config();
+    let tables = model.table_rows().map(|rows| (rows * model.hidden_size) as f64);
+    let weights = model.parameters() as f64 + tables[0] + tables[1];
+    let [weights, activations] = [weights, inference_numbers(&model, images)].map(|n| n * size_of::<f32>() as f64);
     if weights.max((weights + activations) / 1.25) <= there {
         return Ok(());
     }
-    let remedy = if weights > there { "a machine with more memory can" } else { "give a smaller --batch-size" };
+    // One image is two samples with guidance.
+    let remedy =
+        if weights > there || images <= 2 { "a machine with more memory can" } else { "give a smaller --batch-size" };
     Err(Error::usage(format!(
         "sampling {} takes about {:.1} GB (weights {:.1}, {images} samples at a time {:.1}), but it may take {:.1} GB here: {remedy}",
         config.model,
@@ -300,8 +304,8 @@ mod tests {
     fn samples_that_memory_cannot_hold_are_refused_with_what_would_help() {
         let config = TrainConfig { image_size: 128, in_channels: 3, num_classes: 10, ..TrainConfig::default() };
         let dit = model(&config).unwrap();
-        assert!(check_sampling_fits(&config, &dit, 128, 16e9).is_ok());
-        let says = |images, there| check_sampling_fits(&config, &dit, images, there).unwrap_err().to_string();
+        assert!(check_sampling_fits(&config, 128, 16e9).is_ok());
+        let says = |images, there| check_sampling_fits(&config, images, there).unwrap_err().to_string();
         assert_eq!(
             says(2048, 1e9),
             "sampling digits takes about 62.6 GB (weights 0.0, 2048 samples at a time 62.6), but it may take 1.0 GB here: give a \

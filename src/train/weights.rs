@@ -4,11 +4,12 @@
 use std::path::Path;
 
 use super::checkpoint::{self, Metadata};
-use super::config::{Assignment, Layer, TrainConfig};
+use super::config::{Assignment, DataKind, Layer, TrainConfig};
 use super::learner::Learner;
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
 use crate::model::dit::Dit;
+use crate::model::embed::position_embedding;
 use crate::routing::Routing;
 use crate::safetensors_file::SafetensorsFile;
 
@@ -22,7 +23,7 @@ const POSITIONS_DIFFER: f32 = 0.01;
 const UNSEEN: [&str; 6] = ["num_heads", "routing", "beta", "alpha", "seed", "schedule"];
 
 /// Knobs that only sampling asks for.
-const OF_SAMPLES: [&str; 2] = ["data_kind", "label_dropout"];
+const OF_SAMPLES: [&str; 3] = ["data_kind", "label_dropout", "precision"];
 
 /// What a file of weights says of the model.
 pub(super) fn metadata(config: &TrainConfig) -> Metadata {
@@ -98,14 +99,14 @@ fn differences(config: &TrainConfig, dit: &Dit, file: &SafetensorsFile) -> Resul
 }
 
 /// The configuration of the model whose weights are in `file`, with the keys of `set` over what the file tells, and a sentence on what
-/// was assumed.
+/// was assumed or is said otherwise.
 ///
 /// Sizes are those of the tensors. The rest is written in files of this program; of others it is that of the published DiT weights
 /// (dense, linear schedule, their heads).
 ///
 /// # Errors
-/// When the tensors are not those of a DiT, the number of heads or the size of the images is told by neither, or `set` gives what
-/// the tensors tell.
+/// When the tensors are not those of a DiT, `set` gives what they tell, or neither tells what cannot be assumed: the size of the images,
+/// the heads of a model that was not published, and what a file of this program should say.
 pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Option<String>)> {
     let settable = || UNSEEN.into_iter().chain(OF_SAMPLES).chain(["image_size"]);
     if let Some(given) = set.assignments.iter().find(|given| settable().all(|key| given.key != key)) {
@@ -117,34 +118,58 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
             keys.join(", ")
         )));
     }
-    let mut told_by_file = shapes_of(file)?;
-    let mut tell = |key: &str, text: &str| told_by_file.push(Assignment { key: key.into(), text: text.into() });
-    let (ours, metadata) = (is_ours(file.metadata()), file.metadata());
+    let assignment = |key: &str, text: &str| Assignment { key: key.into(), text: text.into() };
+    let published = vec![assignment("routing", "dense"), assignment("schedule", "linear")];
+    let mut of_file = shapes_of(file)?;
+    let ours = is_ours(file.metadata());
     if ours {
-        let knobs = UNSEEN.into_iter().chain(OF_SAMPLES);
-        knobs.filter_map(|knob| Some((knob, metadata.get(knob)?))).for_each(|(knob, text)| tell(knob, text));
-    } else {
-        tell("routing", "dense");
-        tell("schedule", "linear");
+        let said = UNSEEN.into_iter().chain(OF_SAMPLES).filter_map(|knob| file.metadata().get_key_value(knob));
+        of_file.extend(said.map(|(knob, text)| assignment(knob, text)));
     }
-    let layers = [Layer { origin: file.path().display().to_string(), assignments: told_by_file }, set.clone()];
-    let told = |key| layers.iter().any(|layer| layer.last(key).is_some_and(|text| text != "0"));
-    let must_be_told = [("num_heads", told("num_heads") || told("model")), ("image_size", told("image_size"))];
-    if let Some((key, _)) = must_be_told.iter().find(|(_, told)| !told) {
-        return Err(Error::file(file.path(), format!("does not tell {key}: give --set {key}=N")));
+    let layers = [("the published weights", published), (&file.path().display().to_string(), of_file)]
+        .map(|(origin, assignments)| Layer { origin: origin.into(), assignments });
+    let layers = [&layers[..], std::slice::from_ref(set)].concat();
+    let told = |key: &str| layers[1..].iter().rev().find_map(|layer| layer.last(key));
+    let missing = |key: &str| Err(Error::file(file.path(), format!("does not tell {key}: give --set {key}=X")));
+    if told("num_heads").or(told("model")).is_none() {
+        return missing("num_heads");
     }
-    let config = TrainConfig::from_layers(&layers).map_err(|error| match error {
-        Error::Usage(what) => Error::usage(format!("{what}, for the weights in {}", file.path().display())),
+    if told("image_size").is_none_or(|size| size == "0") {
+        return missing("image_size");
+    }
+    let mut config = TrainConfig::from_layers(&layers).map_err(|error| match error {
+        Error::Usage(what) => Error::file(file.path(), what),
         other => other,
     })?;
-    let note = (!ours).then(|| {
-        format!(
-            "{} does not say how it was trained: it is taken for {} (sample --set KEY=VALUE says otherwise)",
-            file.path().display(),
-            self::told(&self::metadata(&config))
-        )
-    });
+    config.data_kind = if config.are_images() { DataKind::Images } else { DataKind::Latents };
+    let mut assumed = metadata(&config);
+    assumed.retain(|key, _| told(key).is_none());
+    if let Some(key) = UNSEEN.iter().find(|&&key| ours && assumed.contains_key(key)) {
+        return missing(key);
+    }
+    // In which format products are is no part of the model.
+    assumed.remove("precision");
+    let note = note_on(&assumed, &layers[1], set).map(|note| format!("{} {note}", file.path().display()));
     Ok((config, note))
+}
+
+/// What is to be said of a file of weights when something was assumed, or `set` gives something else than the file.
+fn note_on(assumed: &Metadata, file: &Layer, set: &Layer) -> Option<String> {
+    let list = |knobs: Vec<(&str, &str)>| {
+        knobs.iter().map(|(key, text)| format!("{key} {text}")).collect::<Vec<_>>().join(", ")
+    };
+    let order = || UNSEEN.into_iter().chain(OF_SAMPLES).chain(["image_size"]);
+    let assumed = list(order().filter_map(|key| Some((key, assumed.get(key)?.as_str()))).collect());
+    let replaced = order().filter_map(|key| Some((key, file.last(key)?, set.last(key)?)));
+    let replaced = list(replaced.filter(|(_, is, set)| is != set).map(|(key, is, _)| (key, is)).collect());
+    let mut notes = Vec::new();
+    if !assumed.is_empty() {
+        notes.push(format!("does not say {assumed}: this is assumed (sample --set KEY=VALUE says otherwise)"));
+    }
+    if !replaced.is_empty() {
+        notes.push(format!("says {replaced}, and {} otherwise", set.origin));
+    }
+    (!notes.is_empty()).then(|| notes.join("; it "))
 }
 
 /// The knobs that the shapes of the tensors tell.
@@ -152,10 +177,22 @@ fn shapes_of(file: &SafetensorsFile) -> Result<Vec<Assignment>> {
     fn shape<const RANK: usize>(file: &SafetensorsFile, name: &str) -> Result<[usize; RANK]> {
         let shape = file.tensor(name)?.shape;
         let fits = <[usize; RANK]>::try_from(shape).ok().filter(|shape| !shape.contains(&0));
-        fits.ok_or_else(|| Error::file(file.path(), format!("tensor '{name}' has shape {shape:?}, as in no DiT")))
+        fits.ok_or_else(|| as_in_no_dit(file, name, shape))
     }
-    let [hidden, channels, patch, _] = shape(file, "x_embedder.proj.weight")?;
-    let [rows, _] = shape(file, "y_embedder.embedding_table.weight")?;
+    const FIRST: &str = "x_embedder.proj.weight";
+    const LABELS: &str = "y_embedder.embedding_table.weight";
+    if file.get(FIRST).is_none()
+        && let Some(name) = file.names().find(|name| name.ends_with(&format!(".{FIRST}")))
+    {
+        let why = checkpoint::why_prefixed(&name[..name.len() - FIRST.len()]);
+        return Err(Error::file(file.path(), format!("holds tensor '{name}', where a model has '{FIRST}': {why}")));
+    }
+    let [hidden, channels, patch, _] = shape(file, FIRST)?;
+    let [rows, width] = shape(file, LABELS)?;
+    // A class, and no class.
+    if rows < 2 {
+        return Err(as_in_no_dit(file, LABELS, &[rows, width]));
+    }
     let [mlp, _] = shape(file, "blocks.0.mlp.fc1.weight")?;
     let depth = (0..).take_while(|block| file.get(&format!("blocks.{block}.mlp.fc1.weight")).is_some()).count();
     // A size of the MLP that is no simple multiple must survive the way back from its share.
@@ -174,10 +211,22 @@ fn shapes_of(file: &SafetensorsFile) -> Result<Vec<Assignment>> {
     // Its name brings its heads.
     knobs
         .extend(published.map(|name| ("model", name)).find(|(_, name)| ModelConfig::published(name).is_some_and(same)));
-    if let Some(&[_, tokens, _]) = file.get(POSITIONS).map(|tensor| tensor.shape) {
-        knobs.push(("image_size", tokens.isqrt().saturating_mul(patch).to_string()));
+    if let Some(positions) = file.get(POSITIONS) {
+        let side = side_of(positions.shape, hidden).ok_or_else(|| as_in_no_dit(file, POSITIONS, positions.shape))?;
+        knobs.push(("image_size", side.saturating_mul(patch).to_string()));
     }
     Ok(knobs.into_iter().map(|(key, text)| Assignment { key: key.into(), text }).collect())
+}
+
+fn as_in_no_dit(file: &SafetensorsFile, name: &str, shape: &[usize]) -> Error {
+    Error::file(file.path(), format!("tensor '{name}' has shape {shape:?}, as in no DiT"))
+}
+
+/// Patches on a side of the square images whose positions have this shape, in a model of `hidden` channels.
+fn side_of(shape: &[usize], hidden: usize) -> Option<usize> {
+    let &[1, tokens, width] = shape else { return None };
+    let side = tokens.isqrt();
+    (width == hidden && side > 0 && side * side == tokens).then_some(side)
 }
 
 /// Reads `model.safetensors` or `ema.safetensors` of a checkpoint, or weights from elsewhere with the same names, into `buffer`.
@@ -194,16 +243,16 @@ pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
     checkpoint::read_layout(&file, &dit.layout, "", buffer)
 }
 
-/// Positions, where they are given, must be ours; but those of other sizes of images may go with the same weights.
+/// Positions, where they are given, must be ours; those of another size of images may go with the same weights.
 fn check_positions(file: &SafetensorsFile, dit: &Dit) -> Result<()> {
     let Some(tensor) = file.get(POSITIONS) else { return Ok(()) };
-    let [tokens, c] = [dit.config.tokens(), dit.config.hidden_size];
-    if matches!(*tensor.shape, [1, t, width] if width == c && t != tokens) {
-        return Ok(());
-    }
-    let mut given = vec![0.0; tokens * c];
-    checkpoint::read_tensor(file, POSITIONS, &[1, tokens, c], &mut given)?;
-    let apart = given.iter().zip(dit.positions()).fold(0.0, |most: f32, (a, b)| most.max((a - b).abs()));
+    let c = dit.config.hidden_size;
+    let side = side_of(tensor.shape, c).unwrap_or(dit.config.input_size / dit.config.patch_size);
+    let mut given = vec![0.0; side * side * c];
+    checkpoint::read_tensor(file, POSITIONS, &[1, side * side, c], &mut given)?;
+    let apart = |ours: &[f32]| given.iter().zip(ours).fold(0.0, |most: f32, (a, b)| most.max((a - b).abs()));
+    let apart =
+        if side * side == dit.config.tokens() { apart(dit.positions()) } else { apart(&position_embedding(side, c)) };
     if apart > POSITIONS_DIFFER {
         return Err(Error::file(
             file.path(),

@@ -31,7 +31,7 @@ impl Assignment {
             .split_once('=')
             .map(|(key, text)| (key.trim(), text.trim()))
             .filter(|(key, _)| !key.is_empty())
-            .ok_or_else(|| Error::usage(format!("--set takes KEY=VALUE (such as --set lr=1e-4), not '{argument}'")))?;
+            .ok_or_else(|| Error::usage(format!("--set takes KEY=VALUE (such as --set beta=0.5), not '{argument}'")))?;
         let unquoted = text.strip_prefix('"').and_then(|t| t.strip_suffix('"')).unwrap_or(text);
         Ok(Assignment { key: key.replace('-', "_"), text: unquoted.into() })
     }
@@ -226,7 +226,7 @@ impl TrainConfig {
                 }
                 Err(expected) => {
                     return Err(Error::usage(format!(
-                        "{key} is '{text}' ({}), but it must be {expected}",
+                        "{key} is '{text:.80}' ({}), but it must be {expected}",
                         layer.origin
                     )));
                 }
