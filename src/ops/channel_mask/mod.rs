@@ -12,6 +12,7 @@ use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Arg, Buffer, Launch};
 use crate::error::Result;
 use crate::ops::{Node, check, dims3};
+use rayon::prelude::*;
 
 /// Which channels are let through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,11 +63,7 @@ pub fn channel_mask(tape: &mut Tape, base: Option<Var>, x: Var, mask: Var, keep:
         return Ok(y);
     }
     let mut y = tape.take(b * t * c);
-    match base {
-        Some(base) => y.copy_from_slice(tape.value(base)),
-        None => y.fill(0.0),
-    }
-    add_kept(&mut y, tape.value(x), tape.value(mask), [t, c], keep);
+    write_kept(&mut y, base.map(|base| tape.value(base)), tape.value(x), tape.value(mask), [t, c], keep);
     let y = tape.push([b, t, c], y, true);
     tape.record(y, Node::ChannelMask(Saved { base, x, mask, keep }));
     Ok(y)
@@ -111,10 +108,10 @@ impl Saved {
     pub(crate) fn backward(self, tape: &mut Tape, dy: AlignedVec) {
         let &[_, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
         let (mut dx, fresh) = tape.take_grad(self.x);
-        if fresh {
-            dx.fill(0.0);
+        match fresh {
+            true => write_kept(&mut dx, None, &dy, tape.value(self.mask), [t, c], self.keep),
+            false => add_kept(&mut dx, &dy, tape.value(self.mask), [t, c], self.keep),
         }
-        add_kept(&mut dx, &dy, tape.value(self.mask), [t, c], self.keep);
         tape.put_grad(self.x, dx);
         match self.base {
             Some(base) => tape.add_grad(base, dy),
@@ -123,11 +120,33 @@ impl Saved {
     }
 }
 
+/// Rows that a thread computes at a time.
+const ROWS: usize = 64;
+
+/// `y = base + kept channels of x`.
+fn write_kept(y: &mut [f32], base: Option<&[f32]>, x: &[f32], mask: &[f32], [t, c]: [usize; 2], keep: Keep) {
+    y.par_chunks_mut(ROWS * c).zip(x.par_chunks(ROWS * c)).enumerate().for_each(|(block, (y, x))| {
+        for (i, (y, x)) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)).enumerate() {
+            let row = block * ROWS + i;
+            let mask = &mask[row / t * c..][..c];
+            match base {
+                Some(base) => {
+                    let base = &base[row * c..][..c];
+                    (0..c).for_each(|j| y[j] = base[j] + keep.factor(mask[j]) * x[j]);
+                }
+                // The sum makes 0 of -0, as that with a base of zeros.
+                None => (0..c).for_each(|j| y[j] = 0.0 + keep.factor(mask[j]) * x[j]),
+            }
+        }
+    });
+}
+
 /// `y += kept channels of x`.
 fn add_kept(y: &mut [f32], x: &[f32], mask: &[f32], [t, c]: [usize; 2], keep: Keep) {
-    for (row, (y, x)) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)).enumerate() {
-        for ((y, &x), &mask) in y.iter_mut().zip(x).zip(&mask[row / t * c..][..c]) {
-            *y += keep.factor(mask) * x;
+    y.par_chunks_mut(ROWS * c).zip(x.par_chunks(ROWS * c)).enumerate().for_each(|(block, (y, x))| {
+        for (i, (y, x)) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)).enumerate() {
+            let mask = &mask[(block * ROWS + i) / t * c..][..c];
+            (0..c).for_each(|j| y[j] += keep.factor(mask[j]) * x[j]);
         }
-    }
+    });
 }
