@@ -13,7 +13,8 @@ pub(crate) struct HostBytes {
     len: usize,
 }
 
-// SAFETY: shared access goes through atomics (`load`, `store`, `atomic_*`) or, in `bulk`, under an exclusive lock.
+// SAFETY: shared access goes through atomics (`load`, `store`, `fill`, and what `a8` to `a64`, `words` and `double_words` give) or, in
+// `bulk`, under an exclusive lock.
 unsafe impl Send for HostBytes {}
 // SAFETY: as above.
 unsafe impl Sync for HostBytes {}

@@ -109,6 +109,21 @@ fn shared_races() {
     pair(FaultClass::DataRaceShared, 719, &same("%r1"), &same("5"), 1, 64);
 }
 
+/// Of several reads the one is found that the writer does not know of, whichever came first.
+#[test]
+fn races_with_one_of_many_readers() {
+    let shared = |leaves: &str, threads: u32| {
+        let body = format!(
+            "mov.u32 %r6, s; shr.u32 %r7, %r1, 5; setp.ne.u32 %p1, %r1, 0; @%p1 bra B; st.shared.u32 [%r6], %r3; ld.shared.u32 %r8, [%r6];\n\
+             B: bar.sync 0; setp.eq.u32 %p2, %r7, 0; @%p2 bra E; setp.eq.u32 %p3, %r7, 3; @%p3 bra W;\n\
+             ld.shared.u32 %r8, [%r6]; st.global.u32 [%rd1], %r8; setp.eq.u32 %p4, %r7, 1; {leaves} bar.sync 1, {threads}; bra E;\n\
+             W: bar.sync 1, {threads}; setp.ne.u32 %p5, %r1, 96; @%p5 bra E; st.shared.u32 [%r6], %r1;\nE:"
+        );
+        text(".shared .align 4 .b8 s[4];", &body)
+    };
+    pair(FaultClass::DataRaceShared, 719, &shared("@%p4 bra E;", 64), &shared("", 96), 1, 128);
+}
+
 #[test]
 fn uninitialised() {
     let shared = ".shared .align 4 .b8 s[512];";

@@ -167,13 +167,7 @@ impl Block<'_> {
                 }
                 let (r0, r1) = (cell(1).load(Relaxed), cell(2).load(Relaxed));
                 let mine = |r: u64| Global::unpack(r).is_some_and(|r| r.block == me.block);
-                let slot = if r0 == 0 || mine(r0) {
-                    1
-                } else if r1 == 0 || mine(r1) || r1 != me.pack() {
-                    2
-                } else {
-                    continue;
-                };
+                let slot = if r0 == 0 || mine(r0) { 1 } else { 2 };
                 let old = if slot == 1 { r0 } else { r1 };
                 let merged = match Global::unpack(old) {
                     Some(o) if o.block == me.block && o.clock == me.clock && o.strong == me.strong => {

@@ -11,7 +11,7 @@ pub(crate) const MAX_BLOCKS: u64 = (1 << 28) - 2;
 /// Lane of a record that stands for several lanes.
 pub(crate) const MANY: u32 = 63;
 
-/// The last write and two last reads of four bytes.
+/// The last write of four bytes and two reads: one that others did not know of when they read, and the last of the others.
 pub(crate) type Shadow = [u64; 3];
 
 /// A record of shared memory: valid, warp 6, lane 6, clock 26, bytes 4, atomic 1, pc 20 bits.

@@ -170,9 +170,11 @@ impl Block<'_> {
             }
             _ => (me, false),
         };
+        // Whoever learns of this read learns of all that came before it.
+        let before = |r: Record| r.bytes & !bytes == 0 && self.clocks.knows(warp, r.warp, r.clock);
         let slot = match write {
             true => 0,
-            false if Record::unpack(cell[1]).is_none_or(|r| r.warp == warp) => 1,
+            false if Record::unpack(cell[1]).is_none_or(|r| r.warp == warp || before(r)) => 1,
             false => 2,
         };
         if write && changes {

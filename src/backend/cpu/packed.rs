@@ -2,7 +2,7 @@
 //! of which a window is a range.
 //!
 //! They are packed for the kernel that multiplies them: numbers as they are ([`super::tile`]), or for AMX parts of each
-//! ([`super::split`]). Either way they are a slice of f32; what is in it only this file knows.
+//! ([`super::split`]). Either way they are a slice of f32; what is in it only this file knows, and attention in bf16.
 
 use super::pack;
 use super::shared::Shared;

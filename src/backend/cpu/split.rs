@@ -151,20 +151,22 @@ simd_fn! {
 
 /// Packs a tile of rows of `len` numbers, `stride` apart.
 pub fn pack_rows<const P: usize>(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
-    if len == 0 {
-        return;
-    }
-    for (to, first) in to.chunks_mut(self::len(P, len)).zip((0..rows).step_by(STEP)) {
-        let (rows, from) = (STEP.min(rows - first), &from[first * stride..]);
-        for (to, k) in to.chunks_exact_mut(block(P)).zip((0..len).step_by(INNER)) {
-            fetch_rows(from.get(k + INNER..).unwrap_or(&[]), rows, INNER, stride);
-            split_lines::<P>(lines_of(to), &from[k..], rows, INNER.min(len - k), stride);
-        }
-    }
+    pack_blocks::<P>(to, from, [rows, len, stride], split_lines::<P>);
 }
 
 /// [`pack_rows`] of the GELU of the rows.
 pub fn pack_rows_of_gelu<const P: usize>(to: &mut [f32], from: &[f32], rows: usize, len: usize, stride: usize) {
+    pack_blocks::<P>(to, from, [rows, len, stride], split_lines_of_gelu::<P>);
+}
+
+/// Packs a tile of rows block by block: `split` makes the parts of a block's lines.
+#[inline(always)]
+fn pack_blocks<const P: usize>(
+    to: &mut [f32],
+    from: &[f32],
+    [rows, len, stride]: [usize; 3],
+    split: impl Fn(&mut [[u16; INNER]], &[f32], usize, usize, usize),
+) {
     if len == 0 {
         return;
     }
@@ -172,7 +174,7 @@ pub fn pack_rows_of_gelu<const P: usize>(to: &mut [f32], from: &[f32], rows: usi
         let (rows, from) = (STEP.min(rows - first), &from[first * stride..]);
         for (to, k) in to.chunks_exact_mut(block(P)).zip((0..len).step_by(INNER)) {
             fetch_rows(from.get(k + INNER..).unwrap_or(&[]), rows, INNER, stride);
-            split_lines_of_gelu::<P>(lines_of(to), &from[k..], rows, INNER.min(len - k), stride);
+            split(lines_of(to), &from[k..], rows, INNER.min(len - k), stride);
         }
     }
 }

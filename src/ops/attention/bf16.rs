@@ -10,7 +10,7 @@ use crate::backend::cpu::scratch;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::simd::{add_assign, fetch_rows};
 use crate::backend::cpu::split::{ROUNDED, STEP, pack_columns, pack_panel_transposed, pack_rows, scatter};
-use crate::backend::cpu::tile::{PANEL, STRIP, Segment, Tile, copy_row, panels, write_transposed};
+use crate::backend::cpu::tile::{HALF, PANEL, STRIP, Segment, Tile, copy_row, panels, write_transposed};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -74,11 +74,6 @@ impl Product<'_> {
     }
 }
 
-/// Tiles of `rows` rows.
-fn tiles(rows: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..rows).step_by(ROWS).map(move |row| row..(row + ROWS).min(rows))
-}
-
 /// See [`super::cpu::forward`].
 pub(super) fn forward(out: &mut [f32], statistics: &mut [f32], qkv: &[f32], dims: Dims) {
     let Dims { b, t, c, heads } = dims;
@@ -109,14 +104,14 @@ pub(super) fn forward(out: &mut [f32], statistics: &mut [f32], qkv: &[f32], dims
             for first in (0..t).step_by(PANEL) {
                 let count = PANEL.min(t - first);
                 pack_queries(q, qkv, part(0), first..first + count);
-                for keys in tiles(t) {
+                for keys in FORMAT.row_tiles(t) {
                     Product { a: k, b: q, inner: size }.tile(&mut kernel, &mut tile, &keys, 0, count);
                     p[keys.clone()].copy_from_slice(&tile.rows[..keys.len()]);
                 }
                 let (mut max, mut inverse) = ([0.0; PANEL], [0.0; PANEL]);
                 softmax(p, halves(count, 0), scale, &mut max, &mut inverse);
                 pack_lines(packed_p, p.as_flattened(), count, t, PANEL);
-                for channels in tiles(size) {
+                for channels in FORMAT.row_tiles(size) {
                     Product { a: v, b: packed_p, inner: t }.tile(&mut kernel, &mut tile, &channels, 0, count);
                     write_transposed(&mut lines[channels.start..], &tile.rows[..channels.len()], count, size, false);
                 }
@@ -191,12 +186,14 @@ pub(super) fn backward(dqkv: &mut [f32], dout: &[f32], qkv: &[f32], out: &[f32],
                 }
 
                 // P and dS, transposed.
-                for (panel, keys) in (0..panels(count)).flat_map(|panel| tiles(t).map(move |keys| (panel, keys))) {
+                for (panel, keys) in
+                    (0..panels(count)).flat_map(|panel| FORMAT.row_tiles(t).map(move |keys| (panel, keys)))
+                {
                     for (to, a, b) in [(&mut scores, k, &*q), (&mut dp, v, &*dy)] {
                         Product { a, b, inner: size }.tile(&mut kernel, to, &keys, panel, count);
                     }
                     for half in 2 * panel..2 * panel + halves(count, panel) {
-                        let columns = half * STEP..(half + 1) * STEP;
+                        let columns = half * HALF..(half + 1) * HALF;
                         let at = keys.start * STRIP + columns.start;
                         let queries = [&*max, inverse, delta].map(|of_queries| &of_queries[columns.clone()]);
                         let (p, ds) = (&mut p[at..], &mut ds[at..]);
@@ -207,7 +204,7 @@ pub(super) fn backward(dqkv: &mut [f32], dout: &[f32], qkv: &[f32], out: &[f32],
                 // dv += P^T dout, dk += dS^T q: sums over the queries of the block.
                 for ((from, b, to), keys) in [(&*p, &*dy_lines, part(2)), (&*ds, q_lines, part(1))]
                     .into_iter()
-                    .flat_map(|product| tiles(t).map(move |keys| (product, keys)))
+                    .flat_map(|product| FORMAT.row_tiles(t).map(move |keys| (product, keys)))
                 {
                     pack_rows::<ROUNDED>(rows, &from[keys.start * STRIP..], keys.len(), count, STRIP);
                     for panel in 0..panels(size) {
@@ -227,7 +224,8 @@ pub(super) fn backward(dqkv: &mut [f32], dout: &[f32], qkv: &[f32], out: &[f32],
                 }
                 // dq = dS k: over all keys.
                 pack_lines(ds_lines, ds, count, t, STRIP);
-                for (panel, channels) in (0..panels(count)).flat_map(|panel| tiles(size).map(move |rows| (panel, rows)))
+                for (panel, channels) in
+                    (0..panels(count)).flat_map(|panel| FORMAT.row_tiles(size).map(move |rows| (panel, rows)))
                 {
                     let width = PANEL.min(count - panel * PANEL);
                     let product = Product { a: k_channels, b: ds_lines, inner: t };

@@ -38,7 +38,9 @@ pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> 
     })?;
     let c = shape[1];
     let rows = table.len / c;
-    check(table.len == rows * c && rows < 1 << 24, OP, || format!("a table of {} is not [classes, {c}]", table.len))?;
+    check(table.len == rows * c, OP, || format!("a table of {} is not [classes, {c}]", table.len))?;
+    // They are saved for backward as f32.
+    check(rows < 1 << 24, OP, || format!("{rows} classes are too many: there may be less than {}", 1 << 24))?;
     if let Some(label) = labels.iter().find(|&&label| label as usize >= rows) {
         let what = format!("label {label} is outside 0..{rows}, the rows of the table");
         return Err(crate::Error::Shape { operation: OP, what });
