@@ -63,6 +63,17 @@ fn a_run_in_bf16_is_sampled_and_resumed_in_f32_without_amx() {
         2,
         &["invalid value 'f16' for '--precision <f32|bf16>': 'f16' is none of f32, bf16"],
     );
+    // A file of its weights says so, too.
+    let average = fs::read(average(place)).unwrap();
+    let header =
+        String::from_utf8_lossy(&average[8..][..u64::from_le_bytes(average[..8].try_into().unwrap()) as usize]);
+    assert!(header.contains("\"precision\":\"f32\""), "{header}");
+    let of_bf16 = header.replace("\"precision\":\"f32\"", "\"precision\":\"bf16\"");
+    let file = [&(of_bf16.len() as u64).to_le_bytes(), of_bf16.as_bytes(), &average[8 + header.len()..]].concat();
+    fs::write(place.join("bf16.safetensors"), file).unwrap();
+    let output = on_cpu(&["sample", "--checkpoint", "bf16.safetensors", "--steps", "2"], &[]);
+    assert!(stderr(&output).contains("computing in f32: without AMX"), "{}", stderr(&output));
+    succeeds(output);
     let resume = |more: &[&str]| on_cpu(&["train", "--resume", "run", "--steps", "2"], more);
     fails(resume(&[]), 2, &["only with AMX, which this one has not, or DTR_CPU leaves out: give --precision f32"]);
     succeeds(resume(&["--precision", "f32"]));
@@ -147,6 +158,7 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     let (of_other, said) = sample("copy.safetensors", &["--set", "seed=8"]);
     assert!(of_other != of_run, "--set changes nothing");
     assert!(said.contains("copy.safetensors says seed 7, and --set otherwise"), "{said}");
+    assert!(!sample("copy.safetensors", &["--set", "alpha=4"]).1.contains("alpha"), "4 is 4.0");
     let said = succeeds(run(place, &["info", "copy.safetensors"]));
     for part in
         ["custom (32 wide, 1 blocks, 2 heads, patch 2)", "random, beta", "images of 1 x 8 x 8, 10 classes", "cosine"]
@@ -169,10 +181,22 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     let refused = |checkpoint: &str, more: &[&str], code, says: &[&str]| {
         fails(run(place, &[&["sample", "--checkpoint", checkpoint, "--steps", "2"], more].concat()), code, says);
     };
-    refused("weights.safetensors", &[], 1, &["weights.safetensors: does not tell num_heads: give --set num_heads=X"]);
+    refused(
+        "weights.safetensors",
+        &[],
+        1,
+        &["weights.safetensors: does not tell num_heads: give sample --set num_heads=X"],
+    );
     refused("weights.safetensors", &["--set", "depth=2"], 2, &["--set gives 'depth', but", "num_heads, routing"]);
-    refused("weights.safetensors", &["--set", "num_heads=5"], 1, &["weights.safetensors: num_heads 5"]);
-    refused("weights.safetensors", &["--set", "num_heads=2", "image_size=0"], 1, &["does not tell image_size"]);
+    refused(
+        "weights.safetensors",
+        &["--set", "num_heads=5"],
+        2,
+        &["num_heads 5", "the weights in weights.safetensors"],
+    );
+    refused("weights.safetensors", &["--set", "num_heads=2", "image_size=0"], 2, &["image_size is 0"]);
+    let said = succeeds(run(place, &["info", "--tensors", "weights.safetensors"]));
+    assert!(said.contains("does not tell num_heads") && said.contains("y_embedder.embedding_table.weight "), "{said}");
     refused("weights.safetensors", &["--set", "num_heads=2", "--out", "weights.safetensors"], 1, &["and no .png"]);
     fs::copy(place.join("weights.safetensors"), place.join("weights.png")).unwrap();
     refused("weights.png", &["--set", "num_heads=2", "--out", "weights.png"], 1, &["holds the weights"]);
@@ -180,7 +204,7 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     refused("weights.safetensors", &["--weights", "ema"], 2, &["weights.safetensors is a file: leave it out"]);
     refused("run", &["--set", "routing=dense"], 2, &["run says itself what its model is: leave it out"]);
     write_foreign(place, |name| name != "pos_embed");
-    refused("weights.safetensors", &["--set", "num_heads=2"], 1, &["give --set image_size=X"]);
+    refused("weights.safetensors", &["--set", "num_heads=2"], 1, &["give sample --set image_size=X"]);
     let told = [&told[..], &["image_size=8"]].concat();
     assert!(sample("weights.safetensors", &[&["--set"], &told[..]].concat()).0 == of_run);
     write_foreign(place, |name| !name.starts_with("x_embedder"));

@@ -300,9 +300,11 @@ fn a_learner_on_a_device_makes_the_updates_of_one_on_the_cpu() {
         learner.stage(batch, how).unwrap();
         let error = learner.launch(batch, how, None).unwrap_err().to_string();
         assert!(error.contains("how.updates is true, but none is given"), "{error}");
+        let short = Batch { coefficients: &[], ..batch };
+        let error = learner.launch(short, how, Some(update_on_device)).unwrap_err().to_string();
+        assert!(error.contains("0 coefficients for 2 samples"), "{error}");
         learner.launch(batch, how, Some(update_on_device)).unwrap();
         assert!(learner.collect(&mut losses).unwrap().unwrap().updated);
-        learner.updated_on_device(update, 0.0);
         let error = learner.launch(batch, how, Some(update_on_device)).unwrap_err().to_string();
         assert!(error.contains("was not staged"), "{error}");
         cpu.gradients(batch, false, &mut losses).unwrap();

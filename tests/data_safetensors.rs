@@ -46,6 +46,18 @@ fn reads_what_the_reference_library_writes() {
 }
 
 #[test]
+fn names_that_no_model_has_are_refused() {
+    let named = |name: &str| file(&format!(r#"{{"{name}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#), 4);
+    assert!(Header::parse(&named(&"q".repeat(500))).is_ok());
+    let long = refusal(&named(&"q".repeat(501)));
+    assert!(long.contains("'qqqq") && long.contains("more than 500 bytes") && long.len() < 400, "{long}");
+    for control in [r"a\u001b[2J", r"a\nb", r"\u0000"] {
+        let said = refusal(&named(control));
+        assert!(said.contains("control characters") && !said.chars().any(char::is_control), "{said}");
+    }
+}
+
+#[test]
 fn sizes_that_lie_are_refused_before_anything_is_allocated() {
     let huge = (1u64 << 60).to_le_bytes();
     assert!(refusal(&huge).contains("claims a header of 1152921504606846976 bytes; at most"));

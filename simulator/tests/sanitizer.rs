@@ -112,16 +112,30 @@ fn shared_races() {
 /// Of several reads the one is found that the writer does not know of, whichever came first.
 #[test]
 fn races_with_one_of_many_readers() {
-    let shared = |leaves: &str, threads: u32| {
+    let shared = |leaves: &str, left: u32, threads: u32| {
         let body = format!(
             "mov.u32 %r6, s; shr.u32 %r7, %r1, 5; setp.ne.u32 %p1, %r1, 0; @%p1 bra B; st.shared.u32 [%r6], %r3; ld.shared.u32 %r8, [%r6];\n\
              B: bar.sync 0; setp.eq.u32 %p2, %r7, 0; @%p2 bra E; setp.eq.u32 %p3, %r7, 3; @%p3 bra W;\n\
-             ld.shared.u32 %r8, [%r6]; st.global.u32 [%rd1], %r8; setp.eq.u32 %p4, %r7, 1; {leaves} bar.sync 1, {threads}; bra E;\n\
+             ld.shared.u32 %r8, [%r6]; st.global.u32 [%rd1], %r8; setp.eq.u32 %p4, %r7, {left}; {leaves} bar.sync 1, {threads}; bra E;\n\
              W: bar.sync 1, {threads}; setp.ne.u32 %p5, %r1, 96; @%p5 bra E; st.shared.u32 [%r6], %r1;\nE:"
         );
         text(".shared .align 4 .b8 s[4];", &body)
     };
-    pair(FaultClass::DataRaceShared, 719, &shared("@%p4 bra E;", 64), &shared("", 96), 1, 128);
+    for left in [1, 2] {
+        pair(FaultClass::DataRaceShared, 719, &shared("@%p4 bra E;", left, 64), &shared("", left, 96), 1, 128);
+    }
+    // A weak read, a strong one that knows of it, and an atomic that races with the weak one alone.
+    let atomic = |waits: &str, threads: u32| {
+        let body = format!(
+            "mov.u32 %r6, s; shr.u32 %r7, %r1, 5; setp.ne.u32 %p1, %r1, 0; @%p1 bra B; st.shared.u32 [%r6], %r3;\n\
+             B: bar.sync 0; setp.eq.u32 %p2, %r7, 1; @%p2 bra V; setp.eq.u32 %p3, %r7, 2; @%p3 bra A;\n\
+             ld.shared.u32 %r8, [%r6]; st.global.u32 [%rd1], %r8; bar.sync 1, {threads}; bra E;\n\
+             V: bar.sync 1, {threads}; ld.volatile.shared.u32 %r8, [%r6]; st.global.u32 [%rd1], %r8; bra E;\n\
+             A: {waits} atom.shared.add.u32 %r8, [%r6], 1;\nE:"
+        );
+        text(".shared .align 4 .b8 s[4];", &body)
+    };
+    pair(FaultClass::DataRaceShared, 719, &atomic("", 64), &atomic("bar.sync 1, 96;", 96), 1, 96);
 }
 
 #[test]

@@ -76,11 +76,16 @@ fn show_run(run: &Path) -> Result<()> {
 fn show_weights(path: &Path, tensors: bool) -> Result<()> {
     let file = SafetensorsFile::open(path)?;
     row("weights", path.display());
-    let (config, note) = weights::config_of(&file, &Layer::default())?;
-    show_model(&config);
-    row("samples", samples(&config));
-    row("schedule", config.schedule);
-    note.iter().for_each(|note| row("note", note));
+    match weights::config_of(&file, &Layer::default()) {
+        Ok((config, note)) => {
+            show_model(&config);
+            row("samples", samples(&config));
+            row("schedule", config.schedule);
+            note.iter().for_each(|note| row("note", note));
+        }
+        // What it holds is shown all the same: that may tell why.
+        Err(error) => row("note", error),
+    }
     show_tensors(&file, tensors);
     Ok(())
 }

@@ -75,8 +75,10 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
-            // Of one line, whatever the names and values in it are.
-            say(&format!("error: {}", printable(&error.to_string().replace('\n', "\\n"))));
+            // Of one line, whatever the names and values in it are; but a compiler's log has many.
+            let text = error.to_string();
+            let text = if matches!(error, Error::Stopped(_)) { text } else { text.replace('\n', "\\n") };
+            say(&format!("error: {}", printable(&text)));
             ExitCode::from(if matches!(error, Error::Usage(_)) { USAGE } else { FAILURE })
         }
         // The hook has said what there is to say.

@@ -37,7 +37,7 @@ pub trait Dataset: Send + Sync {
     /// Number of samples: at least 1, at most `u32::MAX`.
     fn len(&self) -> usize;
 
-    /// Whether there are no samples. False for the data sets of this crate, which are an error to open then.
+    /// Whether there are no samples. Never so in the data sets of this crate: opening one without samples is an error.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }

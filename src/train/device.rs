@@ -228,15 +228,15 @@ impl DeviceState {
             let given = if update.is_some() { "an update" } else { "none" };
             return refused(format!("how.updates is {}, but {given} is given", how.updates));
         }
-        let Some(places) = self.staged.take() else {
-            return refused("a pass is launched that was not staged".into());
-        };
         if batch.coefficients.len() != batch.t.len() {
             return refused(format!("{} coefficients for {} samples", batch.coefficients.len(), batch.t.len()));
         }
         if let Some(t) = batch.t.iter().find(|&&t| t as usize >= schedule.len()) {
             return refused(format!("timestep {t} is outside the noise schedule of {} steps", schedule.len()));
         }
+        let Some(places) = self.staged.take() else {
+            return refused("a pass is launched that was not staged".into());
+        };
         let steps = steps(schedule, loss_weight, batch);
         let factors_of =
             |(how, number): (DeviceUpdate, u64)| how.update.factors(number).into_iter().chain([how.clip as f32]);

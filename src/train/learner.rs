@@ -253,12 +253,15 @@ impl Learner {
         state.launch(dit, schedule, *loss_weight, memory, batch, how, update)
     }
 
-    /// Waits for what was launched.
+    /// Waits for what was launched. An update that was made is counted; what is left of it is for
+    /// [`Learner::update_log_variances`].
     ///
     /// # Errors
     /// As [`DeviceState::collect`], and on a learner that is not on a device.
     pub fn collect(&mut self, found: &mut Losses) -> Result<Option<Decision>> {
-        self.device_state.as_mut().ok_or_else(not_on_device)?.collect(found)
+        let decision = self.device_state.as_mut().ok_or_else(not_on_device)?.collect(found)?;
+        self.updates += u64::from(decision.is_some_and(|decision| decision.updated));
+        Ok(decision)
     }
 
     /// Coefficients of a whole batch of `coefficients.len()` samples in the order they were drawn: 1 / B, or those of
@@ -371,16 +374,11 @@ impl Learner {
         self.updates += 1;
         let Learner { weights, ema, m, v, grads, updates, .. } = self;
         optimizer::adamw(weights, ema, m, v, grads, *updates, update);
-        self.update_uncertainty(update, uncertainty_lr);
+        self.update_log_variances(update, uncertainty_lr);
     }
 
-    /// What is left of an update that the device made: its number and the log-variances.
-    pub fn updated_on_device(&mut self, update: Update, uncertainty_lr: f64) {
-        self.updates += 1;
-        self.update_uncertainty(update, uncertainty_lr);
-    }
-
-    fn update_uncertainty(&mut self, update: Update, uncertainty_lr: f64) {
+    /// The part of the last update that a device leaves to its host: the log-variances of uncertainty weighting, if there are any.
+    pub fn update_log_variances(&mut self, update: Update, uncertainty_lr: f64) {
         if let Some(Uncertainty { log_variances, m, v, gradient }) = &mut self.uncertainty {
             let update = Update { lr: uncertainty_lr, weight_decay: 0.0, grad_scale: 1.0, ..update };
             // Nobody asks for their moving average.

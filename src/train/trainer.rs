@@ -301,7 +301,7 @@ impl<'a> Trainer<'a> {
             let clip = config.grad_clip;
             let grad_scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
             match on_device {
-                true => learner.updated_on_device(update, config.uw_lr),
+                true => learner.update_log_variances(update, config.uw_lr),
                 false => learner.update(Update { grad_scale, ..update }, config.uw_lr),
             }
             self.measure(norm);

@@ -22,7 +22,7 @@ const POSITIONS_DIFFER: f32 = 0.01;
 /// Knobs that no shape of a tensor shows, though with another value the same weights are another model.
 const UNSEEN: [&str; 6] = ["num_heads", "routing", "beta", "alpha", "seed", "schedule"];
 
-/// Knobs that only sampling asks for.
+/// Knobs that matter when weights are sampled, and not when others start from them.
 const OF_SAMPLES: [&str; 3] = ["data_kind", "label_dropout", "precision"];
 
 /// What a file of weights says of the model.
@@ -130,15 +130,18 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
         .map(|(origin, assignments)| Layer { origin: origin.into(), assignments });
     let layers = [&layers[..], std::slice::from_ref(set)].concat();
     let told = |key: &str| layers[1..].iter().rev().find_map(|layer| layer.last(key));
-    let missing = |key: &str| Err(Error::file(file.path(), format!("does not tell {key}: give --set {key}=X")));
+    let missing = |key: &str| Err(Error::file(file.path(), format!("does not tell {key}: give sample --set {key}=X")));
     if told("num_heads").or(told("model")).is_none() {
         return missing("num_heads");
     }
-    if told("image_size").is_none_or(|size| size == "0") {
-        return missing("image_size");
+    match told("image_size") {
+        None => return missing("image_size"),
+        Some("0") => return Err(Error::usage("image_size is 0, but it must be at least 1")),
+        _ => {}
     }
     let mut config = TrainConfig::from_layers(&layers).map_err(|error| match error {
-        Error::Usage(what) => Error::file(file.path(), what),
+        Error::Usage(what) if set.assignments.is_empty() => Error::file(file.path(), what),
+        Error::Usage(what) => Error::usage(format!("{what}, for the weights in {}", file.path().display())),
         other => other,
     })?;
     config.data_kind = if config.are_images() { DataKind::Images } else { DataKind::Latents };
@@ -149,19 +152,20 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
     }
     // In which format products are is no part of the model.
     assumed.remove("precision");
-    let note = note_on(&assumed, &layers[1], set).map(|note| format!("{} {note}", file.path().display()));
+    let note = note_on(&config, &assumed, &layers[1], set).map(|note| format!("{} {note}", file.path().display()));
     Ok((config, note))
 }
 
 /// What is to be said of a file of weights when something was assumed, or `set` gives something else than the file.
-fn note_on(assumed: &Metadata, file: &Layer, set: &Layer) -> Option<String> {
+fn note_on(config: &TrainConfig, assumed: &Metadata, file: &Layer, set: &Layer) -> Option<String> {
     let list = |knobs: Vec<(&str, &str)>| {
         knobs.iter().map(|(key, text)| format!("{key} {text}")).collect::<Vec<_>>().join(", ")
     };
     let order = || UNSEEN.into_iter().chain(OF_SAMPLES).chain(["image_size"]);
     let assumed = list(order().filter_map(|key| Some((key, assumed.get(key)?.as_str()))).collect());
-    let replaced = order().filter_map(|key| Some((key, file.last(key)?, set.last(key)?)));
-    let replaced = list(replaced.filter(|(_, is, set)| is != set).map(|(key, is, _)| (key, is)).collect());
+    let replaced = order().filter_map(|key| Some((key, file.last(key).filter(|_| set.last(key).is_some())?)));
+    // What counts is the value: 4 is 4.0.
+    let replaced = list(replaced.filter(|(key, said)| *said != text_of(config, key)).collect());
     let mut notes = Vec::new();
     if !assumed.is_empty() {
         notes.push(format!("does not say {assumed}: this is assumed (sample --set KEY=VALUE says otherwise)"));

@@ -170,8 +170,9 @@ impl Block<'_> {
             }
             _ => (me, false),
         };
-        // Whoever learns of this read learns of all that came before it.
-        let before = |r: Record| r.bytes & !bytes == 0 && self.clocks.knows(warp, r.warp, r.clock);
+        // Whoever learns of this read learns of all that came before it. (An atomic need not, with which an atomic read does not race.)
+        let before =
+            |r: Record| r.bytes & !bytes == 0 && (r.atomic || !me.atomic) && self.clocks.knows(warp, r.warp, r.clock);
         let slot = match write {
             true => 0,
             false if Record::unpack(cell[1]).is_none_or(|r| r.warp == warp || before(r)) => 1,

@@ -1,6 +1,6 @@
 //! The CPU: products (`tile` has their kernels, `pack` and `split` lay operands out for them, `packed` chooses between the two, `linear`
-//! has the layers without windows), vectorised loops (`simd`), memory of whole cache lines (`aligned`), of a thread (`scratch`) and of which
-//! threads write parts (`shared`), threads between loops (`threads`), and where the time goes (`profile`).
+//! has the layers without windows), vectorised loops (`simd`), memory of whole cache lines (`aligned`), of a thread (`scratch`) and of
+//! which threads write parts (`shared`), threads between loops (`threads`), and where the time goes (`profile`).
 
 pub mod aligned;
 pub(crate) mod linear;

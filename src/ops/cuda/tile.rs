@@ -253,6 +253,17 @@ pub(crate) fn check_sizes(operation: &'static str, elem: DType, [b, t]: [usize; 
     Ok(())
 }
 
+/// Refuses vectors of samples that are further apart than kernels count.
+pub(crate) fn check_stride(operation: &'static str, stride: usize) -> Result<()> {
+    if stride <= i32::MAX as usize {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        operation,
+        what: format!("vectors of samples are {stride} numbers apart, at most {} are possible", i32::MAX),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -299,6 +310,7 @@ mod tests {
         for (rows, sizes) in [([0, 5], [8, 8]), ([3, 0], [8, 8]), ([0, usize::MAX], [8, 8]), ([3, 5], [8, 0])] {
             assert!(says(DType::Bf16, rows, &sizes).contains("there is nothing to compute"), "{rows:?} of {sizes:?}");
         }
+        assert!(check_stride("product", i32::MAX as usize).is_ok() && check_stride("product", 1 << 32).is_err());
         // The last three would wrap around to few rows.
         let half = usize::MAX / 2 + 1;
         for (rows, widest) in

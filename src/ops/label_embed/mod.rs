@@ -4,8 +4,8 @@
 //! base [B, C], labels [B] in 0..rows, table [rows, C] -> y = base + table[labels]   [B, C]
 //! ```
 //!
-//! The last row of the table is the null class of classifier-free guidance, of models that have one. Backward: `dbase = dy`, and each row of
-//! `dtable` gets the sum over the samples of its class.
+//! The last row of the table is the null class of classifier-free guidance, of models that have one. Backward: `dbase = dy`, and each
+//! row of `dtable` gets the sum over the samples of its class.
 
 pub mod reference;
 
@@ -39,8 +39,8 @@ pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> 
     let c = shape[1];
     let rows = table.len / c;
     check(table.len == rows * c, OP, || format!("a table of {} is not [classes, {c}]", table.len))?;
-    // They are saved for backward as f32.
-    check(rows < 1 << 24, OP, || format!("{rows} classes are too many: there may be less than {}", 1 << 24))?;
+    // Labels are saved for backward as f32, which is exact up to there.
+    check(rows < 1 << 24, OP, || format!("{rows} classes are too many: there may be fewer than {}", 1 << 24))?;
     if let Some(label) = labels.iter().find(|&&label| label as usize >= rows) {
         let what = format!("label {label} is outside 0..{rows}, the rows of the table");
         return Err(crate::Error::Shape { operation: OP, what });

@@ -92,7 +92,7 @@ pub fn forward(
         let (keeps_z, z) = (!z.is_empty(), Shared::new(z));
         out.par_chunks_mut(rows * c).enumerate().for_each(|(block, out)| {
             let first = block * rows;
-            // SAFETY: that of the rows of this block.
+            // SAFETY: blocks have rows of their own, and `z` is borrowed for all of them; where it is empty, so are the parts.
             let z = unsafe { z.slice(if keeps_z { first * c..first * c + out.len() } else { 0..0 }) };
             let rows = first..first + out.len() / c;
             for (row, out) in rows.clone().zip(out.chunks_exact_mut(c)) {

@@ -5,7 +5,7 @@ use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::Result;
 use crate::ops::cuda::shares::{Gradient, Planner, check_windows};
 pub use crate::ops::cuda::shares::{Lengths, Shares};
-use crate::ops::cuda::tile::{Operand, SMALL, check_buffers, check_sizes, overlapped_tiling, tiling};
+use crate::ops::cuda::tile::{Operand, SMALL, check_buffers, check_sizes, check_stride, overlapped_tiling, tiling};
 use crate::routing::Window;
 
 const FILE: &str = "linear_residual";
@@ -96,6 +96,7 @@ pub fn forward(
     let Residual { base, bypass } = residual;
     let elem = a.dtype;
     check_sizes(OP, elem, [b, t], &[c, k])?;
+    check_stride(OP, inputs.gate.stride)?;
     check_buffers(
         OP,
         elem,
@@ -219,6 +220,7 @@ pub fn backward(
     let Saved { z, pre } = saved;
     let elem = dout.dtype;
     check_sizes(OP, elem, [b, t], &[c, k])?;
+    check_stride(OP, inputs.gate.stride)?;
     let planner = planner(device, elem, dims);
     let Lengths { plan, parts, stored } = planner.lengths();
     check_buffers(

@@ -6,7 +6,9 @@ use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
 use crate::ops::cuda::shares::{Gradient, Planner, check_windows};
 pub use crate::ops::cuda::shares::{Lengths, Shares};
-use crate::ops::cuda::tile::{Operand, SMALL, SPLIT_BF16, check_buffers, check_sizes, overlapped_tiling, tiling};
+use crate::ops::cuda::tile::{
+    Operand, SMALL, SPLIT_BF16, check_buffers, check_sizes, check_stride, overlapped_tiling, tiling,
+};
 use crate::routing::Window;
 
 const FILE: &str = "ln_linear";
@@ -198,6 +200,7 @@ pub fn forward(
     let Dims { b, t, c, n } = dims;
     let elem = inputs.x.dtype;
     check_sizes(OP, elem, [b, t], &[c, n])?;
+    check_stride(OP, inputs.modulation.stride)?;
     check_buffers(
         OP,
         elem,
@@ -316,6 +319,7 @@ pub fn backward(
     let elem = g.dtype;
     let unless_full = |len| if inputs.full { 0 } else { len };
     check_sizes(OP, elem, [b, t], &[c, n])?;
+    check_stride(OP, inputs.modulation.stride)?;
     let planner = planner(device, elem, dims, inputs.full);
     let Lengths { plan, parts, stored } = planner.lengths();
     check_buffers(
