@@ -382,10 +382,9 @@ simd_fn! {
         bias: &[f32],
         gate: &[f32],
     ) {
-        let width = bias.len();
+        let (width, keeps_z, mut not_kept) = (bias.len(), !z.is_empty(), [0.0; PANEL]);
         for (i, sums) in sums.iter().enumerate() {
-            let mut not_kept = [0.0; PANEL];
-            let z = if z.is_empty() { &mut not_kept[..width] } else { &mut z[i * c..][..width] };
+            let z = if keeps_z { &mut z[i * c..][..width] } else { &mut not_kept[..width] };
             let out = &mut out[i * c..][..width];
             let (sums, gate) = (&sums[first..][..width], &gate[..width]);
             if base.is_empty() {
