@@ -98,6 +98,11 @@ fn differences(config: &TrainConfig, dit: &Dit, file: &SafetensorsFile) -> Resul
     Ok(notes)
 }
 
+/// What may be said of a file of weights, in the order in which it is listed.
+fn settable() -> impl Iterator<Item = &'static str> {
+    UNSEEN.into_iter().chain(OF_SAMPLES).chain(["image_size"])
+}
+
 /// The configuration of the model whose weights are in `file`, with the keys of `set` over what the file tells, and a sentence on what
 /// was assumed or is said otherwise.
 ///
@@ -108,7 +113,6 @@ fn differences(config: &TrainConfig, dit: &Dit, file: &SafetensorsFile) -> Resul
 /// When the tensors are not those of a DiT, `set` gives what they tell, or neither tells what cannot be assumed: the size of the images,
 /// the heads of a model that was not published, and what a file of this program should say.
 pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Option<String>)> {
-    let settable = || UNSEEN.into_iter().chain(OF_SAMPLES).chain(["image_size"]);
     if let Some(given) = set.assignments.iter().find(|given| settable().all(|key| given.key != key)) {
         let keys: Vec<&str> = settable().collect();
         return Err(Error::usage(format!(
@@ -161,9 +165,8 @@ fn note_on(config: &TrainConfig, assumed: &Metadata, file: &Layer, set: &Layer) 
     let list = |knobs: Vec<(&str, &str)>| {
         knobs.iter().map(|(key, text)| format!("{key} {text}")).collect::<Vec<_>>().join(", ")
     };
-    let order = || UNSEEN.into_iter().chain(OF_SAMPLES).chain(["image_size"]);
-    let assumed = list(order().filter_map(|key| Some((key, assumed.get(key)?.as_str()))).collect());
-    let replaced = order().filter_map(|key| Some((key, file.last(key).filter(|_| set.last(key).is_some())?)));
+    let assumed = list(settable().filter_map(|key| Some((key, assumed.get(key)?.as_str()))).collect());
+    let replaced = settable().filter_map(|key| Some((key, file.last(key).filter(|_| set.last(key).is_some())?)));
     // What counts is the value: 4 is 4.0.
     let replaced = list(replaced.filter(|(key, said)| *said != text_of(config, key)).collect());
     let mut notes = Vec::new();
