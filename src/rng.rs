@@ -28,6 +28,10 @@ pub enum Stream {
     SampleStep = 7,
     /// The channel subsets of random routing.
     Routing = 8,
+    /// Which samples are kept from training.
+    HeldOut = 9,
+    /// The noise on them.
+    ValidationNoise = 10,
 }
 
 /// A generator: a seed and a stream. Copies are free; there is no state.

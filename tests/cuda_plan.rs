@@ -61,6 +61,12 @@ fn the_plan_is_what_a_step_takes() {
     let batch = Batch { x_start: &x_start, noise: &[], t: &t, labels: &labels, coefficients: &[0.25; 4] };
     let drawn = Some(DrawnNoise { seed: 1, step: 0, samples: &samples });
     for elem in [DType::F32, DType::Bf16] {
+        // A validation takes as much as samples without guidance.
+        let [few, many, validated] = [(1, 0), (10, 0), (1, 9)].map(|(sample_classes, validation_samples)| {
+            let config = TrainConfig { sample_cfg: 1.0, sample_classes, validation_samples, ..config.clone() };
+            Plan::new(&config, &dit, &device, elem, b).unwrap().samples
+        });
+        assert!(validated == many && many > few, "{elem:?}: {validated} for {many} and {few}");
         for checkpoint in [false, true] {
             dit.checkpoint_activations = checkpoint;
             let plan = Plan::new(&config, &dit, &device, elem, b).unwrap();

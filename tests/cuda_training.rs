@@ -183,20 +183,26 @@ fn checkpointed_activations_change_no_bit() {
 #[test]
 fn a_checkpoint_resumes_on_the_other_device() {
     let folder = tempfile::tempdir().unwrap();
+    let validated = [("checkpoint_every", "2"), ("validation_samples", "5"), ("validation_every", "2")];
     let (whole, _) =
-        train(folder.path().join("whole"), &[("device", "cpu"), ("steps", "4"), ("checkpoint_every", "2")]);
+        train(folder.path().join("whole"), &[&validated[..], &[("device", "cpu"), ("steps", "4")]].concat());
     for (first, second) in [("cuda", "cpu"), ("cpu", "cuda")] {
-        let set = [("device", first), ("steps", "2"), ("checkpoint_every", "2")];
+        let set = [&validated[..], &[("device", first), ("steps", "2")]].concat();
         let (run, _) = train(folder.path().join(first), &set);
         let (_, at) = checkpoint::latest(&run).unwrap().unwrap();
         let mut config = TrainConfig::from_file(&run.join(checkpoint::CONFIG)).unwrap();
         (config.steps, config.device) = (4, second.into());
         trainer::resume(config, &run, Some(&at), &AtomicBool::new(false)).unwrap();
-        let losses = |run: &Path| -> Vec<f64> { metrics::read(run).unwrap().iter().map(|l| l.loss.unwrap()).collect() };
+        // Of all four steps, and on what is held out after two of them.
+        let losses = |run: &Path| -> Vec<f64> {
+            let lines = metrics::read(run).unwrap();
+            let validation = lines.iter().filter_map(|line| line.validation.as_ref()?.loss);
+            lines.iter().map(|line| line.loss.unwrap()).chain(validation).collect()
+        };
         for (a, b) in losses(&run).iter().zip(losses(&whole)) {
             assert!((a - b).abs() <= 1e-4 * b.abs(), "{first} then {second}: loss {a}, on the CPU alone {b}");
         }
-        assert_eq!(losses(&run).len(), 4);
+        assert_eq!((losses(&run).len(), losses(&whole).len()), (6, 6));
     }
 }
 

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 
 pub mod array_file;
 pub mod digits;
+mod held_out;
 pub mod images;
 pub mod loader;
 #[cfg(test)]
@@ -16,6 +17,7 @@ pub mod npy;
 pub mod npz;
 pub mod resize;
 
+pub use held_out::hold_out;
 pub use loader::{Batch, Loader, LoaderOptions};
 
 /// Most classes that a data set may have. A class costs a row of the label table; the largest sets in use have 21,841.

@@ -24,6 +24,19 @@ const MAX_PICTURE_BYTES: u64 = 1 << 26;
 /// Longest line that is read back; ours have a few hundred bytes.
 const MAX_LINE_BYTES: u64 = 1 << 16;
 
+/// Means over samples. `null` where there was nothing to average, or the mean is not finite.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Means {
+    /// Mean loss per sample.
+    pub loss: Option<f64>,
+    /// Mean squared error, its part of the loss.
+    pub mse: Option<f64>,
+    /// Variational bound in bits, its part of the loss.
+    pub vb: Option<f64>,
+    /// Mean loss of the samples with timesteps 0..125, 125..250, ..., 875..1000.
+    pub loss_by_timestep: [Option<f64>; OCTILES],
+}
+
 /// One line of `metrics.jsonl`: averages over the steps since the line before it. `null` where there was nothing to average.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Line {
@@ -45,6 +58,9 @@ pub struct Line {
     pub skipped: u64,
     /// Images per second since the line before.
     pub images_per_s: Option<f64>,
+    /// What the moving average of the weights has on the samples that are held out, where it was measured after this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<Means>,
 }
 
 /// Sums since the last line. Its text goes into the checkpoint, so that a resumed run averages over the same steps.
@@ -88,20 +104,31 @@ impl Meter {
         self.skipped
     }
 
+    /// Steps that count since the last line.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// The means over the samples since the last line.
+    pub fn means(&self) -> Means {
+        let [loss, mse, vb] = [self.loss, self.mse, self.vb].map(|sum| mean(sum, self.samples));
+        Means { loss, mse, vb, loss_by_timestep: self.octiles.map(|(sum, n)| mean(sum, n)) }
+    }
+
     /// The line at `step`; the sums start again.
     pub fn line(&mut self, step: u64, lr: f64, images_per_s: f64) -> Line {
-        // JSON has no NaN; a mean over nothing is none.
-        let mean = |sum: f64, n: u64| Some(sum / n as f64).filter(|x| x.is_finite());
+        let Means { loss, mse, vb, loss_by_timestep } = self.means();
         let line = Line {
             step,
-            loss: mean(self.loss, self.samples),
-            mse: mean(self.mse, self.samples),
-            vb: mean(self.vb, self.samples),
+            loss,
+            mse,
+            vb,
             grad_norm: mean(self.grad_norm, self.steps),
-            loss_by_timestep: self.octiles.map(|(sum, n)| mean(sum, n)),
+            loss_by_timestep,
             lr,
             skipped: self.skipped,
             images_per_s: Some(images_per_s).filter(|x| x.is_finite()),
+            validation: None,
         };
         *self = Meter { skipped: self.skipped, ..Meter::default() };
         line
@@ -124,6 +151,11 @@ impl Meter {
         let octiles = std::array::from_fn(|k| (f64::from_bits(octiles[2 * k]), octiles[2 * k + 1]));
         Some(Meter { steps, skipped, samples, loss, mse, vb, grad_norm, octiles })
     }
+}
+
+/// A mean for JSON, which has no NaN; a mean over nothing is none.
+fn mean(sum: f64, n: u64) -> Option<f64> {
+    Some(sum / n as f64).filter(|x| x.is_finite())
 }
 
 /// A loss for people, who lose count of the digits of one that diverged.
@@ -206,12 +238,20 @@ impl MetricsLog {
             ("images_per_second", line.images_per_s),
         ];
         scalars.extend(named.iter().filter_map(|&(name, value)| Some((name.to_string(), value?))));
-        for (k, loss) in line.loss_by_timestep.iter().enumerate() {
-            let [first, after] = [k, k + 1].map(|k| k * TASKS / OCTILES);
-            scalars.extend(loss.map(|loss| (format!("loss_by_timestep/{first:03}-{:03}", after - 1), loss)));
+        scalars.extend(by_timestep("loss_by_timestep", &line.loss_by_timestep));
+        if let Some(Means { loss, mse, vb, loss_by_timestep }) = &line.validation {
+            let named = [("validation/total", loss), ("validation/mse", mse), ("validation/vb", vb)];
+            scalars.extend(named.iter().filter_map(|&(name, value)| Some((name.to_string(), (*value)?))));
+            scalars.extend(by_timestep("validation_by_timestep", loss_by_timestep));
         }
         self.events.append(line.step, &scalars)
     }
+}
+
+/// A loss by timestep as curves of `group`.
+fn by_timestep(group: &str, losses: &[Option<f64>; OCTILES]) -> impl Iterator<Item = (String, f64)> {
+    let range = |k: usize| format!("{:03}-{:03}", k * TASKS / OCTILES, (k + 1) * TASKS / OCTILES - 1);
+    losses.iter().enumerate().filter_map(move |(k, &loss)| Some((format!("{group}/{}", range(k)), loss?)))
 }
 
 /// All lines of the run in `run`, in order; none when it has no metrics yet. Lines that are no metrics are left out.

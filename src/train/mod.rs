@@ -6,12 +6,14 @@
 //! ├─ batches    which samples, timesteps, noise and labels a step has
 //! ├─ learner    weights and what changes them: gradients (pass), objective, update (optimizer)
 //! │  └─ device  the same on a CUDA device
+//! ├─ validation the loss of the moving average (average) on samples that are held out
 //! ├─ samples    a grid of the moving average
 //! ├─ metrics    lines and TensorBoard's events (events), the curve of the loss (plot)
 //! └─ state      what a checkpoint holds (checkpoint: the files; weights: those of others; resume: going on)
 //! config        every knob; run_dir: where files are; progress: the bar; timing: steps for bench
 //! ```
 
+mod average;
 mod batches;
 pub mod checkpoint;
 pub mod config;
@@ -31,6 +33,7 @@ pub mod setup;
 pub(crate) mod state;
 pub mod timing;
 pub mod trainer;
+mod validation;
 pub mod weights;
 
 pub use config::TrainConfig;

@@ -26,7 +26,7 @@ pub struct Plan {
     pub activations: usize,
     /// Images, noise schedule, timesteps, windows and labels of the part that is computed and of the next one.
     pub inputs: usize,
-    /// The moving average as products read it, and activations: for grids of samples.
+    /// The moving average as products read it, and activations: for grids of samples and the validation loss.
     pub samples: usize,
 }
 
@@ -43,10 +43,12 @@ impl Plan {
         on_paper(dit, &device, elem, part, &mut memory)?;
         let [activations, inputs] = memory.device_parts();
 
-        let count = config.samples_per_class * config.sample_classes.min(config.num_classes);
+        let at_once = |images: usize| images.min(part).min(IMAGES_AT_ONCE);
+        let images = at_once(config.samples_per_class * config.sample_classes.min(config.num_classes));
         let halves = if config.sample_cfg == 1.0 { 1 } else { 2 };
+        let count = (halves * images).max(at_once(config.validation_samples));
         let mut memory = Memory::on_device(&device, elem);
-        sample_on_paper(dit, &device, elem, halves * count.min(part).min(IMAGES_AT_ONCE), &mut memory)?;
+        sample_on_paper(dit, &device, elem, count, &mut memory)?;
         Ok(Plan {
             parameters: len * (5 * DType::F32.bytes() + of_elem),
             activations,

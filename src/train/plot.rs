@@ -1,4 +1,4 @@
-//! `loss.png`: the loss over the steps, as measured and smoothed.
+//! `loss.png`: the loss over the steps, as measured and smoothed, and that of samples that are held out.
 
 use std::io::Cursor;
 use std::ops::Range;
@@ -23,6 +23,7 @@ const SCALE: u32 = 3;
 
 const RAW: RGBColor = RGBColor(168, 196, 232);
 const SMOOTH: RGBColor = RGBColor(23, 78, 166);
+const VALIDATION: RGBColor = RGBColor(214, 107, 17);
 const INK: RGBColor = RGBColor(40, 44, 52);
 const GRID: RGBColor = RGBColor(226, 229, 234);
 
@@ -32,17 +33,19 @@ const GRID: RGBColor = RGBColor(226, 229, 234);
 /// # Errors
 /// [`Error::File`] when the file cannot be written.
 pub fn write_loss(run: &RunDir, lines: &[Line], title: &str) -> Result<()> {
-    // Of the loss its logarithm, which makes the axis logarithmic.
-    let points: Vec<(f64, f64)> = lines
-        .iter()
-        .filter_map(|line| Some((line.step as f64, line.loss.filter(|loss| *loss > 0.0)?.log10())))
-        .collect();
+    // Of a loss its logarithm, which makes the axis logarithmic.
+    let curve = |of: fn(&Line) -> Option<f64>| -> Vec<(f64, f64)> {
+        let point = |line: &Line| Some((line.step as f64, of(line).filter(|loss| *loss > 0.0)?.log10()));
+        lines.iter().filter_map(point).collect()
+    };
+    let points = curve(|line| line.loss);
+    let validation = curve(|line| line.validation.as_ref()?.loss);
     if points.len() < 2 {
         return Ok(());
     }
     let fail = |e: &dyn std::fmt::Display| Error::file(run.path().join(LOSS_PNG), format!("cannot be drawn: {e}"));
     let mut pixels = vec![0; (WIDTH * HEIGHT * SCALE * SCALE * 3) as usize];
-    draw(&mut pixels, &points, title).map_err(|e| fail(&e))?;
+    draw(&mut pixels, &points, &validation, title).map_err(|e| fail(&e))?;
     let large = RgbImage::from_raw(WIDTH * SCALE, HEIGHT * SCALE, pixels).expect("as many bytes as the size says");
     let picture = imageops::thumbnail(&large, WIDTH, HEIGHT);
     let mut png = Cursor::new(Vec::new());
@@ -52,7 +55,7 @@ pub fn write_loss(run: &RunDir, lines: &[Line], title: &str) -> Result<()> {
 
 type DrawResult = std::result::Result<(), DrawingAreaErrorKind<<BitMapBackend<'static> as DrawingBackend>::ErrorType>>;
 
-fn draw(pixels: &mut [u8], points: &[(f64, f64)], title: &str) -> DrawResult {
+fn draw(pixels: &mut [u8], points: &[(f64, f64)], validation: &[(f64, f64)], title: &str) -> DrawResult {
     static FONT: Once = Once::new();
     FONT.call_once(|| {
         let font = include_bytes!("../../assets/fonts/DejaVuSans-ascii.ttf");
@@ -72,7 +75,7 @@ fn draw(pixels: &mut [u8], points: &[(f64, f64)], title: &str) -> DrawResult {
         .margin_right(px(28))
         .x_label_area_size(px(48))
         .y_label_area_size(px(72))
-        .build_cartesian_2d(first..last, LogAxis(value_range(points)))?;
+        .build_cartesian_2d(first..last, LogAxis(value_range(&[points, validation].concat())))?;
     chart
         .configure_mesh()
         .bold_line_style(GRID.stroke_width(px(1)))
@@ -92,6 +95,9 @@ fn draw(pixels: &mut [u8], points: &[(f64, f64)], title: &str) -> DrawResult {
     };
     curve(points, RAW, px(1), "measured")?;
     curve(&smooth, SMOOTH, px(2), "smoothed")?;
+    if !validation.is_empty() {
+        curve(validation, VALIDATION, px(2), "validation")?;
+    }
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::UpperRight)
@@ -176,6 +182,7 @@ fn short(x: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::config::TrainConfig;
+    use super::super::metrics::Means;
     use super::*;
 
     fn lines(n: u64) -> Vec<Line> {
@@ -195,18 +202,21 @@ mod tests {
         write_loss(&run, &lines(60), "digits, paper routing").unwrap();
         let picture = image::open(run.path().join(LOSS_PNG)).unwrap().to_rgb8();
         assert_eq!(picture.dimensions(), (WIDTH, HEIGHT));
-        let near = |color: RGBColor| {
+        let near = |picture: &RgbImage, color: RGBColor| {
             let close =
                 |p: &&image::Rgb<u8>| p.0.iter().zip([color.0, color.1, color.2]).all(|(&a, b)| a.abs_diff(b) < 12);
             picture.pixels().filter(close).count()
         };
-        assert!(
-            near(RAW) > 300 && near(SMOOTH) > 800 && near(INK) > 1000,
-            "{} {} {}",
-            near(RAW),
-            near(SMOOTH),
-            near(INK)
-        );
+        let found = [RAW, SMOOTH, INK, VALIDATION].map(|color| near(&picture, color));
+        assert!(found[0] > 300 && found[1] > 800 && found[2] > 1000 && found[3] == 0, "{found:?}");
+        // Above the others, where it would not be seen if the axis ended with them.
+        let mut lines = lines(60);
+        for line in lines.iter_mut().skip(9).step_by(10) {
+            line.validation = Some(Means { loss: line.loss.map(|loss| loss + 2.0), ..Means::default() });
+        }
+        write_loss(&run, &lines, "digits, paper routing").unwrap();
+        let picture = image::open(run.path().join(LOSS_PNG)).unwrap().to_rgb8();
+        assert!(near(&picture, VALIDATION) > 400, "{}", near(&picture, VALIDATION));
     }
 
     #[test]

@@ -3,19 +3,16 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::average::{Average, images_at_once};
 use super::config::{SamplerKind, TrainConfig};
-use super::learner::Learner;
 use super::metrics::MetricsLog;
 use super::progress::Progress;
 use super::run_dir::RunDir;
 use super::trainer::Trainer;
-use crate::autograd::cuda::DeviceWeights;
-use crate::autograd::{Memory, Weights};
 use crate::diffusion::{Method, Sampler, Schedule, sampling_timesteps};
 use crate::error::{Error, Result};
 use crate::generate::{self, Generator};
 use crate::model::config::TASKS;
-use crate::model::parts::samples_at_once;
 use crate::picture::grid_png;
 
 /// The sampler of a model: `steps` is a respacing such as `50`; images are clipped, latents are not.
@@ -69,27 +66,10 @@ impl Trainer<'_> {
         let columns = config.samples_per_class;
         let classes = config.sample_classes.min(config.num_classes);
         let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
-        let Learner { dit, ema, memory, device_state, .. } = &mut self.learner;
-        if let Some(state) = device_state {
-            state.read_ema(ema)?;
-        }
-        // A memory of its own on a device: that of training keeps its place, and its graphs with it.
-        let elem = config.precision.elem();
-        let uploaded =
-            device_state.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;
-        let mut own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
-        let memory = own.as_mut().unwrap_or(memory);
-        let weights = uploaded.as_ref().map_or(Weights::Cpu(ema), Weights::Cuda);
-        // As many at once as the plan of the device's memory counts with, or as training computes; how many changes only
-        // how sums are rounded.
-        let fit = match weights {
-            Weights::Cuda(_) => generate::IMAGES_AT_ONCE,
-            Weights::Cpu(_) if config.sample_cfg == 1.0 => samples_at_once(dit),
-            // Each image twice: with its label, and without.
-            Weights::Cpu(_) => samples_at_once(dit) / 2,
-        };
-        let part = config.batch_size / config.grad_accumulation;
-        let at_once = part.min(generate::IMAGES_AT_ONCE).min(fit).max(1);
+        // With guidance each image twice: with its label, and without.
+        let at_once = images_at_once(&self.learner, config, if sampler.guided() { 2 } else { 1 });
+        let mut average = Average::of(&mut self.learner, config)?;
+        let (dit, weights, memory) = average.parts();
         let total = generate::steps(&sampler, labels.len(), at_once);
         let show = |done| {
             progress.meanwhile(format!("sampling {done}/{total}"));

@@ -9,7 +9,7 @@ use super::plan;
 use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{DType, Device};
-use crate::data::{self, Dataset};
+use crate::data::{self, Dataset, hold_out};
 use crate::diffusion::Schedule;
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
@@ -17,9 +17,15 @@ use crate::model::dit::Dit;
 use crate::model::memory::{activation_numbers, inference_numbers};
 use crate::model::parts::largest_part;
 
+/// What a run learns from, and what it is measured on.
+pub(super) struct Data {
+    pub(super) training: Arc<dyn Dataset>,
+    pub(super) held_out: Option<Arc<dyn Dataset>>,
+}
+
 /// Opens the data set and completes the configuration with what only the data know. A run that is `resumed` has learned that
 /// already, and keeps it.
-pub(super) fn open_data(config: &mut TrainConfig, resumed: bool) -> Result<Arc<dyn Dataset>> {
+pub(super) fn open_data(config: &mut TrainConfig, resumed: bool) -> Result<Data> {
     if resumed && config.data != "digits" && !Path::new(&config.data).exists() {
         return Err(Error::file(&config.data, "the data of this run are not there: say where they are with --data"));
     }
@@ -57,7 +63,18 @@ pub(super) fn open_data(config: &mut TrainConfig, resumed: bool) -> Result<Arc<d
     }
     config.data_kind = kind;
     config.fit_to_data(height, channels, classes)?;
-    Ok(dataset)
+    let (held_out, samples) = (config.validation_samples, dataset.len());
+    if held_out == 0 {
+        return Ok(Data { training: dataset, held_out: None });
+    }
+    if held_out >= samples {
+        return Err(Error::usage(format!(
+            "validation_samples is {held_out}, but the data '{}' have {samples}: leave some to train on",
+            config.data
+        )));
+    }
+    let [training, held_out] = hold_out(&dataset, held_out, config.seed)?;
+    Ok(Data { training, held_out: Some(held_out) })
 }
 
 /// Where this configuration computes, and a note where `auto` had to do with the processor.

@@ -178,7 +178,10 @@ impl Trainer<'_> {
         }
         let recorded = |key: &str| recorded(key)?.parse::<usize>().ok();
         Ok(recorded(SAMPLES).filter(|&was| was != samples).map(|was| {
-            format!("the data have {samples} samples, but had {was} when this run was last saved: it goes on with those there are")
+            let held_out = if config.validation_samples > 0 { ", and others of them are held out now" } else { "" };
+            format!(
+                "the data have {samples} samples, but had {was} when this run was last saved: it goes on with those there are{held_out}"
+            )
         }))
     }
 

@@ -6,18 +6,18 @@ use super::checkpoint;
 use super::config::{DataKind, TrainConfig};
 use super::device::{DeviceUpdate, LARGEST_NORM};
 use super::learner::{Learner, Losses};
-use super::metrics::{self, Meter, MetricsLog};
+use super::metrics::{self, Line, Meter, MetricsLog};
 use super::optimizer::Update;
 use super::progress::Progress;
 use super::resume;
 use super::run_dir::RunDir;
-use super::setup::{learner_on, open_data};
+use super::setup::{Data, learner_on, open_data};
 use super::state::last_after_a_good_step;
+use super::validation::Validation;
 use super::weights::start_from_given_weights;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -43,12 +43,12 @@ pub struct Outcome {
 pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
     config.check_cfg("sample_cfg", config.sample_cfg)?;
-    let dataset = open_data(&mut config, false)?;
+    let data = open_data(&mut config, false)?;
     in_pool(&config, || {
         let (mut learner, mut notes) = learner_on(&config)?;
         notes.extend(start_from_given_weights(&config, &mut learner)?);
         let run = RunDir::create(&config)?;
-        let trainer = Trainer::new(&config, dataset, learner, notes)?;
+        let trainer = Trainer::new(&config, data, learner, notes)?;
         trainer.run(&run, stop)
     })
 }
@@ -60,7 +60,7 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
 /// As [`start`], and when the checkpoint is damaged or another model's, or the run had checkpoints that are gone.
 pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
-    let dataset = open_data(&mut config, true)?;
+    let data = open_data(&mut config, true)?;
     // From here on no other process adds a checkpoint.
     let run = RunDir::open(run)?;
     let latest = || checkpoint::latest(run.path()).map(|latest| latest.map(|(_, path)| path));
@@ -74,7 +74,7 @@ pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, st
         if checkpoint.is_none() {
             notes.extend(start_from_given_weights(&config, &mut learner)?);
         }
-        let mut trainer = Trainer::new(&config, dataset, learner, notes)?;
+        let mut trainer = Trainer::new(&config, data, learner, notes)?;
         let note = match &checkpoint {
             Some(checkpoint) => {
                 let about_data = trainer.go_on_from(checkpoint, &run)?;
@@ -103,6 +103,7 @@ pub(super) struct Trainer<'a> {
     pub(super) config: &'a TrainConfig,
     pub(super) learner: Learner,
     batches: Batches,
+    pub(super) validation: Option<Validation>,
     pub(super) step: u64,
     pub(super) saved: Option<u64>, // step of the last checkpoint
     whole: bool,                   // whether the numbers are those after a step, not in the middle of one
@@ -115,10 +116,12 @@ pub(super) struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    fn new(config: &'a TrainConfig, dataset: Arc<dyn Dataset>, learner: Learner, notes: Vec<String>) -> Result<Self> {
+    pub(super) fn new(config: &'a TrainConfig, data: Data, learner: Learner, notes: Vec<String>) -> Result<Self> {
+        let validation = data.held_out.map(|samples| Validation::new(samples, config, &learner));
         Ok(Trainer {
             config,
-            batches: Batches::new(config, dataset, learner.device_state.is_some())?,
+            batches: Batches::new(config, data.training, learner.device_state.is_some())?,
+            validation: validation.transpose()?,
             learner,
             step: 0,
             saved: None,
@@ -140,15 +143,18 @@ impl<'a> Trainer<'a> {
         &**self.batches.loader.dataset()
     }
 
-    fn run(mut self, run: &RunDir, stop: &AtomicBool) -> Result<Outcome> {
+    pub(super) fn run(mut self, run: &RunDir, stop: &AtomicBool) -> Result<Outcome> {
         let config = self.config;
         let mut log = MetricsLog::open(run, self.step)?;
         let mut progress = Progress::new("training", self.step, config.steps);
         self.announce(run, &progress);
-        let due = |step: u64, every: u64| step == config.steps || every > 0 && step.is_multiple_of(every);
         let began = self.step;
         let (mut samples, mut figures) = (None, String::new());
-        if self.step > 0 && due(self.step, config.sample_every) {
+        if self.meter.steps() > 0 && self.line_due() {
+            // A run that was told to stop while it validated left this line.
+            figures = self.log(&mut log, f64::NAN, stop, &mut progress)?.unwrap_or_default();
+        }
+        if self.step > 0 && self.due(config.sample_every) {
             // A run that ended between a checkpoint and the samples of its step makes them now, from the same weights.
             let there = run.samples(self.step).ok().filter(|path| path.exists());
             samples = there.or_else(|| self.samples(run, &mut log, stop, &mut progress));
@@ -158,10 +164,11 @@ impl<'a> Trainer<'a> {
             let trained = self.train_step();
             trained.map_err(|error| self.saved_before(error, run, &progress))?;
             self.batches.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
-            if due(self.step, config.log_every) {
+            if self.line_due() {
                 let images = (self.step - since.1) * config.batch_size as u64;
-                let logged = self.log(&mut log, images as f64 / since.0.elapsed().as_secs_f64());
-                figures = logged.map_err(|error| self.saved_before(error, run, &progress))?;
+                let speed = images as f64 / since.0.elapsed().as_secs_f64();
+                let logged = self.log(&mut log, speed, stop, &mut progress);
+                figures = logged.map_err(|error| self.saved_before(error, run, &progress))?.unwrap_or(figures);
                 since = (Instant::now(), self.step);
             }
             progress.set(self.step, &figures);
@@ -169,11 +176,11 @@ impl<'a> Trainer<'a> {
                 return Err(self.diverged(run, &progress));
             }
             let pause = Instant::now();
-            if due(self.step, config.checkpoint_every) {
+            if self.due(config.checkpoint_every) {
                 self.save(run, &progress)?;
             }
             // After the checkpoint, which nothing that goes wrong here can cost then.
-            if due(self.step, config.sample_every) {
+            if self.due(config.sample_every) {
                 samples = self.samples(run, &mut log, stop, &mut progress);
             }
             // Images a second are those of training alone.
@@ -186,6 +193,19 @@ impl<'a> Trainer<'a> {
         progress.finish();
         let finished = self.step >= config.steps && !(stopped && samples.is_none());
         Ok(Outcome { run: run.path().to_path_buf(), began, step: self.step, finished, samples })
+    }
+
+    /// Whether what is done every so many steps, and at the end, is done after this one.
+    fn due(&self, every: u64) -> bool {
+        self.step == self.config.steps || every > 0 && self.step.is_multiple_of(every)
+    }
+
+    fn validation_due(&self) -> bool {
+        self.validation.is_some() && self.due(self.config.validation_every)
+    }
+
+    fn line_due(&self) -> bool {
+        self.due(self.config.log_every) || self.validation_due()
     }
 
     /// Says what is trained on what, and what there is to note about it.
@@ -211,13 +231,28 @@ impl<'a> Trainer<'a> {
         if config.flip && config.data_kind == DataKind::Latents {
             progress.say("flip mirrors latents, which do not decode to mirrored images: encode mirrored images, and give --flip false");
         }
+        if let Some(validation) = &self.validation {
+            progress.say(&format!("{} more samples are held out to validate on", validation.len()));
+        }
         self.notes.iter().for_each(|note| progress.say(note));
     }
 
-    /// Appends the averages since the last line to `log`, and returns what the progress bar shows of them.
-    fn log(&mut self, log: &mut MetricsLog, images_per_s: f64) -> Result<String> {
+    /// Validates if it is time, appends the averages since the last line to `log`, and returns what the progress bar shows of them. Told to
+    /// stop meanwhile, it does neither.
+    fn log(
+        &mut self,
+        log: &mut MetricsLog,
+        images_per_s: f64,
+        stop: &AtomicBool,
+        progress: &mut Progress,
+    ) -> Result<Option<String>> {
+        let validates = self.validation_due();
+        let validation = if validates { self.validate(stop, progress) } else { None };
+        if validates && validation.is_none() && stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         let mut meter = self.meter.clone();
-        let line = meter.line(self.step, self.config.lr_at(self.step - 1), images_per_s);
+        let line = Line { validation, ..meter.line(self.step, self.config.lr_at(self.step - 1), images_per_s) };
         log.append(&line)?;
         self.meter = meter;
         let loss = line.loss.map_or("not finite".into(), metrics::loss_text);
@@ -226,7 +261,7 @@ impl<'a> Trainer<'a> {
         if damaged > 0 {
             figures += &format!("  {damaged} damaged images skipped");
         }
-        Ok(figures)
+        Ok(Some(figures))
     }
 
     /// Saves what the last finite step left, and says how to go on from it.

@@ -118,6 +118,8 @@ knobs! {
         flip: bool;
         /// Share of labels replaced by "no class", which classifier-free guidance needs; 0 to 1
         label_dropout: f64;
+        /// Samples that are kept from training, drawn by the seed, to measure the validation loss on; 0 = none
+        validation_samples: usize = fixed;
     }
     "Diffusion" {
         /// Noise schedule over 1000 timesteps: linear or cosine
@@ -176,6 +178,8 @@ knobs! {
         out: String = fixed;
         /// Steps from one line of metrics.jsonl to the next
         log_every: u64;
+        /// Steps from one validation loss to the next (and one at the end); 0 = only at the end
+        validation_every: u64;
         /// Steps from one checkpoint to the next (and one at the end); 0 = only at the end
         checkpoint_every: u64;
         /// Latest checkpoints that are kept
@@ -236,6 +240,7 @@ impl Default for TrainConfig {
             data_kind: DataKind::Auto,
             flip: false,
             label_dropout: 0.1,
+            validation_samples: 0,
             schedule: ScheduleKind::Cosine,
             loss_weight: LossWeight::Constant,
             uw_lr: 0.025,
@@ -261,6 +266,7 @@ impl Default for TrainConfig {
             threads: 0,
             out: String::new(),
             log_every: 10,
+            validation_every: 100,
             checkpoint_every: 100,
             keep_checkpoints: 2,
             keep_every: 0,
@@ -297,6 +303,7 @@ impl TrainConfig {
                 ema_decay: 0.9999,
                 ema_warmup: false,
                 log_every: 100,
+                validation_every: 5_000,
                 checkpoint_every: 5_000,
                 keep_every: 50_000,
                 sample_every: 5_000,

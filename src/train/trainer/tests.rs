@@ -10,7 +10,13 @@ use crate::train::learner::Batch;
 use crate::train::optimizer::adamw;
 use crate::train::samples::sampler;
 use crate::train::setup::learner;
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+
+/// All samples to learn from.
+fn all(training: Arc<dyn Dataset>) -> Data {
+    Data { training, held_out: None }
+}
 
 /// Four samples that can be read `reads` times in all.
 fn data(reads: usize) -> Arc<dyn Dataset> {
@@ -51,7 +57,7 @@ fn train(out: &Path, steps: u64, reads: usize, before: impl FnOnce(&Path) + Send
     in_pool(&config, || {
         let run = RunDir::create(&config)?;
         before(run.path());
-        let trainer = Trainer::new(&config, dataset, learner(&config)?, Vec::new())?;
+        let trainer = Trainer::new(&config, all(dataset), learner(&config)?, Vec::new())?;
         trainer.run(&run, &AtomicBool::new(false))
     })
 }
@@ -61,7 +67,7 @@ fn train(out: &Path, steps: u64, reads: usize, before: impl FnOnce(&Path) + Send
 fn gradients_are_clipped_to_the_norm_that_is_asked_for() {
     let step = |clip: f64| {
         let config = TrainConfig { grad_clip: clip, ..tiny(10) };
-        let mut trainer = Trainer::new(&config, data(usize::MAX), learner(&config)?, Vec::new())?;
+        let mut trainer = Trainer::new(&config, all(data(usize::MAX)), learner(&config)?, Vec::new())?;
         trainer.train_step().map(|()| trainer.learner)
     };
     let norm = step(0.0).unwrap().gradient_norm();
@@ -105,7 +111,7 @@ fn slopes(first: f32) -> Arc<dyn Dataset> {
 #[test]
 fn only_steps_that_are_made_count() {
     let config = TrainConfig { num_classes: 3, ..tiny(100) };
-    let mut trainer = Trainer::new(&config, slopes(f32::INFINITY), learner(&config).unwrap(), Vec::new()).unwrap();
+    let mut trainer = Trainer::new(&config, all(slopes(f32::INFINITY)), learner(&config).unwrap(), Vec::new()).unwrap();
     let (mut skipped, mut in_a_row) = (0, 0);
     for step in 0..40 {
         let state = |learner: &Learner| {
@@ -142,7 +148,7 @@ fn only_steps_that_are_made_count() {
 #[test]
 fn a_step_with_too_large_a_gradient_is_left_out() {
     let config = tiny(10);
-    let mut trainer = Trainer::new(&config, data(usize::MAX), learner(&config).unwrap(), Vec::new()).unwrap();
+    let mut trainer = Trainer::new(&config, all(data(usize::MAX)), learner(&config).unwrap(), Vec::new()).unwrap();
     let bias = trainer.learner.dit.layout.get("final_layer.linear.bias").unwrap().param.range();
     // The first half of the channels, of each pixel: the noise.
     trainer.learner.weights[bias].iter_mut().step_by(2).for_each(|b| *b = 1e19);
@@ -163,7 +169,7 @@ fn what_is_measured_is_what_was_computed() {
         let mut learner = learner(config).unwrap();
         // No gate or last layer of zeros.
         learner.weights.iter_mut().enumerate().for_each(|(i, w)| *w += (i * 37 % 101) as f32 / 2000.0 - 0.025);
-        Trainer::new(config, slopes(1.0), learner, Vec::new()).unwrap()
+        Trainer::new(config, all(slopes(1.0)), learner, Vec::new()).unwrap()
     };
     let Trainer { config, mut learner, mut batches, .. } = trainer(0);
     batches.gather(config, 0, 0).unwrap();
@@ -207,7 +213,7 @@ fn lines_tell_the_rate_and_the_speed_of_their_own_steps() {
             out.fill(index as f32 / 4.0);
             Ok(0)
         });
-        let trainer = Trainer::new(&config, slow, learner(&config)?, Vec::new())?;
+        let trainer = Trainer::new(&config, all(slow), learner(&config)?, Vec::new())?;
         trainer.run(&run, &AtomicBool::new(false))
     })
     .unwrap();
@@ -232,7 +238,7 @@ fn a_knob_that_is_turned_is_felt() {
         let mut config = TrainConfig::from_layers(&[layer]).unwrap();
         config.fit_to_data(4, 1, 3).unwrap();
         in_pool(&config, || {
-            let mut trainer = Trainer::new(&config, slopes(1.0), learner(&config)?, Vec::new())?;
+            let mut trainer = Trainer::new(&config, all(slopes(1.0)), learner(&config)?, Vec::new())?;
             (0..config.steps).try_for_each(|_| trainer.train_step())?;
             let Learner { weights, ema, uncertainty, .. } = trainer.learner;
             Ok((weights.to_vec(), ema.to_vec(), uncertainty.map(|learned| learned.log_variances)))

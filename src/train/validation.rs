@@ -1,0 +1,290 @@
+//! The validation loss: that of the moving average of the weights on samples that are held out.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::average::{Average, images_at_once};
+use super::config::TrainConfig;
+use super::learner::Learner;
+use super::metrics::{self, Means, Meter};
+use super::progress::Progress;
+use super::trainer::Trainer;
+use crate::data::{Dataset, Loader, LoaderOptions};
+use crate::diffusion::{ImageDims, LossTerms, losses, q_sample};
+use crate::error::{Error, Result};
+use crate::generate::predict;
+use crate::model::config::TASKS;
+use crate::rng::{Philox, Stream};
+
+/// Samples that are held out. Each has a noise of its own, the same every time, and a timestep: of `n` samples, in an order of their own,
+/// number `i` that in the middle of part `i` of `n` of all timesteps. So two validations differ by the weights alone.
+pub(super) struct Validation {
+    loader: Loader,
+}
+
+impl Validation {
+    /// Validation of what `learner` learns, on `samples`.
+    ///
+    /// # Errors
+    /// As [`Loader::new`].
+    pub(super) fn new(samples: Arc<dyn Dataset>, config: &TrainConfig, learner: &Learner) -> Result<Self> {
+        let batch = images_at_once(learner, config, 1).min(samples.len());
+        let loader = Loader::new(samples, LoaderOptions { batch, seed: config.seed, flip: false, threads: 0 })?;
+        Ok(Validation { loader })
+    }
+
+    /// Number of samples.
+    pub(super) fn len(&self) -> usize {
+        self.loader.dataset().len()
+    }
+
+    /// The means over all samples. A request to stop ends it.
+    pub(super) fn means(
+        &mut self,
+        learner: &mut Learner,
+        config: &TrainConfig,
+        stop: &AtomicBool,
+        progress: &mut Progress,
+    ) -> Result<Means> {
+        let (n, batch) = (self.len(), self.loader.batch_size());
+        let (schedule, loss_weight) = (learner.schedule.clone(), learner.loss_weight());
+        let dims = ImageDims {
+            channels: config.in_channels,
+            pixels: config.image_size * config.image_size,
+            learn_sigma: learner.dit.config.learn_sigma,
+        };
+        let rng = Philox::new(config.seed, Stream::ValidationNoise);
+        let mut average = Average::of(learner, config)?;
+        let (dit, weights, memory) = average.parts();
+        let mut meter = Meter::default();
+        for (index, first) in (0..n).step_by(batch).enumerate() {
+            progress.meanwhile(format!("validating {first}/{n}"));
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Stopped("validation was stopped".into()));
+            }
+            // The last batch goes on with samples that were there before: they are left out.
+            let b = batch.min(n - first);
+            let images = self.loader.next(index as u64)?;
+            let (x_start, labels) = (&images.pixels[..b * dims.elements()], &images.labels[..b]);
+            let t: Vec<u32> = (first..first + b).map(|i| ((2 * i + 1) * TASKS / (2 * n)) as u32).collect();
+            let mut noise = vec![0.0; x_start.len()];
+            for (i, noise) in noise.chunks_exact_mut(dims.elements()).enumerate() {
+                rng.normal(noise, 0, (first + i) as u64);
+            }
+            let mut x_t = vec![0.0; x_start.len()];
+            q_sample(&mut x_t, x_start, &noise, &t, &schedule)?;
+            let [mut out, mut gradient] = [0, 1].map(|_| vec![0.0; b * dims.out_elements()]);
+            predict(dit, weights, memory, &x_t, &t, labels, &mut out)?;
+            let [mut mse, mut vb, mut loss] = [0, 1, 2].map(|_| vec![0.0; b]);
+            let terms = LossTerms { mse: &mut mse, vb: &mut vb, loss: &mut loss, d_model_out: &mut gradient };
+            let loss_weights: Vec<f64> = t.iter().map(|&t| loss_weight.weight(&schedule, t as usize)).collect();
+            losses(terms, &out, x_start, &noise, &t, &loss_weights, &vec![0.0; b], &schedule, dims)?;
+            for i in 0..b {
+                let [loss, mse, vb] = [loss[i], mse[i], vb[i]].map(f64::from);
+                meter.add_sample(t[i] as usize, loss, mse, vb);
+            }
+        }
+        Ok(meter.means())
+    }
+}
+
+impl Trainer<'_> {
+    /// The validation loss, of which a failure is told but does not end training.
+    pub(super) fn validate(&mut self, stop: &AtomicBool, progress: &mut Progress) -> Option<Means> {
+        let Trainer { config, learner, validation, step, .. } = self;
+        let validation = validation.as_mut()?;
+        let means = validation.means(learner, config, stop, progress);
+        progress.end_meanwhile();
+        validation.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
+        match means {
+            Ok(means) => {
+                let loss = means.loss.map_or("not finite".into(), metrics::loss_text);
+                progress.say(&format!("step {step}: validation loss {loss}"));
+                Some(means)
+            }
+            Err(error) => {
+                if !stop.load(Ordering::Relaxed) {
+                    progress.say(&format!("no validation loss of step {step}: {error}"));
+                }
+                None
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autograd::{Memory, Tape};
+    use crate::data::made::made;
+    use crate::train::RunDir;
+    use crate::train::metrics::{self, Line};
+    use crate::train::setup::{Data, learner};
+    use crate::train::trainer::in_pool;
+    use std::path::Path;
+    use std::sync::Mutex;
+
+    fn config(steps: u64) -> TrainConfig {
+        let mut config = TrainConfig {
+            hidden_size: 32,
+            depth: 1,
+            batch_size: 4,
+            steps,
+            log_every: 3,
+            validation_samples: 10,
+            validation_every: 2,
+            checkpoint_every: 2,
+            sample_steps: 1,
+            ema_decay: 0.5,
+            device: "cpu".into(),
+            ..TrainConfig::default()
+        };
+        config.fit_to_data(4, 1, 3).unwrap();
+        config
+    }
+
+    fn training() -> Arc<dyn Dataset> {
+        made(8, 3, |index, _, out| {
+            out.iter_mut().enumerate().for_each(|(i, x)| *x = ((index * 7 + i * 3) % 11) as f32 / 6.0 - 0.9);
+            Ok(index as u32 % 3)
+        })
+    }
+
+    /// Ten times the same.
+    fn same() -> Arc<dyn Dataset> {
+        made(10, 3, |_, _, out| {
+            out.iter_mut().enumerate().for_each(|(i, x)| *x = (i * 5 % 16) as f32 / 8.0 - 0.9);
+            Ok(2)
+        })
+    }
+
+    fn trainer(config: &TrainConfig, held_out: Option<Arc<dyn Dataset>>) -> Trainer<'_> {
+        let data = Data { training: training(), held_out };
+        Trainer::new(config, data, learner(config).unwrap(), Vec::new()).unwrap()
+    }
+
+    /// The lines of a run in `out`, from its checkpoint on if there is one.
+    fn lines(out: &Path, config: &TrainConfig, held_out: Option<Arc<dyn Dataset>>, stop: &AtomicBool) -> Vec<Line> {
+        in_pool(config, || {
+            let mut trainer = trainer(config, held_out);
+            let latest = crate::train::checkpoint::latest(out).ok().flatten();
+            let run = match &latest {
+                Some(_) => RunDir::open(out)?,
+                None => RunDir::create(&TrainConfig { out: out.display().to_string(), ..config.clone() })?,
+            };
+            latest.map(|(_, checkpoint)| trainer.go_on_from(&checkpoint, &run)).transpose()?;
+            trainer.run(&run, stop)
+        })
+        .unwrap();
+        let mut lines = metrics::read(out).unwrap();
+        lines.iter_mut().for_each(|line| line.images_per_s = None);
+        lines
+    }
+
+    /// Sample by sample, in f64 but for the model.
+    #[test]
+    fn it_is_the_mean_loss_of_the_average_over_all_timesteps() {
+        let config = config(6);
+        let mut trainer = trainer(&config, Some(same()));
+        // No gate or last layer of zeros, and an average that is not the weights.
+        let learner = &mut trainer.learner;
+        learner.ema.iter_mut().enumerate().for_each(|(i, w)| *w += (i * 37 % 101) as f32 / 2000.0 - 0.025);
+        let found = trainer.validate(&AtomicBool::new(false), &mut Progress::new("test", 0, 1)).unwrap();
+        let Learner { dit, ema, schedule, .. } = &trainer.learner;
+        let dims = ImageDims { channels: 1, pixels: 16, learn_sigma: true };
+        let (mut x_start, mut noise, mut x_t, mut scratch) = ([0.0; 16], [0.0; 16], [0.0; 16], [0.0; 32]);
+        assert_eq!(same().read(0, false, &mut x_start).unwrap(), 2);
+        let mut sums = [0.0; 3];
+        let mut memory = Memory::new();
+        for i in 0..10 {
+            let t = [i as u32 * 100 + 50];
+            Philox::new(config.seed, Stream::ValidationNoise).normal(&mut noise, 0, i);
+            q_sample(&mut x_t, &x_start, &noise, &t, schedule).unwrap();
+            let mut tape = Tape::inference(ema, &mut memory);
+            let x = tape.input(&x_t, [1, 1, 4, 4], false).unwrap();
+            let out = dit.forward(&mut tape, x, &t, &[2]).unwrap();
+            let [mut mse, mut vb, mut loss] = [[f32::NAN]; 3];
+            let terms = LossTerms { mse: &mut mse, vb: &mut vb, loss: &mut loss, d_model_out: &mut scratch };
+            losses(terms, tape.value(out), &x_start, &noise, &t, &[1.0], &[0.0], schedule, dims).unwrap();
+            [loss, mse, vb].into_iter().zip(&mut sums).for_each(|(found, sum)| *sum += f64::from(found[0]) / 10.0);
+        }
+        for (found, expected) in [found.loss, found.mse, found.vb].into_iter().zip(sums) {
+            let found = found.unwrap();
+            assert!((found - expected).abs() <= 1e-5 * expected, "{found} for {expected}");
+        }
+        assert!(found.loss_by_timestep.iter().all(Option::is_some));
+    }
+
+    #[test]
+    fn every_sample_is_read_as_it_is_every_time() {
+        let config = config(6);
+        let read = Arc::new(Mutex::new(Vec::new()));
+        let seen = read.clone();
+        let held_out = made(10, 3, move |index, flip, out| {
+            out.fill(index as f32 / 10.0);
+            seen.lock().unwrap().push((index, flip));
+            Ok(0)
+        });
+        let mut trainer = trainer(&config, Some(held_out));
+        let mut validate = || trainer.validate(&AtomicBool::new(false), &mut Progress::new("test", 0, 1)).unwrap();
+        let first = validate();
+        assert_eq!(validate(), first, "the same weights on the same samples");
+        let mut seen = read.lock().unwrap().clone();
+        seen.sort_unstable();
+        seen.dedup();
+        assert!(seen.into_iter().eq((0..10).map(|index| (index, false))));
+    }
+
+    /// With and without: the weights have the same bits. And it is measured when it should be, on a line of its own where there is none.
+    #[test]
+    fn training_does_not_notice() {
+        let place = tempfile::tempdir().unwrap();
+        let [with, without] = ["with", "without"].map(|name| place.path().join(name));
+        let config = config(7);
+        let validated = lines(&with, &config, Some(same()), &AtomicBool::new(false));
+        let plain = lines(&without, &config, None, &AtomicBool::new(false));
+        let steps =
+            |lines: &[Line]| lines.iter().map(|line| (line.step, line.validation.is_some())).collect::<Vec<_>>();
+        assert_eq!(steps(&validated), [(2, true), (3, false), (4, true), (6, true), (7, true)]);
+        assert_eq!(steps(&plain), [(3, false), (6, false), (7, false)]);
+        let file = |run: &Path, name: &str| std::fs::read(run.join("checkpoints/0000007").join(name)).unwrap();
+        for name in ["model.safetensors", "ema.safetensors"] {
+            assert!(file(&with, name) == file(&without, name), "{name} is another");
+        }
+        let losses: Vec<_> = validated.iter().filter_map(|line| line.validation.as_ref()?.loss).collect();
+        assert!(losses.len() == 4 && losses.windows(2).all(|pair| pair[0] != pair[1]), "{losses:?}");
+    }
+
+    /// Stopped while it validates, at any step, a run goes on to the lines of one that was not stopped.
+    #[test]
+    fn a_stop_amid_a_validation_costs_no_line() {
+        let place = tempfile::tempdir().unwrap();
+        let config = config(7);
+        let whole = lines(&place.path().join("whole"), &config, Some(same()), &AtomicBool::new(false));
+        for at in [2, 3, 4] {
+            let out = place.path().join(at.to_string());
+            let (stop, asked) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(0)));
+            let told = stop.clone();
+            // Each validation reads three batches of four at least.
+            let held_out = made(10, 3, move |index, flip, out| {
+                let mut asked = asked.lock().unwrap();
+                *asked += 1;
+                told.fetch_or(*asked == 12 * at - 3, Ordering::SeqCst);
+                same().read(index, flip, out)
+            });
+            let stopped = lines(&out, &config, Some(held_out), &stop);
+            assert!(stop.load(Ordering::SeqCst) && stopped.len() < whole.len(), "{at}: {} lines", stopped.len());
+            let resumed = lines(&out, &config, Some(same()), &AtomicBool::new(false));
+            assert_eq!(resumed, whole, "stopped at read {at}");
+        }
+    }
+
+    #[test]
+    fn samples_that_cannot_be_read_do_not_end_training() {
+        let place = tempfile::tempdir().unwrap();
+        let gone = made(10, 3, |_, _, _| Err(Error::file("sample", "is gone")));
+        let lines = lines(&place.path().join("run"), &config(5), Some(gone), &AtomicBool::new(false));
+        assert!(lines.iter().all(|line| line.validation.is_none() && line.loss.is_some()));
+        assert_eq!(lines.last().unwrap().step, 5);
+    }
+}
