@@ -4,6 +4,13 @@ mod program;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+#[cfg(unix)]
+use std::{
+    io::{BufRead, BufReader},
+    process::Stdio,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use dtr_fused::safetensors_file::SafetensorsFile;
 use dtr_fused::train::checkpoint::{self, FileOut, Metadata, TensorOut};
@@ -276,6 +283,157 @@ fn array(npz: &[u8], number: usize) -> &[u8] {
     let (start, _) = npz.windows(6).enumerate().filter(|(_, bytes)| bytes == b"\x93NUMPY").nth(number).unwrap();
     let header = u16::from_le_bytes([npz[start + 8], npz[start + 9]]);
     &npz[start + 10 + usize::from(header)..]
+}
+
+/// The pixels (of 8 x 8, one byte each) and the labels of `n` images in the archive `place/name`.
+fn images_and_labels(place: &Path, name: &str, n: usize) -> (Vec<u8>, Vec<u8>) {
+    let npz = fs::read(place.join(name)).unwrap();
+    for shape in [format!("'shape': ({n}, 8, 8, 1)"), format!("'shape': ({n},)")] {
+        assert!(npz.windows(shape.len()).any(|bytes| bytes == shape.as_bytes()), "no {shape} in {name}");
+    }
+    (array(&npz, 0)[..n * 64].to_vec(), array(&npz, 1)[..n * 8].to_vec())
+}
+
+#[test]
+fn parts_make_the_images_of_the_whole() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    long_run(place, &[]);
+    let way = ["--num", "45", "--classes", "1,3", "--cfg", "2", "--sampler", "ddpm", "--batch-size", "7"];
+    let made = |only: &str, n| {
+        let part = ["--npz", "x.npz", "--only", only];
+        succeeds(sample_in("10", place, &[&way[..], if only.is_empty() { &part[..2] } else { &part }].concat()));
+        images_and_labels(place, "x.npz", n)
+    };
+    let whole = made("", 45);
+    assert!(made("..", 45) == whole);
+    let parts = [made("..14", 14), made("14..35", 21), made("35..", 10)];
+    assert!(parts.iter().map(|part| &part.0[..]).collect::<Vec<_>>().concat() == whole.0, "the images differ");
+    assert!(parts.iter().map(|part| &part.1[..]).collect::<Vec<_>>().concat() == whole.1, "the labels differ");
+    // Batches of others.
+    let (pixels, labels) = made("20..45", 25);
+    assert!(pixels.iter().zip(&whole.0[20 * 64..]).all(|(a, &b)| a.abs_diff(b) <= 1) && labels == whole.1[20 * 8..]);
+    // The first 23 are of the first class: the grid shows these alone.
+    made("0..23", 23);
+    let part = fs::read(place.join("grid.png")).unwrap();
+    let of_one = ["--num", "23", "--classes", "1", "--cfg", "2", "--sampler", "ddpm", "--batch-size", "7"];
+    succeeds(sample_in("10", place, &of_one));
+    assert!(fs::read(place.join("grid.png")).unwrap() == part, "the grids differ");
+
+    for wrong in ["", "5", "3..3", "9..3", "45..", "0..46", "0..=4", "a..b", "-1", "1..2..3"] {
+        let says = format!("--only is {wrong}, but it must be A..B (or A.. or ..B) with A < B and B at most 45");
+        fails(sample(place, &[&way[..], &["--only", wrong]].concat()), 2, &[&says]);
+    }
+}
+
+/// What `message` calls the part that is to be made: `--only A..B`.
+fn rest_of(message: &str) -> (usize, usize) {
+    let range = message.split("--only ").nth(1).and_then(|rest| rest.split(' ').next()).expect("a flag");
+    let (from, to) = range.split_once("..").unwrap();
+    (from.parse().unwrap(), to.parse().unwrap())
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_finished_when_a_signal_comes_is_kept() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    long_run(place, &[]);
+    // Seconds of work, of which hundredths of a second fill the first buffer of the archive.
+    // Of one thread: several wait for each other where others are at work, too.
+    let way = ["sample", "--checkpoint", "run", "--device", "cpu", "--sampler", "ddpm", "--steps", "10"];
+    let way = [&way[..], &["--num", "10240", "--batch-size", "8", "--threads", "1"]].concat();
+    let files = |name| ["--npz", name, "--out", "grid.png"];
+    let mut child = program::command(place, &[&way[..], &files("cut.npz")].concat());
+    let mut child = child.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let waiting = Instant::now();
+    let begun = |entry: fs::DirEntry| {
+        entry.file_name().to_string_lossy().starts_with(".cut.npz.")
+            && entry.metadata().is_ok_and(|file| file.len() > 0)
+    };
+    while !fs::read_dir(place).unwrap().flatten().any(begun) {
+        assert!(waiting.elapsed() < Duration::from_secs(60), "no images after a minute");
+        assert!(child.try_wait().unwrap().is_none(), "it ended");
+        sleep(Duration::from_millis(1));
+    }
+    program::kill(libc::SIGTERM, &child);
+    let output = child.wait_with_output().unwrap();
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(143), "{said}");
+    assert_eq!(names(place), ["cut.npz", "grid.png", "run"]);
+    let last = said.lines().last().unwrap();
+    let (made, end) = rest_of(last);
+    assert!(last.contains(&format!("{made} of 10240 images are in cut.npz")), "{last}");
+    assert!(made > 0 && made % 8 == 0 && end == 10240, "{last}");
+
+    succeeds(run(place, &[&way[..], &files("whole.npz")].concat()));
+    let only = format!("{made}..{end}");
+    succeeds(run(place, &[&way[..], &files("rest.npz"), &["--only", &only]].concat()));
+    let whole = images_and_labels(place, "whole.npz", 10240);
+    let cut = images_and_labels(place, "cut.npz", made);
+    let rest = images_and_labels(place, "rest.npz", end - made);
+    assert!([cut.0, rest.0].concat() == whole.0, "the images differ");
+    assert!([cut.1, rest.1].concat() == whole.1, "the labels differ");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_before_anything_is_finished_or_without_an_archive_leaves_no_file() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &[]);
+    let endless = ["sample", "--checkpoint", "run", "--device", "cpu", "--threads", "1", "--num", "1000000"];
+    // With the archive, the first batch takes minutes.
+    let cases: [&[&str]; 2] = [&["--npz", "x.npz", "--steps", "1000", "--batch-size", "10000"], &["--batch-size", "1"]];
+    for more in cases {
+        let mut child = program::command(place, &[&endless, more].concat());
+        let mut child = child.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let line = lines.find(|line| line.starts_with("sampling 1/"));
+        assert!(line.is_some(), "it ended");
+        program::kill(libc::SIGTERM, &child);
+        assert_eq!(lines.last().as_deref(), Some("sampling was stopped: no file was written"));
+        assert_eq!(child.wait().unwrap().code(), Some(143));
+        assert_eq!(names(place), ["run"]);
+    }
+}
+
+#[test]
+fn what_is_finished_when_numbers_stop_being_finite_is_kept() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    long_run(place, &[]);
+    let file = SafetensorsFile::open(average(place)).unwrap();
+    let table = file.tensor("y_embedder.embedding_table.weight").unwrap().bytes;
+    let row = &table[3 * 128..][..128];
+    let mut bytes = fs::read(average(place)).unwrap();
+    let at = bytes.windows(128).position(|bytes| bytes == row).unwrap();
+    // Finite, but so large that no sum of such numbers is.
+    bytes[at..][..128].fill(0x7F);
+    fs::write(place.join("damaged.safetensors"), bytes).unwrap();
+    // 6 of class 1 and 6 of class 3, of which the second batch has some.
+    let made = |checkpoint, num, files: &[&str]| {
+        let way = ["sample", "--checkpoint", checkpoint, "--steps", "3", "--device", "cpu", "--classes", "1,3"];
+        run(place, &[&way[..], &["--num", num, "--batch-size", "4"], files].concat())
+    };
+    let not_finite = "gave a number that is not finite";
+    let kept = "; 4 of 12 images are in x.npz, and --only 4..12 with another --npz makes the rest";
+    fails(made("damaged.safetensors", "12", &["--npz", "x.npz"]), 1, &[not_finite, kept]);
+    let (pixels, labels) = images_and_labels(place, "x.npz", 4);
+    succeeds(made("run", "12", &["--npz", "whole.npz", "--out", "whole.png"]));
+    let whole = images_and_labels(place, "whole.npz", 12);
+    assert!(pixels == whole.0[..4 * 64] && labels == whole.1[..4 * 8]);
+    // The row of the second class is left out.
+    let [height, of_whole] = ["grid.png", "whole.png"].map(|name| image::open(place.join(name)).unwrap().height());
+    assert_eq!(of_whole, 2 * height - 2);
+    // Nothing was finished.
+    for file in ["grid.png", "whole.png", "x.npz", "whole.npz"] {
+        fs::remove_file(place.join(file)).unwrap();
+    }
+    let output = made("damaged.safetensors", "2", &["--npz", "x.npz"]);
+    assert!(!stderr(&output).contains("--only"), "{}", stderr(&output));
+    fails(output, 1, &[not_finite]);
+    assert_eq!(names(place), ["damaged.safetensors", "run"]);
 }
 
 #[test]

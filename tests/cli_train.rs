@@ -13,6 +13,8 @@ use libc::{SIGHUP, SIGINT, SIGTERM};
 
 use dtr_fused::safetensors_file::SafetensorsFile;
 use dtr_fused::train::checkpoint;
+#[cfg(unix)]
+use program::kill;
 use program::{command, fails, run, stderr, succeeds, train};
 
 const STEPS: &[&str] = &["--steps", "24", "--checkpoint-every", "3", "--log-every", "2", "--sample-every", "12"];
@@ -128,12 +130,6 @@ fn until_a_checkpoint(child: &mut std::process::Child, run: &Path) {
         assert!(child.try_wait().unwrap().is_none(), "it ended before its first checkpoint");
         sleep(Duration::from_millis(1));
     }
-}
-
-#[cfg(unix)]
-fn kill(signal: libc::c_int, child: &std::process::Child) {
-    // SAFETY: it sends a signal to a child that was not waited for, so that the number is still its own.
-    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, signal) }, 0);
 }
 
 /// The last step of `run` that has a checkpoint.

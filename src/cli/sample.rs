@@ -1,5 +1,6 @@
 //! `dtr-fused sample`.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -35,6 +36,7 @@ Examples:
   dtr-fused sample --checkpoint runs/digits-paper-0001
   dtr-fused sample --checkpoint runs/digits-paper-0001 --classes 3,7 --num 40 --cfg 2 --seed 1
   dtr-fused sample --checkpoint runs/digits-paper-0001 --num 5000 --sampler ddpm --npz samples.npz
+  dtr-fused sample --checkpoint runs/digits-paper-0001 --num 5000 --only 2560..5000 --npz rest.npz
   dtr-fused sample --checkpoint DiT-XL-2.safetensors --classes 207,360 --cfg 4 --npz latents.npz
 
 A file of weights tells the sizes of its model, that of the images if it has pos_embed. Where
@@ -81,6 +83,9 @@ pub(super) struct SampleArgs {
     /// Images in all, shared equally among the classes [default: 10 for each]
     #[arg(long, allow_negative_numbers = true)]
     num: Option<usize>,
+    /// Of these images, those to make: from number A on and before number B, with the noise and the labels that they have among all
+    #[arg(long, value_name = "A..B", allow_negative_numbers = true)]
+    only: Option<String>,
     /// Images computed at a time; more are faster and need more memory
     #[arg(long, default_value_t = IMAGES_AT_ONCE, allow_negative_numbers = true)]
     batch_size: usize,
@@ -107,25 +112,14 @@ pub(super) struct SampleArgs {
     precision: Option<Precision>,
 }
 
-/// What is said when a signal ends sampling.
-const STOPPED: &str = "sampling was stopped: no file was written";
-
 pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
-    match sample(args) {
-        Err(Error::Stopped(what)) if what == STOPPED => {
-            say(STOPPED);
-            Ok(ExitCode::from(signals::exit_code()))
-        }
-        done => done.map(|()| ExitCode::SUCCESS),
-    }
-}
-
-fn sample(args: SampleArgs) -> Result<()> {
     let Source { mut config, name, weights: file, note: assumed } = source(&args)?;
     config.threads = args.threads;
     config.device = args.device.clone();
     config.validate()?;
-    let labels = labels(&args, &config)?;
+    let all = labels(&args, &config)?;
+    let only = args.only.as_ref().map_or(Ok(0..all.len()), |text| part(text, all.len()))?;
+    let labels = &all[only.clone()];
     if !(1..=MOST_AT_ONCE).contains(&args.batch_size) {
         return Err(Error::usage(format!(
             "--batch-size is {}, but it must be between 1 and {MOST_AT_ONCE}",
@@ -139,7 +133,8 @@ fn sample(args: SampleArgs) -> Result<()> {
     let sampler = samples::sampler(&config, args.sampler, respacing, args.eta, cfg)?;
 
     // Where signals cannot be caught, and when Ctrl-C is pressed twice, at worst a temporary file stays.
-    let _ = signals::stop_on_signals("without files");
+    let says = if args.npz.is_some() { "with the images of whole batches" } else { "without files" };
+    let _ = signals::stop_on_signals(says);
     // Hours of work must not end in a directory that cannot be written.
     check_outputs(&args.out, args.npz.as_deref(), &file)?;
     AtomicFile::create(&args.out)?;
@@ -163,10 +158,11 @@ fn sample(args: SampleArgs) -> Result<()> {
     let total = steps(&sampler, labels.len(), args.batch_size) as u64;
     let mut progress = Progress::new("sampling", 0, total);
     let images = format!("{} images", labels.len());
-    let mut grid = Grid::new(&labels, &config);
+    let mut grid = Grid::new(labels, &config);
     grid.note(labels.len(), args.npz.is_some(), !args.classes.is_empty()).iter().for_each(|note| progress.say(note));
     assumed.iter().chain(&note).for_each(|note| progress.say(note));
-    trainer::in_pool(&config, || {
+    let (mut made, mut stopped) = (0, false);
+    let ended = trainer::in_pool(&config, || {
         let mut memory = Memory::on(&compute);
         let uploaded = match &compute {
             Compute::Cpu { .. } => None,
@@ -175,33 +171,54 @@ fn sample(args: SampleArgs) -> Result<()> {
         let weights = uploaded.as_ref().map_or(ModelWeights::Cpu(&weights), ModelWeights::Cuda);
         let generator = Generator { dit: &dit, weights, sampler: &sampler, seed: args.seed };
         let mut done = 0;
-        for (index, labels) in labels.chunks(args.batch_size).enumerate() {
-            let first = index * args.batch_size;
-            let pixels = generator.batch(&mut memory, labels, first, || {
+        for labels in labels.chunks(args.batch_size) {
+            let pixels = generator.batch(&mut memory, labels, only.start + made, || {
                 done += 1;
                 progress.set(done, &images);
-                // An error, and not the end of the process, so that no temporary file is left behind.
-                match STOP.load(Ordering::Relaxed) {
-                    true => Err(Error::Stopped(STOPPED.into())),
-                    false => Ok(()),
-                }
+                // An error, and not the end of the process: what is finished is kept, and no temporary file is left behind.
+                stopped = STOP.load(Ordering::Relaxed);
+                if stopped { Err(Error::Stopped("sampling was stopped".into())) } else { Ok(()) }
             })?;
-            grid.take(first, &pixels);
-            npz.as_mut().map_or(Ok(()), |npz| npz.write(&pixels))?;
+            grid.take(made, &pixels);
+            if let Err(error) = npz.as_mut().map_or(Ok(()), |npz| npz.write(&pixels)) {
+                npz = None;
+                return Err(error);
+            }
+            made += labels.len();
         }
         Ok(())
-    })?;
+    });
     progress.finish();
-    // Either file is written even if the other cannot be.
-    let archive = npz.map_or(Ok(()), |npz| npz.finish(&labels));
-    grid.write(&args.out)?;
     let [name, out] = [&name, &args.out].map(|path| printable(&path.display().to_string()));
+    let archived = args.npz.as_ref().map(|path| printable(&path.display().to_string()));
+    if let Err(error) = ended {
+        let error = match (npz, archived) {
+            (Some(npz), Some(archived)) if made > 0 => {
+                npz.finish(&labels[..made])?;
+                grid.write(&args.out, made).unwrap_or_else(|e| say(&format!("no grid: {}", printable(&e.to_string()))));
+                let (n, next, end) = (labels.len(), only.start + made, only.end);
+                error.and(&format!(
+                    "; {made} of {n} images are in {archived}, and --only {next}..{end} with another --npz makes the rest"
+                ))
+            }
+            _ if stopped => error.and(": no file was written"),
+            _ => error,
+        };
+        if !stopped {
+            return Err(error);
+        }
+        say(&error.to_string());
+        return Ok(ExitCode::from(signals::exit_code()));
+    }
+    // Either file is written even if the other cannot be.
+    let archive = npz.map_or(Ok(()), |npz| npz.finish(labels));
+    grid.write(&args.out, made)?;
     println!("Samples of {name} are in {out}");
     archive?;
-    if let Some(path) = &args.npz {
-        println!("{} images of {name} are in {}", labels.len(), printable(&path.display().to_string()));
+    if let Some(archived) = archived {
+        println!("{} images of {name} are in {archived}", labels.len());
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Where the weights are, and what model they are.
@@ -293,6 +310,16 @@ fn labels(args: &SampleArgs, config: &TrainConfig) -> Result<Vec<u32>> {
     Ok(classes.iter().enumerate().flat_map(|(i, &class)| std::iter::repeat_n(class, share(i))).collect())
 }
 
+/// What `--only` leaves of `n` images.
+fn part(text: &str, n: usize) -> Result<Range<usize>> {
+    let number = |text: &str, end| if text.is_empty() { Some(end) } else { text.parse().ok() };
+    let range = text.split_once("..").and_then(|(a, b)| Some(number(a, 0)?..number(b, n)?));
+    range.filter(|range| range.start < range.end && range.end <= n).ok_or_else(|| {
+        let what = "but it must be A..B (or A.. or ..B) with A < B";
+        Error::usage(format!("--only is {text}, {what} and B at most {n}, the number of images"))
+    })
+}
+
 /// The first images of each class, a row a class; classes with fewer end in black.
 struct Grid<'a> {
     config: &'a TrainConfig,
@@ -337,10 +364,19 @@ impl<'a> Grid<'a> {
         }
     }
 
-    fn write(&self, path: &Path) -> Result<()> {
+    /// Writes the rows of the first `made` images.
+    fn write(&self, path: &Path, made: usize) -> Result<()> {
         let (channels, side) = (self.config.in_channels, self.config.image_size);
-        let shape = [self.rows * self.columns, channels, side, side];
-        grid_png(path, &self.pixels, shape, self.columns, samples::scale_of(side), self.config.are_images())
+        let last = self.shown.iter().rev().find(|(image, _)| *image < made).map_or(0, |&(_, place)| place);
+        let n = (last / self.columns + 1) * self.columns;
+        grid_png(
+            path,
+            &self.pixels[..n * image_len(self.config)],
+            [n, channels, side, side],
+            self.columns,
+            samples::scale_of(side),
+            self.config.are_images(),
+        )
     }
 }
 
@@ -382,7 +418,9 @@ impl<'a> Archive<'a> {
         Ok(())
     }
 
+    /// Ends the images, of which the `labels` tell how many there are, and writes these.
     fn finish(mut self, labels: &[u32]) -> Result<()> {
+        self.file.cut(labels.len())?;
         self.file.begin("arr_1", Element::I64, &[labels.len()])?;
         for &label in labels {
             self.file.write(&i64::from(label).to_le_bytes())?;

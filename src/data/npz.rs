@@ -30,8 +30,12 @@ pub struct NpzWriter {
     file: AtomicFile,
     position: u64,
     members: Vec<Member>,
-    missing: u64, // bytes that the last member still needs
-    crc: crc32fast::Hasher,
+    // Of the last member:
+    element: Element,
+    shape: Vec<usize>,
+    header: Vec<u8>,
+    missing: u64,           // bytes of elements that it still needs
+    crc: crc32fast::Hasher, // of its elements so far
 }
 
 /// One file of the archive.
@@ -39,6 +43,7 @@ struct Member {
     name: String, // with .npy
     offset: u64,  // of its local header
     size: u64,
+    wide: bool, // whether its local header has room for a size of 64 bits
     crc: u32,
 }
 
@@ -49,7 +54,16 @@ impl NpzWriter {
     /// [`Error::File`] when the directory cannot be written.
     pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
         let file = AtomicFile::create(path)?;
-        Ok(NpzWriter { file, position: 0, members: Vec::new(), missing: 0, crc: crc32fast::Hasher::new() })
+        Ok(NpzWriter {
+            file,
+            position: 0,
+            members: Vec::new(),
+            element: Element::U8,
+            shape: Vec::new(),
+            header: Vec::new(),
+            missing: 0,
+            crc: crc32fast::Hasher::new(),
+        })
     }
 
     /// Begins the array `name` of `shape`; its elements follow by [`write`](Self::write).
@@ -66,11 +80,35 @@ impl NpzWriter {
             )));
         };
         let size = header.len() as u64 + data as u64;
-        self.members.push(Member { name: format!("{name}.npy"), offset: self.position, size, crc: 0 });
+        let wide = size >= ZIP64;
+        self.members.push(Member { name: format!("{name}.npy"), offset: self.position, size, wide, crc: 0 });
         let local = self.members[self.members.len() - 1].local_header();
         self.put(&local)?;
-        self.missing = size;
-        self.write(&header)
+        self.put(&header)?;
+        (self.element, self.shape, self.header) = (element, shape.to_vec(), header);
+        (self.missing, self.crc) = (data as u64, crc32fast::Hasher::new());
+        Ok(())
+    }
+
+    /// Ends the array begun last after what was written, the first `len` along its first side: for those who learn only then how
+    /// many there are.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when what was written is not `len` of them.
+    pub fn cut(&mut self, len: usize) -> Result<()> {
+        let mut shape = self.shape.clone();
+        shape.iter_mut().take(1).for_each(|side| *side = len);
+        // It has to fit where the first one stands.
+        let header = NpyHeader::bytes(self.element, &shape).filter(|header| header.len() == self.header.len());
+        let written = byte_len(self.element, &self.shape).map(|all| all - self.missing as usize);
+        match (self.members.last_mut(), header) {
+            (Some(member), Some(header)) if byte_len(self.element, &shape) == written => {
+                member.size -= self.missing;
+                (self.shape, self.header, self.missing) = (shape, header, 0);
+                Ok(())
+            }
+            _ => Err(Error::usage(format!("what was written of an array of {:?} is not {len} of them", self.shape))),
+        }
     }
 
     /// Appends elements (little-endian, row-major) to the array begun last, in pieces of any length.
@@ -100,19 +138,21 @@ impl NpzWriter {
         self.file.commit()
     }
 
-    /// Completes the array begun last, if there is one: its checksum is known only now.
+    /// Completes the array begun last, if there is one: its checksum, and after a cut its size, are known only now.
     fn end_member(&mut self) -> Result<()> {
         if self.missing > 0 {
             return Err(Error::usage(format!("{} bytes of an array were not written", self.missing)));
         }
-        let crc = std::mem::take(&mut self.crc).finalize();
         if let Some(member) = self.members.last_mut() {
-            member.crc = crc;
-            let place = member.offset + Member::CRC_PLACE;
-            let end = self.position;
+            let mut crc = crc32fast::Hasher::new();
+            crc.update(&self.header);
+            crc.combine(&self.crc);
+            member.crc = crc.finalize();
+            let headers = [member.local_header(), self.header.clone()].concat();
+            let (start, end) = (member.offset, self.position);
             let patch = |file: &mut AtomicFile| -> io::Result<()> {
-                file.seek(SeekFrom::Start(place))?;
-                file.write_all(&crc.to_le_bytes())?;
+                file.seek(SeekFrom::Start(start))?;
+                file.write_all(&headers)?;
                 file.seek(SeekFrom::Start(end))?;
                 Ok(())
             };
@@ -128,12 +168,10 @@ impl NpzWriter {
 }
 
 impl Member {
-    /// Where the checksum stands in the local header.
-    const CRC_PLACE: u64 = 14;
-
     fn local_header(&self) -> Vec<u8> {
         let mut extra = Vec::new();
-        let size = if self.size >= ZIP64 {
+        // An array that was cut may be small by now, but its elements stand behind a header with this room.
+        let size = if self.wide {
             extra.extend(1u16.to_le_bytes());
             extra.extend(16u16.to_le_bytes());
             extra.extend(self.size.to_le_bytes()); // as it is
@@ -228,7 +266,7 @@ mod tests {
     fn what_does_not_fit_32_bits_is_in_the_extra_field() {
         let (small, large, far) = (123, 9_830_400_128, 5_000_000_000);
         for (size, offset) in [(small, 77), (large, 77), (small, far), (large, far)] {
-            let member = Member { name: "arr_0.npy".into(), offset, size, crc: 0x1234_5678 };
+            let member = Member { name: "arr_0.npy".into(), offset, size, wide: size == large, crc: 0x1234_5678 };
             let wide = |n: u64| if n == small || n == 77 { n } else { 0xFFFF_FFFF };
 
             let local = member.local_header();
@@ -255,6 +293,39 @@ mod tests {
                 assert_eq!([number::<2>(extra, 0), number::<2>(extra, 2)], [1, 8 * expected.len() as u64]);
             }
         }
+    }
+
+    #[test]
+    fn an_array_that_is_cut_is_as_one_that_was_begun_with_its_length() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("x.npz");
+        let written = |begun: usize, len: usize| {
+            let mut npz = NpzWriter::create(&path).unwrap();
+            npz.begin("arr_0", Element::F32, &[begun, 2, 3]).unwrap();
+            (0..len as u8).for_each(|i| npz.write(&[i; 24]).unwrap());
+            for wrong in [len + 1, len.wrapping_sub(1), usize::MAX] {
+                assert!(npz.cut(wrong).unwrap_err().to_string().contains("is not"));
+            }
+            npz.cut(len).unwrap();
+            assert!(npz.write(&[0]).is_err(), "it has ended");
+            npz.begin("arr_1", Element::I64, &[len]).unwrap();
+            npz.write(&vec![7; 8 * len]).unwrap();
+            npz.finish().unwrap();
+            std::fs::read(&path).unwrap()
+        };
+        for len in [0, 1, 9, 10] {
+            let known = written(len, len);
+            assert!([10, 12_345_678, 50_000].iter().all(|&begun| written(begun, len) == known), "{len}");
+        }
+        // 13 GB begun: what takes 64 bits has its room in the local header, and says what is there.
+        let archive = written(1 << 29, 2);
+        let wide = number::<4>(&archive, 18) == 0xFFFF_FFFF && number::<2>(&archive, 28) == 20;
+        let (size, extra) = (128 + 48, &archive[30 + 9..]);
+        assert!(wide && [number::<8>(extra, 4), number::<8>(extra, 12)] == [size; 2]);
+        assert_eq!(extra[20..][..size as usize], written(2, 2)[30 + 9..][..size as usize], "the array");
+        assert_eq!(number::<4>(&archive, 14), number::<4>(&written(2, 2), 14), "its checksum");
+        let central = archive.windows(4).position(|bytes| bytes == b"PK\x01\x02").unwrap();
+        assert_eq!([20, 24].map(|at| number::<4>(&archive, central + at)), [size; 2]);
     }
 
     /// Sections 4.3.14 to 4.3.16.

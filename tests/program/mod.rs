@@ -33,6 +33,14 @@ pub fn heeding_signals(command: &mut Command) {
     unsafe { command.pre_exec(heed) };
 }
 
+/// Sends `signal` to `child`, which was not waited for.
+#[cfg(unix)]
+#[allow(dead_code, reason = "not every test ends a program")]
+pub fn kill(signal: libc::c_int, child: &std::process::Child) {
+    // SAFETY: it sends a signal to a child that was not waited for: the number is still its own.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, signal) }, 0);
+}
+
 /// Runs the program with `args` in directory `place`.
 pub fn run(place: &Path, args: &[&str]) -> Output {
     command(place, args).output().expect("the program starts")
