@@ -1,0 +1,243 @@
+//! What sampling leaves behind: a grid of images, and an archive of all.
+
+use std::ops::Range;
+use std::path::Path;
+
+use crate::atomic_file::{AtomicFile, check_target};
+use crate::data::npz::NpzWriter;
+use crate::element::Element;
+use crate::error::{Error, Result, printable};
+use crate::picture::grid_png;
+use crate::train::progress::say;
+use crate::train::{TrainConfig, samples};
+
+/// A grid shows at most this many images of a class.
+const GRID_COLUMNS: usize = 16;
+/// A grid shows at most this many classes.
+pub(super) const GRID_ROWS: usize = 64;
+
+/// The files that images are made for, one image after the other.
+pub(super) struct Files<'a> {
+    out: &'a Path,
+    npz: Option<&'a Path>,
+    labels: &'a [u32],
+    grid: Grid<'a>,
+    archive: Option<Archive<'a>>,
+    made: usize,
+}
+
+impl<'a> Files<'a> {
+    /// Files for images of these `labels`. None has its name before it is whole.
+    ///
+    /// # Errors
+    /// When one of them cannot be written, or would replace the `weights`.
+    pub(super) fn create(
+        out: &'a Path,
+        npz: Option<&'a Path>,
+        weights: &Path,
+        labels: &'a [u32],
+        config: &'a TrainConfig,
+    ) -> Result<Self> {
+        check_outputs(out, npz, weights)?;
+        AtomicFile::create(out)?;
+        let archive = npz.map(|path| Archive::create(path, labels.len(), config)).transpose()?;
+        Ok(Files { out, npz, labels, grid: Grid::new(labels, config), archive, made: 0 })
+    }
+
+    /// How many images were taken.
+    pub(super) fn made(&self) -> usize {
+        self.made
+    }
+
+    /// What the grid leaves out, if anything, of the images or, unless they were `chosen`, of the classes.
+    pub(super) fn note(&self, chosen: bool) -> Option<String> {
+        self.grid.note(self.labels.len(), self.npz.is_some(), chosen)
+    }
+
+    /// Takes the next images.
+    ///
+    /// # Errors
+    /// When the archive cannot be written: it is given up.
+    pub(super) fn take(&mut self, images: &[f32]) -> Result<()> {
+        self.grid.take(self.made, images);
+        let written = self.archive.as_mut().map_or(Ok(()), |archive| archive.write(images));
+        written.inspect_err(|_| self.archive = None)?;
+        self.made += images.len() / image_len(self.grid.config);
+        Ok(())
+    }
+
+    /// Writes the files, and says where the samples of `name` are. Either is written even if the other cannot be.
+    ///
+    /// # Errors
+    /// When one of them cannot be written.
+    pub(super) fn finish(self, name: &Path) -> Result<()> {
+        let Files { out, npz, labels, grid, archive, made } = self;
+        let archive = archive.map_or(Ok(()), |archive| archive.finish(labels));
+        grid.write(out, made)?;
+        let [name, out] = [name, out].map(shown);
+        println!("Samples of {name} are in {out}");
+        archive?;
+        if let Some(npz) = npz {
+            println!("{made} images of {name} are in {}", shown(npz));
+        }
+        Ok(())
+    }
+
+    /// Keeps what there is in the archive, if there is one and something to keep, of images that have the numbers `only` among all. Says
+    /// where it is, and how the rest can be made.
+    ///
+    /// # Errors
+    /// When the archive cannot be written.
+    pub(super) fn keep(self, only: &Range<usize>) -> Result<Option<String>> {
+        let Files { out, npz: Some(npz), labels, grid, archive: Some(archive), made: made @ 1.. } = self else {
+            return Ok(None);
+        };
+        archive.finish(&labels[..made])?;
+        grid.write(out, made).unwrap_or_else(|e| say(&format!("no grid: {}", printable(&e.to_string()))));
+        let (n, npz, next, end) = (labels.len(), shown(npz), only.start + made, only.end);
+        Ok(Some(format!(
+            "; {made} of {n} images are in {npz}, and --only {next}..{end} with another --npz makes the rest"
+        )))
+    }
+}
+
+/// A path as messages show it.
+fn shown(path: &Path) -> String {
+    printable(&path.display().to_string())
+}
+
+/// Refuses files that cannot both be written, or not without losing the weights.
+fn check_outputs(out: &Path, npz: Option<&Path>, weights: &Path) -> Result<()> {
+    for (path, ending) in [(Some(out), "png"), (npz, "npz")] {
+        let Some(path) = path else { continue };
+        check_target(path)?;
+        // A slip of the hand must not cost weights.
+        if path.exists() && !path.extension().is_some_and(|found| found.eq_ignore_ascii_case(ending)) {
+            return Err(Error::file(path, format!("is there already, and no .{ending}: give the name of a new file")));
+        }
+    }
+    // `a` and `./a` are the same file, which need not exist yet.
+    let place = |path: &Path| {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        (parent.canonicalize().unwrap_or_else(|_| parent.into()), path.file_name().map(ToOwned::to_owned))
+    };
+    if let Some(path) = [Some(out), npz].into_iter().flatten().find(|path| place(path) == place(weights)) {
+        return Err(Error::file(path, "holds the weights: give the name of another file to write"));
+    }
+    match npz {
+        Some(npz) if place(npz) == place(out) => Err(Error::usage(format!(
+            "--out and --npz are both {}, but a file can hold the grid or the archive: give two names",
+            npz.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// The first images of each class, a row a class; classes with fewer end in black.
+struct Grid<'a> {
+    config: &'a TrainConfig,
+    shown: Vec<(usize, usize)>, // number of the image, its place in the grid; by the first
+    columns: usize,
+    rows: usize,
+    pixels: Vec<f32>, // [rows * columns, C, H, W]
+}
+
+impl<'a> Grid<'a> {
+    fn new(labels: &[u32], config: &'a TrainConfig) -> Self {
+        let classes: Vec<&[u32]> = labels.chunk_by(|a, b| a == b).take(GRID_ROWS).collect();
+        let columns = classes.iter().map(|class| class.len()).max().unwrap_or(1).min(GRID_COLUMNS);
+        let (mut shown, mut first) = (Vec::new(), 0);
+        for (row, class) in classes.iter().enumerate() {
+            shown.extend((0..class.len().min(columns)).map(|i| (first + i, row * columns + i)));
+            first += class.len();
+        }
+        let pixels = vec![-1.0; classes.len() * columns * image_len(config)];
+        Grid { config, shown, columns, rows: classes.len(), pixels }
+    }
+
+    /// What it leaves out of `made` images or, unless they were `chosen`, of the classes, if anything.
+    fn note(&self, made: usize, archived: bool, chosen: bool) -> Option<String> {
+        let (shown, all) = (self.shown.len(), self.config.num_classes);
+        if shown < made {
+            let rest = if archived { "" } else { "; --npz FILE keeps them all" };
+            return Some(format!(
+                "the grid shows {shown} of {made} images: {GRID_COLUMNS} of a class and {GRID_ROWS} classes at most{rest}"
+            ));
+        }
+        (!chosen && self.rows == GRID_ROWS && all > GRID_ROWS)
+            .then(|| format!("the grid shows {GRID_ROWS} of {all} classes: choose others with --classes"))
+    }
+
+    /// Keeps what it shows of `images`, of which the first is number `first`.
+    fn take(&mut self, first: usize, images: &[f32]) {
+        let len = image_len(self.config);
+        let after = first + images.len() / len;
+        for &(image, place) in self.shown.iter().filter(|(image, _)| (first..after).contains(image)) {
+            self.pixels[place * len..][..len].copy_from_slice(&images[(image - first) * len..][..len]);
+        }
+    }
+
+    /// Writes the rows of the first `made` images.
+    fn write(&self, path: &Path, made: usize) -> Result<()> {
+        let (channels, side) = (self.config.in_channels, self.config.image_size);
+        let last = self.shown.iter().rev().find(|(image, _)| *image < made).map_or(0, |&(_, place)| place);
+        let n = (last / self.columns + 1) * self.columns;
+        grid_png(
+            path,
+            &self.pixels[..n * image_len(self.config)],
+            [n, channels, side, side],
+            self.columns,
+            samples::scale_of(side),
+            self.config.are_images(),
+        )
+    }
+}
+
+/// Numbers of an image.
+fn image_len(config: &TrainConfig) -> usize {
+    config.in_channels * config.image_size * config.image_size
+}
+
+/// The .npz, written as the images come: all of them may be more than memory holds.
+struct Archive<'a> {
+    config: &'a TrainConfig,
+    file: NpzWriter,
+}
+
+impl<'a> Archive<'a> {
+    fn create(path: &Path, n: usize, config: &'a TrainConfig) -> Result<Self> {
+        let (c, side) = (config.in_channels, config.image_size);
+        let mut file = NpzWriter::create(path)?;
+        match config.are_images() {
+            true => file.begin("arr_0", Element::U8, &[n, side, side, c])?,
+            false => file.begin("arr_0", Element::F32, &[n, c, side, side])?,
+        }
+        Ok(Archive { config, file })
+    }
+
+    fn write(&mut self, images: &[f32]) -> Result<()> {
+        let c = self.config.in_channels;
+        if !self.config.are_images() {
+            return self.file.write(bytemuck::cast_slice(images));
+        }
+        let mut bytes = vec![0u8; image_len(self.config)];
+        for image in images.chunks_exact(bytes.len()) {
+            for (i, byte) in bytes.iter_mut().enumerate() {
+                // As the DiT authors round: half a step up, then down.
+                *byte = (127.5 * image[i % c * (image.len() / c) + i / c] + 128.0).clamp(0.0, 255.0) as u8;
+            }
+            self.file.write(&bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the images, of which the `labels` tell how many there are, and writes these.
+    fn finish(mut self, labels: &[u32]) -> Result<()> {
+        self.file.cut(labels.len())?;
+        self.file.begin("arr_1", Element::I64, &[labels.len()])?;
+        for &label in labels {
+            self.file.write(&i64::from(label).to_le_bytes())?;
+        }
+        self.file.finish()
+    }
+}

@@ -1,0 +1,218 @@
+//! `dtr-fused sample`.
+
+mod files;
+mod source;
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+
+use clap::{Args, ValueEnum};
+
+use self::files::{Files, GRID_ROWS};
+use self::source::{Source, source};
+use super::signals::{self, STOP};
+use crate::autograd::cuda::DeviceWeights;
+use crate::autograd::{Memory, Weights as ModelWeights};
+use crate::backend::Compute;
+use crate::error::{Error, Result};
+use crate::generate::{Generator, IMAGES_AT_ONCE, steps};
+use crate::model::dit::Dit;
+use crate::train::config::{Precision, SamplerKind};
+use crate::train::progress::{Progress, say};
+use crate::train::weights::read_weights;
+use crate::train::{TrainConfig, samples, setup, trainer};
+
+/// Most images that are computed at a time: with guidance they are twice as many samples, of which kernels take 65535.
+const MOST_AT_ONCE: usize = 32_767;
+
+const EXAMPLES: &str = "\
+Examples:
+  dtr-fused sample --checkpoint runs/digits-paper-0001
+  dtr-fused sample --checkpoint runs/digits-paper-0001 --classes 3,7 --num 40 --cfg 2 --seed 1
+  dtr-fused sample --checkpoint runs/digits-paper-0001 --num 5000 --sampler ddpm --npz samples.npz
+  dtr-fused sample --checkpoint runs/digits-paper-0001 --num 5000 --only 2560..5000 --npz rest.npz
+  dtr-fused sample --checkpoint DiT-XL-2.safetensors --classes 207,360 --cfg 4 --npz latents.npz
+
+A file of weights tells the sizes of its model, that of the images if it has pos_embed. Where
+dtr-fused did not write it, routing is taken to be dense, the schedule linear and the heads those of
+the DiT of this width and depth, as in the published weights; what was assumed is said. For weights
+of the DTR paper's code, give --set routing=paper schedule=cosine.
+";
+
+/// Which weights of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Weights {
+    /// The moving average
+    Ema,
+    /// Those of the last step
+    Model,
+}
+
+/// Make images with a trained model: a PNG grid, a row a class, and an .npz for evaluation
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct SampleArgs {
+    /// A run's directory (its latest checkpoint), one of its checkpoints, or a file of weights with the official names
+    #[arg(long, value_name = "DIR|FILE")]
+    checkpoint: PathBuf,
+    /// What is to be assumed of a file of weights: routing, beta, alpha, seed (of random routing), schedule, num_heads, image_size,
+    /// data_kind, label_dropout
+    #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
+    set: Vec<String>,
+    /// Sampling algorithm: ddim (deterministic with --eta 0, good with few steps) or ddpm (ancestral)
+    #[arg(long, value_name = SamplerKind::NAMES, default_value_t = SamplerKind::Ddim)]
+    sampler: SamplerKind,
+    /// Denoising steps: a number, ddimN, or A,B,.. for parts of the schedule [default: 50 for ddim, 250 for ddpm]
+    #[arg(long, allow_negative_numbers = true)]
+    steps: Option<String>,
+    /// Noise of ddim, as a share of that of ddpm
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    eta: f64,
+    /// Strength of classifier-free guidance; 1 = none [default: 1.5; 1 for a model trained with label_dropout 0]
+    #[arg(long, allow_negative_numbers = true)]
+    cfg: Option<f64>,
+    /// Classes to make, by number [default: all; without --num and --npz, those that the grid has rows for]
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true)]
+    classes: Vec<u32>,
+    /// Images in all, shared equally among the classes [default: 10 for each]
+    #[arg(long, allow_negative_numbers = true)]
+    num: Option<usize>,
+    /// Of these images, those to make: from number A on and before number B, with the noise and the labels that they have among all
+    #[arg(long, value_name = "A..B", allow_negative_numbers = true)]
+    only: Option<String>,
+    /// Images computed at a time; more are faster and need more memory
+    #[arg(long, default_value_t = IMAGES_AT_ONCE, allow_negative_numbers = true)]
+    batch_size: usize,
+    /// Seed of the noise
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    seed: u64,
+    /// Which weights of a run or a checkpoint [default: ema]
+    #[arg(long, value_enum)]
+    weights: Option<Weights>,
+    /// The grid of images: a row for each of the first 64 classes, with 16 images at most
+    #[arg(long, default_value = "grid.png", value_name = "FILE")]
+    out: PathBuf,
+    /// All images for evaluation suites: arr_0 uint8 [N, H, W, C] (latents: float32 [N, C, H, W]) and arr_1 int64 labels
+    #[arg(long, value_name = "FILE")]
+    npz: Option<PathBuf>,
+    /// Threads; 0 = one per core (the images are the same)
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    threads: usize,
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Number format of products [default: that of training if it is told, but f32 on a CPU without AMX]
+    #[arg(long, value_name = Precision::NAMES)]
+    precision: Option<Precision>,
+}
+
+pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
+    let Source { mut config, name, weights: file, note: assumed } = source(&args)?;
+    config.threads = args.threads;
+    config.device = args.device.clone();
+    config.validate()?;
+    let all = labels(&args, &config)?;
+    let only = args.only.as_ref().map_or(Ok(0..all.len()), |text| part(text, all.len()))?;
+    let labels = &all[only.clone()];
+    if !(1..=MOST_AT_ONCE).contains(&args.batch_size) {
+        return Err(Error::usage(format!(
+            "--batch-size is {}, but it must be between 1 and {MOST_AT_ONCE}",
+            args.batch_size
+        )));
+    }
+    let default_steps = if args.sampler == SamplerKind::Ddim { "50" } else { "250" };
+    let respacing = args.steps.as_deref().unwrap_or(default_steps);
+    let cfg = args.cfg.unwrap_or(config.default_cfg());
+    config.check_cfg("--cfg", cfg)?;
+    let sampler = samples::sampler(&config, args.sampler, respacing, args.eta, cfg)?;
+
+    // Where signals cannot be caught, and when Ctrl-C is pressed twice, at worst a temporary file stays.
+    let says = if args.npz.is_some() { "with the images of whole batches" } else { "without files" };
+    let _ = signals::stop_on_signals(says);
+    // Hours of work must not end in a directory that cannot be written.
+    let mut files = Files::create(&args.out, args.npz.as_deref(), &file, labels, &config)?;
+
+    // Checkpoints hold f32, so what was trained in bf16 can be sampled anywhere.
+    let (compute, note) = match args.precision {
+        Some(precision) => Compute::open(&config.device, precision.elem())?,
+        None => Compute::open_or_f32(&config.device, config.precision.elem())?,
+    };
+    let in_main_memory = match &compute {
+        Compute::Cpu { .. } => args.batch_size.min(labels.len()) * if sampler.guided() { 2 } else { 1 },
+        Compute::Cuda { elem, .. } => config.model_config().check_cuda(*elem).map(|()| 0)?,
+    };
+    // Before the model: its tables of positions and masks may be large, too.
+    setup::check_sampling_memory(&config, in_main_memory)?;
+    let dit = Dit::new(config.model_config())?;
+    let mut weights = vec![0.0; dit.layout.len()];
+    read_weights(&file, &dit, &mut weights)?;
+
+    let total = steps(&sampler, labels.len(), args.batch_size) as u64;
+    let mut progress = Progress::new("sampling", 0, total);
+    let images = format!("{} images", labels.len());
+    files.note(!args.classes.is_empty()).iter().for_each(|note| progress.say(note));
+    assumed.iter().chain(&note).for_each(|note| progress.say(note));
+    let mut stopped = false;
+    let ended = trainer::in_pool(&config, || {
+        let mut memory = Memory::on(&compute);
+        let uploaded = match &compute {
+            Compute::Cpu { .. } => None,
+            Compute::Cuda { device, elem } => Some(DeviceWeights::upload(device, &weights, *elem)?),
+        };
+        let weights = uploaded.as_ref().map_or(ModelWeights::Cpu(&weights), ModelWeights::Cuda);
+        let generator = Generator { dit: &dit, weights, sampler: &sampler, seed: args.seed };
+        let mut done = 0;
+        for labels in labels.chunks(args.batch_size) {
+            let images = generator.batch(&mut memory, labels, only.start + files.made(), || {
+                done += 1;
+                progress.set(done, &images);
+                // An error, and not the end of the process: what is finished is kept, and no temporary file is left behind.
+                stopped = STOP.load(Ordering::Relaxed);
+                if stopped { Err(Error::Stopped("sampling was stopped".into())) } else { Ok(()) }
+            })?;
+            files.take(&images)?;
+        }
+        Ok(())
+    });
+    progress.finish();
+    let Err(error) = ended else { return files.finish(&name).map(|()| ExitCode::SUCCESS) };
+    let error = match files.keep(&only)? {
+        Some(kept) => error.and(&kept),
+        None if stopped => error.and(": no file was written"),
+        None => error,
+    };
+    if !stopped {
+        return Err(error);
+    }
+    say(&error.to_string());
+    Ok(ExitCode::from(signals::exit_code()))
+}
+
+/// The label of every image, by class.
+fn labels(args: &SampleArgs, config: &TrainConfig) -> Result<Vec<u32>> {
+    let all = config.num_classes as u32;
+    // Images that nobody asked for and the grid does not show are not made.
+    let rows = if args.num.is_some() || args.npz.is_some() { all } else { all.min(GRID_ROWS as u32) };
+    let classes = if args.classes.is_empty() { (0..rows).collect() } else { args.classes.clone() };
+    if let Some(class) = classes.iter().find(|&&class| class >= all) {
+        return Err(Error::usage(format!("class {class} is outside 0..{all}: this model knows {all} classes")));
+    }
+    let num = args.num.unwrap_or(10 * classes.len());
+    if num == 0 || num > 1 << 24 {
+        return Err(Error::usage(format!("--num is {num}, but it must be between 1 and {}", 1 << 24)));
+    }
+    let share = |i: usize| num / classes.len() + usize::from(i < num % classes.len());
+    Ok(classes.iter().enumerate().flat_map(|(i, &class)| std::iter::repeat_n(class, share(i))).collect())
+}
+
+/// What `--only` leaves of `n` images.
+fn part(text: &str, n: usize) -> Result<Range<usize>> {
+    let number = |text: &str, end| if text.is_empty() { Some(end) } else { text.parse().ok() };
+    let range = text.split_once("..").and_then(|(a, b)| Some(number(a, 0)?..number(b, n)?));
+    range.filter(|range| range.start < range.end && range.end <= n).ok_or_else(|| {
+        let what = "but it must be A..B (or A.. or ..B) with A < B";
+        Error::usage(format!("--only is {text}, {what} and B at most {n}, the number of images"))
+    })
+}

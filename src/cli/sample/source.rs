@@ -1,0 +1,54 @@
+//! What `--checkpoint` names.
+
+use std::path::PathBuf;
+
+use super::{SampleArgs, Weights};
+use crate::error::{Error, Result};
+use crate::safetensors_file::SafetensorsFile;
+use crate::train::config::{Assignment, Layer};
+use crate::train::{TrainConfig, checkpoint, weights};
+
+/// Where the weights are, and what model they are.
+pub(super) struct Source {
+    pub(super) config: TrainConfig,
+    /// The checkpoint or file, as messages call it.
+    pub(super) name: PathBuf,
+    pub(super) weights: PathBuf,
+    /// What was assumed of the model, if anything.
+    pub(super) note: Option<String>,
+}
+
+/// What `--checkpoint` names.
+pub(super) fn source(args: &SampleArgs) -> Result<Source> {
+    let path = &args.checkpoint;
+    let kind = std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
+    if !kind.is_dir() {
+        if args.weights.is_some() {
+            let what = format!(
+                "--weights chooses among those of a checkpoint, but {} is a file: leave it out",
+                path.display()
+            );
+            return Err(Error::usage(what));
+        }
+        let assignments = args.set.iter().map(|argument| Assignment::from_argument(argument)).collect::<Result<_>>()?;
+        let set = Layer { origin: "--set".into(), assignments };
+        let (config, note) = weights::config_of(&SafetensorsFile::open(path)?, &set)?;
+        return Ok(Source { config, name: path.clone(), weights: path.clone(), note });
+    }
+    if !args.set.is_empty() {
+        let what = format!(
+            "--set is for a file of weights, but {} says itself what its model is: leave it out",
+            path.display()
+        );
+        return Err(Error::usage(what));
+    }
+    let Some(name) = checkpoint::resolve(path)?.checkpoint else {
+        return Err(Error::file(
+            path,
+            "has no checkpoint yet: wait for the first one, or finish training with dtr-fused train --resume",
+        ));
+    };
+    let config = TrainConfig::from_file(&name.join(checkpoint::CONFIG))?;
+    let weights = name.join(if args.weights == Some(Weights::Model) { checkpoint::MODEL } else { checkpoint::EMA });
+    Ok(Source { config, name, weights, note: None })
+}
