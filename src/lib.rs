@@ -11,7 +11,8 @@
 //!            └──> train::checkpoint ──> generate ──> picture, data::npz
 //! ```
 //!
-//! `examples/train_on_cpu.rs` trains a small model and samples from it with these; one operation on a tape is shown at
+//! [`train::trainer::start_on`] trains on a data set of one's own, with checkpoints and all that goes with them; `examples/train_on_cpu.rs`
+//! has a loop of its own around a model, and samples from it; one operation on a tape is shown at
 //! [`autograd::Tape`], and `examples/fused_ops.rs` calls kernels on CUDA memory of one's own.
 
 // The idea: which channels are active at which timestep.

@@ -23,15 +23,19 @@ pub(super) struct Data {
     pub(super) held_out: Option<Arc<dyn Dataset>>,
 }
 
-/// Opens the data set and completes the configuration with what only the data know. A run that is `resumed` has learned that
-/// already, and keeps it.
-pub(super) fn open_data(config: &mut TrainConfig, resumed: bool) -> Result<Data> {
+/// Opens the data set that the configuration names.
+pub(super) fn open_data(config: &TrainConfig, resumed: bool) -> Result<Arc<dyn Dataset>> {
     if resumed && config.data != "digits" && !Path::new(&config.data).exists() {
         return Err(Error::file(&config.data, "the data of this run are not there: say where they are with --data"));
     }
     let classes = (config.num_classes > 0).then_some(config.num_classes);
     let pictures = (config.data_kind != DataKind::Auto).then_some(config.data_kind == DataKind::Images);
-    let dataset = data::open(&config.data, Some(config.folder_image_size()), classes, pictures)?;
+    data::open(&config.data, Some(config.folder_image_size()), classes, pictures)
+}
+
+/// Completes the configuration with what only the data know, and splits them as it says. A run that is `resumed` has learned that already,
+/// and keeps it.
+pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, resumed: bool) -> Result<Data> {
     let [channels, height, width] = dataset.shape();
     if height != width {
         let last = if channels == height {

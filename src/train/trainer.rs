@@ -11,13 +11,14 @@ use super::optimizer::Update;
 use super::progress::Progress;
 use super::resume;
 use super::run_dir::RunDir;
-use super::setup::{Data, learner_on, open_data};
+use super::setup::{Data, fit_to_data, learner_on, open_data};
 use super::state::last_after_a_good_step;
 use super::validation::Validation;
 use super::weights::start_from_given_weights;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -40,10 +41,57 @@ pub struct Outcome {
 ///
 /// # Errors
 /// When the configuration, the data or the run's directory are not usable, or too many steps in a row are not finite.
-pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
+pub fn start(config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
+    config.validate()?;
+    let dataset = open_data(&config, false)?;
+    start_on(config, dataset, stop)
+}
+
+/// [`start`] on a data set of one's own: `config.data` is only its name.
+///
+/// ```
+/// # use dtr_fused::Result;
+/// # use dtr_fused::data::Dataset;
+/// # use dtr_fused::train::{TrainConfig, trainer};
+/// # use std::sync::Arc;
+/// # use std::sync::atomic::AtomicBool;
+/// /// White squares, large ones (class 0) and small ones, on black.
+/// struct Squares([String; 2]);
+///
+/// impl Dataset for Squares {
+///     fn shape(&self) -> [usize; 3] {
+///         [1, 8, 8]
+///     }
+///     fn class_names(&self) -> &[String] {
+///         &self.0
+///     }
+///     fn len(&self) -> usize {
+///         12
+///     }
+///     fn read(&self, index: usize, _: bool, out: &mut [f32]) -> Result<u32> {
+///         let (class, left) = (index % 2, index / 2 % 3);
+///         let square = left..left + [5, 2][class];
+///         let white = |i: usize| square.contains(&(i / 8)) && square.contains(&(i % 8));
+///         out.iter_mut().enumerate().for_each(|(i, x)| *x = if white(i) { 1.0 } else { -1.0 });
+///         Ok(class as u32)
+///     }
+/// }
+///
+/// # let place = tempfile::tempdir().unwrap();
+/// # let out = place.path().join("squares").display().to_string();
+/// let config = TrainConfig { data: "squares".into(), steps: 2, out, ..TrainConfig::default() };
+/// let squares = Arc::new(Squares(["large", "small"].map(String::from)));
+/// let outcome = trainer::start_on(config, squares, &AtomicBool::new(false))?;
+/// assert!(outcome.run.join("checkpoints/0000002/ema.safetensors").exists());
+/// # Ok::<(), dtr_fused::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`start`].
+pub fn start_on(mut config: TrainConfig, dataset: Arc<dyn Dataset>, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
     config.check_cfg("sample_cfg", config.sample_cfg)?;
-    let data = open_data(&mut config, false)?;
+    let data = fit_to_data(&mut config, dataset, false)?;
     in_pool(&config, || {
         let (mut learner, mut notes) = learner_on(&config)?;
         notes.extend(start_from_given_weights(&config, &mut learner)?);
@@ -58,9 +106,25 @@ pub fn start(mut config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
 ///
 /// # Errors
 /// As [`start`], and when the checkpoint is damaged or another model's, or the run had checkpoints that are gone.
-pub fn resume(mut config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
+pub fn resume(config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: &AtomicBool) -> Result<Outcome> {
     config.validate()?;
-    let data = open_data(&mut config, true)?;
+    let dataset = open_data(&config, true)?;
+    resume_on(config, dataset, run, checkpoint, stop)
+}
+
+/// [`resume()`] on the data set that the run was started on with [`start_on`].
+///
+/// # Errors
+/// As [`resume()`].
+pub fn resume_on(
+    mut config: TrainConfig,
+    dataset: Arc<dyn Dataset>,
+    run: &Path,
+    checkpoint: Option<&Path>,
+    stop: &AtomicBool,
+) -> Result<Outcome> {
+    config.validate()?;
+    let data = fit_to_data(&mut config, dataset, true)?;
     // From here on no other process adds a checkpoint.
     let run = RunDir::open(run)?;
     let latest = || checkpoint::latest(run.path()).map(|latest| latest.map(|(_, path)| path));

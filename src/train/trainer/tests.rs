@@ -10,7 +10,6 @@ use crate::train::learner::Batch;
 use crate::train::optimizer::adamw;
 use crate::train::samples::sampler;
 use crate::train::setup::learner;
-use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 /// All samples to learn from.
@@ -342,4 +341,28 @@ fn what_was_trained_before_an_error_is_saved() {
     let (step, _) = checkpoint::latest(&out).unwrap().expect("a checkpoint");
     assert!(step >= 10, "only {step} steps");
     assert!(error.contains(&format!("step {step} is saved")) && error.contains("--resume"), "{error}");
+}
+
+/// As with data that are opened: a run in two parts is one, and data of another size are refused.
+#[test]
+fn a_run_on_data_of_ones_own_goes_on() {
+    let place = tempfile::tempdir().unwrap();
+    let model =
+        |run: &str| std::fs::read(place.path().join(run).join("checkpoints/0000003/model.safetensors")).unwrap();
+    let config = |name: &str, steps| {
+        let out = place.path().join(name).display().to_string();
+        let (data, sizes) =
+            ("slopes".to_string(), TrainConfig { image_size: 0, in_channels: 0, num_classes: 0, ..tiny(steps) });
+        TrainConfig { data, out, checkpoint_every: 1, validation_samples: 3, ..sizes }
+    };
+    let never = AtomicBool::new(false);
+    start_on(config("whole", 3), slopes(1.0), &never).unwrap();
+    let run = start_on(config("halves", 2), slopes(1.0), &never).unwrap().run;
+    let saved = TrainConfig { steps: 3, ..TrainConfig::from_file(&run.join(checkpoint::CONFIG)).unwrap() };
+    assert_eq!((saved.data.as_str(), saved.image_size, saved.num_classes), ("slopes", 4, 3));
+    let fewer = made(16, 4, |_, _, _| Ok(0));
+    let message = resume_on(saved.clone(), fewer, &run, None, &never).unwrap_err().to_string();
+    assert!(message.contains("'slopes' are 1 x 4 x 4 in 4 classes, but this run was begun with"), "{message}");
+    assert!(resume_on(saved, slopes(1.0), &run, None, &never).unwrap().finished);
+    assert!(model("halves") == model("whole"), "other weights in two parts");
 }
