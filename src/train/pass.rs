@@ -1,9 +1,10 @@
-//! One pass over samples: noise, the model forward, the loss, and backward to the gradients of all weights.
+//! One pass over samples: noise, the model forward, the loss, and, where it learns, backward to the gradients of all weights.
 
-use super::learner::Batch;
-use crate::autograd::{Memory, Tape};
+use super::learner::{Batch, Losses};
+use crate::autograd::{Memory, Tape, Weights};
 use crate::diffusion::{ImageDims, LossTerms, LossWeight, Schedule, losses, q_sample};
 use crate::error::Result;
+use crate::generate::predict;
 use crate::model::dit::Dit;
 
 /// A model and what it is asked to learn.
@@ -61,4 +62,27 @@ impl Buffers {
         )?;
         tape.backward(out, &self.d_out)
     }
+}
+
+/// Losses of a batch that is not learned from; its coefficients do not matter. The weights may be on a CUDA device.
+pub(super) fn measure(
+    dit: &Dit,
+    schedule: &Schedule,
+    loss_weight: LossWeight,
+    weights: Weights,
+    memory: &mut Memory,
+    batch: Batch,
+) -> Result<Losses> {
+    let Batch { x_start, noise, t, labels, coefficients } = batch;
+    let (b, side, channels) = (t.len(), dit.config.input_size, dit.config.in_channels);
+    let dims = ImageDims { channels, pixels: side * side, learn_sigma: dit.config.learn_sigma };
+    let mut x_t = vec![0.0; b * dims.elements()];
+    q_sample(&mut x_t, x_start, noise, t, schedule)?;
+    let [mut out, mut d_model_out] = [0, 1].map(|_| vec![0.0; b * dims.out_elements()]);
+    predict(dit, weights, memory, &x_t, t, labels, &mut out)?;
+    let weights: Vec<f64> = t.iter().map(|&t| loss_weight.weight(schedule, t as usize)).collect();
+    let [mut mse, mut vb, mut loss] = [0, 1, 2].map(|_| vec![0.0; b]);
+    let terms = LossTerms { mse: &mut mse, vb: &mut vb, loss: &mut loss, d_model_out: &mut d_model_out };
+    losses(terms, &out, x_start, noise, t, &weights, coefficients, schedule, dims)?;
+    Ok(Losses { mse, vb, loss })
 }

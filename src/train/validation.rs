@@ -5,14 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::average::{Average, images_at_once};
 use super::config::TrainConfig;
-use super::learner::Learner;
+use super::learner::{Batch, Learner, Losses};
 use super::metrics::{self, Means, Meter};
+use super::pass::measure;
 use super::progress::Progress;
 use super::trainer::Trainer;
 use crate::data::{Dataset, Loader, LoaderOptions};
-use crate::diffusion::{ImageDims, LossTerms, losses, q_sample};
 use crate::error::{Error, Result};
-use crate::generate::predict;
 use crate::model::config::TASKS;
 use crate::rng::{Philox, Stream};
 
@@ -48,11 +47,7 @@ impl Validation {
     ) -> Result<Means> {
         let (n, batch) = (self.len(), self.loader.batch_size());
         let (schedule, loss_weight) = (learner.schedule.clone(), learner.loss_weight());
-        let dims = ImageDims {
-            channels: config.in_channels,
-            pixels: config.image_size * config.image_size,
-            learn_sigma: learner.dit.config.learn_sigma,
-        };
+        let numbers: usize = self.loader.dataset().shape().iter().product();
         let rng = Philox::new(config.seed, Stream::ValidationNoise);
         let mut average = Average::of(learner, config)?;
         let (dit, weights, memory) = average.parts();
@@ -65,20 +60,14 @@ impl Validation {
             // The last batch goes on with samples that were there before: they are left out.
             let b = batch.min(n - first);
             let images = self.loader.next(index as u64)?;
-            let (x_start, labels) = (&images.pixels[..b * dims.elements()], &images.labels[..b]);
+            let (x_start, labels) = (&images.pixels[..b * numbers], &images.labels[..b]);
             let t: Vec<u32> = (first..first + b).map(|i| ((2 * i + 1) * TASKS / (2 * n)) as u32).collect();
             let mut noise = vec![0.0; x_start.len()];
-            for (i, noise) in noise.chunks_exact_mut(dims.elements()).enumerate() {
+            for (i, noise) in noise.chunks_exact_mut(numbers).enumerate() {
                 rng.normal(noise, 0, (first + i) as u64);
             }
-            let mut x_t = vec![0.0; x_start.len()];
-            q_sample(&mut x_t, x_start, &noise, &t, &schedule)?;
-            let [mut out, mut gradient] = [0, 1].map(|_| vec![0.0; b * dims.out_elements()]);
-            predict(dit, weights, memory, &x_t, &t, labels, &mut out)?;
-            let [mut mse, mut vb, mut loss] = [0, 1, 2].map(|_| vec![0.0; b]);
-            let terms = LossTerms { mse: &mut mse, vb: &mut vb, loss: &mut loss, d_model_out: &mut gradient };
-            let loss_weights: Vec<f64> = t.iter().map(|&t| loss_weight.weight(&schedule, t as usize)).collect();
-            losses(terms, &out, x_start, &noise, &t, &loss_weights, &vec![0.0; b], &schedule, dims)?;
+            let samples = Batch { x_start, noise: &noise, t: &t, labels, coefficients: &vec![0.0; b] };
+            let Losses { mse, vb, loss } = measure(dit, &schedule, loss_weight, weights, memory, samples)?;
             for i in 0..b {
                 let [loss, mse, vb] = [loss[i], mse[i], vb[i]].map(f64::from);
                 meter.add_sample(t[i] as usize, loss, mse, vb);
@@ -117,6 +106,7 @@ mod tests {
     use super::*;
     use crate::autograd::{Memory, Tape};
     use crate::data::made::made;
+    use crate::diffusion::{ImageDims, LossTerms, losses, q_sample};
     use crate::train::RunDir;
     use crate::train::metrics::{self, Line};
     use crate::train::setup::{Data, learner};
