@@ -130,8 +130,13 @@ impl Meter {
             images_per_s: Some(images_per_s).filter(|x| x.is_finite()),
             validation: None,
         };
-        *self = Meter { skipped: self.skipped, ..Meter::default() };
+        self.restart();
         line
+    }
+
+    /// Starts the sums again: they are in a line.
+    pub fn restart(&mut self) {
+        *self = Meter { skipped: self.skipped, ..Meter::default() };
     }
 
     /// The exact sums as text, for a checkpoint's metadata.
@@ -169,6 +174,7 @@ pub struct MetricsLog {
     path: PathBuf,
     file: File,
     events: EventFile,
+    last: Option<u64>,
 }
 
 impl MetricsLog {
@@ -185,20 +191,27 @@ impl MetricsLog {
                 Error::file(&path, format!("cannot be read: {e}; move it away, and only the curves of before are lost"))
             })?,
         };
-        let kept: Vec<u8> = old
-            .split_inclusive(|&b| b == b'\n')
-            .filter(|line| line.ends_with(b"\n"))
-            .filter(|line| serde_json::from_slice(line).is_ok_and(|line: Line| line.step <= step))
-            .flatten()
-            .copied()
-            .collect();
+        let (mut kept, mut last) = (Vec::new(), None);
+        for text in old.split_inclusive(|&b| b == b'\n').filter(|text| text.ends_with(b"\n")) {
+            if let Ok(line) = serde_json::from_slice::<Line>(text)
+                && line.step <= step
+            {
+                kept.extend_from_slice(text);
+                last = Some(line.step);
+            }
+        }
         // A link in a run from others may lead anywhere.
         if kept != old || path.is_symlink() {
             run.replace(METRICS, |out| out.write_all(&kept))?;
         }
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let file = file.map_err(|e| Error::file(&path, format!("cannot be written: {e}")))?;
-        Ok(MetricsLog { path, file, events: EventFile::open(run, step)? })
+        Ok(MetricsLog { path, file, events: EventFile::open(run, step)?, last })
+    }
+
+    /// The step of the last line.
+    pub fn last(&self) -> Option<u64> {
+        self.last
     }
 
     /// Appends a line to both files.
@@ -214,7 +227,9 @@ impl MetricsLog {
         written.inspect_err(|_| {
             // Where that fails too, a resumed run counts the line's steps twice.
             let _ = self.file.set_len(before);
-        })
+        })?;
+        self.last = Some(line.step);
+        Ok(())
     }
 
     /// Shows the picture `path`, a PNG, in TensorBoard as the samples of `step`.

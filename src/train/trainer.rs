@@ -214,8 +214,10 @@ impl<'a> Trainer<'a> {
         self.announce(run, &progress);
         let began = self.step;
         let (mut samples, mut figures) = (None, String::new());
-        if self.meter.steps() > 0 && self.line_due() {
-            // A run that was told to stop while it validated left this line.
+        if log.last() == Some(self.step) {
+            // A run that was told to stop while it validated left this line, and one that went on made it, but the checkpoint is as it was.
+            self.meter.restart();
+        } else if self.meter.steps() > 0 && self.line_due() {
             figures = self.log(&mut log, f64::NAN, stop, &mut progress)?.unwrap_or_default();
         }
         if self.step > 0 && self.due(config.sample_every) {

@@ -269,6 +269,28 @@ mod tests {
         }
     }
 
+    /// The last checkpoint is of before its line was written: the steps of that are not counted again when more are made.
+    #[test]
+    fn a_stop_amid_the_last_validation_costs_no_line_and_makes_none_twice() {
+        let place = tempfile::tempdir().unwrap();
+        let [whole, stopped] = ["whole", "stopped"].map(|name| place.path().join(name));
+        let config = |steps| TrainConfig { validation_every: 0, ..config(steps) };
+        let steps = |lines: &[Line]| lines.iter().map(|line| line.step).collect::<Vec<_>>();
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = stop.clone();
+        let held_out = made(10, 3, move |index, flip, out| {
+            told.store(true, Ordering::SeqCst);
+            same().read(index, flip, out)
+        });
+        assert_eq!(steps(&lines(&stopped, &config(7), Some(held_out), &stop)), [3, 6]);
+        for (last, expected) in [(7, &[3, 6, 7][..]), (11, &[3, 6, 7, 9, 11])] {
+            let [found, of_whole] =
+                [&stopped, &whole].map(|out| lines(out, &config(last), Some(same()), &AtomicBool::new(false)));
+            assert_eq!(steps(&of_whole), expected);
+            assert_eq!(found, of_whole, "{last} steps");
+        }
+    }
+
     #[test]
     fn samples_that_cannot_be_read_do_not_end_training() {
         let place = tempfile::tempdir().unwrap();
