@@ -426,6 +426,12 @@ fn what_is_finished_when_numbers_stop_being_finite_is_kept() {
     // The row of the second class is left out.
     let [height, of_whole] = ["grid.png", "whole.png"].map(|name| image::open(place.join(name)).unwrap().height());
     assert_eq!(of_whole, 2 * height - 2);
+    // A whole archive is not replaced by a part of one.
+    let before = fs::read(place.join("whole.npz")).unwrap();
+    let output = made("damaged.safetensors", "12", &["--npz", "whole.npz"]);
+    assert!(!stderr(&output).contains("--only"), "{}", stderr(&output));
+    fails(output, 1, &[not_finite]);
+    assert!(fs::read(place.join("whole.npz")).unwrap() == before, "another archive");
     // Nothing was finished.
     for file in ["grid.png", "whole.png", "x.npz", "whole.npz"] {
         fs::remove_file(place.join(file)).unwrap();

@@ -217,7 +217,7 @@ impl<'a> Trainer<'a> {
         if log.last() == Some(self.step) {
             // A run that was told to stop while it validated left this line, and one that went on made it, but the checkpoint is as it was.
             self.meter.restart();
-        } else if self.meter.steps() > 0 && self.line_due() {
+        } else if self.step > 0 && self.meter.steps() > 0 && self.line_due() {
             figures = self.log(&mut log, f64::NAN, stop, &mut progress)?.unwrap_or_default();
         }
         if self.step > 0 && self.due(config.sample_every) {

@@ -83,7 +83,7 @@ impl<'a> Files<'a> {
         Ok(())
     }
 
-    /// Keeps what there is in the archive, if there is one and something to keep, of images that have the numbers `only` among all. Says
+    /// Keeps what there is in the archive, if there is one, none of that name was there before, and something to keep, of images that have the numbers `only` among all. Says
     /// where it is, and how the rest can be made.
     ///
     /// # Errors
@@ -92,6 +92,10 @@ impl<'a> Files<'a> {
         let Files { out, npz: Some(npz), labels, grid, archive: Some(archive), made: made @ 1.. } = self else {
             return Ok(None);
         };
+        if npz.exists() {
+            // What was there before may be whole.
+            return Ok(None);
+        }
         archive.finish(&labels[..made])?;
         grid.write(out, made).unwrap_or_else(|e| say(&format!("no grid: {}", printable(&e.to_string()))));
         let (n, npz, next, end) = (labels.len(), shown(npz), only.start + made, only.end);
