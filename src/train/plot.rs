@@ -97,6 +97,8 @@ fn draw(pixels: &mut [u8], points: &[(f64, f64)], validation: &[(f64, f64)], tit
     curve(&smooth, SMOOTH, px(2), "smoothed")?;
     if !validation.is_empty() {
         curve(validation, VALIDATION, px(2), "validation")?;
+        // One alone is no line.
+        chart.draw_series(validation.iter().map(|&at| Circle::new(at, px(4), VALIDATION.filled())))?;
     }
     chart
         .configure_series_labels()
@@ -217,6 +219,11 @@ mod tests {
         write_loss(&run, &lines, "digits, paper routing").unwrap();
         let picture = image::open(run.path().join(LOSS_PNG)).unwrap().to_rgb8();
         assert!(near(&picture, VALIDATION) > 400, "{}", near(&picture, VALIDATION));
+        lines.iter_mut().filter(|line| line.step != 300).for_each(|line| line.validation = None);
+        write_loss(&run, &lines, "digits, paper routing").unwrap();
+        let alone = near(&image::open(run.path().join(LOSS_PNG)).unwrap().to_rgb8(), VALIDATION);
+        // Beside what the legend has of it, which is less than 80.
+        assert!(alone > 90, "{alone}");
     }
 
     #[test]
