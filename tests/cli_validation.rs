@@ -69,7 +69,7 @@ fn what_is_held_out_stays_so() {
     let said = stderr(&output);
     succeeds(output);
     assert!(
-        said.contains("the data have 34 samples, but had 30") && said.contains("others of them are held out"),
+        said.contains("the data have 44 samples, but had 40") && said.contains("others of them are held out"),
         "{said}"
     );
 }

@@ -225,7 +225,7 @@ impl MetricsLog {
         let before = self.file.metadata().map_err(fail)?.len();
         let written = self.file.write_all(&text).map_err(fail).and_then(|()| self.append_events(line));
         written.inspect_err(|_| {
-            // Where that fails too, a resumed run counts the line's steps twice.
+            // Where that fails too, half of a line stays, which a resumed run takes away.
             let _ = self.file.set_len(before);
         })?;
         self.last = Some(line.step);

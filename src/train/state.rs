@@ -179,6 +179,7 @@ impl Trainer<'_> {
         let recorded = |key: &str| recorded(key)?.parse::<usize>().ok();
         Ok(recorded(SAMPLES).filter(|&was| was != samples).map(|was| {
             let held_out = if config.validation_samples > 0 { ", and others of them are held out now" } else { "" };
+            let [samples, was] = [samples, was].map(|count| count.saturating_add(config.validation_samples));
             format!(
                 "the data have {samples} samples, but had {was} when this run was last saved: it goes on with those there are{held_out}"
             )

@@ -218,7 +218,8 @@ impl<'a> Trainer<'a> {
             // A run that was told to stop while it validated left this line, and one that went on made it, but the checkpoint is as it was.
             self.meter.restart();
         } else if self.step > 0 && self.meter.steps() > 0 && self.line_due() {
-            figures = self.log(&mut log, f64::NAN, stop, &mut progress)?.unwrap_or_default();
+            let logged = self.log(&mut log, f64::NAN, stop, &mut progress);
+            figures = logged.map_err(|error| self.saved_before(error, run, &progress))?.unwrap_or_default();
         }
         if self.step > 0 && self.due(config.sample_every) {
             // A run that ended between a checkpoint and the samples of its step makes them now, from the same weights.
@@ -322,7 +323,10 @@ impl<'a> Trainer<'a> {
         log.append(&line)?;
         self.meter = meter;
         let loss = line.loss.map_or("not finite".into(), metrics::loss_text);
-        let mut figures = format!("loss {loss}  {:.0} images/s", line.images_per_s.unwrap_or(0.0));
+        let mut figures = format!("loss {loss}");
+        if let Some(images_per_s) = line.images_per_s {
+            figures += &format!("  {images_per_s:.0} images/s");
+        }
         let damaged = self.batches.loader.bad_samples();
         if damaged > 0 {
             figures += &format!("  {damaged} damaged images skipped");

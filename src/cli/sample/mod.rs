@@ -178,10 +178,11 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     });
     progress.finish();
     let Err(error) = ended else { return files.finish(&name).map(|()| ExitCode::SUCCESS) };
-    let error = match files.keep(&only)? {
-        Some(kept) => error.and(&kept),
-        None if stopped => error.and(": no file was written"),
-        None => error,
+    let error = match files.keep(&only) {
+        Ok(Some(kept)) => error.and(&kept),
+        Ok(None) if stopped => error.and(": no file was written"),
+        Ok(None) => error,
+        Err(why) => error.and(&format!("; nor could the finished images be kept: {why}")),
     };
     if !stopped {
         return Err(error);
