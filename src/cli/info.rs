@@ -61,9 +61,10 @@ fn show_run(run: &Path) -> Result<()> {
     if let Some(last) = lines.last() {
         let loss = last.loss.map_or("not measured".into(), metrics::loss_text);
         row("last loss", format!("{loss} at step {} of {}", last.step, config.steps));
-        let validated = |line: &metrics::Line| Some((line.step, line.validation.as_ref()?.loss?));
+        let validated = |line: &metrics::Line| Some((line.step, line.validation.as_ref()?.loss));
         if let Some((step, loss)) = lines.iter().rev().find_map(validated) {
-            row("validation", format!("{} at step {step}", metrics::loss_text(loss)));
+            let loss = loss.map_or("not finite".into(), metrics::loss_text);
+            row("validation", format!("{loss} at step {step}"));
         }
         if last.skipped > 0 {
             row("skipped", format!("{} steps that were not finite", last.skipped));

@@ -12,7 +12,7 @@ use crate::rng::{Philox, Stream};
 ///
 /// # Errors
 /// [`Error::Usage`] when nothing would be left, or nothing held out.
-pub fn hold_out(dataset: &Arc<dyn Dataset>, count: usize, seed: u64) -> Result<[Arc<dyn Dataset>; 2]> {
+pub fn hold_out(dataset: Arc<dyn Dataset>, count: usize, seed: u64) -> Result<[Arc<dyn Dataset>; 2]> {
     let len = dataset.len();
     if count == 0 || count >= len {
         return Err(Error::usage(format!(
@@ -50,6 +50,17 @@ enum Part {
     },
 }
 
+impl Subset {
+    /// Place of sample `index` in the whole.
+    fn index(&self, index: usize) -> usize {
+        assert!(index < self.len(), "sample {index} of {}", self.len());
+        match &self.part {
+            Part::HeldOut(indices) => indices[index],
+            Part::Left { kept_before } => index + kept_before.partition_point(|&kept| kept <= index),
+        }
+    }
+}
+
 impl Dataset for Subset {
     fn shape(&self) -> [usize; 3] {
         self.dataset.shape()
@@ -71,12 +82,11 @@ impl Dataset for Subset {
     }
 
     fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
-        assert!(index < self.len(), "sample {index} of {}", self.len());
-        let index = match &self.part {
-            Part::HeldOut(indices) => indices[index],
-            Part::Left { kept_before } => index + kept_before.partition_point(|&kept| kept <= index),
-        };
-        self.dataset.read(index, flip, out)
+        self.dataset.read(self.index(index), flip, out)
+    }
+
+    fn number_of(&self, index: usize) -> usize {
+        self.dataset.number_of(self.index(index))
     }
 
     fn is_pictures(&self) -> bool {
@@ -106,7 +116,7 @@ mod tests {
         let read = |index| {
             let mut out = [0.0; 16];
             let label = part.read(index, false, &mut out).unwrap();
-            assert_eq!(label, out[0] as u32 % 3);
+            assert_eq!((label, part.number_of(index)), (out[0] as u32 % 3, out[0] as usize));
             out[0] as usize
         };
         (0..part.len()).map(read).collect()
@@ -117,7 +127,7 @@ mod tests {
         for len in [2, 3, 7, 50] {
             let dataset = told(len);
             for count in 1..len {
-                let [left, held_out] = hold_out(&dataset, count, 5).unwrap();
+                let [left, held_out] = hold_out(dataset.clone(), count, 5).unwrap();
                 let [of_left, of_held_out] = [&left, &held_out].map(indices);
                 assert_eq!((of_left.len(), of_held_out.len()), (len - count, count));
                 assert!(of_left.is_sorted() && of_held_out.is_sorted());
@@ -126,7 +136,7 @@ mod tests {
                 assert!(all.into_iter().eq(0..len), "{count} of {len}");
             }
         }
-        let [left, held_out] = hold_out(&told(7), 2, 5).unwrap();
+        let [left, held_out] = hold_out(told(7), 2, 5).unwrap();
         for part in [left, held_out] {
             assert_eq!((part.shape(), part.num_classes(), part.class_names().len()), ([1, 4, 4], 3, 3));
             assert!(part.is_pictures());
@@ -143,21 +153,21 @@ mod tests {
         let mut counts = [0; 20];
         let mut draws = BTreeSet::new();
         for seed in 0..2000 {
-            let drawn = indices(&hold_out(&dataset, 5, seed).unwrap()[1]);
+            let drawn = indices(&hold_out(dataset.clone(), 5, seed).unwrap()[1]);
             drawn.iter().for_each(|&index| counts[index] += 1);
             draws.insert(drawn);
         }
         // 500 each; the standard deviation is 19.
         assert!(counts.iter().all(|count| (410..590).contains(count)), "{counts:?}");
         assert!(draws.len() > 1700, "{} of 15504 subsets", draws.len());
-        let [once, again] = [3, 3].map(|seed| indices(&hold_out(&dataset, 5, seed).unwrap()[1]));
+        let [once, again] = [3, 3].map(|seed| indices(&hold_out(dataset.clone(), 5, seed).unwrap()[1]));
         assert_eq!(once, again);
     }
 
     #[test]
     fn something_is_left_and_something_held_out() {
         for count in [0, 7, 8, usize::MAX] {
-            let message = hold_out(&told(7), count, 0).err().expect("refused").to_string();
+            let message = hold_out(told(7), count, 0).err().expect("refused").to_string();
             assert!(message.contains(&format!("{count} of 7 samples")), "{message}");
         }
     }

@@ -290,6 +290,8 @@ struct Source {
 struct Bad {
     indices: HashSet<usize>,
     warnings: Vec<String>,
+    /// Why no more is read, once more than half of the samples are bad.
+    too_many: Option<String>,
 }
 
 impl Source {
@@ -300,6 +302,9 @@ impl Source {
     /// Reads the first good sample at or after `first`: which one depends on the data alone.
     fn read(&self, first: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
         let len = self.dataset.len();
+        if let Some(why) = &self.bad().too_many {
+            return Err(Error::Stopped(why.clone()));
+        }
         for index in (first..len).chain(0..first) {
             if self.stop.load(Ordering::Relaxed) {
                 break;
@@ -313,11 +318,12 @@ impl Source {
                 Ok(Err(e)) => self.leave_out(index, &e)?,
                 Err(panic) => {
                     let said = text_of(&*panic).map_or(String::new(), |said| format!(": {said}"));
-                    return Err(Error::Stopped(format!("the data set panicked when it read sample {index}{said}")));
+                    let number = self.dataset.number_of(index);
+                    return Err(Error::Stopped(format!("the data set panicked when it read sample {number}{said}")));
                 }
             }
         }
-        Err(Error::Stopped("no sample of the data set can be read".into()))
+        Err(Error::Stopped(format!("none of the {len} samples can be read")))
     }
 
     /// The label of sample `index`, which must be a class.
@@ -327,7 +333,8 @@ impl Source {
             return Ok(label);
         }
         Err(Error::Stopped(format!(
-            "sample {index} has the label {label}, but the data set has {classes} classes, from 0 on"
+            "sample {} has the label {label}, but the data set has {classes} classes, from 0 on",
+            self.dataset.number_of(index)
         )))
     }
 
@@ -339,7 +346,9 @@ impl Source {
         }
         let (count, len) = (bad.indices.len(), self.dataset.len());
         if count > len / 2 {
-            return Err(Error::Stopped(format!("{count} of {len} samples cannot be read, the last: {why}")));
+            let why = format!("{count} of {len} samples cannot be read, the last: {why}");
+            bad.too_many = Some(why.clone());
+            return Err(Error::Stopped(why));
         }
         Ok(())
     }

@@ -54,6 +54,11 @@ pub trait Dataset: Send + Sync {
     /// When `index` is not below [`len`](Self::len) or `out` has not the size of a sample.
     fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32>;
 
+    /// The number that messages give sample `index`: another where the samples are some of a larger data set.
+    fn number_of(&self, index: usize) -> usize {
+        index
+    }
+
     /// Whether the samples are pictures in [-1, 1] (and not latents).
     fn is_pictures(&self) -> bool {
         true

@@ -217,7 +217,7 @@ impl MetricsLog {
     /// Appends a line to both files.
     ///
     /// # Errors
-    /// [`Error::File`] when a file cannot be written. `metrics.jsonl` then has not got the line: its steps go into the next one.
+    /// [`Error::File`] when a file cannot be written. `metrics.jsonl` then has not got the line.
     pub fn append(&mut self, line: &Line) -> Result<()> {
         let mut text = serde_json::to_vec(line).expect("numbers and names");
         text.push(b'\n');

@@ -37,6 +37,14 @@ pub(super) fn open_data(config: &TrainConfig, resumed: bool) -> Result<Arc<dyn D
 /// and keeps it.
 pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, resumed: bool) -> Result<Data> {
     let [channels, height, width] = dataset.shape();
+    let (samples, classes) = (dataset.len(), dataset.num_classes());
+    if [samples, channels, height, width, classes].contains(&0) {
+        return Err(Error::usage(format!(
+            "the data '{}' are {samples} samples of {channels} x {height} x {width} in {classes} classes, but none of these numbers may \
+             be 0",
+            config.data
+        )));
+    }
     if height != width {
         let last = if channels == height {
             format!("; they look like [N, H, W, C], which should be [N, {width}, {channels}, {height}]")
@@ -48,7 +56,6 @@ pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, r
             config.data
         )));
     }
-    let classes = dataset.num_classes();
     let fits = |was: usize, is: usize| was == 0 || was == is;
     let same_shape = fits(config.image_size, height) && fits(config.in_channels, channels);
     if resumed && !(same_shape && (config.num_classes == 0 || classes <= config.num_classes)) {
@@ -67,7 +74,7 @@ pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, r
     }
     config.data_kind = kind;
     config.fit_to_data(height, channels, classes)?;
-    let (held_out, samples) = (config.validation_samples, dataset.len());
+    let held_out = config.validation_samples;
     if held_out == 0 {
         return Ok(Data { training: dataset, held_out: None });
     }
@@ -77,7 +84,7 @@ pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, r
             config.data
         )));
     }
-    let [training, held_out] = hold_out(&dataset, held_out, config.seed)?;
+    let [training, held_out] = hold_out(dataset, held_out, config.seed)?;
     Ok(Data { training, held_out: Some(held_out) })
 }
 

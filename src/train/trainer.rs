@@ -47,7 +47,8 @@ pub fn start(config: TrainConfig, stop: &AtomicBool) -> Result<Outcome> {
     start_on(config, dataset, stop)
 }
 
-/// [`start`] on a data set of one's own: `config.data` is only its name.
+/// [`start`] on a data set of one's own: `config.data` is only its name, and should be none that `train` would open, as [`resume_on`] alone
+/// goes on with such a run.
 ///
 /// ```
 /// # use dtr_fused::Result;
@@ -112,7 +113,8 @@ pub fn resume(config: TrainConfig, run: &Path, checkpoint: Option<&Path>, stop: 
     resume_on(config, dataset, run, checkpoint, stop)
 }
 
-/// [`resume()`] on the data set that the run was started on with [`start_on`].
+/// [`resume()`] on the data set that the run was started on with [`start_on`]. The run's configuration is
+/// [`resume::config_of`]`(run)`, whose `steps`, say, may be changed.
 ///
 /// # Errors
 /// As [`resume()`].
@@ -215,11 +217,12 @@ impl<'a> Trainer<'a> {
         let began = self.step;
         let (mut samples, mut figures) = (None, String::new());
         if log.last() == Some(self.step) {
-            // A run that was told to stop while it validated left this line, and one that went on made it, but the checkpoint is as it was.
+            // One that was resumed made up for this line, and was killed before its checkpoint said so.
             self.meter.restart();
         } else if self.step > 0 && self.meter.steps() > 0 && self.line_due() {
             let logged = self.log(&mut log, f64::NAN, stop, &mut progress);
             figures = logged.map_err(|error| self.saved_before(error, run, &progress))?.unwrap_or_default();
+            self.save(run, &progress)?;
         }
         if self.step > 0 && self.due(config.sample_every) {
             // A run that ended between a checkpoint and the samples of its step makes them now, from the same weights.
@@ -299,7 +302,9 @@ impl<'a> Trainer<'a> {
             progress.say("flip mirrors latents, which do not decode to mirrored images: encode mirrored images, and give --flip false");
         }
         if let Some(validation) = &self.validation {
-            progress.say(&format!("{} more samples are held out to validate on", validation.len()));
+            let samples = validation.len();
+            let are = if samples == 1 { " is" } else { "s are" };
+            progress.say(&format!("{samples} more sample{are} held out to validate on"));
         }
         self.notes.iter().for_each(|note| progress.say(note));
     }

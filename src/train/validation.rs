@@ -106,7 +106,7 @@ mod tests {
     use super::*;
     use crate::autograd::{Memory, Tape};
     use crate::data::made::made;
-    use crate::diffusion::{ImageDims, LossTerms, losses, q_sample};
+    use crate::diffusion::{ImageDims, LossTerms, LossWeight, losses, q_sample};
     use crate::train::RunDir;
     use crate::train::metrics::{self, Line};
     use crate::train::setup::{Data, learner};
@@ -140,11 +140,11 @@ mod tests {
         })
     }
 
-    /// Ten times the same.
-    fn same() -> Arc<dyn Dataset> {
-        made(10, 3, |_, _, out| {
-            out.iter_mut().enumerate().for_each(|(i, x)| *x = (i * 5 % 16) as f32 / 8.0 - 0.9);
-            Ok(2)
+    /// Ten that are not alike.
+    fn ten_samples() -> Arc<dyn Dataset> {
+        made(10, 3, |index, _, out| {
+            out.iter_mut().enumerate().for_each(|(i, x)| *x = ((i * 5 + index * index) % 16) as f32 / 8.0 - 0.9);
+            Ok(index as u32 % 3)
         })
     }
 
@@ -171,11 +171,21 @@ mod tests {
         lines
     }
 
+    /// The order in which held-out samples are measured: that of their first epoch.
+    fn order(config: &TrainConfig) -> Vec<usize> {
+        let numbers = made(10, 10, |index, _, _| Ok(index as u32));
+        let options = LoaderOptions { batch: 10, seed: config.seed, flip: false, threads: 1 };
+        let batch = Loader::new(numbers, options).unwrap().next(0).unwrap();
+        batch.labels.iter().map(|&label| label as usize).collect()
+    }
+
     /// Sample by sample, in f64 but for the model.
     #[test]
     fn it_is_the_mean_loss_of_the_average_over_all_timesteps() {
-        let config = config(6);
-        let mut trainer = trainer(&config, Some(same()));
+        // A weight that tells timesteps apart.
+        let loss_weight = LossWeight::MinSnr { gamma: 5.0 };
+        let config = TrainConfig { loss_weight, ..config(6) };
+        let mut trainer = trainer(&config, Some(ten_samples()));
         // No gate or last layer of zeros, and an average that is not the weights.
         let learner = &mut trainer.learner;
         learner.ema.iter_mut().enumerate().for_each(|(i, w)| *w += (i * 37 % 101) as f32 / 2000.0 - 0.025);
@@ -183,19 +193,20 @@ mod tests {
         let Learner { dit, ema, schedule, .. } = &trainer.learner;
         let dims = ImageDims { channels: 1, pixels: 16, learn_sigma: true };
         let (mut x_start, mut noise, mut x_t, mut scratch) = ([0.0; 16], [0.0; 16], [0.0; 16], [0.0; 32]);
-        assert_eq!(same().read(0, false, &mut x_start).unwrap(), 2);
         let mut sums = [0.0; 3];
         let mut memory = Memory::new();
-        for i in 0..10 {
+        for (i, index) in order(&config).into_iter().enumerate() {
             let t = [i as u32 * 100 + 50];
-            Philox::new(config.seed, Stream::ValidationNoise).normal(&mut noise, 0, i);
+            let label = ten_samples().read(index, false, &mut x_start).unwrap();
+            Philox::new(config.seed, Stream::ValidationNoise).normal(&mut noise, 0, i as u64);
             q_sample(&mut x_t, &x_start, &noise, &t, schedule).unwrap();
             let mut tape = Tape::inference(ema, &mut memory);
             let x = tape.input(&x_t, [1, 1, 4, 4], false).unwrap();
-            let out = dit.forward(&mut tape, x, &t, &[2]).unwrap();
+            let out = dit.forward(&mut tape, x, &t, &[label]).unwrap();
+            let weight = loss_weight.weight(schedule, t[0] as usize);
             let [mut mse, mut vb, mut loss] = [[f32::NAN]; 3];
             let terms = LossTerms { mse: &mut mse, vb: &mut vb, loss: &mut loss, d_model_out: &mut scratch };
-            losses(terms, tape.value(out), &x_start, &noise, &t, &[1.0], &[0.0], schedule, dims).unwrap();
+            losses(terms, tape.value(out), &x_start, &noise, &t, &[weight], &[0.0], schedule, dims).unwrap();
             [loss, mse, vb].into_iter().zip(&mut sums).for_each(|(found, sum)| *sum += f64::from(found[0]) / 10.0);
         }
         for (found, expected) in [found.loss, found.mse, found.vb].into_iter().zip(sums) {
@@ -207,7 +218,7 @@ mod tests {
 
     #[test]
     fn every_sample_is_read_as_it_is_every_time() {
-        let config = config(6);
+        let config = TrainConfig { flip: true, ..config(6) };
         let read = Arc::new(Mutex::new(Vec::new()));
         let seen = read.clone();
         let held_out = made(10, 3, move |index, flip, out| {
@@ -231,7 +242,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let [with, without] = ["with", "without"].map(|name| place.path().join(name));
         let config = config(7);
-        let validated = lines(&with, &config, Some(same()), &AtomicBool::new(false));
+        let validated = lines(&with, &config, Some(ten_samples()), &AtomicBool::new(false));
         let plain = lines(&without, &config, None, &AtomicBool::new(false));
         let steps =
             |lines: &[Line]| lines.iter().map(|line| (line.step, line.validation.is_some())).collect::<Vec<_>>();
@@ -250,26 +261,26 @@ mod tests {
     fn a_stop_amid_a_validation_costs_no_line() {
         let place = tempfile::tempdir().unwrap();
         let config = config(7);
-        let whole = lines(&place.path().join("whole"), &config, Some(same()), &AtomicBool::new(false));
-        for at in [2, 3, 4] {
+        let whole = lines(&place.path().join("whole"), &config, Some(ten_samples()), &AtomicBool::new(false));
+        // Each validation makes four batches of four, one of them ahead.
+        for at in [1, 2, 3].map(|before| 16 * before + 5) {
             let out = place.path().join(at.to_string());
             let (stop, asked) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(0)));
             let told = stop.clone();
-            // Each validation reads three batches of four at least.
             let held_out = made(10, 3, move |index, flip, out| {
                 let mut asked = asked.lock().unwrap();
                 *asked += 1;
-                told.fetch_or(*asked == 12 * at - 3, Ordering::SeqCst);
-                same().read(index, flip, out)
+                told.fetch_or(*asked == at, Ordering::SeqCst);
+                ten_samples().read(index, flip, out)
             });
             let stopped = lines(&out, &config, Some(held_out), &stop);
             assert!(stop.load(Ordering::SeqCst) && stopped.len() < whole.len(), "{at}: {} lines", stopped.len());
-            let resumed = lines(&out, &config, Some(same()), &AtomicBool::new(false));
+            let resumed = lines(&out, &config, Some(ten_samples()), &AtomicBool::new(false));
             assert_eq!(resumed, whole, "stopped at read {at}");
         }
     }
 
-    /// The last checkpoint is of before its line was written: the steps of that are not counted again when more are made.
+    /// The line is made up for, the curve has it, and its steps are not counted again when more are made.
     #[test]
     fn a_stop_amid_the_last_validation_costs_no_line_and_makes_none_twice() {
         let place = tempfile::tempdir().unwrap();
@@ -280,14 +291,18 @@ mod tests {
         let told = stop.clone();
         let held_out = made(10, 3, move |index, flip, out| {
             told.store(true, Ordering::SeqCst);
-            same().read(index, flip, out)
+            ten_samples().read(index, flip, out)
         });
         assert_eq!(steps(&lines(&stopped, &config(7), Some(held_out), &stop)), [3, 6]);
         for (last, expected) in [(7, &[3, 6, 7][..]), (11, &[3, 6, 7, 9, 11])] {
             let [found, of_whole] =
-                [&stopped, &whole].map(|out| lines(out, &config(last), Some(same()), &AtomicBool::new(false)));
+                [&stopped, &whole].map(|out| lines(out, &config(last), Some(ten_samples()), &AtomicBool::new(false)));
             assert_eq!(steps(&of_whole), expected);
             assert_eq!(found, of_whole, "{last} steps");
+            for file in ["loss.png".to_string(), format!("checkpoints/{last:07}/optimizer.safetensors")] {
+                let [found, expected] = [&stopped, &whole].map(|run| std::fs::read(run.join(&file)).unwrap());
+                assert!(found == expected, "{last} steps: {file}");
+            }
         }
     }
 

@@ -1,6 +1,5 @@
 //! What sampling leaves behind: a grid of images, and an archive of all.
 
-use std::ops::Range;
 use std::path::Path;
 
 use crate::atomic_file::{AtomicFile, check_target};
@@ -72,23 +71,24 @@ impl<'a> Files<'a> {
     /// When one of them cannot be written.
     pub(super) fn finish(self, name: &Path) -> Result<()> {
         let Files { out, npz, labels, grid, archive, made } = self;
-        let archive = archive.map_or(Ok(()), |archive| archive.finish(labels));
-        grid.write(out, made)?;
+        let archived = archive.map_or(Ok(()), |archive| archive.finish(labels));
+        let drawn = grid.write(out, made);
         let [name, out] = [name, out].map(shown);
-        println!("Samples of {name} are in {out}");
-        archive?;
-        if let Some(npz) = npz {
+        if drawn.is_ok() {
+            println!("Samples of {name} are in {out}");
+        }
+        if let (Some(npz), Ok(())) = (npz, &archived) {
             println!("{made} images of {name} are in {}", shown(npz));
         }
-        Ok(())
+        archived.and(drawn)
     }
 
-    /// Keeps what there is in the archive, if there is one, none of that name was there before, and something to keep, of images that have the numbers `only` among all. Says
-    /// where it is, and how the rest can be made.
+    /// Keeps what there is in the archive, if there is one, none of that name was there before, and something to keep. Says how much is
+    /// where.
     ///
     /// # Errors
     /// When the archive cannot be written.
-    pub(super) fn keep(self, only: &Range<usize>) -> Result<Option<String>> {
+    pub(super) fn keep(self) -> Result<Option<String>> {
         let Files { out, npz: Some(npz), labels, grid, archive: Some(archive), made: made @ 1.. } = self else {
             return Ok(None);
         };
@@ -98,10 +98,7 @@ impl<'a> Files<'a> {
         }
         archive.finish(&labels[..made])?;
         grid.write(out, made).unwrap_or_else(|e| say(&format!("no grid: {}", printable(&e.to_string()))));
-        let (n, npz, next, end) = (labels.len(), shown(npz), only.start + made, only.end);
-        Ok(Some(format!(
-            "; {made} of {n} images are in {npz}, and --only {next}..{end} with another --npz makes the rest"
-        )))
+        Ok(Some(format!("; {made} of {} images are in {}", labels.len(), shown(npz))))
     }
 }
 

@@ -178,7 +178,13 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     });
     progress.finish();
     let Err(error) = ended else { return files.finish(&name).map(|()| ExitCode::SUCCESS) };
-    let error = match files.keep(&only) {
+    let next = only.start + files.made();
+    let error = match files.keep() {
+        // After an error, the same might end the rest.
+        Ok(Some(kept)) if stopped => {
+            let end = only.end;
+            error.and(&format!("{kept}, and --only {next}..{end} with another --out and --npz makes the rest"))
+        }
         Ok(Some(kept)) => error.and(&kept),
         Ok(None) if stopped => error.and(": no file was written"),
         Ok(None) => error,

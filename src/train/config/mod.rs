@@ -176,7 +176,7 @@ knobs! {
     "Output" {
         /// Directory of the run, new or empty; "" = runs/MODEL-ROUTING-NUMBER
         out: String = fixed;
-        /// Steps from one line of metrics.jsonl to the next
+        /// Steps from one line of metrics.jsonl to the next; a validation loss has a line in any case
         log_every: u64;
         /// Steps from one validation loss to the next (and one at the end); 0 = only at the end
         validation_every: u64;

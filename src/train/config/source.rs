@@ -128,7 +128,20 @@ impl TrainConfig {
     /// Sentences on the values that a layer gave together with one model, or one data set, and that hold for another, which a later layer
     /// names: a file of `--print-config` has all of them.
     pub fn notes_on(layers: &[Layer]) -> Vec<String> {
-        [Self::note_on_model(layers), Self::note_on_flip(layers)].into_iter().flatten().collect()
+        [Self::note_on_model(layers), Self::note_on_flip(layers), Self::note_on_validation(layers)]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    /// A sentence where the command line or a file alone says how often to validate, but nothing says on what.
+    fn note_on_validation(layers: &[Layer]) -> Option<String> {
+        let last = |key| layers.iter().rev().find_map(|layer| layer.last(key));
+        // A file of --print-config has both.
+        (last("validation_every").is_some() && last("validation_samples").is_none()).then(|| {
+            "validation_every has no effect: validation_samples says how many samples to validate on, and is 0"
+                .to_string()
+        })
     }
 
     /// A sentence where `flip` was given together with other data, and is not the default of these.
@@ -346,6 +359,16 @@ mod tests {
         assert_eq!(note, "lr is that of my.toml, not the default of DiT-XL/2: leave it out there to have this");
         // Who writes a file without a model means its values for any.
         assert!(TrainConfig::notes_on(&[layer("my.toml", &[("steps", "9")]), model("DiT-XL/2")]).is_empty());
+    }
+
+    #[test]
+    fn a_validation_on_nothing_is_noted() {
+        let given = |keys: &[(&str, &str)]| TrainConfig::notes_on(&[layer("flags", keys)]);
+        assert!(given(&[("validation_every", "9")])[0].starts_with("validation_every has no effect"));
+        assert!(given(&[("validation_every", "9"), ("validation_samples", "20")]).is_empty());
+        assert!(given(&[("steps", "9")]).is_empty());
+        let printed = Layer::from_toml(&TrainConfig::default().to_toml(), "my.toml").unwrap();
+        assert!(TrainConfig::notes_on(&[printed]).is_empty());
     }
 
     #[test]
