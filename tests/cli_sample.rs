@@ -264,7 +264,14 @@ fn batches_of_any_size_give_the_same_files_and_other_ways_to_sample_others() {
         succeeds(sample_in("10", place, &[&num, way].concat()));
         (fs::read(place.join(png)).unwrap(), fs::read(place.join(npz)).unwrap())
     };
-    let ways: [&[&str]; 5] = [&[], &["--sampler", "ddpm"], &["--eta", "1"], &["--weights", "model"], &["--seed", "1"]];
+    let ways: [&[&str]; 6] = [
+        &[],
+        &["--sampler", "ddpm"],
+        &["--sampler", "dpm++"],
+        &["--eta", "1"],
+        &["--weights", "model"],
+        &["--seed", "1"],
+    ];
     let mut archives: Vec<Vec<u8>> = Vec::new();
     for way in ways {
         let (few, whole) = (made("few", "7", way), made("whole", "45", way));
@@ -480,12 +487,14 @@ fn every_sampler_takes_the_steps_that_help_promises() {
     let place = tempfile::tempdir().unwrap();
     let place = place.path();
     short_run(place, &[]);
-    for (sampler, steps) in [("ddim", "50/50"), ("ddpm", "250/250")] {
+    for (sampler, steps) in [("ddim", "50/50"), ("dpm++", "20/20"), ("ddpm", "250/250")] {
         let args = ["sample", "--checkpoint", "run", "--device", "cpu", "--num", "1", "--sampler", sampler];
         let output = run(place, &args);
         assert!(stderr(&output).contains(steps), "{}", stderr(&output));
         succeeds(output);
     }
+    let says = "steps of dpm++ are ddim50, but it spreads them itself: give a number such as 20";
+    fails(sample_in("ddim50", place, &["--sampler", "dpm++"]), 2, &[says]);
 }
 
 /// Both are of the moving average, with the same noise.

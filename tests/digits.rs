@@ -39,11 +39,21 @@ fn the_default_run_learns_to_write_digits() {
     let dit = Dit::new(config.model_config()).unwrap();
     let mut weights = vec![0.0; dit.layout.len()];
     read_weights(&directory.join(checkpoint::EMA), &dit, &mut weights).unwrap();
-    let sampler = samples::sampler(&config, SamplerKind::Ddim, "50", 0.0, 1.5).unwrap();
     let labels: Vec<u32> = (0..SAMPLES).map(|i| (i * 10 / SAMPLES) as u32).collect();
     let mut memory = Memory::new();
-    let generator = Generator { dit: &dit, weights: Weights::Cpu(&weights), sampler: &sampler, seed: 1 };
-    let images = trainer::in_pool(&config, || generator.images(&mut memory, &labels, 100, |_| Ok(()))).unwrap();
+    let mut sampled = |kind, steps, labels: &[u32]| {
+        let sampler = samples::sampler(&config, kind, steps, 0.0, 1.5).unwrap();
+        let generator = Generator { dit: &dit, weights: Weights::Cpu(&weights), sampler: &sampler, seed: 1 };
+        trainer::in_pool(&config, || generator.images(&mut memory, labels, 100, |_| Ok(()))).unwrap()
+    };
+    let images = sampled(SamplerKind::Ddim, "50", &labels);
+    // Both go where many steps go, dpm++ with fewer.
+    let few: Vec<u32> = labels.iter().copied().step_by(10).collect();
+    let many = sampled(SamplerKind::Ddim, "250", &few);
+    let [ddim, dpm] =
+        [SamplerKind::Ddim, SamplerKind::DpmPlusPlus].map(|kind| distance(&sampled(kind, "20", &few), &many));
+    println!("20 steps of dpm++ are {:.2} times as far from 250 as those of ddim", dpm / ddim);
+    assert!(dpm < 0.6 * ddim, "20 steps of dpm++ are {dpm} from 250, those of ddim {ddim}");
 
     let real = Digits::new().unwrap();
     let nearest = |image: &[f32]| {

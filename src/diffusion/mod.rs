@@ -4,7 +4,7 @@
 //! schedule    betas and everything derived from them, for all timesteps or a subset (respacing)
 //! weighting   how much each timestep counts, and which timesteps a batch draws
 //! loss        x_start, noise, t, model output -> mse, vb, loss and the gradient with respect to the model output
-//! sampler     noise -> image, DDPM or DDIM, with classifier-free guidance
+//! sampler     noise -> image, DDPM, DDIM or DPM-Solver++(2M), with classifier-free guidance
 //! reference   the formulas as plain loops: the specification
 //! ```
 //!

@@ -154,6 +154,35 @@ pub fn ddpm_step<R: Real>(x_t: R, epsilon: R, v: Option<R>, noise: R, t: usize, 
     if t == 0 { mean } else { mean + (R::from_f64(0.5) * log_variance).exp() * noise }
 }
 
+/// One element of a step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), and the estimate of `x_0`, which the next step takes as
+/// `before`. Without it the step is of first order.
+pub fn dpm_plus_plus_step<R: Real>(
+    x_t: R,
+    epsilon: R,
+    before: Option<R>,
+    t: usize,
+    s: &Schedule,
+    clip: bool,
+) -> (R, R) {
+    let (_, _, x_0) = p_mean_variance(x_t, epsilon, None, t, s, clip);
+    if t == 0 {
+        return (x_0, x_0);
+    }
+    let signal = |t: usize| R::from_f64(s.sqrt_alphas_cumprod[t]);
+    let spread = |t: usize| R::from_f64(s.sqrt_one_minus_alphas_cumprod[t]);
+    let lambda = |t: usize| (signal(t) / spread(t)).ln();
+    let h = lambda(t - 1) - lambda(t);
+    let d = match before {
+        Some(before) => {
+            let half_r = R::from_f64(2.0) * (lambda(t) - lambda(t + 1)) / h;
+            (R::one() + R::one() / half_r) * x_0 - before / half_r
+        }
+        None => x_0,
+    };
+    let x = spread(t - 1) / spread(t) * x_t - signal(t - 1) * ((-h).exp() - R::one()) * d;
+    (x, x_0)
+}
+
 /// One element of a DDIM step (Song et al. 2021, equation 12) with the noise share `eta`.
 pub fn ddim_step<R: Real>(x_t: R, epsilon: R, noise: R, eta: f64, t: usize, s: &Schedule, clip: bool) -> R {
     let (_, _, x_0) = p_mean_variance(x_t, epsilon, None, t, s, clip);

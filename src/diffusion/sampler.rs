@@ -1,14 +1,17 @@
-//! From noise to images: DDPM (Ho et al. 2020, algorithm 2) and DDIM (Song et al. 2021, equation 12), with
-//! classifier-free guidance (Ho and Salimans 2022) on all channels of epsilon.
+//! From noise to images: DDPM (Ho et al. 2020, algorithm 2), DDIM (Song et al. 2021, equation 12) and DPM-Solver++(2M) (Lu et al. 2022,
+//! algorithm 2), with classifier-free guidance (Ho and Salimans 2022) on all channels of epsilon.
 //!
 //! ```text
-//! x_0   = sqrt(1/bar) x_t - sqrt(1/bar - 1) epsilon            (bar = alphas_cumprod; optionally clipped to -1..1)
-//! DDPM  x_{t-1} = coef1 x_0 + coef2 x_t + sigma noise          (sigma: learned, or the fixed larger one)
-//! DDIM  x_{t-1} = sqrt(bar') x_0 + sqrt(1 - bar' - sigma^2) epsilon' + sigma noise
+//! x_0    = sqrt(1/bar) x_t - sqrt(1/bar - 1) epsilon            (bar = alphas_cumprod; optionally clipped to -1..1)
+//! DDPM   x_{t-1} = coef1 x_0 + coef2 x_t + sigma noise          (sigma: learned, or the fixed larger one)
+//! DDIM   x_{t-1} = sqrt(bar') x_0 + sqrt(1 - bar' - sigma^2) epsilon' + sigma noise
+//! DPM++  x_{t-1} = sqrt(bar') D + sqrt(1 - bar') epsilon',   D = x_0 + h / (2 h_last) (x_0 - x_0 of the step before)
 //! ```
 //!
-//! with `bar'` one step earlier, `epsilon'` the noise that the clipped `x_0` implies, and for DDIM
-//! `sigma = eta sqrt((1 - bar') / (1 - bar)) sqrt(1 - bar / bar')`. The last step adds no noise.
+//! with `bar'` one step earlier, `epsilon'` the noise that the clipped `x_0`, or `D`, implies, and for DDIM
+//! `sigma = eta sqrt((1 - bar') / (1 - bar)) sqrt(1 - bar / bar')`. The last step adds no noise. `h` is by how much
+//! `ln sqrt(bar / (1 - bar))` grows in a step, `h_last` in the one before; the first step, which has none before it, and the last, whose
+//! `h` is infinite, take `x_0` for `D`: then DPM++ is DDIM without noise, of which it is the second order.
 
 use crate::diffusion::loss::ImageDims;
 use crate::diffusion::schedule::Schedule;
@@ -24,6 +27,9 @@ pub enum Method {
         /// Share of the DDPM noise, 0 to 1; 0 is deterministic.
         eta: f64,
     },
+    /// Fewer still, without noise: DPM-Solver++(2M), for timesteps spread evenly over the logarithm of the signal-to-noise ratio
+    /// ([`Schedule::evenly_by_log_snr`]). Where one step is much longer than the one before, it carries `x_0` too far.
+    DpmPlusPlus,
 }
 
 /// A sampler: a (respaced) schedule and how to walk it.
@@ -40,7 +46,8 @@ struct Step {
     sqrt_recip: f64,
     sqrt_recipm1: f64,
     coef1: f64,         // of x_0
-    coef2: f64,         // DDPM: of x_t; DDIM: of epsilon'
+    coef2: f64,         // DDPM: of x_t; others: of epsilon'
+    ahead: f64,         // how far x_0 is carried on, in changes since the step before
     sigma: Option<f64>, // the noise factor; none: learned
     min_log: f64,       // bounds of the learned log-variance
     range: f64,
@@ -112,6 +119,7 @@ impl Sampler {
         let mut input = vec![0.0; x.len()];
         let mut step_noise = vec![0.0; x.len()];
         let mut out = vec![0.0; x.len() / row * dims.out_elements()];
+        let mut estimates = vec![0.0; x.len()];
         for (k, t) in (0..self.steps()).rev().enumerate() {
             let step = self.step(t, dims.learn_sigma);
             let half = x.len() / halves;
@@ -124,8 +132,9 @@ impl Sampler {
                 noise(k, &mut step_noise);
             }
             let rows = x.chunks_exact_mut(row).zip(out.chunks_exact(dims.out_elements()));
-            for ((x, out), noise) in rows.zip(step_noise.chunks_exact(row)) {
-                self.advance(x, out, noise, &step);
+            for (((x, out), noise), x_0) in rows.zip(step_noise.chunks_exact(row)).zip(estimates.chunks_exact_mut(row))
+            {
+                self.advance(x, x_0, out, noise, &step);
             }
             // A clipped estimate would hide an answer that is infinite.
             if !out.iter().chain(&*x).all(|v| v.is_finite()) {
@@ -143,6 +152,7 @@ impl Sampler {
         let s = &self.schedule;
         let min_log = s.posterior_log_variance_clipped[t];
         let (bar, prev) = (s.alphas_cumprod[t], s.alphas_cumprod_prev[t]);
+        let mut ahead = 0.0;
         let (coef1, coef2, sigma) = match self.method {
             Method::Ddpm => {
                 let fixed = if t == 0 { min_log } else { s.log_betas[t] };
@@ -154,12 +164,20 @@ impl Sampler {
                 // The difference may round to just below 0 where eta is 1.
                 (prev.sqrt(), (1.0 - prev - sigma * sigma).max(0.0).sqrt(), Some(sigma))
             }
+            Method::DpmPlusPlus => {
+                if t > 0 && t + 1 < s.len() {
+                    let [next, now, before] = [t - 1, t, t + 1].map(|t| s.half_log_snr(t));
+                    ahead = (next - now) / (2.0 * (now - before));
+                }
+                (prev.sqrt(), (1.0 - prev).sqrt(), Some(0.0))
+            }
         };
         Step {
             sqrt_recip: s.sqrt_recip_alphas_cumprod[t],
             sqrt_recipm1: s.sqrt_recipm1_alphas_cumprod[t],
             coef1,
             coef2,
+            ahead,
             sigma,
             min_log,
             range: s.log_betas[t] - min_log,
@@ -167,8 +185,9 @@ impl Sampler {
         }
     }
 
-    /// One step of one row: `x` and `noise` `[channels, pixels]`, `out` the model output with or without its second half.
-    fn advance(&self, x: &mut [f32], out: &[f32], noise: &[f32], step: &Step) {
+    /// One step of one row: `x` and `noise` `[channels, pixels]`, `out` the model output with or without its second half. `estimates` of
+    /// `x_0` are replaced by those of this step.
+    fn advance(&self, x: &mut [f32], estimates: &mut [f64], out: &[f32], noise: &[f32], step: &Step) {
         let (epsilon, v) = out.split_at(x.len());
         for i in 0..x.len() {
             let x_t = f64::from(x[i]);
@@ -176,9 +195,11 @@ impl Sampler {
             if self.clip {
                 x_0 = x_0.clamp(-1.0, 1.0);
             }
+            let before = std::mem::replace(&mut estimates[i], x_0);
+            x_0 += step.ahead * (x_0 - before);
             let other = match self.method {
                 Method::Ddpm => x_t,
-                Method::Ddim { .. } => (step.sqrt_recip * x_t - x_0) / step.sqrt_recipm1,
+                Method::Ddim { .. } | Method::DpmPlusPlus => (step.sqrt_recip * x_t - x_0) / step.sqrt_recipm1,
             };
             let mut next = step.coef1 * x_0 + step.coef2 * other;
             if !step.last {

@@ -74,6 +74,10 @@ pub struct Schedule {
     pub posterior_mean_coef2: Vec<f64>,
 }
 
+/// The least half log-SNR that tells timesteps apart: that of the linear schedule's end. The cosine schedule goes to -10, where `x_t` of
+/// a model's training are all alike.
+const LEAST_HALF_LOG_SNR: f64 = -5.1;
+
 impl Schedule {
     /// The full schedule of `steps` timesteps (the published models have 1000).
     ///
@@ -134,6 +138,39 @@ impl Schedule {
     /// When `t` is not below [`len`](Self::len).
     pub fn snr(&self, t: usize) -> f64 {
         self.alphas_cumprod[t] / (1.0 - self.alphas_cumprod[t])
+    }
+
+    /// Half the logarithm of [`snr`](Self::snr): `lambda` of DPM-Solver (Lu et al. 2022).
+    ///
+    /// # Panics
+    /// As [`snr`](Self::snr).
+    pub fn half_log_snr(&self, t: usize) -> f64 {
+        0.5 * self.snr(t).ln()
+    }
+
+    /// `steps` timesteps (increasing) from the first to the last, as evenly spread over [`half_log_snr`](Self::half_log_snr) as whole
+    /// timesteps are; of a single one the last. Where the noise is all but pure, as at the end of the cosine schedule, it counts as -5.1.
+    ///
+    /// # Errors
+    /// When `steps` is 0, or more than the schedule has.
+    pub fn evenly_by_log_snr(&self, steps: usize) -> Result<Vec<u32>> {
+        let len = self.len();
+        if steps == 0 || steps > len {
+            return Err(Error::usage(format!("{steps} timesteps cannot be chosen of {len}: give 1 to {len}")));
+        }
+        let lambda: Vec<f64> = (0..len).map(|t| self.half_log_snr(t).max(LEAST_HALF_LOG_SNR)).collect();
+        let mut kept = Vec::with_capacity(steps);
+        let mut first = 0;
+        for i in 0..steps - 1 {
+            let wanted = lambda[0] + (lambda[len - 1] - lambda[0]) * i as f64 / (steps - 1) as f64;
+            let far = |t: &usize| (lambda[*t] - wanted).abs();
+            // One that is not taken yet, and so that there is one for each of those to come.
+            let nearest = (first..=len - steps + i).min_by(|a, b| far(a).total_cmp(&far(b))).expect("at least one");
+            kept.push(nearest as u32);
+            first = nearest + 1;
+        }
+        kept.push(len as u32 - 1);
+        Ok(kept)
     }
 
     fn from_betas(betas: Vec<f64>, timestep_map: Vec<u32>) -> Self {
@@ -243,6 +280,30 @@ mod tests {
             assert_eq!(sampling_timesteps(1000, several).unwrap(), space_timesteps(1000, several).unwrap());
         }
         assert!(sampling_timesteps(1000, "0").is_err());
+    }
+
+    #[test]
+    fn timesteps_are_even_by_log_snr() {
+        for kind in [ScheduleKind::Linear, ScheduleKind::Cosine] {
+            let full = Schedule::new(kind, 1000).unwrap();
+            for steps in [1, 2, 3, 10, 20, 50, 250, 999, 1000] {
+                let kept = full.evenly_by_log_snr(steps).unwrap();
+                assert!(kept.len() == steps && kept.windows(2).all(|pair| pair[0] < pair[1]), "{kept:?}");
+                assert!(kept[steps - 1] == 999 && (steps == 1 || kept[0] == 0), "{kept:?}");
+            }
+            // In the middle, where timesteps are close to each other, each is where it should be.
+            let kept = full.evenly_by_log_snr(21).unwrap();
+            let lambda: Vec<f64> = kept.iter().map(|&t| full.half_log_snr(t as usize).max(-5.1)).collect();
+            let width = (lambda[0] - lambda[20]) / 20.0;
+            for i in 3..=20 {
+                let err = (lambda[i] - (lambda[0] - i as f64 * width)).abs();
+                assert!(err <= 0.2 * width, "{kind}: timestep {} is off by {err} of {width}", kept[i]);
+            }
+            for steps in [0, 1001] {
+                let message = full.evenly_by_log_snr(steps).unwrap_err().to_string();
+                assert!(message.contains(&format!("{steps} timesteps")), "{message}");
+            }
+        }
     }
 
     #[test]

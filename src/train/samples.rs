@@ -15,16 +15,25 @@ use crate::generate::{self, Generator};
 use crate::model::config::TASKS;
 use crate::picture::grid_png;
 
-/// The sampler of a model: `steps` is a respacing such as `50`; images are clipped, latents are not.
+/// The sampler of a model: `respacing` is one such as `50`, for dpm++ a number in any case; images are clipped, latents are not.
 ///
 /// # Errors
 /// When the respacing or the guidance is not usable.
 pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f64, cfg: f64) -> Result<Sampler> {
-    let schedule = Schedule::new(config.schedule, TASKS)?.respaced(&sampling_timesteps(TASKS, respacing)?)?;
-    let method = match kind {
-        SamplerKind::Ddim => Method::Ddim { eta },
-        SamplerKind::Ddpm => Method::Ddpm,
+    let full = Schedule::new(config.schedule, TASKS)?;
+    let (method, timesteps) = match kind {
+        SamplerKind::Ddim => (Method::Ddim { eta }, sampling_timesteps(TASKS, respacing)?),
+        SamplerKind::Ddpm => (Method::Ddpm, sampling_timesteps(TASKS, respacing)?),
+        SamplerKind::DpmPlusPlus => {
+            let steps = respacing.trim().parse().map_err(|_| {
+                Error::usage(format!(
+                    "steps of dpm++ are {respacing}, but it spreads them itself: give a number such as 20"
+                ))
+            })?;
+            (Method::DpmPlusPlus, full.evenly_by_log_snr(steps)?)
+        }
     };
+    let schedule = full.respaced(&timesteps)?;
     Sampler::new(schedule, method, config.are_images(), (cfg != 1.0).then_some(cfg))
 }
 

@@ -61,10 +61,12 @@ pub(super) struct SampleArgs {
     /// data_kind, label_dropout
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     set: Vec<String>,
-    /// Sampling algorithm: ddim (deterministic with --eta 0, good with few steps) or ddpm (ancestral)
+    /// Sampling algorithm: ddim (deterministic with --eta 0, good with few steps), dpm++ (DPM-Solver++(2M): deterministic, good with fewer
+    /// steps) or ddpm (ancestral)
     #[arg(long, value_name = SamplerKind::NAMES, default_value_t = SamplerKind::Ddim)]
     sampler: SamplerKind,
-    /// Denoising steps: a number, ddimN, or A,B,.. for parts of the schedule [default: 50 for ddim, 250 for ddpm]
+    /// Denoising steps: a number, or for ddim and ddpm also ddimN, or A,B,.. for parts of the schedule [default: 50 for ddim, 20 for dpm++,
+    /// 250 for ddpm]
     #[arg(long, allow_negative_numbers = true)]
     steps: Option<String>,
     /// Noise of ddim, as a share of that of ddpm
@@ -122,7 +124,11 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
             args.batch_size
         )));
     }
-    let default_steps = if args.sampler == SamplerKind::Ddim { "50" } else { "250" };
+    let default_steps = match args.sampler {
+        SamplerKind::Ddim => "50",
+        SamplerKind::DpmPlusPlus => "20",
+        SamplerKind::Ddpm => "250",
+    };
     let respacing = args.steps.as_deref().unwrap_or(default_steps);
     let cfg = args.cfg.unwrap_or(config.default_cfg());
     config.check_cfg("--cfg", cfg)?;

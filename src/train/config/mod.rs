@@ -192,7 +192,7 @@ knobs! {
         samples_per_class: usize;
         /// Classes in a grid of samples, from the first on
         sample_classes: usize;
-        /// Sampler of the grids: ddim or ddpm
+        /// Sampler of the grids: ddim, dpm++ (fewer steps) or ddpm
         sample_sampler: SamplerKind;
         /// Denoising steps of the grids, 1 to 1000
         sample_steps: usize;

@@ -158,9 +158,11 @@ pub enum SamplerKind {
     Ddim,
     /// Ancestral sampling (Ho et al., 2020).
     Ddpm,
+    /// Deterministic, fewer steps: DPM-Solver++(2M) (Lu et al., 2022).
+    DpmPlusPlus,
 }
 
-choice!(SamplerKind: Ddim = "ddim", Ddpm = "ddpm");
+choice!(SamplerKind: Ddim = "ddim", Ddpm = "ddpm", DpmPlusPlus = "dpm++");
 
 /// `; did you mean 'x'?` for the name nearest to `word`, or nothing when none is near.
 pub(super) fn did_you_mean<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> String {
