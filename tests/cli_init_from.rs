@@ -107,6 +107,75 @@ fn what_is_another_than_when_the_weights_were_trained_is_told() {
     fails(train(place, &["--init-from", "first", "--steps", "1"]), 1, &["is a directory", "0000001/ema.safetensors"]);
 }
 
+/// All but the rows of classes are those of the file, whatever it has of these.
+#[test]
+fn other_classes_are_learned_from_given_weights() {
+    const LABELS: &str = "y_embedder.embedding_table.weight";
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    succeeds(train(place, &["--out", "first", "--steps", "2"]));
+    let first = read(&weights_of(&place.join("first")));
+    let still = ["--steps", "1", "--lr", "1e-20", "--warmup-steps", "0"];
+    let started = |run: &str, more: &[&str]| {
+        let output = train(place, &[&still[..], &["--out", run], more].concat());
+        let said = stderr(&output);
+        succeeds(output);
+        (read(&weights_of(&place.join(run))), said)
+    };
+    let (drawn, _) = started("drawn", &[]);
+    let row = |tensors: &Tensors, row: usize| tensors[LABELS].1[row * 32..][..32].to_vec();
+    for rows in [5, 11, 31] {
+        let mut given = first.clone();
+        let (shape, numbers) = given.get_mut(LABELS).unwrap();
+        *numbers = numbers.iter().map(|x| x + 0.5).cycle().take(rows * 32).collect();
+        shape[0] = rows;
+        let path = write(place, 1, &given);
+        let name = rows.to_string();
+        let (found, said) = started(&name, &["--init-from", &path, "--init-labels", "new"]);
+        assert!(said.contains(&format!("starting from the weights in {path}, with new labels; ")), "{said}");
+        let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-18);
+        for (name, (shape, numbers)) in found.iter().filter(|(name, _)| *name != LABELS) {
+            assert!(*shape == first[name].0 && near(numbers, &first[name].1), "{name}");
+        }
+        assert!((0..10).all(|class| near(&row(&found, class), &row(&drawn, class))), "other rows than are drawn");
+        assert!(near(&row(&found, 10), &row(&given, rows - 1)), "another row for no class");
+    }
+    let mut flat = first.clone();
+    flat.get_mut(LABELS).unwrap().0 = vec![11 * 32];
+    let path = write(place, 1, &flat);
+    fails(train(place, &["--init-from", &path, "--init-labels", "new"]), 1, &["has shape [352], but this model needs"]);
+    fails(train(place, &["--init-labels", "new"]), 2, &["init_labels is new", "give --init-from FILE"]);
+}
+
+/// Trained, resumed, sampled with its file of weights or without, and started from.
+#[test]
+fn a_model_need_not_learn_its_variance() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    succeeds(train(place, &["--out", "run", "--steps", "2", "--learn-sigma", "false"]));
+    succeeds(run(place, &["train", "--resume", "run", "--steps", "3"]));
+    let lines = std::fs::read_to_string(place.join("run/metrics.jsonl")).unwrap();
+    assert!(lines.lines().last().unwrap().contains("\"vb\":0.0"), "{lines}");
+    let path = weights_of(&place.join("run"));
+    assert_eq!(read(&path)["final_layer.linear.weight"].0, [4, 32]);
+    let sample = |checkpoint: &str, sampler: &str, npz: &str| {
+        let way = ["sample", "--checkpoint", checkpoint, "--device", "cpu", "--steps", "3", "--num", "10"];
+        succeeds(run(place, &[&way[..], &["--sampler", sampler, "--npz", npz]].concat()));
+        std::fs::read(place.join(npz)).unwrap()
+    };
+    let ema = path.with_file_name(checkpoint::EMA).display().to_string();
+    for sampler in ["ddim", "ddpm", "dpm++"] {
+        assert!(sample("run", sampler, "run.npz") == sample(&ema, sampler, "file.npz"), "{sampler}");
+    }
+    let from = ["--init-from", &ema, "--steps", "1"];
+    fails(
+        train(place, &from),
+        1,
+        &["needs [8, 32]: outputs for the noise, and as many for its variance unless --learn-sigma is false"],
+    );
+    succeeds(train(place, &[&from[..], &["--learn-sigma", "false"]].concat()));
+}
+
 #[test]
 fn weights_of_other_models_are_refused_with_what_would_help() {
     let place = tempfile::tempdir().unwrap();
@@ -165,7 +234,8 @@ fn weights_of_other_models_are_refused_with_what_would_help() {
     let (shape, numbers) = wide.get_mut("y_embedder.embedding_table.weight").unwrap();
     (shape[0], *numbers) = (22, numbers.repeat(2));
     let path = write(place, 1, &wide);
-    fails(train(place, &["--init-from", &path]), 1, &["for all of its classes, give --num-classes 21"]);
+    let says = ["for all of its classes, give --num-classes 21", "; to learn other classes, give --init-labels new"];
+    fails(train(place, &["--init-from", &path]), 1, &says);
     for start in [&b"PK\x03\x04\0\0\x08\x08\0\0"[..], b"\x80\x02ctorch._utils\n"] {
         std::fs::write(place.join("w.pt"), start).unwrap();
         fails(train(place, &["--init-from", "w.pt"]), 1, &["w.pt: seems to be a PyTorch file: save its tensors with"]);

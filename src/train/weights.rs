@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use super::checkpoint::{self, Metadata};
-use super::config::{Assignment, DataKind, Layer, TrainConfig};
+use super::config::{Assignment, DataKind, InitLabels, Layer, TrainConfig};
 use super::learner::Learner;
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
@@ -15,6 +15,12 @@ use crate::safetensors_file::SafetensorsFile;
 
 /// The fixed table of positions, `[1, T, C]`, which is no parameter.
 const POSITIONS: &str = "pos_embed";
+
+/// The table of labels, `[classes + 1, C]`: the last row is that of no class.
+const LABELS: &str = "y_embedder.embedding_table.weight";
+
+/// The weight of the last layer, `[P * P * outputs, C]`.
+const LAST: &str = "final_layer.linear.weight";
 
 /// Most that positions may differ from ours, which are at most 1: in bf16 they do by 0.004.
 const POSITIONS_DIFFER: f32 = 0.01;
@@ -66,11 +72,39 @@ pub(super) fn start_from_given_weights(config: &TrainConfig, learner: &mut Learn
         let file = checkpoint.unwrap_or_else(|| path.into()).join(checkpoint::EMA);
         return Err(Error::file(path, format!("is a directory: give a file of weights, such as {}", file.display())));
     }
-    read_weights(path, &learner.dit, &mut learner.weights)?;
-    let note = differences(config, &learner.dit, &SafetensorsFile::open(path)?)?;
+    let file = SafetensorsFile::open(path)?;
+    let (Learner { dit, weights, .. }, new) = (&mut *learner, config.init_labels == InitLabels::New);
+    let read = if new { read_all_but_labels(&file, dit, weights) } else { read_all(&file, dit, weights) };
+    read.map_err(|error| match file.get(LABELS).map(|table| table.shape) {
+        Some(&[rows, _]) if !new && rows != dit.config.num_classes + 1 => {
+            error.and("; to learn other classes, give --init-labels new")
+        }
+        _ => error,
+    })?;
+    let labels = if new { ", with new labels" } else { "" };
+    let note = differences(config, dit, &file)?;
     learner.ema.copy_from_slice(&learner.weights);
     learner.push()?;
-    Ok(Some(format!("starting from the weights in {}{note}", path.display())))
+    Ok(Some(format!("starting from the weights in {}{labels}{note}", path.display())))
+}
+
+/// As [`read_all`], but of the table of labels only the last row, which may be one of another number of rows.
+fn read_all_but_labels(file: &SafetensorsFile, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
+    check_tensors(file, dit)?;
+    for entry in dit.layout.entries() {
+        let to = &mut buffer[entry.param.range()];
+        if entry.name != LABELS {
+            checkpoint::read_tensor(file, &entry.name, &entry.shape, to)?;
+            continue;
+        }
+        let (rows, width) = (file.tensor(LABELS)?.shape.first().copied().unwrap_or(0), dit.config.hidden_size);
+        let mut table = vec![0.0; file.tensor(LABELS)?.elements()];
+        checkpoint::read_tensor(file, LABELS, &[rows, width], &mut table)?;
+        if let (Some(to), Some(from)) = (to.chunks_exact_mut(width).last(), table.chunks_exact(width).last()) {
+            to.copy_from_slice(from);
+        }
+    }
+    Ok(())
 }
 
 /// What of the model of the weights in `file` is another in `config`.
@@ -187,7 +221,6 @@ fn shapes_of(file: &SafetensorsFile) -> Result<Vec<Assignment>> {
         fits.ok_or_else(|| as_in_no_dit(file, name, shape))
     }
     const FIRST: &str = "x_embedder.proj.weight";
-    const LABELS: &str = "y_embedder.embedding_table.weight";
     if file.get(FIRST).is_none()
         && let Some(name) = file.names().find(|name| name.ends_with(&format!(".{FIRST}")))
     {
@@ -213,6 +246,11 @@ fn shapes_of(file: &SafetensorsFile) -> Result<Vec<Assignment>> {
         ("in_channels", channels.to_string()),
         ("num_classes", (rows - 1).to_string()),
     ];
+    // Other numbers are refused when it is read.
+    let [outputs, _] = shape(file, LAST)?;
+    if Some(outputs) == patch.checked_mul(patch).and_then(|pixels| pixels.checked_mul(channels)) {
+        knobs.push(("learn_sigma", "false".to_string()));
+    }
     let published = ["S", "B", "L", "XL"].map(|size| format!("DiT-{size}/{patch}")).into_iter();
     let same = |of: ModelConfig| of.hidden_size == hidden && of.depth == depth;
     // Its name brings its heads.
@@ -244,10 +282,18 @@ fn side_of(shape: &[usize], hidden: usize) -> Option<usize> {
 /// # Panics
 /// When `buffer` is not as long as the layout of the model.
 pub fn read_weights(path: &Path, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
-    let file = SafetensorsFile::open(path)?;
-    checkpoint::check_names(&file, &dit.layout, &[""], &[POSITIONS])?;
-    check_positions(&file, dit)?;
-    checkpoint::read_layout(&file, &dit.layout, "", buffer)
+    read_all(&SafetensorsFile::open(path)?, dit, buffer)
+}
+
+fn read_all(file: &SafetensorsFile, dit: &Dit, buffer: &mut [f32]) -> Result<()> {
+    check_tensors(file, dit)?;
+    checkpoint::read_layout(file, &dit.layout, "", buffer)
+}
+
+/// Refuses tensors that the model does not have, and other positions.
+fn check_tensors(file: &SafetensorsFile, dit: &Dit) -> Result<()> {
+    checkpoint::check_names(file, &dit.layout, &[""], &[POSITIONS])?;
+    check_positions(file, dit)
 }
 
 /// Positions, where they are given, must be ours; those of another size of images may go with the same weights.

@@ -1,6 +1,6 @@
 //! What a configuration must satisfy, and what it becomes when the data are known.
 
-use super::TrainConfig;
+use super::{InitLabels, TrainConfig};
 use crate::data::array_file::MAX_SAMPLE;
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
@@ -103,6 +103,11 @@ impl TrainConfig {
     }
 
     fn check_training(&self) -> Result<()> {
+        if self.init_labels == InitLabels::New && self.init_from.is_empty() {
+            return Err(Error::usage(
+                "init_labels is new, but no weights are given to start from: give --init-from FILE",
+            ));
+        }
         at_least_one("steps", self.steps as usize)?;
         at_least_one("batch_size", self.batch_size)?;
         at_most("batch_size", self.batch_size, 1 << 20)?;

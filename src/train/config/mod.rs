@@ -8,7 +8,7 @@ mod source;
 mod value;
 
 pub use source::{Assignment, Layer};
-pub use value::{DataKind, Decay, Precision, SamplerKind};
+pub use value::{DataKind, Decay, InitLabels, Precision, SamplerKind};
 
 use super::optimizer::Update;
 use crate::diffusion::{LossWeight, ScheduleKind};
@@ -94,6 +94,8 @@ knobs! {
         init: Init = fixed;
         /// Weights to start from instead: a model.safetensors or ema.safetensors, or other weights with the official names and these sizes
         init_from: String = fixed;
+        /// Label table with init_from: given (that of the file), or new (for other classes: drawn, but for the row of "no class")
+        init_labels: InitLabels = fixed;
     }
     "Routing" {
         /// Which channels a block computes: paper (as published), sublayer (skips in every product), random (baseline), dense (no routing)
@@ -122,6 +124,8 @@ knobs! {
         validation_samples: usize = fixed;
     }
     "Diffusion" {
+        /// Learn the variance too, from the variational bound (Nichol and Dhariwal, 2021), as published DiTs do
+        learn_sigma: bool = fixed;
         /// Noise schedule over 1000 timesteps: linear or cosine
         schedule: ScheduleKind = fixed;
         /// Weight of the loss by timestep: constant, min-snr-5 (any number), p2 (or p2-GAMMA-K) or uw (learned, over 8 groups of timesteps)
@@ -230,6 +234,7 @@ impl Default for TrainConfig {
             mlp_ratio: 4.0,
             init: Init::Small,
             init_from: String::new(),
+            init_labels: InitLabels::Given,
             routing: Routing::Paper,
             beta: 0.8,
             alpha: 4.0,
@@ -241,6 +246,7 @@ impl Default for TrainConfig {
             flip: false,
             label_dropout: 0.1,
             validation_samples: 0,
+            learn_sigma: true,
             schedule: ScheduleKind::Cosine,
             loss_weight: LossWeight::Constant,
             uw_lr: 0.025,
@@ -393,7 +399,7 @@ impl TrainConfig {
             num_classes: self.num_classes,
             null_class: true,
             mlp_ratio: self.mlp_ratio,
-            learn_sigma: true,
+            learn_sigma: self.learn_sigma,
             routing: self.routing,
             beta: self.beta,
             alpha: self.alpha,

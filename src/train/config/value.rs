@@ -104,7 +104,7 @@ macro_rules! choices {
     )+};
 }
 
-choices!(Routing, ScheduleKind, Init, Decay, DataKind, Precision, SamplerKind);
+choices!(Routing, ScheduleKind, Init, InitLabels, Decay, DataKind, Precision, SamplerKind);
 
 /// Learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,6 +150,17 @@ impl Precision {
         }
     }
 }
+
+/// Where the rows of classes in the table of labels come from when a run starts from given weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InitLabels {
+    /// From these weights.
+    Given,
+    /// They are drawn.
+    New,
+}
+
+choice!(InitLabels: Given = "given", New = "new");
 
 /// Sampling algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
