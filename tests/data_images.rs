@@ -103,11 +103,27 @@ fn grey_transparent_and_jpeg_images_become_rgb() {
 }
 
 #[test]
+fn a_folder_without_folders_is_one_class() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "b.png", &RgbImage::from_pixel(8, 8, Rgb([255; 3])));
+    put(dir.path(), "a.png", &RgbImage::from_pixel(8, 8, Rgb([0; 3])));
+    let folder = ImageFolder::open(dir.path(), 8).unwrap();
+    assert_eq!((folder.len(), folder.class_names()), (2, &["0".to_string()][..]));
+    for (index, value, name) in [(0, -1.0, "a.png"), (1, 1.0, "b.png")] {
+        let mut out = [f32::NAN; 192];
+        assert_eq!(folder.read(index, false, &mut out).unwrap(), 0);
+        assert!(out.iter().all(|&x| x == value) && folder.path(index).ends_with(name));
+    }
+    assert!(folder.note().unwrap().ends_with("there are no class folders, so all images are of one class"));
+}
+
+#[test]
 fn folders_that_cannot_be_used_are_refused_in_a_sentence() {
     let dir = tempfile::tempdir().unwrap();
     assert!(refusal(dir.path()).contains("has no class folders; images are expected as"));
-    put(dir.path(), "loose.png", &picture(8, 8));
+    std::fs::write(dir.path().join("loose.txt"), "no image").unwrap();
     assert!(refusal(dir.path()).contains("has no class folders"));
+    put(dir.path(), "loose.png", &picture(8, 8));
     std::fs::create_dir(dir.path().join("cats")).unwrap();
     assert!(
         refusal(dir.path()).contains("cats: is a class folder without PNG, JPEG or WebP images; fill or remove it")

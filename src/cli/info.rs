@@ -8,7 +8,7 @@ use clap::Args;
 use crate::error::{Error, Result, printable};
 use crate::safetensors_file::SafetensorsFile;
 use crate::train::config::{KNOBS, Layer};
-use crate::train::state::CLASSES;
+use crate::train::state::told_names;
 use crate::train::{TrainConfig, checkpoint, metrics, weights};
 
 const EXAMPLES: &str = "\
@@ -91,6 +91,7 @@ fn show_weights(path: &Path, tensors: bool) -> Result<()> {
         // What it holds is shown all the same: that may tell why.
         Err(error) => row("note", error),
     }
+    show_classes(&file);
     show_tensors(&file, tensors);
     Ok(())
 }
@@ -162,12 +163,7 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
         if let Some(step) = state.metadata().get("step") {
             row("step", step);
         }
-        if let Some(names) =
-            state.metadata().get(CLASSES).and_then(|names| serde_json::from_str::<Vec<String>>(names).ok())
-        {
-            let named = names.iter().enumerate().map(|(class, name)| format!("{class} {name}"));
-            row("classes", named.collect::<Vec<_>>().join(", "));
-        }
+        show_classes(&state);
     }
     for name in [checkpoint::MODEL, checkpoint::EMA, checkpoint::OPTIMIZER] {
         let file = path.join(name);
@@ -178,6 +174,14 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
     }
     show_tensors(&model, tensors);
     Ok(())
+}
+
+/// The names of classes, if `file` tells them.
+fn show_classes(file: &SafetensorsFile) {
+    if let Some(names) = told_names(file.metadata()) {
+        let named = names.iter().enumerate().map(|(class, name)| format!("{class} {name}"));
+        row("classes", named.collect::<Vec<_>>().join(", "));
+    }
 }
 
 /// How many numbers `file` holds, and `each` of its tensors.

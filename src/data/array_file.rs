@@ -200,7 +200,14 @@ fn labels_beside(path: &Path) -> Result<PathBuf> {
     let candidates = [path.with_extension("labels.npy"), path.with_file_name("labels.npy")];
     let missing = || {
         let [own, common] = &candidates;
-        Error::file(path, format!("has no labels beside it: neither {} nor {} exists", own.display(), common.display()))
+        Error::file(
+            path,
+            format!(
+                "has no labels beside it: neither {} nor {} exists (of samples without classes all may be 0)",
+                own.display(),
+                common.display()
+            ),
+        )
     };
     candidates.iter().find(|candidate| candidate.exists()).cloned().ok_or_else(missing)
 }

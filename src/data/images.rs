@@ -1,4 +1,4 @@
-//! A folder with one subfolder of PNG, JPEG or WebP images per class.
+//! A folder with one subfolder of PNG, JPEG or WebP images per class, or with images alone.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::DirEntry;
@@ -24,7 +24,7 @@ const MAX_DECODER_BYTES: u64 = 1 << 30;
 /// Largest side of the squares that images are brought to.
 const MAX_SIZE: usize = 4096;
 
-/// Images `DIR/CLASS/IMAGE` as `[3, size, size]` in [-1, 1].
+/// Images `DIR/CLASS/IMAGE` as `[3, size, size]` in [-1, 1]; of a folder without folders, `DIR/IMAGE`, all of one class.
 ///
 /// Labels are the places of the class folders in alphabetical order (of code points, as in torchvision's `ImageFolder`).
 /// Images are cropped and scaled exactly as ADM and DiT do with Pillow ([`center_crop`]); PNG and WebP images therefore
@@ -45,16 +45,22 @@ impl ImageFolder {
     /// `.webp`, or lie anywhere but in a class folder. The [`note`](Dataset::note) tells how many; hidden entries are ignored.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a size of 0 or above 4096; [`Error::File`] when a folder cannot be read, there are no class
-    /// folders or more than [`MAX_CLASSES`], or one of them has no images.
+    /// [`Error::Usage`] for a size of 0 or above 4096; [`Error::File`] when a folder cannot be read, there are neither class
+    /// folders nor images, or more than [`MAX_CLASSES`], or one of them has no images.
     pub fn open(root: impl AsRef<Path>, size: usize) -> Result<Self> {
         let root = root.as_ref();
         if size == 0 || size > MAX_SIZE {
             return Err(Error::usage(format!("image_size is {size}; it can be 1 to {MAX_SIZE}")));
         }
         let canonical = root.canonicalize().map_err(|e| unreadable(root, &e))?;
-        let mut scan = Scan { root: canonical, links: 0, files: 0, folders: 0 };
-        let classes = scan.entries(root, |path, _| path.is_dir())?;
+        let new_scan = || Scan { root: canonical.clone(), links: 0, files: 0, folders: 0 };
+        let mut scan = new_scan();
+        let mut classes = scan.entries(root, |path, _| path.is_dir())?;
+        let without_classes = classes.is_empty() && !new_scan().entries(root, is_image_file)?.is_empty();
+        if without_classes {
+            scan = new_scan();
+            classes.push(OsString::new()); // the folder itself
+        }
         if classes.is_empty() {
             let what =
                 if scan.links > 0 { "has only class folders that are links out of it" } else { "has no class folders" };
@@ -73,7 +79,7 @@ impl ImageFolder {
         for (class, name) in (0..).zip(classes) {
             let path = root.join(&name);
             let (links, folders) = (scan.links, scan.folders);
-            let images = scan.entries(&path, |path, name| is_image(name) && path.is_file())?;
+            let images = scan.entries(&path, is_image_file)?;
             if images.is_empty() && scan.links > links {
                 let root = root.display();
                 return Err(Error::file(
@@ -90,10 +96,14 @@ impl ImageFolder {
                 return Err(Error::file(path, format!("is a class folder without PNG, JPEG or WebP images{inside}")));
             }
             folder.files.extend(images.into_iter().map(|image| (class, image.into_boxed_os_str())));
-            folder.names.push(name.to_string_lossy().into_owned());
+            let name = if without_classes { "0".into() } else { name.to_string_lossy() };
+            folder.names.push(name.into_owned());
             folder.folders.push(path);
         }
-        folder.note = scan.left_out().map(|what| format!("{}: {what} were left out", root.display()));
+        let one = without_classes.then(|| "there are no class folders, so all images are of one class".to_string());
+        let left_out = scan.left_out().map(|what| format!("{what} were left out"));
+        let notes: Vec<String> = one.into_iter().chain(left_out).collect();
+        folder.note = (!notes.is_empty()).then(|| format!("{}: {}", root.display(), notes.join("; ")));
         Ok(folder)
     }
 
@@ -186,6 +196,10 @@ impl Scan {
 
 fn unreadable(path: &Path, e: &std::io::Error) -> Error {
     Error::file(path, format!("cannot be read: {e}"))
+}
+
+fn is_image_file(path: &Path, name: &OsStr) -> bool {
+    is_image(name) && path.is_file()
 }
 
 fn is_image(name: &OsStr) -> bool {

@@ -74,7 +74,8 @@ impl Trainer<'_> {
         let sampler = sampler(config, config.sample_sampler, &steps, 0.0, config.sample_cfg)?;
         let columns = config.samples_per_class;
         let classes = config.sample_classes.min(config.num_classes);
-        let labels: Vec<u32> = (0..classes * columns).map(|i| (i / columns) as u32).collect();
+        let class = |i: usize| if config.no_classes() { config.num_classes } else { i / columns };
+        let labels: Vec<u32> = (0..classes * columns).map(|i| class(i) as u32).collect();
         // With guidance each image twice: with its label, and without.
         let at_once = images_at_once(&self.learner, config, if sampler.guided() { 2 } else { 1 });
         let mut average = Average::of(&mut self.learner, config)?;

@@ -15,9 +15,9 @@ use crate::diffusion::weighting::CLUSTERS;
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
 
-/// What an optimizer file says of the data, beside the state of the trainer: a JSON list of the names of classes, if they have names.
-pub(crate) const CLASSES: &str = "classes";
-/// And how many samples there are.
+/// What a checkpoint's files say of the data: a JSON list of the names of classes, if they have names.
+const CLASSES: &str = "classes";
+/// And, beside the state of the trainer, how many samples there are.
 const SAMPLES: &str = "samples";
 
 /// Steps that were skipped in a row before it was saved.
@@ -30,6 +30,12 @@ const MOST_NAMES: usize = 1 << 20;
 fn text_of_names(names: Option<&[String]>) -> String {
     let text = serde_json::to_string(&names).expect("a list of names");
     if text.len() <= MOST_NAMES { text } else { "null".into() }
+}
+
+/// The names of classes that the metadata of a file tell, if they do.
+pub(crate) fn told_names(metadata: &Metadata) -> Option<Vec<String>> {
+    // What is no such list is as good as none.
+    serde_json::from_str(metadata.get(CLASSES)?).unwrap_or_default()
 }
 
 /// The names of the classes, unless they are only numbers: those of arrays.
@@ -68,12 +74,15 @@ impl Trainer<'_> {
     pub(super) fn save(&mut self, run: &RunDir, progress: &Progress) -> Result<()> {
         let config = self.config;
         self.learner.fetch()?;
+        let names = names_of_classes(self.dataset());
         let Learner { dit, weights: model, ema, m, v, uncertainty, updates, .. } = &self.learner;
         let tokens = [1, dit.config.tokens(), dit.config.hidden_size];
         let weights_file = |name, data| {
             let mut tensors = TensorOut::of_layout(&dit.layout, data, "");
             tensors.push(TensorOut { name: "pos_embed".into(), shape: &tokens, data: dit.positions() });
-            FileOut { name, tensors, metadata: weights::metadata(config) }
+            let mut metadata = weights::metadata(config);
+            metadata.extend(names.map(|_| (CLASSES.to_string(), text_of_names(names))));
+            FileOut { name, tensors, metadata }
         };
         let mut moments = TensorOut::of_layout(&dit.layout, m, "m.");
         moments.extend(TensorOut::of_layout(&dit.layout, v, "v."));
@@ -87,7 +96,7 @@ impl Trainer<'_> {
             ("updates", updates.to_string()),
             (NONFINITE, self.nonfinite_in_a_row.to_string()),
             ("meter", self.meter.to_text()),
-            (CLASSES, text_of_names(names_of_classes(self.dataset()))),
+            (CLASSES, text_of_names(names)),
             (SAMPLES, self.dataset().len().to_string()),
         ];
         let metadata: Metadata = state.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
@@ -153,16 +162,15 @@ impl Trainer<'_> {
         let file = SafetensorsFile::open(checkpoint.join(checkpoint::OPTIMIZER))?;
         let recorded = |key: &str| file.metadata().get(key);
         let (classes, samples) = (self.dataset().num_classes(), self.dataset().len());
-        let Some(names) = recorded(CLASSES) else {
+        if recorded(CLASSES).is_none() {
             return Ok((classes < config.num_classes).then(|| {
                 format!(
                     "the data have {classes} classes and the model {}: if class folders are gone, labels mean other classes now",
                     config.num_classes
                 )
             }));
-        };
-        // What is no such list is as good as none.
-        let were: Option<Vec<String>> = serde_json::from_str(names).unwrap_or_default();
+        }
+        let were = told_names(file.metadata());
         let are = names_of_classes(self.dataset()).map(<[String]>::to_vec);
         if let Some([were, are]) = comparable_names([were, are])
             && let Some(class) = (0..were.len().max(are.len())).find(|&class| were.get(class) != are.get(class))

@@ -61,6 +61,7 @@ impl Validation {
             let b = batch.min(n - first);
             let images = self.loader.next(index as u64)?;
             let (x_start, labels) = (&images.pixels[..b * numbers], &images.labels[..b]);
+            let labels = if config.no_classes() { &vec![config.num_classes as u32; b] } else { labels };
             let t: Vec<u32> = (first..first + b).map(|i| ((2 * i + 1) * TASKS / (2 * n)) as u32).collect();
             let mut noise = vec![0.0; x_start.len()];
             for (i, noise) in noise.chunks_exact_mut(numbers).enumerate() {
@@ -184,8 +185,13 @@ mod tests {
     fn it_is_the_mean_loss_of_the_average_over_all_timesteps() {
         // A weight that tells timesteps apart.
         let loss_weight = LossWeight::MinSnr { gamma: 5.0 };
-        let config = TrainConfig { loss_weight, ..config(6) };
-        let mut trainer = trainer(&config, Some(ten_samples()));
+        for label_dropout in [0.1, 1.0] {
+            check_mean(&TrainConfig { loss_weight, label_dropout, ..config(6) });
+        }
+    }
+
+    fn check_mean(config: &TrainConfig) {
+        let mut trainer = trainer(config, Some(ten_samples()));
         // No gate or last layer of zeros, and an average that is not the weights.
         let learner = &mut trainer.learner;
         learner.ema.iter_mut().enumerate().for_each(|(i, w)| *w += (i * 37 % 101) as f32 / 2000.0 - 0.025);
@@ -195,15 +201,16 @@ mod tests {
         let (mut x_start, mut noise, mut x_t, mut scratch) = ([0.0; 16], [0.0; 16], [0.0; 16], [0.0; 32]);
         let mut sums = [0.0; 3];
         let mut memory = Memory::new();
-        for (i, index) in order(&config).into_iter().enumerate() {
+        for (i, index) in order(config).into_iter().enumerate() {
             let t = [i as u32 * 100 + 50];
             let label = ten_samples().read(index, false, &mut x_start).unwrap();
+            let label = if config.label_dropout == 1.0 { 3 } else { label };
             Philox::new(config.seed, Stream::ValidationNoise).normal(&mut noise, 0, i as u64);
             q_sample(&mut x_t, &x_start, &noise, &t, schedule).unwrap();
             let mut tape = Tape::inference(ema, &mut memory);
             let x = tape.input(&x_t, [1, 1, 4, 4], false).unwrap();
             let out = dit.forward(&mut tape, x, &t, &[label]).unwrap();
-            let weight = loss_weight.weight(schedule, t[0] as usize);
+            let weight = config.loss_weight.weight(schedule, t[0] as usize);
             let [mut mse, mut vb, mut loss] = [[f32::NAN]; 3];
             let terms = LossTerms { mse: &mut mse, vb: &mut vb, loss: &mut loss, d_model_out: &mut scratch };
             losses(terms, tape.value(out), &x_start, &noise, &t, &[weight], &[0.0], schedule, dims).unwrap();

@@ -1,16 +1,17 @@
 //! `dtr-fused sample`.
 
 mod files;
+mod labels;
 mod source;
 
-use std::ops::Range;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use clap::{Args, ValueEnum};
 
-use self::files::{Files, GRID_ROWS};
+use self::files::Files;
+use self::labels::{labels, part};
 use self::source::{Source, source};
 use super::signals::{self, STOP};
 use crate::autograd::cuda::DeviceWeights;
@@ -22,7 +23,7 @@ use crate::model::dit::Dit;
 use crate::train::config::{Precision, SamplerKind};
 use crate::train::progress::{Progress, say};
 use crate::train::weights::read_weights;
-use crate::train::{TrainConfig, samples, setup, trainer};
+use crate::train::{samples, setup, trainer};
 
 /// Most images that are computed at a time: with guidance they are twice as many samples, of which kernels take 65535.
 const MOST_AT_ONCE: usize = 32_767;
@@ -33,6 +34,7 @@ Examples:
   dtr-fused sample --checkpoint runs/digits-paper-0001 --classes 3,7 --num 40 --cfg 2 --seed 1
   dtr-fused sample --checkpoint runs/digits-paper-0001 --num 5000 --sampler ddpm --npz samples.npz
   dtr-fused sample --checkpoint runs/digits-paper-0001 --num 5000 --only 2560..5000 --npz rest.npz
+  dtr-fused sample --checkpoint runs/pets-0001 --classes cat,dog --sampler dpm++ --num 100 --npz pets.npz
   dtr-fused sample --checkpoint DiT-XL-2.safetensors --classes 207,360 --cfg 4 --npz latents.npz
 
 A file of weights tells the sizes of its model, that of the images if it has pos_embed. Where
@@ -72,12 +74,13 @@ pub(super) struct SampleArgs {
     /// Noise of ddim, as a share of that of ddpm
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     eta: f64,
-    /// Strength of classifier-free guidance; 1 = none [default: 1.5; 1 for a model trained with label_dropout 0]
+    /// Strength of classifier-free guidance; 1 = none, 0 = of no class [default: 1.5; 1 for a model trained with label_dropout 0 or 1]
     #[arg(long, allow_negative_numbers = true)]
     cfg: Option<f64>,
-    /// Classes to make, by number [default: all; without --num and --npz, those that the grid has rows for]
+    /// Classes to make: numbers, ranges A..B (without B), or names if the data had some [default: all; without --num and --npz, those
+    /// that the grid has rows for]
     #[arg(long, value_delimiter = ',', allow_negative_numbers = true)]
-    classes: Vec<u32>,
+    classes: Vec<String>,
     /// Images in all, shared equally among the classes [default: 10 for each]
     #[arg(long, allow_negative_numbers = true)]
     num: Option<usize>,
@@ -111,11 +114,11 @@ pub(super) struct SampleArgs {
 }
 
 pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
-    let Source { mut config, name, weights: file, note: assumed } = source(&args)?;
+    let Source { mut config, name, weights: file, names, note: assumed } = source(&args)?;
     config.threads = args.threads;
     config.device = args.device.clone();
     config.validate()?;
-    let all = labels(&args, &config)?;
+    let all = labels(&args, &config, names.as_deref())?;
     let only = args.only.as_ref().map_or(Ok(0..all.len()), |text| part(text, all.len()))?;
     let labels = &all[only.clone()];
     if !(1..=MOST_AT_ONCE).contains(&args.batch_size) {
@@ -201,31 +204,4 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     }
     say(&error.to_string());
     Ok(ExitCode::from(signals::exit_code()))
-}
-
-/// The label of every image, by class.
-fn labels(args: &SampleArgs, config: &TrainConfig) -> Result<Vec<u32>> {
-    let all = config.num_classes as u32;
-    // Images that nobody asked for and the grid does not show are not made.
-    let rows = if args.num.is_some() || args.npz.is_some() { all } else { all.min(GRID_ROWS as u32) };
-    let classes = if args.classes.is_empty() { (0..rows).collect() } else { args.classes.clone() };
-    if let Some(class) = classes.iter().find(|&&class| class >= all) {
-        return Err(Error::usage(format!("class {class} is outside 0..{all}: this model knows {all} classes")));
-    }
-    let num = args.num.unwrap_or(10 * classes.len());
-    if num == 0 || num > 1 << 24 {
-        return Err(Error::usage(format!("--num is {num}, but it must be between 1 and {}", 1 << 24)));
-    }
-    let share = |i: usize| num / classes.len() + usize::from(i < num % classes.len());
-    Ok(classes.iter().enumerate().flat_map(|(i, &class)| std::iter::repeat_n(class, share(i))).collect())
-}
-
-/// What `--only` leaves of `n` images.
-fn part(text: &str, n: usize) -> Result<Range<usize>> {
-    let number = |text: &str, end| if text.is_empty() { Some(end) } else { text.parse().ok() };
-    let range = text.split_once("..").and_then(|(a, b)| Some(number(a, 0)?..number(b, n)?));
-    range.filter(|range| range.start < range.end && range.end <= n).ok_or_else(|| {
-        let what = "but it must be A..B (or A.. or ..B) with A < B";
-        Error::usage(format!("--only is {text}, {what} and B at most {n}, the number of images"))
-    })
 }

@@ -6,6 +6,7 @@ use super::{SampleArgs, Weights};
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
 use crate::train::config::{Assignment, Layer};
+use crate::train::state::told_names;
 use crate::train::{TrainConfig, checkpoint, weights};
 
 /// Where the weights are, and what model they are.
@@ -14,6 +15,8 @@ pub(super) struct Source {
     /// The checkpoint or file, as messages call it.
     pub(super) name: PathBuf,
     pub(super) weights: PathBuf,
+    /// Names of the classes, if they are told.
+    pub(super) names: Option<Vec<String>>,
     /// What was assumed of the model, if anything.
     pub(super) note: Option<String>,
 }
@@ -32,9 +35,12 @@ pub(super) fn source(args: &SampleArgs) -> Result<Source> {
         }
         let assignments = args.set.iter().map(|argument| Assignment::from_argument(argument)).collect::<Result<_>>()?;
         let set = Layer { origin: "--set".into(), assignments };
-        let (config, note) = weights::config_of(&SafetensorsFile::open(path)?, &set)?;
-        return Ok(Source { config, name: path.clone(), weights: path.clone(), note });
+        let file = SafetensorsFile::open(path)?;
+        let (config, note) = weights::config_of(&file, &set)?;
+        let names = told_names(file.metadata());
+        return Ok(Source { config, name: path.clone(), weights: path.clone(), names, note });
     }
+    let place = checkpoint::resolve(path)?;
     if !args.set.is_empty() {
         let what = format!(
             "--set is for a file of weights, but {} says itself what its model is: leave it out",
@@ -42,7 +48,7 @@ pub(super) fn source(args: &SampleArgs) -> Result<Source> {
         );
         return Err(Error::usage(what));
     }
-    let Some(name) = checkpoint::resolve(path)?.checkpoint else {
+    let Some(name) = place.checkpoint else {
         return Err(Error::file(
             path,
             "has no checkpoint yet: wait for the first one, or finish training with dtr-fused train --resume",
@@ -50,5 +56,6 @@ pub(super) fn source(args: &SampleArgs) -> Result<Source> {
     };
     let config = TrainConfig::from_file(&name.join(checkpoint::CONFIG))?;
     let weights = name.join(if args.weights == Some(Weights::Model) { checkpoint::MODEL } else { checkpoint::EMA });
-    Ok(Source { config, name, weights, note: None })
+    let names = told_names(SafetensorsFile::open(&weights)?.metadata());
+    Ok(Source { config, name, weights, names, note: None })
 }

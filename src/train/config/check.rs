@@ -52,12 +52,17 @@ impl TrainConfig {
     ///
     /// # Errors
     /// [`Error::Usage`] when it is not 0 to 1000, or the model cannot be guided: without label dropout it has not
-    /// learned what an image without a class is.
+    /// learned what an image without a class is, and with nothing else no class.
     pub fn check_cfg(&self, key: &str, cfg: f64) -> Result<()> {
         guidance(key, cfg)?;
         if self.label_dropout == 0.0 && cfg != 1.0 {
             return Err(Error::usage(format!(
                 "{key} is {cfg}, but guidance needs a model that was trained with label_dropout above 0: give 1"
+            )));
+        }
+        if self.no_classes() && cfg != 1.0 {
+            return Err(Error::usage(format!(
+                "{key} is {cfg}, but a model that is trained with label_dropout 1 knows no class to guide to: give 1"
             )));
         }
         Ok(())
@@ -322,6 +327,9 @@ mod tests {
         assert_eq!(config.default_cfg(), 1.0);
         config.check_cfg("cfg", 1.0).unwrap();
         assert!(config.check_cfg("cfg", 1.5).unwrap_err().to_string().contains("cfg is 1.5, but guidance needs"));
+        config.label_dropout = 1.0;
+        assert_eq!(config.default_cfg(), 1.0);
+        assert!(config.check_cfg("cfg", 0.0).unwrap_err().to_string().contains("label_dropout 1 knows no class"));
     }
 
     #[test]

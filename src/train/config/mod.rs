@@ -118,7 +118,7 @@ knobs! {
         data_kind: DataKind = fixed;
         /// Mirror half of the training images left to right
         flip: bool;
-        /// Share of labels replaced by "no class", which classifier-free guidance needs; 0 to 1
+        /// Share of labels replaced by "no class", which classifier-free guidance needs; 0 to 1, with 1 the model learns no classes
         label_dropout: f64;
         /// Samples that are kept from training, drawn by the seed, to measure the validation loss on; 0 = none
         validation_samples: usize = fixed;
@@ -200,7 +200,7 @@ knobs! {
         sample_sampler: SamplerKind;
         /// Denoising steps of the grids, 1 to 1000
         sample_steps: usize;
-        /// Strength of classifier-free guidance in the grids; 1 = none, as always with label_dropout 0
+        /// Strength of classifier-free guidance in the grids; 1 = none, as always with label_dropout 0 or 1
         sample_cfg: f64;
     }
 }
@@ -347,9 +347,14 @@ impl TrainConfig {
         }
     }
 
-    /// Guidance of samples where nothing is said: none for a model that never saw a sample without its label.
+    /// Guidance of samples where nothing is said: none for a model that never saw a sample without its label, or with it.
     pub fn default_cfg(&self) -> f64 {
-        if self.label_dropout == 0.0 { 1.0 } else { GUIDANCE }
+        if self.label_dropout == 0.0 || self.no_classes() { 1.0 } else { GUIDANCE }
+    }
+
+    /// Whether the model never sees a label: then what is asked of it is of no class, too.
+    pub fn no_classes(&self) -> bool {
+        self.label_dropout == 1.0
     }
 
     /// The decay of the moving average at update `n` (the first update is 0).

@@ -1,0 +1,104 @@
+//! Classes on the command line: their names, and models that learn none.
+
+mod program;
+
+use std::fs;
+use std::path::Path;
+
+use dtr_fused::safetensors_file::SafetensorsFile;
+use program::{fails, run, stderr, succeeds, train};
+
+/// A run of the tiny model in `place/run`.
+fn trained(place: &Path, args: &[&str]) -> String {
+    let step = ["--out", "run", "--steps", "1", "--device", "cpu", "--samples-per-class", "1"];
+    let output = train(place, &[&step, args].concat());
+    let said = stderr(&output);
+    succeeds(output);
+    said
+}
+
+/// `sample` of `checkpoint` to `place/FILE.png` and `place/FILE.npz`.
+fn sample(place: &Path, checkpoint: &str, file: &str, args: &[&str]) -> std::process::Output {
+    let [png, npz] = ["png", "npz"].map(|ending| format!("{file}.{ending}"));
+    let way = ["sample", "--checkpoint", checkpoint, "--device", "cpu", "--steps", "3", "--out", &png, "--npz", &npz];
+    run(place, &[&way, args].concat())
+}
+
+/// The labels in the archive, whose last array they are.
+fn labels(place: &Path, file: &str, n: usize) -> Vec<i64> {
+    let npz = fs::read(place.join(file).with_extension("npz")).unwrap();
+    // It ends after the numbers with a directory, which begins with a signature.
+    let end = npz.windows(4).position(|bytes| bytes == b"PK\x01\x02").unwrap();
+    npz[end - 8 * n..end].chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap())).collect()
+}
+
+fn put(place: &Path, name: &str) {
+    let path = place.join(name);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    image::RgbImage::from_fn(8, 8, |x, y| image::Rgb([x, y, x * y].map(|v| 8 * v as u8))).save(path).unwrap();
+}
+
+#[test]
+fn classes_are_sampled_by_name() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    for name in ["pets/dog/a.png", "pets/cat/a.png", "pets/cow/a.png"] {
+        put(place, name);
+    }
+    trained(place, &["--data", "pets", "--image-size", "8"]);
+    let ema = "run/checkpoints/0000001/ema.safetensors";
+    for checkpoint in ["run", ema] {
+        for (classes, expected) in
+            [("dog,cat", [2, 2, 0, 0]), ("2,cat", [2, 2, 0, 0]), ("1..3", [1, 1, 2, 2]), ("..1,1", [0, 0, 1, 1])]
+        {
+            succeeds(sample(place, checkpoint, "some", &["--classes", classes, "--num", "4"]));
+            assert_eq!(labels(place, "some", 4), expected, "{classes} of {checkpoint}");
+        }
+        let says = "there is no class 'ox': give numbers below 3, such as 3 or 0..10, or one of cat, cow, dog";
+        fails(sample(place, checkpoint, "none", &["--classes", "cat,ox"]), 2, &[says]);
+        fails(sample(place, checkpoint, "none", &["--classes", "1..4"]), 2, &["class 1..4 is outside 0..3"]);
+        assert!(succeeds(run(place, &["info", checkpoint])).contains("classes       0 cat, 1 cow, 2 dog"));
+    }
+}
+
+#[test]
+fn images_without_class_folders_are_one_class() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    ["faces/a.png", "faces/b.png", "faces/c.png"].iter().for_each(|name| put(place, name));
+    fs::write(place.join("faces/readme.txt"), "faces").unwrap();
+    let said = trained(place, &["--data", "faces", "--image-size", "8"]);
+    let note =
+        "faces: there are no class folders, so all images are of one class; 1 files that are no PNG, JPEG or WebP";
+    assert!(said.contains("3 images of 3 x 8 x 8 in 1 classes") && said.contains(note), "{said}");
+    // Moved, they are the same.
+    fs::rename(place.join("faces"), place.join("people")).unwrap();
+    succeeds(run(place, &["train", "--resume", "run", "--data", "people", "--steps", "2"]));
+}
+
+/// What is asked of a model that never saw a label has none either: the rows of classes may be anything.
+#[test]
+fn a_model_without_classes_is_asked_for_none() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let grid = ["--sample-classes", "1", "--samples-per-class", "12", "--lr", "0.01", "--ema-decay", "0.9"];
+    trained(place, &[&["--label-dropout", "1", "--steps", "50"], &grid[..]].concat());
+    let ema = "run/checkpoints/0000050/ema.safetensors";
+    succeeds(sample(place, "run", "of-run", &["--num", "12"]));
+    assert_eq!(labels(place, "of-run", 12), [10; 12]);
+    let made = fs::read(place.join("of-run.png")).unwrap();
+    assert!(made == fs::read(place.join("run/samples/0000050.png")).unwrap(), "another grid than that of training");
+    let table = {
+        let file = SafetensorsFile::open(place.join(ema)).unwrap();
+        file.tensor("y_embedder.embedding_table.weight").unwrap().bytes.to_vec()
+    };
+    let mut bytes = fs::read(place.join(ema)).unwrap();
+    let at = bytes.windows(table.len()).position(|bytes| bytes == table).unwrap();
+    bytes[at..][..10 * 32 * 4].chunks_exact_mut(4).for_each(|x| x.copy_from_slice(&3f32.to_le_bytes()));
+    fs::write(place.join("other.safetensors"), bytes).unwrap();
+    succeeds(sample(place, "other.safetensors", "of-other", &["--num", "12"]));
+    assert!(made == fs::read(place.join("of-other.png")).unwrap(), "rows of classes count");
+    fails(sample(place, "run", "none", &["--classes", "3"]), 2, &["trained without (label_dropout 1): leave them out"]);
+    fails(sample(place, "run", "none", &["--cfg", "2"]), 2, &["knows no class to guide to: give 1"]);
+    fails(train(place, &["--label-dropout", "1", "--sample-cfg", "2"]), 2, &["sample_cfg is 2, but a model"]);
+}
