@@ -21,5 +21,15 @@ fn scripts_complete_commands_and_flags() {
         for word in commands.iter().chain(&["grad-clip", "routing", "checkpoint-activations", "npz", "profile"]) {
             assert!(script.contains(word), "{shell}: {word} is not completed");
         }
+        // Values, too; clap has none for Elvish and PowerShell.
+        let values = match shell {
+            "bash" => ["\"paper sublayer random dense\"", "\"ddim ddpm dpm++\"", "DiT-B/4 "],
+            "zsh" => ["(paper sublayer random dense)", "(ddim ddpm dpm++)", "DiT-B/4 "],
+            "fish" => ["paper\\t", "dpm++\\t", "DiT-B/4\\t"],
+            _ => continue,
+        };
+        for value in values {
+            assert!(script.contains(value), "{shell}: {value} is not completed");
+        }
     }
 }

@@ -201,6 +201,8 @@ fn a_file_of_weights_is_sampled_without_its_run() {
         2,
         &["num_heads 5", "the weights in weights.safetensors"],
     );
+    let dense = ["--set", "num_heads=2", "routing=dense", "beta=0.5"];
+    refused("weights.safetensors", &dense, 2, &["--set gives beta, but routing is dense, which has none"]);
     refused("weights.safetensors", &["--set", "num_heads=2", "image_size=0"], 2, &["image_size is 0"]);
     let said = succeeds(run(place, &["info", "--tensors", "weights.safetensors"]));
     assert!(said.contains("does not tell num_heads") && said.contains("y_embedder.embedding_table.weight "), "{said}");

@@ -365,6 +365,29 @@ fn a_resume_that_would_lose_or_change_the_run_is_refused() {
     assert!(metrics.starts_with(now.lines().next().unwrap().as_bytes()), "the metrics are kept");
 }
 
+/// More steps end a cosine later: the rate, which had fallen, rises.
+#[test]
+fn another_learning_rate_of_a_resumed_run_is_told() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    succeeds(train(place, &["--out", "run", "--steps", "4", "--warmup-steps", "0"]));
+    let resumed = |more: &[&str]| {
+        let output = run(place, &[&["train", "--resume", "run"], more].concat());
+        let said = program::stderr(&output);
+        succeeds(output);
+        said
+    };
+    assert!(!resumed(&[]).contains("learning rate"));
+    let said = resumed(&["--steps", "8"]);
+    assert!(
+        said.contains("learning rate goes from 3.00e-4 to 1.35e-3, as its decay now ends after step 8\n"),
+        "{said}"
+    );
+    let said = resumed(&["--steps", "9", "--lr-decay", "constant", "--lr", "1e-3"]);
+    assert!(said.contains("the learning rate goes from 3.00e-4 to 1.00e-3\n"), "{said}");
+    assert!(!resumed(&["--steps", "10"]).contains("learning rate"));
+}
+
 #[test]
 fn steps_that_are_not_finite_stop_the_run_with_a_good_checkpoint() {
     let place = tempfile::tempdir().unwrap();

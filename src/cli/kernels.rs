@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use clap::Args;
 
+use super::offered::offered;
 use crate::backend::cuda::device::{ModuleKey, Recorded};
 use crate::backend::cuda::{DType, Device, nvrtc};
 use crate::error::{Error, Result};
@@ -40,13 +41,13 @@ pub(super) struct KernelsArgs {
     #[arg(long, default_value_t = 32)]
     batch_size: usize,
     /// How blocks use the windows
-    #[arg(long, value_name = Routing::NAMES, default_value_t = Routing::Paper)]
+    #[arg(long, value_name = Routing::NAMES, value_parser = offered::<Routing>(Routing::NAMES), hide_possible_values = true, default_value_t = Routing::Paper)]
     routing: Routing,
     /// Share of active channels
     #[arg(long, default_value_t = 0.8)]
     beta: f64,
     /// Number format of products and activations
-    #[arg(long, value_name = Precision::NAMES, default_value_t = Precision::Bf16)]
+    #[arg(long, value_name = Precision::NAMES, value_parser = offered::<Precision>(Precision::NAMES), hide_possible_values = true, default_value_t = Precision::Bf16)]
     precision: Precision,
     /// Print one JSON object
     #[arg(long)]

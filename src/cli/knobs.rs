@@ -1,8 +1,10 @@
 //! The knobs of a training run as flags: `--batch-size` for the key `batch_size`.
 
+use clap::builder::StringValueParser;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
+use super::offered::Offered;
 use crate::train::TrainConfig;
 use crate::train::config::{Assignment, KNOBS, Knob, Layer};
 
@@ -70,6 +72,15 @@ fn flag(knob: &Knob, digits: &TrainConfig, published: &TrainConfig) -> Arg {
         .hide_short_help(!MAIN.contains(&knob.name));
     // Minus signs begin values such as -1, whose message says more than "unexpected argument".
     let arg = arg.allow_negative_numbers(true);
+    let offered = match knob.name {
+        "model" => Some(TrainConfig::model_names().join("|")),
+        "device" => Some("auto|cpu|cuda".into()),
+        _ => Some(knob.value_name.to_string()).filter(|names| names.contains('|')),
+    };
+    let arg = match offered {
+        Some(names) => arg.value_parser(Offered(names, StringValueParser::new())).hide_possible_values(true),
+        None => arg,
+    };
     if knob.value_name == "true|false" { arg.num_args(0..=1).default_missing_value("true") } else { arg }
 }
 

@@ -6,6 +6,7 @@ mod completions;
 mod info;
 mod kernels;
 mod knobs;
+mod offered;
 mod parity;
 mod sample;
 mod signals;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::offered::offered;
 use crate::backend::Compute;
 use crate::error::{Error, Result, printable};
 use crate::parity::check_dir;
@@ -30,7 +31,7 @@ pub(super) struct ParityArgs {
     #[arg(long, default_value = "auto")]
     device: String,
     /// Precision of the products; in bf16 they may be off by three times the error of plain loops in bf16
-    #[arg(long, value_name = Precision::NAMES, default_value_t = Precision::F32)]
+    #[arg(long, value_name = Precision::NAMES, value_parser = offered::<Precision>(Precision::NAMES), hide_possible_values = true, default_value_t = Precision::F32)]
     precision: Precision,
     /// Print only what fails, and a summary
     #[arg(long, short)]

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::checkpoint::{self, CONFIG};
-use super::config::{KNOBS, Layer, TrainConfig};
+use super::config::{Decay, KNOBS, Layer, TrainConfig};
 use super::metrics;
 use super::plot::LOSS_PNG;
 use crate::error::{Error, Result};
@@ -49,6 +49,20 @@ pub(super) fn check_same_run(config: &TrainConfig, run: &Path, checkpoint: &Path
         config.check_cfg("sample_cfg", config.sample_cfg)?;
     }
     Ok(())
+}
+
+/// A sentence where the learning rate of the next step is another than in the configuration of `checkpoint`, which was saved after `step`.
+pub(super) fn note_on_lr(config: &TrainConfig, checkpoint: &Path, step: u64) -> Result<Option<String>> {
+    let path = checkpoint.join(CONFIG);
+    if !path.exists() || step >= config.steps {
+        return Ok(None);
+    }
+    let saved = TrainConfig::from_file(&path)?;
+    let [was, is] = [&saved, config].map(|config| config.lr_at(step));
+    // Under cosine decay more steps end later.
+    let ends = config.lr_decay == Decay::Cosine && config.steps != saved.steps;
+    let why = if ends { format!(", as its decay now ends after step {}", config.steps) } else { String::new() };
+    Ok(((is - was).abs() > 0.01 * was).then(|| format!("the learning rate goes from {was:.2e} to {is:.2e}{why}")))
 }
 
 /// Refuses to start `run` over when it had a checkpoint, which must then have been moved away.

@@ -144,7 +144,8 @@ pub fn resume_on(
         let note = match &checkpoint {
             Some(checkpoint) => {
                 let about_data = trainer.go_on_from(checkpoint, &run)?;
-                trainer.notes.splice(0..0, about_data);
+                let about_lr = resume::note_on_lr(&config, checkpoint, trainer.step)?;
+                trainer.notes.splice(0..0, about_data.into_iter().chain(about_lr));
                 format!("going on after step {} of {}, from {}", trainer.step, config.steps, checkpoint.display())
             }
             None => "the run has no checkpoint yet: starting it over".to_string(),

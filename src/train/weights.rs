@@ -182,6 +182,14 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
         Error::Usage(what) => Error::usage(format!("{what}, for the weights in {}", file.path().display())),
         other => other,
     })?;
+    if let Some(key) =
+        ["beta", "alpha"].into_iter().find(|key| config.routing == Routing::Dense && set.last(key).is_some())
+    {
+        return Err(Error::usage(format!(
+            "{} gives {key}, but routing is dense, which has none: give routing=paper too, or leave it out",
+            set.origin
+        )));
+    }
     config.data_kind = if config.are_images() { DataKind::Images } else { DataKind::Latents };
     let mut assumed = metadata(&config);
     assumed.retain(|key, _| told(key).is_none());

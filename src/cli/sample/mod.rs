@@ -13,6 +13,7 @@ use clap::{Args, ValueEnum};
 use self::files::Files;
 use self::labels::{labels, part};
 use self::source::{Source, source};
+use super::offered::offered;
 use super::signals::{self, STOP};
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights as ModelWeights};
@@ -65,7 +66,7 @@ pub(super) struct SampleArgs {
     set: Vec<String>,
     /// Sampling algorithm: ddim (deterministic with --eta 0, good with few steps), dpm++ (DPM-Solver++(2M): deterministic, good with fewer
     /// steps) or ddpm (ancestral)
-    #[arg(long, value_name = SamplerKind::NAMES, default_value_t = SamplerKind::Ddim)]
+    #[arg(long, value_name = SamplerKind::NAMES, value_parser = offered::<SamplerKind>(SamplerKind::NAMES), hide_possible_values = true, default_value_t = SamplerKind::Ddim)]
     sampler: SamplerKind,
     /// Denoising steps: a number, or for ddim and ddpm also ddimN, or A,B,.. for parts of the schedule [default: 50 for ddim, 20 for dpm++,
     /// 250 for ddpm]
@@ -109,7 +110,7 @@ pub(super) struct SampleArgs {
     #[arg(long, default_value = "auto")]
     device: String,
     /// Number format of products [default: that of training if it is told, but f32 on a CPU without AMX]
-    #[arg(long, value_name = Precision::NAMES)]
+    #[arg(long, value_name = Precision::NAMES, value_parser = offered::<Precision>(Precision::NAMES), hide_possible_values = true)]
     precision: Option<Precision>,
 }
 

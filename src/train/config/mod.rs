@@ -216,12 +216,6 @@ fn shape_of(model: &str) -> Option<[usize; 4]> {
     ModelConfig::published(model).map(|of| [of.hidden_size, of.depth, of.num_heads, of.patch_size])
 }
 
-/// The names that `model` may have.
-fn model_names() -> Vec<String> {
-    let published = ["S", "B", "L", "XL"].into_iter().flat_map(|s| [2, 4, 8].map(|p| format!("DiT-{s}/{p}")));
-    published.chain(["digits".into(), "custom".into()]).collect()
-}
-
 impl Default for TrainConfig {
     /// The `digits` model on the built-in digits.
     fn default() -> Self {
@@ -322,10 +316,16 @@ impl TrainConfig {
         Ok(config)
     }
 
+    /// The names that `model` may have.
+    pub fn model_names() -> Vec<String> {
+        let published = ["S", "B", "L", "XL"].into_iter().flat_map(|s| [2, 4, 8].map(|p| format!("DiT-{s}/{p}")));
+        published.chain(["digits".into(), "custom".into()]).collect()
+    }
+
     /// Names the model and takes its shape.
     fn set_model(&mut self, model: &str) -> Result<()> {
         let Some(shape) = shape_of(model) else {
-            let names = model_names();
+            let names = Self::model_names();
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
             let near = value::did_you_mean(model, names.iter().copied());
             return Err(crate::Error::usage(format!(
