@@ -52,6 +52,103 @@ fn it_is_told_and_kept() {
     }
 }
 
+/// The loss that `validate` prints as JSON.
+fn validated(place: &Path, args: &[&str]) -> f64 {
+    let text = succeeds(run(place, &[&["validate", "--json"], args].concat()));
+    let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(
+        report["mse"].as_f64().unwrap() > 0.0 && report["loss_by_timestep"].as_array().unwrap().len() == 8,
+        "{text}"
+    );
+    report["loss"].as_f64().unwrap()
+}
+
+/// `validate` finds what training did, and with other weights, samples or noise something else.
+#[test]
+fn it_is_measured_afterwards_too() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let args =
+        ["--steps", "30", "--lr", "0.01", "--seed", "3", "--validation-samples", "30", "--loss-weight", "min-snr-5"];
+    succeeds(train(place, &[&args[..], &["--out", "run"]].concat()));
+    let lines = metrics::read(&place.join("run")).unwrap();
+    let expected = lines.last().unwrap().validation.as_ref().unwrap().loss.unwrap();
+    assert_eq!(validated(place, &["--checkpoint", "run"]), expected);
+    assert_eq!(validated(place, &["--checkpoint", "run", "--threads", "1"]), expected);
+    let text = succeeds(run(place, &["validate", "--checkpoint", "run"]));
+    let says = [
+        "30 samples, by run/checkpoints/0000030",
+        &format!("loss          {}", metrics::loss_text(expected)),
+        "t 875-999",
+    ];
+    assert!(says.iter().all(|part| text.contains(part)), "{text}");
+    for other in [&["--weights", "model"][..], &["--seed", "0"], &["--data", "digits"]] {
+        assert!(validated(place, &[&["--checkpoint", "run"], other].concat()) != expected, "{other:?}");
+    }
+    let digits = ["--checkpoint", "run", "--data", "digits", "--seed", "0"];
+    assert_eq!(validated(place, &digits), validated(place, &digits[..4]));
+
+    let ema = "run/checkpoints/0000030/ema.safetensors";
+    let of_file = |more: &[&str]| run(place, &[&["validate", "--checkpoint", ema], more].concat());
+    succeeds(of_file(&["--data", "digits"]));
+    fails(of_file(&[]), 2, &["a file of weights names no data: give --data"]);
+    save_samples(&place.join("two.npy"), 30);
+    npy::write(place.join("wide.npy"), Element::U8, &[2, 1, 12, 12], &[7; 288]).unwrap();
+    npy::write(place.join("wide.labels.npy"), Element::U8, &[2], &[0, 1]).unwrap();
+    assert!(validated(place, &["--checkpoint", "run", "--data", "two.npy"]).is_finite());
+    fails(
+        of_file(&["--data", "wide.npy"]),
+        2,
+        &["are images of 1 x 12 x 12 in 10 classes, but this model learned images of 1 x 8 x 8"],
+    );
+    succeeds(train(place, &["--steps", "1", "--out", "plain"]));
+    fails(run(place, &["validate", "--checkpoint", "plain"]), 2, &["this run was not validated: say with --data"]);
+}
+
+/// Data of its own change nothing of training, and may be given when it goes on.
+#[test]
+fn data_of_its_own_are_validated_on() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    save_samples(&place.join("other.npy"), 30);
+    let of = |out, more: &[&str]| {
+        let output = train(place, &[&["--out", out, "--steps", "2"], more].concat());
+        let said = stderr(&output);
+        succeeds(output);
+        said
+    };
+    let said = of("with", &["--validation-data", "other.npy"]);
+    assert!(said.contains("30 samples are there to validate on, from 'other.npy'"), "{said}");
+    of("without", &[]);
+    let weights =
+        |out: &str, step| fs::read(place.join(format!("{out}/checkpoints/{step:07}/model.safetensors"))).unwrap();
+    assert!(weights("with", 2) == weights("without", 2), "other weights");
+    for out in ["with", "without"] {
+        succeeds(run(place, &["train", "--resume", out, "--steps", "4", "--validation-data", "other.npy"]));
+    }
+    assert!(weights("with", 4) == weights("without", 4), "other weights");
+    let last = |out: &str| metrics::read(&place.join(out)).unwrap().pop().unwrap().validation.unwrap();
+    assert_eq!(last("with"), last("without"));
+    assert_eq!(validated(place, &["--checkpoint", "with"]), last("with").loss.unwrap());
+    fails(
+        train(place, &["--validation-data", "other.npy", "--validation-samples", "3"]),
+        2,
+        &["validation_samples is 3 and validation_data is 'other.npy', but a run has one of them"],
+    );
+    fails(train(place, &["--validation-data", "gone.npy"]), 1, &["gone.npy", "does not exist"]);
+
+    for (data, classes) in [("pets", ["cat", "dog"]), ("same", ["cat", "dog"]), ("others", ["cat", "cow"])] {
+        for class in classes {
+            let folder = place.join(data).join(class);
+            fs::create_dir_all(&folder).unwrap();
+            image::RgbImage::from_pixel(8, 8, image::Rgb([9, 90, 200])).save(folder.join("a.png")).unwrap();
+        }
+    }
+    let on = |data| train(place, &["--steps", "1", "--data", "pets", "--image-size", "8", "--validation-data", data]);
+    succeeds(on("same"));
+    fails(on("others"), 2, &["class 1 of the data 'others' is 'cow', but was 'dog' in training"]);
+}
+
 #[test]
 fn what_is_held_out_stays_so() {
     let place = tempfile::tempdir().unwrap();

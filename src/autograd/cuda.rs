@@ -7,6 +7,7 @@
 //! half replays the graph of an earlier pass ([`launch_staged`]).
 
 use super::{Memory, RELEASED, Storage, Tape, Var, Windows};
+use crate::backend::Compute;
 use crate::backend::cuda::arena::Arena;
 use crate::backend::cuda::transfer::Staging;
 use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Graph, Launch};
@@ -35,6 +36,17 @@ impl DeviceWeights {
         let full = device.upload(weights, DType::F32)?;
         let rounded = (elem == DType::Bf16).then(|| device.upload(weights, elem)).transpose()?;
         Ok(DeviceWeights { device: device.clone(), full, rounded })
+    }
+
+    /// [`upload`](Self::upload) to where `compute` is; nothing on the CPU.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    pub fn upload_to(compute: &Compute, weights: &[f32]) -> Result<Option<Self>> {
+        match compute {
+            Compute::Cpu { .. } => Ok(None),
+            Compute::Cuda { device, elem } => Self::upload(device, weights, *elem).map(Some),
+        }
     }
 
     /// Room for `len` weights, with arbitrary contents.

@@ -97,6 +97,7 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
         ("data", ": give --image-size, --in-channels and --num-classes for others"),
         ("data_kind", ""),
         ("init_from", ""),
+        ("validation_data", ""),
         ("out", ""),
     ] {
         if args.knobs.layer.last(key).is_some() {

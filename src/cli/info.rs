@@ -49,7 +49,7 @@ pub(super) fn run(args: InfoArgs) -> Result<()> {
 }
 
 /// Prints a name and what it is.
-fn row(name: &str, what: impl std::fmt::Display) {
+pub(super) fn row(name: &str, what: impl std::fmt::Display) {
     println!("{name:<14}{}", printable(&what.to_string()));
 }
 

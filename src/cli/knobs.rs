@@ -58,7 +58,7 @@ fn flag(knob: &Knob, digits: &TrainConfig, published: &TrainConfig) -> Arg {
     };
     let value_name = match knob.name {
         "model" => "NAME",
-        "data" => "digits|DIR|FILE",
+        "data" | "validation_data" => "digits|DIR|FILE",
         "device" => "auto|cpu|cuda[:N]",
         "out" => "DIR",
         "init_from" => "FILE",

@@ -3,6 +3,7 @@
 mod bench;
 mod bench_cuda;
 mod completions;
+mod compute;
 mod info;
 mod kernels;
 mod knobs;
@@ -10,7 +11,9 @@ mod offered;
 mod parity;
 mod sample;
 mod signals;
+mod source;
 mod train;
+mod validate;
 
 use std::ffi::OsString;
 use std::panic::{self, PanicHookInfo};
@@ -51,6 +54,7 @@ enum Command {
     Sample(sample::SampleArgs),
     Bench(bench::BenchArgs),
     Kernels(kernels::KernelsArgs),
+    Validate(validate::ValidateArgs),
     Info(info::InfoArgs),
     Parity(parity::ParityArgs),
     Completions(completions::CompletionsArgs),
@@ -94,6 +98,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Sample(args) => return sample::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Kernels(args) => kernels::run(args),
+        Command::Validate(args) => validate::run(args),
         Command::Info(args) => info::run(args),
         Command::Parity(args) => parity::run(args),
         Command::Completions(args) => completions::run(args),

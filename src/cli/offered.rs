@@ -1,6 +1,7 @@
 //! Values of flags that completions offer.
 
 use std::ffi::OsStr;
+use std::str::FromStr;
 
 use clap::builder::{PossibleValue, TypedValueParser};
 use clap::{Arg, Command, Error};
@@ -22,9 +23,9 @@ impl<P: TypedValueParser> TypedValueParser for Offered<P> {
 }
 
 /// What a type parses, with all its names.
-pub(super) fn offered<T>(names: &str) -> Offered<fn(&str) -> Result<T, crate::error::Error>>
+pub(super) fn offered<T>(names: &str) -> impl TypedValueParser<Value = T> + use<T>
 where
-    T: std::str::FromStr<Err = crate::error::Error>,
+    T: FromStr<Err = crate::error::Error> + Clone + Send + Sync + 'static,
 {
     Offered(names.into(), T::from_str)
 }

@@ -45,11 +45,8 @@ impl<'a> Average<'a> {
 
 /// Images whose passes, of `copies` samples each, are computed at once: as many as the plan of a device's memory counts with, or as training
 /// computes. How many changes only how sums are rounded.
-pub(super) fn images_at_once(learner: &Learner, config: &TrainConfig, copies: usize) -> usize {
-    let fit = match learner.device_state {
-        Some(_) => IMAGES_AT_ONCE,
-        None => samples_at_once(&learner.dit) / copies,
-    };
+pub(super) fn images_at_once(dit: &Dit, on_device: bool, config: &TrainConfig, copies: usize) -> usize {
+    let fit = if on_device { IMAGES_AT_ONCE } else { samples_at_once(dit) / copies };
     let part = config.batch_size / config.grad_accumulation;
     part.min(IMAGES_AT_ONCE).min(fit).max(1)
 }

@@ -265,8 +265,12 @@ impl MetricsLog {
 
 /// A loss by timestep as curves of `group`.
 fn by_timestep(group: &str, losses: &[Option<f64>; OCTILES]) -> impl Iterator<Item = (String, f64)> {
-    let range = |k: usize| format!("{:03}-{:03}", k * TASKS / OCTILES, (k + 1) * TASKS / OCTILES - 1);
-    losses.iter().enumerate().filter_map(move |(k, &loss)| Some((format!("{group}/{}", range(k)), loss?)))
+    losses.iter().enumerate().filter_map(move |(k, &loss)| Some((format!("{group}/{}", octile_name(k)), loss?)))
+}
+
+/// The timesteps of group `k`, first and last: `125-249`.
+pub(crate) fn octile_name(k: usize) -> String {
+    format!("{:03}-{:03}", k * TASKS / OCTILES, (k + 1) * TASKS / OCTILES - 1)
 }
 
 /// All lines of the run in `run`, in order; none when it has no metrics yet. Lines that are no metrics are left out.

@@ -33,7 +33,7 @@ pub mod setup;
 pub(crate) mod state;
 pub mod timing;
 pub mod trainer;
-mod validation;
+pub(crate) mod validation;
 pub mod weights;
 
 pub use config::TrainConfig;

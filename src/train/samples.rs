@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::average::{Average, images_at_once};
 use super::config::{SamplerKind, TrainConfig};
+use super::learner::Learner;
 use super::metrics::MetricsLog;
 use super::progress::Progress;
 use super::run_dir::RunDir;
@@ -77,7 +78,8 @@ impl Trainer<'_> {
         let class = |i: usize| if config.no_classes() { config.num_classes } else { i / columns };
         let labels: Vec<u32> = (0..classes * columns).map(|i| class(i) as u32).collect();
         // With guidance each image twice: with its label, and without.
-        let at_once = images_at_once(&self.learner, config, if sampler.guided() { 2 } else { 1 });
+        let Learner { dit, device_state, .. } = &self.learner;
+        let at_once = images_at_once(dit, device_state.is_some(), config, if sampler.guided() { 2 } else { 1 });
         let mut average = Average::of(&mut self.learner, config)?;
         let (dit, weights, memory) = average.parts();
         let total = generate::steps(&sampler, labels.len(), at_once);

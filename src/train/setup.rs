@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::config::{DataKind, TrainConfig};
 use super::learner::Learner;
 use super::plan;
+use super::state::{names_of_classes, other_class};
 use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{DType, Device};
@@ -20,7 +21,7 @@ use crate::model::parts::largest_part;
 /// What a run learns from, and what it is measured on.
 pub(super) struct Data {
     pub(super) training: Arc<dyn Dataset>,
-    pub(super) held_out: Option<Arc<dyn Dataset>>,
+    pub(super) validation: Option<Arc<dyn Dataset>>,
 }
 
 /// Opens the data set that the configuration names.
@@ -74,9 +75,14 @@ pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, r
     }
     config.data_kind = kind;
     config.fit_to_data(height, channels, classes)?;
+    if !config.validation_data.is_empty() {
+        let validation =
+            validation_data(config, &config.validation_data, names_of_classes(&*dataset).map(<[String]>::to_vec))?;
+        return Ok(Data { training: dataset, validation: Some(validation) });
+    }
     let held_out = config.validation_samples;
     if held_out == 0 {
-        return Ok(Data { training: dataset, held_out: None });
+        return Ok(Data { training: dataset, validation: None });
     }
     if held_out >= samples {
         return Err(Error::usage(format!(
@@ -85,7 +91,46 @@ pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, r
         )));
     }
     let [training, held_out] = hold_out(dataset, held_out, config.seed)?;
-    Ok(Data { training, held_out: Some(held_out) })
+    Ok(Data { training, validation: Some(held_out) })
+}
+
+/// The samples that a run was validated on.
+pub(crate) fn validated_data(config: &TrainConfig) -> Result<Arc<dyn Dataset>> {
+    let dataset = open_data(config, true)?;
+    let data = fit_to_data(&mut config.clone(), dataset, true)?;
+    data.validation
+        .ok_or_else(|| Error::usage("this run was not validated: say with --data what to measure the loss on"))
+}
+
+/// The data `what`, to validate a model of this configuration on. Their classes must be those of training, of which these are the `names`,
+/// if they have some.
+pub(crate) fn validation_data(
+    config: &TrainConfig,
+    what: &str,
+    names: Option<Vec<String>>,
+) -> Result<Arc<dyn Dataset>> {
+    let dataset = data::open(what, Some(config.image_size), Some(config.num_classes), Some(config.are_images()))?;
+    let kind = |pictures| if pictures { DataKind::Images } else { DataKind::Latents };
+    let ([channels, height, width], classes) = (dataset.shape(), dataset.num_classes());
+    let same = [channels, height, width] == [config.in_channels, config.image_size, config.image_size];
+    if !same || classes > config.num_classes || dataset.is_pictures() != config.are_images() {
+        return Err(Error::usage(format!(
+            "the data '{what}' are {} of {channels} x {height} x {width} in {classes} classes, but this model learned {} of {} x {} x {}              in {}: validate it on such",
+            kind(dataset.is_pictures()),
+            kind(config.are_images()),
+            config.in_channels,
+            config.image_size,
+            config.image_size,
+            config.num_classes
+        )));
+    }
+    let found = names_of_classes(&*dataset).map(<[String]>::to_vec);
+    if let Some((class, [was, is])) = other_class([names, found]) {
+        return Err(Error::usage(format!(
+            "class {class} of the data '{what}' is {is}, but was {was} in training, so labels would mean other classes: give it the same              class folders"
+        )));
+    }
+    Ok(dataset)
 }
 
 /// Where this configuration computes, and a note where `auto` had to do with the processor.

@@ -39,7 +39,7 @@ pub(crate) fn told_names(metadata: &Metadata) -> Option<Vec<String>> {
 }
 
 /// The names of the classes, unless they are only numbers: those of arrays.
-fn names_of_classes(dataset: &dyn Dataset) -> Option<&[String]> {
+pub(super) fn names_of_classes(dataset: &dyn Dataset) -> Option<&[String]> {
     let names = dataset.class_names();
     names.iter().enumerate().any(|(class, name)| *name != class.to_string()).then_some(names)
 }
@@ -67,6 +67,14 @@ fn comparable_names(names: [Option<Vec<String>>; 2]) -> Option<[Vec<String>; 2]>
         [None, Some(are)] => Some([labels(&are), numbers(&are)?]),
         [None, None] => None,
     }
+}
+
+/// The first class that has another name in the second list, with both names, if the lists can be compared.
+pub(super) fn other_class(names: [Option<Vec<String>>; 2]) -> Option<(usize, [String; 2])> {
+    let names = comparable_names(names)?;
+    let most = names.iter().map(Vec::len).max()?;
+    let class = (0..most).find(|&class| names[0].get(class) != names[1].get(class))?;
+    Some((class, names.map(|names| names.get(class).map_or("missing".into(), |name| format!("'{name}'")))))
 }
 
 impl Trainer<'_> {
@@ -172,16 +180,11 @@ impl Trainer<'_> {
         }
         let were = told_names(file.metadata());
         let are = names_of_classes(self.dataset()).map(<[String]>::to_vec);
-        if let Some([were, are]) = comparable_names([were, are])
-            && let Some(class) = (0..were.len().max(are.len())).find(|&class| were.get(class) != are.get(class))
-        {
-            let name = |names: &[String]| names.get(class).map_or("missing".into(), |name| format!("'{name}'"));
+        if let Some((class, [was, is])) = other_class([were, are]) {
             return Err(Error::usage(format!(
-                "class {class} of the data '{}' is {}, but was {} when this run was saved, so labels would mean other classes: give \
+                "class {class} of the data '{}' is {is}, but was {was} when this run was saved, so labels would mean other classes: give \
                  it the same class folders with --data, or start a new run",
-                config.data,
-                name(&are),
-                name(&were)
+                config.data
             )));
         }
         let recorded = |key: &str| recorded(key)?.parse::<usize>().ok();

@@ -184,7 +184,9 @@ pub(super) struct Trainer<'a> {
 
 impl<'a> Trainer<'a> {
     pub(super) fn new(config: &'a TrainConfig, data: Data, learner: Learner, notes: Vec<String>) -> Result<Self> {
-        let validation = data.held_out.map(|samples| Validation::new(samples, config, &learner));
+        let validation = data
+            .validation
+            .map(|samples| Validation::new(samples, config, &learner.dit, learner.device_state.is_some()));
         Ok(Trainer {
             config,
             batches: Batches::new(config, data.training, learner.device_state.is_some())?,
@@ -303,9 +305,12 @@ impl<'a> Trainer<'a> {
             progress.say("flip mirrors latents, which do not decode to mirrored images: encode mirrored images, and give --flip false");
         }
         if let Some(validation) = &self.validation {
-            let samples = validation.len();
+            let (samples, own) = (validation.len(), &config.validation_data);
             let are = if samples == 1 { " is" } else { "s are" };
-            progress.say(&format!("{samples} more sample{are} held out to validate on"));
+            progress.say(&match own.is_empty() {
+                true => format!("{samples} more sample{are} held out to validate on"),
+                false => format!("{samples} sample{are} there to validate on, from '{own}'"),
+            });
         }
         self.notes.iter().for_each(|note| progress.say(note));
     }

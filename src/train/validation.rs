@@ -1,62 +1,81 @@
-//! The validation loss: that of the moving average of the weights on samples that are held out.
+//! The validation loss: that of weights on samples that they have not learned from.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::average::{Average, images_at_once};
 use super::config::TrainConfig;
-use super::learner::{Batch, Learner, Losses};
+use super::learner::{Batch, Losses};
 use super::metrics::{self, Means, Meter};
 use super::pass::measure;
 use super::progress::Progress;
 use super::trainer::Trainer;
+use crate::autograd::{Memory, Weights};
 use crate::data::{Dataset, Loader, LoaderOptions};
+use crate::diffusion::{LossWeight, Schedule};
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
+use crate::model::dit::Dit;
 use crate::rng::{Philox, Stream};
 
-/// Samples that are held out. Each has a noise of its own, the same every time, and a timestep: of `n` samples, in an order of their own,
+/// Samples to validate on. Each has a noise of its own, the same every time, and a timestep: of `n` samples, in an order of their own,
 /// number `i` that in the middle of part `i` of `n` of all timesteps. So two validations differ by the weights alone.
-pub(super) struct Validation {
+pub(crate) struct Validation {
     loader: Loader,
 }
 
+/// What is validated: a model with its weights, and the loss that is measured.
+pub(crate) struct Validated<'a> {
+    pub(crate) dit: &'a Dit,
+    pub(crate) weights: Weights<'a>,
+    pub(crate) memory: &'a mut Memory,
+    pub(crate) schedule: &'a Schedule,
+    pub(crate) loss_weight: LossWeight,
+}
+
 impl Validation {
-    /// Validation of what `learner` learns, on `samples`.
+    /// Validation of `dit`, which computes on the CPU or on a device, on `samples`.
     ///
     /// # Errors
     /// As [`Loader::new`].
-    pub(super) fn new(samples: Arc<dyn Dataset>, config: &TrainConfig, learner: &Learner) -> Result<Self> {
-        let batch = images_at_once(learner, config, 1).min(samples.len());
+    pub(crate) fn new(samples: Arc<dyn Dataset>, config: &TrainConfig, dit: &Dit, on_device: bool) -> Result<Self> {
+        let batch = images_at_once(dit, on_device, config, 1).min(samples.len());
         let loader = Loader::new(samples, LoaderOptions { batch, seed: config.seed, flip: false, threads: 0 })?;
         Ok(Validation { loader })
     }
 
     /// Number of samples.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.loader.dataset().len()
     }
 
-    /// The means over all samples. A request to stop ends it.
-    pub(super) fn means(
+    /// Samples that are computed at once.
+    pub(crate) fn at_once(&self) -> usize {
+        self.loader.batch_size()
+    }
+
+    /// One sentence for each sample that could not be read since the last call.
+    pub(crate) fn take_warnings(&self) -> Vec<String> {
+        self.loader.take_warnings()
+    }
+
+    /// The means over all samples. `progress` is told how many are done, and may end it.
+    ///
+    /// # Errors
+    /// When too many samples cannot be read, a device fails, and that of `progress`.
+    pub(crate) fn means(
         &mut self,
-        learner: &mut Learner,
+        of: Validated,
         config: &TrainConfig,
-        stop: &AtomicBool,
-        progress: &mut Progress,
+        mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<Means> {
+        let Validated { dit, weights, memory, schedule, loss_weight } = of;
         let (n, batch) = (self.len(), self.loader.batch_size());
-        let (schedule, loss_weight) = (learner.schedule.clone(), learner.loss_weight());
         let numbers: usize = self.loader.dataset().shape().iter().product();
         let rng = Philox::new(config.seed, Stream::ValidationNoise);
-        let mut average = Average::of(learner, config)?;
-        let (dit, weights, memory) = average.parts();
         let mut meter = Meter::default();
         for (index, first) in (0..n).step_by(batch).enumerate() {
-            progress.meanwhile(format!("validating {first}/{n}"));
-            if stop.load(Ordering::Relaxed) {
-                return Err(Error::Stopped("validation was stopped".into()));
-            }
+            progress(first)?;
             // The last batch goes on with samples that were there before: they are left out.
             let b = batch.min(n - first);
             let images = self.loader.next(index as u64)?;
@@ -68,7 +87,7 @@ impl Validation {
                 rng.normal(noise, 0, (first + i) as u64);
             }
             let samples = Batch { x_start, noise: &noise, t: &t, labels, coefficients: &vec![0.0; b] };
-            let Losses { mse, vb, loss } = measure(dit, &schedule, loss_weight, weights, memory, samples)?;
+            let Losses { mse, vb, loss } = measure(dit, schedule, loss_weight, weights, memory, samples)?;
             for i in 0..b {
                 let [loss, mse, vb] = [loss[i], mse[i], vb[i]].map(f64::from);
                 meter.add_sample(t[i] as usize, loss, mse, vb);
@@ -83,9 +102,16 @@ impl Trainer<'_> {
     pub(super) fn validate(&mut self, stop: &AtomicBool, progress: &mut Progress) -> Option<Means> {
         let Trainer { config, learner, validation, step, .. } = self;
         let validation = validation.as_mut()?;
-        let means = validation.means(learner, config, stop, progress);
+        let (n, schedule, loss_weight) = (validation.len(), learner.schedule.clone(), learner.loss_weight());
+        let means = Average::of(learner, config).and_then(|mut average| {
+            let (dit, weights, memory) = average.parts();
+            validation.means(Validated { dit, weights, memory, schedule: &schedule, loss_weight }, config, |done| {
+                progress.meanwhile(format!("validating {done}/{n}"));
+                if stop.load(Ordering::Relaxed) { Err(Error::Stopped("validation was stopped".into())) } else { Ok(()) }
+            })
+        });
         progress.end_meanwhile();
-        validation.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
+        validation.take_warnings().iter().for_each(|warning| progress.say(warning));
         match means {
             Ok(means) => {
                 let loss = means.loss.map_or("not finite".into(), metrics::loss_text);
@@ -105,10 +131,11 @@ impl Trainer<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::autograd::{Memory, Tape};
+    use crate::autograd::Tape;
     use crate::data::made::made;
-    use crate::diffusion::{ImageDims, LossTerms, LossWeight, losses, q_sample};
+    use crate::diffusion::{ImageDims, LossTerms, losses, q_sample};
     use crate::train::RunDir;
+    use crate::train::learner::Learner;
     use crate::train::metrics::{self, Line};
     use crate::train::setup::{Data, learner};
     use crate::train::trainer::in_pool;
@@ -150,7 +177,7 @@ mod tests {
     }
 
     fn trainer(config: &TrainConfig, held_out: Option<Arc<dyn Dataset>>) -> Trainer<'_> {
-        let data = Data { training: training(), held_out };
+        let data = Data { training: training(), validation: held_out };
         Trainer::new(config, data, learner(config).unwrap(), Vec::new()).unwrap()
     }
 

@@ -2,26 +2,26 @@
 
 mod files;
 mod labels;
-mod source;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use self::files::Files;
 use self::labels::{labels, part};
-use self::source::{Source, source};
+use super::compute::ComputeArgs;
 use super::offered::offered;
 use super::signals::{self, STOP};
+use super::source::{Source, SourceArgs, source};
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights as ModelWeights};
 use crate::backend::Compute;
 use crate::error::{Error, Result};
 use crate::generate::{Generator, IMAGES_AT_ONCE, steps};
 use crate::model::dit::Dit;
-use crate::train::config::{Precision, SamplerKind};
+use crate::train::config::SamplerKind;
 use crate::train::progress::{Progress, say};
 use crate::train::weights::read_weights;
 use crate::train::{samples, setup, trainer};
@@ -44,26 +44,12 @@ the DiT of this width and depth, as in the published weights; what was assumed i
 of the DTR paper's code, give --set routing=paper schedule=cosine.
 ";
 
-/// Which weights of a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Weights {
-    /// The moving average
-    Ema,
-    /// Those of the last step
-    Model,
-}
-
 /// Make images with a trained model: a PNG grid, a row a class, and an .npz for evaluation
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct SampleArgs {
-    /// A run's directory (its latest checkpoint), one of its checkpoints, or a file of weights with the official names
-    #[arg(long, value_name = "DIR|FILE")]
-    checkpoint: PathBuf,
-    /// What is to be assumed of a file of weights: routing, beta, alpha, seed (of random routing), schedule, num_heads, image_size,
-    /// data_kind, label_dropout
-    #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
-    set: Vec<String>,
+    #[command(flatten)]
+    source: SourceArgs,
     /// Sampling algorithm: ddim (deterministic with --eta 0, good with few steps), dpm++ (DPM-Solver++(2M): deterministic, good with fewer
     /// steps) or ddpm (ancestral)
     #[arg(long, value_name = SamplerKind::NAMES, value_parser = offered::<SamplerKind>(SamplerKind::NAMES), hide_possible_values = true, default_value_t = SamplerKind::Ddim)]
@@ -94,31 +80,19 @@ pub(super) struct SampleArgs {
     /// Seed of the noise
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
-    /// Which weights of a run or a checkpoint [default: ema]
-    #[arg(long, value_enum)]
-    weights: Option<Weights>,
     /// The grid of images: a row for each of the first 64 classes, with 16 images at most
     #[arg(long, default_value = "grid.png", value_name = "FILE")]
     out: PathBuf,
     /// All images for evaluation suites: arr_0 uint8 [N, H, W, C] (latents: float32 [N, C, H, W]) and arr_1 int64 labels
     #[arg(long, value_name = "FILE")]
     npz: Option<PathBuf>,
-    /// Threads; 0 = one per core (the images are the same)
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
-    threads: usize,
-    /// Where to compute: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    device: String,
-    /// Number format of products [default: that of training if it is told, but f32 on a CPU without AMX]
-    #[arg(long, value_name = Precision::NAMES, value_parser = offered::<Precision>(Precision::NAMES), hide_possible_values = true)]
-    precision: Option<Precision>,
+    #[command(flatten)]
+    compute: ComputeArgs,
 }
 
 pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
-    let Source { mut config, name, weights: file, names, note: assumed } = source(&args)?;
-    config.threads = args.threads;
-    config.device = args.device.clone();
-    config.validate()?;
+    let Source { mut config, name, weights: file, names, note: assumed } = source(&args.source)?;
+    args.compute.put_into(&mut config)?;
     let all = labels(&args, &config, names.as_deref())?;
     let only = args.only.as_ref().map_or(Ok(0..all.len()), |text| part(text, all.len()))?;
     let labels = &all[only.clone()];
@@ -144,11 +118,7 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     // Hours of work must not end in a directory that cannot be written.
     let mut files = Files::create(&args.out, args.npz.as_deref(), &file, labels, &config)?;
 
-    // Checkpoints hold f32, so what was trained in bf16 can be sampled anywhere.
-    let (compute, note) = match args.precision {
-        Some(precision) => Compute::open(&config.device, precision.elem())?,
-        None => Compute::open_or_f32(&config.device, config.precision.elem())?,
-    };
+    let (compute, note) = args.compute.open(&config)?;
     let in_main_memory = match &compute {
         Compute::Cpu { .. } => args.batch_size.min(labels.len()) * if sampler.guided() { 2 } else { 1 },
         Compute::Cuda { elem, .. } => config.model_config().check_cuda(*elem).map(|()| 0)?,
@@ -167,10 +137,7 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     let mut stopped = false;
     let ended = trainer::in_pool(&config, || {
         let mut memory = Memory::on(&compute);
-        let uploaded = match &compute {
-            Compute::Cpu { .. } => None,
-            Compute::Cuda { device, elem } => Some(DeviceWeights::upload(device, &weights, *elem)?),
-        };
+        let uploaded = DeviceWeights::upload_to(&compute, &weights)?;
         let weights = uploaded.as_ref().map_or(ModelWeights::Cpu(&weights), ModelWeights::Cuda);
         let generator = Generator { dit: &dit, weights, sampler: &sampler, seed: args.seed };
         let mut done = 0;

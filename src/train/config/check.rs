@@ -108,6 +108,12 @@ impl TrainConfig {
     }
 
     fn check_training(&self) -> Result<()> {
+        if self.validation_samples > 0 && !self.validation_data.is_empty() {
+            return Err(Error::usage(format!(
+                "validation_samples is {} and validation_data is '{}', but a run has one of them: leave one out",
+                self.validation_samples, self.validation_data
+            )));
+        }
         if self.init_labels == InitLabels::New && self.init_from.is_empty() {
             return Err(Error::usage(
                 "init_labels is new, but no weights are given to start from: give --init-from FILE",
@@ -187,7 +193,7 @@ fn decay(key: &str, value: f64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Decay, KNOBS, model_names};
+    use super::super::{Decay, KNOBS};
     use super::*;
 
     /// Sets keys of the default configuration and validates it.
@@ -201,7 +207,7 @@ mod tests {
 
     #[test]
     fn every_preset_is_valid() {
-        let names = model_names();
+        let names = TrainConfig::model_names();
         assert_eq!(names.len(), 14);
         for name in &names {
             let mut config = TrainConfig::preset(name, "digits").unwrap();

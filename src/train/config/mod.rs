@@ -122,6 +122,8 @@ knobs! {
         label_dropout: f64;
         /// Samples that are kept from training, drawn by the seed, to measure the validation loss on; 0 = none
         validation_samples: usize = fixed;
+        /// Data to measure the validation loss on instead, as data; "" = none
+        validation_data: String;
     }
     "Diffusion" {
         /// Learn the variance too, from the variational bound (Nichol and Dhariwal, 2021), as published DiTs do
@@ -240,6 +242,7 @@ impl Default for TrainConfig {
             flip: false,
             label_dropout: 0.1,
             validation_samples: 0,
+            validation_data: String::new(),
             learn_sigma: true,
             schedule: ScheduleKind::Cosine,
             loss_weight: LossWeight::Constant,

@@ -137,10 +137,10 @@ impl TrainConfig {
     /// A sentence where the command line or a file alone says how often to validate, but nothing says on what.
     fn note_on_validation(layers: &[Layer]) -> Option<String> {
         let last = |key| layers.iter().rev().find_map(|layer| layer.last(key));
-        // A file of --print-config has both.
-        (last("validation_every").is_some() && last("validation_samples").is_none()).then(|| {
-            "validation_every has no effect: validation_samples says how many samples to validate on, and is 0"
-                .to_string()
+        // A file of --print-config has all.
+        let on_what = last("validation_samples").or(last("validation_data"));
+        (last("validation_every").is_some() && on_what.is_none()).then(|| {
+            "validation_every has no effect: give validation_samples or validation_data to validate on".to_string()
         })
     }
 

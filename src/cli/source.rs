@@ -2,12 +2,37 @@
 
 use std::path::PathBuf;
 
-use super::{SampleArgs, Weights};
+use clap::{Args, ValueEnum};
+
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
 use crate::train::config::{Assignment, Layer};
 use crate::train::state::told_names;
 use crate::train::{TrainConfig, checkpoint, weights};
+
+/// Which weights of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Weights {
+    /// The moving average
+    Ema,
+    /// Those of the last step
+    Model,
+}
+
+/// The flags that name weights.
+#[derive(Debug, Args)]
+pub(super) struct SourceArgs {
+    /// A run's directory (its latest checkpoint), one of its checkpoints, or a file of weights with the official names
+    #[arg(long, value_name = "DIR|FILE")]
+    checkpoint: PathBuf,
+    /// Which weights of a run or a checkpoint [default: ema]
+    #[arg(long, value_enum)]
+    weights: Option<Weights>,
+    /// What is to be assumed of a file of weights: routing, beta, alpha, seed (of random routing), schedule, num_heads, image_size,
+    /// data_kind, label_dropout
+    #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
+    set: Vec<String>,
+}
 
 /// Where the weights are, and what model they are.
 pub(super) struct Source {
@@ -22,7 +47,7 @@ pub(super) struct Source {
 }
 
 /// What `--checkpoint` names.
-pub(super) fn source(args: &SampleArgs) -> Result<Source> {
+pub(super) fn source(args: &SourceArgs) -> Result<Source> {
     let path = &args.checkpoint;
     let kind = std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
     if !kind.is_dir() {

@@ -1,0 +1,125 @@
+//! `dtr-fused validate`.
+
+use std::path::Path;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::compute::ComputeArgs;
+use super::info::row;
+use super::source::{Source, SourceArgs, source};
+use crate::autograd::cuda::DeviceWeights;
+use crate::autograd::{Memory, Weights};
+use crate::backend::Compute;
+use crate::diffusion::Schedule;
+use crate::error::{Error, Result, printable};
+use crate::model::config::TASKS;
+use crate::model::dit::Dit;
+use crate::train::metrics::{self, Means};
+use crate::train::progress::Progress;
+use crate::train::validation::{Validated, Validation};
+use crate::train::weights::read_weights;
+use crate::train::{TrainConfig, setup, trainer};
+
+const EXAMPLES: &str = "\
+Examples:
+  dtr-fused validate --checkpoint runs/digits-paper-0001       on what the run was validated on
+  dtr-fused validate --checkpoint runs/pets-0001 --data pets-test
+  dtr-fused validate --checkpoint DiT-XL-2.safetensors --data latents.npy --json
+
+Every sample has a timestep and noise of its own, the same for every model: on the same data, with the
+same --seed, values differ by the models alone. Noise schedule and loss weight are those of training.
+";
+
+/// Measure the loss of a model on data that it has not learned from
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct ValidateArgs {
+    #[command(flatten)]
+    source: SourceArgs,
+    /// Samples of the model's sizes and classes: digits, a folder of images, or an array file [default: those that the run was
+    /// validated on]
+    #[arg(long, value_name = "digits|DIR|FILE")]
+    data: Option<String>,
+    /// Seed of noise and timesteps [default: 0; the run's without --data]
+    #[arg(long, allow_negative_numbers = true)]
+    seed: Option<u64>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+pub(super) fn run(args: ValidateArgs) -> Result<()> {
+    let Source { mut config, name, weights: file, names, note: assumed } = source(&args.source)?;
+    args.compute.put_into(&mut config)?;
+    let samples = match &args.data {
+        Some(what) => setup::validation_data(&config, what, names)?,
+        None if file == name => return Err(Error::usage("a file of weights names no data: give --data")),
+        None => setup::validated_data(&config)?,
+    };
+    let seed = args.seed.unwrap_or(if args.data.is_some() { 0 } else { config.seed });
+    let (compute, note) = args.compute.open(&config)?;
+    let dit = Dit::new(config.model_config())?;
+    let of_seed = TrainConfig { seed, ..config.clone() };
+    let mut validation = Validation::new(samples, &of_seed, &dit, matches!(compute, Compute::Cuda { .. }))?;
+    let in_main_memory = match &compute {
+        Compute::Cpu { .. } => validation.at_once(),
+        Compute::Cuda { elem, .. } => config.model_config().check_cuda(*elem).map(|()| 0)?,
+    };
+    setup::check_sampling_memory(&config, in_main_memory)?;
+    let mut weights = vec![0.0; dit.layout.len()];
+    read_weights(&file, &dit, &mut weights)?;
+
+    let n = validation.len();
+    let mut progress = Progress::new("validating", 0, n as u64);
+    assumed.iter().chain(&note).for_each(|note| progress.say(note));
+    let schedule = Schedule::new(config.schedule, TASKS)?;
+    let means = trainer::in_pool(&config, || {
+        let uploaded = DeviceWeights::upload_to(&compute, &weights)?;
+        let of = Validated {
+            dit: &dit,
+            weights: uploaded.as_ref().map_or(Weights::Cpu(&weights), Weights::Cuda),
+            memory: &mut Memory::on(&compute),
+            schedule: &schedule,
+            loss_weight: config.loss_weight,
+        };
+        validation.means(of, &of_seed, |done| {
+            progress.set(done as u64, "");
+            Ok(())
+        })
+    });
+    if means.is_ok() {
+        progress.set(n as u64, "");
+    }
+    progress.finish();
+    validation.take_warnings().iter().for_each(|warning| progress.say(warning));
+    show(&name, n, &means?, args.json);
+    Ok(())
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    checkpoint: String,
+    samples: usize,
+    #[serde(flatten)]
+    means: &'a Means,
+}
+
+fn show(name: &Path, samples: usize, means: &Means, as_json: bool) {
+    if as_json {
+        let report = Report { checkpoint: name.display().to_string(), samples, means };
+        println!("{}", serde_json::to_string(&report).expect("numbers and names"));
+        return;
+    }
+    let text = |loss: Option<f64>| loss.map_or("not finite".into(), metrics::loss_text);
+    println!("{samples} samples, by {}", printable(&name.display().to_string()));
+    for (name, loss) in [("loss", means.loss), ("mse", means.mse), ("vb", means.vb)] {
+        row(name, text(loss));
+    }
+    for (k, loss) in means.loss_by_timestep.iter().enumerate().filter(|(_, loss)| loss.is_some()) {
+        row(&format!("  t {}", metrics::octile_name(k)), text(*loss));
+    }
+}
