@@ -155,7 +155,7 @@ impl Header {
         let length = u64::from_le_bytes(*bytes);
         if length > MAX_HEADER_BYTES && [&b"PK\x03\x04"[..], &[0x80, 2]].iter().any(|start| bytes.starts_with(start)) {
             // A zip archive or a pickle, as torch.save writes them.
-            return Err("seems to be a PyTorch file: save its tensors with safetensors.torch.save_file".into());
+            return Err("seems to be a PyTorch file: scripts/convert_weights.py makes a .safetensors file of it".into());
         }
         if length > MAX_HEADER_BYTES {
             return Err(format!("claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"));

@@ -54,11 +54,40 @@ fn classes_are_sampled_by_name() {
             succeeds(sample(place, checkpoint, "some", &["--classes", classes, "--num", "4"]));
             assert_eq!(labels(place, "some", 4), expected, "{classes} of {checkpoint}");
         }
-        let says = "there is no class 'ox': give numbers below 3, such as 3 or 0..10, or one of cat, cow, dog";
+        let says = "'ox', but there is no such class: give numbers from 0 to 2 or ranges such as 0..3, or of 'cat', 'cow', 'dog'";
         fails(sample(place, checkpoint, "none", &["--classes", "cat,ox"]), 2, &[says]);
-        fails(sample(place, checkpoint, "none", &["--classes", "1..4"]), 2, &["class 1..4 is outside 0..3"]);
         assert!(succeeds(run(place, &["info", checkpoint])).contains("classes       0 cat, 1 cow, 2 dog"));
     }
+    // Once names were beside the moments alone.
+    for name in ["model", "ema"] {
+        let path = place.join(format!("run/checkpoints/0000001/{name}.safetensors"));
+        let mut bytes = fs::read(&path).unwrap();
+        let at = bytes.windows(9).position(|bytes| bytes == b"\"classes\"").unwrap();
+        bytes[at + 1..at + 8].copy_from_slice(b"another");
+        fs::write(path, bytes).unwrap();
+    }
+    succeeds(sample(place, "run", "some", &["--classes", "cow", "--num", "1"]));
+    assert_eq!(labels(place, "some", 1), [1]);
+    assert!(succeeds(run(place, &["info", "run"])).contains("classes       0 cat, 1 cow, 2 dog"));
+    fails(sample(place, ema, "none", &["--classes", "cow"]), 2, &["'cow', but there is no such class"]);
+}
+
+#[test]
+fn other_classes_than_given_weights_learned_are_told() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    for name in ["pets/cat/a.png", "pets/cow/a.png", "others/cat/a.png", "others/dog/a.png"] {
+        put(place, name);
+    }
+    trained(place, &["--data", "pets", "--image-size", "8"]);
+    let on = |data, more: &[&str]| {
+        let from = ["--image-size", "8", "--init-from", "run/checkpoints/0000001/ema.safetensors"];
+        trained(place, &[&from, &["--data", data, "--out", &format!("of-{data}")][..], more].concat())
+    };
+    let note = "whose class 1 was 'cow', and is 'dog' in these data (--init-labels new draws all anew)";
+    assert!(on("others", &[]).contains(note));
+    assert!(!on("pets", &["--out", "same"]).contains("whose class"));
+    assert!(!on("others", &["--out", "new", "--init-labels", "new"]).contains("whose class"));
 }
 
 #[test]
@@ -101,4 +130,8 @@ fn a_model_without_classes_is_asked_for_none() {
     fails(sample(place, "run", "none", &["--classes", "3"]), 2, &["trained without (label_dropout 1): leave them out"]);
     fails(sample(place, "run", "none", &["--cfg", "2"]), 2, &["knows no class to guide to: give 1"]);
     fails(train(place, &["--label-dropout", "1", "--sample-cfg", "2"]), 2, &["sample_cfg is 2, but a model"]);
+    assert!(succeeds(run(place, &["info", "run"])).contains("images of 1 x 8 x 8, of no class"));
+    // It cannot begin to learn classes, nor stop.
+    let resumed = |share: &str| run(place, &["train", "--resume", "run", "--steps", "60", "--label-dropout", share]);
+    fails(resumed("0.1"), 2, &["label_dropout is 0.1, but this run was trained with 1, and a model without classes"]);
 }

@@ -144,7 +144,20 @@ fn other_classes_are_learned_from_given_weights() {
     flat.get_mut(LABELS).unwrap().0 = vec![11 * 32];
     let path = write(place, 1, &flat);
     fails(train(place, &["--init-from", &path, "--init-labels", "new"]), 1, &["has shape [352], but this model needs"]);
+    let (shape, numbers) = flat.get_mut(LABELS).unwrap();
+    (*shape, *numbers) = (vec![0, 32], Vec::new());
+    let path = write(place, 1, &flat);
+    fails(
+        train(place, &["--init-from", &path, "--init-labels", "new"]),
+        1,
+        &["has shape [0, 32], but this model needs"],
+    );
     fails(train(place, &["--init-labels", "new"]), 2, &["init_labels is new", "give --init-from FILE"]);
+    // The hint is for labels alone.
+    let path = write(place, 1, &first);
+    let output = train(place, &["--init-from", &path, "--hidden-size", "64", "--num-classes", "12"]);
+    assert!(!stderr(&output).contains("--init-labels"), "{}", stderr(&output));
+    fails(output, 1, &["but this model needs"]);
 }
 
 /// Trained, resumed, sampled with its file of weights or without, and started from.
@@ -187,6 +200,12 @@ fn weights_of_other_models_are_refused_with_what_would_help() {
 
     let wrapped = tensors.iter().map(|(name, tensor)| (format!("module.{name}"), tensor.clone())).collect();
     fails(start(&wrapped), 1, &["take 'module.' off the names"]);
+
+    let renamed = |name: &String| name.replace("x_embedder.", "pos_embed.").replace("blocks.", "transformer_blocks.");
+    let of_diffusers: Tensors = tensors.iter().map(|(name, tensor)| (renamed(name), tensor.clone())).collect();
+    let says = ["'pos_embed.proj.bias'", "it is a name of diffusers, and scripts/convert_weights.py"];
+    fails(start(&of_diffusers), 1, &says);
+    fails(run(place, &["sample", "--checkpoint", &write(place, 1, &of_diffusers)]), 1, &says);
 
     let moments = ["--init-from", "first/checkpoints/0000001/optimizer.safetensors", "--steps", "1"];
     fails(train(place, &moments), 1, &["they are moments of AdamW, and the weights are in ema.safetensors"]);
@@ -238,6 +257,6 @@ fn weights_of_other_models_are_refused_with_what_would_help() {
     fails(train(place, &["--init-from", &path]), 1, &says);
     for start in [&b"PK\x03\x04\0\0\x08\x08\0\0"[..], b"\x80\x02ctorch._utils\n"] {
         std::fs::write(place.join("w.pt"), start).unwrap();
-        fails(train(place, &["--init-from", "w.pt"]), 1, &["w.pt: seems to be a PyTorch file: save its tensors with"]);
+        fails(train(place, &["--init-from", "w.pt"]), 1, &["w.pt: seems to be a PyTorch file: scripts/convert"]);
     }
 }

@@ -495,8 +495,9 @@ fn every_sampler_takes_the_steps_that_help_promises() {
         assert!(stderr(&output).contains(steps), "{}", stderr(&output));
         succeeds(output);
     }
-    let says = "steps of dpm++ are ddim50, but it spreads them itself: give a number such as 20";
+    let says = "steps of dpm++ are ddim50, but it spreads them itself: give a number from 1 to 1000";
     fails(sample_in("ddim50", place, &["--sampler", "dpm++"]), 2, &[says]);
+    fails(sample(place, &["--sampler", "dpm++", "--eta", "0.5"]), 2, &["--eta is 0.5, but dpm++ has none"]);
 }
 
 /// Both are of the moving average, with the same noise.

@@ -386,6 +386,9 @@ fn another_learning_rate_of_a_resumed_run_is_told() {
     let said = resumed(&["--steps", "9", "--lr-decay", "constant", "--lr", "1e-3"]);
     assert!(said.contains("the learning rate goes from 3.00e-4 to 1.00e-3\n"), "{said}");
     assert!(!resumed(&["--steps", "10"]).contains("learning rate"));
+    // The reason is another.
+    let said = resumed(&["--steps", "20", "--lr-decay", "cosine", "--lr", "0.5"]);
+    assert!(said.contains("the learning rate goes from 1.00e-3 to ") && !said.contains("decay now ends"), "{said}");
 }
 
 #[test]

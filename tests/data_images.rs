@@ -138,6 +138,17 @@ fn folders_that_cannot_be_used_are_refused_in_a_sentence() {
     assert!(error.contains("set image_size"), "{error}");
 }
 
+/// They would be its classes.
+#[cfg(unix)]
+#[test]
+fn a_folder_of_links_to_folders_is_not_one_class() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "elsewhere/cat/a.png", &picture(8, 8));
+    put(dir.path(), "linked/preview.png", &picture(8, 8));
+    std::os::unix::fs::symlink(dir.path().join("elsewhere/cat"), dir.path().join("linked/cat")).unwrap();
+    assert!(refusal(&dir.path().join("linked")).contains("has only class folders that are links out of it"));
+}
+
 #[cfg(unix)]
 #[test]
 fn links_lead_inside_only() {

@@ -8,7 +8,7 @@ use clap::Args;
 use crate::error::{Error, Result, printable};
 use crate::safetensors_file::SafetensorsFile;
 use crate::train::config::{KNOBS, Layer};
-use crate::train::state::told_names;
+use crate::train::state::{names_in, told_names};
 use crate::train::{TrainConfig, checkpoint, metrics, weights};
 
 const EXAMPLES: &str = "\
@@ -91,7 +91,7 @@ fn show_weights(path: &Path, tensors: bool) -> Result<()> {
         // What it holds is shown all the same: that may tell why.
         Err(error) => row("note", error),
     }
-    show_classes(&file);
+    show_classes(told_names(file.metadata()));
     show_tensors(&file, tensors);
     Ok(())
 }
@@ -100,7 +100,8 @@ fn show_weights(path: &Path, tensors: bool) -> Result<()> {
 fn samples(config: &TrainConfig) -> String {
     let kind = if config.are_images() { "images" } else { "latents" };
     let (channels, side) = (config.in_channels, config.image_size);
-    format!("{kind} of {channels} x {side} x {side}, {} classes", config.num_classes)
+    let classes = if config.no_classes() { "of no class".into() } else { format!("{} classes", config.num_classes) };
+    format!("{kind} of {channels} x {side} x {side}, {classes}")
 }
 
 fn show_model(config: &TrainConfig) {
@@ -163,8 +164,8 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
         if let Some(step) = state.metadata().get("step") {
             row("step", step);
         }
-        show_classes(&state);
     }
+    show_classes(names_in(path));
     for name in [checkpoint::MODEL, checkpoint::EMA, checkpoint::OPTIMIZER] {
         let file = path.join(name);
         match fs::metadata(&file) {
@@ -176,9 +177,9 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
     Ok(())
 }
 
-/// The names of classes, if `file` tells them.
-fn show_classes(file: &SafetensorsFile) {
-    if let Some(names) = told_names(file.metadata()) {
+/// The names of classes, if they are told.
+fn show_classes(names: Option<Vec<String>>) {
+    if let Some(names) = names {
         let named = names.iter().enumerate().map(|(class, name)| format!("{class} {name}"));
         row("classes", named.collect::<Vec<_>>().join(", "));
     }

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
 use crate::train::config::{Assignment, Layer};
-use crate::train::state::told_names;
+use crate::train::state::{names_in, told_names};
 use crate::train::{TrainConfig, checkpoint, weights};
 
 /// Which weights of a checkpoint.
@@ -81,6 +81,6 @@ pub(super) fn source(args: &SourceArgs) -> Result<Source> {
     };
     let config = TrainConfig::from_file(&name.join(checkpoint::CONFIG))?;
     let weights = name.join(if args.weights == Some(Weights::Model) { checkpoint::MODEL } else { checkpoint::EMA });
-    let names = told_names(SafetensorsFile::open(&weights)?.metadata());
+    let names = names_in(&name);
     Ok(Source { config, name, weights, names, note: None })
 }

@@ -56,7 +56,9 @@ impl ImageFolder {
         let new_scan = || Scan { root: canonical.clone(), links: 0, files: 0, folders: 0 };
         let mut scan = new_scan();
         let mut classes = scan.entries(root, |path, _| path.is_dir())?;
-        let without_classes = classes.is_empty() && !new_scan().entries(root, is_image_file)?.is_empty();
+        // Folders that are left out, links, would be classes.
+        let mut flat = new_scan();
+        let without_classes = classes.is_empty() && !flat.entries(root, is_image_file)?.is_empty() && flat.folders == 0;
         if without_classes {
             scan = new_scan();
             classes.push(OsString::new()); // the folder itself
@@ -66,7 +68,7 @@ impl ImageFolder {
                 if scan.links > 0 { "has only class folders that are links out of it" } else { "has no class folders" };
             return Err(Error::file(
                 root,
-                format!("{what}; images are expected as {}/CLASS/IMAGE.png", root.display()),
+                format!("{what}; images are expected as {0}/CLASS/IMAGE.png, or all as {0}/IMAGE.png", root.display()),
             ));
         }
         if classes.len() > MAX_CLASSES {

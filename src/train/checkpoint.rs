@@ -386,8 +386,18 @@ pub fn check_names(file: &SafetensorsFile, layout: &Layout, prefixes: &[&str], a
     let Some(name) = file.names().find(|name| !known(name)) else { return Ok(()) };
     // Wrappers of PyTorch put their name before those of the model.
     let wrapped = name.match_indices('.').find(|&(dot, _)| names.contains(&name[dot + 1..]));
-    let why = wrapped.map_or("it is another model's".into(), |(dot, _)| why_prefixed(&name[..=dot]));
+    let other = if is_of_diffusers(name) { OF_DIFFUSERS } else { "it is another model's" };
+    let why = wrapped.map_or(other.into(), |(dot, _)| why_prefixed(&name[..=dot]));
     Err(Error::file(file.path(), format!("holds tensor '{name}', which this model does not have: {why}")))
+}
+
+/// What to do about the names of diffusers.
+pub(super) const OF_DIFFUSERS: &str =
+    "it is a name of diffusers, and scripts/convert_weights.py makes a file with those of DiT";
+
+/// Whether a DiT of diffusers has a tensor of this name.
+pub(super) fn is_of_diffusers(name: &str) -> bool {
+    ["transformer_blocks.", "pos_embed.proj.", "proj_out_"].iter().any(|start| name.starts_with(start))
 }
 
 /// What to do about names of tensors that begin with `prefix`.

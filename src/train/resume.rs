@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::checkpoint::{self, CONFIG};
-use super::config::{Decay, KNOBS, Layer, TrainConfig};
+use super::config::{KNOBS, Layer, TrainConfig};
 use super::metrics;
 use super::plot::LOSS_PNG;
 use crate::error::{Error, Result};
@@ -44,6 +44,13 @@ pub(super) fn check_same_run(config: &TrainConfig, run: &Path, checkpoint: &Path
             return Err(Error::file(run.join(CONFIG), what + ": put that back, or start a new run"));
         }
     }
+    if config.no_classes() != saved.no_classes() {
+        return Err(Error::usage(format!(
+            "label_dropout is {}, but this run was trained with {}, and a model without classes is another: start a new run, with \
+             --init-from its weights",
+            config.label_dropout, saved.label_dropout
+        )));
+    }
     // A model that has learned the null class still has it where it is no longer trained; so what was saved is left alone.
     if saved.label_dropout == 0.0 && config.sample_cfg != saved.sample_cfg {
         config.check_cfg("sample_cfg", config.sample_cfg)?;
@@ -60,8 +67,8 @@ pub(super) fn note_on_lr(config: &TrainConfig, checkpoint: &Path, step: u64) -> 
     let saved = TrainConfig::from_file(&path)?;
     let [was, is] = [&saved, config].map(|config| config.lr_at(step));
     // Under cosine decay more steps end later.
-    let ends = config.lr_decay == Decay::Cosine && config.steps != saved.steps;
-    let why = if ends { format!(", as its decay now ends after step {}", config.steps) } else { String::new() };
+    let later = TrainConfig { steps: config.steps, ..saved.clone() }.lr_at(step) == is;
+    let why = if later { format!(", as its decay now ends after step {}", config.steps) } else { String::new() };
     Ok(((is - was).abs() > 0.01 * was).then(|| format!("the learning rate goes from {was:.2e} to {is:.2e}{why}")))
 }
 

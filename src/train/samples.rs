@@ -28,7 +28,7 @@ pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f6
         SamplerKind::DpmPlusPlus => {
             let steps = respacing.trim().parse().map_err(|_| {
                 Error::usage(format!(
-                    "steps of dpm++ are {respacing}, but it spreads them itself: give a number such as 20"
+                    "steps of dpm++ are {respacing}, but it spreads them itself: give a number from 1 to {TASKS}"
                 ))
             })?;
             (Method::DpmPlusPlus, full.evenly_by_log_snr(steps)?)

@@ -38,6 +38,12 @@ pub(crate) fn told_names(metadata: &Metadata) -> Option<Vec<String>> {
     serde_json::from_str(metadata.get(CLASSES)?).unwrap_or_default()
 }
 
+/// The names of classes that the files of `checkpoint` tell: those of weights, or, before they did, that of the moments.
+pub(crate) fn names_in(checkpoint: &Path) -> Option<Vec<String>> {
+    let files = [checkpoint::EMA, checkpoint::MODEL, checkpoint::OPTIMIZER].map(|name| checkpoint.join(name));
+    files.into_iter().find_map(|path| told_names(SafetensorsFile::open(path).ok()?.metadata()))
+}
+
 /// The names of the classes, unless they are only numbers: those of arrays.
 pub(super) fn names_of_classes(dataset: &dyn Dataset) -> Option<&[String]> {
     let names = dataset.class_names();

@@ -95,7 +95,7 @@ pub fn start_on(mut config: TrainConfig, dataset: Arc<dyn Dataset>, stop: &Atomi
     let data = fit_to_data(&mut config, dataset, false)?;
     in_pool(&config, || {
         let (mut learner, mut notes) = learner_on(&config)?;
-        notes.extend(start_from_given_weights(&config, &mut learner)?);
+        notes.extend(start_from_given_weights(&config, &mut learner, &*data.training)?);
         let run = RunDir::create(&config)?;
         let trainer = Trainer::new(&config, data, learner, notes)?;
         trainer.run(&run, stop)
@@ -138,7 +138,7 @@ pub fn resume_on(
     in_pool(&config, || {
         let (mut learner, mut notes) = learner_on(&config)?;
         if checkpoint.is_none() {
-            notes.extend(start_from_given_weights(&config, &mut learner)?);
+            notes.extend(start_from_given_weights(&config, &mut learner, &*data.training)?);
         }
         let mut trainer = Trainer::new(&config, data, learner, notes)?;
         let note = match &checkpoint {

@@ -6,6 +6,8 @@ use std::path::Path;
 use super::checkpoint::{self, Metadata};
 use super::config::{Assignment, DataKind, InitLabels, Layer, TrainConfig};
 use super::learner::Learner;
+use super::state::{names_of_classes, other_class, told_names};
+use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
 use crate::model::dit::Dit;
@@ -58,11 +60,15 @@ fn text_of(config: &TrainConfig, knob: &str) -> String {
 }
 
 /// Puts the weights of `init_from`, if there are any, in the place of those that were drawn, and says where they come from and what
-/// is another in this run.
+/// is another in this run, which learns from `data`.
 ///
 /// # Errors
 /// As [`read_weights`], and when their model had another number of heads.
-pub(super) fn start_from_given_weights(config: &TrainConfig, learner: &mut Learner) -> Result<Option<String>> {
+pub(super) fn start_from_given_weights(
+    config: &TrainConfig,
+    learner: &mut Learner,
+    data: &dyn Dataset,
+) -> Result<Option<String>> {
     if config.init_from.is_empty() {
         return Ok(None);
     }
@@ -76,12 +82,19 @@ pub(super) fn start_from_given_weights(config: &TrainConfig, learner: &mut Learn
     let (Learner { dit, weights, .. }, new) = (&mut *learner, config.init_labels == InitLabels::New);
     let read = if new { read_all_but_labels(&file, dit, weights) } else { read_all(&file, dit, weights) };
     read.map_err(|error| match file.get(LABELS).map(|table| table.shape) {
-        Some(&[rows, _]) if !new && rows != dit.config.num_classes + 1 => {
+        Some(&[rows, _]) if !new && rows != dit.config.num_classes + 1 && error.to_string().contains(LABELS) => {
             error.and("; to learn other classes, give --init-labels new")
         }
         _ => error,
     })?;
-    let labels = if new { ", with new labels" } else { "" };
+    let names = [told_names(file.metadata()), names_of_classes(data).map(<[String]>::to_vec)];
+    let labels = match other_class(names) {
+        _ if new => ", with new labels".into(),
+        Some((class, [was, is])) => {
+            format!(", whose class {class} was {was}, and is {is} in these data (--init-labels new draws all anew)")
+        }
+        None => String::new(),
+    };
     let note = differences(config, dit, &file)?;
     learner.ema.copy_from_slice(&learner.weights);
     learner.push()?;
@@ -99,10 +112,9 @@ fn read_all_but_labels(file: &SafetensorsFile, dit: &Dit, buffer: &mut [f32]) ->
         }
         let (rows, width) = (file.tensor(LABELS)?.shape.first().copied().unwrap_or(0), dit.config.hidden_size);
         let mut table = vec![0.0; file.tensor(LABELS)?.elements()];
-        checkpoint::read_tensor(file, LABELS, &[rows, width], &mut table)?;
-        if let (Some(to), Some(from)) = (to.chunks_exact_mut(width).last(), table.chunks_exact(width).last()) {
-            to.copy_from_slice(from);
-        }
+        checkpoint::read_tensor(file, LABELS, &[rows.max(1), width], &mut table)?;
+        let (of_no_class, from) = (to.len() - width, table.len() - width);
+        to[of_no_class..].copy_from_slice(&table[from..]);
     }
     Ok(())
 }
@@ -234,6 +246,9 @@ fn shapes_of(file: &SafetensorsFile) -> Result<Vec<Assignment>> {
     {
         let why = checkpoint::why_prefixed(&name[..name.len() - FIRST.len()]);
         return Err(Error::file(file.path(), format!("holds tensor '{name}', where a model has '{FIRST}': {why}")));
+    }
+    if let Some(name) = file.names().find(|name| checkpoint::is_of_diffusers(name)) {
+        return Err(Error::file(file.path(), format!("holds tensor '{name}': {}", checkpoint::OF_DIFFUSERS)));
     }
     let [hidden, channels, patch, _] = shape(file, FIRST)?;
     let [rows, width] = shape(file, LABELS)?;

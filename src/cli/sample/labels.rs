@@ -7,12 +7,13 @@ use super::files::GRID_ROWS;
 use crate::error::{Error, Result, printable};
 use crate::train::TrainConfig;
 
-/// Names of classes that a message lists.
+/// Names of classes that a message lists, and letters of each.
 const MOST_LISTED: usize = 20;
+const MOST_LETTERS: usize = 40;
 
 /// The label of every image, by class. `names` are those of the classes, if they are known.
-pub(super) fn labels(args: &SampleArgs, config: &TrainConfig, names: Option<&[String]>) -> Result<Vec<u32>> {
-    let all = config.num_classes as u32;
+pub(super) fn labels(args: &SampleArgs, config: &TrainConfig, names: &[String]) -> Result<Vec<u32>> {
+    let all = config.num_classes;
     let classes = if config.no_classes() {
         if !args.classes.is_empty() {
             return Err(Error::usage(
@@ -22,50 +23,72 @@ pub(super) fn labels(args: &SampleArgs, config: &TrainConfig, names: Option<&[St
         vec![all]
     } else if args.classes.is_empty() {
         // Images that nobody asked for and the grid does not show are not made.
-        let rows = if args.num.is_some() || args.npz.is_some() { all } else { all.min(GRID_ROWS as u32) };
+        let rows = if args.num.is_some() || args.npz.is_some() { all } else { all.min(GRID_ROWS) };
         (0..rows).collect()
     } else {
-        let classes = args.classes.iter().map(|text| classes_of(text, all, names));
-        classes.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect()
+        let classes = args.classes.iter().map(|text| classes_of(text, all, &names[..names.len().min(all)]));
+        classes.collect::<Result<Vec<_>>>()?.concat()
     };
     let num = args.num.unwrap_or(10 * classes.len());
     if num == 0 || num > 1 << 24 {
         return Err(Error::usage(format!("--num is {num}, but it must be between 1 and {}", 1 << 24)));
     }
     let share = |i: usize| num / classes.len() + usize::from(i < num % classes.len());
-    Ok(classes.iter().enumerate().flat_map(|(i, &class)| std::iter::repeat_n(class, share(i))).collect())
+    Ok(classes.iter().enumerate().flat_map(|(i, &class)| std::iter::repeat_n(class as u32, share(i))).collect())
 }
 
-/// The classes that `text` means: a number, numbers `A..B` without B, or a name.
-fn classes_of(text: &str, all: u32, names: Option<&[String]>) -> Result<Range<u32>> {
-    let number = |text: &str, end: u32| if text.is_empty() { Some(end) } else { text.parse().ok() };
-    let range = match text.split_once("..") {
-        Some((first, end)) => number(first, 0).zip(number(end, all)),
-        None => text.parse().ok().map(|class: u32| (class, class.saturating_add(1))),
-    };
-    let named = || names?.iter().position(|name| name == text);
-    match (range, named()) {
-        (Some((first, end)), _) if first < end && end <= all => Ok(first..end),
-        (None, Some(class)) if class < all as usize => Ok(class as u32..class as u32 + 1),
-        (Some(_), _) => Err(Error::usage(format!("class {text} is outside 0..{all}: this model knows {all} classes"))),
-        (None, _) => {
-            let listed = names.map_or(String::new(), |names| {
-                let more = if names.len() > MOST_LISTED { ", .. (info lists them all)" } else { "" };
-                let names: Vec<String> = names.iter().take(MOST_LISTED).map(|name| printable(name)).collect();
-                format!(", or one of {}{more}", names.join(", "))
-            });
-            Err(Error::usage(format!(
-                "there is no class '{text}': give numbers below {all}, such as 3 or 0..10{listed}"
-            )))
-        }
+/// The classes, of `all`, that a value of `--classes` means: a name, which may have commas, or several between commas.
+fn classes_of(text: &str, all: usize, names: &[String]) -> Result<Vec<usize>> {
+    if text.contains(',') && names.iter().any(|name| name == text) {
+        return Ok(some_classes(text, all, names)?.collect());
     }
+    let some = text.split(',').map(|text| some_classes(text, all, names));
+    Ok(some.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+}
+
+/// The classes that a number, a range of numbers or a name means.
+fn some_classes(text: &str, all: usize, names: &[String]) -> Result<Range<usize>> {
+    let refused = |why: &str| {
+        let last = all - 1;
+        let mut ways = format!("give numbers from 0 to {last} or ranges such as 0..{all}");
+        if !names.is_empty() {
+            let more = if names.len() > MOST_LISTED { ", .. (info lists all)" } else { "" };
+            let names: Vec<String> = names.iter().take(MOST_LISTED).map(|name| shown(name)).collect();
+            ways += &format!(", or of {}{more}", names.join(", "));
+        }
+        Error::usage(format!("--classes has {}, {why}: {ways}", shown(text)))
+    };
+    match (text.parse::<usize>().ok(), names.iter().position(|name| name == text)) {
+        (Some(number), Some(class)) if number != class => {
+            Err(refused(&format!("which is the name of class {class} and the number of another")))
+        }
+        (_, Some(class)) => Ok(class..class + 1),
+        (Some(number), None) if number < all => Ok(number..number + 1),
+        (Some(_), None) => Err(refused(&format!("but there are only {all} classes"))),
+        (None, None) if text.contains("..") => {
+            range(text, all).ok_or_else(|| refused("but a range is A..B with A < B"))
+        }
+        (None, None) => Err(refused("but there is no such class")),
+    }
+}
+
+/// A name as a message shows it.
+fn shown(name: &str) -> String {
+    let cut: String = name.chars().take(MOST_LETTERS).collect();
+    let rest = if cut.len() < name.len() { ".." } else { "" };
+    format!("'{}{rest}'", printable(&cut))
+}
+
+/// What `A..B`, `A..` or `..B` leaves of `n`, if it is that, and anything.
+fn range(text: &str, n: usize) -> Option<Range<usize>> {
+    let number = |text: &str, end| if text.is_empty() { Some(end) } else { text.parse().ok() };
+    let (first, end) = text.split_once("..")?;
+    Some(number(first, 0)?..number(end, n)?).filter(|range| range.start < range.end && range.end <= n)
 }
 
 /// What `--only` leaves of `n` images.
 pub(super) fn part(text: &str, n: usize) -> Result<Range<usize>> {
-    let number = |text: &str, end| if text.is_empty() { Some(end) } else { text.parse().ok() };
-    let range = text.split_once("..").and_then(|(a, b)| Some(number(a, 0)?..number(b, n)?));
-    range.filter(|range| range.start < range.end && range.end <= n).ok_or_else(|| {
+    range(text, n).ok_or_else(|| {
         let what = "but it must be A..B (or A.. or ..B) with A < B";
         Error::usage(format!("--only is {text}, {what} and B at most {n}, the number of images"))
     })
@@ -77,26 +100,35 @@ mod tests {
 
     #[test]
     fn classes_have_numbers_and_names() {
-        let names = ["10", "cat", "dog, small", "a..b"].map(String::from);
-        let of = |text| classes_of(text, 4, Some(&names));
-        for (text, expected) in
-            [("0", 0..1), ("3", 3..4), ("1..3", 1..3), ("..", 0..4), ("2..", 2..4), ("cat", 1..2), ("dog, small", 2..3)]
-        {
+        let names = ["10", "cat", "dog, small", "3"].map(String::from);
+        let of = |text| classes_of(text, 4, &names);
+        for (text, expected) in [
+            ("0", &[0][..]),
+            ("3", &[3]),
+            ("1..3", &[1, 2]),
+            ("..", &[0, 1, 2, 3]),
+            ("2..,cat", &[2, 3, 1]),
+            ("dog, small", &[2]),
+            ("cat,0,cat", &[1, 0, 1]),
+        ] {
             assert_eq!(of(text).unwrap(), expected, "{text}");
         }
-        for outside in ["4", "10", "2..2", "3..1", "0..5", "4294967295"] {
-            assert!(of(outside).unwrap_err().to_string().contains("is outside 0..4"), "{outside}");
+        let ways = "give numbers from 0 to 3 or ranges such as 0..4, or of '10', 'cat', 'dog, small', '3'";
+        for (text, why) in [
+            ("4", "'4', but there are only 4 classes"),
+            ("10", "'10', which is the name of class 0 and the number of another"),
+            ("2..2", "'2..2', but a range is A..B with A < B"),
+            ("3..1", "'3..1', but a range is"),
+            ("0..5", "'0..5', but a range is"),
+            ("cat,cow", "'cow', but there is no such class"),
+            ("", "'', but there is no such class"),
+            ("-1", "'-1', but there is no such class"),
+        ] {
+            let message = of(text).unwrap_err().to_string();
+            assert!(message.starts_with(&format!("--classes has {why}")) && message.ends_with(ways), "{message}");
         }
-        for (unknown, names, listed) in
-            [("cow", Some(&names[..]), ", or one of 10, cat, dog, small, a..b"), ("-1", None, "0..10")]
-        {
-            let message = classes_of(unknown, 4, names).unwrap_err().to_string();
-            assert!(
-                message.starts_with(&format!("there is no class '{unknown}'")) && message.ends_with(listed),
-                "{message}"
-            );
-        }
-        // More names than the model has classes.
-        assert!(classes_of("dog, small", 2, Some(&names)).is_err());
+        let long = ["x".repeat(1000)];
+        let message = classes_of(&"y".repeat(1000), 1, &long).unwrap_err().to_string();
+        assert!(message.len() < 300 && message.contains("x..'") && message.contains("y..'"), "{message}");
     }
 }

@@ -64,9 +64,9 @@ pub(super) struct SampleArgs {
     /// Strength of classifier-free guidance; 1 = none, 0 = of no class [default: 1.5; 1 for a model trained with label_dropout 0 or 1]
     #[arg(long, allow_negative_numbers = true)]
     cfg: Option<f64>,
-    /// Classes to make: numbers, ranges A..B (without B), or names if the data had some [default: all; without --num and --npz, those
-    /// that the grid has rows for]
-    #[arg(long, value_delimiter = ',', allow_negative_numbers = true)]
+    /// Classes to make, with commas between them: numbers, ranges A..B (without B), or names if the data had some [default: all; without
+    /// --num and --npz, those that the grid has rows for]
+    #[arg(long, allow_negative_numbers = true)]
     classes: Vec<String>,
     /// Images in all, shared equally among the classes [default: 10 for each]
     #[arg(long, allow_negative_numbers = true)]
@@ -83,7 +83,8 @@ pub(super) struct SampleArgs {
     /// The grid of images: a row for each of the first 64 classes, with 16 images at most
     #[arg(long, default_value = "grid.png", value_name = "FILE")]
     out: PathBuf,
-    /// All images for evaluation suites: arr_0 uint8 [N, H, W, C] (latents: float32 [N, C, H, W]) and arr_1 int64 labels
+    /// All images for evaluation suites: arr_0 uint8 [N, H, W, C] (latents: float32 [N, C, H, W]) and arr_1 int64 labels (of a model without
+    /// classes, their number)
     #[arg(long, value_name = "FILE")]
     npz: Option<PathBuf>,
     #[command(flatten)]
@@ -93,7 +94,7 @@ pub(super) struct SampleArgs {
 pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     let Source { mut config, name, weights: file, names, note: assumed } = source(&args.source)?;
     args.compute.put_into(&mut config)?;
-    let all = labels(&args, &config, names.as_deref())?;
+    let all = labels(&args, &config, &names.unwrap_or_default())?;
     let only = args.only.as_ref().map_or(Ok(0..all.len()), |text| part(text, all.len()))?;
     let labels = &all[only.clone()];
     if !(1..=MOST_AT_ONCE).contains(&args.batch_size) {
@@ -110,6 +111,9 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     let respacing = args.steps.as_deref().unwrap_or(default_steps);
     let cfg = args.cfg.unwrap_or(config.default_cfg());
     config.check_cfg("--cfg", cfg)?;
+    if args.eta != 0.0 && args.sampler != SamplerKind::Ddim {
+        return Err(Error::usage(format!("--eta is {}, but {} has none: leave it out", args.eta, args.sampler)));
+    }
     let sampler = samples::sampler(&config, args.sampler, respacing, args.eta, cfg)?;
 
     // Where signals cannot be caught, and when Ctrl-C is pressed twice, at worst a temporary file stays.
