@@ -93,8 +93,9 @@ impl Generator<'_> {
         sampler.sample(
             &mut x,
             |x, t, out| {
+                let b = x.len() / row;
                 times.fill(t);
-                predict(dit, weights, memory, x, &times, &y, out)
+                predict(dit, weights, memory, x, &times[..b], &y[..b], out)
             },
             |k, out| {
                 for (i, out) in out.chunks_exact_mut(row).enumerate() {

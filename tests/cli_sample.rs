@@ -266,7 +266,8 @@ fn batches_of_any_size_give_the_same_files_and_other_ways_to_sample_others() {
         succeeds(sample_in("10", place, &[&num, way].concat()));
         (fs::read(place.join(png)).unwrap(), fs::read(place.join(npz)).unwrap())
     };
-    let ways: [&[&str]; 6] = [
+    let ways: [&[&str]; 7] = [
+        &["--cfg-interval", "..600"],
         &[],
         &["--sampler", "ddpm"],
         &["--sampler", "dpm++"],
@@ -497,6 +498,12 @@ fn every_sampler_takes_the_steps_that_help_promises() {
     }
     let says = "steps of dpm++ are ddim50, but it spreads them itself: give a number from 1 to 1000";
     fails(sample_in("ddim50", place, &["--sampler", "dpm++"]), 2, &[says]);
+    for (interval, why) in
+        [("3..2", "A < B and B at most 1000"), ("0..1001", "it must be A..B"), ("9", "it must be A..B")]
+    {
+        fails(sample(place, &["--cfg-interval", interval]), 2, &[&format!("--cfg-interval is {interval}, but"), why]);
+    }
+    fails(sample(place, &["--cfg", "1", "--cfg-interval", "1..2"]), 2, &["but nothing is guided: give --cfg"]);
     fails(sample(place, &["--sampler", "dpm++", "--eta", "0.5"]), 2, &["--eta is 0.5, but dpm++ has none"]);
 }
 

@@ -349,6 +349,44 @@ fn dpm_plus_plus_is_of_second_order() {
     }
 }
 
+/// Where a step is not guided, as if both answers were the conditional one; and the other is not asked for.
+#[test]
+fn guidance_may_be_for_some_timesteps() {
+    let dims = ImageDims { channels: 2, pixels: 6, learn_sigma: true };
+    let (rows, n) = (6, dims.elements());
+    let schedule = Schedule::new(ScheduleKind::Cosine, 1000).unwrap();
+    let schedule = schedule.respaced(&space_timesteps(1000, "10").unwrap()).unwrap();
+    let rng = Philox::new(5, Stream::SampleStep);
+    for method in [Method::Ddpm, Method::Ddim { eta: 0.5 }, Method::DpmPlusPlus] {
+        let guided = Sampler::new(schedule.clone(), method, true, Some(3.0)).unwrap();
+        let sampled = |sampler: &Sampler, at: std::ops::Range<u32>| {
+            let mut asked = Vec::new();
+            let mut x = vec![0.0; rows * n];
+            rng.normal(&mut x, 999, 0);
+            let answer = |x: &[f32], t: u32, out: &mut [f32]| {
+                asked.push((t, x.len() / n));
+                assert_eq!(out.len() / dims.out_elements(), x.len() / n);
+                model(x, t, out, dims);
+                if x.len() == rows * n && !at.contains(&t) {
+                    out.copy_within(..3 * dims.out_elements(), 3 * dims.out_elements());
+                }
+                Ok(())
+            };
+            sampler.sample(&mut x, answer, |k, out| rng.normal(out, k as u64, 0), |_, _| Ok(()), dims).unwrap();
+            (x[..3 * n].to_vec(), asked)
+        };
+        let (expected, all) = sampled(&guided, 222..778);
+        let (found, asked) = sampled(&guided.clone().guided_at(222..778), 0..1000);
+        assert!(found == expected && all.iter().all(|&(_, asked)| asked == rows), "{method:?}");
+        let times: Vec<u32> = asked.iter().map(|&(t, _)| t).collect();
+        assert_eq!(times, [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]);
+        for (t, asked) in asked {
+            assert_eq!(asked, if (222..778).contains(&t) { rows } else { rows / 2 }, "{t}");
+        }
+        assert!(found != sampled(&guided, 0..1000).0, "{method:?}: guidance counts nowhere");
+    }
+}
+
 #[test]
 fn a_sampler_refuses_what_it_cannot_do() {
     let schedule = Schedule::new(ScheduleKind::Linear, 1000).unwrap().respaced(&[0, 500, 999]).unwrap();

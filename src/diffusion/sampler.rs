@@ -16,6 +16,7 @@
 use crate::diffusion::loss::ImageDims;
 use crate::diffusion::schedule::Schedule;
 use crate::error::{Error, Result};
+use std::ops::Range;
 
 /// Which sampler.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,6 +40,7 @@ pub struct Sampler {
     method: Method,
     clip: bool,
     guidance: Option<f64>,
+    guided_at: Range<u32>,
 }
 
 /// The factors that all elements share at one step.
@@ -74,7 +76,13 @@ impl Sampler {
         {
             return Err(Error::usage(format!("the guidance scale is {scale}: give a finite number such as 1.5")));
         }
-        Ok(Sampler { schedule, method, clip, guidance })
+        Ok(Sampler { schedule, method, clip, guidance, guided_at: 0..u32::MAX })
+    }
+
+    /// The same, guided at these timesteps of the full schedule only (Kynkäänniemi et al. 2024). At others the model is asked for the
+    /// conditional half alone, which takes half as long.
+    pub fn guided_at(self, timesteps: Range<u32>) -> Self {
+        Sampler { guided_at: timesteps, ..self }
     }
 
     /// Number of steps, which is also the number of model evaluations.
@@ -91,12 +99,13 @@ impl Sampler {
     ///
     /// - `model(x, t, out)`: the model's answer `[R, 2 * channels or channels, pixels]` for `x` at timestep `t` of the full
     ///   schedule, the same for all rows. With guidance, rows `R/2..` are its answer without a condition; there `x` repeats
-    ///   its first half.
+    ///   its first half. At timesteps without guidance both end with that half.
     /// - `noise(k, out)`: standard normal numbers `[R, channels, pixels]` for the k-th step, counted from 0. It is not called
     ///   for steps that need none.
     /// - `after_step(k, x)`: the state after the k-th step; an error stops the sampler.
     ///
-    /// With guidance only the first half of `x` is a sample; the second half follows the same epsilon with its own variance.
+    /// With guidance only the first half of `x` is a sample; the second half follows the same epsilon with its own variance, where it is
+    /// asked for.
     ///
     /// # Errors
     /// When `x` does not hold whole rows (an even number of them with guidance), when a number is not finite, and whatever
@@ -122,11 +131,15 @@ impl Sampler {
         let mut estimates = vec![0.0; x.len()];
         for (k, t) in (0..self.steps()).rev().enumerate() {
             let step = self.step(t, dims.learn_sigma);
+            let timestep = self.schedule.timestep_map[t];
+            let guidance = self.guidance.filter(|_| self.guided_at.contains(&timestep));
             let half = x.len() / halves;
+            let rows = if guidance.is_some() { x.len() / row } else { half / row };
+            let (input, out) = (&mut input[..rows * row], &mut out[..rows * dims.out_elements()]);
             input.chunks_exact_mut(half.max(1)).for_each(|part| part.copy_from_slice(&x[..half]));
-            model(&input, self.schedule.timestep_map[t], &mut out)?;
-            if let Some(scale) = self.guidance {
-                guide(&mut out, scale, dims);
+            model(input, timestep, out)?;
+            if let Some(scale) = guidance {
+                guide(out, scale, dims);
             }
             if step.sigma != Some(0.0) && !step.last {
                 noise(k, &mut step_noise);
@@ -139,8 +152,7 @@ impl Sampler {
             // A clipped estimate would hide an answer that is infinite.
             if !out.iter().chain(&*x).all(|v| v.is_finite()) {
                 return Err(Error::Stopped(format!(
-                    "sampling step {k} (timestep {}) gave a number that is not finite: the weights are damaged or diverged",
-                    self.schedule.timestep_map[t]
+                    "sampling step {k} (timestep {timestep}) gave a number that is not finite: the weights are damaged or diverged"
                 )));
             }
             after_step(k, x)?;

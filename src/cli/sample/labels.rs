@@ -80,7 +80,7 @@ fn shown(name: &str) -> String {
 }
 
 /// What `A..B`, `A..` or `..B` leaves of `n`, if it is that, and anything.
-fn range(text: &str, n: usize) -> Option<Range<usize>> {
+pub(super) fn range(text: &str, n: usize) -> Option<Range<usize>> {
     let number = |text: &str, end| if text.is_empty() { Some(end) } else { text.parse().ok() };
     let (first, end) = text.split_once("..")?;
     Some(number(first, 0)?..number(end, n)?).filter(|range| range.start < range.end && range.end <= n)

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use clap::Args;
 
 use self::files::Files;
-use self::labels::{labels, part};
+use self::labels::{labels, part, range};
 use super::compute::ComputeArgs;
 use super::offered::offered;
 use super::signals::{self, STOP};
@@ -20,6 +20,7 @@ use crate::autograd::{Memory, Weights as ModelWeights};
 use crate::backend::Compute;
 use crate::error::{Error, Result};
 use crate::generate::{Generator, IMAGES_AT_ONCE, steps};
+use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::train::config::SamplerKind;
 use crate::train::progress::{Progress, say};
@@ -64,6 +65,9 @@ pub(super) struct SampleArgs {
     /// Strength of classifier-free guidance; 1 = none, 0 = of no class [default: 1.5; 1 for a model trained with label_dropout 0 or 1]
     #[arg(long, allow_negative_numbers = true)]
     cfg: Option<f64>,
+    /// Timesteps that are guided, from A on and before B; others take half as long [default: all, 0..1000]
+    #[arg(long, value_name = "A..B", allow_negative_numbers = true)]
+    cfg_interval: Option<String>,
     /// Classes to make, with commas between them: numbers, ranges A..B (without B), or names if the data had some [default: all; without
     /// --num and --npz, those that the grid has rows for]
     #[arg(long, allow_negative_numbers = true)]
@@ -114,7 +118,16 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     if args.eta != 0.0 && args.sampler != SamplerKind::Ddim {
         return Err(Error::usage(format!("--eta is {}, but {} has none: leave it out", args.eta, args.sampler)));
     }
-    let sampler = samples::sampler(&config, args.sampler, respacing, args.eta, cfg)?;
+    let mut sampler = samples::sampler(&config, args.sampler, respacing, args.eta, cfg)?;
+    if let Some(text) = &args.cfg_interval {
+        let timesteps = range(text, TASKS).ok_or_else(|| {
+            Error::usage(format!("--cfg-interval is {text}, but it must be A..B with A < B and B at most {TASKS}"))
+        })?;
+        if !sampler.guided() {
+            return Err(Error::usage("--cfg-interval is given, but nothing is guided: give --cfg, or leave it out"));
+        }
+        sampler = sampler.guided_at(timesteps.start as u32..timesteps.end as u32);
+    }
 
     // Where signals cannot be caught, and when Ctrl-C is pressed twice, at worst a temporary file stays.
     let says = if args.npz.is_some() { "with the images of whole batches" } else { "without files" };
