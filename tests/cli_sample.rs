@@ -336,6 +336,41 @@ fn parts_make_the_images_of_the_whole() {
     }
 }
 
+/// One by one, with the pixels of the archive; parts come together in one folder.
+#[test]
+fn images_are_pictures_in_a_folder() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    long_run(place, &[]);
+    let way = ["--num", "9", "--classes", "1,3", "--batch-size", "4"];
+    let says = succeeds(sample(place, &[&way[..], &["--images", "all", "--npz", "all.npz"]].concat()));
+    assert!(says.contains("9 images of run/checkpoints/0000100 are in all\n"), "{says}");
+    let (pixels, _) = images_and_labels(place, "all.npz", 9);
+    let expected: Vec<String> = (0..9).map(|i| format!("{i:06}-{}.png", if i < 5 { 1 } else { 3 })).collect();
+    let all = place.join("all");
+    assert_eq!(names(&all), expected);
+    for (name, pixels) in expected.iter().zip(pixels.chunks_exact(64)) {
+        let picture = image::open(all.join(name)).unwrap();
+        assert_eq!((picture.color(), picture.width()), (image::ColorType::L8, 8));
+        assert!(picture.into_bytes() == pixels, "{name}");
+    }
+    for only in ["0..4", "4.."] {
+        succeeds(sample(place, &[&way[..], &["--images", "parts", "--only", only]].concat()));
+    }
+    let parts = place.join("parts");
+    assert_eq!(names(&parts), expected);
+    assert!(expected.iter().all(|name| fs::read(parts.join(name)).unwrap() == fs::read(all.join(name)).unwrap()));
+    fails(sample(place, &["--images", "all"]), 1, &["all: is not empty: give another folder"]);
+    fails(sample(place, &["--images", "grid.png"]), 1, &["grid.png: cannot be written"]);
+
+    save_samples(&place.join("latents.safetensors"), "latents");
+    fs::remove_dir_all(place.join("run")).unwrap();
+    short_run(place, &["--data", "latents.safetensors"]);
+    let why = "--images are pictures, but this model makes latents of 3 channels: give --npz";
+    fails(sample(place, &["--images", "more"]), 2, &[why]);
+    assert!(!place.join("more").exists());
+}
+
 /// What `message` calls the part that is to be made: `--only A..B`.
 fn rest_of(message: &str) -> (usize, usize) {
     let range = message.split("--only ").nth(1).and_then(|rest| rest.split(' ').next()).expect("a flag");
@@ -427,9 +462,11 @@ fn what_is_finished_when_numbers_stop_being_finite_is_kept() {
         run(place, &[&way[..], &["--num", num, "--batch-size", "4"], files].concat())
     };
     let not_finite = "gave a number that is not finite";
-    let output = made("damaged.safetensors", "12", &["--npz", "x.npz"]);
+    let output = made("damaged.safetensors", "12", &["--npz", "x.npz", "--images", "pictures"]);
     assert!(!stderr(&output).contains("--only"), "the rest is no better: {}", stderr(&output));
-    fails(output, 1, &[not_finite, "; 4 of 12 images are in x.npz"]);
+    fails(output, 1, &[not_finite, "; 4 of 12 images are in pictures and x.npz"]);
+    assert_eq!(names(&place.join("pictures")), [0, 1, 2, 3].map(|i| format!("00000{i}-1.png")));
+    fs::remove_dir_all(place.join("pictures")).unwrap();
     let (pixels, labels) = images_and_labels(place, "x.npz", 4);
     succeeds(made("run", "12", &["--npz", "whole.npz", "--out", "whole.png"]));
     let whole = images_and_labels(place, "whole.npz", 12);

@@ -1,6 +1,11 @@
-//! What sampling leaves behind: a grid of images, and an archive of all.
+//! What sampling leaves behind: a grid of images, and all of them in an archive or a folder.
 
+use std::fs;
+use std::ops::Range;
 use std::path::Path;
+
+use image::codecs::png::PngEncoder;
+use image::{ExtendedColorType, ImageEncoder};
 
 use crate::atomic_file::{AtomicFile, check_target};
 use crate::data::npz::NpzWriter;
@@ -22,25 +27,44 @@ pub(super) struct Files<'a> {
     labels: &'a [u32],
     grid: Grid<'a>,
     archive: Option<Archive<'a>>,
+    folder: Option<Folder<'a>>,
     made: usize,
 }
 
+/// Where all images are to be, beside the grid: an archive, and a folder.
+#[derive(Clone, Copy)]
+pub(super) struct All<'a> {
+    pub(super) npz: Option<&'a Path>,
+    pub(super) folder: Option<&'a Path>,
+}
+
+impl All<'_> {
+    /// Whether they are to be anywhere.
+    pub(super) fn are_kept(self) -> bool {
+        self.npz.is_some() || self.folder.is_some()
+    }
+}
+
 impl<'a> Files<'a> {
-    /// Files for images of these `labels`. None has its name before it is whole.
+    /// Files for the images `only` of all, which have these `labels`. None has its name before it is whole.
     ///
     /// # Errors
     /// When one of them cannot be written, or would replace the `weights`.
     pub(super) fn create(
         out: &'a Path,
-        npz: Option<&'a Path>,
+        all: All<'a>,
         weights: &Path,
         labels: &'a [u32],
+        only: Range<usize>,
         config: &'a TrainConfig,
     ) -> Result<Self> {
+        let All { npz, folder } = all;
         check_outputs(out, npz, weights)?;
         AtomicFile::create(out)?;
+        let folder = folder.map(|path| Folder::create(path, labels.len(), only.clone(), config)).transpose()?;
+        let labels = &labels[only];
         let archive = npz.map(|path| Archive::create(path, labels.len(), config)).transpose()?;
-        Ok(Files { out, npz, labels, grid: Grid::new(labels, config), archive, made: 0 })
+        Ok(Files { out, npz, labels, grid: Grid::new(labels, config), archive, folder, made: 0 })
     }
 
     /// How many images were taken.
@@ -50,17 +74,19 @@ impl<'a> Files<'a> {
 
     /// What the grid leaves out, if anything, of the images or, unless they were `chosen`, of the classes.
     pub(super) fn note(&self, chosen: bool) -> Option<String> {
-        self.grid.note(self.labels.len(), self.npz.is_some(), chosen)
+        self.grid.note(self.labels.len(), self.npz.is_some() || self.folder.is_some(), chosen)
     }
 
     /// Takes the next images.
     ///
     /// # Errors
-    /// When the archive cannot be written: it is given up.
+    /// When the archive, which is given up then, or a picture cannot be written.
     pub(super) fn take(&mut self, images: &[f32]) -> Result<()> {
         self.grid.take(self.made, images);
         let written = self.archive.as_mut().map_or(Ok(()), |archive| archive.write(images));
         written.inspect_err(|_| self.archive = None)?;
+        let labels = &self.labels[self.made..];
+        self.folder.as_mut().map_or(Ok(()), |folder| folder.write(images, labels))?;
         self.made += images.len() / image_len(self.grid.config);
         Ok(())
     }
@@ -70,7 +96,7 @@ impl<'a> Files<'a> {
     /// # Errors
     /// When one of them cannot be written.
     pub(super) fn finish(self, name: &Path) -> Result<()> {
-        let Files { out, npz, labels, grid, archive, made } = self;
+        let Files { out, npz, labels, grid, archive, folder, made } = self;
         let archived = archive.map_or(Ok(()), |archive| archive.finish(labels));
         let drawn = grid.write(out, made);
         let [name, out] = [name, out].map(shown);
@@ -80,25 +106,32 @@ impl<'a> Files<'a> {
         if let (Some(npz), Ok(())) = (npz, &archived) {
             println!("{made} images of {name} are in {}", shown(npz));
         }
+        if let Some(folder) = folder {
+            println!("{made} images of {name} are in {}", shown(folder.path));
+        }
         archived.and(drawn)
     }
 
-    /// Keeps what there is in the archive, if there is one, none of that name was there before, and something to keep. Says how much is
-    /// where.
+    /// Keeps what there is in the archive, if there is one and none of that name was there before, as in the folder, and a grid of it. Says
+    /// how much is where, if anything is.
     ///
     /// # Errors
     /// When the archive cannot be written.
     pub(super) fn keep(self) -> Result<Option<String>> {
-        let Files { out, npz: Some(npz), labels, grid, archive: Some(archive), made: made @ 1.. } = self else {
+        let Files { out, npz, labels, grid, archive, folder, made: made @ 1.. } = self else {
             return Ok(None);
         };
-        if npz.exists() {
-            // What was there before may be whole.
+        let mut places: Vec<String> = folder.iter().map(|folder| shown(folder.path)).collect();
+        // What was there before may be whole.
+        if let (Some(npz), Some(archive)) = (npz.filter(|npz| !npz.exists()), archive) {
+            archive.finish(&labels[..made])?;
+            places.push(shown(npz));
+        }
+        if places.is_empty() {
             return Ok(None);
         }
-        archive.finish(&labels[..made])?;
         grid.write(out, made).unwrap_or_else(|e| say(&format!("no grid: {}", printable(&e.to_string()))));
-        Ok(Some(format!("; {made} of {} images are in {}", labels.len(), shown(npz))))
+        Ok(Some(format!("; {made} of {} images are in {}", labels.len(), places.join(" and "))))
     }
 }
 
@@ -199,6 +232,66 @@ fn image_len(config: &TrainConfig) -> usize {
     config.in_channels * config.image_size * config.image_size
 }
 
+/// The bytes of an image `[C, H, W]`, `[H, W, C]`.
+fn bytes_of(image: &[f32], channels: usize) -> Vec<u8> {
+    let pixels = image.len() / channels;
+    // As the DiT authors round: half a step up, then down.
+    let byte = |i: usize| (127.5 * image[i % channels * pixels + i / channels] + 128.0).clamp(0.0, 255.0) as u8;
+    (0..image.len()).map(byte).collect()
+}
+
+/// A folder of pictures, `NUMBER-CLASS.png`.
+struct Folder<'a> {
+    config: &'a TrainConfig,
+    path: &'a Path,
+    color: ExtendedColorType,
+    next: usize,
+    digits: usize,
+}
+
+impl<'a> Folder<'a> {
+    /// A folder for the images `only` of `n`. It must be new or empty, but parts of all may come together in one.
+    fn create(path: &'a Path, n: usize, only: Range<usize>, config: &'a TrainConfig) -> Result<Self> {
+        let color = match config.in_channels {
+            1 if config.are_images() => ExtendedColorType::L8,
+            3 if config.are_images() => ExtendedColorType::Rgb8,
+            channels => {
+                let kind = if config.are_images() { "images" } else { "latents" };
+                return Err(Error::usage(format!(
+                    "--images are pictures, but this model makes {kind} of {channels} channels: give --npz"
+                )));
+            }
+        };
+        let fail = |e: std::io::Error| Error::file(path, format!("cannot be written: {e}"));
+        fs::create_dir_all(path).map_err(fail)?;
+        if only.len() == n && fs::read_dir(path).map_err(fail)?.next().is_some() {
+            return Err(Error::file(path, "is not empty: give another folder"));
+        }
+        Ok(Folder { config, path, color, next: only.start, digits: (n - 1).to_string().len().max(6) })
+    }
+
+    /// Writes the next images, of which these are the `labels`.
+    fn write(&mut self, images: &[f32], labels: &[u32]) -> Result<()> {
+        let side = self.config.image_size as u32;
+        for (image, label) in images.chunks_exact(image_len(self.config)).zip(labels) {
+            let path = self.path.join(format!("{:0digits$}-{label}.png", self.next, digits = self.digits));
+            let temporary = path.with_extension("tmp");
+            let mut png = Vec::new();
+            let encoder = PngEncoder::new(&mut png);
+            let encoded = encoder.write_image(&bytes_of(image, self.config.in_channels), side, side, self.color);
+            let encoded = encoded.map_err(std::io::Error::other);
+            let written =
+                encoded.and_then(|()| fs::write(&temporary, png)).and_then(|()| fs::rename(&temporary, &path));
+            written.map_err(|e| {
+                let _ = fs::remove_file(&temporary);
+                Error::file(&path, format!("cannot be written: {e}"))
+            })?;
+            self.next += 1;
+        }
+        Ok(())
+    }
+}
+
 /// The .npz, written as the images come: all of them may be more than memory holds.
 struct Archive<'a> {
     config: &'a TrainConfig,
@@ -221,15 +314,7 @@ impl<'a> Archive<'a> {
         if !self.config.are_images() {
             return self.file.write(bytemuck::cast_slice(images));
         }
-        let mut bytes = vec![0u8; image_len(self.config)];
-        for image in images.chunks_exact(bytes.len()) {
-            for (i, byte) in bytes.iter_mut().enumerate() {
-                // As the DiT authors round: half a step up, then down.
-                *byte = (127.5 * image[i % c * (image.len() / c) + i / c] + 128.0).clamp(0.0, 255.0) as u8;
-            }
-            self.file.write(&bytes)?;
-        }
-        Ok(())
+        images.chunks_exact(image_len(self.config)).try_for_each(|image| self.file.write(&bytes_of(image, c)))
     }
 
     /// Ends the images, of which the `labels` tell how many there are, and writes these.

@@ -23,7 +23,8 @@ pub(super) fn labels(args: &SampleArgs, config: &TrainConfig, names: &[String]) 
         vec![all]
     } else if args.classes.is_empty() {
         // Images that nobody asked for and the grid does not show are not made.
-        let rows = if args.num.is_some() || args.npz.is_some() { all } else { all.min(GRID_ROWS) };
+        let rows =
+            if args.num.is_some() || args.npz.is_some() || args.images.is_some() { all } else { all.min(GRID_ROWS) };
         (0..rows).collect()
     } else {
         let classes = args.classes.iter().map(|text| classes_of(text, all, &names[..names.len().min(all)]));

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use clap::Args;
 
-use self::files::Files;
+use self::files::{All, Files};
 use self::labels::{labels, part, range};
 use super::compute::ComputeArgs;
 use super::offered::offered;
@@ -36,7 +36,7 @@ Examples:
   dtr-fused sample --checkpoint runs/digits-paper-0001 --classes 3,7 --num 40 --cfg 2 --seed 1
   dtr-fused sample --checkpoint runs/digits-paper-0001 --num 5000 --sampler ddpm --npz samples.npz
   dtr-fused sample --checkpoint runs/digits-paper-0001 --num 5000 --only 2560..5000 --npz rest.npz
-  dtr-fused sample --checkpoint runs/pets-0001 --classes cat,dog --sampler dpm++ --num 100 --npz pets.npz
+  dtr-fused sample --checkpoint runs/pets-0001 --classes cat,dog --sampler dpm++ --num 100 --images pets
   dtr-fused sample --checkpoint DiT-XL-2.safetensors --classes 207,360 --cfg 4 --npz latents.npz
 
 A file of weights tells the sizes of its model, that of the images if it has pos_embed. Where
@@ -69,7 +69,7 @@ pub(super) struct SampleArgs {
     #[arg(long, value_name = "A..B", allow_negative_numbers = true)]
     cfg_interval: Option<String>,
     /// Classes to make, with commas between them: numbers, ranges A..B (without B), or names if the data had some [default: all; without
-    /// --num and --npz, those that the grid has rows for]
+    /// --num, --npz and --images, those that the grid has rows for]
     #[arg(long, allow_negative_numbers = true)]
     classes: Vec<String>,
     /// Images in all, shared equally among the classes [default: 10 for each]
@@ -91,6 +91,9 @@ pub(super) struct SampleArgs {
     /// classes, their number)
     #[arg(long, value_name = "FILE")]
     npz: Option<PathBuf>,
+    /// All images as pictures NUMBER-CLASS.png in this folder, which must be new or empty but for those that --only leaves out
+    #[arg(long, value_name = "DIR")]
+    images: Option<PathBuf>,
     #[command(flatten)]
     compute: ComputeArgs,
 }
@@ -100,7 +103,6 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     args.compute.put_into(&mut config)?;
     let all = labels(&args, &config, &names.unwrap_or_default())?;
     let only = args.only.as_ref().map_or(Ok(0..all.len()), |text| part(text, all.len()))?;
-    let labels = &all[only.clone()];
     if !(1..=MOST_AT_ONCE).contains(&args.batch_size) {
         return Err(Error::usage(format!(
             "--batch-size is {}, but it must be between 1 and {MOST_AT_ONCE}",
@@ -130,10 +132,12 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     }
 
     // Where signals cannot be caught, and when Ctrl-C is pressed twice, at worst a temporary file stays.
-    let says = if args.npz.is_some() { "with the images of whole batches" } else { "without files" };
+    let kept = All { npz: args.npz.as_deref(), folder: args.images.as_deref() };
+    let says = if kept.are_kept() { "with the images of whole batches" } else { "without files" };
     let _ = signals::stop_on_signals(says);
     // Hours of work must not end in a directory that cannot be written.
-    let mut files = Files::create(&args.out, args.npz.as_deref(), &file, labels, &config)?;
+    let mut files = Files::create(&args.out, kept, &file, &all, only.clone(), &config)?;
+    let labels = &all[only.clone()];
 
     let (compute, note) = args.compute.open(&config)?;
     let in_main_memory = match &compute {
@@ -177,7 +181,8 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
         // After an error, the same might end the rest.
         Ok(Some(kept)) if stopped => {
             let end = only.end;
-            error.and(&format!("{kept}, and --only {next}..{end} with another --out and --npz makes the rest"))
+            let another = if args.npz.is_some() { "--out and --npz" } else { "--out" };
+            error.and(&format!("{kept}, and --only {next}..{end} with another {another} makes the rest"))
         }
         Ok(Some(kept)) => error.and(&kept),
         Ok(None) if stopped => error.and(": no file was written"),
