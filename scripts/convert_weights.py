@@ -128,6 +128,8 @@ def check(weights, path):
         return weights[name].shape
 
     c, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    if c % 4:
+        sys.exit(f"{path} has {c} channels, but those of a DiT are a multiple of 4, as its positions are")
     rows, mlp, out = (shape(name, 2)[0] for name in (LABELS, "blocks.0.mlp.fc1.weight", "final_layer.linear.weight"))
     depth, side = depth_of(weights, "blocks"), math.isqrt(shape("pos_embed", 3)[1]) if "pos_embed" in weights else 0
     layers = {"x_embedder.proj": (c, channels, patch, patch), "t_embedder.mlp.0": (c, 256), "t_embedder.mlp.2": (c, c)}
@@ -169,6 +171,8 @@ def write_tensors(path, tensors, metadata):
 
 def write(path, save):
     """Under its name there is only what is whole."""
+    if not path.name:
+        sys.exit(f"{path} is no name of a file: give one")
     partial = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -190,7 +194,7 @@ def config_beside(path):
         if wrong := next((key for key, value in FIXED.items() if config.get(key, value) != value), None):
             sys.exit(f"{place} has {wrong} {config[wrong]}, where a DiT has {FIXED[wrong]}")
         return {key: int(config[key]) for key in ("sample_size", "num_attention_heads") if config.get(key)}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         sys.exit(f"{place} is no configuration of a model: {error}")
 
 
@@ -213,9 +217,9 @@ def convert(args):
     if pixels:
         size.side = pixels // size.patch
         weights.setdefault("pos_embed", positions(size.side, size.c))
-    usual = HEADS.get((size.c, size.depth))
+    usual = HEADS.get((size.c, size.depth)) if size.patch in (2, 4, 8) else None
     told = str(args.num_heads or metadata.get("num_heads") or config.get("num_attention_heads"))
-    heads = int(told) if told.isdecimal() else usual
+    heads = int(told[:9]) if told.isdecimal() else usual
     if heads == 0 or heads and size.c % heads:
         sys.exit(f"{path}: {size.c} channels cannot be shared by {heads} heads")
 
@@ -227,7 +231,7 @@ def convert(args):
         ours = {"num_heads", "routing", "schedule"} <= metadata.keys()
         give = [] if ours or heads and heads == usual else [f"num_heads={heads or 'X'}"]
         if give := give + ["image_size=X"] * (not size.side):
-            print(f"dtr-fused cannot tell all of the model from it: give sample --set {' '.join(give)}")
+            print(f"dtr-fused cannot tell all of the model from it: give --set {' '.join(give)} to sample")
         return
 
     routing = metadata.get("routing", "dense")

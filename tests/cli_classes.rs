@@ -35,7 +35,7 @@ fn labels(place: &Path, file: &str, n: usize) -> Vec<i64> {
 fn put(place: &Path, name: &str) {
     let path = place.join(name);
     fs::create_dir_all(path.parent().unwrap()).unwrap();
-    image::RgbImage::from_fn(8, 8, |x, y| image::Rgb([x, y, x * y].map(|v| 8 * v as u8))).save(path).unwrap();
+    image::RgbImage::from_fn(8, 8, |x, y| image::Rgb([x, y, x * y].map(|v| 4 * v as u8))).save(path).unwrap();
 }
 
 #[test]

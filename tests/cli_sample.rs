@@ -177,8 +177,7 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     let told = ["num_heads=2", "routing=random", "seed=7", "schedule=cosine", "label_dropout=0"];
     let (of_foreign, said) = sample("weights.safetensors", &[&["--set"], &told[..]].concat());
     assert!(of_foreign == of_run, "what --set says is another model");
-    let assumed =
-        "weights.safetensors does not say beta 0.8, alpha 4.0, data_kind images: this is assumed (sample --set";
+    let assumed = "weights.safetensors does not say beta 0.8, alpha 4.0, data_kind images: this is assumed (--set KEY=VALUE of sample or";
     assert!(said.contains(assumed), "{said}");
     // As the published weights.
     let said = sample("weights.safetensors", &["--set", "num_heads=2"]).1;
@@ -188,12 +187,7 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     let refused = |checkpoint: &str, more: &[&str], code, says: &[&str]| {
         fails(run(place, &[&["sample", "--checkpoint", checkpoint, "--steps", "2"], more].concat()), code, says);
     };
-    refused(
-        "weights.safetensors",
-        &[],
-        1,
-        &["weights.safetensors: does not tell num_heads: give sample --set num_heads=X"],
-    );
+    refused("weights.safetensors", &[], 1, &["weights.safetensors: does not tell num_heads: give --set num_heads=X"]);
     refused("weights.safetensors", &["--set", "depth=2"], 2, &["--set gives 'depth', but", "num_heads, routing"]);
     refused(
         "weights.safetensors",
@@ -213,7 +207,7 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     refused("weights.safetensors", &["--weights", "ema"], 2, &["weights.safetensors is a file: leave it out"]);
     refused("run", &["--set", "routing=dense"], 2, &["run says itself what its model is: leave it out"]);
     write_foreign(place, |name| name != "pos_embed");
-    refused("weights.safetensors", &["--set", "num_heads=2"], 1, &["give sample --set image_size=X"]);
+    refused("weights.safetensors", &["--set", "num_heads=2"], 1, &["give --set image_size=X"]);
     let told = [&told[..], &["image_size=8"]].concat();
     assert!(sample("weights.safetensors", &[&["--set"], &told[..]].concat()).0 == of_run);
     write_foreign(place, |name| !name.starts_with("x_embedder"));

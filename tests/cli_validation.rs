@@ -76,11 +76,9 @@ fn it_is_measured_afterwards_too() {
     assert_eq!(validated(place, &["--checkpoint", "run"]), expected);
     assert_eq!(validated(place, &["--checkpoint", "run", "--threads", "1"]), expected);
     let text = succeeds(run(place, &["validate", "--checkpoint", "run"]));
-    let says = [
-        "30 samples, by run/checkpoints/0000030",
-        &format!("loss          {}", metrics::loss_text(expected)),
-        "t 875-999",
-    ];
+    let loss = format!("\nloss          {}\n", metrics::loss_text(expected));
+    let says =
+        ["checkpoint    run/checkpoints/0000030\nsamples       30\nloss weight   min-snr-5\n", &loss, "  t 875-999"];
     assert!(says.iter().all(|part| text.contains(part)), "{text}");
     for other in [&["--weights", "model"][..], &["--seed", "0"], &["--data", "digits"]] {
         assert!(validated(place, &[&["--checkpoint", "run"], other].concat()) != expected, "{other:?}");
@@ -90,7 +88,7 @@ fn it_is_measured_afterwards_too() {
 
     let ema = "run/checkpoints/0000030/ema.safetensors";
     let of_file = |more: &[&str]| run(place, &[&["validate", "--checkpoint", ema], more].concat());
-    succeeds(of_file(&["--data", "digits"]));
+    assert_eq!(validated(place, &["--checkpoint", ema, "--data", "digits"]), validated(place, &digits));
     fails(of_file(&[]), 2, &["a file of weights names no data: give --data"]);
     save_samples(&place.join("two.npy"), 30);
     npy::write(place.join("wide.npy"), Element::U8, &[2, 1, 12, 12], &[7; 288]).unwrap();
@@ -99,7 +97,9 @@ fn it_is_measured_afterwards_too() {
     fails(
         of_file(&["--data", "wide.npy"]),
         2,
-        &["are images of 1 x 12 x 12 in 10 classes, but this model learned images of 1 x 8 x 8"],
+        &[
+            "are images of 1 x 12 x 12 in 10 classes, but this model learned images of 1 x 8 x 8 in 10 classes: validate",
+        ],
     );
     succeeds(train(place, &["--steps", "1", "--out", "plain"]));
     fails(run(place, &["validate", "--checkpoint", "plain"]), 2, &["this run was not validated: say with --data"]);
@@ -135,7 +135,18 @@ fn data_of_its_own_are_validated_on() {
         2,
         &["validation_samples is 3 and validation_data is 'other.npy', but a run has one of them"],
     );
-    fails(train(place, &["--validation-data", "gone.npy"]), 1, &["gone.npy", "does not exist"]);
+    fails(train(place, &["--validation-data", "gone.npy"]), 1, &["gone.npy: the data to validate on are not there"]);
+    // It needs no data of training, and is not needed for it.
+    fs::rename(place.join("other.npy"), place.join("moved.npy")).unwrap();
+    let resumed = |more: &[&str]| run(place, &[&["train", "--resume", "with", "--steps", "5"], more].concat());
+    fails(
+        resumed(&[]),
+        1,
+        &["other.npy: the data to validate on are not there: say where they are with --validation-data"],
+    );
+    fs::rename(place.join("other.labels.npy"), place.join("moved.labels.npy")).unwrap();
+    succeeds(resumed(&["--validation-data", "moved.npy"]));
+    succeeds(run(place, &["train", "--resume", "with", "--steps", "6", "--validation-data", ""]));
 
     for (data, classes) in [("pets", ["cat", "dog"]), ("same", ["cat", "dog"]), ("others", ["cat", "cow"])] {
         for class in classes {
@@ -146,7 +157,37 @@ fn data_of_its_own_are_validated_on() {
     }
     let on = |data| train(place, &["--steps", "1", "--data", "pets", "--image-size", "8", "--validation-data", data]);
     succeeds(on("same"));
-    fails(on("others"), 2, &["class 1 of the data 'others' is 'cow', but was 'dog' in training"]);
+    fails(
+        on("others"),
+        2,
+        &["class 1 of the data 'others' is 'cow', but was 'dog' in training, so labels", "same class folders"],
+    );
+    let none = ["--label-dropout", "1", "--validation-data", "others"];
+    succeeds(train(place, &[&["--steps", "1", "--data", "pets", "--image-size", "8"][..], &none].concat()));
+}
+
+/// Not others, of which some may have been trained on.
+#[test]
+fn what_was_held_out_is_found_again_or_not_measured() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let put = |name: &str| {
+        let path = place.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        image::RgbImage::from_pixel(8, 8, image::Rgb([9, 90, 200])).save(path).unwrap();
+    };
+    ["pets/cat/a.png", "pets/cat/b.png", "pets/dog/a.png", "pets/dog/b.png"].iter().for_each(|name| put(name));
+    let data = ["--data", "pets", "--image-size", "8", "--validation-samples", "2"];
+    succeeds(train(place, &[&["--out", "run", "--steps", "1"], &data[..]].concat()));
+    let validate = || run(place, &["validate", "--checkpoint", "run"]);
+    succeeds(validate());
+    put("pets/dog/c.png");
+    fails(validate(), 2, &["'pets' have 5 samples, but had 4 in training, of which others were held out", "--data"]);
+    fs::remove_file(place.join("pets/dog/c.png")).unwrap();
+    fs::rename(place.join("pets/cat"), place.join("pets/zebra")).unwrap();
+    fails(validate(), 2, &["class 0 of the data 'pets' is 'dog', but was 'cat' in training"]);
+    fs::rename(place.join("pets"), place.join("zoo")).unwrap();
+    fails(validate(), 1, &["pets: the data of which this run held out 2 samples are not there: give the same"]);
 }
 
 #[test]

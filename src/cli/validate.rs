@@ -1,7 +1,5 @@
 //! `dtr-fused validate`.
 
-use std::path::Path;
-
 use clap::Args;
 use serde::Serialize;
 
@@ -12,7 +10,7 @@ use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
 use crate::backend::Compute;
 use crate::diffusion::Schedule;
-use crate::error::{Error, Result, printable};
+use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::train::metrics::{self, Means};
@@ -27,8 +25,9 @@ Examples:
   dtr-fused validate --checkpoint runs/pets-0001 --data pets-test
   dtr-fused validate --checkpoint DiT-XL-2.safetensors --data latents.npy --json
 
-Every sample has a timestep and noise of its own, the same for every model: on the same data, with the
-same --seed, values differ by the models alone. Noise schedule and loss weight are those of training.
+Every sample has a timestep and noise of its own, the same for every model. So values on the
+same data, with the same --seed, differ by the models alone, if these have the same noise schedule
+and loss weight: both are those of training.
 ";
 
 /// Measure the loss of a model on data that it has not learned from
@@ -57,7 +56,7 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
     let samples = match &args.data {
         Some(what) => setup::validation_data(&config, what, names)?,
         None if file == name => return Err(Error::usage("a file of weights names no data: give --data")),
-        None => setup::validated_data(&config)?,
+        None => setup::validated_data(&config, &name)?,
     };
     let seed = args.seed.unwrap_or(if args.data.is_some() { 0 } else { config.seed });
     let (compute, note) = args.compute.open(&config)?;
@@ -68,13 +67,13 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
         Compute::Cpu { .. } => validation.at_once(),
         Compute::Cuda { elem, .. } => config.model_config().check_cuda(*elem).map(|()| 0)?,
     };
-    setup::check_sampling_memory(&config, in_main_memory)?;
+    setup::check_inference_memory(&config, in_main_memory, "validating", "a machine with more memory can")?;
     let mut weights = vec![0.0; dit.layout.len()];
     read_weights(&file, &dit, &mut weights)?;
 
     let n = validation.len();
     let mut progress = Progress::new("validating", 0, n as u64);
-    assumed.iter().chain(&note).for_each(|note| progress.say(note));
+    assumed.iter().chain(&note).map(String::as_str).chain(validation.note()).for_each(|note| progress.say(note));
     let schedule = Schedule::new(config.schedule, TASKS)?;
     let means = trainer::in_pool(&config, || {
         let uploaded = DeviceWeights::upload_to(&compute, &weights)?;
@@ -95,7 +94,9 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
     }
     progress.finish();
     validation.take_warnings().iter().for_each(|warning| progress.say(warning));
-    show(&name, n, &means?, args.json);
+    let means = means?;
+    let loss_weight = config.loss_weight.to_string();
+    show(&Report { checkpoint: name.display().to_string(), samples: n, loss_weight, means: &means }, args.json);
     Ok(())
 }
 
@@ -104,18 +105,21 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
 struct Report<'a> {
     checkpoint: String,
     samples: usize,
+    loss_weight: String,
     #[serde(flatten)]
     means: &'a Means,
 }
 
-fn show(name: &Path, samples: usize, means: &Means, as_json: bool) {
+fn show(report: &Report, as_json: bool) {
     if as_json {
-        let report = Report { checkpoint: name.display().to_string(), samples, means };
-        println!("{}", serde_json::to_string(&report).expect("numbers and names"));
+        println!("{}", serde_json::to_string(report).expect("numbers and names"));
         return;
     }
     let text = |loss: Option<f64>| loss.map_or("not finite".into(), metrics::loss_text);
-    println!("{samples} samples, by {}", printable(&name.display().to_string()));
+    let means = report.means;
+    row("checkpoint", &report.checkpoint);
+    row("samples", report.samples);
+    row("loss weight", &report.loss_weight);
     for (name, loss) in [("loss", means.loss), ("mse", means.mse), ("vb", means.vb)] {
         row(name, text(loss));
     }

@@ -24,7 +24,7 @@ const MAX_DECODER_BYTES: u64 = 1 << 30;
 /// Largest side of the squares that images are brought to.
 const MAX_SIZE: usize = 4096;
 
-/// Images `DIR/CLASS/IMAGE` as `[3, size, size]` in [-1, 1]; of a folder without folders, `DIR/IMAGE`, all of one class.
+/// Images `DIR/CLASS/IMAGE` as `[3, size, size]` in [-1, 1]; of a folder without folders and links to such, `DIR/IMAGE`, all of one class.
 ///
 /// Labels are the places of the class folders in alphabetical order (of code points, as in torchvision's `ImageFolder`).
 /// Images are cropped and scaled exactly as ADM and DiT do with Pillow ([`center_crop`]); PNG and WebP images therefore
@@ -56,9 +56,12 @@ impl ImageFolder {
         let new_scan = || Scan { root: canonical.clone(), links: 0, files: 0, folders: 0 };
         let mut scan = new_scan();
         let mut classes = scan.entries(root, |path, _| path.is_dir())?;
-        // Folders that are left out, links, would be classes.
         let mut flat = new_scan();
-        let without_classes = classes.is_empty() && !flat.entries(root, is_image_file)?.is_empty() && flat.folders == 0;
+        let without_classes = classes.is_empty() && !flat.entries(root, is_image_file)?.is_empty();
+        if without_classes && flat.folders > 0 {
+            let what = "has images, and links to folders outside of it, which may be meant as classes: remove one or the other";
+            return Err(Error::file(root, what));
+        }
         if without_classes {
             scan = new_scan();
             classes.push(OsString::new()); // the folder itself

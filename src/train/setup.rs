@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::config::{DataKind, TrainConfig};
 use super::learner::Learner;
 use super::plan;
-use super::state::{names_of_classes, other_class};
+use super::state::{names_in, names_of_classes, other_class, samples_in};
 use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{DType, Device};
@@ -76,6 +76,12 @@ pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, r
     config.data_kind = kind;
     config.fit_to_data(height, channels, classes)?;
     if !config.validation_data.is_empty() {
+        let what = &config.validation_data;
+        if what != "digits" && !Path::new(what).exists() {
+            let why =
+                "the data to validate on are not there: say where they are with --validation-data (or '', for none)";
+            return Err(Error::file(what, why));
+        }
         let validation =
             validation_data(config, &config.validation_data, names_of_classes(&*dataset).map(<[String]>::to_vec))?;
         return Ok(Data { training: dataset, validation: Some(validation) });
@@ -94,40 +100,61 @@ pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, r
     Ok(Data { training, validation: Some(held_out) })
 }
 
-/// The samples that a run was validated on.
-pub(crate) fn validated_data(config: &TrainConfig) -> Result<Arc<dyn Dataset>> {
-    let dataset = open_data(config, true)?;
-    let data = fit_to_data(&mut config.clone(), dataset, true)?;
-    data.validation
-        .ok_or_else(|| Error::usage("this run was not validated: say with --data what to measure the loss on"))
+/// The samples that the run of `checkpoint` was validated on.
+pub(crate) fn validated_data(config: &TrainConfig, checkpoint: &Path) -> Result<Arc<dyn Dataset>> {
+    let (names, held_out) = (names_in(checkpoint), config.validation_samples);
+    if !config.validation_data.is_empty() {
+        return validation_data(config, &config.validation_data, names);
+    }
+    if held_out == 0 {
+        return Err(Error::usage("this run was not validated: say with --data what to measure the loss on"));
+    }
+    let others = "give the same data, or others with --data, of which all samples are measured";
+    if config.data != "digits" && !Path::new(&config.data).exists() {
+        let what = format!("the data of which this run held out {held_out} samples are not there: {others}");
+        return Err(Error::file(&config.data, what));
+    }
+    let dataset = validation_data(config, &config.data, names)?;
+    let (were, are) = (samples_in(checkpoint).map(|left| left.saturating_add(held_out)), dataset.len());
+    if were.is_some_and(|were| were != are) {
+        return Err(Error::usage(format!(
+            "the data '{}' have {are} samples, but had {} in training, of which others were held out: {others}",
+            config.data,
+            were.unwrap_or_default()
+        )));
+    }
+    let [_, held_out] = hold_out(dataset, held_out, config.seed)?;
+    Ok(held_out)
 }
 
-/// The data `what`, to validate a model of this configuration on. Their classes must be those of training, of which these are the `names`,
-/// if they have some.
+/// The data `what`, to validate a model of this configuration on. Unless it learns none, their classes must be those of training, of which
+/// these are the `names`, if they have some.
 pub(crate) fn validation_data(
     config: &TrainConfig,
     what: &str,
     names: Option<Vec<String>>,
 ) -> Result<Arc<dyn Dataset>> {
-    let dataset = data::open(what, Some(config.image_size), Some(config.num_classes), Some(config.are_images()))?;
+    let known = (!config.no_classes()).then_some(config.num_classes);
+    let dataset = data::open(what, Some(config.image_size), known, Some(config.are_images()))?;
     let kind = |pictures| if pictures { DataKind::Images } else { DataKind::Latents };
     let ([channels, height, width], classes) = (dataset.shape(), dataset.num_classes());
-    let same = [channels, height, width] == [config.in_channels, config.image_size, config.image_size];
-    if !same || classes > config.num_classes || dataset.is_pictures() != config.are_images() {
+    let side = config.image_size;
+    let same = [channels, height, width] == [config.in_channels, side, side];
+    if !same || known.is_some_and(|known| classes > known) || dataset.is_pictures() != config.are_images() {
         return Err(Error::usage(format!(
-            "the data '{what}' are {} of {channels} x {height} x {width} in {classes} classes, but this model learned {} of {} x {} x {}              in {}: validate it on such",
+            "the data '{what}' are {} of {channels} x {height} x {width} in {classes} classes, but this model learned {} of {} x {side} x {side} \
+             in {} classes: validate it on such",
             kind(dataset.is_pictures()),
             kind(config.are_images()),
             config.in_channels,
-            config.image_size,
-            config.image_size,
             config.num_classes
         )));
     }
     let found = names_of_classes(&*dataset).map(<[String]>::to_vec);
-    if let Some((class, [was, is])) = other_class([names, found]) {
+    if let (Some(_), Some((class, [was, is]))) = (known, other_class([names, found])) {
         return Err(Error::usage(format!(
-            "class {class} of the data '{what}' is {is}, but was {was} in training, so labels would mean other classes: give it the same              class folders"
+            "class {class} of the data '{what}' is {is}, but was {was} in training, so labels would mean other classes: give it the same \
+             class folders"
         )));
     }
     Ok(dataset)
@@ -259,17 +286,17 @@ fn check_fits(config: &TrainConfig, dit: &Dit, at_once: usize, there: f64) -> Re
     )))
 }
 
-/// Refuses to sample where main memory surely cannot hold the weights and what a forward pass over `images` images computes with, an
-/// estimate.
+/// Refuses to sample or validate (`doing`) where main memory surely cannot hold the weights and what a forward pass over `images` images
+/// computes with, an estimate. If fewer would do, `remedy` says how.
 ///
 /// # Errors
 /// When that is more than this process may take.
-pub fn check_sampling_memory(config: &TrainConfig, images: usize) -> Result<()> {
-    memory_bytes().map_or(Ok(()), |there| check_sampling_fits(config, images, there as f64))
+pub fn check_inference_memory(config: &TrainConfig, images: usize, doing: &str, remedy: &str) -> Result<()> {
+    memory_bytes().map_or(Ok(()), |there| check_inference_fits(config, images, there as f64, doing, remedy))
 }
 
-/// [`check_sampling_memory`] on a machine with `there` bytes.
-fn check_sampling_fits(config: &TrainConfig, images: usize, there: f64) -> Result<()> {
+/// [`check_inference_memory`] on a machine with `there` bytes.
+fn check_inference_fits(config: &TrainConfig, images: usize, there: f64, doing: &str, remedy: &str) -> Result<()> {
     let model = config.model_config();
     let tables = model.table_rows().map(|rows| (rows * model.hidden_size) as f64);
     let weights = model.parameters() as f64 + tables[0] + tables[1];
@@ -278,10 +305,9 @@ fn check_sampling_fits(config: &TrainConfig, images: usize, there: f64) -> Resul
         return Ok(());
     }
     // One image is two samples with guidance.
-    let remedy =
-        if weights > there || images <= 2 { "a machine with more memory can" } else { "give a smaller --batch-size" };
+    let remedy = if weights > there || images <= 2 { "a machine with more memory can" } else { remedy };
     Err(Error::usage(format!(
-        "sampling {} takes about {:.1} GB (weights {:.1}, {images} samples at a time {:.1}), but it may take {:.1} GB here: {remedy}",
+        "{doing} {} takes about {:.1} GB (weights {:.1}, {images} samples at a time {:.1}), but it may take {:.1} GB here: {remedy}",
         config.model,
         (weights + activations) / 1e9,
         weights / 1e9,
@@ -377,8 +403,10 @@ mod tests {
     fn samples_that_memory_cannot_hold_are_refused_with_what_would_help() {
         let config = TrainConfig { image_size: 128, in_channels: 3, num_classes: 10, ..TrainConfig::default() };
         let dit = model(&config).unwrap();
-        assert!(check_sampling_fits(&config, 128, 16e9).is_ok());
-        let says = |images, there| check_sampling_fits(&config, images, there).unwrap_err().to_string();
+        let check =
+            |images, there| check_inference_fits(&config, images, there, "sampling", "give a smaller --batch-size");
+        assert!(check(128, 16e9).is_ok());
+        let says = |images, there| check(images, there).unwrap_err().to_string();
         assert_eq!(
             says(2048, 1e9),
             "sampling digits takes about 62.6 GB (weights 0.0, 2048 samples at a time 62.6), but it may take 1.0 GB here: give a \

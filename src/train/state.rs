@@ -44,6 +44,11 @@ pub(crate) fn names_in(checkpoint: &Path) -> Option<Vec<String>> {
     files.into_iter().find_map(|path| told_names(SafetensorsFile::open(path).ok()?.metadata()))
 }
 
+/// How many samples there were to train on when `checkpoint` was saved, if it tells.
+pub(super) fn samples_in(checkpoint: &Path) -> Option<usize> {
+    SafetensorsFile::open(checkpoint.join(checkpoint::OPTIMIZER)).ok()?.metadata().get(SAMPLES)?.parse().ok()
+}
+
 /// The names of the classes, unless they are only numbers: those of arrays.
 pub(super) fn names_of_classes(dataset: &dyn Dataset) -> Option<&[String]> {
     let names = dataset.class_names();

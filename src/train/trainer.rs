@@ -311,6 +311,7 @@ impl<'a> Trainer<'a> {
                 true => format!("{samples} more sample{are} held out to validate on"),
                 false => format!("{samples} sample{are} there to validate on, from '{own}'"),
             });
+            validation.note().filter(|_| !own.is_empty()).iter().for_each(|note| progress.say(note));
         }
         self.notes.iter().for_each(|note| progress.say(note));
     }

@@ -49,6 +49,11 @@ impl Validation {
         self.loader.dataset().len()
     }
 
+    /// What there is to say about them.
+    pub(crate) fn note(&self) -> Option<&str> {
+        self.loader.dataset().note()
+    }
+
     /// Samples that are computed at once.
     pub(crate) fn at_once(&self) -> usize {
         self.loader.batch_size()

@@ -30,8 +30,8 @@ const POSITIONS_DIFFER: f32 = 0.01;
 /// Knobs that no shape of a tensor shows, though with another value the same weights are another model.
 const UNSEEN: [&str; 6] = ["num_heads", "routing", "beta", "alpha", "seed", "schedule"];
 
-/// Knobs that matter when weights are sampled, and not when others start from them.
-const OF_SAMPLES: [&str; 3] = ["data_kind", "label_dropout", "precision"];
+/// Knobs that matter when weights are sampled or validated, and not when others start from them.
+const OF_SAMPLES: [&str; 4] = ["data_kind", "label_dropout", "precision", "loss_weight"];
 
 /// What a file of weights says of the model.
 pub(super) fn metadata(config: &TrainConfig) -> Metadata {
@@ -90,10 +90,10 @@ pub(super) fn start_from_given_weights(
     let names = [told_names(file.metadata()), names_of_classes(data).map(<[String]>::to_vec)];
     let labels = match other_class(names) {
         _ if new => ", with new labels".into(),
-        Some((class, [was, is])) => {
+        Some((class, [was, is])) if !config.no_classes() => {
             format!(", whose class {class} was {was}, and is {is} in these data (--init-labels new draws all anew)")
         }
-        None => String::new(),
+        _ => String::new(),
     };
     let note = differences(config, dit, &file)?;
     learner.ema.copy_from_slice(&learner.weights);
@@ -180,7 +180,7 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
         .map(|(origin, assignments)| Layer { origin: origin.into(), assignments });
     let layers = [&layers[..], std::slice::from_ref(set)].concat();
     let told = |key: &str| layers[1..].iter().rev().find_map(|layer| layer.last(key));
-    let missing = |key: &str| Err(Error::file(file.path(), format!("does not tell {key}: give sample --set {key}=X")));
+    let missing = |key: &str| Err(Error::file(file.path(), format!("does not tell {key}: give --set {key}=X")));
     if told("num_heads").or(told("model")).is_none() {
         return missing("num_heads");
     }
@@ -208,8 +208,8 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
     if let Some(key) = UNSEEN.iter().find(|&&key| ours && assumed.contains_key(key)) {
         return missing(key);
     }
-    // In which format products are is no part of the model.
-    assumed.remove("precision");
+    // In which format products are is no part of the model, and the weight of the loss is told with it.
+    ["precision", "loss_weight"].iter().for_each(|key| drop(assumed.remove(*key)));
     let note = note_on(&config, &assumed, &layers[1], set).map(|note| format!("{} {note}", file.path().display()));
     Ok((config, note))
 }
@@ -225,7 +225,9 @@ fn note_on(config: &TrainConfig, assumed: &Metadata, file: &Layer, set: &Layer) 
     let replaced = list(replaced.filter(|(key, said)| *said != text_of(config, key)).collect());
     let mut notes = Vec::new();
     if !assumed.is_empty() {
-        notes.push(format!("does not say {assumed}: this is assumed (sample --set KEY=VALUE says otherwise)"));
+        notes.push(format!(
+            "does not say {assumed}: this is assumed (--set KEY=VALUE of sample or validate says otherwise)"
+        ));
     }
     if !replaced.is_empty() {
         notes.push(format!("says {replaced}, and {} otherwise", set.origin));

@@ -14,6 +14,9 @@ const MOST_LETTERS: usize = 40;
 /// The label of every image, by class. `names` are those of the classes, if they are known.
 pub(super) fn labels(args: &SampleArgs, config: &TrainConfig, names: &[String]) -> Result<Vec<u32>> {
     let all = config.num_classes;
+    if all == 0 {
+        return Err(Error::usage("num_classes is 0 in the configuration of this model, but a run has at least 1"));
+    }
     let classes = if config.no_classes() {
         if !args.classes.is_empty() {
             return Err(Error::usage(
@@ -60,14 +63,19 @@ fn some_classes(text: &str, all: usize, names: &[String]) -> Result<Range<usize>
         Error::usage(format!("--classes has {}, {why}: {ways}", shown(text)))
     };
     match (text.parse::<usize>().ok(), names.iter().position(|name| name == text)) {
-        (Some(number), Some(class)) if number != class => {
-            Err(refused(&format!("which is the name of class {class} and the number of another")))
+        (Some(number), Some(class)) if number != class && number < all => {
+            let [of_name, of_number] = [class, number].map(|class| format!("{class}..{}", class + 1));
+            Err(Error::usage(format!(
+                "--classes has {}, which is the name of class {class} and the number of another: give {of_name} for the name, {of_number} \
+                 for the number",
+                shown(text)
+            )))
         }
         (_, Some(class)) => Ok(class..class + 1),
         (Some(number), None) if number < all => Ok(number..number + 1),
         (Some(_), None) => Err(refused(&format!("but there are only {all} classes"))),
         (None, None) if text.contains("..") => {
-            range(text, all).ok_or_else(|| refused("but a range is A..B with A < B"))
+            range(text, all).ok_or_else(|| refused(&format!("but a range is A..B with A < B and B at most {all}")))
         }
         (None, None) => Err(refused("but there is no such class")),
     }
@@ -101,26 +109,29 @@ mod tests {
 
     #[test]
     fn classes_have_numbers_and_names() {
-        let names = ["10", "cat", "dog, small", "3"].map(String::from);
-        let of = |text| classes_of(text, 4, &names);
+        let names = ["10", "cat", "dog, small", "3", "0"].map(String::from);
+        let of = |text| classes_of(text, 5, &names);
         for (text, expected) in [
-            ("0", &[0][..]),
+            ("10", &[0][..]),
             ("3", &[3]),
+            ("2", &[2]),
             ("1..3", &[1, 2]),
-            ("..", &[0, 1, 2, 3]),
-            ("2..,cat", &[2, 3, 1]),
+            ("..", &[0, 1, 2, 3, 4]),
+            ("3..,cat", &[3, 4, 1]),
             ("dog, small", &[2]),
-            ("cat,0,cat", &[1, 0, 1]),
+            ("cat,2,cat", &[1, 2, 1]),
         ] {
             assert_eq!(of(text).unwrap(), expected, "{text}");
         }
-        let ways = "give numbers from 0 to 3 or ranges such as 0..4, or of '10', 'cat', 'dog, small', '3'";
+        let message = of("0").unwrap_err().to_string();
+        let says = "--classes has '0', which is the name of class 4 and the number of another: give 4..5 for the name, 0..1 for the number";
+        assert_eq!(message, says);
+        let ways = "give numbers from 0 to 4 or ranges such as 0..5, or of '10', 'cat', 'dog, small', '3', '0'";
         for (text, why) in [
-            ("4", "'4', but there are only 4 classes"),
-            ("10", "'10', which is the name of class 0 and the number of another"),
-            ("2..2", "'2..2', but a range is A..B with A < B"),
+            ("5", "'5', but there are only 5 classes"),
+            ("2..2", "'2..2', but a range is A..B with A < B and B at most 5"),
             ("3..1", "'3..1', but a range is"),
-            ("0..5", "'0..5', but a range is"),
+            ("0..6", "'0..6', but a range is"),
             ("cat,cow", "'cow', but there is no such class"),
             ("", "'', but there is no such class"),
             ("-1", "'-1', but there is no such class"),

@@ -145,7 +145,7 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
         Compute::Cuda { elem, .. } => config.model_config().check_cuda(*elem).map(|()| 0)?,
     };
     // Before the model: its tables of positions and masks may be large, too.
-    setup::check_sampling_memory(&config, in_main_memory)?;
+    setup::check_inference_memory(&config, in_main_memory, "sampling", "give a smaller --batch-size")?;
     let dit = Dit::new(config.model_config())?;
     let mut weights = vec![0.0; dit.layout.len()];
     read_weights(&file, &dit, &mut weights)?;

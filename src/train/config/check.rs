@@ -110,7 +110,8 @@ impl TrainConfig {
     fn check_training(&self) -> Result<()> {
         if self.validation_samples > 0 && !self.validation_data.is_empty() {
             return Err(Error::usage(format!(
-                "validation_samples is {} and validation_data is '{}', but a run has one of them: leave one out",
+                "validation_samples is {} and validation_data is '{}', but a run has one of them: leave one out (a run \
+                 that was begun with validation_samples keeps them)",
                 self.validation_samples, self.validation_data
             )));
         }
