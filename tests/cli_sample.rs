@@ -177,11 +177,11 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     let told = ["num_heads=2", "routing=random", "seed=7", "schedule=cosine", "label_dropout=0"];
     let (of_foreign, said) = sample("weights.safetensors", &[&["--set"], &told[..]].concat());
     assert!(of_foreign == of_run, "what --set says is another model");
-    let assumed = "weights.safetensors does not say beta 0.8, alpha 4.0, data_kind images: this is assumed (--set KEY=VALUE of sample or";
+    let assumed = "weights.safetensors does not say beta 0.8, alpha 4.0, data_kind images, loss_weight constant: this is assumed (--set";
     assert!(said.contains(assumed), "{said}");
     // As the published weights.
     let said = sample("weights.safetensors", &["--set", "num_heads=2"]).1;
-    let assumed = "does not say routing dense, schedule linear, data_kind images, label_dropout 0.1: this is assumed";
+    let assumed = "does not say routing dense, schedule linear, data_kind images, label_dropout 0.1, loss_weight constant: this is assumed";
     assert!(said.contains(assumed), "{said}");
 
     let refused = |checkpoint: &str, more: &[&str], code, says: &[&str]| {
@@ -354,8 +354,23 @@ fn images_are_pictures_in_a_folder() {
     let parts = place.join("parts");
     assert_eq!(names(&parts), expected);
     assert!(expected.iter().all(|name| fs::read(parts.join(name)).unwrap() == fs::read(all.join(name)).unwrap()));
-    fails(sample(place, &["--images", "all"]), 1, &["all: is not empty: give another folder"]);
-    fails(sample(place, &["--images", "grid.png"]), 1, &["grid.png: cannot be written"]);
+    let whole = [&way[..], &["--images", "all"]].concat();
+    fails(
+        sample(place, &whole),
+        1,
+        &["all: holds 00000", "none of the images that --only leaves out: give another folder"],
+    );
+    let other = ["--num", "9", "--classes", "2", "--images", "all", "--only", "..4"];
+    fails(sample(place, &other), 1, &["all: holds 00000"]);
+    fails(sample(place, &[&whole[..], &["--only", "3..5"]].concat()), 1, &["all: holds 00000"]);
+    fs::write(place.join("grid.txt"), "no folder").unwrap();
+    fails(sample(place, &["--images", "grid.txt"]), 1, &["grid.txt: cannot be written"]);
+    for (flag, file) in [("--out", "new"), ("--out", "all/grid.png"), ("--npz", "all/all.npz")] {
+        let folder = if file == "new" { "new" } else { "all" };
+        let says = format!("{flag} is {file} and --images {folder}, but a folder of pictures holds nothing else");
+        fails(sample(place, &["--images", folder, flag, file]), 2, &[&says]);
+    }
+    assert!(!place.join("new").exists());
 
     save_samples(&place.join("latents.safetensors"), "latents");
     fs::remove_dir_all(place.join("run")).unwrap();
@@ -535,6 +550,7 @@ fn every_sampler_takes_the_steps_that_help_promises() {
         fails(sample(place, &["--cfg-interval", interval]), 2, &[&format!("--cfg-interval is {interval}, but"), why]);
     }
     fails(sample(place, &["--cfg", "1", "--cfg-interval", "1..2"]), 2, &["but nothing is guided: give --cfg"]);
+    fails(sample(place, &["--cfg-interval", "1..999"]), 2, &["but none of the 2 steps is there: widen it"]);
     fails(sample(place, &["--sampler", "dpm++", "--eta", "0.5"]), 2, &["--eta is 0.5, but dpm++ has none"]);
 }
 

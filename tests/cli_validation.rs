@@ -89,6 +89,15 @@ fn it_is_measured_afterwards_too() {
     let ema = "run/checkpoints/0000030/ema.safetensors";
     let of_file = |more: &[&str]| run(place, &[&["validate", "--checkpoint", ema], more].concat());
     assert_eq!(validated(place, &["--checkpoint", ema, "--data", "digits"]), validated(place, &digits));
+    // What the file says of the loss may be nonsense, and said otherwise.
+    let mut bytes = fs::read(place.join(ema)).unwrap();
+    let at = bytes.windows(9).position(|bytes| bytes == b"min-snr-5").unwrap();
+    bytes[at..][..9].copy_from_slice(b"nonsense5");
+    fs::write(place.join("odd.safetensors"), bytes).unwrap();
+    let odd = ["--checkpoint", "odd.safetensors", "--data", "digits"];
+    fails(run(place, &[&["validate"], &odd[..]].concat()), 1, &["odd.safetensors", "loss_weight is 'nonsense5'"]);
+    let set = [&odd[..], &["--set", "loss_weight=min-snr-5"]].concat();
+    assert_eq!(validated(place, &set), validated(place, &digits));
     fails(of_file(&[]), 2, &["a file of weights names no data: give --data"]);
     save_samples(&place.join("two.npy"), 30);
     npy::write(place.join("wide.npy"), Element::U8, &[2, 1, 12, 12], &[7; 288]).unwrap();

@@ -59,7 +59,7 @@ impl ImageFolder {
         let mut flat = new_scan();
         let without_classes = classes.is_empty() && !flat.entries(root, is_image_file)?.is_empty();
         if without_classes && flat.folders > 0 {
-            let what = "has images, and links to folders outside of it, which may be meant as classes: remove one or the other";
+            let what = "has images, and links to folders outside of it, which may be meant as classes: remove the links, or the images";
             return Err(Error::file(root, what));
         }
         if without_classes {

@@ -90,6 +90,11 @@ impl Sampler {
         self.schedule.len()
     }
 
+    /// The timesteps of the full schedule that it walks, in rising order.
+    pub fn timesteps(&self) -> &[u32] {
+        &self.schedule.timestep_map
+    }
+
     /// Whether a batch is two halves, conditional and unconditional.
     pub fn guided(&self) -> bool {
         self.guidance.is_some()

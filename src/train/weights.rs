@@ -189,7 +189,10 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
         Some("0") => return Err(Error::usage("image_size is 0, but it must be at least 1")),
         _ => {}
     }
-    let mut config = TrainConfig::from_layers(&layers).map_err(|error| match error {
+    let mut used = layers.clone();
+    // What is said otherwise may be anything in the file.
+    used[1].assignments.retain(|assignment| set.last(&assignment.key).is_none());
+    let mut config = TrainConfig::from_layers(&used).map_err(|error| match error {
         Error::Usage(what) if set.assignments.is_empty() => Error::file(file.path(), what),
         Error::Usage(what) => Error::usage(format!("{what}, for the weights in {}", file.path().display())),
         other => other,
@@ -208,8 +211,8 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
     if let Some(key) = UNSEEN.iter().find(|&&key| ours && assumed.contains_key(key)) {
         return missing(key);
     }
-    // In which format products are is no part of the model, and the weight of the loss is told with it.
-    ["precision", "loss_weight"].iter().for_each(|key| drop(assumed.remove(*key)));
+    // In which format products are is no part of the model.
+    assumed.remove("precision");
     let note = note_on(&config, &assumed, &layers[1], set).map(|note| format!("{} {note}", file.path().display()));
     Ok((config, note))
 }

@@ -1,15 +1,10 @@
 //! What sampling leaves behind: a grid of images, and all of them in an archive or a folder.
 
-use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
-use image::codecs::png::PngEncoder;
-use image::{ExtendedColorType, ImageEncoder};
-
+use super::archive::{Archive, Folder, image_len};
 use crate::atomic_file::{AtomicFile, check_target};
-use crate::data::npz::NpzWriter;
-use crate::element::Element;
 use crate::error::{Error, Result, printable};
 use crate::picture::grid_png;
 use crate::train::progress::say;
@@ -59,9 +54,9 @@ impl<'a> Files<'a> {
         config: &'a TrainConfig,
     ) -> Result<Self> {
         let All { npz, folder } = all;
-        check_outputs(out, npz, weights)?;
+        check_outputs(out, all, weights)?;
         AtomicFile::create(out)?;
-        let folder = folder.map(|path| Folder::create(path, labels.len(), only.clone(), config)).transpose()?;
+        let folder = folder.map(|path| Folder::create(path, labels, only.clone(), config)).transpose()?;
         let labels = &labels[only];
         let archive = npz.map(|path| Archive::create(path, labels.len(), config)).transpose()?;
         Ok(Files { out, npz, labels, grid: Grid::new(labels, config), archive, folder, made: 0 })
@@ -83,10 +78,10 @@ impl<'a> Files<'a> {
     /// When the archive, which is given up then, or a picture cannot be written.
     pub(super) fn take(&mut self, images: &[f32]) -> Result<()> {
         self.grid.take(self.made, images);
-        let written = self.archive.as_mut().map_or(Ok(()), |archive| archive.write(images));
-        written.inspect_err(|_| self.archive = None)?;
         let labels = &self.labels[self.made..];
         self.folder.as_mut().map_or(Ok(()), |folder| folder.write(images, labels))?;
+        let written = self.archive.as_mut().map_or(Ok(()), |archive| archive.write(images));
+        written.inspect_err(|_| self.archive = None)?;
         self.made += images.len() / image_len(self.grid.config);
         Ok(())
     }
@@ -114,34 +109,37 @@ impl<'a> Files<'a> {
 
     /// Keeps what there is in the archive, if there is one and none of that name was there before, as in the folder, and a grid of it. Says
     /// how much is where, if anything is.
-    ///
-    /// # Errors
-    /// When the archive cannot be written.
-    pub(super) fn keep(self) -> Result<Option<String>> {
-        let Files { out, npz, labels, grid, archive, folder, made: made @ 1.. } = self else {
-            return Ok(None);
-        };
+    pub(super) fn keep(self) -> Option<String> {
+        let Files { out, npz, labels, grid, archive, folder, made: made @ 1.. } = self else { return None };
+        let failed = |what: &str, e: &Error| say(&format!("{what}: {}", printable(&e.to_string())));
         let mut places: Vec<String> = folder.iter().map(|folder| shown(folder.path)).collect();
         // What was there before may be whole.
-        if let (Some(npz), Some(archive)) = (npz.filter(|npz| !npz.exists()), archive) {
-            archive.finish(&labels[..made])?;
-            places.push(shown(npz));
+        let before = npz.filter(|npz| npz.exists());
+        if let (Some(npz), Some(archive), None) = (npz, archive, before) {
+            match archive.finish(&labels[..made]) {
+                Ok(()) => places.push(shown(npz)),
+                Err(e) => failed("no archive", &e),
+            }
         }
         if places.is_empty() {
-            return Ok(None);
+            return None;
         }
-        grid.write(out, made).unwrap_or_else(|e| say(&format!("no grid: {}", printable(&e.to_string()))));
-        Ok(Some(format!("; {made} of {} images are in {}", labels.len(), places.join(" and "))))
+        let none = before.map_or(String::new(), |npz| format!(" (none in {}, which was there before)", shown(npz)));
+        if before.is_none() || !out.exists() {
+            grid.write(out, made).unwrap_or_else(|e| failed("no grid", &e));
+        }
+        Some(format!("; {made} of {} images are in {}{none}", labels.len(), places.join(" and ")))
     }
 }
 
 /// A path as messages show it.
-fn shown(path: &Path) -> String {
+pub(super) fn shown(path: &Path) -> String {
     printable(&path.display().to_string())
 }
 
 /// Refuses files that cannot both be written, or not without losing the weights.
-fn check_outputs(out: &Path, npz: Option<&Path>, weights: &Path) -> Result<()> {
+fn check_outputs(out: &Path, all: All, weights: &Path) -> Result<()> {
+    let All { npz, folder } = all;
     for (path, ending) in [(Some(out), "png"), (npz, "npz")] {
         let Some(path) = path else { continue };
         check_target(path)?;
@@ -158,13 +156,24 @@ fn check_outputs(out: &Path, npz: Option<&Path>, weights: &Path) -> Result<()> {
     if let Some(path) = [Some(out), npz].into_iter().flatten().find(|path| place(path) == place(weights)) {
         return Err(Error::file(path, "holds the weights: give the name of another file to write"));
     }
-    match npz {
-        Some(npz) if place(npz) == place(out) => Err(Error::usage(format!(
+    if let Some(npz) = npz.filter(|npz| place(npz) == place(out)) {
+        return Err(Error::usage(format!(
             "--out and --npz are both {}, but a file can hold the grid or the archive: give two names",
             npz.display()
-        ))),
-        _ => Ok(()),
+        )));
     }
+    let Some(folder) = folder else { return Ok(()) };
+    for (flag, path) in [("--out", Some(out)), ("--npz", npz)] {
+        let Some(path) = path else { continue };
+        if place(path) == place(folder) || folder.canonicalize().is_ok_and(|folder| place(path).0 == folder) {
+            return Err(Error::usage(format!(
+                "{flag} is {} and --images {}, but a folder of pictures holds nothing else: give another place",
+                path.display(),
+                folder.display()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The first images of each class, a row a class; classes with fewer end in black.
@@ -193,7 +202,7 @@ impl<'a> Grid<'a> {
     fn note(&self, made: usize, archived: bool, chosen: bool) -> Option<String> {
         let (shown, all) = (self.shown.len(), self.config.num_classes);
         if shown < made {
-            let rest = if archived { "" } else { "; --npz FILE keeps them all" };
+            let rest = if archived { "" } else { "; --npz FILE or --images DIR keeps them all" };
             return Some(format!(
                 "the grid shows {shown} of {made} images: {GRID_COLUMNS} of a class and {GRID_ROWS} classes at most{rest}"
             ));
@@ -227,103 +236,40 @@ impl<'a> Grid<'a> {
     }
 }
 
-/// Numbers of an image.
-fn image_len(config: &TrainConfig) -> usize {
-    config.in_channels * config.image_size * config.image_size
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The bytes of an image `[C, H, W]`, `[H, W, C]`.
-fn bytes_of(image: &[f32], channels: usize) -> Vec<u8> {
-    let pixels = image.len() / channels;
-    // As the DiT authors round: half a step up, then down.
-    let byte = |i: usize| (127.5 * image[i % channels * pixels + i / channels] + 128.0).clamp(0.0, 255.0) as u8;
-    (0..image.len()).map(byte).collect()
-}
-
-/// A folder of pictures, `NUMBER-CLASS.png`.
-struct Folder<'a> {
-    config: &'a TrainConfig,
-    path: &'a Path,
-    color: ExtendedColorType,
-    next: usize,
-    digits: usize,
-}
-
-impl<'a> Folder<'a> {
-    /// A folder for the images `only` of `n`. It must be new or empty, but parts of all may come together in one.
-    fn create(path: &'a Path, n: usize, only: Range<usize>, config: &'a TrainConfig) -> Result<Self> {
-        let color = match config.in_channels {
-            1 if config.are_images() => ExtendedColorType::L8,
-            3 if config.are_images() => ExtendedColorType::Rgb8,
-            channels => {
-                let kind = if config.are_images() { "images" } else { "latents" };
-                return Err(Error::usage(format!(
-                    "--images are pictures, but this model makes {kind} of {channels} channels: give --npz"
-                )));
-            }
+    /// The archive has what was made before the picture that could not be written, and what was there before stays.
+    #[test]
+    fn a_picture_that_cannot_be_written_costs_no_archive() {
+        let place = tempfile::tempdir().unwrap();
+        let [out, npz, pictures] = ["grid.png", "all.npz", "pictures"].map(|name| place.path().join(name));
+        let mut config = TrainConfig::default();
+        config.fit_to_data(4, 1, 10).unwrap();
+        let labels = [3; 6];
+        let stopped = || {
+            let all = All { npz: Some(&npz), folder: Some(&pictures) };
+            let mut files = Files::create(&out, all, Path::new("weights"), &labels, 0..6, &config).unwrap();
+            files.take(&[0.5; 2 * 16]).unwrap();
+            std::fs::remove_dir_all(&pictures).unwrap();
+            assert!(files.take(&[-0.5; 2 * 16]).unwrap_err().to_string().contains("000002-3.png: cannot be written"));
+            files.keep().unwrap()
         };
-        let fail = |e: std::io::Error| Error::file(path, format!("cannot be written: {e}"));
-        fs::create_dir_all(path).map_err(fail)?;
-        if only.len() == n && fs::read_dir(path).map_err(fail)?.next().is_some() {
-            return Err(Error::file(path, "is not empty: give another folder"));
-        }
-        Ok(Folder { config, path, color, next: only.start, digits: (n - 1).to_string().len().max(6) })
-    }
-
-    /// Writes the next images, of which these are the `labels`.
-    fn write(&mut self, images: &[f32], labels: &[u32]) -> Result<()> {
-        let side = self.config.image_size as u32;
-        for (image, label) in images.chunks_exact(image_len(self.config)).zip(labels) {
-            let path = self.path.join(format!("{:0digits$}-{label}.png", self.next, digits = self.digits));
-            let temporary = path.with_extension("tmp");
-            let mut png = Vec::new();
-            let encoder = PngEncoder::new(&mut png);
-            let encoded = encoder.write_image(&bytes_of(image, self.config.in_channels), side, side, self.color);
-            let encoded = encoded.map_err(std::io::Error::other);
-            let written =
-                encoded.and_then(|()| fs::write(&temporary, png)).and_then(|()| fs::rename(&temporary, &path));
-            written.map_err(|e| {
-                let _ = fs::remove_file(&temporary);
-                Error::file(&path, format!("cannot be written: {e}"))
-            })?;
-            self.next += 1;
-        }
-        Ok(())
-    }
-}
-
-/// The .npz, written as the images come: all of them may be more than memory holds.
-struct Archive<'a> {
-    config: &'a TrainConfig,
-    file: NpzWriter,
-}
-
-impl<'a> Archive<'a> {
-    fn create(path: &Path, n: usize, config: &'a TrainConfig) -> Result<Self> {
-        let (c, side) = (config.in_channels, config.image_size);
-        let mut file = NpzWriter::create(path)?;
-        match config.are_images() {
-            true => file.begin("arr_0", Element::U8, &[n, side, side, c])?,
-            false => file.begin("arr_0", Element::F32, &[n, c, side, side])?,
-        }
-        Ok(Archive { config, file })
-    }
-
-    fn write(&mut self, images: &[f32]) -> Result<()> {
-        let c = self.config.in_channels;
-        if !self.config.are_images() {
-            return self.file.write(bytemuck::cast_slice(images));
-        }
-        images.chunks_exact(image_len(self.config)).try_for_each(|image| self.file.write(&bytes_of(image, c)))
-    }
-
-    /// Ends the images, of which the `labels` tell how many there are, and writes these.
-    fn finish(mut self, labels: &[u32]) -> Result<()> {
-        self.file.cut(labels.len())?;
-        self.file.begin("arr_1", Element::I64, &[labels.len()])?;
-        for &label in labels {
-            self.file.write(&i64::from(label).to_le_bytes())?;
-        }
-        self.file.finish()
+        let said = stopped();
+        assert!(
+            said.starts_with("; 2 of 6 images are in ")
+                && said.contains("/pictures and ")
+                && said.ends_with("/all.npz"),
+            "{said}"
+        );
+        let [archive, grid] = [&npz, &out].map(|path| std::fs::read(path).unwrap());
+        let text = String::from_utf8_lossy(&archive);
+        assert!(text.contains("'shape': (2, 4, 4, 1)") && text.contains("'shape': (2,)"));
+        // Again: this one is not replaced, nor is its grid.
+        std::fs::write(&out, "mine").unwrap();
+        let said = stopped();
+        assert!(said.contains("/pictures (none in ") && said.ends_with("/all.npz, which was there before)"), "{said}");
+        assert!(std::fs::read(&npz).unwrap() == archive && std::fs::read(&out).unwrap() == b"mine" && grid.len() > 100);
     }
 }

@@ -1,5 +1,6 @@
 //! `dtr-fused sample`.
 
+mod archive;
 mod files;
 mod labels;
 
@@ -45,7 +46,7 @@ the DiT of this width and depth, as in the published weights; what was assumed i
 of the DTR paper's code, give --set routing=paper schedule=cosine.
 ";
 
-/// Make images with a trained model: a PNG grid, a row a class, and an .npz for evaluation
+/// Make images with a trained model: a PNG grid, a row a class, and an .npz or a folder of all for evaluation
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct SampleArgs {
@@ -91,7 +92,7 @@ pub(super) struct SampleArgs {
     /// classes, their number)
     #[arg(long, value_name = "FILE")]
     npz: Option<PathBuf>,
-    /// All images as pictures NUMBER-CLASS.png in this folder, which must be new or empty but for those that --only leaves out
+    /// All images as pictures NUMBER-CLASS.png in this folder, which must be new, or hold none but those that --only leaves out
     #[arg(long, value_name = "DIR")]
     images: Option<PathBuf>,
     #[command(flatten)]
@@ -126,7 +127,14 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
             Error::usage(format!("--cfg-interval is {text}, but it must be A..B with A < B and B at most {TASKS}"))
         })?;
         if !sampler.guided() {
-            return Err(Error::usage("--cfg-interval is given, but nothing is guided: give --cfg, or leave it out"));
+            let can = if config.default_cfg() == 1.0 { "" } else { "give --cfg, or " };
+            return Err(Error::usage(format!("--cfg-interval is given, but nothing is guided: {can}leave it out")));
+        }
+        if !sampler.timesteps().iter().any(|&t| timesteps.contains(&(t as usize))) {
+            let steps = sampler.steps();
+            return Err(Error::usage(format!(
+                "--cfg-interval is {text}, but none of the {steps} steps is there: widen it"
+            )));
         }
         sampler = sampler.guided_at(timesteps.start as u32..timesteps.end as u32);
     }
@@ -179,15 +187,14 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     let next = only.start + files.made();
     let error = match files.keep() {
         // After an error, the same might end the rest.
-        Ok(Some(kept)) if stopped => {
+        Some(kept) if stopped => {
             let end = only.end;
             let another = if args.npz.is_some() { "--out and --npz" } else { "--out" };
             error.and(&format!("{kept}, and --only {next}..{end} with another {another} makes the rest"))
         }
-        Ok(Some(kept)) => error.and(&kept),
-        Ok(None) if stopped => error.and(": no file was written"),
-        Ok(None) => error,
-        Err(why) => error.and(&format!("; nor could the finished images be kept: {why}")),
+        Some(kept) => error.and(&kept),
+        None if stopped => error.and(": no file was written"),
+        None => error,
     };
     if !stopped {
         return Err(error);
