@@ -1,13 +1,14 @@
 // Noise, noisy images, and the training loss with its gradient (formulas: src/diffusion/loss.rs).
 //
 //   x_t = signal x_start + spread noise
-//   mse = weight mean((epsilon - noise)^2),  vb = the variational bound in bits,  loss = mse + vb
+//   mse = weight mean((answer - target)^2),  vb = the variational bound in bits,  loss = mse + vb
+//   target = of_noise noise - of_start x_start
 //
 // What a sample's timestep says is in `steps`, f64: f32 would lose what is left of 1 - alphas_cumprod.
 #include "random.cuh"
 
 // Numbers of a sample in `steps`.
-enum Step { SIGNAL, SPREAD, MEAN_FACTOR, PRECISION, MIN_LOG, RANGE, WEIGHT, COEFFICIENT, IS_FIRST, STEP_NUMBERS };
+enum Step { SIGNAL, SPREAD, OF_NOISE, OF_START, MEAN_FACTOR, PRECISION, MIN_LOG, RANGE, WEIGHT, COEFFICIENT, IS_FIRST, STEP_NUMBERS };
 
 constexpr int THREADS = 256;
 
@@ -95,7 +96,7 @@ __device__ __forceinline__ double block_sum(double x, double* shared) {
 extern "C" __global__ void __launch_bounds__(THREADS) diffusion_loss(
     float* __restrict__ losses,           // [3, B]: mse, vb, their sum
     float* __restrict__ d_model_out,      // [B, parts, n]: gradient of sum_b COEFFICIENT_b loss_b
-    const float* __restrict__ model_out,  // [B, parts, n]: epsilon, and with parts = 2 the variance's v
+    const float* __restrict__ model_out,  // [B, parts, n]: the answer, and with parts = 2 the variance's v
     const float* __restrict__ x_start,    // [B, n]
     const float* __restrict__ noise,      // [B, n]
     const double* __restrict__ steps,     // [B, STEP_NUMBERS]
@@ -110,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) diffusion_loss(
     double per_element = 1.0 / n, squares = 0.0, bound = 0.0;
     for (int i = threadIdx.x; i < n; i += THREADS) {
         long long at = (long long)b * parts * n + i, pixel = (long long)b * n + i;
-        double error = (double)model_out[at] - noise[pixel];
+        double error = model_out[at] - (step[OF_NOISE] * noise[pixel] - step[OF_START] * x_start[pixel]);
         squares += error * error;
         d_model_out[at] = (float)(step[COEFFICIENT] * step[WEIGHT] * 2.0 * per_element * error);
         if (parts < 2) continue;

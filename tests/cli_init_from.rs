@@ -184,7 +184,7 @@ fn a_model_need_not_learn_its_variance() {
     fails(
         train(place, &from),
         1,
-        &["needs [8, 32]: outputs for the noise, and as many for its variance unless --learn-sigma is false"],
+        &["needs [8, 32]: outputs for what it predicts, and with --learn-sigma true as many for its variance"],
     );
     succeeds(train(place, &[&from[..], &["--learn-sigma", "false"]].concat()));
 }
@@ -237,11 +237,7 @@ fn weights_of_other_models_are_refused_with_what_would_help() {
             10,
             "[10, 32], but this model needs [11, 32]: a row a class, and one for no class",
         ),
-        (
-            "final_layer.linear.bias",
-            4,
-            "[4], but this model needs [8]: outputs for the noise, and as many for its variance",
-        ),
+        ("final_layer.linear.bias", 4, "[4], but this model needs [8]: outputs for what it predicts"),
     ] {
         let mut cut = tensors.clone();
         let (shape, numbers) = cut.get_mut(name).unwrap();

@@ -5,7 +5,7 @@ mod common;
 use common::cuda::{Output, device};
 use dtr_fused::autograd::Memory;
 use dtr_fused::backend::cuda::{Arg, DType, Device, Launch};
-use dtr_fused::diffusion::{ImageDims, LossWeight, Schedule, ScheduleKind, reference};
+use dtr_fused::diffusion::{ImageDims, LossWeight, Prediction, Schedule, ScheduleKind, reference};
 use dtr_fused::model::config::{ModelConfig, TASKS};
 use dtr_fused::model::dit::{Dit, Init};
 use dtr_fused::rng::{Philox, Stream};
@@ -43,8 +43,7 @@ struct Expected {
 
 impl Batch {
     /// `one_answer`: the model answers the same to every sample.
-    fn new(kind: ScheduleKind, learn_sigma: bool, one_answer: bool) -> Self {
-        let schedule = Schedule::new(kind, TASKS).unwrap();
+    fn new(schedule: Schedule, learn_sigma: bool, one_answer: bool) -> Self {
         let dims = ImageDims { channels: CHANNELS, pixels: SIDE * SIDE, learn_sigma };
         let (b, n, n_out) = (TIMESTEPS.len(), dims.elements(), dims.out_elements());
         let normal = |what: u64, len: usize| {
@@ -118,10 +117,15 @@ fn check_rows(label: &str, found: &[f32], expected: &[f64], row: usize, toleranc
     }
 }
 
-/// Every noise schedule, with and without learned variance.
-fn cases() -> impl Iterator<Item = (ScheduleKind, bool, String)> {
-    [ScheduleKind::Linear, ScheduleKind::Cosine].into_iter().flat_map(|kind| {
-        [true, false].map(|learn_sigma| (kind, learn_sigma, format!("{kind}, learn_sigma {learn_sigma}")))
+/// Every noise schedule and prediction, with and without learned variance.
+fn cases() -> impl Iterator<Item = (Schedule, bool, String)> {
+    let (noise, v, flow) = (Prediction::Noise, Prediction::V, Prediction::Flow);
+    let (linear, cosine) = (ScheduleKind::Linear, ScheduleKind::Cosine);
+    [(noise, linear), (noise, cosine), (v, cosine), (flow, cosine)].into_iter().flat_map(|(prediction, kind)| {
+        [true, false].map(|learn_sigma| {
+            let schedule = Schedule::predicting(prediction, kind, TASKS).unwrap();
+            (schedule, learn_sigma, format!("{prediction}, {kind}, learn_sigma {learn_sigma}"))
+        })
     })
 }
 
@@ -166,8 +170,8 @@ fn places(dims: ImageDims) -> impl Iterator<Item = usize> {
 #[test]
 fn a_training_pass_has_the_loss_of_the_reference() {
     let device = Arc::new(device());
-    for (kind, learn_sigma, label) in cases() {
-        let batch = Batch::new(kind, learn_sigma, true);
+    for (schedule, learn_sigma, label) in cases() {
+        let batch = Batch::new(schedule, learn_sigma, true);
         let expected = batch.expected();
         let (dit, weights) = model(&batch);
         let mut state = DeviceState::new(&device, DType::F32, &weights).unwrap();
@@ -215,12 +219,22 @@ fn steps(batch: &Batch) -> Vec<f64> {
     let of_sample = |(b, t): (usize, usize)| {
         let bar = s.alphas_cumprod[t];
         let min_log = s.posterior_log_variance_clipped[t];
-        let mean_factor = s.posterior_mean_coef1[t] * (1.0 / bar - 1.0).sqrt();
+        let mut mean_factor = s.posterior_mean_coef1[t] * (1.0 / bar - 1.0).sqrt();
         let bounds = [min_log, s.betas[t].ln() - min_log];
         let [weight, coefficient] = [batch.weights[b], batch.coefficients[b]];
         let first = if t == 0 { 1.0 } else { 0.0 };
-        let [signal, spread] = [bar.sqrt(), (1.0 - bar).sqrt()];
-        [signal, spread, mean_factor, 1.0 / min_log.exp(), bounds[0], bounds[1], weight, coefficient, first]
+        let way = (t as f64 + 0.5) / TASKS as f64;
+        let [signal, spread, of_noise, of_start] = match s.prediction {
+            Prediction::Noise => [bar.sqrt(), (1.0 - bar).sqrt(), 1.0, 0.0],
+            Prediction::V => [bar.sqrt(), (1.0 - bar).sqrt(), bar.sqrt(), (1.0 - bar).sqrt()],
+            Prediction::Flow => [1.0 - way, way, 1.0, 1.0],
+        };
+        if s.prediction != Prediction::Noise {
+            mean_factor *= signal;
+        }
+        let of_mean = [mean_factor, 1.0 / min_log.exp()];
+        let rest = [bounds[0], bounds[1], weight, coefficient, first];
+        [&[signal, spread, of_noise, of_start], &of_mean[..], &rest].concat()
     };
     TIMESTEPS.iter().map(|&t| t as usize).enumerate().flat_map(of_sample).collect()
 }
@@ -228,8 +242,8 @@ fn steps(batch: &Batch) -> Vec<f64> {
 #[test]
 fn every_sample_has_the_loss_of_its_own_answer() {
     let device = device();
-    for (kind, learn_sigma, label) in cases() {
-        let batch = Batch::new(kind, learn_sigma, false);
+    for (schedule, learn_sigma, label) in cases() {
+        let batch = Batch::new(schedule, learn_sigma, false);
         let expected = batch.expected();
         let (b, n, n_out) = (TIMESTEPS.len(), batch.dims.elements(), batch.dims.out_elements());
         let upload = |numbers: &[f32]| device.upload(numbers, DType::F32).unwrap();

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use crate::diffusion::Prediction;
 use crate::error::{Error, Result, printable};
 use crate::safetensors_file::SafetensorsFile;
 use crate::train::config::{KNOBS, Layer};
@@ -85,7 +86,7 @@ fn show_weights(path: &Path, tensors: bool) -> Result<()> {
         Ok((config, note)) => {
             show_model(&config);
             row("samples", samples(&config));
-            row("schedule", config.schedule);
+            row("predicts", predicts(&config));
             note.iter().for_each(|note| row("note", note));
         }
         // What it holds is shown all the same: that may tell why.
@@ -104,6 +105,15 @@ fn samples(config: &TrainConfig) -> String {
     format!("{kind} of {channels} x {side} x {side}, {classes}")
 }
 
+/// What the model predicts, and with which noise schedule it learned to.
+fn predicts(config: &TrainConfig) -> String {
+    let variance = if config.learn_sigma { " and variance" } else { "" };
+    match config.prediction {
+        Prediction::Flow => format!("flow{variance}"),
+        prediction => format!("{prediction}{variance}, {} schedule", config.schedule),
+    }
+}
+
 fn show_model(config: &TrainConfig) {
     let shape = format!(
         "{} ({} wide, {} blocks, {} heads, patch {})",
@@ -120,7 +130,7 @@ fn show_config(config: &TrainConfig) {
         "training",
         format!("{} steps of {} images, lr {}, seed {}", config.steps, config.batch_size, config.lr, config.seed),
     );
-    row("diffusion", format!("{} schedule, loss weight {}", config.schedule, config.loss_weight));
+    row("diffusion", format!("predicts {}, loss weight {}", predicts(config), config.loss_weight));
     let preset = TrainConfig::preset(&config.model, &config.data).unwrap_or_default();
     let shown = [
         "model",
@@ -132,6 +142,8 @@ fn show_config(config: &TrainConfig) {
         "in_channels",
         "data_kind",
         "num_classes",
+        "prediction",
+        "learn_sigma",
         "schedule",
         "loss_weight",
         "steps",

@@ -16,6 +16,7 @@ const MAIN: &[&str] = &[
     "routing",
     "beta",
     "alpha",
+    "prediction",
     "loss_weight",
     "schedule",
     "steps",
@@ -52,6 +53,7 @@ fn flag(knob: &Knob, digits: &TrainConfig, published: &TrainConfig) -> Arg {
         // Shapes come with the model's name.
         "hidden_size" | "depth" | "num_heads" | "patch_size" => "default: the model's".into(),
         "model" => format!("default: {small}"),
+        "learn_sigma" => format!("default: {small}; false for flow"),
         "flip" => "default: true for a folder of images, else false".into(),
         _ if small == large => format!("default: {small}"),
         _ => format!("default: {small}; {large} for DiT models"),

@@ -9,9 +9,7 @@ use super::source::{Source, SourceArgs, source};
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
 use crate::backend::Compute;
-use crate::diffusion::Schedule;
 use crate::error::{Error, Result};
-use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::train::metrics::{self, Means};
 use crate::train::progress::Progress;
@@ -74,7 +72,7 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
     let n = validation.len();
     let mut progress = Progress::new("validating", 0, n as u64);
     assumed.iter().chain(&note).map(String::as_str).chain(validation.note()).for_each(|note| progress.say(note));
-    let schedule = Schedule::new(config.schedule, TASKS)?;
+    let schedule = config.noise_schedule()?;
     let means = trainer::in_pool(&config, || {
         let uploaded = DeviceWeights::upload_to(&compute, &weights)?;
         let of = Validated {

@@ -1,22 +1,24 @@
 //! The training loss of a denoising model with learned variance, and its gradient, in one pass over the model output.
 //!
 //! ```text
-//! x_t  = sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise
-//! mse  = weight * mean((epsilon - noise)^2)
+//! x_t  = signal x_start + spread noise
+//! mse  = weight * mean((answer - target)^2),   target = a noise - b x_start
 //! vb   = mean(KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))) in bits, with the mean of p detached;
 //!        at t = 0 the negative log-likelihood of the discretised x_start instead
 //! loss = mse + vb
 //! ```
 //!
-//! `epsilon` and `v` are the first and second half of the model's channels; `v` in -1..1 interpolates the log-variance of p
-//! between its two bounds (Nichol and Dhariwal 2021, equations 15 and 16).
+//! `answer` and `v` are the first and second half of the model's channels; `v` in -1..1 interpolates the log-variance of p
+//! between its two bounds (Nichol and Dhariwal 2021, equations 15 and 16). What the answer should be, and the factors, are the
+//! [`prediction`](super::prediction)'s: of a model that predicts the noise, `signal = sqrt(alphas_cumprod)`,
+//! `spread = sqrt(1 - alphas_cumprod)`, and the target is `noise`.
 //!
-//! Because `x_t` comes from `noise`, the two means differ by `k (epsilon - noise)` with one factor `k` per timestep, so the
+//! Because `x_t` comes from `noise`, the two means differ by `k (answer - target)` with one factor `k` per timestep, so the
 //! bound needs neither `x_t` nor the difference of two almost equal numbers, and with
 //! `d = log-variance of p - log-variance of q` it costs one exponential for each element:
 //!
 //! ```text
-//! KL = (d - 1 + q) / 2,   dKL/dd = (1 - q) / 2,   q = (1 + k^2 (epsilon - noise)^2 / variance of q) exp(-d)
+//! KL = (d - 1 + q) / 2,   dKL/dd = (1 - q) / 2,   q = (1 + k^2 (answer - target)^2 / variance of q) exp(-d)
 //! ```
 
 use crate::diffusion::reference::discretized_log_likelihood;
@@ -65,11 +67,12 @@ pub struct LossTerms<'a> {
 
 /// What the elements of a sample share at its timestep.
 pub(crate) struct Step {
-    pub(crate) first: bool,      // t = 0
-    pub(crate) mean_factor: f64, // k of the module documentation
-    pub(crate) precision: f64,   // 1 / variance of q
-    pub(crate) min_log: f64,     // log-variance of q, the lower bound for p
-    pub(crate) range: f64,       // the upper bound for p above it
+    pub(crate) first: bool,        // t = 0
+    pub(crate) target: (f64, f64), // a and b of the module documentation
+    pub(crate) mean_factor: f64,   // k there
+    pub(crate) precision: f64,     // 1 / variance of q
+    pub(crate) min_log: f64,       // log-variance of q, the lower bound for p
+    pub(crate) range: f64,         // the upper bound for p above it
 }
 
 impl Step {
@@ -77,7 +80,10 @@ impl Step {
         let min_log = schedule.posterior_log_variance_clipped[t];
         Step {
             first: t == 0,
-            mean_factor: schedule.posterior_mean_coef1[t] * schedule.sqrt_recipm1_alphas_cumprod[t],
+            target: schedule.target(t),
+            mean_factor: schedule.posterior_mean_coef1[t]
+                * schedule.sqrt_recipm1_alphas_cumprod[t]
+                * schedule.noise_of_answer(t),
             precision: (-min_log).exp(),
             min_log,
             range: schedule.log_betas[t] - min_log,
@@ -100,7 +106,7 @@ impl Step {
     }
 }
 
-/// Noisy images: `x_t = sqrt(alphas_cumprod[t]) x_start + sqrt(1 - alphas_cumprod[t]) noise`.
+/// Noisy images, as the model is given them: `x_t = signal x_start + spread noise` ([`Schedule::signal`], [`Schedule::spread`]).
 ///
 /// `x_t`, `x_start` and `noise` are `[B, channels, pixels]`, `t` is `[B]`, each below the schedule's length.
 ///
@@ -116,8 +122,7 @@ pub fn q_sample(x_t: &mut [f32], x_start: &[f32], noise: &[f32], t: &[u32], sche
         return Ok(());
     }
     for (b, x_t) in x_t.chunks_exact_mut(per_sample).enumerate() {
-        let signal = schedule.sqrt_alphas_cumprod[t[b] as usize];
-        let spread = schedule.sqrt_one_minus_alphas_cumprod[t[b] as usize];
+        let (signal, spread) = (schedule.signal(t[b] as usize), schedule.spread(t[b] as usize));
         let range = b * per_sample..(b + 1) * per_sample;
         for ((x_t, &x), &e) in x_t.iter_mut().zip(&x_start[range.clone()]).zip(&noise[range]) {
             *x_t = (signal * f64::from(x) + spread * f64::from(e)) as f32;
@@ -184,7 +189,7 @@ pub fn losses(
 /// Weighted mse and bound (bits) of one sample; writes its gradient.
 fn sample_loss(
     d: &mut [f32],   // as out
-    out: &[f32],     // [channels, pixels] of epsilon, then the same of v
+    out: &[f32],     // [channels, pixels] of the answer, then the same of v
     x_start: &[f32], // [channels, pixels]
     noise: &[f32],   // [channels, pixels]
     step: &Step,
@@ -192,21 +197,21 @@ fn sample_loss(
     coefficient: f64,
 ) -> (f64, f64) {
     let n = noise.len();
-    let (epsilon, v) = out.split_at(n);
-    let (d_epsilon, d_v) = d.split_at_mut(n);
+    let (answer, v) = out.split_at(n);
+    let (d_answer, d_v) = d.split_at_mut(n);
+    let (a, b) = step.target;
+    let error = |i: usize| f64::from(answer[i]) - (a * f64::from(noise[i]) - b * f64::from(x_start[i]));
     let per_element = 1.0 / n as f64;
     let mse_slope = coefficient * weight * 2.0 * per_element;
     let mut squares = 0.0;
     for i in 0..n {
-        let error = f64::from(epsilon[i]) - f64::from(noise[i]);
-        squares += error * error;
-        d_epsilon[i] = (mse_slope * error) as f32;
+        squares += error(i) * error(i);
+        d_answer[i] = (mse_slope * error(i)) as f32;
     }
     let bits = per_element / LN_2;
     let mut bound = 0.0;
     for i in 0..v.len() {
-        let error = f64::from(epsilon[i]) - f64::from(noise[i]);
-        let (nats, slope) = step.bound(error, f64::from(v[i]), f64::from(x_start[i]));
+        let (nats, slope) = step.bound(error(i), f64::from(v[i]), f64::from(x_start[i]));
         bound += nats;
         d_v[i] = (coefficient * bits * slope) as f32;
     }

@@ -3,24 +3,44 @@
 //! Written as the papers write them, quantity by quantity, with no thought of speed or of cancellation.
 
 use crate::diffusion::loss::ImageDims;
+use crate::diffusion::prediction::Prediction;
 use crate::diffusion::schedule::Schedule;
 use crate::ops::real::Real;
 
-/// `x_t = sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise`, all `[B, channels, pixels]`, `t` `[B]`.
+/// `x_t = signal x_start + spread noise`, all `[B, channels, pixels]`, `t` `[B]`.
 pub fn q_sample<R: Real>(x_t: &mut [R], x_start: &[R], noise: &[R], t: &[u32], schedule: &Schedule) {
     let per_sample = x_t.len() / t.len();
     for (b, &t) in t.iter().enumerate() {
-        let signal = R::from_f64(schedule.sqrt_alphas_cumprod[t as usize]);
-        let spread = R::from_f64(schedule.sqrt_one_minus_alphas_cumprod[t as usize]);
+        let signal = R::from_f64(schedule.signal(t as usize));
+        let spread = R::from_f64(schedule.spread(t as usize));
         for i in b * per_sample..(b + 1) * per_sample {
             x_t[i] = signal * x_start[i] + spread * noise[i];
         }
     }
 }
 
+/// What a model is to answer to one element `x_t = signal x_start + spread noise`.
+pub fn target<R: Real>(x_start: R, noise: R, t: usize, s: &Schedule) -> R {
+    match s.prediction {
+        Prediction::Noise => noise,
+        Prediction::V => R::from_f64(s.signal(t)) * noise - R::from_f64(s.spread(t)) * x_start,
+        Prediction::Flow => noise - x_start,
+    }
+}
+
+/// The noise that is in one element of `x_t`, as the model was given it, by its answer.
+pub fn noise_by_answer<R: Real>(answer: R, x_t: R, t: usize, s: &Schedule) -> R {
+    match s.prediction {
+        Prediction::Noise => answer,
+        Prediction::V => R::from_f64(s.spread(t)) * x_t + R::from_f64(s.signal(t)) * answer,
+        Prediction::Flow => x_t + R::from_f64(s.signal(t)) * answer,
+    }
+}
+
 /// Mean and log-variance of the model's `p(x_{t-1} | x_t)` for one element, and its estimate of `x_0`.
 ///
-/// `epsilon` and `v` are the two halves of the model output; without `v`, the variance is the fixed larger one (beta).
+/// `epsilon` is the noise by the model's answer, `v` the second half of its output; without `v`, the variance is the fixed larger one
+/// (beta). `x_t` is `sqrt(alphas_cumprod) x_0 + sqrt(1 - alphas_cumprod) noise`, of a flow too.
 pub fn p_mean_variance<R: Real>(x_t: R, epsilon: R, v: Option<R>, t: usize, s: &Schedule, clip: bool) -> (R, R, R) {
     let log_variance = match v {
         Some(v) => {
@@ -117,13 +137,15 @@ pub fn losses<R: Real>(
         vb[b] = R::zero();
         for i in 0..n {
             let (x_0, x_t, noise) = (x_start[b * n + i], x_t[b * n + i], noise[b * n + i]);
-            let epsilon = model_out[b * out_elements + i];
-            let error = epsilon - noise;
+            let answer = model_out[b * out_elements + i];
+            let error = answer - target(x_0, noise, t, schedule);
             mse[b] += weight * error * error / count;
             d_model_out[b * out_elements + i] = coefficient * weight * R::from_f64(2.0) * error / count;
             if !dims.learn_sigma {
                 continue;
             }
+            let epsilon = noise_by_answer(answer, x_t, t, schedule);
+            let x_t = x_t / R::from_f64(schedule.input_scale(t));
             let v = model_out[b * out_elements + n + i];
             let (mean, log_variance, _) = p_mean_variance(x_t, epsilon, Some(v), t, schedule, false);
             let (nats, d_log_variance) = if t == 0 {

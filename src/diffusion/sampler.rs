@@ -1,14 +1,15 @@
 //! From noise to images: DDPM (Ho et al. 2020, algorithm 2), DDIM (Song et al. 2021, equation 12) and DPM-Solver++(2M) (Lu et al. 2022,
-//! algorithm 2), with classifier-free guidance (Ho and Salimans 2022) on all channels of epsilon.
+//! algorithm 2), with classifier-free guidance (Ho and Salimans 2022) on all channels of the model's answer.
 //!
 //! ```text
-//! x_0    = sqrt(1/bar) x_t - sqrt(1/bar - 1) epsilon            (bar = alphas_cumprod; optionally clipped to -1..1)
+//! x_0    = a x_t + b answer                                    (optionally clipped to -1..1)
 //! DDPM   x_{t-1} = coef1 x_0 + coef2 x_t + sigma noise          (sigma: learned, or the fixed larger one)
 //! DDIM   x_{t-1} = sqrt(bar') x_0 + sqrt(1 - bar' - sigma^2) epsilon' + sigma noise
 //! DPM++  x_{t-1} = sqrt(bar') D + sqrt(1 - bar') epsilon',   D = x_0 + h / (2 h_last) (x_0 - x_0 of the step before)
 //! ```
 //!
-//! with `bar'` one step earlier, `epsilon'` the noise that the clipped `x_0`, or `D`, implies, and for DDIM
+//! with `bar = alphas_cumprod`, `bar'` one step earlier, a and b from [`Schedule::estimate`] (of a model that predicts the noise
+//! `sqrt(1/bar)` and `-sqrt(1/bar - 1)`), `epsilon'` the noise that the clipped `x_0`, or `D`, implies, and for DDIM
 //! `sigma = eta sqrt((1 - bar') / (1 - bar)) sqrt(1 - bar / bar')`. The last step adds no noise. `h` is by how much
 //! `ln sqrt(bar / (1 - bar))` grows in a step, `h_last` in the one before; the first step, which has none before it, and the last, whose
 //! `h` is infinite, take `x_0` for `D`: then DPM++ is DDIM without noise, of which it is the second order.
@@ -45,6 +46,7 @@ pub struct Sampler {
 
 /// The factors that all elements share at one step.
 struct Step {
+    estimate: (f64, f64), // factors of x_t and of the answer in x_0
     sqrt_recip: f64,
     sqrt_recipm1: f64,
     coef1: f64,         // of x_0
@@ -60,7 +62,7 @@ impl Sampler {
     /// A sampler over all steps of `schedule` (see [`Schedule::respaced`]), from the last to the first.
     ///
     /// `clip` cuts the estimate of `x_0` to -1..1 at every step: right for pixels, wrong for latents. With `guidance`, a batch is
-    /// two equal halves, conditional and unconditional, and epsilon is
+    /// two equal halves, conditional and unconditional, and the answer is
     /// `unconditional + guidance (conditional - unconditional)`.
     ///
     /// # Errors
@@ -109,7 +111,7 @@ impl Sampler {
     ///   for steps that need none.
     /// - `after_step(k, x)`: the state after the k-th step; an error stops the sampler.
     ///
-    /// With guidance only the first half of `x` is a sample; the second half follows the same epsilon with its own variance, where it is
+    /// With guidance only the first half of `x` is a sample; the second half follows the same answer with its own variance, where it is
     /// asked for.
     ///
     /// # Errors
@@ -141,7 +143,10 @@ impl Sampler {
             let half = x.len() / halves;
             let rows = if guidance.is_some() { x.len() / row } else { half / row };
             let (input, out) = (&mut input[..rows * row], &mut out[..rows * dims.out_elements()]);
-            input.chunks_exact_mut(half.max(1)).for_each(|part| part.copy_from_slice(&x[..half]));
+            let input_scale = self.schedule.input_scale(t);
+            for part in input.chunks_exact_mut(half.max(1)) {
+                part.iter_mut().zip(&x[..half]).for_each(|(to, &x)| *to = (input_scale * f64::from(x)) as f32);
+            }
             model(input, timestep, out)?;
             if let Some(scale) = guidance {
                 guide(out, scale, dims);
@@ -190,6 +195,7 @@ impl Sampler {
             }
         };
         Step {
+            estimate: s.estimate(t),
             sqrt_recip: s.sqrt_recip_alphas_cumprod[t],
             sqrt_recipm1: s.sqrt_recipm1_alphas_cumprod[t],
             coef1,
@@ -205,10 +211,11 @@ impl Sampler {
     /// One step of one row: `x` and `noise` `[channels, pixels]`, `out` the model output with or without its second half. `estimates` of
     /// `x_0` are replaced by those of this step.
     fn advance(&self, x: &mut [f32], estimates: &mut [f64], out: &[f32], noise: &[f32], step: &Step) {
-        let (epsilon, v) = out.split_at(x.len());
+        let (answer, v) = out.split_at(x.len());
+        let (of_x, of_answer) = step.estimate;
         for i in 0..x.len() {
             let x_t = f64::from(x[i]);
-            let mut x_0 = step.sqrt_recip * x_t - step.sqrt_recipm1 * f64::from(epsilon[i]);
+            let mut x_0 = of_x * x_t + of_answer * f64::from(answer[i]);
             if self.clip {
                 x_0 = x_0.clamp(-1.0, 1.0);
             }
@@ -231,7 +238,7 @@ impl Sampler {
     }
 }
 
-/// Classifier-free guidance: both halves' epsilon in `out` becomes `unconditional + scale (conditional - unconditional)`; the
+/// Classifier-free guidance: both halves' answer in `out` becomes `unconditional + scale (conditional - unconditional)`; the
 /// variance channels stay. Rows `..R/2` of `out` are conditional, the rest unconditional. Ho and Salimans (2022) guide every channel,
 /// as here; the published sampling script of DiT the first three only.
 ///

@@ -4,6 +4,7 @@
 //! and respacing are from Nichol and Dhariwal, "Improved denoising diffusion probabilistic models" (2021).
 
 use crate::choice::choice;
+use crate::diffusion::prediction::Prediction;
 use crate::error::{Error, Result};
 
 /// Which betas.
@@ -46,6 +47,8 @@ impl ScheduleKind {
 /// `alpha = 1 - beta`; a name with `prev` is the array one step earlier, with 1 (no noise) before the first step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schedule {
+    /// What the model predicts.
+    pub prediction: Prediction,
     /// The timestep of the full schedule that each step stands for; `0, 1, 2, ..` unless respaced. The model is given these.
     pub timestep_map: Vec<u32>,
     /// Variance added by the step.
@@ -75,22 +78,34 @@ pub struct Schedule {
 }
 
 /// The least half log-SNR that tells timesteps apart: that of the linear schedule's end. The cosine schedule goes to -10, where `x_t` of
-/// a model's training are all alike.
+/// a model's training are all alike, and its errors in the noise 20000 times as large in `x_0`.
 const LEAST_HALF_LOG_SNR: f64 = -5.1;
 
 impl Schedule {
-    /// The full schedule of `steps` timesteps (the published models have 1000).
+    /// The full schedule of `steps` timesteps (the published models have 1000) for a model that predicts the noise.
     ///
     /// # Errors
     /// When `steps` is 0, or so small that the linear schedule would add more variance than there is.
     pub fn new(kind: ScheduleKind, steps: usize) -> Result<Self> {
-        let betas = if steps <= u32::MAX as usize { kind.betas(steps) } else { Vec::new() };
+        Self::predicting(Prediction::Noise, kind, steps)
+    }
+
+    /// The same for a model that predicts something else. A flow does not ask for `kind`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn predicting(prediction: Prediction, kind: ScheduleKind, steps: usize) -> Result<Self> {
+        let betas = match prediction {
+            _ if steps > u32::MAX as usize => Vec::new(),
+            Prediction::Noise | Prediction::V => kind.betas(steps),
+            Prediction::Flow => Prediction::betas_of_flow(steps),
+        };
         if betas.is_empty() || !betas.iter().all(|&b| b > 0.0 && b < 1.0) {
             return Err(Error::usage(format!(
                 "the {kind} noise schedule cannot have {steps} steps: give at least 21 (the published models have 1000)"
             )));
         }
-        Ok(Self::from_betas(betas, (0..steps as u32).collect()))
+        Ok(Self::from_betas(prediction, betas, (0..steps as u32).collect()))
     }
 
     /// The schedule of only the timesteps `kept` (increasing), with the same noise at each of them. `kept` are indices
@@ -123,7 +138,7 @@ impl Schedule {
             betas.push(1.0 - alpha_cumprod / previous);
             previous = alpha_cumprod;
         }
-        Ok(Self::from_betas(betas, kept.iter().map(|&t| self.timestep_map[t as usize]).collect()))
+        Ok(Self::from_betas(self.prediction, betas, kept.iter().map(|&t| self.timestep_map[t as usize]).collect()))
     }
 
     /// Number of steps.
@@ -173,7 +188,17 @@ impl Schedule {
         Ok(kept)
     }
 
-    fn from_betas(betas: Vec<f64>, timestep_map: Vec<u32>) -> Self {
+    /// `kept` (increasing timesteps) for samplers that do not clip: those at which a model that predicts the noise cannot tell `x_0`, as at
+    /// the end of the cosine schedule, give way to the last at which it can.
+    pub fn estimable(&self, kept: &[u32]) -> Vec<u32> {
+        let lost = |t: &usize| self.prediction == Prediction::Noise && self.half_log_snr(*t) < LEAST_HALF_LOG_SNR;
+        let last = (0..self.len()).rfind(|t| !lost(t)).unwrap_or(0) as u32;
+        let mut kept: Vec<u32> = kept.iter().map(|&t| t.min(last)).collect();
+        kept.dedup();
+        kept
+    }
+
+    fn from_betas(prediction: Prediction, betas: Vec<f64>, timestep_map: Vec<u32>) -> Self {
         let n = betas.len();
         let map = |f: &dyn Fn(usize) -> f64| -> Vec<f64> { (0..n).map(f).collect() };
         let mut product = 1.0;
@@ -192,6 +217,7 @@ impl Schedule {
             _ => posterior_variance[t].ln(),
         });
         Schedule {
+            prediction,
             log_betas: map(&|t| betas[t].ln()),
             sqrt_alphas_cumprod: map(&|t| acp[t].sqrt()),
             sqrt_one_minus_alphas_cumprod: map(&|t| (1.0 - acp[t]).sqrt()),
@@ -302,6 +328,25 @@ mod tests {
             for steps in [0, 1001] {
                 let message = full.evenly_by_log_snr(steps).unwrap_err().to_string();
                 assert!(message.contains(&format!("{steps} timesteps")), "{message}");
+            }
+        }
+    }
+
+    /// Where they are lost, 1 / sqrt(alphas_cumprod) is above 160.
+    #[test]
+    fn of_pure_noise_no_model_of_it_estimates_the_image() {
+        let all: Vec<u32> = (0..1000).collect();
+        for kind in [ScheduleKind::Linear, ScheduleKind::Cosine] {
+            for prediction in [Prediction::Noise, Prediction::V, Prediction::Flow] {
+                let full = Schedule::predicting(prediction, kind, 1000).unwrap();
+                let lost = prediction == Prediction::Noise && kind == ScheduleKind::Cosine;
+                let kept = full.estimable(&all);
+                assert_eq!(kept, all[..if lost { 996 } else { 1000 }], "{kind} {prediction}");
+                let amplified = full.sqrt_recip_alphas_cumprod[kept.len() - 1];
+                assert!(prediction != Prediction::Noise || (140.0..165.0).contains(&amplified), "{kind}: {amplified}");
+                let last = if lost { 995 } else { 999 };
+                assert_eq!(full.estimable(&[0, 500, 999]), [0, 500, last]);
+                assert_eq!(full.estimable(&[999]), [last]);
             }
         }
     }

@@ -33,16 +33,19 @@ pub enum LossWeight {
 }
 
 impl LossWeight {
-    /// Weight of the mean squared error at timestep `t`; 1 for uncertainty weighting, which weighs the losses instead.
+    /// Weight of the mean squared error at timestep `t`; 1 for uncertainty weighting, which weighs the losses instead. Where it depends
+    /// on the timestep, it is that of the error of the noise which an answer implies, whatever the model predicts: with min-SNR
+    /// `min(snr, gamma) / (snr + 1)` for v.
     ///
     /// # Panics
     /// When `t` is outside the schedule and the weight depends on it.
     pub fn weight(self, schedule: &Schedule, t: usize) -> f64 {
-        match self {
-            LossWeight::Constant | LossWeight::Uncertainty => 1.0,
+        let of_noise = match self {
+            LossWeight::Constant | LossWeight::Uncertainty => return 1.0,
             LossWeight::MinSnr { gamma } => (gamma / schedule.snr(t)).min(1.0),
             LossWeight::P2 { gamma, k } => (k + schedule.snr(t)).powf(-gamma),
-        }
+        };
+        of_noise * schedule.noise_of_answer(t).powi(2)
     }
 
     /// The timestep of `sample` in a batch of `batch` at `step`: uniform over `0..steps`, or over the sample's cluster.

@@ -351,7 +351,7 @@ pub fn read_tensor(file: &SafetensorsFile, name: &str, shape: &[usize], out: &mu
             }
             ("y_embedder.embedding_table.weight", _) => "a row a class, and one for no class".into(),
             ("final_layer.linear.weight" | "final_layer.linear.bias", _) => {
-                "outputs for the noise, and as many for its variance unless --learn-sigma is false".into()
+                "outputs for what it predicts, and with --learn-sigma true as many for its variance".into()
             }
             _ => String::from("was it made with another --model or data?"),
         };

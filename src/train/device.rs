@@ -30,7 +30,7 @@ use std::sync::Arc;
 pub const LARGEST_NORM: f64 = 1e18;
 
 /// Numbers of a sample that `kernels/diffusion_loss.cu` reads, in its order.
-const STEP_NUMBERS: usize = 9;
+const STEP_NUMBERS: usize = 11;
 /// Blocks that sum the squares of the gradients: fixed, so that the sum is too.
 const NORM_BLOCKS: usize = 1024;
 const THREADS: usize = 256;
@@ -385,10 +385,12 @@ fn steps(schedule: &Schedule, loss_weight: LossWeight, batch: Batch) -> Vec<f64>
     let mut steps = Vec::with_capacity(batch.t.len() * STEP_NUMBERS);
     for (&t, &coefficient) in batch.t.iter().zip(batch.coefficients) {
         let t = t as usize;
-        let Step { first, mean_factor, precision, min_log, range } = Step::new(schedule, t);
+        let Step { first, target, mean_factor, precision, min_log, range } = Step::new(schedule, t);
         steps.extend([
-            schedule.sqrt_alphas_cumprod[t],
-            schedule.sqrt_one_minus_alphas_cumprod[t],
+            schedule.signal(t),
+            schedule.spread(t),
+            target.0,
+            target.1,
             mean_factor,
             precision,
             min_log,

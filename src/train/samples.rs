@@ -10,18 +10,19 @@ use super::metrics::MetricsLog;
 use super::progress::Progress;
 use super::run_dir::RunDir;
 use super::trainer::Trainer;
-use crate::diffusion::{Method, Sampler, Schedule, sampling_timesteps};
+use crate::diffusion::{Method, Sampler, sampling_timesteps};
 use crate::error::{Error, Result};
 use crate::generate::{self, Generator};
 use crate::model::config::TASKS;
 use crate::picture::grid_png;
 
-/// The sampler of a model: `respacing` is one such as `50`, for dpm++ a number in any case; images are clipped, latents are not.
+/// The sampler of a model: `respacing` is one such as `50`, for dpm++ a number in any case; images are clipped, latents are not, and begin
+/// where their estimates do not need it.
 ///
 /// # Errors
 /// When the respacing or the guidance is not usable.
 pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f64, cfg: f64) -> Result<Sampler> {
-    let full = Schedule::new(config.schedule, TASKS)?;
+    let full = config.noise_schedule()?;
     let (method, timesteps) = match kind {
         SamplerKind::Ddim => (Method::Ddim { eta }, sampling_timesteps(TASKS, respacing)?),
         SamplerKind::Ddpm => (Method::Ddpm, sampling_timesteps(TASKS, respacing)?),
@@ -34,8 +35,9 @@ pub fn sampler(config: &TrainConfig, kind: SamplerKind, respacing: &str, eta: f6
             (Method::DpmPlusPlus, full.evenly_by_log_snr(steps)?)
         }
     };
-    let schedule = full.respaced(&timesteps)?;
-    Sampler::new(schedule, method, config.are_images(), (cfg != 1.0).then_some(cfg))
+    let clip = config.are_images();
+    let timesteps = if clip { timesteps } else { full.estimable(&timesteps) };
+    Sampler::new(full.respaced(&timesteps)?, method, clip, (cfg != 1.0).then_some(cfg))
 }
 
 /// How much a picture of images of this side is enlarged, so that small ones can be seen.

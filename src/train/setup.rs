@@ -11,9 +11,7 @@ use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{DType, Device};
 use crate::data::{self, Dataset, hold_out};
-use crate::diffusion::Schedule;
 use crate::error::{Error, Result};
-use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::model::memory::{activation_numbers, inference_numbers};
 use crate::model::parts::largest_part;
@@ -207,7 +205,7 @@ pub fn learner_on_device(
 ) -> Result<Learner> {
     check_memory(config, &dit, 0)?;
     let (launches, _) = plan::launches(&dit, device, elem, config.batch_size / config.grad_accumulation)?;
-    let schedule = Schedule::new(config.schedule, TASKS)?;
+    let schedule = config.noise_schedule()?;
     let learner = || {
         let weights = weights(&dit);
         Learner::on_device(dit, schedule, config.loss_weight, weights, device, elem)
@@ -242,7 +240,7 @@ fn learner_of(config: &TrainConfig, dit: Dit, elem: DType) -> Result<Learner> {
     let part = config.batch_size / config.grad_accumulation;
     check_memory(config, &dit, largest_part(&dit, part))?;
     let weights = dit.init(config.seed, config.init);
-    let schedule = Schedule::new(config.schedule, TASKS)?;
+    let schedule = config.noise_schedule()?;
     Ok(Learner::new(dit, schedule, config.loss_weight, weights).with_products_in(elem))
 }
 

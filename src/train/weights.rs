@@ -8,6 +8,7 @@ use super::config::{Assignment, DataKind, InitLabels, Layer, TrainConfig};
 use super::learner::Learner;
 use super::state::{names_of_classes, other_class, told_names};
 use crate::data::Dataset;
+use crate::diffusion::Prediction;
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
 use crate::model::dit::Dit;
@@ -28,7 +29,7 @@ const LAST: &str = "final_layer.linear.weight";
 const POSITIONS_DIFFER: f32 = 0.01;
 
 /// Knobs that no shape of a tensor shows, though with another value the same weights are another model.
-const UNSEEN: [&str; 6] = ["num_heads", "routing", "beta", "alpha", "seed", "schedule"];
+const UNSEEN: [&str; 7] = ["num_heads", "routing", "beta", "alpha", "seed", "schedule", "prediction"];
 
 /// Knobs that matter when weights are sampled or validated, and not when others start from them.
 const OF_SAMPLES: [&str; 4] = ["data_kind", "label_dropout", "precision", "loss_weight"];
@@ -38,6 +39,8 @@ pub(super) fn metadata(config: &TrainConfig) -> Metadata {
     let used = |knob: &&str| match *knob {
         "beta" | "alpha" if config.routing == Routing::Dense => false,
         "seed" => config.routing == Routing::Random,
+        // Older files do not say that it is the noise.
+        "prediction" => config.prediction != Prediction::Noise,
         _ => true,
     };
     let knobs = UNSEEN.into_iter().filter(used).chain(OF_SAMPLES);
@@ -276,9 +279,8 @@ fn shapes_of(file: &SafetensorsFile) -> Result<Vec<Assignment>> {
     ];
     // Other numbers are refused when it is read.
     let [outputs, _] = shape(file, LAST)?;
-    if Some(outputs) == patch.checked_mul(patch).and_then(|pixels| pixels.checked_mul(channels)) {
-        knobs.push(("learn_sigma", "false".to_string()));
-    }
+    let of_answer = patch.checked_mul(patch).and_then(|pixels| pixels.checked_mul(channels));
+    knobs.push(("learn_sigma", (Some(outputs) != of_answer).to_string()));
     let published = ["S", "B", "L", "XL"].map(|size| format!("DiT-{size}/{patch}")).into_iter();
     let same = |of: ModelConfig| of.hidden_size == hidden && of.depth == depth;
     // Its name brings its heads.

@@ -11,9 +11,9 @@ pub use source::{Assignment, Layer};
 pub use value::{DataKind, Decay, InitLabels, Precision, SamplerKind};
 
 use super::optimizer::Update;
-use crate::diffusion::{LossWeight, ScheduleKind};
+use crate::diffusion::{LossWeight, Prediction, Schedule, ScheduleKind};
 use crate::error::Result;
-use crate::model::config::ModelConfig;
+use crate::model::config::{ModelConfig, TASKS};
 use crate::model::dit::Init;
 use crate::routing::Routing;
 use value::Value;
@@ -126,9 +126,11 @@ knobs! {
         validation_data: String;
     }
     "Diffusion" {
+        /// What the model predicts: noise, v (Salimans and Ho, 2022), or flow (the velocity of a rectified flow, as SiT)
+        prediction: Prediction = fixed;
         /// Learn the variance too, from the variational bound (Nichol and Dhariwal, 2021), as published DiTs do
         learn_sigma: bool = fixed;
-        /// Noise schedule over 1000 timesteps: linear or cosine
+        /// Noise schedule over 1000 timesteps: linear or cosine; a flow has its own
         schedule: ScheduleKind = fixed;
         /// Weight of the loss by timestep: constant, min-snr-5 (any number), p2 (or p2-GAMMA-K) or uw (learned, over 8 groups of timesteps)
         loss_weight: LossWeight = fixed;
@@ -243,6 +245,7 @@ impl Default for TrainConfig {
             label_dropout: 0.1,
             validation_samples: 0,
             validation_data: String::new(),
+            prediction: Prediction::Noise,
             learn_sigma: true,
             schedule: ScheduleKind::Cosine,
             loss_weight: LossWeight::Constant,
@@ -393,6 +396,14 @@ impl TrainConfig {
             ema_decay: self.ema_decay_at(n),
             grad_scale: 1.0,
         }
+    }
+
+    /// The noise schedule over all timesteps, for what the model predicts.
+    ///
+    /// # Errors
+    /// As [`Schedule::predicting`].
+    pub fn noise_schedule(&self) -> Result<Schedule> {
+        Schedule::predicting(self.prediction, self.schedule, TASKS)
     }
 
     /// The model, once the data have filled in what they decide ([`TrainConfig::fit_to_data`]).

@@ -6,6 +6,7 @@ use std::path::Path;
 use super::value::{Value, did_you_mean};
 use super::{DataKind, KNOBS, Knob, TrainConfig, shape_of};
 use crate::data::may_flip;
+use crate::diffusion::Prediction;
 use crate::error::{Error, Result};
 use crate::regular_file;
 
@@ -118,6 +119,10 @@ impl TrainConfig {
             config.apply(layer)?;
         }
         config.rename_if_reshaped();
+        // Those who learn flows learn nothing else.
+        if last("learn_sigma").is_none() {
+            config.learn_sigma = config.prediction != Prediction::Flow;
+        }
         if last("sample_cfg").is_none() {
             config.sample_cfg = config.default_cfg();
         }

@@ -2,7 +2,7 @@
 
 use crate::backend::DType;
 use crate::choice::choice;
-use crate::diffusion::{LossWeight, ScheduleKind};
+use crate::diffusion::{LossWeight, Prediction, ScheduleKind};
 use crate::model::dit::Init;
 use crate::routing::Routing;
 
@@ -104,7 +104,7 @@ macro_rules! choices {
     )+};
 }
 
-choices!(Routing, ScheduleKind, Init, InitLabels, Decay, DataKind, Precision, SamplerKind);
+choices!(Routing, Prediction, ScheduleKind, Init, InitLabels, Decay, DataKind, Precision, SamplerKind);
 
 /// Learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
