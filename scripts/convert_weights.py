@@ -27,6 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dit_dtr import positions
+
 # Official names and those of diffusers; the embedders are in every block there.
 OUTER = {"x_embedder.proj": "pos_embed.proj", "final_layer.adaLN_modulation.1": "proj_out_1", "final_layer.linear": "proj_out_2"}
 SHARED = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder.mlp.2": "timestep_embedder.linear_2"}
@@ -107,14 +109,6 @@ def from_diffusers(weights, path):
                 sys.exit(f"{path}: tensors '{theirs[0]}' and '{name}' differ, but the blocks of a DiT share one")
         official[ours] = torch.cat(tensors) if fused else first
     return official | weights  # what is left has no place in a DiT, as `check` says
-
-
-def positions(side, c):
-    """[1, side * side, c]: sines and cosines of the column and then of the row, as DiT has them."""
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    frequencies = 1 / 10000 ** (torch.arange(c // 4, dtype=torch.float64) / (c / 4))
-    angles = [place.reshape(-1, 1) * frequencies for place in (column, row)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1).float()[None]
 
 
 def check(weights, path):
