@@ -5,6 +5,7 @@
     dtr-fused train --data latents.npy --model DiT-XL/2
     dtr-fused sample --checkpoint RUN --num 50000 --npz latents.npz
     scripts/latents.py decode latents.npz samples.npz --png samples      uint8 [N, H, W, 3] and labels, for evaluation suites
+    scripts/latents.py decode part-0.npz part-1.npz samples.npz          one such file of what sample made in parts (--only)
 
 Needs torch, diffusers and pillow. --vae is a name that diffusers can load or a folder; the first use of a name downloads it.
 Images are cropped as DiT does; the latents of each are drawn once from the encoder's distribution and multiplied by its scaling factor
@@ -13,6 +14,7 @@ Images are cropped as DiT does; the latents of each are drawn once from the enco
 
 import argparse
 import concurrent.futures
+import math
 import os
 import pathlib
 import sys
@@ -123,39 +125,93 @@ def encode(args):
     print(f"{len(labels)} latents of {shape} are in {args.target}; standard deviation {spread:.2f}")
 
 
+def header(archive):
+    """Shape and format of the first array of an .npz file, and the file of its numbers, which need not be read at once."""
+    file = archive.open("arr_0.npy")
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("it is of another version")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if by_columns or dtype.kind != "f" or len(shape) != 4:
+        raise ValueError(f"arr_0 is {dtype} of shape {list(shape)}")
+    return shape, dtype, file
+
+
+def look_at(path):
+    """Shape of the latents of an .npz file, and their labels."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            shape, _, _ = header(archive)
+            labels = np.lib.format.read_array(archive.open("arr_1.npy"))
+        if labels.shape != shape[:1]:
+            raise ValueError(f"there are {shape[0]} latents and labels of shape {list(labels.shape)}")
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        sys.exit(f"{path} holds no latents with labels, as sample --npz writes them: {error}")
+    return shape, labels
+
+
+def holds_latents(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return header(archive) is not None
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def batches(paths, size):
+    """The latents of .npz files in this order, `size` at a time or what is left of a file."""
+    for path in paths:
+        with zipfile.ZipFile(path) as archive:
+            (total, *shape), dtype, file = header(archive)
+            for first in range(0, total, size):
+                count = min(size, total - first)
+                numbers = file.read(count * math.prod(shape) * dtype.itemsize)
+                yield torch.from_numpy(np.frombuffer(numbers, dtype).reshape(count, *shape).astype(np.float32))
+
+
 def decode(args):
-    with np.load(args.source) as archive:
-        latents, labels = archive["arr_0"], archive["arr_1"]
+    shapes, labels = zip(*map(look_at, args.source))
+    for path, shape in zip(args.source, shapes):
+        if shape[1:] != shapes[0][1:]:
+            first, other = (" x ".join(str(size) for size in some[1:]) for some in (shapes[0], shape))
+            sys.exit(f"{args.source[0]} holds latents of {first}, and {path} of {other}: decode them into a file each")
+    if holds_latents(args.target):
+        sys.exit(f"{args.target} holds latents, which images would replace: give the file for images last")
+    labels = np.concatenate(labels)
     vae = load(args)
-    began = time.time()
+    done, began = 0, time.time()
     if args.png:
         args.png.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(args.target, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as out:
-            for first in range(0, len(latents), args.batch_size):
-                z = torch.from_numpy(latents[first : first + args.batch_size]).float().to(args.device)
-                x = vae.decode(z / vae.config.scaling_factor).sample
-                x = (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-                if first == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(latents), *x.shape[1:])}
-                    np.lib.format.write_array_header_1_0(out, header)
-                out.write(x.tobytes())
-                if args.png:
-                    for i, image in enumerate(x):
-                        Image.fromarray(image).save(args.png / f"{first + i:06}-class{labels[first + i]}.png")
-                progress(began, min(first + args.batch_size, len(latents)), len(latents))
-        with archive.open("arr_1.npy", "w") as out:
-            np.lib.format.write_array(out, labels)
-    print(f"{len(latents)} images are in {args.target}" + (f" and {args.png}" if args.png else ""))
+    partial = args.target.with_suffix(".partial.npz")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as out:
+                for z in batches(args.source, args.batch_size):
+                    x = vae.decode(z.to(args.device) / vae.config.scaling_factor).sample
+                    x = (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                    if done == 0:
+                        of_all = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *x.shape[1:])}
+                        np.lib.format.write_array_header_1_0(out, of_all)
+                    out.write(x.tobytes())
+                    if args.png:
+                        for i, image in enumerate(x, done):
+                            Image.fromarray(image).save(args.png / f"{i:06}-class{labels[i]}.png")
+                    done += len(x)
+                    progress(began, done, len(labels))
+            with archive.open("arr_1.npy", "w") as out:
+                np.lib.format.write_array(out, labels)
+        partial.replace(args.target)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{len(labels)} images are in {args.target}" + (f" and {args.png}" if args.png else ""))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for command, source, target in [(encode, "FOLDER", "OUT.npy"), (decode, "LATENTS.npz", "OUT.npz")]:
+    for command, source, many, target in [(encode, "FOLDER", None, "OUT.npy"), (decode, "LATENTS.npz", "+", "OUT.npz")]:
         sub = commands.add_parser(command.__name__)
         sub.set_defaults(command=command)
-        sub.add_argument("source", metavar=source, type=pathlib.Path)
+        sub.add_argument("source", metavar=source, nargs=many, type=pathlib.Path)
         sub.add_argument("target", metavar=target, type=pathlib.Path)
         sub.add_argument("--vae", default="stabilityai/sd-vae-ft-ema", help="name or folder [default: %(default)s]")
         sub.add_argument("--batch-size", type=int, default=16)
