@@ -7,8 +7,8 @@
 
 The first C channels of `out` are what the model predicts: the noise, unless the file's metadata have another `prediction`. Where
 variances are learned there are C more, v: the logarithm of the variance is (1 + v) / 2 of the way from that of the posterior to that of
-beta. Masks are multiplied and everything is computed, so routing saves no
-time here. The tensors have the names of the official state_dict.
+beta. Masks are multiplied and everything is computed, so routing saves no time here. The tensors have the names of the official
+state_dict.
 
     scripts/dit_dtr.py ema.safetensors CASE     makes a parity case of the output and its gradient with these weights
     dtr-fused parity CASE                       tells whether dtr-fused computes the same
