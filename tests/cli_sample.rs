@@ -310,6 +310,9 @@ fn parts_make_the_images_of_the_whole() {
         images_and_labels(place, "x.npz", n)
     };
     let whole = made("", 45);
+    // The classes take turns.
+    let labels: Vec<u8> = (0..45).flat_map(|i| [1i64, 3][i % 2].to_le_bytes()).collect();
+    assert!(whole.1 == labels, "{:?}", whole.1);
     assert!(made("..", 45) == whole);
     let parts = [made("..14", 14), made("14..35", 21), made("35..", 10)];
     assert!(parts.iter().map(|part| &part.0[..]).collect::<Vec<_>>().concat() == whole.0, "the images differ");
@@ -317,8 +320,8 @@ fn parts_make_the_images_of_the_whole() {
     // Batches of others.
     let (pixels, labels) = made("20..45", 25);
     assert!(pixels.iter().zip(&whole.0[20 * 64..]).all(|(a, &b)| a.abs_diff(b) <= 1) && labels == whole.1[20 * 8..]);
-    // The first 23 are of the first class: the grid shows these alone.
-    made("0..23", 23);
+    // Without an archive the first 23 are of the first class: the grid shows these alone.
+    succeeds(sample_in("10", place, &[&way[..], &["--only", "0..23"]].concat()));
     let part = fs::read(place.join("grid.png")).unwrap();
     let of_one = ["--num", "23", "--classes", "1", "--cfg", "2", "--sampler", "ddpm", "--batch-size", "7"];
     succeeds(sample_in("10", place, &of_one));
@@ -340,7 +343,7 @@ fn images_are_pictures_in_a_folder() {
     let says = succeeds(sample(place, &[&way[..], &["--images", "all", "--npz", "all.npz"]].concat()));
     assert!(says.contains("9 images of run/checkpoints/0000100 are in all\n"), "{says}");
     let (pixels, _) = images_and_labels(place, "all.npz", 9);
-    let expected: Vec<String> = (0..9).map(|i| format!("{i:06}-{}.png", if i < 5 { 1 } else { 3 })).collect();
+    let expected: Vec<String> = (0..9).map(|i| format!("{i:06}-{}.png", [1, 3][i % 2])).collect();
     let all = place.join("all");
     assert_eq!(names(&all), expected);
     for (name, pixels) in expected.iter().zip(pixels.chunks_exact(64)) {
@@ -465,24 +468,25 @@ fn what_is_finished_when_numbers_stop_being_finite_is_kept() {
     // Finite, but so large that no sum of such numbers is.
     bytes[at..][..128].fill(0x7F);
     fs::write(place.join("damaged.safetensors"), bytes).unwrap();
-    // 6 of class 1 and 6 of class 3, of which the second batch has some.
-    let made = |checkpoint, num, files: &[&str]| {
-        let way = ["sample", "--checkpoint", checkpoint, "--steps", "3", "--device", "cpu", "--classes", "1,3"];
+    // 12 of five classes, of which class 3 comes with the second batch.
+    let made_of = |classes, checkpoint, num, files: &[&str]| {
+        let way = ["sample", "--checkpoint", checkpoint, "--steps", "3", "--device", "cpu", "--classes", classes];
         run(place, &[&way[..], &["--num", num, "--batch-size", "4"], files].concat())
     };
+    let made = |checkpoint, num, files: &[&str]| made_of("1,0,2,4,3", checkpoint, num, files);
     let not_finite = "gave a number that is not finite";
     let output = made("damaged.safetensors", "12", &["--npz", "x.npz", "--images", "pictures"]);
     assert!(!stderr(&output).contains("--only"), "the rest is no better: {}", stderr(&output));
     fails(output, 1, &[not_finite, "; 4 of 12 images are in pictures and x.npz"]);
-    assert_eq!(names(&place.join("pictures")), [0, 1, 2, 3].map(|i| format!("00000{i}-1.png")));
+    assert_eq!(names(&place.join("pictures")), [0, 1, 2, 3].map(|i| format!("00000{i}-{}.png", [1, 0, 2, 4][i])));
     fs::remove_dir_all(place.join("pictures")).unwrap();
     let (pixels, labels) = images_and_labels(place, "x.npz", 4);
     succeeds(made("run", "12", &["--npz", "whole.npz", "--out", "whole.png"]));
     let whole = images_and_labels(place, "whole.npz", 12);
     assert!(pixels == whole.0[..4 * 64] && labels == whole.1[..4 * 8]);
-    // The row of the second class is left out.
+    // The row of the last class is left out.
     let [height, of_whole] = ["grid.png", "whole.png"].map(|name| image::open(place.join(name)).unwrap().height());
-    assert_eq!(of_whole, 2 * height - 2);
+    assert_eq!((height, of_whole), (4 * 66 + 2, 5 * 66 + 2));
     // A whole archive is not replaced by a part of one.
     let before = fs::read(place.join("whole.npz")).unwrap();
     let output = made("damaged.safetensors", "12", &["--npz", "whole.npz"]);
@@ -493,7 +497,7 @@ fn what_is_finished_when_numbers_stop_being_finite_is_kept() {
     for file in ["grid.png", "whole.png", "x.npz", "whole.npz"] {
         fs::remove_file(place.join(file)).unwrap();
     }
-    let output = made("damaged.safetensors", "2", &["--npz", "x.npz"]);
+    let output = made_of("1,3", "damaged.safetensors", "2", &["--npz", "x.npz"]);
     assert!(!stderr(&output).contains(" are in "), "{}", stderr(&output));
     fails(output, 1, &[not_finite]);
     assert_eq!(names(place), ["damaged.safetensors", "run"]);
@@ -513,13 +517,13 @@ fn the_archive_holds_pixels_by_row_and_labels_and_the_grid_shows_them() {
     succeeds(sample_in("10", place, &["--num", "5", "--classes", "1,0", "--npz", "samples.npz"]));
     let npz = fs::read(place.join("samples.npz")).unwrap();
     let labels: Vec<i64> = array(&npz, 1).as_chunks().0[..5].iter().map(|&bytes| i64::from_le_bytes(bytes)).collect();
-    assert_eq!(labels, [1, 1, 1, 0, 0]);
+    assert_eq!(labels, [1, 0, 1, 0, 1]);
     let pixels = &array(&npz, 0)[..5 * 48]; // [5, 4, 4, 3]
     assert!((10..246).filter(|value| pixels.contains(value)).count() > 20, "little but black and white");
     let grid = image::open(place.join("grid.png")).unwrap().into_rgb8();
     // A row a class; squares of 16 pixels a side, and 2 between images and around them.
     let mut others = 0;
-    for (image, [row, column]) in [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]].into_iter().enumerate() {
+    for (image, [row, column]) in [[0, 0], [1, 0], [0, 1], [1, 1], [0, 2]].into_iter().enumerate() {
         for (i, rgb) in pixels[image * 48..][..48].as_chunks::<3>().0.iter().enumerate() {
             let (x, y) = (2 + column * 66 + i as u32 % 4 * 16, 2 + row * 66 + i as u32 / 4 * 16);
             let shown = grid.get_pixel(x, y).0;

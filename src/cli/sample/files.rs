@@ -176,7 +176,7 @@ fn check_outputs(out: &Path, all: All, weights: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The first images of each class, a row a class; classes with fewer end in black.
+/// The first images of each of the first classes, a row a class; classes with fewer end in black.
 struct Grid<'a> {
     config: &'a TrainConfig,
     shown: Vec<(usize, usize)>, // number of the image, its place in the grid; by the first
@@ -187,15 +187,22 @@ struct Grid<'a> {
 
 impl<'a> Grid<'a> {
     fn new(labels: &[u32], config: &'a TrainConfig) -> Self {
-        let classes: Vec<&[u32]> = labels.chunk_by(|a, b| a == b).take(GRID_ROWS).collect();
-        let columns = classes.iter().map(|class| class.len()).max().unwrap_or(1).min(GRID_COLUMNS);
-        let (mut shown, mut first) = (Vec::new(), 0);
-        for (row, class) in classes.iter().enumerate() {
-            shown.extend((0..class.len().min(columns)).map(|i| (first + i, row * columns + i)));
-            first += class.len();
+        let mut rows: Vec<(u32, usize)> = Vec::new(); // class, its images
+        let mut cells = Vec::new(); // image, row, column
+        for (image, &label) in labels.iter().enumerate() {
+            let row = rows.iter().position(|(class, _)| *class == label).unwrap_or(rows.len());
+            if row == rows.len() && row < GRID_ROWS {
+                rows.push((label, 0));
+            }
+            if let Some((_, images)) = rows.get_mut(row).filter(|(_, images)| *images < GRID_COLUMNS) {
+                cells.push((image, row, *images));
+                *images += 1;
+            }
         }
-        let pixels = vec![-1.0; classes.len() * columns * image_len(config)];
-        Grid { config, shown, columns, rows: classes.len(), pixels }
+        let columns = rows.iter().map(|(_, images)| *images).max().unwrap_or(1);
+        let shown = cells.into_iter().map(|(image, row, column)| (image, row * columns + column)).collect();
+        let pixels = vec![-1.0; rows.len() * columns * image_len(config)];
+        Grid { config, shown, columns, rows: rows.len(), pixels }
     }
 
     /// What it leaves out of `made` images or, unless they were `chosen`, of the classes, if anything.
@@ -223,7 +230,7 @@ impl<'a> Grid<'a> {
     /// Writes the rows of the first `made` images.
     fn write(&self, path: &Path, made: usize) -> Result<()> {
         let (channels, side) = (self.config.in_channels, self.config.image_size);
-        let last = self.shown.iter().rev().find(|(image, _)| *image < made).map_or(0, |&(_, place)| place);
+        let last = self.shown.iter().filter(|(image, _)| *image < made).map(|&(_, place)| place).max().unwrap_or(0);
         let n = (last / self.columns + 1) * self.columns;
         grid_png(
             path,

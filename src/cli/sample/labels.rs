@@ -11,7 +11,8 @@ use crate::train::TrainConfig;
 const MOST_LISTED: usize = 20;
 const MOST_LETTERS: usize = 40;
 
-/// The label of every image, by class. `names` are those of the classes, if they are known.
+/// The label of every image: where all are kept, the classes in turn, and else class by class. `names` are those of the classes, if they are
+/// known.
 pub(super) fn labels(args: &SampleArgs, config: &TrainConfig, names: &[String]) -> Result<Vec<u32>> {
     let all = config.num_classes;
     if all == 0 {
@@ -36,6 +37,10 @@ pub(super) fn labels(args: &SampleArgs, config: &TrainConfig, names: &[String]) 
     let num = args.num.unwrap_or(10 * classes.len());
     if num == 0 || num > 1 << 24 {
         return Err(Error::usage(format!("--num is {num}, but it must be between 1 and {}", 1 << 24)));
+    }
+    // An evaluation may take the images in blocks, each of which must then have all classes.
+    if args.npz.is_some() || args.images.is_some() {
+        return Ok((0..num).map(|i| classes[i % classes.len()] as u32).collect());
     }
     let share = |i: usize| num / classes.len() + usize::from(i < num % classes.len());
     Ok(classes.iter().enumerate().flat_map(|(i, &class)| std::iter::repeat_n(class as u32, share(i))).collect())

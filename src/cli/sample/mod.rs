@@ -88,11 +88,11 @@ pub(super) struct SampleArgs {
     /// The grid of images: a row for each of the first 64 classes, with 16 images at most
     #[arg(long, default_value = "grid.png", value_name = "FILE")]
     out: PathBuf,
-    /// All images for evaluation suites: arr_0 uint8 [N, H, W, C] (latents: float32 [N, C, H, W]) and arr_1 int64 labels (of a model without
-    /// classes, their number)
+    /// All images for evaluation suites, the classes in turn: arr_0 uint8 [N, H, W, C] (latents: float32 [N, C, H, W]) and arr_1 int64 labels
+    /// (of a model without classes, their number)
     #[arg(long, value_name = "FILE")]
     npz: Option<PathBuf>,
-    /// All images as pictures NUMBER-CLASS.png in this folder, which must be new, or hold none but those that --only leaves out
+    /// All images, the classes in turn, as pictures NUMBER-CLASS.png in this folder, which must be new, or hold none but those that --only leaves out
     #[arg(long, value_name = "DIR")]
     images: Option<PathBuf>,
     #[command(flatten)]
