@@ -20,8 +20,8 @@ fn trained(place: &Path, args: &[&str]) -> String {
 /// `sample` of `checkpoint` to `place/FILE.png` and `place/FILE.npz`.
 fn sample(place: &Path, checkpoint: &str, file: &str, args: &[&str]) -> std::process::Output {
     let [png, npz] = ["png", "npz"].map(|ending| format!("{file}.{ending}"));
-    let way = ["sample", "--checkpoint", checkpoint, "--device", "cpu", "--steps", "3", "--out", &png, "--npz", &npz];
-    run(place, &[&way, args].concat())
+    let way = ["sample", "--checkpoint", checkpoint, "--device", "cpu", "--steps", "3"];
+    run(place, &[&way[..], &["--out", &png, "--npz", &npz, "--overwrite"], args].concat())
 }
 
 /// The labels in the archive, whose last array they are.

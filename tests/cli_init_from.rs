@@ -173,7 +173,7 @@ fn a_model_need_not_learn_its_variance() {
     assert_eq!(read(&path)["final_layer.linear.weight"].0, [4, 32]);
     let sample = |checkpoint: &str, sampler: &str, npz: &str| {
         let way = ["sample", "--checkpoint", checkpoint, "--device", "cpu", "--steps", "3", "--num", "10"];
-        succeeds(run(place, &[&way[..], &["--sampler", sampler, "--npz", npz]].concat()));
+        succeeds(run(place, &[&way[..], &["--sampler", sampler, "--npz", npz, "--overwrite"]].concat()));
         std::fs::read(place.join(npz)).unwrap()
     };
     let ema = path.with_file_name(checkpoint::EMA).display().to_string();

@@ -151,7 +151,18 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     // What no shape tells, and only the file's own words do. Without label dropout there is no guidance.
     long_run(place, &["--routing", "random", "--seed", "7", "--label-dropout", "0"]);
     let sample = |checkpoint: &str, more: &[&str]| {
-        let args = ["sample", "--checkpoint", checkpoint, "--steps", "2", "--device", "cpu", "--npz", "all.npz"];
+        let args = [
+            "sample",
+            "--checkpoint",
+            checkpoint,
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+            "--npz",
+            "all.npz",
+            "--overwrite",
+        ];
         let output = run(place, &[&args, more].concat());
         let said = stderr(&output);
         succeeds(output);
@@ -257,7 +268,7 @@ fn batches_of_any_size_give_the_same_files_and_other_ways_to_sample_others() {
     let made = |name: &str, batch: &str, way: &[&str]| {
         let (png, npz) = (format!("{name}.png"), format!("{name}.npz"));
         let num = ["--num", "45", "--classes", "1,3", "--batch-size", batch, "--out", &png, "--npz", &npz];
-        succeeds(sample_in("10", place, &[&num, way].concat()));
+        succeeds(sample_in("10", place, &[&num[..], &["--overwrite"], way].concat()));
         (fs::read(place.join(png)).unwrap(), fs::read(place.join(npz)).unwrap())
     };
     let ways: [&[&str]; 7] = [
@@ -305,8 +316,8 @@ fn parts_make_the_images_of_the_whole() {
     long_run(place, &[]);
     let way = ["--num", "45", "--classes", "1,3", "--cfg", "2", "--sampler", "ddpm", "--batch-size", "7"];
     let made = |only: &str, n| {
-        let part = ["--npz", "x.npz", "--only", only];
-        succeeds(sample_in("10", place, &[&way[..], if only.is_empty() { &part[..2] } else { &part }].concat()));
+        let part = ["--npz", "x.npz", "--overwrite", "--only", only];
+        succeeds(sample_in("10", place, &[&way[..], if only.is_empty() { &part[..3] } else { &part }].concat()));
         images_and_labels(place, "x.npz", n)
     };
     let whole = made("", 45);
@@ -489,7 +500,7 @@ fn what_is_finished_when_numbers_stop_being_finite_is_kept() {
     assert_eq!((height, of_whole), (4 * 66 + 2, 5 * 66 + 2));
     // A whole archive is not replaced by a part of one.
     let before = fs::read(place.join("whole.npz")).unwrap();
-    let output = made("damaged.safetensors", "12", &["--npz", "whole.npz"]);
+    let output = made("damaged.safetensors", "12", &["--npz", "whole.npz", "--overwrite"]);
     assert!(!stderr(&output).contains(" are in "), "{}", stderr(&output));
     fails(output, 1, &[not_finite]);
     assert!(fs::read(place.join("whole.npz")).unwrap() == before, "another archive");
@@ -603,6 +614,27 @@ fn files_that_cannot_be_written_are_refused_before_anything_is_computed() {
         fails(sample(place, &[flag, weights]), 1, &[weights, "is there already"]);
     }
     assert_eq!(names(place), ["folder", "run"]);
+}
+
+/// It may hold hours of work.
+#[test]
+fn an_archive_is_replaced_only_when_that_is_asked_for() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    short_run(place, &[]);
+    let made = |num: &str, more: &[&str]| sample(place, &[&["--num", num, "--npz", "x.npz"], more].concat());
+    succeeds(made("2", &[]));
+    let before = fs::read(place.join("x.npz")).unwrap();
+    fs::remove_file(place.join("grid.png")).unwrap();
+    let says = "x.npz: is there already: give another file, or --overwrite to replace it";
+    fails(made("3", &["--images", "pictures"]), 1, &[says]);
+    assert_eq!(names(place), ["run", "x.npz"], "it was begun");
+    assert!(fs::read(place.join("x.npz")).unwrap() == before);
+    succeeds(made("3", &["--overwrite"]));
+    images_and_labels(place, "x.npz", 3);
+    // Pictures of others are not replaced in any case.
+    let output = sample(place, &["--images", "pictures", "--overwrite"]);
+    assert!(output.status.code() == Some(2) && stderr(&output).contains("--npz <FILE>"), "{}", stderr(&output));
 }
 
 #[cfg(unix)]

@@ -30,6 +30,8 @@ pub(super) struct Files<'a> {
 #[derive(Clone, Copy)]
 pub(super) struct All<'a> {
     pub(super) npz: Option<&'a Path>,
+    /// Whether the archive may take the place of another.
+    pub(super) overwrite: bool,
     pub(super) folder: Option<&'a Path>,
 }
 
@@ -44,7 +46,7 @@ impl<'a> Files<'a> {
     /// Files for the images `only` of all, which have these `labels`. None has its name before it is whole.
     ///
     /// # Errors
-    /// When one of them cannot be written, or would replace the `weights`.
+    /// When one of them cannot be written, or would replace the `weights` or, unless it may, another archive.
     pub(super) fn create(
         out: &'a Path,
         all: All<'a>,
@@ -53,7 +55,7 @@ impl<'a> Files<'a> {
         only: Range<usize>,
         config: &'a TrainConfig,
     ) -> Result<Self> {
-        let All { npz, folder } = all;
+        let All { npz, folder, .. } = all;
         check_outputs(out, all, weights)?;
         AtomicFile::create(out)?;
         let folder = folder.map(|path| Folder::create(path, labels, only.clone(), config)).transpose()?;
@@ -137,9 +139,9 @@ pub(super) fn shown(path: &Path) -> String {
     printable(&path.display().to_string())
 }
 
-/// Refuses files that cannot both be written, or not without losing the weights.
+/// Refuses files that cannot both be written, or not without losing the weights or an archive.
 fn check_outputs(out: &Path, all: All, weights: &Path) -> Result<()> {
-    let All { npz, folder } = all;
+    let All { npz, overwrite, folder } = all;
     for (path, ending) in [(Some(out), "png"), (npz, "npz")] {
         let Some(path) = path else { continue };
         check_target(path)?;
@@ -161,6 +163,10 @@ fn check_outputs(out: &Path, all: All, weights: &Path) -> Result<()> {
             "--out and --npz are both {}, but a file can hold the grid or the archive: give two names",
             npz.display()
         )));
+    }
+    // Hours of work may be in it.
+    if let Some(npz) = npz.filter(|npz| npz.exists() && !overwrite) {
+        return Err(Error::file(npz, "is there already: give another file, or --overwrite to replace it"));
     }
     let Some(folder) = folder else { return Ok(()) };
     for (flag, path) in [("--out", Some(out)), ("--npz", npz)] {
@@ -256,7 +262,7 @@ mod tests {
         config.fit_to_data(4, 1, 10).unwrap();
         let labels = [3; 6];
         let stopped = || {
-            let all = All { npz: Some(&npz), folder: Some(&pictures) };
+            let all = All { npz: Some(&npz), overwrite: true, folder: Some(&pictures) };
             let mut files = Files::create(&out, all, Path::new("weights"), &labels, 0..6, &config).unwrap();
             files.take(&[0.5; 2 * 16]).unwrap();
             std::fs::remove_dir_all(&pictures).unwrap();

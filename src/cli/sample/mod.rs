@@ -92,6 +92,9 @@ pub(super) struct SampleArgs {
     /// (of a model without classes, their number)
     #[arg(long, value_name = "FILE")]
     npz: Option<PathBuf>,
+    /// Replace the archive that --npz names, if there is one; not by a part of one, which a signal or an error leaves
+    #[arg(long, requires = "npz")]
+    overwrite: bool,
     /// All images, the classes in turn, as pictures NUMBER-CLASS.png in this folder, which must be new, or hold none but those that --only leaves out
     #[arg(long, value_name = "DIR")]
     images: Option<PathBuf>,
@@ -140,7 +143,7 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     }
 
     // Where signals cannot be caught, and when Ctrl-C is pressed twice, at worst a temporary file stays.
-    let kept = All { npz: args.npz.as_deref(), folder: args.images.as_deref() };
+    let kept = All { npz: args.npz.as_deref(), overwrite: args.overwrite, folder: args.images.as_deref() };
     let says = if kept.are_kept() { "with the images of whole batches" } else { "without files" };
     let _ = signals::stop_on_signals(says);
     // Hours of work must not end in a directory that cannot be written.
