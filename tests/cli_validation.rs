@@ -70,7 +70,7 @@ fn it_is_measured_afterwards_too() {
     let place = place.path();
     let args =
         ["--steps", "30", "--lr", "0.01", "--seed", "3", "--validation-samples", "30", "--loss-weight", "min-snr-5"];
-    succeeds(train(place, &[&args[..], &["--out", "run"]].concat()));
+    succeeds(train(place, &[&args[..], &["--out", "run", "--validation-seed", "4"]].concat()));
     let lines = metrics::read(&place.join("run")).unwrap();
     let expected = lines.last().unwrap().validation.as_ref().unwrap().loss.unwrap();
     assert_eq!(validated(place, &["--checkpoint", "run"]), expected);
@@ -80,7 +80,8 @@ fn it_is_measured_afterwards_too() {
     let says =
         ["checkpoint    run/checkpoints/0000030\nsamples       30\nloss weight   min-snr-5\n", &loss, "  t 875-999"];
     assert!(says.iter().all(|part| text.contains(part)), "{text}");
-    for other in [&["--weights", "model"][..], &["--seed", "0"], &["--data", "digits"]] {
+    assert_eq!(validated(place, &["--checkpoint", "run", "--seed", "4"]), expected);
+    for other in [&["--weights", "model"][..], &["--seed", "3"], &["--data", "digits"]] {
         assert!(validated(place, &[&["--checkpoint", "run"], other].concat()) != expected, "{other:?}");
     }
     let digits = ["--checkpoint", "run", "--data", "digits", "--seed", "0"];
@@ -112,6 +113,43 @@ fn it_is_measured_afterwards_too() {
     );
     succeeds(train(place, &["--steps", "1", "--out", "plain"]));
     fails(run(place, &["validate", "--checkpoint", "plain"]), 2, &["this run was not validated: say with --data"]);
+}
+
+/// The same samples with the same noise, whatever the seed; but by the seed in runs of before this was a key of its own.
+#[test]
+fn runs_with_several_seeds_are_validated_on_the_same() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let first = ["--steps", "1", "--validation-samples", "30", "--device", "cpu"];
+    succeeds(train(place, &[&first[..], &["--out", "first", "--steps", "20", "--lr", "0.01"]].concat()));
+    // The weights of one model, which hardly move.
+    let same = [&first[..], &["--init-from", "first/checkpoints/0000020/ema.safetensors", "--lr", "1e-30"]].concat();
+    let loss = |out: &str, seeds: &[&str]| {
+        succeeds(train(place, &[&same[..], &["--out", out], seeds].concat()));
+        validated(place, &["--checkpoint", out])
+    };
+    let of_1 = loss("of-1", &["--seed", "1"]);
+    assert_eq!(loss("of-2", &["--seed", "2"]), of_1);
+    let of_old = loss("old", &["--seed", "1", "--validation-seed", "2"]);
+    assert!(of_old != of_1, "{of_1} of others");
+    let edit = |run: &str, from: &str, to: &str| {
+        for file in ["config.toml", "checkpoints/0000001/config.toml"] {
+            let path = place.join(run).join(file);
+            let text = fs::read_to_string(&path).unwrap();
+            assert!(text.contains(from), "{text}");
+            fs::write(path, text.replace(from, to)).unwrap();
+        }
+    };
+    // As a run of before with seed 2.
+    edit("old", "validation_seed = 2\n", "");
+    edit("old", "\nseed = 1\n", "\nseed = 2\n");
+    assert_eq!(validated(place, &["--checkpoint", "old"]), of_old);
+    let resume = |steps, more: &[&str]| run(place, &[&["train", "--resume", "old", "--steps", steps], more].concat());
+    fails(resume("2", &["--validation-seed", "0"]), 2, &["validation_seed cannot change from 2 to 0"]);
+    succeeds(resume("2", &[]));
+    assert_eq!(validated(place, &["--checkpoint", "old"]), of_old);
+    succeeds(resume("3", &[]));
+    assert!(fs::read_to_string(place.join("old/config.toml")).unwrap().contains("\nvalidation_seed = 2\n"));
 }
 
 /// Data of its own change nothing of training, and may be given when it goes on.

@@ -38,7 +38,7 @@ pub(super) struct ValidateArgs {
     /// validated on]
     #[arg(long, value_name = "digits|DIR|FILE")]
     data: Option<String>,
-    /// Seed of noise and timesteps [default: 0; the run's without --data]
+    /// Seed of noise and timesteps [default: 0; the run's validation_seed without --data]
     #[arg(long, allow_negative_numbers = true)]
     seed: Option<u64>,
     /// Print one JSON object
@@ -56,10 +56,10 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
         None if file == name => return Err(Error::usage("a file of weights names no data: give --data")),
         None => setup::validated_data(&config, &name)?,
     };
-    let seed = args.seed.unwrap_or(if args.data.is_some() { 0 } else { config.seed });
+    let validation_seed = args.seed.unwrap_or(if args.data.is_some() { 0 } else { config.validation_seed });
     let (compute, note) = args.compute.open(&config)?;
     let dit = Dit::new(config.model_config())?;
-    let of_seed = TrainConfig { seed, ..config.clone() };
+    let of_seed = TrainConfig { validation_seed, ..config.clone() };
     let mut validation = Validation::new(samples, &of_seed, &dit, matches!(compute, Compute::Cuda { .. }))?;
     let in_main_memory = match &compute {
         Compute::Cpu { .. } => validation.at_once(),

@@ -94,7 +94,7 @@ pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, r
             config.data
         )));
     }
-    let [training, held_out] = hold_out(dataset, held_out, config.seed)?;
+    let [training, held_out] = hold_out(dataset, held_out, config.validation_seed)?;
     Ok(Data { training, validation: Some(held_out) })
 }
 
@@ -121,7 +121,7 @@ pub(crate) fn validated_data(config: &TrainConfig, checkpoint: &Path) -> Result<
             were.unwrap_or_default()
         )));
     }
-    let [_, held_out] = hold_out(dataset, held_out, config.seed)?;
+    let [_, held_out] = hold_out(dataset, held_out, config.validation_seed)?;
     Ok(held_out)
 }
 

@@ -40,7 +40,8 @@ impl Validation {
     /// As [`Loader::new`].
     pub(crate) fn new(samples: Arc<dyn Dataset>, config: &TrainConfig, dit: &Dit, on_device: bool) -> Result<Self> {
         let batch = images_at_once(dit, on_device, config, 1).min(samples.len());
-        let loader = Loader::new(samples, LoaderOptions { batch, seed: config.seed, flip: false, threads: 0 })?;
+        let loader =
+            Loader::new(samples, LoaderOptions { batch, seed: config.validation_seed, flip: false, threads: 0 })?;
         Ok(Validation { loader })
     }
 
@@ -77,7 +78,7 @@ impl Validation {
         let Validated { dit, weights, memory, schedule, loss_weight } = of;
         let (n, batch) = (self.len(), self.loader.batch_size());
         let numbers: usize = self.loader.dataset().shape().iter().product();
-        let rng = Philox::new(config.seed, Stream::ValidationNoise);
+        let rng = Philox::new(config.validation_seed, Stream::ValidationNoise);
         let mut meter = Meter::default();
         for (index, first) in (0..n).step_by(batch).enumerate() {
             progress(first)?;
@@ -155,6 +156,7 @@ mod tests {
             steps,
             log_every: 3,
             validation_samples: 10,
+            validation_seed: 7,
             validation_every: 2,
             checkpoint_every: 2,
             sample_steps: 1,
@@ -207,7 +209,7 @@ mod tests {
     /// The order in which held-out samples are measured: that of their first epoch.
     fn order(config: &TrainConfig) -> Vec<usize> {
         let numbers = made(10, 10, |index, _, _| Ok(index as u32));
-        let options = LoaderOptions { batch: 10, seed: config.seed, flip: false, threads: 1 };
+        let options = LoaderOptions { batch: 10, seed: config.validation_seed, flip: false, threads: 1 };
         let batch = Loader::new(numbers, options).unwrap().next(0).unwrap();
         batch.labels.iter().map(|&label| label as usize).collect()
     }
@@ -237,7 +239,7 @@ mod tests {
             let t = [i as u32 * 100 + 50];
             let label = ten_samples().read(index, false, &mut x_start).unwrap();
             let label = if config.label_dropout == 1.0 { 3 } else { label };
-            Philox::new(config.seed, Stream::ValidationNoise).normal(&mut noise, 0, i as u64);
+            Philox::new(config.validation_seed, Stream::ValidationNoise).normal(&mut noise, 0, i as u64);
             q_sample(&mut x_t, &x_start, &noise, &t, schedule).unwrap();
             let mut tape = Tape::inference(ema, &mut memory);
             let x = tape.input(&x_t, [1, 1, 4, 4], false).unwrap();

@@ -120,10 +120,12 @@ knobs! {
         flip: bool;
         /// Share of labels replaced by "no class", which classifier-free guidance needs; 0 to 1, with 1 the model learns no classes
         label_dropout: f64;
-        /// Samples that are kept from training, drawn by the seed, to measure the validation loss on; 0 = none
+        /// Samples that are kept from training, drawn by validation_seed, to measure the validation loss on; 0 = none
         validation_samples: usize = fixed;
         /// Data to measure the validation loss on instead, as data; "" = none
         validation_data: String;
+        /// Seed of the choice of these samples, and of the noise on what is validated on: with one, runs of any seed can be compared
+        validation_seed: u64 = fixed;
     }
     "Diffusion" {
         /// What the model predicts: noise, v (Salimans and Ho, 2022), or flow (the velocity of a rectified flow, as SiT)
@@ -168,7 +170,7 @@ knobs! {
         ema_warmup: bool;
         /// Steps in a row with a non-finite loss or gradient (each is skipped) after which training stops
         max_nonfinite_steps: u64;
-        /// Seed of everything random: weights, order, timesteps, noise, dropout
+        /// Seed of everything random in training and its samples: weights, order, timesteps, noise, dropout
         seed: u64 = fixed;
     }
     "Machine" {
@@ -245,6 +247,7 @@ impl Default for TrainConfig {
             label_dropout: 0.1,
             validation_samples: 0,
             validation_data: String::new(),
+            validation_seed: 0,
             prediction: Prediction::Noise,
             learn_sigma: true,
             schedule: ScheduleKind::Cosine,

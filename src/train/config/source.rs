@@ -139,14 +139,15 @@ impl TrainConfig {
             .collect()
     }
 
-    /// A sentence where the command line or a file alone says how often to validate, but nothing says on what.
+    /// A sentence where the command line or a file alone says how to validate, but nothing says on what.
     fn note_on_validation(layers: &[Layer]) -> Option<String> {
         let last = |key| layers.iter().rev().find_map(|layer| layer.last(key));
         // A file of --print-config has all.
         let on_what = last("validation_samples").or(last("validation_data"));
-        (last("validation_every").is_some() && on_what.is_none()).then(|| {
-            "validation_every has no effect: give validation_samples or validation_data to validate on".to_string()
-        })
+        let given = ["validation_every", "validation_seed"].into_iter().find(|key| last(key).is_some())?;
+        on_what
+            .is_none()
+            .then(|| format!("{given} has no effect: give validation_samples or validation_data to validate on"))
     }
 
     /// A sentence where `flip` was given together with other data, and is not the default of these.
@@ -193,15 +194,22 @@ impl TrainConfig {
         })
     }
 
-    /// The configuration in the file `path` alone (a run's `config.toml`).
+    /// The configuration in the file `path` alone (a run's `config.toml`). Where it has no `validation_seed`, that is the seed: it was before it
+    /// had a key of its own.
     ///
     /// # Errors
     /// As [`Layer::from_file`] and [`TrainConfig::from_layers`].
     pub fn from_file(path: &Path) -> Result<Self> {
-        Self::from_layers(&[Layer::from_file(path)?]).map_err(|e| match e {
+        let layer = Layer::from_file(path)?;
+        let told = layer.last("validation_seed").is_some();
+        let mut config = Self::from_layers(&[layer]).map_err(|e| match e {
             Error::Usage(what) => Error::file(path, what),
             other => other,
-        })
+        })?;
+        if !told {
+            config.validation_seed = config.seed;
+        }
+        Ok(config)
     }
 
     /// The configuration of a run that goes on with `layers` over its own.
@@ -370,6 +378,7 @@ mod tests {
     fn a_validation_on_nothing_is_noted() {
         let given = |keys: &[(&str, &str)]| TrainConfig::notes_on(&[layer("flags", keys)]);
         assert!(given(&[("validation_every", "9")])[0].starts_with("validation_every has no effect"));
+        assert!(given(&[("validation_seed", "9")])[0].starts_with("validation_seed has no effect"));
         assert!(given(&[("validation_every", "9"), ("validation_samples", "20")]).is_empty());
         assert!(given(&[("steps", "9")]).is_empty());
         let printed = Layer::from_toml(&TrainConfig::default().to_toml(), "my.toml").unwrap();
@@ -438,8 +447,14 @@ mod tests {
         let config = TrainConfig::default();
         let longer = config.resumed_with(&[layer("flags", &[("steps", "900"), ("beta", "0.8")])]).unwrap();
         assert_eq!(longer.steps, 900);
-        for (key, text) in [("beta", "0.7"), ("seed", "1"), ("model", "DiT-S/2"), ("depth", "5"), ("batch_size", "64")]
-        {
+        for (key, text) in [
+            ("beta", "0.7"),
+            ("seed", "1"),
+            ("model", "DiT-S/2"),
+            ("depth", "5"),
+            ("batch_size", "64"),
+            ("validation_seed", "1"),
+        ] {
             let e = config.resumed_with(&[layer("flags", &[(key, text)])]).unwrap_err().to_string();
             assert!(e.contains("resumed"), "{key}: {e}");
         }
