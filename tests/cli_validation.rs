@@ -258,3 +258,92 @@ fn what_is_held_out_stays_so() {
         "{said}"
     );
 }
+
+/// As many other samples, of which those that are held out now were learned from.
+#[test]
+fn other_data_than_those_of_the_run_are_told_and_not_validated_on() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    save_samples(&place.join("some.npy"), 40);
+    let train = |out: &str, more: &[&str]| {
+        succeeds(train(place, &[&["--data", "some.npy", "--out", out, "--steps", "1"], more].concat()));
+    };
+    train("run", &["--validation-samples", "10"]);
+    train("plain", &[]);
+    let resume = |out: &str, steps: &str, more: &[&str]| {
+        run(place, &[&["train", "--resume", out, "--steps", steps], more].concat())
+    };
+    // What it says of other data.
+    let told = |output: std::process::Output| {
+        let said = stderr(&output);
+        succeeds(output);
+        said.lines().find(|line| line.contains("are others")).unwrap_or_default().to_string()
+    };
+    let validate = |out: &str| run(place, &["validate", "--checkpoint", out]);
+    succeeds(validate("run"));
+    for file in ["npy", "labels.npy"] {
+        fs::copy(place.join("some").with_extension(file), place.join("moved").with_extension(file)).unwrap();
+    }
+    // Replaced: the same but for the labels, or the numbers.
+    let labels: Vec<u8> = (0..40).map(|i| 1 - (i % 2) as u8).collect();
+    npy::write(place.join("some.labels.npy"), Element::U8, &[40], &labels).unwrap();
+    fs::copy(place.join("moved.labels.npy"), place.join("other.labels.npy")).unwrap();
+    npy::write(place.join("other.npy"), Element::U8, &[40, 1, 8, 8], &[7; 40 * 64]).unwrap();
+    let says = "the data 'some.npy' are others than in training (30 of 30 samples that were compared), so others would be held out: give";
+    fails(validate("run"), 2, &[says]);
+    // What was moved is the same.
+    for out in ["run", "plain"] {
+        assert_eq!(told(resume(out, "2", &["--data", "moved.npy"])), "");
+    }
+    succeeds(validate("run"));
+    let says = "the data 'other.npy' are others than when this run was last saved (30 of 30 samples that were compared): it goes on \
+                with these, and others of them are held out now";
+    assert_eq!(told(resume("run", "3", &["--data", "other.npy"])), says);
+    // They are those of the run from then on.
+    assert_eq!(told(resume("run", "4", &[])), "");
+    succeeds(validate("run"));
+    let says = "the data 'other.npy' are others than when this run was last saved (32 of 32 samples that were compared): it goes on \
+                with these";
+    assert_eq!(told(resume("plain", "3", &["--data", "other.npy"])), says);
+    // A run of before remembers no samples, and goes on with what there is.
+    let path = place.join("run/checkpoints/0000004/optimizer.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let at = bytes.windows(13).position(|bytes| bytes == b"\"fingerprint\"").unwrap();
+    bytes[at + 1..at + 12].copy_from_slice(b"otherthings");
+    fs::write(path, bytes).unwrap();
+    succeeds(validate("run"));
+    assert_eq!(told(resume("run", "5", &["--data", "moved.npy"])), "");
+}
+
+/// Whether they were damaged before or are now.
+#[test]
+fn damaged_images_are_not_taken_for_others() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let path = |name: &str| place.join("pets/cat").join(name);
+    let put = |name: &str, brightness| {
+        fs::create_dir_all(place.join("pets/cat")).unwrap();
+        image::RgbImage::from_pixel(8, 8, image::Rgb([brightness; 3])).save(path(name)).unwrap();
+    };
+    (0..9).for_each(|i| put(&format!("{i}.png"), 10 * i));
+    fs::write(path("1.png"), "no image").unwrap();
+    let data = ["--data", "pets", "--image-size", "8", "--validation-samples", "2"];
+    succeeds(train(place, &[&["--out", "run", "--steps", "1"], &data[..]].concat()));
+    let goes_on = |steps| {
+        succeeds(run(place, &["validate", "--checkpoint", "run"]));
+        succeeds(run(place, &["train", "--resume", "run", "--steps", steps]));
+    };
+    goes_on("2");
+    fs::write(path("2.png"), "no image").unwrap();
+    fs::write(path("3.png"), "no image").unwrap();
+    goes_on("3");
+    (1..4).for_each(|i| put(&format!("{i}.png"), 10 * i));
+    goes_on("4");
+    // One more before the others, and one less after them: all have other places.
+    put("+.png", 200);
+    fs::remove_file(path("8.png")).unwrap();
+    fails(run(place, &["validate", "--checkpoint", "run"]), 2, &["the data 'pets' are others than in training"]);
+    let output = run(place, &["train", "--resume", "run", "--steps", "5"]);
+    assert!(stderr(&output).contains("the data 'pets' are others than when"), "{}", stderr(&output));
+    succeeds(output);
+}

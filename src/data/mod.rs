@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 
 pub mod array_file;
 pub mod digits;
+pub(crate) mod fingerprint;
 mod held_out;
 pub mod images;
 pub mod loader;

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use super::config::{DataKind, TrainConfig};
 use super::learner::Learner;
 use super::plan;
-use super::state::{names_in, names_of_classes, other_class, samples_in};
+use super::state::{fingerprint_in, names_in, names_of_classes, other_class, samples_in};
 use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{DType, Device};
+use crate::data::fingerprint::{difference, fingerprint};
 use crate::data::{self, Dataset, hold_out};
 use crate::error::{Error, Result};
 use crate::model::dit::Dit;
@@ -20,6 +21,13 @@ use crate::model::parts::largest_part;
 pub(super) struct Data {
     pub(super) training: Arc<dyn Dataset>,
     pub(super) validation: Option<Arc<dyn Dataset>>,
+    pub(super) fingerprint: String, // of what it learns from
+}
+
+impl Data {
+    fn new(training: Arc<dyn Dataset>, validation: Option<Arc<dyn Dataset>>) -> Self {
+        Data { fingerprint: fingerprint(&*training), training, validation }
+    }
 }
 
 /// Opens the data set that the configuration names.
@@ -82,11 +90,11 @@ pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, r
         }
         let validation =
             validation_data(config, &config.validation_data, names_of_classes(&*dataset).map(<[String]>::to_vec))?;
-        return Ok(Data { training: dataset, validation: Some(validation) });
+        return Ok(Data::new(dataset, Some(validation)));
     }
     let held_out = config.validation_samples;
     if held_out == 0 {
-        return Ok(Data { training: dataset, validation: None });
+        return Ok(Data::new(dataset, None));
     }
     if held_out >= samples {
         return Err(Error::usage(format!(
@@ -95,7 +103,7 @@ pub(super) fn fit_to_data(config: &mut TrainConfig, dataset: Arc<dyn Dataset>, r
         )));
     }
     let [training, held_out] = hold_out(dataset, held_out, config.validation_seed)?;
-    Ok(Data { training, validation: Some(held_out) })
+    Ok(Data::new(training, Some(held_out)))
 }
 
 /// The samples that the run of `checkpoint` was validated on.
@@ -121,7 +129,13 @@ pub(crate) fn validated_data(config: &TrainConfig, checkpoint: &Path) -> Result<
             were.unwrap_or_default()
         )));
     }
-    let [_, held_out] = hold_out(dataset, held_out, config.validation_seed)?;
+    let [left, held_out] = hold_out(dataset, held_out, config.validation_seed)?;
+    if let Some(how) = fingerprint_in(checkpoint).and_then(|were| difference(&were, &fingerprint(&*left))) {
+        return Err(Error::usage(format!(
+            "the data '{}' are others than in training ({how}), so others would be held out: {others}",
+            config.data
+        )));
+    }
     Ok(held_out)
 }
 

@@ -11,14 +11,16 @@ use super::run_dir::RunDir;
 use super::trainer::Trainer;
 use super::weights::{self, read_weights};
 use crate::data::Dataset;
+use crate::data::fingerprint::difference;
 use crate::diffusion::weighting::CLUSTERS;
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
 
 /// What a checkpoint's files say of the data: a JSON list of the names of classes, if they have names.
 const CLASSES: &str = "classes";
-/// And, beside the state of the trainer, how many samples there are.
+/// And, beside the state of the trainer, how many samples there are, and which.
 const SAMPLES: &str = "samples";
+const FINGERPRINT: &str = "fingerprint";
 
 /// Steps that were skipped in a row before it was saved.
 const NONFINITE: &str = "nonfinite_in_a_row";
@@ -46,7 +48,16 @@ pub(crate) fn names_in(checkpoint: &Path) -> Option<Vec<String>> {
 
 /// How many samples there were to train on when `checkpoint` was saved, if it tells.
 pub(super) fn samples_in(checkpoint: &Path) -> Option<usize> {
-    SafetensorsFile::open(checkpoint.join(checkpoint::OPTIMIZER)).ok()?.metadata().get(SAMPLES)?.parse().ok()
+    recorded_in(checkpoint, SAMPLES)?.parse().ok()
+}
+
+/// The fingerprint of these samples, if `checkpoint` tells.
+pub(super) fn fingerprint_in(checkpoint: &Path) -> Option<String> {
+    recorded_in(checkpoint, FINGERPRINT)
+}
+
+fn recorded_in(checkpoint: &Path, key: &str) -> Option<String> {
+    SafetensorsFile::open(checkpoint.join(checkpoint::OPTIMIZER)).ok()?.metadata().get(key).cloned()
 }
 
 /// The names of the classes, unless they are only numbers: those of arrays.
@@ -117,6 +128,7 @@ impl Trainer<'_> {
             ("meter", self.meter.to_text()),
             (CLASSES, text_of_names(names)),
             (SAMPLES, self.dataset().len().to_string()),
+            (FINGERPRINT, self.fingerprint.clone()),
         ];
         let metadata: Metadata = state.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
         let files = [
@@ -175,7 +187,7 @@ impl Trainer<'_> {
     }
 
     /// Refuses data whose classes have other names than those `checkpoint` was trained on, if both have names, or numbers for names: labels
-    /// would mean something else. A note if the number of samples is another. Checkpoints of before this was written down say neither.
+    /// would mean something else. A note if they are others, or another number. Checkpoints of before this was written down say nothing.
     fn check_data(&self, checkpoint: &Path) -> Result<Option<String>> {
         let config = self.config;
         let file = SafetensorsFile::open(checkpoint.join(checkpoint::OPTIMIZER))?;
@@ -198,9 +210,16 @@ impl Trainer<'_> {
                 config.data
             )));
         }
-        let recorded = |key: &str| recorded(key)?.parse::<usize>().ok();
-        Ok(recorded(SAMPLES).filter(|&was| was != samples).map(|was| {
-            let held_out = if config.validation_samples > 0 { ", and others of them are held out now" } else { "" };
+        let was = recorded(SAMPLES).and_then(|was| was.parse::<usize>().ok());
+        let held_out = if config.validation_samples > 0 { ", and others of them are held out now" } else { "" };
+        let other = recorded(FINGERPRINT).and_then(|were| difference(were, &self.fingerprint));
+        if let Some(how) = other.filter(|_| was == Some(samples)) {
+            return Ok(Some(format!(
+                "the data '{}' are others than when this run was last saved ({how}): it goes on with these{held_out}",
+                config.data
+            )));
+        }
+        Ok(was.filter(|&was| was != samples).map(|was| {
             let [samples, was] = [samples, was].map(|count| count.saturating_add(config.validation_samples));
             format!(
                 "the data have {samples} samples, but had {was} when this run was last saved: it goes on with those there are{held_out}"

@@ -184,7 +184,7 @@ mod tests {
     }
 
     fn trainer(config: &TrainConfig, held_out: Option<Arc<dyn Dataset>>) -> Trainer<'_> {
-        let data = Data { training: training(), validation: held_out };
+        let data = Data { training: training(), validation: held_out, fingerprint: String::new() };
         Trainer::new(config, data, learner(config).unwrap(), Vec::new()).unwrap()
     }
 

@@ -14,7 +14,7 @@ use std::sync::atomic::AtomicUsize;
 
 /// All samples to learn from.
 fn all(training: Arc<dyn Dataset>) -> Data {
-    Data { training, validation: None }
+    Data { training, validation: None, fingerprint: String::new() }
 }
 
 /// Four samples that can be read `reads` times in all.
