@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::info_runs;
 use crate::diffusion::Prediction;
 use crate::error::{Error, Result, printable};
 use crate::safetensors_file::SafetensorsFile;
@@ -18,30 +19,44 @@ Examples:
   dtr-fused info runs/digits-paper-0001/checkpoints/0000600     one checkpoint
   dtr-fused info --tensors runs/digits-paper-0001               also every tensor of the weights
   dtr-fused info DiT-XL-2.safetensors                           what sample takes weights without a run for
+  dtr-fused info runs/*                                         several runs: what differs, losses, best validation
+  dtr-fused info --json runs/*                                  the same and all settings, a line of JSON for each run
 ";
 
 /// Show what a run's directory, a checkpoint or a file of weights holds: configuration, steps, sizes, last loss
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct InfoArgs {
-    /// A run's directory, one of its checkpoints, or a file of weights
-    #[arg(value_name = "DIR|FILE")]
-    path: PathBuf,
+    /// A run's directory, one of its checkpoints, or a file of weights; or the directories of several runs
+    #[arg(value_name = "DIR|FILE", required = true)]
+    paths: Vec<PathBuf>,
     /// List name and shape of every tensor of the weights
     #[arg(long)]
     tensors: bool,
+    /// Print a line of JSON for each run: step, losses, best validation and all settings
+    #[arg(long, conflicts_with = "tensors")]
+    json: bool,
 }
 
 pub(super) fn run(args: InfoArgs) -> Result<()> {
-    if args.path.is_file() {
-        return show_weights(&args.path, args.tensors);
+    match &args.paths[..] {
+        runs if args.json => info_runs::show_json(runs),
+        [path] => show(path, args.tensors),
+        _ if args.tensors => Err(Error::usage("--tensors lists those of one run: give one directory or file")),
+        runs => info_runs::show_table(runs),
     }
-    let place = checkpoint::resolve(&args.path)?;
+}
+
+fn show(path: &Path, tensors: bool) -> Result<()> {
+    if path.is_file() {
+        return show_weights(path, tensors);
+    }
+    let place = checkpoint::resolve(path)?;
     if let Some(run) = &place.run {
         show_run(run)?;
     }
     match &place.checkpoint {
-        Some(checkpoint) => show_checkpoint(checkpoint, place.run.is_none(), args.tensors),
+        Some(checkpoint) => show_checkpoint(checkpoint, place.run.is_none(), tensors),
         None => {
             println!("\nIt has no checkpoint yet.");
             Ok(())

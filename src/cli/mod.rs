@@ -5,6 +5,7 @@ mod bench_cuda;
 mod completions;
 mod compute;
 mod info;
+mod info_runs;
 mod kernels;
 mod knobs;
 mod offered;

@@ -1,0 +1,110 @@
+//! `dtr-fused info` of several runs: what tells them apart and what came of each, as a table or as JSON.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::error::{Error, Result, printable};
+use crate::train::config::KNOBS;
+use crate::train::metrics::{self, Line};
+use crate::train::{TrainConfig, checkpoint};
+
+/// What a run has come to.
+#[derive(Serialize)]
+struct Summary {
+    run: String,
+    /// Steps of the last line of its metrics.
+    step: u64,
+    loss: Option<f64>,
+    validation: Option<Measured>,
+    best_validation: Option<Measured>,
+    /// All knobs.
+    config: toml::Table,
+}
+
+/// A validation loss that is finite.
+#[derive(Clone, Copy, Serialize)]
+struct Measured {
+    step: u64,
+    loss: f64,
+}
+
+/// Prints a line of JSON for each of `runs`.
+///
+/// # Errors
+/// When one is no run, or cannot be read.
+pub(super) fn show_json(runs: &[PathBuf]) -> Result<()> {
+    for run in runs {
+        println!("{}", serde_json::to_string(&Summary::of(run)?).expect("numbers and names"));
+    }
+    Ok(())
+}
+
+/// Prints a table with a line for each of `runs`.
+///
+/// # Errors
+/// As [`show_json`].
+pub(super) fn show_table(runs: &[PathBuf]) -> Result<()> {
+    let runs = runs.iter().map(|run| Summary::of(run)).collect::<Result<Vec<_>>>()?;
+    for line in table(&runs) {
+        println!("{}", printable(&line));
+    }
+    Ok(())
+}
+
+impl Summary {
+    fn of(path: &Path) -> Result<Self> {
+        let run = checkpoint::resolve(path)?.run;
+        let run = run.ok_or_else(|| Error::file(path, "is no run: give the directories of runs"))?;
+        let config = TrainConfig::from_file(&run.join(checkpoint::CONFIG))?;
+        let (lines, config) = (metrics::read(&run)?, values(&config));
+        let last = lines.last();
+        let validation: Vec<Measured> = lines.iter().filter_map(Measured::of).collect();
+        Ok(Summary {
+            run: run.display().to_string(),
+            step: last.map_or(0, |line| line.step),
+            loss: last.and_then(|line| line.loss),
+            validation: validation.last().copied(),
+            best_validation: validation.iter().copied().min_by(|a, b| a.loss.total_cmp(&b.loss)),
+            config,
+        })
+    }
+}
+
+impl Measured {
+    fn of(line: &Line) -> Option<Self> {
+        Some(Measured { step: line.step, loss: line.validation.as_ref()?.loss? })
+    }
+}
+
+fn values(config: &TrainConfig) -> toml::Table {
+    let line = |name: &str| format!("{name} = {}\n", config.toml_of(name));
+    let text: String = KNOBS.iter().map(|knob| line(knob.name)).collect();
+    text.parse().expect("knobs as TOML")
+}
+
+/// A head, and a line for each run, with a column for every knob that has several values.
+fn table(runs: &[Summary]) -> Vec<String> {
+    let differs = |name: &&str| runs.iter().any(|run| run.config[*name] != runs[0].config[*name]);
+    // The directory is the first column.
+    let knobs: Vec<&str> = KNOBS.iter().map(|knob| knob.name).filter(|name| *name != "out").filter(differs).collect();
+    let head = ["run"].iter().chain(&knobs).chain(&["step", "loss", "validation", "best"]).map(ToString::to_string);
+    let mut rows: Vec<Vec<String>> = vec![head.collect()];
+    for run in runs {
+        let loss = |loss: Option<f64>| loss.map_or("-".to_string(), metrics::loss_text);
+        let best = run.best_validation.map_or("-".into(), |best| format!("{} at {}", loss(Some(best.loss)), best.step));
+        let last = [run.step.to_string(), loss(run.loss), loss(run.validation.map(|last| last.loss)), best];
+        let values = knobs.iter().map(|name| match &run.config[*name] {
+            toml::Value::String(text) => text.clone(),
+            other => other.to_string(),
+        });
+        rows.push([run.run.clone()].into_iter().chain(values).chain(last).collect());
+    }
+    let widths: Vec<usize> =
+        (0..rows[0].len()).map(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0)).collect();
+    let padded = |row: &Vec<String>| {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
+        cells.join("  ").trim_end().to_string()
+    };
+    rows.iter().map(padded).collect()
+}
