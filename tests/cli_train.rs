@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use libc::{SIGHUP, SIGINT, SIGTERM};
 
 use dtr_fused::safetensors_file::SafetensorsFile;
-use dtr_fused::train::checkpoint;
+use dtr_fused::train::{checkpoint, metrics};
 #[cfg(unix)]
 use program::kill;
 use program::{command, fails, run, stderr, succeeds, train};
@@ -389,6 +389,39 @@ fn another_learning_rate_of_a_resumed_run_is_told() {
     // The reason is another.
     let said = resumed(&["--steps", "20", "--lr-decay", "cosine", "--lr", "0.5"]);
     assert!(said.contains("the learning rate goes from 1.00e-3 to ") && !said.contains("decay now ends"), "{said}");
+}
+
+/// It goes on as if it had never stopped since.
+#[test]
+fn the_batch_of_a_resumed_run_may_be_another() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let args = ["--steps", "2", "--warmup-steps", "0", "--lr-decay", "constant", "--checkpoint-every", "1"];
+    let resumed = |run_of: &str, more: &[&str]| {
+        let output = run(place, &[&["train", "--resume", run_of], more].concat());
+        let said = program::stderr(&output);
+        succeeds(output);
+        said
+    };
+    for out in ["whole", "parts", "split"] {
+        succeeds(train(place, &[&args[..], &["--out", out]].concat()));
+    }
+    let said = resumed("whole", &["--steps", "6", "--batch-size", "8"]);
+    let note = "the batch size goes from 16 to 8, and the order of the samples on from where 2 steps of 8 end\n";
+    assert!(said.contains(note), "{said}");
+    assert!(resumed("parts", &["--steps", "4", "--batch-size", "8"]).contains(note));
+    assert!(!resumed("parts", &["--steps", "6"]).contains("batch size"));
+    let files = |run: &str| {
+        ["model", "ema", "optimizer"]
+            .map(|name| fs::read(place.join(run).join(format!("checkpoints/0000006/{name}.safetensors"))).unwrap())
+    };
+    assert!(files("whole") == files("parts"));
+    // Parts of a batch change no more than rounding.
+    let last = |run: &str| metrics::read(&place.join(run)).unwrap().pop().unwrap().loss.unwrap();
+    resumed("split", &["--steps", "6", "--batch-size", "8", "--grad-accumulation", "2"]);
+    let (whole, split) = (last("whole"), last("split"));
+    assert!((whole - split).abs() <= 1e-5 * whole, "{whole} and {split}");
+    fails(run(place, &["train", "--resume", "split", "--batch-size", "7"]), 2, &["it must divide batch_size 7"]);
 }
 
 #[test]

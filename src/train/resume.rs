@@ -58,18 +58,29 @@ pub(super) fn check_same_run(config: &TrainConfig, run: &Path, checkpoint: &Path
     Ok(())
 }
 
-/// A sentence where the learning rate of the next step is another than in the configuration of `checkpoint`, which was saved after `step`.
-pub(super) fn note_on_lr(config: &TrainConfig, checkpoint: &Path, step: u64) -> Result<Option<String>> {
+/// Sentences where learning rate and batch size of the next step are others than in the configuration of `checkpoint`, which was saved
+/// after `step`.
+pub(super) fn notes_on_changes(config: &TrainConfig, checkpoint: &Path, step: u64) -> Result<Vec<String>> {
     let path = checkpoint.join(CONFIG);
     if !path.exists() || step >= config.steps {
-        return Ok(None);
+        return Ok(Vec::new());
     }
     let saved = TrainConfig::from_file(&path)?;
+    let mut notes = Vec::new();
     let [was, is] = [&saved, config].map(|config| config.lr_at(step));
-    // Under cosine decay more steps end later.
-    let later = TrainConfig { steps: config.steps, ..saved.clone() }.lr_at(step) == is;
-    let why = if later { format!(", as its decay now ends after step {}", config.steps) } else { String::new() };
-    Ok(((is - was).abs() > 0.01 * was).then(|| format!("the learning rate goes from {was:.2e} to {is:.2e}{why}")))
+    if (is - was).abs() > 0.01 * was {
+        // Under cosine decay more steps end later.
+        let later = TrainConfig { steps: config.steps, ..saved.clone() }.lr_at(step) == is;
+        let why = if later { format!(", as its decay now ends after step {}", config.steps) } else { String::new() };
+        notes.push(format!("the learning rate goes from {was:.2e} to {is:.2e}{why}"));
+    }
+    if config.batch_size != saved.batch_size {
+        notes.push(format!(
+            "the batch size goes from {} to {}, and the order of the samples on from where {step} steps of {} end",
+            saved.batch_size, config.batch_size, config.batch_size
+        ));
+    }
+    Ok(notes)
 }
 
 /// Refuses to start `run` over when it had a checkpoint, which must then have been moved away.

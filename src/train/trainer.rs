@@ -144,8 +144,8 @@ pub fn resume_on(
         let note = match &checkpoint {
             Some(checkpoint) => {
                 let about_data = trainer.go_on_from(checkpoint, &run)?;
-                let about_lr = resume::note_on_lr(&config, checkpoint, trainer.step)?;
-                trainer.notes.splice(0..0, about_data.into_iter().chain(about_lr));
+                let changes = resume::notes_on_changes(&config, checkpoint, trainer.step)?;
+                trainer.notes.splice(0..0, about_data.into_iter().chain(changes));
                 format!("going on after step {} of {}, from {}", trainer.step, config.steps, checkpoint.display())
             }
             None => "the run has no checkpoint yet: starting it over".to_string(),

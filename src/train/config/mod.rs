@@ -143,9 +143,9 @@ knobs! {
         /// Number of training steps (weight updates)
         steps: u64;
         /// Images per step
-        batch_size: usize = fixed;
+        batch_size: usize;
         /// Parts that a batch is computed in, one after the other, to need less memory; it divides batch_size
-        grad_accumulation: usize = fixed;
+        grad_accumulation: usize;
         /// Learning rate of AdamW after the warm-up
         lr: f64;
         /// Steps over which the learning rate grows from 0 to lr

@@ -452,7 +452,7 @@ mod tests {
             ("seed", "1"),
             ("model", "DiT-S/2"),
             ("depth", "5"),
-            ("batch_size", "64"),
+            ("prediction", "v"),
             ("validation_seed", "1"),
         ] {
             let e = config.resumed_with(&[layer("flags", &[(key, text)])]).unwrap_err().to_string();
