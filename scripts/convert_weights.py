@@ -222,7 +222,7 @@ def convert(args):
             metadata["num_heads"] = told
         write_tensors(args.target, weights, metadata)
         print(f"{len(weights)} tensors are in {args.target}: a DiT of {size.depth} blocks and {size.c} channels")
-        ours = {"num_heads", "routing", "schedule"} <= metadata.keys()
+        ours = {"num_heads", "routing"} <= metadata.keys() and not metadata.keys().isdisjoint({"schedule", "prediction"})
         give = [] if ours or heads and heads == usual else [f"num_heads={heads or 'X'}"]
         if give := give + ["image_size=X"] * (not size.side):
             print(f"dtr-fused cannot tell all of the model from it: give --set {' '.join(give)} to sample")
@@ -245,6 +245,10 @@ def convert(args):
     print(f"a DiTTransformer2DModel is in {args.target}; set downscale_freq_shift = 0 in its blocks (--help shows how)")
     if metadata.get("schedule") == "cosine":
         print("it was trained with the cosine schedule: its scheduler needs beta_schedule squaredcos_cap_v2")
+    if metadata.get("prediction") == "v":
+        print("it predicts v: its scheduler needs prediction_type v_prediction")
+    if metadata.get("prediction") == "flow":
+        print("it predicts the velocity of a flow: it needs a flow matching scheduler, and timesteps 1000 sigma - 0.5 of it")
 
 
 def positive(text):

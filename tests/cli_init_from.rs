@@ -93,8 +93,8 @@ fn what_is_another_than_when_the_weights_were_trained_is_told() {
     let same = said(&["--routing", "dense", "--schedule", "linear", "--beta", "0.3"]);
     assert!(same.contains("model.safetensors\n"), "{same}");
     let other = said(&[]);
-    let told = "; they were trained with num_heads 2, routing dense, schedule linear, and go on with num_heads 2, routing paper, beta 0.8, \
-                alpha 4.0, schedule cosine: another model at first";
+    let told = "; they were trained with num_heads 2, routing dense, schedule linear, prediction noise, and go on with num_heads 2, \
+                routing paper, beta 0.8, alpha 4.0, schedule cosine, prediction noise: another model at first";
     assert!(other.contains(told), "{other}");
     fails(train(place, &[&from[..], &["--num-heads", "1"]].concat()), 1, &["2 heads: give --num-heads 2"]);
 

@@ -25,7 +25,7 @@ fn a_run_and_its_weights_know_what_they_predict() {
             metrics::read(&place.join("run")).unwrap().last().unwrap().validation.as_ref().unwrap().loss.unwrap();
         let path = checkpoint::latest(&place.join("run")).unwrap().unwrap().1.join(checkpoint::EMA);
         let told = SafetensorsFile::open(&path).unwrap().metadata().get("prediction").cloned();
-        assert_eq!(told.as_deref(), (prediction != "noise").then_some(prediction));
+        assert_eq!(told.as_deref(), Some(prediction));
         fs::copy(&path, place.join("alone.safetensors")).unwrap();
         let info = succeeds(run(place, &["info", "alone.safetensors"]));
         assert!(info.lines().any(|line| line.starts_with("predicts") && line.ends_with(shown)), "{info}");
@@ -40,7 +40,13 @@ fn a_run_and_its_weights_know_what_they_predict() {
         assert_eq!(of_file, validated("run", &["--data", "digits"]), "{prediction}");
         let other = if prediction == "v" { "flow" } else { "v" };
         let set = format!("prediction={other}");
-        assert!(of_file != validated("alone.safetensors", &["--data", "digits", "--set", &set]), "{prediction}");
+        // A flow tells no schedule.
+        let set = ["--data", "digits", "--set", &set, "schedule=cosine"];
+        let set = &set[..if prediction == "flow" { 5 } else { 4 }];
+        let output = run(place, &[&["validate", "--checkpoint", "alone.safetensors"], set].concat());
+        let said = stderr(&output);
+        assert!(said.contains(&format!("says prediction {prediction}, and --set otherwise")), "{said}");
+        assert!(of_file != validated("alone.safetensors", set), "{prediction}");
 
         let sampled = |checkpoint: &str, sampler: &str, npz: &str| {
             let args = ["sample", "--device", "cpu", "--steps", "3", "--num", "10", "--checkpoint", checkpoint];
@@ -67,9 +73,27 @@ fn weights_that_predicted_something_else_are_told() {
     let path = checkpoint::latest(&place.join("run")).unwrap().unwrap().1.join(checkpoint::EMA);
     let from = ["--init-from", path.to_str().unwrap(), "--steps", "1", "--prediction"];
     let output = train(place, &[&from[..], &["v", "--out", "v"]].concat());
-    assert!(stderr(&output).contains("schedule cosine, prediction v: another model at first"), "{}", stderr(&output));
+    let said = stderr(&output);
+    for part in [
+        "trained with num_heads 2, ",
+        "cosine, prediction noise, and go on with ",
+        "cosine, prediction v: another model at first",
+    ] {
+        assert!(said.contains(part), "{said}");
+    }
     succeeds(output);
     // A flow learns no variance unless it is asked to.
     fails(train(place, &[&from[..], &["flow"]].concat()), 1, &["needs [4, 32]", "--learn-sigma"]);
     succeeds(train(place, &[&from[..], &["flow", "--learn-sigma", "true"]].concat()));
+    // What a flow has no schedule for does not tell it from another.
+    succeeds(train(place, &[&RUN[2..], &["--out", "one", "--prediction", "flow"]].concat()));
+    let path = checkpoint::latest(&place.join("one")).unwrap().unwrap().1.join(checkpoint::EMA);
+    let weights = path.to_str().unwrap();
+    let output =
+        train(place, &["--init-from", weights, "--steps", "1", "--prediction", "flow", "--schedule", "linear"]);
+    let said = stderr(&output);
+    assert!(said.contains("schedule has no effect: a flow has its own") && !said.contains("another model"), "{said}");
+    succeeds(output);
+    let sample = ["sample", "--steps", "1", "--checkpoint", weights, "--set", "schedule=linear"];
+    fails(run(place, &sample), 2, &["--set gives schedule, but a flow has its own: leave it out"]);
 }

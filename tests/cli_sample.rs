@@ -188,11 +188,11 @@ fn a_file_of_weights_is_sampled_without_its_run() {
     let told = ["num_heads=2", "routing=random", "seed=7", "schedule=cosine", "label_dropout=0"];
     let (of_foreign, said) = sample("weights.safetensors", &[&["--set"], &told[..]].concat());
     assert!(of_foreign == of_run, "what --set says is another model");
-    let assumed = "weights.safetensors does not say beta 0.8, alpha 4.0, data_kind images, loss_weight constant: this is assumed (--set";
+    let assumed = "weights.safetensors does not say beta 0.8, alpha 4.0, prediction noise, data_kind images, loss_weight constant: this is assumed (--set";
     assert!(said.contains(assumed), "{said}");
     // As the published weights.
     let said = sample("weights.safetensors", &["--set", "num_heads=2"]).1;
-    let assumed = "does not say routing dense, schedule linear, data_kind images, label_dropout 0.1, loss_weight constant: this is assumed";
+    let assumed = "does not say routing dense, schedule linear, prediction noise, data_kind images, label_dropout 0.1, loss_weight constant: this is assumed";
     assert!(said.contains(assumed), "{said}");
 
     let refused = |checkpoint: &str, more: &[&str], code, says: &[&str]| {
@@ -565,7 +565,11 @@ fn every_sampler_takes_the_steps_that_help_promises() {
         fails(sample(place, &["--cfg-interval", interval]), 2, &[&format!("--cfg-interval is {interval}, but"), why]);
     }
     fails(sample(place, &["--cfg", "1", "--cfg-interval", "1..2"]), 2, &["but nothing is guided: give --cfg"]);
-    fails(sample(place, &["--cfg-interval", "1..999"]), 2, &["but none of the 2 steps is there: widen it"]);
+    fails(
+        sample(place, &["--cfg-interval", "1..999"]),
+        2,
+        &["but none of the 2 steps, from timestep 999 down, is there: widen it"],
+    );
     fails(sample(place, &["--sampler", "dpm++", "--eta", "0.5"]), 2, &["--eta is 0.5, but dpm++ has none"]);
 }
 

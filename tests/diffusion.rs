@@ -148,6 +148,20 @@ fn the_fast_loss_is_the_reference() {
 }
 
 #[test]
+fn noisy_images_are_those_of_the_reference() {
+    for (kind, schedule) in schedules() {
+        let batch = Batch::new(schedule, &TIMESTEPS, DIMS);
+        let real = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| x.into()).collect() };
+        let (mut found, mut expected) = (vec![f32::NAN; batch.noise.len()], vec![f64::NAN; batch.noise.len()]);
+        q_sample(&mut found, &batch.x_start, &batch.noise, &TIMESTEPS, &batch.schedule).unwrap();
+        let (x_start, noise) = (real(&batch.x_start), real(&batch.noise));
+        reference::q_sample(&mut expected, &x_start, &noise, &TIMESTEPS, &batch.schedule);
+        let err = error(found, &expected);
+        assert!(err <= 1e-7, "{kind}: off by {err}");
+    }
+}
+
+#[test]
 fn the_gradient_is_the_slope_of_the_loss() {
     // A scale of the loss that finite differences resolve: small means, so that the likelihood is not at its floor.
     for (kind, schedule) in schedules() {

@@ -101,6 +101,7 @@ impl Schedule {
             Prediction::Flow => Prediction::betas_of_flow(steps),
         };
         if betas.is_empty() || !betas.iter().all(|&b| b > 0.0 && b < 1.0) {
+            let kind = if prediction == Prediction::Flow { "flow's".into() } else { kind.to_string() };
             return Err(Error::usage(format!(
                 "the {kind} noise schedule cannot have {steps} steps: give at least 21 (the published models have 1000)"
             )));

@@ -167,7 +167,7 @@ pub fn uncertainty_loss(d_log_variances: &mut [f32; CLUSTERS], losses: &[f32], l
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::diffusion::ScheduleKind;
+    use crate::diffusion::{Prediction, ScheduleKind};
     use crate::rng::Stream;
 
     #[test]
@@ -190,6 +190,24 @@ mod tests {
         let p2 = LossWeight::P2 { gamma: 0.5, k: 2.0 };
         assert!((p2.weight(&schedule, 500).powi(-2) - 2.0 - schedule.snr(500)).abs() < 1e-12);
         assert!(p2.weight(&schedule, 3) < p2.weight(&schedule, 900));
+    }
+
+    /// Of what a model answers: an error of it is another one of the noise.
+    #[test]
+    fn the_error_of_the_noise_is_weighed_whatever_is_predicted() {
+        let of = |prediction| Schedule::predicting(prediction, ScheduleKind::Cosine, 1000).unwrap();
+        let [v, flow] = [Prediction::V, Prediction::Flow].map(of);
+        let (min_snr, p2) = (LossWeight::MinSnr { gamma: 5.0 }, LossWeight::P2 { gamma: 1.0, k: 1.0 });
+        for t in [0, 3, 250, 500, 999] {
+            let snr = v.snr(t);
+            let near = |found: f64, expected: f64| assert!((found - expected).abs() <= 1e-9 * expected, "{t}: {found}");
+            near(min_snr.weight(&v, t), snr.min(5.0) / (snr + 1.0));
+            near(p2.weight(&v, t), snr / (1.0 + snr).powi(2));
+            let signal = 1.0 - (t as f64 + 0.5) / 1000.0;
+            let snr = (signal / (1.0 - signal)).powi(2);
+            near(min_snr.weight(&flow, t), (5.0 / snr).min(1.0) * signal.powi(2));
+            assert_eq!((LossWeight::Constant.weight(&v, t), LossWeight::Uncertainty.weight(&flow, t)), (1.0, 1.0));
+        }
     }
 
     #[test]

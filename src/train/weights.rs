@@ -39,8 +39,7 @@ pub(super) fn metadata(config: &TrainConfig) -> Metadata {
     let used = |knob: &&str| match *knob {
         "beta" | "alpha" if config.routing == Routing::Dense => false,
         "seed" => config.routing == Routing::Random,
-        // Older files do not say that it is the noise.
-        "prediction" => config.prediction != Prediction::Noise,
+        "schedule" => config.prediction != Prediction::Flow,
         _ => true,
     };
     let knobs = UNSEEN.into_iter().filter(used).chain(OF_SAMPLES);
@@ -49,7 +48,17 @@ pub(super) fn metadata(config: &TrainConfig) -> Metadata {
 
 /// Whether a file of this program wrote this: others may have a seed there, or a schedule of something else.
 fn is_ours(metadata: &Metadata) -> bool {
-    ["num_heads", "routing", "schedule"].iter().all(|knob| metadata.contains_key(*knob))
+    let has = |knob: &&str| metadata.contains_key(*knob);
+    ["num_heads", "routing"].iter().all(has) && ["schedule", "prediction"].iter().any(has)
+}
+
+/// What `file` says. Ours did not say what they predict when that was always the noise.
+fn said_by(file: &SafetensorsFile) -> Metadata {
+    let mut said = file.metadata().clone();
+    if is_ours(&said) {
+        said.entry("prediction".into()).or_insert_with(|| Prediction::Noise.to_string());
+    }
+    said
 }
 
 /// What of `metadata` tells a model from another of the same shapes, as a sentence lists it.
@@ -124,7 +133,7 @@ fn read_all_but_labels(file: &SafetensorsFile, dit: &Dit, buffer: &mut [f32]) ->
 
 /// What of the model of the weights in `file` is another in `config`.
 fn differences(config: &TrainConfig, dit: &Dit, file: &SafetensorsFile) -> Result<String> {
-    let (was, is) = (file.metadata(), metadata(config));
+    let (was, is) = (&said_by(file), metadata(config));
     if let Some(heads) = was.get("num_heads").filter(|&heads| *heads != is["num_heads"]) {
         let what = format!("has the weights of a model with {heads} heads: give --num-heads {heads}");
         return Err(Error::file(file.path(), what));
@@ -174,9 +183,9 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
     let assignment = |key: &str, text: &str| Assignment { key: key.into(), text: text.into() };
     let published = vec![assignment("routing", "dense"), assignment("schedule", "linear")];
     let mut of_file = shapes_of(file)?;
-    let ours = is_ours(file.metadata());
+    let (said, ours) = (said_by(file), is_ours(file.metadata()));
     if ours {
-        let said = UNSEEN.into_iter().chain(OF_SAMPLES).filter_map(|knob| file.metadata().get_key_value(knob));
+        let said = UNSEEN.into_iter().chain(OF_SAMPLES).filter_map(|knob| said.get_key_value(knob));
         of_file.extend(said.map(|(knob, text)| assignment(knob, text)));
     }
     let layers = [("the published weights", published), (&file.path().display().to_string(), of_file)]
@@ -200,13 +209,12 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
         Error::Usage(what) => Error::usage(format!("{what}, for the weights in {}", file.path().display())),
         other => other,
     })?;
-    if let Some(key) =
-        ["beta", "alpha"].into_iter().find(|key| config.routing == Routing::Dense && set.last(key).is_some())
-    {
-        return Err(Error::usage(format!(
-            "{} gives {key}, but routing is dense, which has none: give routing=paper too, or leave it out",
-            set.origin
-        )));
+    let (dense, flow) = (config.routing == Routing::Dense, config.prediction == Prediction::Flow);
+    let none = "routing is dense, which has none: give routing=paper too, or leave it out";
+    let unused =
+        [("beta", dense, none), ("alpha", dense, none), ("schedule", flow, "a flow has its own: leave it out")];
+    if let Some((key, _, why)) = unused.into_iter().find(|(key, unused, _)| *unused && set.last(key).is_some()) {
+        return Err(Error::usage(format!("{} gives {key}, but {why}", set.origin)));
     }
     config.data_kind = if config.are_images() { DataKind::Images } else { DataKind::Latents };
     let mut assumed = metadata(&config);

@@ -56,8 +56,8 @@ pub(super) struct SampleArgs {
     /// steps) or ddpm (ancestral)
     #[arg(long, value_name = SamplerKind::NAMES, value_parser = offered::<SamplerKind>(SamplerKind::NAMES), hide_possible_values = true, default_value_t = SamplerKind::Ddim)]
     sampler: SamplerKind,
-    /// Denoising steps: a number, or for ddim and ddpm also ddimN, or A,B,.. for parts of the schedule [default: 50 for ddim, 20 for dpm++,
-    /// 250 for ddpm]
+    /// Denoising steps: a number, or for ddim and ddpm also ddimN, or A,B,.. for parts of the schedule; of latents the last four timesteps
+    /// of the cosine schedule are none [default: 50 for ddim, 20 for dpm++, 250 for ddpm]
     #[arg(long, allow_negative_numbers = true)]
     steps: Option<String>,
     /// Noise of ddim, as a share of that of ddpm
@@ -134,9 +134,9 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
             return Err(Error::usage(format!("--cfg-interval is given, but nothing is guided: {can}leave it out")));
         }
         if !sampler.timesteps().iter().any(|&t| timesteps.contains(&(t as usize))) {
-            let steps = sampler.steps();
+            let (steps, from) = (sampler.steps(), sampler.timesteps().last().copied().unwrap_or(0));
             return Err(Error::usage(format!(
-                "--cfg-interval is {text}, but none of the {steps} steps is there: widen it"
+                "--cfg-interval is {text}, but none of the {steps} steps, from timestep {from} down, is there: widen it"
             )));
         }
         sampler = sampler.guided_at(timesteps.start as u32..timesteps.end as u32);

@@ -133,10 +133,28 @@ impl TrainConfig {
     /// Sentences on the values that a layer gave together with one model, or one data set, and that hold for another, which a later layer
     /// names: a file of `--print-config` has all of them.
     pub fn notes_on(layers: &[Layer]) -> Vec<String> {
-        [Self::note_on_model(layers), Self::note_on_flip(layers), Self::note_on_validation(layers)]
-            .into_iter()
-            .flatten()
-            .collect()
+        let notes = [Self::note_on_model, Self::note_on_flip, Self::note_on_validation, Self::note_on_flow];
+        notes.into_iter().filter_map(|note| note(layers)).collect()
+    }
+
+    /// A sentence where what a flow has no use for was given with it, or what it has by default is otherwise in a file of something else.
+    fn note_on_flow(layers: &[Layer]) -> Option<String> {
+        let at = layers.iter().rposition(|layer| layer.last("prediction").is_some())?;
+        if layers[at].last("prediction") != Some("flow") {
+            return None;
+        }
+        let (before, after) = layers.split_at(at);
+        let default = TrainConfig::default().schedule.to_string();
+        if after.iter().rev().find_map(|layer| layer.last("schedule")).is_some_and(|schedule| schedule != default) {
+            return Some("schedule has no effect: a flow has its own".to_string());
+        }
+        let file = before.iter().rev().find(|layer| layer.last("learn_sigma") == Some("true"))?;
+        after.iter().all(|layer| layer.last("learn_sigma").is_none()).then(|| {
+            format!(
+                "learn_sigma is that of {}, not the default of a flow, false: leave it out there to have this",
+                file.origin
+            )
+        })
     }
 
     /// A sentence where the command line or a file alone says how to validate, but nothing says on what.
@@ -296,7 +314,11 @@ impl TrainConfig {
                 let _ = write!(out, "\n# ---- {section} ----\n");
             }
             let (value, default) = (self.toml_of(knob.name), defaults.toml_of(knob.name));
-            let default = if matches!(knob.name, "model" | "data") { "\"digits\"".into() } else { default };
+            let default = match knob.name {
+                "model" | "data" => "\"digits\"".into(),
+                "learn_sigma" => format!("{default}; false for flow"),
+                _ => default,
+            };
             let _ = write!(out, "# {} (default {default})\n{} = {value}\n", knob.help, knob.name);
         }
         out
@@ -440,6 +462,27 @@ mod tests {
         }
         let quoted = Assignment::from_argument("out-dir = \"a=b\"").unwrap();
         assert_eq!((quoted.key.as_str(), quoted.text.as_str()), ("out_dir", "a=b"));
+    }
+
+    #[test]
+    fn a_flow_learns_no_variance_unless_it_is_said() {
+        let flow = layer("flags", &[("prediction", "flow")]);
+        let learns = |layers: &[Layer]| TrainConfig::from_layers(layers).unwrap().learn_sigma;
+        assert!(!learns(std::slice::from_ref(&flow)) && learns(&[layer("flags", &[("prediction", "v")])]));
+        let all = Layer::from_toml(&TrainConfig::default().to_toml(), "my.toml").unwrap();
+        let note = |layers: &[Layer]| TrainConfig::notes_on(layers).join("; ");
+        assert!(learns(&[all.clone(), flow.clone()]));
+        let told = "learn_sigma is that of my.toml, not the default of a flow, false: leave it out there to have this";
+        assert_eq!(note(&[all.clone(), flow.clone()]), told);
+        let said = layer("flags", &[("prediction", "flow"), ("learn_sigma", "true")]);
+        assert_eq!(note(&[all, said]), "");
+        assert_eq!(note(&[flow]), "");
+        let own = TrainConfig { prediction: Prediction::Flow, learn_sigma: false, ..TrainConfig::default() };
+        let own = Layer::from_toml(&own.to_toml(), "flow.toml").unwrap();
+        assert_eq!(note(std::slice::from_ref(&own)), "");
+        assert!(!learns(&[own]));
+        let schedule = layer("flags", &[("prediction", "flow"), ("schedule", "linear")]);
+        assert_eq!(note(&[schedule]), "schedule has no effect: a flow has its own");
     }
 
     #[test]

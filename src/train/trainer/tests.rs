@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::data::made::made;
-use crate::diffusion::{ImageDims, Schedule, ScheduleKind};
+use crate::diffusion::{ImageDims, Prediction, Schedule, ScheduleKind};
 use crate::model::config::TASKS;
 use crate::model::dit::Init;
 use crate::train::config::{Assignment, Layer, SamplerKind};
@@ -293,6 +293,37 @@ fn a_knob_that_is_turned_is_felt() {
     assert_eq!(uncertain(&first).2, uncertain(&[&first[..], &[("grad_clip", "0.001")]].concat()).2);
     for knob in [("threads", "1"), ("checkpoint_activations", "true"), ("log_every", "1"), ("sample_cfg", "3")] {
         assert!(learned(&[knob]) == base, "{knob:?} changes what is learned");
+    }
+}
+
+/// It asks the model for what it was trained to answer.
+#[test]
+fn samples_of_a_model_that_knows_the_image_are_the_image() {
+    for prediction in [Prediction::Noise, Prediction::V, Prediction::Flow] {
+        let config = TrainConfig { prediction, data_kind: DataKind::Latents, ..tiny(1) };
+        let schedule = config.noise_schedule().unwrap();
+        for kind in [SamplerKind::Ddim, SamplerKind::Ddpm, SamplerKind::DpmPlusPlus] {
+            let sampler = sampler(&config, kind, "10", 0.0, 1.0).unwrap();
+            let mut x: [f32; 16] = std::array::from_fn(|i| i as f32 / 8.0 - 1.0);
+            let image = |i: usize| 0.9 - i as f64 / 9.0;
+            let knows = |x: &[f32], t: u32, out: &mut [f32]| {
+                let (signal, spread) = (schedule.signal(t as usize), schedule.spread(t as usize));
+                for i in 0..16 {
+                    let noise = (f64::from(x[i]) - signal * image(i)) / spread;
+                    out[i] = match prediction {
+                        Prediction::Noise => noise,
+                        Prediction::V => signal * noise - spread * image(i),
+                        Prediction::Flow => noise - image(i),
+                    } as f32;
+                }
+                Ok(())
+            };
+            let dims = ImageDims { channels: 1, pixels: 16, learn_sigma: false };
+            sampler.sample(&mut x, knows, |_, noise| noise.fill(0.3), |_, _| Ok(()), dims).unwrap();
+            for (i, &x) in x.iter().enumerate() {
+                assert!((f64::from(x) - image(i)).abs() <= 1e-5, "{prediction}, {kind}: {x} for {}", image(i));
+            }
+        }
     }
 }
 
