@@ -32,6 +32,8 @@ pub enum Stream {
     HeldOut = 9,
     /// The noise on them.
     ValidationNoise = 10,
+    /// The draws of latents from their distributions.
+    Latent = 11,
 }
 
 /// A generator: a seed and a stream. Copies are free; there is no state.

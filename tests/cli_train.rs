@@ -16,6 +16,7 @@ use dtr_fused::train::{checkpoint, metrics};
 #[cfg(unix)]
 use program::kill;
 use program::{command, fails, run, stderr, succeeds, train};
+use safetensors::tensor::{Dtype, TensorView};
 
 const STEPS: &[&str] = &["--steps", "24", "--checkpoint-every", "3", "--log-every", "2", "--sample-every", "12"];
 
@@ -615,6 +616,48 @@ fn save_samples(path: &Path, n: usize, last: u8) {
     npy::write(path, Element::U8, &[n, 1, 8, 8], &vec![9; n * 64]).unwrap();
     let labels: Vec<u8> = (0..n).map(|i| if i + 1 == n { last } else { 0 }).collect();
     npy::write(path.with_extension("labels.npy"), Element::U8, &[n], &labels).unwrap();
+}
+
+/// A `.safetensors` file of 20 latents of 4 x 4 x 4 with these standard deviations, of two classes.
+fn save_distributions(path: &Path, std: Option<f32>) {
+    let bytes = |value: &dyn Fn(usize) -> f32| (0..20 * 64).flat_map(|i| value(i).to_le_bytes()).collect::<Vec<u8>>();
+    let means = bytes(&|i| (i * 37 % 41) as f32 / 10.0 - 2.0);
+    let std = std.map(|std| bytes(&|_| std));
+    let labels: Vec<u8> = (0..20).map(|i| i % 2).collect();
+    let view = |dtype, shape: &[usize], data| TensorView::new(dtype, shape.to_vec(), data).unwrap();
+    let latents = |data| view(Dtype::F32, &[20, 4, 4, 4], data);
+    let tensors = [("latents", latents(&means)), ("labels", view(Dtype::U8, &[20], &labels))];
+    let std = std.as_ref().map(|std| ("latents_std", latents(std)));
+    fs::write(path, safetensors::serialize(tensors.into_iter().chain(std), None).unwrap()).unwrap();
+}
+
+/// Of standard deviations of 0 the means are trained on, bit for bit, and of others something else, which a resumed run sees again.
+#[test]
+fn latents_that_are_distributions_are_trained_on() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let weights = |out: &str, std: Option<f32>, steps: &[&str]| {
+        let data = format!("{out}.safetensors");
+        save_distributions(&place.join(&data), std);
+        let validation = ["--validation-samples", "4", "--checkpoint-every", "2"];
+        let output = train(place, &[&["--out", out, "--data", &data, "--steps", steps[0]], &validation[..]].concat());
+        assert!(!stderr(&output).contains("standard deviation"), "{}", stderr(&output));
+        succeeds(output);
+        for steps in &steps[1..] {
+            succeeds(run(place, &["train", "--resume", out, "--steps", steps]));
+        }
+        let model = fs::read(place.join(out).join("checkpoints/0000004/model.safetensors")).unwrap();
+        let text = succeeds(run(place, &["validate", "--checkpoint", out, "--json"]));
+        let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let validated = dtr_fused::train::metrics::read(&place.join(out)).unwrap().pop().unwrap().validation.unwrap();
+        assert_eq!(report["loss"].as_f64(), validated.loss);
+        (model, validated.loss)
+    };
+    let plain = weights("plain", None, &["4"]);
+    assert!(weights("zero", Some(0.0), &["4"]) == plain);
+    let drawn = weights("drawn", Some(0.5), &["4"]);
+    assert!(drawn.0 != plain.0 && drawn.1 != plain.1);
+    assert!(weights("resumed", Some(0.5), &["2", "4"]) == drawn);
 }
 
 /// A folder `place` of a class folder for each of these names, with two images each.

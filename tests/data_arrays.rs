@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dtr_fused::data::array_file::ArrayFile;
-use dtr_fused::data::{Dataset, may_flip, npy, open};
+use dtr_fused::data::{Dataset, hold_out, may_flip, npy, open};
 use dtr_fused::element::Element;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -64,6 +64,82 @@ fn latents_of_every_float_type_come_out_as_they_are() {
         assert_eq!(ArrayFile::open(&path, Some(1000), None).unwrap().num_classes(), 1000);
         assert_eq!(open(path.to_str().unwrap(), None, None, None).unwrap().len(), 2);
     }
+}
+
+/// 2 samples as [`latents`] are means, with standard deviations of `dtype` in this shape.
+fn distributions(dir: &Path, dtype: Dtype, shape: &[usize], std: Vec<u8>) -> PathBuf {
+    let labels = ("labels", Dtype::I64, &[2][..], i64s(&[0, 1]));
+    let means = ("latents", Dtype::F32, &[2, 4, 1, 2][..], f32s(&latents()));
+    save(dir, &[means, ("latents_std", dtype, shape, std), labels])
+}
+
+#[test]
+fn standard_deviations_are_read_beside_their_means() {
+    let dir = tempfile::tempdir().unwrap();
+    let values: Vec<f32> = (0..16).map(|i| (15 - i) as f32 * 0.25).collect();
+    let halves = values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
+    for (dtype, std) in [(Dtype::F32, f32s(&values)), (Dtype::F16, halves)] {
+        let path = distributions(dir.path(), dtype, &[2, 4, 1, 2], std);
+        let set = ArrayFile::open(&path, None, None).unwrap();
+        assert_eq!(sample(&set, 1, false), (1, latents()[8..].to_vec()), "the means");
+        let mut out = [f32::NAN; 8];
+        assert!(set.read_std(1, false, &mut out).unwrap());
+        assert_eq!(out, values[8..]);
+        assert!(set.read_std(0, true, &mut out).unwrap());
+        let mirrored: Vec<f32> = values[..8].chunks(2).flat_map(|row| [row[1], row[0]]).collect();
+        assert_eq!(out, mirrored[..]);
+        // Parts of it have them too.
+        for part in hold_out(open(path.to_str().unwrap(), None, None, None).unwrap(), 1, 3).unwrap() {
+            assert!(part.read_std(0, false, &mut out).unwrap());
+            assert_eq!(out, values[8 * part.number_of(0)..][..8]);
+        }
+    }
+    // Without, there are none.
+    let labels = ("labels", Dtype::I64, &[2][..], i64s(&[0, 1]));
+    let path = save(dir.path(), &[("latents", Dtype::F32, &[2, 4, 1, 2], f32s(&latents())), labels]);
+    assert!(!ArrayFile::open(&path, None, None).unwrap().read_std(0, false, &mut [0.0; 8]).unwrap());
+}
+
+#[test]
+fn standard_deviations_that_are_none_are_refused_or_named_when_they_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    for (dtype, shape, bytes) in
+        [(Dtype::F32, [2, 4, 2, 1], 64), (Dtype::F32, [1, 4, 1, 2], 32), (Dtype::U8, [2, 4, 1, 2], 16)]
+    {
+        let says = refusal(&distributions(dir.path(), dtype, &shape, vec![0; bytes]), None);
+        let of = format!("has 'latents_std' {shape:?} of {dtype:?}; floating-point numbers [2, 4, 1, 2] are expected");
+        assert!(says.contains(&of), "{says}");
+    }
+    for bad in [f32::NAN, f32::INFINITY, -0.25] {
+        let mut std = vec![0.5; 16];
+        (std[3], std[11]) = (-0.0, bad);
+        let set =
+            ArrayFile::open(distributions(dir.path(), Dtype::F32, &[2, 4, 1, 2], f32s(&std)), None, None).unwrap();
+        assert!(set.read_std(0, false, &mut [0.0; 8]).unwrap());
+        let error = set.read_std(1, false, &mut [0.0; 8]).unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("set.safetensors: has {bad} at place 3 of 'latents_std' of sample 1")),
+            "{error}"
+        );
+    }
+}
+
+/// That of what is drawn: of means with a variance of 1/16 and standard deviations of 0.5, the root of 5/16.
+#[test]
+fn the_spread_of_latents_is_that_of_their_draws() {
+    let dir = tempfile::tempdir().unwrap();
+    let note = |std: f32| {
+        let means: Vec<f32> = (0..16).map(|i| if i % 2 == 0 { 3.25 } else { 2.75 }).collect();
+        let tensors = [
+            ("latents", Dtype::F32, &[2, 4, 1, 2][..], f32s(&means)),
+            ("latents_std", Dtype::F32, &[2, 4, 1, 2], f32s(&[std; 16])),
+            ("labels", Dtype::I64, &[2], i64s(&[0, 1])),
+        ];
+        ArrayFile::open(save(dir.path(), &tensors), None, None).unwrap().note().map(str::to_string)
+    };
+    assert!(note(0.0).unwrap().contains("standard deviation of about 0.25, where"));
+    assert_eq!(note(0.5), None);
+    assert!(note(4.0).unwrap().contains("standard deviation of about 4.01, where"));
 }
 
 #[test]
@@ -194,7 +270,10 @@ fn safetensors_that_are_no_data_set_are_refused_in_a_sentence() {
     };
     let good: &[usize] = &[2, 4, 1, 2];
     let two = || labels(&[0, 1]);
-    assert!(with("pixels", Dtype::F32, good, two(), None).contains("has no tensor 'images' or 'latents'"));
+    for name in ["pixels", "moments"] {
+        let says = with(name, Dtype::F32, good, two(), None);
+        assert!(says.contains("has no tensor 'images' or 'latents'") && says.contains("'latents_std'"), "{says}");
+    }
     assert!(
         with("latents", Dtype::F32, &[2, 4, 2], two(), None).contains("has shape [2, 4, 2]; [N, C, H, W] is expected")
     );
@@ -267,6 +346,8 @@ fn a_file_that_is_cut_short_while_it_is_in_use_is_named() {
     npy::write(&path, Element::F32, &[2, 4, 32, 32], &f32s(&[0.5; 2 * 4096])).unwrap();
     let set = ArrayFile::open(&path, None, None).unwrap();
     std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
-    let error = set.read(1, false, &mut [0.0; 4096]).unwrap_err().to_string();
-    assert!(error.contains("x.npy: was cut short"), "{error}");
+    for error in [set.read(1, false, &mut [0.0; 4096]).err(), set.read_std(1, false, &mut [0.0; 4096]).err()] {
+        let error = error.unwrap().to_string();
+        assert!(error.contains("x.npy: was cut short"), "{error}");
+    }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use dtr_fused::data::digits::Digits;
 use dtr_fused::data::{Dataset, Loader, LoaderOptions, open};
+use dtr_fused::rng::{Philox, Stream};
 use dtr_fused::{Error, Result};
 
 #[test]
@@ -192,6 +193,105 @@ fn batches_that_cannot_be_are_refused() {
     let message = Loader::new(Named::new(4, &[]), options).err().expect("should be refused").to_string();
     assert!(message.contains("give at most 1024"), "{message}");
     assert!(refusal(usize::MAX / 3).contains("cannot be one batch"));
+}
+
+/// Distributions with the means `100 index + column` and standard deviations `column + index`; some have damaged ones.
+struct Spread {
+    bad: Vec<usize>,
+    classes: Vec<String>,
+}
+
+impl Spread {
+    const WIDTH: usize = 6;
+
+    fn new(bad: &[usize]) -> Arc<Self> {
+        Arc::new(Spread { bad: bad.to_vec(), classes: vec!["a".into()] })
+    }
+
+    /// Mean and standard deviation at a place of a sample that may be mirrored.
+    fn at(index: usize, flip: bool, place: usize) -> [f32; 2] {
+        let column = if flip { Self::WIDTH - 1 - place } else { place };
+        [(100 * index + column) as f32, (column + index) as f32]
+    }
+}
+
+impl Dataset for Spread {
+    fn shape(&self) -> [usize; 3] {
+        [1, 1, Self::WIDTH]
+    }
+
+    fn class_names(&self) -> &[String] {
+        &self.classes
+    }
+
+    fn len(&self) -> usize {
+        5
+    }
+
+    fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
+        out.iter_mut().enumerate().for_each(|(place, x)| *x = Self::at(index, flip, place)[0]);
+        Ok(0)
+    }
+
+    fn read_std(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<bool> {
+        if self.bad.contains(&index) {
+            return Err(Error::file(index.to_string(), "is no distribution"));
+        }
+        out.iter_mut().enumerate().for_each(|(place, x)| *x = Self::at(index, flip, place)[1]);
+        Ok(true)
+    }
+}
+
+/// Batches of four of [`Spread`].
+fn draws(bad: &[usize], seed: u64, threads: usize, steps: &[u64]) -> Vec<Vec<f32>> {
+    let mut loader = Loader::new(Spread::new(bad), LoaderOptions { batch: 4, seed, flip: true, threads }).unwrap();
+    let draws = steps.iter().map(|&step| loader.next(step).unwrap().pixels.clone()).collect();
+    assert_eq!(loader.bad_samples(), bad.len());
+    draws
+}
+
+/// To the bit what the seed and the number of the sample in the run say, in every epoch anew.
+#[test]
+fn samples_that_are_distributions_are_drawn_from_them() {
+    for seed in [3, 4] {
+        // Which sample is where, and whether it is mirrored, is that of any data set of this length.
+        let mut order = loader(Named::new(5, &[]), 4, seed, 1);
+        for (step, pixels) in (0..6).zip(draws(&[], seed, 2, &[0, 1, 2, 3, 4, 5])) {
+            for ((index, flip), (i, drawn)) in samples(&mut order, step).into_iter().zip((0..).zip(pixels.chunks(6))) {
+                let mut z = [f32::NAN; Spread::WIDTH];
+                Philox::new(seed, Stream::Latent).normal(&mut z, 0, 4 * step + i);
+                for (place, z) in z.into_iter().enumerate() {
+                    let [mean, std] = Spread::at(index, flip, place);
+                    assert_eq!(drawn[place], mean + std * z, "place {place} of sample {i} of step {step}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn draws_are_the_same_for_any_number_of_threads_and_after_any_other() {
+    let run = draws(&[], 42, 1, &[0, 1, 2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!(draws(&[], 42, 4, &[0, 1, 2, 3, 4, 5, 6, 7, 8]), run);
+    let other = [7, 8, 3, 3, 2, 0, 6];
+    assert_eq!(draws(&[], 42, 2, &other), other.map(|step: u64| run[step as usize].clone()));
+}
+
+/// 1 and 4 are bad: 2 stands in for the first, 0 for the second, with draws of their own.
+#[test]
+fn a_sample_of_which_the_deviations_are_damaged_is_replaced() {
+    let run = draws(&[1, 4], 7, 1, &[0, 1, 2, 3, 4]).concat();
+    // Standard deviations are 5 at most, and means of others 100 away.
+    let indices: Vec<usize> = run.chunks(6).map(|drawn| ((drawn[0] + 50.0) / 100.0) as usize).collect();
+    for epoch in indices.chunks(5) {
+        let mut sorted = epoch.to_vec();
+        sorted.sort_unstable();
+        assert_eq!(sorted, [0, 0, 2, 2, 3]);
+    }
+    let once: std::collections::HashSet<_> =
+        run.chunks(6).map(|drawn| drawn.iter().map(|x| x.to_bits()).collect::<Vec<_>>()).collect();
+    assert_eq!(once.len(), 20, "no sample is drawn alike twice");
+    assert_eq!(draws(&[1, 4], 7, 3, &[0, 1, 2, 3, 4]).concat(), run);
 }
 
 /// Two samples, of which the second is anything but a sample.

@@ -12,6 +12,9 @@ use crate::safetensors_file::{SafetensorsFile, TensorView};
 /// Most numbers that one sample may have.
 pub(crate) const MAX_SAMPLE: usize = 1 << 26;
 
+/// The tensor of standard deviations beside `latents`.
+const STD: &str = "latents_std";
+
 /// Largest number that an image may have: its numbers are meant to be from -1 to 1, and resizing overshoots a little.
 const MAX_PIXEL: f32 = 1.5;
 
@@ -25,12 +28,13 @@ const NUMBERS_LOOKED_AT: usize = 1 << 22;
 /// Samples of an array file; they stay in the file and are read one by one from a memory map.
 ///
 /// - `FILE.safetensors`: tensor `images` or `latents` `[N,C,H,W]` of f64, f32, f16, bf16 or (images only) u8, and `labels` `[N]` of
-///   integers.
+///   integers. Beside `latents` there may be `latents_std`, of the same shape: then each sample is a normal distribution with these
+///   means and standard deviations, from which a [`Loader`](super::Loader) draws.
 /// - `FILE.npy`: the same array, or images as u8 `[N,H,W,C]` with 1 or 3 channels; the labels are in `FILE.labels.npy` or
 ///   `labels.npy` beside it.
 ///
 /// u8 values 0..255 become -1..1, others stay as they are. Samples with values that are not finite, and images with values
-/// far outside -1..1, are damaged samples.
+/// far outside -1..1, are damaged samples, as are those with a negative standard deviation.
 pub struct ArrayFile {
     path: PathBuf,
     file: File,
@@ -81,7 +85,12 @@ impl ArrayFile {
                 (Some(_), Some(_)) => {
                     return Err(fail("has both 'images' and 'latents'; keep the one to train on".into()));
                 }
-                (None, None) => return Err(fail("has no tensor 'images' or 'latents' of shape [N, C, H, W]".into())),
+                (None, None) => {
+                    return Err(fail(format!(
+                        "has no tensor 'images' or 'latents' of shape [N, C, H, W]; of distributions call the means 'latents' and the \
+                         standard deviations '{STD}'"
+                    )));
+                }
             };
             let labels = read_labels(file.tensor("labels")?, num_classes).map_err(fail)?;
             (File::Safetensors(file, name), Some(name == "images"), labels)
@@ -90,6 +99,12 @@ impl ArrayFile {
         let (layout, shape) = samples_of(array).map_err(fail)?;
         if array.shape[0] != labels.len() {
             return Err(fail(format!("has {} samples but {} labels", array.shape[0], labels.len())));
+        }
+        if let Some(std) = file.std().filter(|std| !std.element.is_float() || std.shape != array.shape) {
+            let (shape, element, expected) = (std.shape, std.element, array.shape);
+            let what =
+                format!("has '{STD}' {shape:?} of {element:?}; floating-point numbers {expected:?} are expected");
+            return Err(fail(what));
         }
         let as_they_look = array.element == Element::U8 || matches!(shape[0], 1 | 3);
         let pictures = named.or(pictures).unwrap_or(as_they_look);
@@ -126,7 +141,11 @@ impl ArrayFile {
             }
             (low, high) = out.iter().fold((low, high), |(low, high), &x| (low.min(x), high.max(x)));
             sum += out.iter().map(|&x| f64::from(x)).sum::<f64>();
-            squares += out.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
+            squares += sum_of_squares(&out);
+            // The square of what is drawn is, on average, that of its mean and that of its standard deviation.
+            if self.deviations(index, &mut out) {
+                squares += sum_of_squares(&out);
+            }
         }
         let numbers = (count * out.len()) as f64;
         let spread = (squares / numbers - (sum / numbers).powi(2)).max(0.0).sqrt();
@@ -163,12 +182,33 @@ impl ArrayFile {
         ))
     }
 
+    /// Refuses a file that has less than when it was opened: to touch a part of a map that its file has no more ends the process.
+    fn check_whole(&self) -> Result<()> {
+        if self.on_disk.metadata().is_ok_and(|now| now.len() < self.len) {
+            return Err(Error::file(&self.path, "was cut short while it was in use"));
+        }
+        Ok(())
+    }
+
+    /// Exchanges left and right.
+    fn mirror(&self, out: &mut [f32]) {
+        out.chunks_mut(self.shape[2]).for_each(<[f32]>::reverse);
+    }
+
+    /// The standard deviations of a sample, if it has any.
+    fn deviations(&self, index: usize, out: &mut [f32]) -> bool {
+        let std = self.file.std();
+        if let Some(std) = std {
+            std.element.to_f32(bytes_of(std, index, out.len()), out);
+        }
+        std.is_some()
+    }
+
     /// The numbers of a sample, u8 as -1..1.
     fn numbers(&self, index: usize, out: &mut [f32]) {
         let array = self.file.array();
         let channels = self.shape[0];
-        let size = out.len() * array.element.size();
-        let bytes = &array.bytes[index * size..(index + 1) * size];
+        let bytes = bytes_of(array, index, out.len());
         match self.layout {
             Layout::ChannelsFirst => array.element.to_f32(bytes, out),
             Layout::ChannelsLast => {
@@ -193,6 +233,24 @@ impl File {
             File::Npy(file) => file.view(),
         }
     }
+
+    /// The standard deviations of latents, where there are any.
+    fn std(&self) -> Option<TensorView<'_>> {
+        match self {
+            File::Safetensors(file, "latents") => file.get(STD),
+            _ => None,
+        }
+    }
+}
+
+/// Sample `index` of an array of samples of so many numbers.
+fn bytes_of(array: TensorView<'_>, index: usize, numbers: usize) -> &[u8] {
+    let size = numbers * array.element.size();
+    &array.bytes[index * size..(index + 1) * size]
+}
+
+fn sum_of_squares(numbers: &[f32]) -> f64 {
+    numbers.iter().map(|&x| f64::from(x).powi(2)).sum()
 }
 
 /// The labels of `FILE.npy`.
@@ -268,10 +326,7 @@ impl Dataset for ArrayFile {
     fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
         let label = self.labels[index];
         assert_eq!(out.len(), self.shape.iter().product::<usize>(), "numbers of a sample");
-        // To touch a part of a map that its file has no more ends the process.
-        if self.on_disk.metadata().is_ok_and(|now| now.len() < self.len) {
-            return Err(Error::file(&self.path, "was cut short while it was in use"));
-        }
+        self.check_whole()?;
         self.numbers(index, out);
         if let Some(place) = out.iter().position(|x| !x.is_finite()) {
             return Err(Error::file(&self.path, format!("has {} at place {place} of sample {index}", out[place])));
@@ -280,9 +335,28 @@ impl Dataset for ArrayFile {
             return Err(Error::file(&self.path, what));
         }
         if flip {
-            out.chunks_mut(self.shape[2]).for_each(<[f32]>::reverse);
+            self.mirror(out);
         }
         Ok(label)
+    }
+
+    fn read_std(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<bool> {
+        assert_eq!(out.len(), self.shape.iter().product::<usize>(), "numbers of a sample");
+        self.check_whole()?;
+        if !self.deviations(index, out) {
+            return Ok(false);
+        }
+        if let Some(place) = out.iter().position(|&std| !std.is_finite() || std < 0.0) {
+            let what = format!(
+                "has {} at place {place} of '{STD}' of sample {index}; none is negative or not finite",
+                out[place]
+            );
+            return Err(Error::file(&self.path, what));
+        }
+        if flip {
+            self.mirror(out);
+        }
+        Ok(true)
     }
 
     fn is_pictures(&self) -> bool {

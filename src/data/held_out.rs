@@ -85,6 +85,10 @@ impl Dataset for Subset {
         self.dataset.read(self.index(index), flip, out)
     }
 
+    fn read_std(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<bool> {
+        self.dataset.read_std(self.index(index), flip, out)
+    }
+
     fn number_of(&self, index: usize) -> usize {
         self.dataset.number_of(self.index(index))
     }

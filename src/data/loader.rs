@@ -29,7 +29,7 @@ const MOST_THREADS: usize = 1024;
 pub struct LoaderOptions {
     /// Samples per batch.
     pub batch: usize,
-    /// Seed of the order and of the flips.
+    /// Seed of the order, of the flips and of the draws of latents.
     pub seed: u64,
     /// Mirror each sample with probability 1/2.
     pub flip: bool,
@@ -42,6 +42,9 @@ pub struct LoaderOptions {
 /// Sample `i` of step `s` is number `n = s * batch + i` of the run: number `n % len` of epoch `n / len`. Each epoch has its
 /// own order, drawn by counter like the flips; so a batch depends on the seed and the step alone, and a resumed run sees
 /// what an uninterrupted one sees.
+///
+/// A sample that is a distribution ([`Dataset::read_std`]) is drawn from it: its mean plus, times its standard deviations,
+/// normal numbers that the seed and `n` alone decide. So each epoch has other draws.
 ///
 /// A sample that cannot be read is counted, named once ([`take_warnings`](Self::take_warnings)) and replaced by the next
 /// good one of the data set. When more than half of the samples are bad, that is an error.
@@ -60,7 +63,7 @@ pub struct Loader {
 /// One batch. When it is dropped, its memory goes back to the loader.
 #[derive(Debug)]
 pub struct Batch {
-    /// `[B, C, H, W]`: images in [-1, 1], latents as they are.
+    /// `[B, C, H, W]`: images in [-1, 1], latents as they are or were drawn.
     pub pixels: Vec<f32>,
     /// `[B]`: classes, below the data set's number of classes.
     pub labels: Vec<u32>,
@@ -117,7 +120,8 @@ impl Loader {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("data-{i}")).build();
         let pool = pool.map_err(|e| refused(&e))?;
 
-        let source = Arc::new(Source { dataset, bad: Mutex::default(), stop: AtomicBool::new(false) });
+        let draws = Philox::new(seed, Stream::Latent);
+        let source = Arc::new(Source { dataset, draws, bad: Mutex::default(), stop: AtomicBool::new(false) });
         let (jobs, todo) = sync_channel(AHEAD);
         let (finished, done) = sync_channel(AHEAD);
         let (home, free) = sync_channel(AHEAD + 1);
@@ -237,6 +241,14 @@ impl Order {
     }
 }
 
+/// What is read for one place of a batch.
+#[derive(Clone, Copy)]
+struct Planned {
+    n: u64,       // number of the sample in the run
+    index: usize, // and in the data set
+    flip: bool,
+}
+
 /// Makes whole batches; lives in the worker thread.
 struct Maker {
     source: Arc<Source>,
@@ -244,7 +256,7 @@ struct Maker {
     batch: usize,
     order: Order,
     flips: Option<Philox>,
-    plan: Vec<(usize, bool)>, // [B]: index of the sample, flip it
+    plan: Vec<Planned>, // [B]
 }
 
 impl Maker {
@@ -261,7 +273,7 @@ impl Maker {
         for i in 0..self.batch as u64 {
             let n = first.wrapping_add(i);
             let flip = self.flips.is_some_and(|rng| rng.block(0, n >> 32, n as u32)[0] & 1 == 1);
-            self.plan.push((self.order.index(n), flip));
+            self.plan.push(Planned { n, index: self.order.index(n), flip });
         }
         let sample = self.source.dataset.shape().iter().product::<usize>();
         let Buffers { pixels, labels } = &mut job.buffers;
@@ -270,8 +282,8 @@ impl Maker {
         let (source, plan) = (&self.source, &self.plan);
         self.pool.install(|| {
             let places = pixels.par_chunks_mut(sample).zip(labels.par_iter_mut());
-            places.zip(plan.par_iter()).try_for_each(|((pixels, label), &(index, flip))| {
-                *label = source.read(index, flip, pixels)?;
+            places.zip(plan.par_iter()).try_for_each(|((pixels, label), &planned)| {
+                *label = source.read(planned, pixels)?;
                 Ok(())
             })
         })?;
@@ -282,6 +294,7 @@ impl Maker {
 /// The data set and what is known to be wrong with it.
 struct Source {
     dataset: Arc<dyn Dataset>,
+    draws: Philox, // from samples that are distributions
     bad: Mutex<Bad>,
     stop: AtomicBool,
 }
@@ -299,8 +312,9 @@ impl Source {
         self.bad.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads the first good sample at or after `first`: which one depends on the data alone.
-    fn read(&self, first: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
+    /// Reads the first good sample at or after the one that is planned: which one depends on the data alone.
+    fn read(&self, planned: Planned, out: &mut [f32]) -> Result<u32> {
+        let first = planned.index;
         let len = self.dataset.len();
         if let Some(why) = &self.bad().too_many {
             return Err(Error::Stopped(why.clone()));
@@ -313,7 +327,7 @@ impl Source {
                 continue;
             }
             // A data set may be anybody's.
-            match catch_unwind(AssertUnwindSafe(|| self.dataset.read(index, flip, out))) {
+            match catch_unwind(AssertUnwindSafe(|| self.read_one(Planned { index, ..planned }, out))) {
                 Ok(Ok(label)) => return self.check_label(index, label),
                 Ok(Err(e)) => self.leave_out(index, &e)?,
                 Err(panic) => {
@@ -324,6 +338,21 @@ impl Source {
             }
         }
         Err(Error::Stopped(format!("none of the {len} samples can be read")))
+    }
+
+    /// Reads one sample; of a distribution, draws it.
+    fn read_one(&self, Planned { n, index, flip }: Planned, out: &mut [f32]) -> Result<u32> {
+        let drawn = self.dataset.read_std(index, flip, out)?.then(|| {
+            let mut drawn = vec![0.0; out.len()];
+            self.draws.normal(&mut drawn, 0, n);
+            drawn.iter_mut().zip(&*out).for_each(|(z, std)| *z *= std);
+            drawn
+        });
+        let label = self.dataset.read(index, flip, out)?;
+        if let Some(drawn) = drawn {
+            out.iter_mut().zip(drawn).for_each(|(x, z)| *x += z);
+        }
+        Ok(label)
     }
 
     /// The label of sample `index`, which must be a class.

@@ -45,8 +45,8 @@ pub trait Dataset: Send + Sync {
         self.len() == 0
     }
 
-    /// Writes sample `index` to `out` `[C,H,W]` and returns its label. Images are in [-1, 1], latents as they are;
-    /// with `flip` left and right are exchanged.
+    /// Writes sample `index` to `out` `[C,H,W]` and returns its label. Images are in [-1, 1], latents as they are, and of a
+    /// distribution its mean ([`read_std`](Self::read_std)); with `flip` left and right are exchanged.
     ///
     /// # Errors
     /// When the sample is damaged: the message names it. Reading it again gives the same result.
@@ -54,6 +54,20 @@ pub trait Dataset: Send + Sync {
     /// # Panics
     /// When `index` is not below [`len`](Self::len) or `out` has not the size of a sample.
     fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32>;
+
+    /// Where sample `index` is a normal distribution, writes its standard deviations to `out` `[C,H,W]`, finite and not negative, and
+    /// returns true: [`Loader`] draws from it each time that the sample is seen. Else returns false, and `out` may hold anything.
+    /// A data set that wraps another must pass this on.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    ///
+    /// # Panics
+    /// As [`read`](Self::read).
+    fn read_std(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<bool> {
+        let _ = (index, flip, out);
+        Ok(false)
+    }
 
     /// The number that messages give sample `index`: another where the samples are some of a larger data set.
     fn number_of(&self, index: usize) -> usize {
