@@ -2,6 +2,7 @@
 """Turns images into latents to train on, and sampled latents into images, with the autoencoder of Stable Diffusion.
 
     scripts/latents.py encode photos latents.npy --size 256 --mirror     a folder of class folders -> latents.npy, latents.labels.npy
+    scripts/latents.py encode photos latents.safetensors --mirror        distributions, from which training draws latents each time
     dtr-fused train --data latents.npy --model DiT-XL/2
     dtr-fused sample --checkpoint RUN --num 50000 --npz latents.npz
     scripts/latents.py decode latents.npz samples.npz --png samples      uint8 [N, H, W, 3] and labels, for evaluation suites
@@ -9,11 +10,13 @@
 
 Needs torch, diffusers and pillow. --vae is a name that diffusers can load or a folder; the first use of a name downloads it.
 Images are cropped as DiT does; the latents of each are drawn once from the encoder's distribution and multiplied by its scaling factor
-(0.18215). Mirrored images are encoded anew: mirrored latents do not decode to mirrored images.
+(0.18215). For a .safetensors file they are not drawn: it holds mean and standard deviation, multiplied likewise, in twice the space.
+Mirrored images are encoded anew: mirrored latents do not decode to mirrored images.
 """
 
 import argparse
 import concurrent.futures
+import json
 import math
 import os
 import pathlib
@@ -75,25 +78,47 @@ def load(args):
     return AutoencoderKL.from_pretrained(args.vae).to(args.device).eval()
 
 
-def new_array(path, shape):
-    """An .npy file whose space is taken now: a full disk is an error here and not hours later."""
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+def new_arrays(path, count, shape):
+    """The arrays of a file by name: latents [count, *shape], and of a .safetensors file latents_std, as many, and labels [count].
+
+    Their space is taken now: a full disk is an error here and not hours later.
+    """
+    if path.suffix == ".npy":
+        arrays = {"latents": np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(count, *shape))}
+    else:
+        # The labels first: every array then begins at a multiple of the size of its numbers.
+        arrays, tensors, end = {"labels": np.int64, "latents": np.float16, "latents_std": np.float16}, {}, 0
+        for name, dtype in arrays.items():
+            sizes = (count,) if name == "labels" else (count, *shape)
+            begin, end = end, end + math.prod(sizes) * np.dtype(dtype).itemsize
+            tensors[name] = {"dtype": "I64" if dtype is np.int64 else "F16", "shape": sizes, "data_offsets": (begin, end)}
+        text = json.dumps(tensors).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            start = file.tell()
+            file.truncate(start + end)
+        for name, of in tensors.items():
+            arrays[name] = np.memmap(path, arrays[name], "r+", start + of["data_offsets"][0], of["shape"])
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    return array
+    return arrays
 
 
 def encode(args):
+    if args.target.suffix not in (".npy", ".safetensors"):
+        sys.exit(f"{args.target} is neither a .npy nor a .safetensors file: latents are saved as one of these")
     found = list(images_of(args.source))
     vae = load(args)
     side = args.size // 2 ** (len(vae.config.block_out_channels) - 1)
     copies = 2 if args.mirror else 1
     # Under the final names there is only what is whole.
-    partial, labels_path = args.target.with_suffix(".partial.npy"), args.target.with_suffix(".labels.npy")
+    partial, shorter = (args.target.with_suffix(f".{what}{args.target.suffix}") for what in ("partial", "shorter"))
     labels, began = [], time.time()
     try:
-        latents = new_array(partial, (copies * len(found), vae.config.latent_channels, side, side))
+        arrays = new_arrays(partial, copies * len(found), (vae.config.latent_channels, side, side))
+        latents, deviations = arrays["latents"], arrays.get("latents_std")
         with concurrent.futures.ThreadPoolExecutor() as readers:
             for first in range(0, len(found), args.batch_size):
                 some = found[first : first + args.batch_size]
@@ -102,27 +127,44 @@ def encode(args):
                 if batch:
                     x = torch.stack([image for image, _ in batch])
                     x = torch.cat([x, x.flip(-1)]) if args.mirror else x
-                    z = vae.encode(x.to(args.device)).latent_dist.sample() * vae.config.scaling_factor
-                    latents[len(labels) : len(labels) + len(z)] = z.cpu().numpy()
+                    of, scale = vae.encode(x.to(args.device)).latent_dist, vae.config.scaling_factor
+                    place = slice(len(labels), len(labels) + len(x))
+                    if deviations is None:
+                        latents[place] = (of.sample() * scale).cpu().numpy()
+                    else:
+                        latents[place], deviations[place] = (of.mean * scale).cpu().numpy(), (of.std * scale).cpu().numpy()
                     labels += copies * [label for _, label in batch]
                 progress(began, min(first + args.batch_size, len(found)), len(found))
         if not labels:
             sys.exit(f"no image of {args.source} could be read")
         if len(labels) < len(latents):
-            whole = new_array(shorter := args.target.with_suffix(".shorter.npy"), (len(labels), *latents.shape[1:]))
-            for first in range(0, len(labels), 4096):
-                whole[first : first + 4096] = latents[first : min(first + 4096, len(labels))]
-            latents = whole
+            whole = new_arrays(shorter, len(labels), latents.shape[1:])
+            for name in arrays.keys() - {"labels"}:
+                for first in range(0, len(labels), 4096):
+                    whole[name][first : first + 4096] = arrays[name][first : min(first + 4096, len(labels))]
+            arrays = whole
             shorter.replace(partial)
-        latents.flush()
-        labels_path.unlink(missing_ok=True)
-        partial.replace(args.target)
-        np.save(labels_path, np.array(labels, dtype=np.int64))
+        if args.target.suffix == ".npy":
+            arrays["latents"].flush()
+            labels_path = args.target.with_suffix(".labels.npy")
+            labels_path.unlink(missing_ok=True)
+            partial.replace(args.target)
+            np.save(labels_path, np.array(labels, dtype=np.int64))
+        else:
+            arrays["labels"][:] = labels
+            for array in arrays.values():
+                array.flush()
+            partial.replace(args.target)
     finally:
         partial.unlink(missing_ok=True)
+        shorter.unlink(missing_ok=True)
     shape = " x ".join(str(size) for size in latents.shape[1:])
-    spread = latents[:: max(1, len(labels) // 1000)].astype(np.float32).std()
-    print(f"{len(labels)} latents of {shape} are in {args.target}; standard deviation {spread:.2f}")
+    some = slice(None, None, max(1, len(labels) // 1000))
+    variances = [arrays["latents"][some].astype(np.float32).var()]
+    if deviations is not None:
+        variances.append(np.square(arrays["latents_std"][some].astype(np.float32)).mean())
+    what = "latents" if deviations is None else "distributions of latents"
+    print(f"{len(labels)} {what} of {shape} are in {args.target}; standard deviation {sum(variances) ** 0.5:.2f}")
 
 
 def header(archive):
@@ -208,14 +250,14 @@ def decode(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for command, source, many, target in [(encode, "FOLDER", None, "OUT.npy"), (decode, "LATENTS.npz", "+", "OUT.npz")]:
+    for command, source, many, target in [(encode, "FOLDER", None, "OUT.{npy,safetensors}"), (decode, "LATENTS.npz", "+", "OUT.npz")]:
         sub = commands.add_parser(command.__name__)
         sub.set_defaults(command=command)
         sub.add_argument("source", metavar=source, nargs=many, type=pathlib.Path)
         sub.add_argument("target", metavar=target, type=pathlib.Path)
         sub.add_argument("--vae", default="stabilityai/sd-vae-ft-ema", help="name or folder [default: %(default)s]")
         sub.add_argument("--batch-size", type=int, default=16)
-        sub.add_argument("--seed", type=int, default=0, help="of the draws from the encoder's distribution")
+        sub.add_argument("--seed", type=int, default=0, help="of the draws from the encoder's distribution (for a .npy file)")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         if command is encode:
             sub.add_argument("--size", type=int, default=256, help="side of the images in pixels [default: 256]")

@@ -18,8 +18,9 @@ use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::rng::{Philox, Stream};
 
-/// Samples to validate on. Each has a noise of its own, the same every time (as is its draw, where it is a distribution), and a timestep: of `n` samples, in an order of their own,
-/// number `i` that in the middle of part `i` of `n` of all timesteps. So two validations differ by the weights alone.
+/// Samples to validate on. Each has a noise of its own, the same every time (as is its draw, where it is a distribution), and a timestep:
+/// of `n` samples, in an order of their own, number `i` that in the middle of part `i` of `n` of all timesteps. So two validations differ by
+/// the weights alone.
 pub(crate) struct Validation {
     loader: Loader,
 }
