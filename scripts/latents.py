@@ -191,14 +191,6 @@ def look_at(path):
     return shape, labels
 
 
-def holds_latents(path):
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return header(archive) is not None
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        return False
-
-
 def batches(paths, size):
     """The latents of .npz files in this order, `size` at a time or what is left of a file."""
     for path in paths:
@@ -207,6 +199,8 @@ def batches(paths, size):
             for first in range(0, total, size):
                 count = min(size, total - first)
                 numbers = file.read(count * math.prod(shape) * dtype.itemsize)
+                if len(numbers) < count * math.prod(shape) * dtype.itemsize:
+                    sys.exit(f"{path} holds fewer latents than it says: it was cut short")
                 yield torch.from_numpy(np.frombuffer(numbers, dtype).reshape(count, *shape).astype(np.float32))
 
 
@@ -216,7 +210,7 @@ def decode(args):
         if shape[1:] != shapes[0][1:]:
             first, other = (" x ".join(str(size) for size in some[1:]) for some in (shapes[0], shape))
             sys.exit(f"{args.source[0]} holds latents of {first}, and {path} of {other}: decode them into a file each")
-    if holds_latents(args.target):
+    if args.target in args.source:
         sys.exit(f"{args.target} holds latents, which images would replace: give the file for images last")
     labels = np.concatenate(labels)
     vae = load(args)
@@ -259,12 +253,15 @@ def main():
         sub.add_argument("--batch-size", type=int, default=16)
         sub.add_argument("--seed", type=int, default=0, help="of the draws from the encoder's distribution (for a .npy file)")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        sub.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
         if command is encode:
             sub.add_argument("--size", type=int, default=256, help="side of the images in pixels [default: 256]")
             sub.add_argument("--mirror", action="store_true", help="add every image mirrored")
         else:
             sub.add_argument("--png", type=pathlib.Path, metavar="FOLDER", help="write every image there too")
     args = parser.parse_args()
+    if args.target.exists() and not args.overwrite:
+        sys.exit(f"{args.target} is there already: give another file (the one to write is the last), or --overwrite to replace it")
     with torch.no_grad():
         args.command(args)
 

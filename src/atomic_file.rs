@@ -51,6 +51,40 @@ impl AtomicFile {
         result.and_then(|()| rename_synced(&self.temporary, &self.path)).map_err(|e| self.error(&e))
     }
 
+    /// As [`commit`](Self::commit), but leaves a file that is at the path by now: then the name is the first that is free of `a-1.npz`,
+    /// `a-2.npz` and so on, for `a.npz`. Returns the name.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit).
+    pub fn commit_new(mut self) -> Result<PathBuf> {
+        sync(&mut self.file).map_err(|e| self.error(&e))?;
+        let [stem, ending] = [self.path.file_stem(), self.path.extension()].map(|part| part.map(ToOwned::to_owned));
+        let mut path = self.path.clone();
+        for number in 1.. {
+            // A link replaces nothing. Where there are none, nobody else is likely to take the name just now.
+            let named = match fs::hard_link(&self.temporary, &path) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists && !path.exists() => {
+                    fs::rename(&self.temporary, &path)
+                }
+                linked => linked,
+            };
+            match named {
+                Ok(()) => break,
+                Err(_) if path.exists() => {}
+                Err(e) => return Err(self.error(&e)),
+            }
+            let mut name = stem.clone().unwrap_or_default();
+            name.push(format!("-{number}"));
+            path.set_file_name(name);
+            if let Some(ending) = &ending {
+                path.as_mut_os_string().push(".");
+                path.as_mut_os_string().push(ending);
+            }
+        }
+        sync_directory(directory_of(&path)).map_err(|e| self.error(&e))?;
+        Ok(path)
+    }
+
     /// What to say when writing failed with `e`.
     pub fn error(&self, e: &dyn std::fmt::Display) -> Error {
         Error::file(&self.path, format!("cannot be written: {e}"))
@@ -84,9 +118,12 @@ pub(crate) fn write_synced(path: &Path, content: impl FnOnce(&mut dyn Write) -> 
 /// Renames `from`, whose content is on the disk, to `to` in the same directory and waits until that is on the disk too.
 pub(crate) fn rename_synced(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)?;
-    // The parent of a bare name is the empty path.
-    let directory = to.parent().filter(|parent| !parent.as_os_str().is_empty());
-    sync_directory(directory.unwrap_or(Path::new(".")))
+    sync_directory(directory_of(to))
+}
+
+/// The parent of a bare name is the empty path.
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Waits until the names in `directory` are on the disk.
@@ -134,6 +171,23 @@ impl Seek for AtomicFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_new_file_replaces_none() {
+        let place = tempfile::tempdir().unwrap();
+        for (name, others) in [("a.npz", ["a-1.npz", "a-2.npz"]), ("a", ["a-1", "a-2"])] {
+            let path = place.path().join(name);
+            for (i, expected) in [name].iter().chain(&others).enumerate() {
+                let mut file = AtomicFile::create(&path).unwrap();
+                write!(file, "{i}").unwrap();
+                assert_eq!(file.commit_new().unwrap(), place.path().join(expected));
+            }
+            for (i, expected) in [name].iter().chain(&others).enumerate() {
+                assert_eq!(fs::read_to_string(place.path().join(expected)).unwrap(), i.to_string());
+            }
+        }
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 6, "nothing is left behind");
+    }
 
     #[test]
     fn only_regular_files_are_replaced() {

@@ -42,7 +42,14 @@ fn several_runs_are_told_apart() {
     assert_eq!((&of[0]["config"]["seed"], &of[0]["config"]["beta"]), (&i64::MAX.into(), &0.8.into()));
     assert!(of[1]["validation"].is_null() && of[1]["config"]["routing"] == "dense", "{json}");
 
-    fails(run(place, &["info", "a", "nowhere"]), 1, &["nowhere"]);
+    // Others are shown all the same.
+    std::fs::write(place.join("notes.txt"), "").unwrap();
+    for (flags, lines) in [(&["info"][..], 3), (&["info", "--json"], 2)] {
+        let output = run(place, &[flags, &["a", "notes.txt", "b", "nowhere"]].concat());
+        assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), lines);
+        fails(output, 1, &["notes.txt", "; 1 more could not be shown either"]);
+    }
+    fails(run(place, &["info", "nowhere", "neither"]), 1, &["nowhere"]);
     let weights = "a/checkpoints/0000003/ema.safetensors";
     fails(run(place, &["info", "a", weights]), 1, &[weights]);
     fails(run(place, &["info", "--tensors", "a", "b"]), 2, &["give one directory or file"]);

@@ -404,11 +404,11 @@ fn the_batch_of_a_resumed_run_may_be_another() {
         succeeds(output);
         said
     };
-    for out in ["whole", "parts", "split"] {
+    for out in ["whole", "parts", "split", "same"] {
         succeeds(train(place, &[&args[..], &["--out", out]].concat()));
     }
     let said = resumed("whole", &["--steps", "6", "--batch-size", "8"]);
-    let note = "the batch size goes from 16 to 8, and the order of the samples on from where 2 steps of 8 end\n";
+    let note = "the batch size goes from 16 to 8: in the order of the samples 16 come again, as after 2 steps of 8\n";
     assert!(said.contains(note), "{said}");
     assert!(resumed("parts", &["--steps", "4", "--batch-size", "8"]).contains(note));
     assert!(!resumed("parts", &["--steps", "6"]).contains("batch size"));
@@ -417,6 +417,8 @@ fn the_batch_of_a_resumed_run_may_be_another() {
             .map(|name| fs::read(place.join(run).join(format!("checkpoints/0000006/{name}.safetensors"))).unwrap())
     };
     assert!(files("whole") == files("parts"));
+    assert!(!resumed("same", &["--steps", "6"]).contains("batch size"));
+    assert!(files("whole") != files("same"), "the batch is that of before");
     // Parts of a batch change no more than rounding.
     let last = |run: &str| metrics::read(&place.join(run)).unwrap().pop().unwrap().loss.unwrap();
     resumed("split", &["--steps", "6", "--batch-size", "8", "--grad-accumulation", "2"]);

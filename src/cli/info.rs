@@ -40,10 +40,10 @@ pub(super) struct InfoArgs {
 
 pub(super) fn run(args: InfoArgs) -> Result<()> {
     match &args.paths[..] {
-        runs if args.json => info_runs::show_json(runs),
+        runs if args.json => info_runs::show(runs, true),
         [path] => show(path, args.tensors),
         _ if args.tensors => Err(Error::usage("--tensors lists those of one run: give one directory or file")),
-        runs => info_runs::show_table(runs),
+        runs => info_runs::show(runs, false),
     }
 }
 

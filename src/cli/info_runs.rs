@@ -29,27 +29,29 @@ struct Measured {
     loss: f64,
 }
 
-/// Prints a line of JSON for each of `runs`.
+/// Prints a table with a line for each of the runs in `paths`, or `as_json` a line of JSON.
 ///
 /// # Errors
-/// When one is no run, or cannot be read.
-pub(super) fn show_json(runs: &[PathBuf]) -> Result<()> {
-    for run in runs {
-        println!("{}", serde_json::to_string(&Summary::of(run)?).expect("numbers and names"));
+/// When one is no run, or cannot be read: the others are shown all the same.
+pub(super) fn show(paths: &[PathBuf], as_json: bool) -> Result<()> {
+    let (mut runs, mut errors) = (Vec::new(), Vec::new());
+    for path in paths {
+        match Summary::of(path) {
+            Ok(run) => runs.push(run),
+            Err(error) => errors.push(error),
+        }
     }
-    Ok(())
-}
-
-/// Prints a table with a line for each of `runs`.
-///
-/// # Errors
-/// As [`show_json`].
-pub(super) fn show_table(runs: &[PathBuf]) -> Result<()> {
-    let runs = runs.iter().map(|run| Summary::of(run)).collect::<Result<Vec<_>>>()?;
-    for line in table(&runs) {
-        println!("{}", printable(&line));
+    let lines = match as_json {
+        true => runs.iter().map(|run| serde_json::to_string(run).expect("numbers and names")).collect(),
+        false => table(&runs),
+    };
+    lines.iter().for_each(|line| println!("{}", printable(line)));
+    let others = errors.len().saturating_sub(1);
+    match errors.into_iter().next() {
+        Some(error) if others > 0 => Err(error.and(&format!("; {others} more could not be shown either"))),
+        Some(error) => Err(error),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 impl Summary {
@@ -85,6 +87,9 @@ fn values(config: &TrainConfig) -> toml::Table {
 
 /// A head, and a line for each run, with a column for every knob that has several values.
 fn table(runs: &[Summary]) -> Vec<String> {
+    if runs.is_empty() {
+        return Vec::new();
+    }
     let differs = |name: &&str| runs.iter().any(|run| run.config[*name] != runs[0].config[*name]);
     // The directory is the first column.
     let knobs: Vec<&str> = KNOBS.iter().map(|knob| knob.name).filter(|name| *name != "out").filter(differs).collect();

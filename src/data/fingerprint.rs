@@ -1,5 +1,7 @@
 //! Whether data are those of before: by a few of their samples.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use super::Dataset;
 
 /// Samples that are compared, and numbers of them at most.
@@ -10,15 +12,17 @@ const NUMBERS_COMPARED: usize = 1 << 24;
 const MEANS_DIFFER: f64 = 2e-3;
 
 /// Labels and means of a few samples, spread evenly over `dataset`: `LABEL:MEAN` with spaces between them, `-` for one that cannot be read.
+/// In the mean a number weighs the more the later it comes: samples may all have the same of equal weights.
 pub(crate) fn fingerprint(dataset: &dyn Dataset) -> String {
     let mut values = vec![0.0; dataset.shape().iter().product()];
     let count = COMPARED.min(NUMBERS_COMPARED / values.len()).clamp(1, dataset.len());
-    let of_sample = |i| match dataset.read(i * dataset.len() / count, false, &mut values) {
-        Ok(label) => {
-            let mean = values.iter().map(|&value| f64::from(value)).sum::<f64>() / values.len() as f64;
-            format!("{label}:{mean:.6}")
-        }
-        Err(_) => "-".into(),
+    let of_sample = |i| {
+        // A data set may be anybody's: the loader tells of one that panics.
+        let read = catch_unwind(AssertUnwindSafe(|| dataset.read(i * dataset.len() / count, false, &mut values)));
+        let Ok(Ok(label)) = read else { return "-".into() };
+        let weighed = values.iter().enumerate().map(|(i, &value)| (i + 1) as f64 * f64::from(value));
+        let mean = weighed.sum::<f64>() / (values.len() as f64).powi(2);
+        format!("{label}:{mean:.6}")
     };
     (0..count).map(of_sample).collect::<Vec<_>>().join(" ")
 }
@@ -87,6 +91,23 @@ mod tests {
             difference(&before, &of(10, |i| plain([1, 0][..].get(i).copied().unwrap_or(i)))).unwrap(),
             "2 of 10 samples that were compared"
         );
+    }
+
+    #[test]
+    fn samples_of_the_same_mean_are_told_apart() {
+        let of = |mirrored: bool| {
+            fingerprint(&*made(10, 1, move |_, _, out| {
+                out.iter_mut().enumerate().for_each(|(i, x)| *x = if (i % 4 < 2) != mirrored { 0.5 } else { -0.5 });
+                Ok(0)
+            }))
+        };
+        assert_eq!(difference(&of(false), &of(true)).unwrap(), "10 of 10 samples that were compared");
+    }
+
+    #[test]
+    fn a_data_set_that_panics_is_not_compared() {
+        let panics = fingerprint(&*made(3, 1, |index, _, _| if index == 1 { panic!("at 1") } else { Ok(0) }));
+        assert_eq!(panics, "0:0.000000 - 0:0.000000");
     }
 
     /// As two decoders of pictures may.

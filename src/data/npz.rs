@@ -127,6 +127,21 @@ impl NpzWriter {
     /// # Errors
     /// [`Error::Usage`] when the last array is not complete; [`Error::File`] when writing fails.
     pub fn finish(mut self) -> Result<()> {
+        self.end()?;
+        self.file.commit()
+    }
+
+    /// As [`finish`](Self::finish), but replaces nothing that is there by now: returns the name that it has
+    /// ([`AtomicFile::commit_new`]).
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    pub fn finish_new(mut self) -> Result<PathBuf> {
+        self.end()?;
+        self.file.commit_new()
+    }
+
+    fn end(&mut self) -> Result<()> {
         self.end_member()?;
         let start = self.position;
         for i in 0..self.members.len() {
@@ -134,8 +149,7 @@ impl NpzWriter {
             self.put(&entry)?;
         }
         let end = end_of_directory(self.members.len() as u64, start, self.position - start);
-        self.put(&end)?;
-        self.file.commit()
+        self.put(&end)
     }
 
     /// Completes the array begun last, if there is one: its checksum, and after a cut its size, are known only now.

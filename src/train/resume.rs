@@ -75,9 +75,11 @@ pub(super) fn notes_on_changes(config: &TrainConfig, checkpoint: &Path, step: u6
         notes.push(format!("the learning rate goes from {was:.2e} to {is:.2e}{why}"));
     }
     if config.batch_size != saved.batch_size {
+        let [was, is] = [saved.batch_size, config.batch_size];
+        let samples = was.abs_diff(is) as u64 * step;
+        let what = if is < was { "come again" } else { "are left out" };
         notes.push(format!(
-            "the batch size goes from {} to {}, and the order of the samples on from where {step} steps of {} end",
-            saved.batch_size, config.batch_size, config.batch_size
+            "the batch size goes from {was} to {is}: in the order of the samples {samples} {what}, as after {step} steps of {is}"
         ));
     }
     Ok(notes)

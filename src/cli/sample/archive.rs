@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use image::codecs::png::PngEncoder;
 use image::{ExtendedColorType, ImageEncoder};
@@ -102,6 +102,7 @@ impl<'a> Folder<'a> {
 /// The .npz, written as the images come: all of them may be more than memory holds.
 pub(super) struct Archive<'a> {
     config: &'a TrainConfig,
+    path: PathBuf,
     file: NpzWriter,
 }
 
@@ -113,7 +114,7 @@ impl<'a> Archive<'a> {
             true => file.begin("arr_0", Element::U8, &[n, side, side, c])?,
             false => file.begin("arr_0", Element::F32, &[n, c, side, side])?,
         }
-        Ok(Archive { config, file })
+        Ok(Archive { config, path: path.into(), file })
     }
 
     pub(super) fn write(&mut self, images: &[f32]) -> Result<()> {
@@ -124,13 +125,14 @@ impl<'a> Archive<'a> {
         images.chunks_exact(image_len(self.config)).try_for_each(|image| self.file.write(&bytes_of(image, c)))
     }
 
-    /// Ends the images, of which the `labels` tell how many there are, and writes these.
-    pub(super) fn finish(mut self, labels: &[u32]) -> Result<()> {
+    /// Ends the images, of which the `labels` tell how many there are, and writes these. Returns the name of the file: another than was
+    /// asked for if there is one by now, unless it may `replace` that.
+    pub(super) fn finish(mut self, labels: &[u32], replace: bool) -> Result<PathBuf> {
         self.file.cut(labels.len())?;
         self.file.begin("arr_1", Element::I64, &[labels.len()])?;
         for &label in labels {
             self.file.write(&i64::from(label).to_le_bytes())?;
         }
-        self.file.finish()
+        if replace { self.file.finish().map(|()| self.path) } else { self.file.finish_new() }
     }
 }

@@ -1,5 +1,6 @@
 //! What sampling leaves behind: a grid of images, and all of them in an archive or a folder.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
 
@@ -19,6 +20,7 @@ pub(super) const GRID_ROWS: usize = 64;
 pub(super) struct Files<'a> {
     out: &'a Path,
     npz: Option<&'a Path>,
+    overwrite: bool,
     labels: &'a [u32],
     grid: Grid<'a>,
     archive: Option<Archive<'a>>,
@@ -55,13 +57,14 @@ impl<'a> Files<'a> {
         only: Range<usize>,
         config: &'a TrainConfig,
     ) -> Result<Self> {
-        let All { npz, folder, .. } = all;
+        let All { npz, overwrite, folder } = all;
         check_outputs(out, all, weights)?;
         AtomicFile::create(out)?;
         let folder = folder.map(|path| Folder::create(path, labels, only.clone(), config)).transpose()?;
+        let grid = Grid::new(labels, only.clone(), config);
         let labels = &labels[only];
         let archive = npz.map(|path| Archive::create(path, labels.len(), config)).transpose()?;
-        Ok(Files { out, npz, labels, grid: Grid::new(labels, config), archive, folder, made: 0 })
+        Ok(Files { out, npz, overwrite, labels, grid, archive, folder, made: 0 })
     }
 
     /// How many images were taken.
@@ -93,33 +96,33 @@ impl<'a> Files<'a> {
     /// # Errors
     /// When one of them cannot be written.
     pub(super) fn finish(self, name: &Path) -> Result<()> {
-        let Files { out, npz, labels, grid, archive, folder, made } = self;
-        let archived = archive.map_or(Ok(()), |archive| archive.finish(labels));
+        let Files { out, labels, grid, archive, folder, made, overwrite, .. } = self;
+        let archived = archive.map(|archive| archive.finish(labels, overwrite)).transpose();
         let drawn = grid.write(out, made);
         let [name, out] = [name, out].map(shown);
         if drawn.is_ok() {
             println!("Samples of {name} are in {out}");
         }
-        if let (Some(npz), Ok(())) = (npz, &archived) {
+        if let Ok(Some(npz)) = &archived {
             println!("{made} images of {name} are in {}", shown(npz));
         }
         if let Some(folder) = folder {
             println!("{made} images of {name} are in {}", shown(folder.path));
         }
-        archived.and(drawn)
+        archived.map(|_| ()).and(drawn)
     }
 
     /// Keeps what there is in the archive, if there is one and none of that name was there before, as in the folder, and a grid of it. Says
     /// how much is where, if anything is.
     pub(super) fn keep(self) -> Option<String> {
-        let Files { out, npz, labels, grid, archive, folder, made: made @ 1.. } = self else { return None };
+        let Files { out, npz, labels, grid, archive, folder, made: made @ 1.., .. } = self else { return None };
         let failed = |what: &str, e: &Error| say(&format!("{what}: {}", printable(&e.to_string())));
         let mut places: Vec<String> = folder.iter().map(|folder| shown(folder.path)).collect();
         // What was there before may be whole.
         let before = npz.filter(|npz| npz.exists());
-        if let (Some(npz), Some(archive), None) = (npz, archive, before) {
-            match archive.finish(&labels[..made]) {
-                Ok(()) => places.push(shown(npz)),
+        if let (Some(archive), None) = (archive, before) {
+            match archive.finish(&labels[..made], false) {
+                Ok(npz) => places.push(shown(&npz)),
                 Err(e) => failed("no archive", &e),
             }
         }
@@ -192,17 +195,24 @@ struct Grid<'a> {
 }
 
 impl<'a> Grid<'a> {
-    fn new(labels: &[u32], config: &'a TrainConfig) -> Self {
+    /// Of the images `only` of all, which have these `labels`. The rows have the order of the classes in all of them.
+    fn new(labels: &[u32], only: Range<usize>, config: &'a TrainConfig) -> Self {
+        let made: BTreeSet<u32> = labels[only.clone()].iter().copied().collect();
         let mut rows: Vec<(u32, usize)> = Vec::new(); // class, its images
-        let mut cells = Vec::new(); // image, row, column
-        for (image, &label) in labels.iter().enumerate() {
-            let row = rows.iter().position(|(class, _)| *class == label).unwrap_or(rows.len());
-            if row == rows.len() && row < GRID_ROWS {
+        for &label in labels.iter().filter(|label| made.contains(*label)) {
+            if rows.len() == made.len().min(GRID_ROWS) {
+                break;
+            }
+            if rows.iter().all(|(class, _)| *class != label) {
                 rows.push((label, 0));
             }
-            if let Some((_, images)) = rows.get_mut(row).filter(|(_, images)| *images < GRID_COLUMNS) {
-                cells.push((image, row, *images));
-                *images += 1;
+        }
+        let mut cells = Vec::new(); // image, row, column
+        for (image, &label) in labels[only].iter().enumerate() {
+            let row = rows.iter().position(|(class, images)| *class == label && *images < GRID_COLUMNS);
+            if let Some(row) = row {
+                cells.push((image, row, rows[row].1));
+                rows[row].1 += 1;
             }
         }
         let columns = rows.iter().map(|(_, images)| *images).max().unwrap_or(1);
@@ -284,5 +294,48 @@ mod tests {
         let said = stopped();
         assert!(said.contains("/pictures (none in ") && said.ends_with("/all.npz, which was there before)"), "{said}");
         assert!(std::fs::read(&npz).unwrap() == archive && std::fs::read(&out).unwrap() == b"mine" && grid.len() > 100);
+    }
+
+    /// Two programs that were given the same name: the second finds the file of the first.
+    #[test]
+    fn an_archive_that_came_meanwhile_is_not_replaced() {
+        let place = tempfile::tempdir().unwrap();
+        let [out, npz] = ["grid.png", "all.npz"].map(|name| place.path().join(name));
+        let mut config = TrainConfig::default();
+        config.fit_to_data(4, 1, 10).unwrap();
+        let create = |overwrite| {
+            let all = All { npz: Some(&npz), overwrite, folder: None };
+            let mut files = Files::create(&out, all, Path::new("weights"), &[3], 0..1, &config).unwrap();
+            files.take(&[if overwrite { 0.5 } else { -0.5 }; 16]).unwrap();
+            files
+        };
+        let files = [create(false), create(false)];
+        let second = npz.with_file_name("all-1.npz");
+        for files in files {
+            files.finish(Path::new("model")).unwrap();
+        }
+        let [first, other] = [&npz, &second].map(|path| std::fs::read(path).unwrap());
+        assert!(first == other, "{} and {} bytes", first.len(), other.len());
+        create(true).finish(Path::new("model")).unwrap();
+        assert!(std::fs::read(&npz).unwrap() != first && std::fs::read(&second).unwrap() == other);
+    }
+
+    /// A part may begin with any class.
+    #[test]
+    fn rows_of_a_part_are_those_of_the_whole() {
+        let mut config = TrainConfig::default();
+        config.fit_to_data(4, 1, 10).unwrap();
+        let labels: Vec<u32> = (0..40).map(|i| [5, 2, 7, 1][i % 4]).collect();
+        // Images 6..16 begin with class 7, and have no more than 3 of each.
+        let grid = Grid::new(&labels, 6..16, &config);
+        let of_part = &labels[6..16];
+        let rows =
+            |class| grid.shown.iter().filter(move |(i, _)| of_part[*i] == class).map(|(_, place)| place / grid.columns);
+        for (row, class) in [5, 2, 7, 1].into_iter().enumerate() {
+            assert!(rows(class).count() > 0 && rows(class).all(|found| found == row), "{class}");
+        }
+        assert_eq!((grid.rows, grid.columns), (4, 3));
+        // Classes that a part has none of have no row.
+        assert_eq!(Grid::new(&labels, 6..8, &config).shown, [(0, 0), (1, 1)]);
     }
 }
