@@ -191,6 +191,14 @@ def look_at(path):
     return shape, labels
 
 
+def holds_latents(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return header(archive) is not None
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return False
+
+
 def batches(paths, size):
     """The latents of .npz files in this order, `size` at a time or what is left of a file."""
     for path in paths:
@@ -210,7 +218,7 @@ def decode(args):
         if shape[1:] != shapes[0][1:]:
             first, other = (" x ".join(str(size) for size in some[1:]) for some in (shapes[0], shape))
             sys.exit(f"{args.source[0]} holds latents of {first}, and {path} of {other}: decode them into a file each")
-    if args.target in args.source:
+    if holds_latents(args.target):
         sys.exit(f"{args.target} holds latents, which images would replace: give the file for images last")
     labels = np.concatenate(labels)
     vae = load(args)
@@ -260,8 +268,9 @@ def main():
         else:
             sub.add_argument("--png", type=pathlib.Path, metavar="FOLDER", help="write every image there too")
     args = parser.parse_args()
-    if args.target.exists() and not args.overwrite:
-        sys.exit(f"{args.target} is there already: give another file (the one to write is the last), or --overwrite to replace it")
+    written = [args.target, *([args.target.with_suffix(".labels.npy")] if args.target.suffix == ".npy" else [])]
+    if there := next((path for path in written if path.exists() and not args.overwrite), None):
+        sys.exit(f"{there} is there already: give another file (the one to write is the last), or --overwrite to replace it")
     with torch.no_grad():
         args.command(args)
 

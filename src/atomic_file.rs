@@ -60,17 +60,17 @@ impl AtomicFile {
         sync(&mut self.file).map_err(|e| self.error(&e))?;
         let [stem, ending] = [self.path.file_stem(), self.path.extension()].map(|part| part.map(ToOwned::to_owned));
         let mut path = self.path.clone();
+        // A link that leads nowhere takes its name, too.
+        let is_there = |path: &Path| path.symlink_metadata().is_ok();
         for number in 1.. {
-            // A link replaces nothing. Where there are none, nobody else is likely to take the name just now.
+            // A hard link replaces nothing. Where there are none, nobody else is likely to take the name just now.
             let named = match fs::hard_link(&self.temporary, &path) {
-                Err(e) if e.kind() != io::ErrorKind::AlreadyExists && !path.exists() => {
-                    fs::rename(&self.temporary, &path)
-                }
+                Err(_) if !is_there(&path) => fs::rename(&self.temporary, &path),
                 linked => linked,
             };
             match named {
                 Ok(()) => break,
-                Err(_) if path.exists() => {}
+                Err(_) if is_there(&path) => {}
                 Err(e) => return Err(self.error(&e)),
             }
             let mut name = stem.clone().unwrap_or_default();
@@ -187,6 +187,12 @@ mod tests {
             }
         }
         assert_eq!(fs::read_dir(place.path()).unwrap().count(), 6, "nothing is left behind");
+        #[cfg(unix)]
+        {
+            std::os::unix::fs::symlink("/nowhere/at/all", place.path().join("b")).unwrap();
+            let named = AtomicFile::create(place.path().join("b")).unwrap().commit_new().unwrap();
+            assert_eq!(named, place.path().join("b-1"));
+        }
     }
 
     #[test]

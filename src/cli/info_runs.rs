@@ -43,9 +43,9 @@ pub(super) fn show(paths: &[PathBuf], as_json: bool) -> Result<()> {
     }
     let lines = match as_json {
         true => runs.iter().map(|run| serde_json::to_string(run).expect("numbers and names")).collect(),
-        false => table(&runs),
+        false => table(&runs).iter().map(|line| printable(line).to_string()).collect::<Vec<_>>(),
     };
-    lines.iter().for_each(|line| println!("{}", printable(line)));
+    lines.iter().for_each(|line| println!("{line}"));
     let others = errors.len().saturating_sub(1);
     match errors.into_iter().next() {
         Some(error) if others > 0 => Err(error.and(&format!("; {others} more could not be shown either"))),
