@@ -393,7 +393,9 @@ fn dpm_plus_plus_is_of_second_order() {
             [Method::DpmPlusPlus, Method::Ddim { eta: 0.0 }].map(|method| [15, 30].map(|steps| err(method, steps)));
         assert!((3.0..5.0).contains(&(second[0] / second[1])), "{kind}: {second:?}");
         assert!((1.7..2.5).contains(&(ddim[0] / ddim[1])), "{kind}, DDIM: {ddim:?}");
-        assert!(second[0] < 0.03 && ddim[0] > 5.0 * second[0], "{kind}: {second:?} {ddim:?}");
+        // The flow begins nearer to pure noise.
+        let most = if full.prediction == Prediction::Flow { 0.025 } else { 0.02 };
+        assert!(second[0] < most && ddim[0] > 5.0 * second[0], "{kind}: {second:?} {ddim:?}");
     }
 }
 

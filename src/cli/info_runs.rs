@@ -59,7 +59,7 @@ impl Summary {
         let run = checkpoint::resolve(path)?.run;
         let run = run.ok_or_else(|| Error::file(path, "is no run: give the directories of runs"))?;
         let config = TrainConfig::from_file(&run.join(checkpoint::CONFIG))?;
-        let (lines, config) = (metrics::read(&run)?, values(&config));
+        let lines = metrics::read(&run)?;
         let last = lines.last();
         let validation: Vec<Measured> = lines.iter().filter_map(Measured::of).collect();
         Ok(Summary {
@@ -68,7 +68,7 @@ impl Summary {
             loss: last.and_then(|line| line.loss),
             validation: validation.last().copied(),
             best_validation: validation.iter().copied().min_by(|a, b| a.loss.total_cmp(&b.loss)),
-            config,
+            config: config.to_toml().parse().expect("knobs as TOML"),
         })
     }
 }
@@ -77,12 +77,6 @@ impl Measured {
     fn of(line: &Line) -> Option<Self> {
         Some(Measured { step: line.step, loss: line.validation.as_ref()?.loss? })
     }
-}
-
-fn values(config: &TrainConfig) -> toml::Table {
-    let line = |name: &str| format!("{name} = {}\n", config.toml_of(name));
-    let text: String = KNOBS.iter().map(|knob| line(knob.name)).collect();
-    text.parse().expect("knobs as TOML")
 }
 
 /// A head, and a line for each run, with a column for every knob that has several values.

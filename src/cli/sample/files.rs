@@ -112,14 +112,14 @@ impl<'a> Files<'a> {
         archived.map(|_| ()).and(drawn)
     }
 
-    /// Keeps what there is in the archive, if there is one and none of that name was there before, as in the folder, and a grid of it. Says
-    /// how much is where, if anything is.
+    /// Keeps what there is in the archive, unless that would replace one, as in the folder, and a grid of it. Says how much is where, if
+    /// anything is.
     pub(super) fn keep(self) -> Option<String> {
-        let Files { out, npz, labels, grid, archive, folder, made: made @ 1.., .. } = self else { return None };
+        let Files { out, npz, overwrite, labels, grid, archive, folder, made: made @ 1.. } = self else { return None };
         let failed = |what: &str, e: &Error| say(&format!("{what}: {}", printable(&e.to_string())));
         let mut places: Vec<String> = folder.iter().map(|folder| shown(folder.path)).collect();
-        // What was there before may be whole.
-        let before = npz.filter(|npz| npz.exists());
+        // What was there before may be whole. One that came meanwhile stays, and this one gets another name.
+        let before = npz.filter(|npz| overwrite && npz.exists());
         if let (Some(archive), None) = (archive, before) {
             match archive.finish(&labels[..made], false) {
                 Ok(npz) => places.push(shown(&npz)),
@@ -309,13 +309,15 @@ mod tests {
             files.take(&[if overwrite { 0.5 } else { -0.5 }; 16]).unwrap();
             files
         };
-        let files = [create(false), create(false)];
+        let (files, stopped) = ([create(false), create(false)], create(false));
         let second = npz.with_file_name("all-1.npz");
         for files in files {
             files.finish(Path::new("model")).unwrap();
         }
         let [first, other] = [&npz, &second].map(|path| std::fs::read(path).unwrap());
         assert!(first == other, "{} and {} bytes", first.len(), other.len());
+        let said = stopped.keep().unwrap();
+        assert!(said.ends_with("/all-2.npz"), "{said}");
         create(true).finish(Path::new("model")).unwrap();
         assert!(std::fs::read(&npz).unwrap() != first && std::fs::read(&second).unwrap() == other);
     }

@@ -57,7 +57,7 @@ pub(super) struct SampleArgs {
     #[arg(long, value_name = SamplerKind::NAMES, value_parser = offered::<SamplerKind>(SamplerKind::NAMES), hide_possible_values = true, default_value_t = SamplerKind::Ddim)]
     sampler: SamplerKind,
     /// Denoising steps: a number, or for ddim and ddpm also ddimN, or A,B,.. for parts of the schedule; of latents the last four timesteps
-    /// of the cosine schedule are none [default: 50 for ddim, 20 for dpm++, 250 for ddpm]
+    /// of the cosine schedule are none where the model predicts the noise [default: 50 for ddim, 20 for dpm++, 250 for ddpm]
     #[arg(long, allow_negative_numbers = true)]
     steps: Option<String>,
     /// Noise of ddim, as a share of that of ddpm
