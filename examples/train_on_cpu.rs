@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use dtr_fused::autograd::Memory;
-use dtr_fused::diffusion::{LossWeight, Method, Sampler, Schedule, ScheduleKind, sampling_timesteps};
+use dtr_fused::diffusion::{LossWeight, Method, Sampler, Schedule, ScheduleKind, Timesteps, sampling_timesteps};
 use dtr_fused::generate::Generator;
 use dtr_fused::model::{Dit, Init, ModelConfig, TASKS};
 use dtr_fused::rng::{Philox, Stream};
@@ -44,7 +44,7 @@ pub fn train(place: &Path) -> dtr_fused::Result<(f64, Vec<f32>)> {
     for step in 0..400 {
         // Every eighth image loses its label: class 2 is the null class, which guidance compares with.
         let labels: [u32; B] = std::array::from_fn(|i| if (i as u64 + step).is_multiple_of(8) { 2 } else { class(i) });
-        let t: [u32; B] = std::array::from_fn(|i| LossWeight::Constant.draw_timestep(&random, step, i, B, TASKS));
+        let t: [u32; B] = std::array::from_fn(|i| Timesteps::Uniform.draw(&random, step, i, 0..TASKS));
         normal.normal(&mut noise, step, 0);
         learner.coefficients(&mut coefficients); // of the mean
         let batch = Batch { x_start: &x_start, noise: &noise, t: &t, labels: &labels, coefficients: &coefficients };

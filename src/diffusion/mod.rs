@@ -3,7 +3,8 @@
 //! ```text
 //! schedule    betas and everything derived from them, for all timesteps or a subset (respacing)
 //! prediction  what a model predicts: noise, v or the velocity of a flow
-//! weighting   how much each timestep counts, and which timesteps a batch draws
+//! timesteps   which timesteps a batch draws
+//! weighting   how much each timestep counts
 //! loss        x_start, noise, t, model output -> mse, vb, loss and the gradient with respect to the model output
 //! sampler     noise -> image, DDPM, DDIM or DPM-Solver++(2M), with classifier-free guidance
 //! reference   the formulas as plain loops: the specification
@@ -16,10 +17,12 @@ pub mod prediction;
 pub mod reference;
 pub mod sampler;
 pub mod schedule;
+pub mod timesteps;
 pub mod weighting;
 
 pub use loss::{ImageDims, LossTerms, losses, q_sample};
 pub use prediction::Prediction;
 pub use sampler::{Method, Sampler};
 pub use schedule::{Schedule, ScheduleKind, sampling_timesteps, space_timesteps};
+pub use timesteps::Timesteps;
 pub use weighting::LossWeight;

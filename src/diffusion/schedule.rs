@@ -95,16 +95,20 @@ impl Schedule {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn predicting(prediction: Prediction, kind: ScheduleKind, steps: usize) -> Result<Self> {
+        let cannot = |needed: String| {
+            let what =
+                format!("a noise schedule cannot have {steps} steps: give {needed} (the published models have 1000)");
+            Err(Error::usage(what))
+        };
+        if steps == 0 || steps > u32::MAX as usize {
+            return cannot(format!("1 to {}", u32::MAX));
+        }
         let betas = match prediction {
-            _ if steps > u32::MAX as usize => Vec::new(),
             Prediction::Noise | Prediction::V => kind.betas(steps),
             Prediction::Flow => Prediction::betas_of_flow(steps),
         };
-        if betas.is_empty() || !betas.iter().all(|&b| b > 0.0 && b < 1.0) {
-            let kind = if prediction == Prediction::Flow { "flow's".into() } else { kind.to_string() };
-            return Err(Error::usage(format!(
-                "the {kind} noise schedule cannot have {steps} steps: give at least 21 (the published models have 1000)"
-            )));
+        if !betas.iter().all(|&b| b > 0.0 && b < 1.0) {
+            return cannot("at least 21 for the linear one".into());
         }
         Ok(Self::from_betas(prediction, betas, (0..steps as u32).collect()))
     }

@@ -1,11 +1,11 @@
-//! How much each timestep counts in the loss, and which timesteps a batch draws.
+//! How much each timestep counts in the loss.
 //!
 //! `snr` is the signal to noise ratio of a timestep, `alphas_cumprod / (1 - alphas_cumprod)`.
 
 use crate::diffusion::Schedule;
 use crate::error::{Error, Result};
-use crate::rng::Philox;
 use std::fmt;
+use std::ops::Range;
 
 /// Number of timestep clusters of uncertainty weighting.
 pub const CLUSTERS: usize = 8;
@@ -48,18 +48,15 @@ impl LossWeight {
         of_noise * schedule.noise_of_answer(t).powi(2)
     }
 
-    /// The timestep of `sample` in a batch of `batch` at `step`: uniform over `0..steps`, or over the sample's cluster.
-    ///
-    /// `rng` is the generator of [`crate::rng::Stream::Timestep`]; the draw depends on its seed, `step` and `sample` alone.
+    /// The timesteps that `sample` in a batch of `batch` may have: all `steps`, or those of its cluster.
     ///
     /// # Panics
     /// Where clusters matter, when `batch` is 0.
-    pub fn draw_timestep(self, rng: &Philox, step: u64, sample: usize, batch: usize, steps: usize) -> u32 {
-        let range = match self {
+    pub fn timesteps_of(self, sample: usize, batch: usize, steps: usize) -> Range<usize> {
+        match self {
             LossWeight::Uncertainty => cluster_timesteps(cluster_of(sample, batch), steps),
             _ => 0..steps,
-        };
-        (range.start as u64 + rng.below(range.len().max(1) as u64, step, sample as u64, 0)) as u32
+        }
     }
 
     /// Checks that a batch of `batch` samples has some for every cluster.
@@ -123,7 +120,7 @@ pub fn cluster_of(sample: usize, batch: usize) -> usize {
 }
 
 /// The timesteps of cluster `k` of a schedule with `steps`: for 1000, `125 k .. 125 (k + 1)`.
-pub fn cluster_timesteps(k: usize, steps: usize) -> std::ops::Range<usize> {
+pub fn cluster_timesteps(k: usize, steps: usize) -> Range<usize> {
     k * steps / CLUSTERS..(k + 1) * steps / CLUSTERS
 }
 
@@ -167,8 +164,8 @@ pub fn uncertainty_loss(d_log_variances: &mut [f32; CLUSTERS], losses: &[f32], l
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::diffusion::{Prediction, ScheduleKind};
-    use crate::rng::Stream;
+    use crate::diffusion::{Prediction, ScheduleKind, Timesteps};
+    use crate::rng::{Philox, Stream};
 
     #[test]
     fn names_round_trip_and_bad_ones_are_refused() {
@@ -216,34 +213,16 @@ mod tests {
         let mut seen = [[0usize; 2]; CLUSTERS];
         for step in 0..500 {
             for i in 0..16 {
-                let t = LossWeight::Uncertainty.draw_timestep(&rng, step, i, 16, 1000) as usize;
-                let range = cluster_timesteps(i / 2, 1000);
+                let range = LossWeight::Uncertainty.timesteps_of(i, 16, 1000);
+                assert_eq!(range, 125 * (i / 2)..125 * (i / 2 + 1));
+                let t = Timesteps::Uniform.draw(&rng, step, i, range.clone()) as usize;
                 assert!(range.contains(&t), "sample {i} has timestep {t}");
                 seen[i / 2][usize::from(t - range.start > 62)] += 1;
             }
         }
         // About half of each cluster's draws in each half of it.
         assert!(seen.iter().flatten().all(|n| (400..600).contains(n)), "{seen:?}");
-        let all: Vec<u32> = (0..500).map(|s| LossWeight::Constant.draw_timestep(&rng, s, 0, 16, 1000)).collect();
-        assert!(all.iter().any(|&t| t < 100) && all.iter().any(|&t| t >= 900));
-    }
-
-    #[test]
-    fn every_timestep_is_drawn_and_every_sample_draws_its_own() {
-        let rng = Philox::new(3, Stream::Timestep);
-        for weight in [LossWeight::Constant, LossWeight::Uncertainty] {
-            let mut counts = [0; 16];
-            for (step, sample) in (0..100).flat_map(|step| (0..64).map(move |sample| (step, sample))) {
-                counts[weight.draw_timestep(&rng, step, sample, 64, 16) as usize] += 1;
-            }
-            // 400 each, with a standard deviation of 20.
-            assert!(counts.iter().all(|n| (300..500).contains(n)), "{weight}: {counts:?}");
-        }
-        let mut of_step: Vec<u32> =
-            (0..64).map(|sample| LossWeight::Constant.draw_timestep(&rng, 5, sample, 64, 1000)).collect();
-        of_step.sort_unstable();
-        of_step.dedup();
-        assert!(of_step.len() > 50, "64 samples have only {} timesteps", of_step.len());
+        assert_eq!(LossWeight::Constant.timesteps_of(0, 16, 1000), 0..1000);
     }
 
     #[test]

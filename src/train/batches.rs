@@ -90,7 +90,9 @@ impl Batches {
         let batch = config.batch_size;
         let rng = Philox::new(config.seed, Stream::Timestep);
         t.clear();
-        t.extend((0..batch).map(|i| config.loss_weight.draw_timestep(&rng, step, i, batch, TASKS)));
+        t.extend(
+            (0..batch).map(|i| config.timesteps.draw(&rng, step, i, config.loss_weight.timesteps_of(i, batch, TASKS))),
+        );
         order.clear();
         order.extend(0..batch as u32);
         order.sort_unstable_by_key(|&i| (t[i as usize], i));

@@ -2,6 +2,7 @@
 
 use super::{InitLabels, TrainConfig};
 use crate::data::array_file::MAX_SAMPLE;
+use crate::diffusion::{LossWeight, Timesteps};
 use crate::error::{Error, Result};
 use crate::model::config::TASKS;
 
@@ -104,6 +105,12 @@ impl TrainConfig {
         }
         share("label_dropout", self.label_dropout)?;
         not_negative("uw_lr", self.uw_lr)?;
+        if self.loss_weight == LossWeight::Uncertainty && self.timesteps != Timesteps::Uniform {
+            return Err(Error::usage(format!(
+                "timesteps is {}, but loss_weight uw draws as many of each group of timesteps: give timesteps uniform",
+                self.timesteps
+            )));
+        }
         self.loss_weight.check_batch(self.batch_size)
     }
 
@@ -287,6 +294,8 @@ mod tests {
         assert!(
             with(&[("loss_weight", "uw"), ("batch_size", "12")]).unwrap_err().to_string().contains("a multiple of 8")
         );
+        let clustered = with(&[("loss_weight", "uw"), ("timesteps", "logit-normal")]).unwrap_err().to_string();
+        assert!(clustered.contains("give timesteps uniform"), "{clustered}");
         assert!(with(&[("routing", "dense"), ("beta", "1.5")]).is_err());
         assert!(with(&[("image_size", "9")]).unwrap_err().to_string().contains("patch_size 2 does not divide"));
     }
@@ -299,6 +308,7 @@ mod tests {
             &[("device", "cuda:1")],
             &[("device", "cuda")],
             &[("loss_weight", "uw")],
+            &[("timesteps", "logit-normal--0.5-1.2")],
             &[("routing", "dense"), ("beta", "0.1")],
             &[("min_lr_ratio", "0")],
             &[("sample_every", "0")],

@@ -11,7 +11,7 @@ pub use source::{Assignment, Layer};
 pub use value::{DataKind, Decay, InitLabels, Precision, SamplerKind};
 
 use super::optimizer::Update;
-use crate::diffusion::{LossWeight, Prediction, Schedule, ScheduleKind};
+use crate::diffusion::{LossWeight, Prediction, Schedule, ScheduleKind, Timesteps};
 use crate::error::Result;
 use crate::model::config::{ModelConfig, TASKS};
 use crate::model::dit::Init;
@@ -134,6 +134,8 @@ knobs! {
         learn_sigma: bool = fixed;
         /// Noise schedule over 1000 timesteps: linear or cosine; a flow has its own
         schedule: ScheduleKind = fixed;
+        /// Timesteps that are trained on: uniform, or logit-normal (or logit-normal-MEAN-STD; Esser et al., 2024: more in the middle)
+        timesteps: Timesteps = fixed;
         /// Weight of the loss by timestep: constant, min-snr-5 (any number), p2 (or p2-GAMMA-K) or uw (learned, over 8 groups of timesteps)
         loss_weight: LossWeight = fixed;
         /// Learning rate of the log-variances of uw
@@ -251,6 +253,7 @@ impl Default for TrainConfig {
             prediction: Prediction::Noise,
             learn_sigma: true,
             schedule: ScheduleKind::Cosine,
+            timesteps: Timesteps::Uniform,
             loss_weight: LossWeight::Constant,
             uw_lr: 0.025,
             steps: 600,

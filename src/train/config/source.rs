@@ -445,6 +445,7 @@ mod tests {
             ("schedule", "sigmoid"),
             ("loss_weight", "p2-1-0"),
             ("loss_weight", "min-snr-0"),
+            ("timesteps", "logit-normal-0-0"),
             ("seed", "18446744073709551615"),
             ("keep_checkpoints", "9223372036854775808"),
             ("precision", "f16"),

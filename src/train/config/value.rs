@@ -2,7 +2,7 @@
 
 use crate::backend::DType;
 use crate::choice::choice;
-use crate::diffusion::{LossWeight, Prediction, ScheduleKind};
+use crate::diffusion::{LossWeight, Prediction, ScheduleKind, Timesteps};
 use crate::model::dit::Init;
 use crate::routing::Routing;
 
@@ -73,24 +73,11 @@ impl Value for String {
     }
 }
 
-impl Value for LossWeight {
-    const NAME: &'static str = "constant|min-snr-5|p2|uw";
-    fn parse(text: &str) -> Option<Self> {
-        text.parse().ok()
-    }
-    fn to_toml(&self) -> String {
-        format!("\"{self}\"")
-    }
-    fn expected() -> String {
-        "one of constant, min-snr-GAMMA, p2, p2-GAMMA-K, uw".into()
-    }
-}
-
-/// Makes enums whose values have names a knob's type.
-macro_rules! choices {
-    ($($type:ident),+) => {$(
+/// Makes a type that is written as one word a knob's type: its placeholder, and what the word must be.
+macro_rules! word {
+    ($type:ident, $name:expr, $expected:expr) => {
         impl Value for $type {
-            const NAME: &'static str = $type::NAMES;
+            const NAME: &'static str = $name;
             fn parse(text: &str) -> Option<Self> {
                 text.parse().ok()
             }
@@ -98,10 +85,18 @@ macro_rules! choices {
                 format!("\"{self}\"")
             }
             fn expected() -> String {
-                format!("one of {}", Self::NAMES.replace('|', ", "))
+                $expected.into()
             }
         }
-    )+};
+    };
+}
+
+word!(LossWeight, "constant|min-snr-5|p2|uw", "one of constant, min-snr-GAMMA, p2, p2-GAMMA-K, uw");
+word!(Timesteps, "uniform|logit-normal", "one of uniform, logit-normal, logit-normal-MEAN-STD");
+
+/// Makes enums whose values have names a knob's type.
+macro_rules! choices {
+    ($($type:ident),+) => { $(word!($type, $type::NAMES, format!("one of {}", $type::NAMES.replace('|', ", ")));)+ };
 }
 
 choices!(Routing, Prediction, ScheduleKind, Init, InitLabels, Decay, DataKind, Precision, SamplerKind);
