@@ -39,6 +39,9 @@ HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16}  # of the 
 FIXED = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}  # of any DiT in diffusers
 FILE = "diffusion_pytorch_model"
 
+PUBLISHED = {"routing": "dense", "schedule": "linear", "prediction": "noise"}  # as DiT's own weights
+SETTINGS = [*PUBLISHED, "beta", "alpha", "seed"]  # that dtr-fused reads in a file, and no tensor shows
+
 
 def pairs(depth):
     """Every official name with those of diffusers: one, the three of q, k and v, or equal ones in all blocks."""
@@ -220,11 +223,14 @@ def convert(args):
     if args.to == "dtr-fused":
         if told.isdecimal():
             metadata["num_heads"] = told
+        if args.set:
+            # Then nothing is left to be assumed.
+            metadata = PUBLISHED | ({"num_heads": str(heads)} if heads else {}) | metadata | dict(args.set)
+            if metadata["prediction"] == "flow":
+                del metadata["schedule"]
         write_tensors(args.target, weights, metadata)
         print(f"{len(weights)} tensors are in {args.target}: a DiT of {size.depth} blocks and {size.c} channels")
-        ours = {"num_heads", "routing"} <= metadata.keys() and not metadata.keys().isdisjoint({"schedule", "prediction"})
-        give = [] if ours or heads and heads == usual else [f"num_heads={heads or 'X'}"]
-        if give := give + ["image_size=X"] * (not size.side):
+        if give := ["num_heads=X"] * (not heads) + ["image_size=X"] * (not size.side):
             print(f"dtr-fused cannot tell all of the model from it: give --set {' '.join(give)} to sample")
         return
 
@@ -257,6 +263,13 @@ def positive(text):
     return int(text)
 
 
+def setting(text):
+    key, _, value = text.partition("=")
+    if key not in SETTINGS or not value:
+        raise argparse.ArgumentTypeError(f"'{text}' is no KEY=VALUE with one of the keys {', '.join(SETTINGS)}")
+    return key, value
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="WEIGHTS", type=pathlib.Path)
@@ -265,6 +278,7 @@ def main():
     parser.add_argument("--weights", choices=["ema", "model"], help="which of a training checkpoint [default: ema]")
     parser.add_argument("--num-heads", type=positive, help="where neither the weights nor their sizes tell")
     parser.add_argument("--image-size", type=positive, help="side of what the model sees, where the weights hold no pos_embed")
+    parser.add_argument("--set", metavar="KEY=VALUE", type=setting, nargs="+", default=[], help=f"what the model is: {', '.join(SETTINGS)}")
     parser.add_argument("--force", action="store_true", help="make a dense model of weights that were trained with routing")
     args = parser.parse_args()
     try:

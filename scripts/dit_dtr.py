@@ -39,6 +39,27 @@ def windows(c, beta, alpha):
     return ((start <= channel) & (channel < start + width)).float()
 
 
+def subset(c, beta, seed, block):
+    """Masks of 0 and 1, [TASKS, c], of random routing: each timestep has its own channels in every block."""
+    width, low = math.floor(c * beta), 0xFFFFFFFF
+    # Philox4x32-10 (Salmon et al. 2011), as src/rng.rs: the place in the shuffle, the block, the timestep, and what it is for.
+    place = torch.arange(width)[:, None].expand(width, TASKS)
+    counter = [place, torch.full_like(place, block), torch.arange(TASKS).expand(width, TASKS), torch.full_like(place, 8 << 28)]
+    key = [seed & low, seed >> 32]
+    for _ in range(10):
+        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [(second >> 32 & low) ^ counter[1] ^ key[0], second & low, (first >> 32 & low) ^ counter[3] ^ key[1], first & low]
+        key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
+    # Of the channels that are left, this one: floor(left * (64 random bits) / 2^64).
+    left = c - place
+    chosen = place + (counter[0] * left + (counter[1] * left >> 32) >> 32)
+    order, channels = torch.arange(c).expand(TASKS, c).contiguous(), []
+    for i in range(width):
+        channels.append(order.gather(1, chosen[i][:, None]))
+        order.scatter_(1, chosen[i][:, None], order[:, i : i + 1].clone())
+    return torch.zeros(TASKS, c).scatter_(1, torch.cat(channels, 1), 1)
+
+
 def positions(side, c):
     """[1, side * side, c]: sines and cosines of the column and then of the row, as DiT has them."""
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -93,14 +114,22 @@ class DiT(nn.Module):
         routing="dense",
         beta=0.8,
         alpha=4.0,
+        seed=0,
     ):
+        """`seed` is that of random routing."""
         super().__init__()
-        if routing not in ("dense", "paper", "sublayer"):
-            raise ValueError(f"routing is {routing}, but here it may be dense, paper or sublayer")
+        if routing not in ("dense", "paper", "sublayer", "random"):
+            raise ValueError(f"routing is {routing}, but it may be dense, paper, sublayer or random")
         c, outputs = hidden_size, in_channels * (2 if learn_sigma else 1)
         self.patch, self.side, self.no_class = patch_size, input_size // patch_size, num_classes
         self.register_buffer("pos_embed", positions(self.side, c))
-        self.register_buffer("masks", None if routing == "dense" else windows(c, beta, alpha), persistent=False)
+        if routing == "dense":
+            masks = None
+        elif routing == "random":
+            masks = torch.stack([subset(c, beta, seed, block) for block in range(depth)], 1)
+        else:
+            masks = windows(c, beta, alpha)[:, None].expand(-1, depth, -1)
+        self.register_buffer("masks", masks, persistent=False)  # [TASKS, depth, C]
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, c, patch_size, patch_size)})
         self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, c), nn.SiLU(), nn.Linear(c, c))})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, c)})
@@ -117,9 +146,9 @@ class DiT(nn.Module):
         angles = t[:, None].to(exact) * torch.exp(-math.log(10000) * torch.arange(128, dtype=exact, device=t.device) / 128)
         waves = torch.cat([angles.cos(), angles.sin()], 1).to(self.pos_embed.dtype)
         condition = F.silu(self.t_embedder["mlp"](waves) + self.y_embedder["embedding_table"](y))
-        mask = None if self.masks is None else self.masks[t][:, None]
+        masks = [None] * len(self.blocks) if self.masks is None else self.masks[t][:, :, None].unbind(1)
         x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
-        for block in self.blocks:
+        for block, mask in zip(self.blocks, masks):
             x = block(x, condition, mask)
         shift, scale = self.final_layer["adaLN_modulation"][1](condition)[:, None].chunk(2, -1)
         x = self.final_layer["linear"](self.norm(x) * (1 + scale) + shift)
@@ -142,7 +171,7 @@ def read(path, said):
         raise ValueError(f"{path} holds no tensor {error}, which a DiT has") from None
     if "pos_embed" in weights:
         config["input_size"] = math.isqrt(weights["pos_embed"].shape[1]) * patch
-    for key, kind in [("num_heads", int), ("routing", str), ("beta", float), ("alpha", float)]:
+    for key, kind in [("num_heads", int), ("routing", str), ("beta", float), ("alpha", float), ("seed", int)]:
         if key in metadata:
             config[key] = kind(metadata[key])
     config |= said
@@ -176,6 +205,10 @@ def make_case(path, folder):
     config["mlp_ratio"] = (config.pop("mlp_size") + 0.5) / config["hidden_size"]
     config |= {"beta": 1.0} if routing == "dense" else {}
     folder.mkdir()
+    if routing == "random":
+        config["init_method"] = "random"
+        masks = {f"blocks.{i}.mask": model.masks[:, i].float().contiguous() for i in range(config["depth"])}
+        save_file(masks, folder / "routing.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / "params.safetensors")
     tensors = {"x": x, "t": t, "y": y, "upstream": upstream, "out.f64": out, "grad_x": gradient}

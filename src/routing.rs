@@ -197,6 +197,14 @@ mod tests {
         }
     }
 
+    /// As scripts/dit_dtr.py draws them.
+    #[test]
+    fn random_masks_are_those_of_their_seed() {
+        let masks = random_masks(1000, 10, 0.4, (7 << 32) + 3, 2).unwrap();
+        let of = |task: usize| (0..10).filter(|c| masks[task * 10 + c] == 1.0).collect::<Vec<_>>();
+        assert_eq!([0, 1, 500, 999].map(of), [[3, 5, 6, 9], [0, 1, 3, 4], [0, 2, 3, 8], [0, 1, 2, 3]]);
+    }
+
     #[test]
     fn random_masks_have_their_share_and_differ_between_tasks_and_blocks() {
         let a = random_masks(50, 40, 0.8, 1, 0).unwrap();

@@ -158,7 +158,9 @@ impl Header {
             return Err("seems to be a PyTorch file: scripts/convert_weights.py makes a .safetensors file of it".into());
         }
         if length > MAX_HEADER_BYTES {
-            return Err(format!("claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"));
+            return Err(format!(
+                "claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are read, so it is damaged or no .safetensors file"
+            ));
         }
         let Some((json, data)) = rest.split_at_checked(length as usize) else {
             return Err(format!("claims a header of {length} bytes but only {} follow: it was cut short", rest.len()));

@@ -29,7 +29,7 @@ pub(super) struct SourceArgs {
     #[arg(long, value_enum)]
     weights: Option<Weights>,
     /// What is to be assumed of a file of weights: routing, beta, alpha, seed (of random routing), schedule, num_heads, image_size,
-    /// data_kind, label_dropout, precision, loss_weight
+    /// data_kind, label_dropout, precision, prediction, loss_weight
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     set: Vec<String>,
 }

@@ -187,12 +187,16 @@ pub fn config_of(file: &SafetensorsFile, set: &Layer) -> Result<(TrainConfig, Op
     if ours {
         let said = UNSEEN.into_iter().chain(OF_SAMPLES).filter_map(|knob| said.get_key_value(knob));
         of_file.extend(said.map(|(knob, text)| assignment(knob, text)));
+    } else if let Some(heads) = said.get("num_heads") {
+        of_file.push(assignment("num_heads", heads));
     }
     let layers = [("the published weights", published), (&file.path().display().to_string(), of_file)]
         .map(|(origin, assignments)| Layer { origin: origin.into(), assignments });
     let layers = [&layers[..], std::slice::from_ref(set)].concat();
     let told = |key: &str| layers[1..].iter().rev().find_map(|layer| layer.last(key));
-    let missing = |key: &str| Err(Error::file(file.path(), format!("does not tell {key}: give --set {key}=X")));
+    let missing = |key: &str| {
+        Err(Error::file(file.path(), format!("does not tell {key}: give --set {key}=X to sample or validate")))
+    };
     if told("num_heads").or(told("model")).is_none() {
         return missing("num_heads");
     }
