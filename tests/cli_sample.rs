@@ -564,7 +564,15 @@ fn every_sampler_takes_the_steps_that_help_promises() {
     {
         fails(sample(place, &["--cfg-interval", interval]), 2, &[&format!("--cfg-interval is {interval}, but"), why]);
     }
-    fails(sample(place, &["--cfg", "1", "--cfg-interval", "1..2"]), 2, &["but nothing is guided: give --cfg"]);
+    fails(sample_in("2", place, &["--out", "grid.jpg"]), 2, &["--out is grid.jpg, but the grid is a PNG"]);
+    for flag in [["--cfg-interval", "1..2"], ["--cfg-channels", "1"]] {
+        let says = format!("{} is given, but nothing is guided: give --cfg", flag[0]);
+        fails(sample(place, &[&["--cfg", "1"], &flag[..]].concat()), 2, &[&says]);
+    }
+    for channels in ["0", "2"] {
+        let says = format!("--cfg-channels is {channels}, but it must be between 1 and 1, the channels");
+        fails(sample(place, &["--cfg-channels", channels]), 2, &[&says]);
+    }
     fails(
         sample(place, &["--cfg-interval", "1..999"]),
         2,

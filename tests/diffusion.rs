@@ -437,6 +437,44 @@ fn guidance_may_be_for_some_timesteps() {
     }
 }
 
+/// A channel that is not guided goes its way by the conditional answer.
+#[test]
+fn guidance_may_be_for_some_channels() {
+    let dims = ImageDims { channels: 3, pixels: 4, learn_sigma: true };
+    let out: Vec<f32> = (0..2 * dims.out_elements()).map(|i| (i as f32).sin()).collect();
+    for channels in 0..=4 {
+        let mut found = out.clone();
+        guide(&mut found, 3.0, dims, channels);
+        for (i, &found) in found.iter().enumerate() {
+            let at = i % dims.out_elements();
+            let (c, u) = (out[at], out[dims.out_elements() + at]);
+            let guided = at < channels.min(3) * dims.pixels;
+            let expected = if guided { u + 3.0 * (c - u) } else { out[i] };
+            assert!((found - expected).abs() <= 1e-6, "{channels} channels, number {i}: {found} for {expected}");
+        }
+    }
+    let schedule = Schedule::new(ScheduleKind::Cosine, 1000).unwrap().respaced(&[0, 500, 990]).unwrap();
+    let sampled = |channels: Option<usize>, cfg: f64| {
+        let sampler = Sampler::new(schedule.clone(), Method::Ddim { eta: 0.0 }, false, Some(cfg)).unwrap();
+        let sampler = channels.map_or(sampler.clone(), |channels| sampler.guided_channels(channels));
+        let mut x: Vec<f32> = (0..2 * dims.elements()).map(|i| (i as f32).cos()).collect();
+        // Of each element alone: what happens to one channel says nothing to another.
+        let answer = |x: &[f32], _: u32, out: &mut [f32]| {
+            out.fill(0.0);
+            for (row, (x, out)) in x.chunks(dims.elements()).zip(out.chunks_mut(dims.out_elements())).enumerate() {
+                out.iter_mut().zip(x).for_each(|(out, x)| *out = (0.5 + 0.3 * row as f32) * x);
+            }
+            Ok(())
+        };
+        sampler.sample(&mut x, answer, |_, _| (), |_, _| Ok(()), dims).unwrap();
+        x.truncate(dims.elements());
+        x
+    };
+    let (all, none, two) = (sampled(None, 3.0), sampled(None, 1.0), sampled(Some(2), 3.0));
+    assert!(all.iter().zip(&none).all(|(all, none)| (all - none).abs() > 1e-3));
+    assert_eq!(two, [&all[..8], &none[8..]].concat());
+}
+
 #[test]
 fn a_sampler_refuses_what_it_cannot_do() {
     let schedule = Schedule::new(ScheduleKind::Linear, 1000).unwrap().respaced(&[0, 500, 999]).unwrap();
@@ -658,9 +696,9 @@ fn golden_schedules() {
 fn guidance_of_what_is_not_two_halves_is_refused() {
     let dims = ImageDims { channels: 2, pixels: 3, learn_sigma: true };
     for (len, dims) in [(12, dims), (36, dims), (23, dims), (24, ImageDims { pixels: 0, ..dims })] {
-        let guided = std::panic::catch_unwind(|| guide(&mut vec![1.0; len], 1.5, dims));
+        let guided = std::panic::catch_unwind(|| guide(&mut vec![1.0; len], 1.5, dims, 1));
         let message = guided.expect_err("rows without a partner").downcast::<String>().unwrap();
         assert!(message.contains("not two halves"), "{message}");
     }
-    guide(&mut [1.0; 24], 1.5, dims);
+    guide(&mut [1.0; 24], 1.5, dims, 1);
 }

@@ -68,6 +68,6 @@ fn guided(network: &mut Network, x: &[f32], t: &[u32], y: &[u32], rows: usize, s
     let x = x[..half * dims.elements()].repeat(2);
     let y = [&y[..half], &vec![null; half]].concat();
     let mut out = network.forward(&x, &t[..half].repeat(2), &y)?;
-    guide(&mut out, scale, dims);
+    guide(&mut out, scale, dims, dims.channels);
     Ok(Some(out))
 }

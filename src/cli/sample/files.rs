@@ -145,6 +145,15 @@ pub(super) fn shown(path: &Path) -> String {
 /// Refuses files that cannot both be written, or not without losing the weights or an archive.
 fn check_outputs(out: &Path, all: All, weights: &Path) -> Result<()> {
     let All { npz, overwrite, folder } = all;
+    const OTHER_PICTURES: [&str; 5] = ["jpg", "jpeg", "webp", "gif", "bmp"];
+    if let Some(ending) = out.extension().and_then(|ending| ending.to_str())
+        && OTHER_PICTURES.iter().any(|other| ending.eq_ignore_ascii_case(other))
+    {
+        return Err(Error::usage(format!(
+            "--out is {}, but the grid is a PNG: give a name that ends in .png",
+            shown(out)
+        )));
+    }
     for (path, ending) in [(Some(out), "png"), (npz, "npz")] {
         let Some(path) = path else { continue };
         check_target(path)?;
