@@ -3,6 +3,7 @@
 //
 // norm (sums of squares by block), decide (the norm, the factor of clipping, whether to skip), adamw. What changes from step
 // to step is in `factors`, so that a graph of the launches can be replayed.
+#include "block_sum.cuh"
 #include "vector.cuh"
 
 constexpr int THREADS = 256;
@@ -13,16 +14,6 @@ enum Factor {
 
 // What was decided: the norm of the gradients, their factor, and whether the update is left out (1) or made (0).
 enum Decision { NORM, GRAD_SCALE, SKIP };
-
-__device__ __forceinline__ double block_sum(double x, double* shared) {
-    shared[threadIdx.x] = x;
-    for (int step = THREADS / 2; step > 0; step /= 2) {
-        __syncthreads();
-        if (threadIdx.x < step) shared[threadIdx.x] += shared[threadIdx.x + step];
-    }
-    __syncthreads();
-    return shared[0];
-}
 
 constexpr int AT_ONCE = 4;  // parameters of a thread
 
@@ -45,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) adamw_norm(
     }
     unsigned long long rest = whole * AT_ONCE + thread;
     if (rest < n) sum += (double)grads[rest] * grads[rest];
-    sum = block_sum(sum, shared);
+    sum = block_sum<THREADS>(sum, shared);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
@@ -64,9 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) adamw_decide(
     for (int i = threadIdx.x; i < count; i += THREADS) sum += parts[i];
     for (int i = threadIdx.x; i < loss_count; i += THREADS)
         if (!(fabsf(losses[i]) < INFINITY)) unfit += 1.0;
-    sum = block_sum(sum, shared);
-    __syncthreads();
-    unfit = block_sum(unfit, shared);
+    sum = block_sum<THREADS>(sum, shared);
+    unfit = block_sum<THREADS>(unfit, shared);
     if (threadIdx.x > 0) return;
     double norm = sqrt(sum);
     double clip = factors[CLIP];

@@ -5,6 +5,7 @@
 //   target = of_noise noise - of_start x_start
 //
 // What a sample's timestep says is in `steps`, f64: f32 would lose what is left of 1 - alphas_cumprod.
+#include "block_sum.cuh"
 #include "random.cuh"
 
 // Numbers of a sample in `steps`.
@@ -80,18 +81,6 @@ __device__ __forceinline__ double log_likelihood(double x, double mean, double l
     return log(probability);
 }
 
-// The sum over a block, in a fixed order; thread 0 gets it.
-__device__ __forceinline__ double block_sum(double x, double* shared) {
-    __syncthreads();
-    shared[threadIdx.x] = x;
-    for (int step = THREADS / 2; step > 0; step /= 2) {
-        __syncthreads();
-        if (threadIdx.x < step) shared[threadIdx.x] += shared[threadIdx.x + step];
-    }
-    __syncthreads();
-    return shared[0];
-}
-
 // Grid: B blocks, one a sample.
 extern "C" __global__ void __launch_bounds__(THREADS) diffusion_loss(
     float* __restrict__ losses,           // [3, B]: mse, vb, their sum
@@ -127,8 +116,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) diffusion_loss(
         }
         d_model_out[at + n] = (float)(step[COEFFICIENT] * per_element / ln2 * slope);
     }
-    squares = block_sum(squares, shared);
-    bound = block_sum(bound, shared);
+    squares = block_sum<THREADS>(squares, shared);
+    bound = block_sum<THREADS>(bound, shared);
     if (threadIdx.x > 0) return;
     double mse = step[WEIGHT] * squares * per_element, vb = bound * per_element / ln2;
     losses[b] = (float)mse;
