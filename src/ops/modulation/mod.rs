@@ -12,8 +12,8 @@ use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
+use crate::ops::cpu::rows::{linear, linear_backward, silu_backward, silu_to};
 use crate::ops::cuda::rows::{Dims, Rows};
-use crate::ops::timestep_embed::cpu::{linear, linear_backward, silu_backward, silu_to};
 use crate::ops::{Node, check, check_linear};
 use crate::params::Linear;
 

@@ -11,6 +11,7 @@ use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Buffer, DType};
 use crate::error::Result;
+use crate::ops::cpu::rows;
 use crate::ops::cuda::rows::{Dims, Rows};
 use crate::ops::{Node, check, check_linear};
 use crate::params::Linear;
@@ -65,9 +66,9 @@ pub fn timestep_embed(tape: &mut Tape, t: &[u32], first: Linear, second: Linear)
     let mut active = tape.take(b * hidden);
     let mut y = tape.take(b * c);
     cpu::waves(&mut waves, t);
-    cpu::linear(&mut pre, &waves, &tape.weights[first.weight.range()], &tape.weights[first.bias.range()]);
-    cpu::silu_to(&mut active, &pre);
-    cpu::linear(&mut y, &active, &tape.weights[second.weight.range()], &tape.weights[second.bias.range()]);
+    rows::linear(&mut pre, &waves, &tape.weights[first.weight.range()], &tape.weights[first.bias.range()]);
+    rows::silu_to(&mut active, &pre);
+    rows::linear(&mut y, &active, &tape.weights[second.weight.range()], &tape.weights[second.bias.range()]);
     let y = tape.push([b, c], y, true);
     let waves = tape.push([b, FREQUENCIES], waves, false);
     let pre = tape.push([b, hidden], pre, false);
@@ -116,7 +117,7 @@ impl Saved {
         let (values, grads) = tape.split();
         let add = grads.add;
         let (dweight, dbias) = grads.of_linear(self.second);
-        let of_second = cpu::linear_backward(
+        let of_second = rows::linear_backward(
             &mut dhidden,
             dweight,
             dbias,
@@ -125,9 +126,9 @@ impl Saved {
             values.value(self.active),
             values.weight(self.second.weight),
         );
-        cpu::silu_backward(&mut dhidden, values.value(self.hidden));
+        rows::silu_backward(&mut dhidden, values.value(self.hidden));
         let (dweight, dbias) = grads.of_linear(self.first);
-        let of_first = cpu::linear_backward(
+        let of_first = rows::linear_backward(
             &mut [],
             dweight,
             dbias,
