@@ -12,7 +12,8 @@
 //! The plan depends on the windows, so it is an input of the pass as they are; its length does not.
 
 use crate::backend::cuda::{Buffer, DType, Device};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::ops::check;
 use crate::ops::cuda::tile::{Tile, Tiling, gradient_tiling};
 use crate::routing::Window;
 use std::cmp::Reverse;
@@ -118,12 +119,12 @@ struct Block {
     waits: bool, // for pieces of its own
 }
 
-/// Refuses windows that are not one a sample.
-pub(crate) fn check_windows(operation: &'static str, windows: &[Window], b: usize) -> Result<()> {
-    match windows.len() == b {
-        true => Ok(()),
-        false => Err(Error::Shape { operation, what: format!("{} windows for {b} samples", windows.len()) }),
-    }
+/// Refuses windows that are not one a sample, inside of its channels.
+pub(crate) fn check_windows(operation: &'static str, windows: &[Window], b: usize, channels: usize) -> Result<()> {
+    check(windows.len() == b, operation, || format!("{} windows for {b} samples", windows.len()))?;
+    windows.iter().try_for_each(|w| {
+        check(w.fits(channels), operation, || format!("a window is {w:?}, but there are {channels} channels"))
+    })
 }
 
 /// What a class of tiles reduces over.

@@ -196,9 +196,9 @@ pub fn counters_len(device: &Device, elem: DType, dims: Dims) -> usize {
 /// What [`Shares::plan`] of [`Scratch::shares`] must hold for these write windows, `[B]`.
 ///
 /// # Errors
-/// When there are not as many windows as samples.
+/// When there are not as many windows as samples, or one is not inside of the channels.
 pub fn plan(device: &Device, elem: DType, dims: Dims, write: &[Window]) -> Result<Vec<i32>> {
-    check_windows(OP, write, dims.b)?;
+    check_windows(OP, write, dims.b, dims.c)?;
     Ok(planner(device, elem, dims).plan(write))
 }
 

@@ -4,6 +4,7 @@ use super::Activation;
 pub use super::Dims;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
+use crate::ops::check;
 use crate::ops::cuda::shares::{Gradient, Planner, check_windows};
 pub use crate::ops::cuda::shares::{Lengths, Shares};
 use crate::ops::cuda::tile::{
@@ -176,9 +177,12 @@ pub fn counters_len(device: &Device, elem: DType, dims: Dims, full: bool) -> usi
 /// What [`Shares::plan`] of [`Scratch::shares`] must hold for these windows, `[B]`; `full` as in [`Inputs`].
 ///
 /// # Errors
-/// When there are not as many windows as samples.
+/// When there are not as many windows as samples, one is not inside of the channels, or `full` does not say what they are.
 pub fn plan(device: &Device, elem: DType, dims: Dims, windows: &[Window], full: bool) -> Result<Vec<i32>> {
-    check_windows(OP, windows, dims.b)?;
+    check_windows(OP, windows, dims.b, dims.c)?;
+    check(full == windows.iter().all(|w| w.width == dims.c), OP, || {
+        format!("full is {full}, but the windows of {} channels are {windows:?}", dims.c)
+    })?;
     Ok(planner(device, elem, dims, full).plan(windows))
 }
 
