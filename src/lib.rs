@@ -1,7 +1,7 @@
 //! Diffusion transformers (DiT) with Denoising Task Routing (DTR; Park et al., ICLR 2024, arXiv 2310.07138).
 //!
 //! DTR gives every diffusion timestep its own window of channels. Here the window is part of the operations: what it leaves
-//! out is not computed, forward or backward, and the result is still exactly that of masking after computing.
+//! out is not computed, forward or backward, and the result is that of masking and computing everything, but for rounding.
 //!
 //! ```text
 //! data ──> train::learner ──> model::dit ──> model::block ──> ops ──> backend::{cpu, cuda}
@@ -32,6 +32,7 @@ pub mod generate;
 pub mod rng;
 
 // Training: data in, a run's directory out; and comparing with other implementations.
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;
 pub mod parity;
