@@ -1,13 +1,13 @@
 //! A tape: operations write down what they did, and `backward` walks it in reverse.
 //!
 //! ```text
-//! Memory   what is kept from step to step: recycled buffers, so that a steady-state step allocates nothing
+//! Memory   what is kept from step to step: recycled buffers, so that a steady-state step allocates nothing on the CPU
 //!   Tape   one forward (and backward) pass over borrowed weights
 //!     Var  an activation on the tape
 //!     Node what an operation saved; a variant of an enum whose `backward` is a `match`: leaving one out does not compile
 //! ```
 //!
-//! A tape computes in main memory or on a CUDA device, wherever its weights are; on a device it runs twice, see [`cuda`].
+//! A tape computes in main memory or on a CUDA device, wherever its weights are; on a device it runs two or three times, see [`cuda`].
 //!
 //! What is put on the tape inside of [`Tape::checkpointed`] is not kept: backward does it again. So a deep model needs the
 //! memory of its blocks' inputs and of what is inside of one block.
@@ -100,8 +100,8 @@ impl<'a> From<&'a DeviceWeights> for Weights<'a> {
     }
 }
 
-/// A pass that records nothing, wherever the weights are. `work` is run twice on a CUDA device, see [`cuda`]; on the CPU it is run
-/// by a thread of the pool, while the others stay awake.
+/// A pass that records nothing, wherever the weights are. `work` is run two or three times on a CUDA device, see [`cuda`]; on the CPU
+/// it is run once, by a thread of the pool, while the others stay awake.
 ///
 /// # Errors
 /// Those of `work`, and when the device has not enough memory.
@@ -303,7 +303,7 @@ impl<'a> Tape<'a> {
         self.memory.grads[var.0 as usize].as_ref().map(Storage::cpu)
     }
 
-    /// The numbers of an activation, from any device.
+    /// The numbers of an activation, from any device; zeros in a dry run (see [`cuda`]).
     ///
     /// # Errors
     /// When they were released, or work on the device failed.

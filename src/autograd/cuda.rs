@@ -3,6 +3,9 @@
 //! A pass runs twice. The first time it is dry: nothing is launched, but every buffer is taken and given back, and every
 //! input (images, timesteps, windows) is noted. So the memory that the pass needs is known before it starts, and it is one
 //! block; buffers come in the same order, hence at the same addresses, every time. The second time the kernels are launched.
+//! Where the memory has to grow, it runs dry once more in between. What is read in a dry run is zeros, on which nothing may
+//! depend; what else a pass does, it does every time.
+//!
 //! A training step does the first half for the next pass while the device computes this one ([`stage`]), and the second
 //! half replays the graph of an earlier pass ([`launch_staged`]).
 
@@ -276,7 +279,7 @@ fn plan<R>(
     }
 }
 
-/// A pass on a device: `work` is run dry, then for real.
+/// A pass on a device: `work` is run dry, once or twice, then for real; see the [module](self).
 ///
 /// # Errors
 /// Those of `work`, and when the device has not enough memory.

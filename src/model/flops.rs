@@ -7,7 +7,7 @@ use crate::routing::{Routing, Window};
 /// Floating-point operations of the products of a forward pass; a backward pass takes twice as many.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Flops {
-    /// Of the dense model: what masking after computing takes.
+    /// Of the dense model: what masking and computing everything takes.
     pub dense: f64,
     /// Of the channels inside the windows, with the correction for those outside.
     pub done: f64,
