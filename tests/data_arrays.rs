@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dtr_fused::data::array_file::ArrayFile;
-use dtr_fused::data::{Dataset, hold_out, may_flip, npy, open};
+use dtr_fused::data::{Dataset, OpenOptions, hold_out, may_flip, npy, open};
 use dtr_fused::element::Element;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -62,7 +62,7 @@ fn latents_of_every_float_type_come_out_as_they_are() {
         let mirrored: Vec<f32> = values[..8].chunks(2).flat_map(|row| [row[1], row[0]]).collect();
         assert_eq!(sample(&set, 0, true), (4, mirrored));
         assert_eq!(ArrayFile::open(&path, Some(1000), None).unwrap().num_classes(), 1000);
-        assert_eq!(open(path.to_str().unwrap(), None, None, None).unwrap().len(), 2);
+        assert_eq!(open(path.to_str().unwrap(), OpenOptions::default()).unwrap().len(), 2);
     }
 }
 
@@ -89,7 +89,7 @@ fn standard_deviations_are_read_beside_their_means() {
         let mirrored: Vec<f32> = values[..8].chunks(2).flat_map(|row| [row[1], row[0]]).collect();
         assert_eq!(out, mirrored[..]);
         // Parts of it have them too.
-        for part in hold_out(open(path.to_str().unwrap(), None, None, None).unwrap(), 1, 3).unwrap() {
+        for part in hold_out(open(path.to_str().unwrap(), OpenOptions::default()).unwrap(), 1, 3).unwrap() {
             assert!(part.read_std(0, false, &mut out).unwrap());
             assert_eq!(out, values[8 * part.number_of(0)..][..8]);
         }
@@ -329,7 +329,7 @@ fn only_photographs_are_mirrored_unless_that_is_asked_for() {
 #[test]
 fn other_things_are_no_data() {
     let dir = tempfile::tempdir().unwrap();
-    let refusal = |what: &str| open(what, None, None, None).err().expect("should be refused").to_string();
+    let refusal = |what: &str| open(what, OpenOptions::default()).err().expect("should be refused").to_string();
     let file = dir.path().join("set.tar");
     std::fs::write(&file, "").unwrap();
     assert!(refusal(file.to_str().unwrap()).contains("is neither a folder of images nor a .safetensors or .npy file"));

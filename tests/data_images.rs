@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dtr_fused::data::images::ImageFolder;
 use dtr_fused::data::resize::center_crop;
-use dtr_fused::data::{Dataset, Loader, LoaderOptions, open};
+use dtr_fused::data::{Dataset, Loader, LoaderOptions, OpenOptions, open};
 use image::{ImageFormat, Rgb, RgbImage};
 
 /// The picture that `scripts/make_crop_cases.py` gave to Pillow.
@@ -81,7 +81,12 @@ fn classes_labels_values_and_flips() {
         assert_eq!(flipped[..4], [-1.0, -1.0, 1.0, 1.0], "red of the first row, mirrored");
         assert_eq!(flipped[32..36], [1.0, 1.0, -1.0, -1.0], "blue of the first row, mirrored");
     }
-    assert_eq!(open(dir.path().to_str().unwrap(), Some(4), None, None).unwrap().len(), 3);
+    assert_eq!(
+        open(dir.path().to_str().unwrap(), OpenOptions { image_size: Some(4), ..OpenOptions::default() })
+            .unwrap()
+            .len(),
+        3
+    );
 }
 
 #[test]
@@ -134,7 +139,7 @@ fn folders_that_cannot_be_used_are_refused_in_a_sentence() {
     assert!(refusal(&dir.path().join("loose.png")).contains("cannot be read"));
     put(dir.path(), "cats/a.png", &picture(8, 8));
     assert!(ImageFolder::open(dir.path(), 0).err().unwrap().to_string().contains("image_size is 0"));
-    let error = open(dir.path().to_str().unwrap(), None, None, None).err().unwrap().to_string();
+    let error = open(dir.path().to_str().unwrap(), OpenOptions::default()).err().unwrap().to_string();
     assert!(error.contains("set image_size"), "{error}");
 }
 
@@ -164,10 +169,18 @@ fn links_lead_inside_only() {
     std::fs::create_dir(links.path().join("a")).unwrap();
     symlink(outside.path().join("secrets/a.png"), links.path().join("a/x.png")).unwrap();
     assert!(refusal(links.path()).contains("a: is a class folder whose images are links that lead out of"));
+    for (place, image) in [(dir.path(), "secrets/a.png"), (links.path(), "a/x.png")] {
+        let folder = ImageFolder::open_with_links(place, 8).unwrap();
+        assert_eq!((folder.len(), folder.path(0)), (1, place.join(image)));
+        folder.read(0, false, &mut vec![0.0; 3 * 64]).unwrap();
+    }
     put(dir.path(), "cats/a.png", &picture(8, 8));
     symlink(dir.path().join("cats/a.png"), dir.path().join("cats/b.png")).unwrap();
     symlink(outside.path().join("secrets/a.png"), dir.path().join("cats/c.png")).unwrap();
     symlink(dir.path().join("nowhere.png"), dir.path().join("cats/d.png")).unwrap();
+    let all = ImageFolder::open_with_links(dir.path(), 8).unwrap();
+    assert_eq!((all.len(), all.num_classes()), (4, 2));
+    assert!(all.note().unwrap().ends_with(": 1 links that lead nowhere were left out"), "{:?}", all.note());
     let folder = ImageFolder::open(dir.path(), 8).unwrap();
     assert_eq!((folder.len(), folder.num_classes()), (2, 1));
     let note = folder.note().unwrap();

@@ -49,17 +49,29 @@ impl ImageFolder {
     /// folders nor images, or more than [`MAX_CLASSES`], or one of them has no images.
     pub fn open(root: impl AsRef<Path>, size: usize) -> Result<Self> {
         let root = root.as_ref();
+        Self::list(root, size, Some(root.canonicalize().map_err(|e| unreadable(root, &e))?))
+    }
+
+    /// [`open`](Self::open), but links are followed wherever they lead.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with_links(root: impl AsRef<Path>, size: usize) -> Result<Self> {
+        Self::list(root.as_ref(), size, None)
+    }
+
+    fn list(root: &Path, size: usize, inside: Option<PathBuf>) -> Result<Self> {
         if size == 0 || size > MAX_SIZE {
             return Err(Error::usage(format!("image_size is {size}; it can be 1 to {MAX_SIZE}")));
         }
-        let canonical = root.canonicalize().map_err(|e| unreadable(root, &e))?;
-        let new_scan = || Scan { root: canonical.clone(), links: 0, files: 0, folders: 0 };
+        let new_scan = || Scan { inside: inside.clone(), links: 0, files: 0, folders: 0 };
         let mut scan = new_scan();
         let mut classes = scan.entries(root, |path, _| path.is_dir())?;
         let mut flat = new_scan();
         let without_classes = classes.is_empty() && !flat.entries(root, is_image_file)?.is_empty();
         if without_classes && flat.folders > 0 {
-            let what = "has images, and links to folders outside of it, which may be meant as classes: remove the links, or the images";
+            let what = "has images, and links to folders outside of it, which may be meant as classes: remove the links or the images, or set \
+                        follow_links to true";
             return Err(Error::file(root, what));
         }
         if without_classes {
@@ -67,8 +79,10 @@ impl ImageFolder {
             classes.push(OsString::new()); // the folder itself
         }
         if classes.is_empty() {
-            let what =
-                if scan.links > 0 { "has only class folders that are links out of it" } else { "has no class folders" };
+            let what = match scan.links {
+                0 => "has no class folders",
+                _ => "has only class folders that are links out of it (follow_links = true takes them)",
+            };
             return Err(Error::file(
                 root,
                 format!("{what}; images are expected as {0}/CLASS/IMAGE.png, or all as {0}/IMAGE.png", root.display()),
@@ -89,7 +103,9 @@ impl ImageFolder {
                 let root = root.display();
                 return Err(Error::file(
                     path,
-                    format!("is a class folder whose images are links that lead out of {root}: copy them there"),
+                    format!(
+                        "is a class folder whose images are links that lead out of {root}: set follow_links to true, or copy them there"
+                    ),
                 ));
             }
             if images.is_empty() {
@@ -154,10 +170,10 @@ impl Dataset for ImageFolder {
 
 /// What was found, and left out.
 struct Scan {
-    root: PathBuf,  // canonical
-    links: usize,   // that led out of it, or nowhere
-    files: usize,   // without the name of an image, or beside class folders
-    folders: usize, // in class folders
+    inside: Option<PathBuf>, // canonical: where links may lead
+    links: usize,            // that led elsewhere, or nowhere
+    files: usize,            // without the name of an image, or beside class folders
+    folders: usize,          // in class folders
 }
 
 impl Scan {
@@ -185,7 +201,10 @@ impl Scan {
     /// `2 links that lead out of it or nowhere, 1 folders in class folders`, if anything.
     fn left_out(&self) -> Option<String> {
         let kinds = [
-            (self.links, "links that lead out of it or nowhere"),
+            (
+                self.links,
+                if self.inside.is_some() { "links that lead out of it or nowhere" } else { "links that lead nowhere" },
+            ),
             (self.folders, "folders in class folders"),
             (self.files, "files that are no PNG, JPEG or WebP images of a class"),
         ];
@@ -195,7 +214,8 @@ impl Scan {
 
     fn leads_out(&self, entry: &DirEntry) -> bool {
         let is_link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
-        is_link && !entry.path().canonicalize().is_ok_and(|target| target.starts_with(&self.root))
+        let may = |target: PathBuf| self.inside.as_ref().is_none_or(|inside| target.starts_with(inside));
+        is_link && !entry.path().canonicalize().is_ok_and(may)
     }
 }
 

@@ -16,6 +16,7 @@ pub mod loader;
 pub(crate) mod made;
 pub mod npy;
 pub mod npz;
+pub(crate) mod renumbered;
 pub mod resize;
 
 pub use held_out::hold_out;
@@ -96,21 +97,26 @@ fn is_array_file(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "safetensors" || extension == "npy")
 }
 
+/// How [`open`] takes what it finds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OpenOptions {
+    /// Side of the square that images of a folder are brought to, in pixels.
+    pub image_size: Option<usize>,
+    /// Widens the range of labels of an array file beyond the largest label found.
+    pub num_classes: Option<usize>,
+    /// Whether the samples of a `.npy` file are images.
+    pub pictures: Option<bool>,
+    /// Follow links that lead out of a folder of images.
+    pub follow_links: bool,
+}
+
 /// Opens the data set that `what` names: `digits`, a folder of class subfolders ([`images::ImageFolder`]), or a
 /// `.safetensors` or `.npy` file ([`array_file::ArrayFile`]).
 ///
-/// `image_size` is the side of the square that images of a folder are brought to, in pixels; `num_classes` widens the range
-/// of labels of an array file beyond the largest label found, and `pictures` says whether the samples of a `.npy` file are images. The
-/// other kinds ignore them.
-///
 /// # Errors
 /// [`Error::Usage`] when `what` is none of these or the image size is missing, and those of the kind of data set.
-pub fn open(
-    what: &str,
-    image_size: Option<usize>,
-    num_classes: Option<usize>,
-    pictures: Option<bool>,
-) -> Result<Arc<dyn Dataset>> {
+pub fn open(what: &str, options: OpenOptions) -> Result<Arc<dyn Dataset>> {
+    let OpenOptions { image_size, num_classes, pictures, follow_links } = options;
     if what == "digits" {
         return Ok(Arc::new(digits::Digits::new()?));
     }
@@ -118,7 +124,11 @@ pub fn open(
     if path.is_dir() {
         let size =
             image_size.ok_or_else(|| Error::usage(format!("the images of {what} need a size: set image_size")))?;
-        return Ok(Arc::new(images::ImageFolder::open(path, size)?));
+        let folder = match follow_links {
+            true => images::ImageFolder::open_with_links(path, size),
+            false => images::ImageFolder::open(path, size),
+        };
+        return Ok(Arc::new(folder?));
     }
     if !path.exists() {
         let what = "does not exist; data is 'digits', a folder of class folders, a .safetensors or a .npy file";

@@ -1,17 +1,19 @@
 //! What is made before the first step: the data, the device, the model with its weights, and whether memory holds them.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::config::{DataKind, TrainConfig};
 use super::learner::Learner;
 use super::plan;
-use super::state::{fingerprint_in, names_in, names_of_classes, other_class, samples_in};
+use super::state::{fingerprint_in, labels_in, names_in, names_of_classes, samples_in};
 use crate::backend::Compute;
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{DType, Device};
 use crate::data::fingerprint::{difference, fingerprint};
-use crate::data::{self, Dataset, hold_out};
+use crate::data::renumbered::renumber;
+use crate::data::{self, Dataset, OpenOptions, hold_out};
 use crate::error::{Error, Result};
 use crate::model::dit::Dit;
 use crate::model::memory::{activation_numbers, inference_numbers};
@@ -37,7 +39,13 @@ pub(super) fn open_data(config: &TrainConfig, resumed: bool) -> Result<Arc<dyn D
     }
     let classes = (config.num_classes > 0).then_some(config.num_classes);
     let pictures = (config.data_kind != DataKind::Auto).then_some(config.data_kind == DataKind::Images);
-    data::open(&config.data, Some(config.folder_image_size()), classes, pictures)
+    let options = OpenOptions {
+        image_size: Some(config.folder_image_size()),
+        num_classes: classes,
+        pictures,
+        follow_links: config.follow_links,
+    };
+    data::open(&config.data, options)
 }
 
 /// Completes the configuration with what only the data know, and splits them as it says. A run that is `resumed` has learned that already,
@@ -139,15 +147,21 @@ pub(crate) fn validated_data(config: &TrainConfig, checkpoint: &Path) -> Result<
     Ok(held_out)
 }
 
-/// The data `what`, to validate a model of this configuration on. Unless it learns none, their classes must be those of training, of which
-/// these are the `names`, if they have some.
+/// The data `what`, to validate a model of this configuration on. Unless it learns none, their classes must be some of those of training,
+/// and are found by their `names`, if they have some.
 pub(crate) fn validation_data(
     config: &TrainConfig,
     what: &str,
     names: Option<Vec<String>>,
 ) -> Result<Arc<dyn Dataset>> {
     let known = (!config.no_classes()).then_some(config.num_classes);
-    let dataset = data::open(what, Some(config.image_size), known, Some(config.are_images()))?;
+    let options = OpenOptions {
+        image_size: Some(config.image_size),
+        num_classes: known,
+        pictures: Some(config.are_images()),
+        follow_links: config.follow_links,
+    };
+    let dataset = data::open(what, options)?;
     let kind = |pictures| if pictures { DataKind::Images } else { DataKind::Latents };
     let ([channels, height, width], classes) = (dataset.shape(), dataset.num_classes());
     let side = config.image_size;
@@ -162,14 +176,29 @@ pub(crate) fn validation_data(
             config.num_classes
         )));
     }
-    let found = names_of_classes(&*dataset).map(<[String]>::to_vec);
-    if let (Some(_), Some((class, [was, is]))) = (known, other_class([names, found])) {
-        return Err(Error::usage(format!(
-            "class {class} of the data '{what}' is {is}, but was {was} in training, so labels would mean other classes: give it the same \
-             class folders"
-        )));
+    let Some(known) = known else { return Ok(dataset) };
+    let learned = names.unwrap_or_else(|| (0..known).map(|label| label.to_string()).collect());
+    let (learned, found) = match (labels_in(&learned), labels_in(dataset.class_names())) {
+        (Some(learned), Some(found)) => (learned, found),
+        (None, None) => (learned, dataset.class_names().to_vec()),
+        // Labels and names say nothing of each other.
+        _ => return Ok(dataset),
+    };
+    let numbers: HashMap<&String, u32> = learned.iter().zip(0..).collect();
+    let number = |name| {
+        numbers.get(name).copied().ok_or_else(|| {
+            let (some, more) = (learned.len().min(3), if learned.len() > 3 { ", .." } else { "" });
+            Error::usage(format!(
+                "the data '{what}' have a class '{name}', but the model learned {}{more}: leave out the folders of other classes",
+                learned[..some].join(", ")
+            ))
+        })
+    };
+    let labels: Vec<u32> = found.iter().map(number).collect::<Result<_>>()?;
+    if labels.iter().zip(0..).all(|(&label, place)| label == place) {
+        return Ok(dataset);
     }
-    Ok(dataset)
+    Ok(renumber(dataset, labels, learned))
 }
 
 /// Where this configuration computes, and a note where `auto` had to do with the processor.

@@ -75,18 +75,19 @@ pub(super) fn last_after_a_good_step(run: &RunDir) -> Option<PathBuf> {
     checkpoint::list(run.path()).ok()?.into_iter().rev().map(|(_, path)| path).find(good)
 }
 
+/// Names of classes that are labels: `07` is label 7.
+pub(super) fn labels_in(names: &[String]) -> Option<Vec<String>> {
+    names.iter().map(|name| Some(name.parse::<usize>().ok()?.to_string())).collect()
+}
+
 /// Names of classes to compare, of data that have been and are, if they can be. Classes without names have their labels, which the names
 /// of folders may be too.
 fn comparable_names(names: [Option<Vec<String>>; 2]) -> Option<[Vec<String>; 2]> {
-    // `07` is label 7.
-    let numbers = |names: &[String]| {
-        names.iter().map(|name| Some(name.parse::<usize>().ok()?.to_string())).collect::<Option<Vec<_>>>()
-    };
     let labels = |names: &[String]| (0..names.len()).map(|label| label.to_string()).collect();
     match names {
         [Some(were), Some(are)] => Some([were, are]),
-        [Some(were), None] => Some([numbers(&were)?, labels(&were)]),
-        [None, Some(are)] => Some([labels(&are), numbers(&are)?]),
+        [Some(were), None] => Some([labels_in(&were)?, labels(&were)]),
+        [None, Some(are)] => Some([labels(&are), labels_in(&are)?]),
         [None, None] => None,
     }
 }

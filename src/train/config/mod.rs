@@ -116,6 +116,8 @@ knobs! {
         num_classes: usize = fixed;
         /// What the samples are: images (in [-1, 1]), latents (any numbers), or auto (what the data say)
         data_kind: DataKind = fixed;
+        /// Follow links that lead out of a folder of images, which then may be made of links to folders or files elsewhere
+        follow_links: bool;
         /// Mirror half of the training images left to right
         flip: bool;
         /// Share of labels replaced by "no class", which classifier-free guidance needs; 0 to 1, with 1 the model learns no classes
@@ -245,6 +247,7 @@ impl Default for TrainConfig {
             in_channels: 0,
             num_classes: 0,
             data_kind: DataKind::Auto,
+            follow_links: false,
             flip: false,
             label_dropout: 0.1,
             validation_samples: 0,
