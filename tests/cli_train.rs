@@ -392,6 +392,61 @@ fn another_learning_rate_of_a_resumed_run_is_told() {
     assert!(said.contains("the learning rate goes from 1.00e-3 to ") && !said.contains("decay now ends"), "{said}");
 }
 
+/// Each once, however often the run is resumed there: after a kill, from a checkpoint that was written again, from an earlier one.
+#[test]
+fn settings_that_a_resume_changes_are_told_and_stay_on_record() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let each = ["--checkpoint-every", "2", "--keep-checkpoints", "9", "--log-every", "4"];
+    succeeds(train(place, &[&each[..], &["--steps", "6", "--out", "run"]].concat()));
+    let forget = |steps: &[u64]| {
+        steps.iter().for_each(|step| fs::remove_dir_all(place.join(format!("run/checkpoints/{step:07}"))).unwrap());
+    };
+    let resumed = |more: &[&str]| {
+        let output = run(place, &[&["train", "--resume", "run"], more].concat());
+        let said = stderr(&output);
+        succeeds(output);
+        said.lines().find(|line| line.starts_with("from step")).unwrap_or_default().to_string()
+    };
+    let shown = || {
+        let info = succeeds(run(place, &["info", "run"]));
+        let rows = info.lines().filter_map(|line| line.strip_prefix("resumed       "));
+        rows.map(str::to_string).collect::<Vec<_>>()
+    };
+    let file = place.join("run/changes.jsonl");
+    assert_eq!(resumed(&["--threads", "1", "--device", "cpu", "--sample-every", "3"]), "");
+    assert!(!file.exists() && shown().is_empty(), "nothing that matters has changed");
+
+    let first = "label_dropout 0.1 -> 0.3, steps 6 -> 8, weight_decay 0.0 -> 0.1";
+    let change = ["--steps", "8", "--label-dropout", "0.3", "--weight-decay", "0.1", "--threads", "2"];
+    assert_eq!(resumed(&change), format!("from step 6 on: {first}"));
+    assert_eq!(shown(), [format!("changed at step 6: {first}")]);
+    let lines = fs::read(&file).unwrap();
+    assert_eq!(resumed(&[]), "");
+    assert_eq!(fs::read(&file).unwrap(), lines);
+    // As after a kill before the next checkpoint.
+    forget(&[8]);
+    assert_eq!(resumed(&[]), format!("from step 6 on: {first}"));
+    assert_eq!(
+        resumed(&["--steps", "9", "--ema-decay", "0.5"]),
+        "from step 8 on: steps 8 -> 9, ema_decay 0.999 -> 0.5"
+    );
+    let second = "changed at step 8: steps 8 -> 9, ema_decay 0.999 -> 0.5".to_string();
+    assert_eq!(shown(), [format!("changed at step 6: {first}"), second]);
+
+    // A line of metrics is due at step 2 now, and so its checkpoint is written again.
+    forget(&[4, 6, 8, 9]);
+    let earlier = "label_dropout 0.1 -> 0.3, steps 6 -> 9, weight_decay 0.0 -> 0.1, ema_decay 0.999 -> 0.5";
+    for _ in 0..2 {
+        assert_eq!(resumed(&["--log-every", "2"]), format!("from step 2 on: {earlier}"));
+        assert_eq!(shown(), [format!("changed at step 2: {earlier}")]);
+        forget(&[4, 6, 8, 9]);
+    }
+    let back = ["--steps", "6", "--label-dropout", "0.1", "--weight-decay", "0", "--ema-decay", "0.999"];
+    assert_eq!(resumed(&back), "");
+    assert!(shown().is_empty());
+}
+
 /// It goes on as if it had never stopped since.
 #[test]
 fn the_batch_of_a_resumed_run_may_be_another() {

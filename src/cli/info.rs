@@ -11,7 +11,7 @@ use crate::error::{Error, Result, printable};
 use crate::safetensors_file::SafetensorsFile;
 use crate::train::config::{KNOBS, Layer};
 use crate::train::state::{names_in, told_names};
-use crate::train::{TrainConfig, checkpoint, metrics, weights};
+use crate::train::{TrainConfig, changes, checkpoint, metrics, weights};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -73,6 +73,9 @@ fn show_run(run: &Path) -> Result<()> {
     row("run", run.display());
     let config = TrainConfig::from_file(&run.join(checkpoint::CONFIG))?;
     show_config(&config);
+    for of_step in changes::read(run)?.chunk_by(|a, b| a.step == b.step) {
+        row("resumed", format!("changed at step {}: {}", of_step[0].step, changes::listed(of_step)));
+    }
     let lines = metrics::read(run)?;
     if let Some(last) = lines.last() {
         let loss = last.loss.map_or("not measured".into(), metrics::loss_text);

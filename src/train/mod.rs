@@ -9,12 +9,13 @@
 //! ├─ validation the loss of the moving average (average) on samples that are held out
 //! ├─ samples    a grid of the moving average
 //! ├─ metrics    lines and TensorBoard's events (events), the curve of the loss (plot)
-//! └─ state      what a checkpoint holds (checkpoint: the files; weights: those of others; resume: going on)
+//! └─ state      what a checkpoint holds (checkpoint: the files; weights: those of others; resume: going on; changes: with other settings)
 //! config        every knob; run_dir: where files are; progress: the bar; timing: steps for bench
 //! ```
 
 mod average;
 mod batches;
+pub(crate) mod changes;
 pub mod checkpoint;
 pub mod config;
 pub mod device;

@@ -1,13 +1,14 @@
 //! The directory of a run: where each file is, and that only one trainer at a time writes there.
 //!
 //! ```text
-//! runs/NAME/config.toml, metrics.jsonl, events.out.tfevents.*, loss.png, samples/STEP.png, checkpoints/STEP/
+//! runs/NAME/config.toml, changes.jsonl, metrics.jsonl, events.out.tfevents.*, loss.png, samples/STEP.png, checkpoints/STEP/
 //! ```
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use super::changes::CHANGES;
 use super::checkpoint::CONFIG;
 use super::config::TrainConfig;
 use super::events::EVENTS;
@@ -126,7 +127,7 @@ fn clear_leftovers(path: &Path) {
             }
         }
     };
-    clear(path, &|name| [CONFIG, METRICS, LOSS_PNG, EVENTS].iter().any(|file| is_leftover(name, file)));
+    clear(path, &|name| [CONFIG, CHANGES, METRICS, LOSS_PNG, EVENTS].iter().any(|file| is_leftover(name, file)));
     let step_of = |name: &str| name.strip_prefix('.')?.split_once('.')?.0.parse().ok();
     clear(&path.join(SAMPLES), &|name| step_of(name).is_some_and(|step| is_leftover(name, &picture_of(step))));
 }

@@ -2,6 +2,7 @@
 //! has learned.
 
 use super::batches::Batches;
+use super::changes;
 use super::checkpoint;
 use super::config::{DataKind, TrainConfig};
 use super::device::{DeviceUpdate, LARGEST_NORM};
@@ -151,6 +152,10 @@ pub fn resume_on(
             None => "the run has no checkpoint yet: starting it over".to_string(),
         };
         trainer.notes.insert(0, note);
+        let changed = changes::record(&run, &config, checkpoint.as_deref(), trainer.step)?;
+        if !changed.is_empty() {
+            trainer.notes.insert(1, format!("from step {} on: {}", trainer.step, changes::listed(&changed)));
+        }
         // What was changed for this run (more steps, say) holds for the next resume too.
         run.replace(checkpoint::CONFIG, |out| out.write_all(config.to_toml().as_bytes()))?;
         trainer.run(&run, stop)
