@@ -7,7 +7,7 @@ use std::path::Path;
 
 use dtr_fused::data::npy;
 use dtr_fused::element::Element;
-use dtr_fused::train::metrics;
+use dtr_fused::train::{checkpoint, metrics};
 use program::{fails, run, stderr, succeeds, train};
 
 /// An `.npy` file of `n` samples of 1 x 8 x 8 in two classes, and its labels.
@@ -50,6 +50,65 @@ fn it_is_told_and_kept() {
         let found = events.windows(name.len()).filter(|bytes| *bytes == name.as_bytes()).count();
         assert_eq!(found, times, "{name}");
     }
+}
+
+/// Beside the latest, in a run that gets worse, and after a resume too.
+#[test]
+fn the_best_checkpoint_is_kept_and_taken() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let worse = ["--lr", "0.9", "--validation-samples", "20", "--keep-checkpoints", "1", "--keep-best"];
+    let of = |out: &str, steps: &str, [checkpoint, validation]: [&str; 2], more: &[&str]| {
+        let every = ["--checkpoint-every", checkpoint, "--validation-every", validation, "--steps", steps];
+        let output = train(place, &[&worse[..], &every, &["--out", out], more].concat());
+        let said = stderr(&output);
+        succeeds(output);
+        said
+    };
+    let losses = |out: &str| -> Vec<(u64, f64)> {
+        let lines = metrics::read(&place.join(out)).unwrap();
+        lines.iter().filter_map(|line| Some((line.step, line.validation.as_ref()?.loss?))).collect()
+    };
+    let lowest = |losses: Vec<(u64, f64)>| losses.into_iter().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    let kept = |out: &str| -> Vec<u64> {
+        checkpoint::list(&place.join(out)).unwrap().into_iter().map(|(step, _)| step).collect()
+    };
+    let info = |out: &str, more: &[&str]| succeeds(run(place, &[&["info", out], more].concat()));
+    assert!(!of("run", "8", ["1", "1"], &[]).contains("keep_best"));
+    let (best, loss) = lowest(losses("run"));
+    assert!(best < 8, "{:?}", losses("run"));
+    assert_eq!(kept("run"), [best, 8]);
+    succeeds(run(place, &["train", "--resume", "run", "--steps", "11"]));
+    assert_eq!((lowest(losses("run")), kept("run")), ((best, loss), vec![best, 11]));
+    let shown = format!("best validation {} at step {best} (kept)\n", metrics::loss_text(loss));
+    assert!(info("run", &[]).contains(&shown), "{}", info("run", &[]));
+    let its = format!("run/checkpoints/{best:07}");
+    assert!(info("run", &["--best"]).contains(&format!("checkpoint    {its}\n")));
+    assert_eq!(validated(place, &["--checkpoint", "run", "--best"]), loss);
+    let grid = |out: &str, of: &[&str]| {
+        succeeds(run(place, &[&["sample", "--num", "1", "--steps", "2", "--out", out, "--checkpoint"], of].concat()));
+        fs::read(place.join(out)).unwrap()
+    };
+    assert!(grid("best.png", &["run", "--best"]) == grid("its.png", &[&its]));
+
+    // Only where both fall on a step: here 6, and at the end; of the lower losses before there is no checkpoint.
+    of("some", "9", ["3", "2"], &["--keep-checkpoints", "9"]);
+    let both = lowest(losses("some").into_iter().filter(|(step, _)| [6, 9].contains(step)).collect()).0;
+    assert!(both < 9 && ![6, 9].contains(&lowest(losses("some")).0), "{:?}", losses("some"));
+    of("fewer", "9", ["3", "2"], &[]);
+    assert_eq!(kept("fewer"), [both, 9]);
+    assert!(info("fewer", &[]).contains("(not kept)\n"));
+    let best = |path: &str| run(place, &["validate", "--checkpoint", path, "--best"]);
+    let others = format!("or give fewer/checkpoints/{both:07}, the best that is");
+    fails(best("fewer"), 1, &["its lowest validation loss is", "whose checkpoint is not kept", &others]);
+    assert!(of("never", "6", ["3", "2"], &[]).contains("keep_best has no effect: before the last step none has both"));
+
+    let output = train(place, &["--keep-best", "--steps", "1", "--out", "plain"]);
+    assert!(stderr(&output).contains("keep_best has no effect: give validation_samples"), "{}", stderr(&output));
+    succeeds(output);
+    fails(best("plain"), 2, &["--best takes the lowest validation loss, but plain has none"]);
+    fails(best(&its), 2, &["--best chooses among the checkpoints of a run", &its]);
+    fails(run(place, &["info", "run", "some", "--best"]), 2, &["--best shows a checkpoint of one run"]);
 }
 
 /// The loss that `validate` prints as JSON.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::info_runs;
+use super::source::best_of;
 use crate::diffusion::Prediction;
 use crate::error::{Error, Result, printable};
 use crate::safetensors_file::SafetensorsFile;
@@ -30,6 +31,9 @@ pub(super) struct InfoArgs {
     /// A run's directory, one of its checkpoints, or a file of weights; or the directories of several runs
     #[arg(value_name = "DIR|FILE", required = true)]
     paths: Vec<PathBuf>,
+    /// Show the run's checkpoint with the lowest validation loss, not the latest
+    #[arg(long, conflicts_with = "json")]
+    best: bool,
     /// List name and shape of every tensor of the weights
     #[arg(long)]
     tensors: bool,
@@ -41,13 +45,15 @@ pub(super) struct InfoArgs {
 pub(super) fn run(args: InfoArgs) -> Result<()> {
     match &args.paths[..] {
         runs if args.json => info_runs::show(runs, true),
-        [path] => show(path, args.tensors),
+        [path] => show(path, args.best, args.tensors),
         _ if args.tensors => Err(Error::usage("--tensors lists those of one run: give one directory or file")),
+        _ if args.best => Err(Error::usage("--best shows a checkpoint of one run: give one directory")),
         runs => info_runs::show(runs, false),
     }
 }
 
-fn show(path: &Path, tensors: bool) -> Result<()> {
+fn show(path: &Path, best: bool, tensors: bool) -> Result<()> {
+    let best = best.then(|| best_of(path)).transpose()?;
     if path.is_file() {
         return show_weights(path, tensors);
     }
@@ -55,8 +61,8 @@ fn show(path: &Path, tensors: bool) -> Result<()> {
     if let Some(run) = &place.run {
         show_run(run)?;
     }
-    match &place.checkpoint {
-        Some(checkpoint) => show_checkpoint(checkpoint, place.run.is_none(), tensors),
+    match best.or(place.checkpoint) {
+        Some(checkpoint) => show_checkpoint(&checkpoint, place.run.is_none(), tensors),
         None => {
             println!("\nIt has no checkpoint yet.");
             Ok(())
@@ -76,7 +82,7 @@ fn show_run(run: &Path) -> Result<()> {
     for of_step in changes::read(run)?.chunk_by(|a, b| a.step == b.step) {
         row("resumed", format!("changed at step {}: {}", of_step[0].step, changes::listed(of_step)));
     }
-    let lines = metrics::read(run)?;
+    let (lines, all) = (metrics::read(run)?, checkpoint::list(run)?);
     if let Some(last) = lines.last() {
         let loss = last.loss.map_or("not measured".into(), metrics::loss_text);
         row("last loss", format!("{loss} at step {} of {}", last.step, config.steps));
@@ -85,11 +91,14 @@ fn show_run(run: &Path) -> Result<()> {
             let loss = loss.map_or("not finite".into(), metrics::loss_text);
             row("validation", format!("{loss} at step {step}"));
         }
+        if let Some((best, loss)) = metrics::best_validation(&lines) {
+            let kept = if all.iter().any(|(step, _)| *step == best) { "kept" } else { "not kept" };
+            row("best validation ", format!("{} at step {best} ({kept})", metrics::loss_text(loss)));
+        }
         if last.skipped > 0 {
             row("skipped", format!("{} steps that were not finite", last.skipped));
         }
     }
-    let all = checkpoint::list(run)?;
     for (index, (step, path)) in all.iter().enumerate() {
         let name = if index == 0 { "checkpoints" } else { "" };
         row(name, format!("step {step:<9}{:>9}  {}", bytes(size_of_directory(path)?), path.display()));

@@ -1,14 +1,14 @@
 //! What `--checkpoint` names.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
 use crate::train::config::{Assignment, Layer};
-use crate::train::state::{names_in, told_names};
-use crate::train::{TrainConfig, checkpoint, weights};
+use crate::train::state::{best_saved, names_in, told_names};
+use crate::train::{TrainConfig, checkpoint, metrics, weights};
 
 /// Which weights of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -25,6 +25,9 @@ pub(super) struct SourceArgs {
     /// A run's directory (its latest checkpoint), one of its checkpoints, or a file of weights with the official names
     #[arg(long, value_name = "DIR|FILE")]
     checkpoint: PathBuf,
+    /// Of a run take the checkpoint with the lowest validation loss, not the latest
+    #[arg(long)]
+    best: bool,
     /// Which weights of a run or a checkpoint [default: ema]
     #[arg(long, value_enum)]
     weights: Option<Weights>,
@@ -50,6 +53,7 @@ pub(super) struct Source {
 pub(super) fn source(args: &SourceArgs) -> Result<Source> {
     let path = &args.checkpoint;
     let kind = std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be opened: {e}")))?;
+    let best = args.best.then(|| best_of(path)).transpose()?;
     if !kind.is_dir() {
         if args.weights.is_some() {
             let what = format!(
@@ -73,7 +77,7 @@ pub(super) fn source(args: &SourceArgs) -> Result<Source> {
         );
         return Err(Error::usage(what));
     }
-    let Some(name) = place.checkpoint else {
+    let Some(name) = best.or(place.checkpoint) else {
         return Err(Error::file(
             path,
             "has no checkpoint yet: wait for the first one, or finish training with dtr-fused train --resume",
@@ -83,4 +87,37 @@ pub(super) fn source(args: &SourceArgs) -> Result<Source> {
     let weights = name.join(if args.weights == Some(Weights::Model) { checkpoint::MODEL } else { checkpoint::EMA });
     let names = names_in(&name);
     Ok(Source { config, name, weights, names, note: None })
+}
+
+/// The checkpoint of the run `path` that has its lowest validation loss.
+///
+/// # Errors
+/// When `path` is no run, no such loss was measured, or that checkpoint is not there.
+pub(super) fn best_of(path: &Path) -> Result<PathBuf> {
+    if checkpoint::resolve(path)?.run.as_deref() != Some(path) {
+        let what =
+            format!("--best chooses among the checkpoints of a run, but {} is none: leave it out", path.display());
+        return Err(Error::usage(what));
+    }
+    let lines = metrics::read(path)?;
+    let Some((step, loss)) = metrics::best_validation(&lines) else {
+        let what = format!("--best takes the lowest validation loss, but {} has none: leave it out", path.display());
+        return Err(Error::usage(what));
+    };
+    let saved = best_saved(path, &lines)?;
+    match saved {
+        Some((saved, checkpoint)) if saved == step => Ok(checkpoint),
+        saved => {
+            let others =
+                saved.map_or(String::new(), |(_, path)| format!(", or give {}, the best that is", path.display()));
+            Err(Error::file(
+                path,
+                format!(
+                    "its lowest validation loss is {} at step {step}, whose checkpoint is not kept (see --keep-best of train): leave \
+                     --best out{others}",
+                    metrics::loss_text(loss)
+                ),
+            ))
+        }
+    }
 }

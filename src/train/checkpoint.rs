@@ -197,14 +197,15 @@ fn write_safetensors(out: &mut dyn Write, tensors: &[TensorOut], metadata: &Meta
     tensors.iter().try_for_each(|tensor| out.write_all(bytemuck::cast_slice(tensor.data)))
 }
 
-/// Deletes checkpoints of `run` except the latest `keep_last` and those whose step is a multiple of `keep_every` (0: none).
+/// Deletes checkpoints of `run` except the latest `keep_last`, those whose step is a multiple of `keep_every` (0: none), and that of step
+/// `best`.
 ///
 /// # Errors
 /// [`Error::File`] of the first that cannot be deleted; the others are.
-pub fn prune(run: &Path, keep_last: usize, keep_every: u64) -> Result<()> {
+pub fn prune(run: &Path, keep_last: usize, keep_every: u64, best: Option<u64>) -> Result<()> {
     let (all, mut result) = (list(run)?, Ok(()));
     for (step, path) in &all[..all.len().saturating_sub(keep_last.max(1))] {
-        if keep_every > 0 && step.is_multiple_of(keep_every) {
+        if keep_every > 0 && step.is_multiple_of(keep_every) || best == Some(*step) {
             continue;
         }
         // Renamed first, so that a kill while its files go does not leave half a checkpoint under a step's name.

@@ -294,6 +294,12 @@ pub fn read(run: &Path) -> Result<Vec<Line>> {
     }
 }
 
+/// Step and loss of the lowest validation loss in `lines` that is finite.
+pub fn best_validation<'a>(lines: impl IntoIterator<Item = &'a Line>) -> Option<(u64, f64)> {
+    let measured = |line: &Line| Some((line.step, line.validation.as_ref()?.loss?));
+    lines.into_iter().filter_map(measured).min_by(|(_, a), (_, b)| a.total_cmp(b))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::config::TrainConfig;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::checkpoint::{self, FileOut, Metadata, TensorOut};
 use super::learner::{Learner, Uncertainty};
-use super::metrics::{self, Meter};
+use super::metrics::{self, Line, Meter};
 use super::plot;
 use super::progress::Progress;
 use super::run_dir::RunDir;
@@ -80,6 +80,15 @@ pub(super) fn labels_in(names: &[String]) -> Option<Vec<String>> {
     names.iter().map(|name| Some(name.parse::<usize>().ok()?.to_string())).collect()
 }
 
+/// The checkpoint of `run` with the lowest validation loss in `lines`.
+pub(crate) fn best_saved(run: &Path, lines: &[Line]) -> Result<Option<(u64, PathBuf)>> {
+    let mut saved = checkpoint::list(run)?;
+    let both = lines.iter().filter(|line| saved.iter().any(|(step, _)| *step == line.step));
+    let best = metrics::best_validation(both);
+    saved.retain(|(step, _)| best.is_some_and(|(best, _)| *step == best));
+    Ok(saved.pop())
+}
+
 /// Names of classes to compare, of data that have been and are, if they can be. Classes without names have their labels, which the names
 /// of folders may be too.
 fn comparable_names(names: [Option<Vec<String>>; 2]) -> Option<[Vec<String>; 2]> {
@@ -141,7 +150,7 @@ impl Trainer<'_> {
         self.saved = Some(self.step);
         // While steps are skipped, the weights may be ruined already: what was saved before stays.
         if self.nonfinite_in_a_row == 0
-            && let Err(error) = checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every)
+            && let Err(error) = self.prune(run)
         {
             progress.say(&format!("more checkpoints stay than should: {error}"));
         }
@@ -150,6 +159,14 @@ impl Trainer<'_> {
             progress.say(&format!("no curve of the loss: {error}"));
         }
         Ok(())
+    }
+
+    /// Deletes the checkpoints that are no longer kept.
+    fn prune(&self, run: &RunDir) -> Result<()> {
+        let config = self.config;
+        let lines = if config.keep_best { metrics::read(run.path())? } else { Vec::new() };
+        let best = best_saved(run.path(), &lines)?;
+        checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every, best.map(|(step, _)| step))
     }
 
     /// Takes everything from the last checkpoint of a run. What there is to say about its data is returned.

@@ -320,7 +320,31 @@ impl<'a> Trainer<'a> {
             });
             validation.note().filter(|_| !own.is_empty()).iter().for_each(|note| progress.say(note));
         }
+        self.note_on_keep_best().iter().for_each(|note| progress.say(note));
         self.notes.iter().for_each(|note| progress.say(note));
+    }
+
+    /// A sentence where no checkpoint but the last can be the best.
+    fn note_on_keep_best(&self) -> Option<String> {
+        let TrainConfig { validation_every, checkpoint_every, steps, keep_best, .. } = *self.config;
+        if !keep_best {
+            return None;
+        }
+        if self.validation.is_none() {
+            return Some("keep_best has no effect: give validation_samples or validation_data to validate on".into());
+        }
+        // Their least common multiple; of 0 none.
+        let (mut a, mut b) = (validation_every, checkpoint_every);
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        let both = validation_every.checked_div(a).map_or(0, |part| part.saturating_mul(checkpoint_every));
+        (both == 0 || both >= steps).then(|| {
+            format!(
+                "keep_best has no effect: before the last step none has both a checkpoint and a validation loss (checkpoint_every is \
+                 {checkpoint_every}, validation_every {validation_every})"
+            )
+        })
     }
 
     /// Validates if it is time, appends the averages since the last line to `log`, and returns what the progress bar shows of them. Told to

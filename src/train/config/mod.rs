@@ -200,6 +200,8 @@ knobs! {
         keep_checkpoints: usize;
         /// Checkpoints whose step is a multiple of this are kept for ever; 0 = none
         keep_every: u64;
+        /// Keep the checkpoint with the lowest validation loss so far too, of the steps that have both; sample and validate take it with --best
+        keep_best: bool;
         /// Steps from one grid of samples to the next (and one at the end); 0 = only at the end
         sample_every: u64;
         /// Images per class in a grid of samples
@@ -285,6 +287,7 @@ impl Default for TrainConfig {
             checkpoint_every: 100,
             keep_checkpoints: 2,
             keep_every: 0,
+            keep_best: false,
             sample_every: 200,
             samples_per_class: 10,
             sample_classes: 10,
