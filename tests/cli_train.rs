@@ -387,6 +387,21 @@ fn another_learning_rate_of_a_resumed_run_is_told() {
     let said = resumed(&["--steps", "9", "--lr-decay", "constant", "--lr", "1e-3"]);
     assert!(said.contains("the learning rate goes from 3.00e-4 to 1.00e-3\n"), "{said}");
     assert!(!resumed(&["--steps", "10"]).contains("learning rate"));
+    // A rate that was constant falls from where it is.
+    let begun = ["--out", "stable", "--steps", "4", "--warmup-steps", "0", "--lr-decay", "constant"];
+    let output = train(place, &[&begun[..], &["--decay-start", "2"]].concat());
+    assert!(stderr(&output).contains("decay_start has no effect: lr_decay is constant"), "{}", stderr(&output));
+    succeeds(output);
+    let output =
+        run(place, &["train", "--resume", "stable", "--steps", "7", "--lr-decay", "linear", "--decay-start", "4"]);
+    assert!(
+        !stderr(&output).contains("learning rate") && !stderr(&output).contains("no effect"),
+        "{}",
+        stderr(&output)
+    );
+    succeeds(output);
+    let last = metrics::read(&place.join("stable")).unwrap().pop().unwrap();
+    assert!((last.lr - 3e-4).abs() < 1e-12, "{}", last.lr);
     // The reason is another.
     let said = resumed(&["--steps", "20", "--lr-decay", "cosine", "--lr", "0.5"]);
     assert!(said.contains("the learning rate goes from 1.00e-3 to ") && !said.contains("decay now ends"), "{said}");

@@ -4,7 +4,7 @@
 use super::batches::Batches;
 use super::changes;
 use super::checkpoint;
-use super::config::{DataKind, TrainConfig};
+use super::config::{DataKind, Decay, TrainConfig};
 use super::device::{DeviceUpdate, LARGEST_NORM};
 use super::learner::{Learner, Losses};
 use super::metrics::{self, Line, Meter, MetricsLog};
@@ -319,6 +319,9 @@ impl<'a> Trainer<'a> {
                 false => format!("{samples} sample{are} there to validate on, from '{own}'"),
             });
             validation.note().filter(|_| !own.is_empty()).iter().for_each(|note| progress.say(note));
+        }
+        if config.decay_start > 0 && config.lr_decay == Decay::Constant {
+            progress.say("decay_start has no effect: lr_decay is constant");
         }
         self.note_on_keep_best().iter().for_each(|note| progress.say(note));
         self.notes.iter().for_each(|note| progress.say(note));

@@ -1,6 +1,6 @@
 //! What a configuration must satisfy, and what it becomes when the data are known.
 
-use super::{InitLabels, TrainConfig};
+use super::{Decay, InitLabels, TrainConfig};
 use crate::data::array_file::MAX_SAMPLE;
 use crate::diffusion::{LossWeight, Timesteps};
 use crate::error::{Error, Result};
@@ -138,6 +138,12 @@ impl TrainConfig {
             )));
         }
         require("lr", self.lr, self.lr > 0.0 && self.lr <= 1e3, "a number above 0 and at most 1000")?;
+        if self.lr_decay != Decay::Constant && self.decay_start >= self.steps {
+            return Err(Error::usage(format!(
+                "decay_start is {}, but it must be below steps, {}: give lr_decay constant where nothing is to fall",
+                self.decay_start, self.steps
+            )));
+        }
         share("min_lr_ratio", self.min_lr_ratio)?;
         not_negative("weight_decay", self.weight_decay)?;
         not_negative("grad_clip", self.grad_clip)?;
@@ -201,7 +207,7 @@ fn decay(key: &str, value: f64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Decay, KNOBS};
+    use super::super::KNOBS;
     use super::*;
 
     /// Sets keys of the default configuration and validates it.
@@ -263,6 +269,7 @@ mod tests {
             ("lr", "0"),
             ("lr", "NaN"),
             ("lr", "inf"),
+            ("decay_start", "600"),
             ("min_lr_ratio", "2"),
             ("adam_beta1", "1"),
             ("adam_beta2", "-1"),
@@ -311,6 +318,8 @@ mod tests {
             &[("timesteps", "logit-normal--0.5-1.2")],
             &[("routing", "dense"), ("beta", "0.1")],
             &[("min_lr_ratio", "0")],
+            &[("decay_start", "599"), ("lr_decay", "linear")],
+            &[("decay_start", "600"), ("lr_decay", "constant")],
             &[("sample_every", "0")],
             &[("grad_accumulation", "4")],
             &[("image_size", "16")],
@@ -357,6 +366,21 @@ mod tests {
         assert!(close(config.lr_at(55), 0.55) && close(config.lr_at(100), 0.1) && close(config.lr_at(500), 0.1));
         let constant = TrainConfig { lr_decay: Decay::Constant, ..config.clone() };
         assert!(close(constant.lr_at(100), 1.0));
+        let linear = TrainConfig { lr_decay: Decay::Linear, ..config.clone() };
+        assert!(close(linear.lr_at(10), 1.0) && close(linear.lr_at(28), 0.82) && close(linear.lr_at(100), 0.1));
+        for lr_decay in [Decay::Cosine, Decay::Linear] {
+            let late = TrainConfig { lr_decay, decay_start: 61, steps: 102, ..config.clone() };
+            assert!(close(late.lr_at(4), 0.5) && (9..62).all(|step| late.lr_at(step) == 1.0), "{lr_decay}");
+            assert!(close(late.lr_at(81), 0.55) && close(late.lr_at(101), 0.1), "{lr_decay}");
+            // A start amid the warm-up is its end.
+            let early = TrainConfig { decay_start: 5, ..config.clone() };
+            assert!((0..101).all(|step| early.lr_at(step) == config.lr_at(step)));
+        }
+        // A constant rate that is made to fall begins where it was, and falls a step like any other.
+        let begun = TrainConfig { steps: 60, ..constant.clone() };
+        let cooled = TrainConfig { steps: 130, lr_decay: Decay::Linear, decay_start: 60, ..begun.clone() };
+        assert!((0..61).all(|step| cooled.lr_at(step) == begun.lr_at(step)));
+        assert!((60..129).all(|step| close(cooled.lr_at(step) - cooled.lr_at(step + 1), 0.9 / 69.0)));
         let short = TrainConfig { steps: 1, ..config.clone() };
         assert!(short.lr_at(0).is_finite());
         assert!(close(config.ema_decay_at(0), 0.1) && close(config.ema_decay_at(1_000_000), 0.999));

@@ -154,9 +154,11 @@ knobs! {
         lr: f64;
         /// Steps over which the learning rate grows from 0 to lr
         warmup_steps: u64;
-        /// Learning rate after the warm-up: constant, or cosine (falls to lr times min_lr_ratio at the last step)
+        /// Learning rate after the warm-up: constant, or cosine or linear (falls to lr times min_lr_ratio at the last step)
         lr_decay: Decay;
-        /// Where cosine decay ends, as a share of lr; 0 to 1
+        /// Steps after which it begins to fall, being constant before; 0 = right after the warm-up
+        decay_start: u64;
+        /// Where the decay ends, as a share of lr; 0 to 1
         min_lr_ratio: f64;
         /// Decoupled weight decay of AdamW, per step and lr
         weight_decay: f64;
@@ -267,6 +269,7 @@ impl Default for TrainConfig {
             lr: 3e-3,
             warmup_steps: 50,
             lr_decay: Decay::Cosine,
+            decay_start: 0,
             min_lr_ratio: 0.1,
             weight_decay: 0.0,
             adam_beta1: 0.9,
@@ -386,15 +389,15 @@ impl TrainConfig {
         if step < self.warmup_steps {
             return self.lr * (step + 1) as f64 / self.warmup_steps as f64;
         }
-        match self.lr_decay {
-            Decay::Constant => self.lr,
-            Decay::Cosine => {
-                let last = (self.steps.saturating_sub(1)).saturating_sub(self.warmup_steps).max(1) as f64;
-                let progress = ((step - self.warmup_steps) as f64 / last).min(1.0);
-                let wave = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
-                self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * wave)
-            }
-        }
+        let start = self.decay_start.max(self.warmup_steps);
+        let last = (self.steps.saturating_sub(1)).saturating_sub(start).max(1) as f64;
+        let progress = (step.saturating_sub(start) as f64 / last).min(1.0);
+        let left = match self.lr_decay {
+            Decay::Constant => return self.lr,
+            Decay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+            Decay::Linear => 1.0 - progress,
+        };
+        self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * left)
     }
 
     /// The update of step `step` (the first is 0), after `n` updates before it; they are fewer where steps were skipped.

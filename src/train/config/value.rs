@@ -108,9 +108,11 @@ pub enum Decay {
     Constant,
     /// It falls as a half cosine.
     Cosine,
+    /// It falls along a line.
+    Linear,
 }
 
-choice!(Decay: Constant = "constant", Cosine = "cosine");
+choice!(Decay: Constant = "constant", Cosine = "cosine", Linear = "linear");
 
 /// What the samples of a data set are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

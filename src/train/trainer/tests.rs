@@ -265,6 +265,8 @@ fn a_knob_that_is_turned_is_felt() {
         ("lr", "0.02"),
         ("warmup_steps", "3"),
         ("lr_decay", "constant"),
+        ("lr_decay", "linear"),
+        ("decay_start", "4"),
         ("min_lr_ratio", "0.5"),
         ("weight_decay", "0.1"),
         ("adam_beta1", "0.8"),
