@@ -20,15 +20,15 @@ Examples:
   dtr-fused info runs/digits-paper-0001/checkpoints/0000600     one checkpoint
   dtr-fused info --tensors runs/digits-paper-0001               also every tensor of the weights
   dtr-fused info DiT-XL-2.safetensors                           what sample takes weights without a run for
-  dtr-fused info runs/*                                         several runs: what differs, losses, best validation
-  dtr-fused info --json runs/*                                  the same and all settings, a line of JSON for each run
+  dtr-fused info runs                                           all runs in a folder: what differs, losses, best validation
+  dtr-fused info --json runs/pets*                              these, and all settings, a line of JSON for each run
 ";
 
 /// Show what a run's directory, a checkpoint or a file of weights holds: configuration, steps, sizes, last loss
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct InfoArgs {
-    /// A run's directory, one of its checkpoints, or a file of weights; or the directories of several runs
+    /// A run's directory, one of its checkpoints, or a file of weights; or the directories of several runs, or of a folder that holds them
     #[arg(value_name = "DIR|FILE", required = true)]
     paths: Vec<PathBuf>,
     /// Show the run's checkpoint with the lowest validation loss, not the latest
@@ -37,19 +37,30 @@ pub(super) struct InfoArgs {
     /// List name and shape of every tensor of the weights
     #[arg(long)]
     tensors: bool,
-    /// Print a line of JSON for each run: step, losses, best validation and all settings
+    /// Print a line of JSON for each run: step, losses, last and best validation, number of parameters and all settings
     #[arg(long, conflicts_with = "tensors")]
     json: bool,
 }
 
 pub(super) fn run(args: InfoArgs) -> Result<()> {
-    match &args.paths[..] {
+    let paths: Vec<PathBuf> = args.paths.iter().flat_map(|path| runs_in(path)).collect();
+    match &paths[..] {
         runs if args.json => info_runs::show(runs, true),
-        [path] => show(path, args.best, args.tensors),
+        [path] if paths == args.paths => show(path, args.best, args.tensors),
         _ if args.tensors => Err(Error::usage("--tensors lists those of one run: give one directory or file")),
         _ if args.best => Err(Error::usage("--best shows a checkpoint of one run: give one directory")),
         runs => info_runs::show(runs, false),
     }
+}
+
+/// The runs in the folder `path`, by name; `path` itself where it has none.
+fn runs_in(path: &Path) -> Vec<PathBuf> {
+    // A checkpoint has a configuration too.
+    let is_run = |path: &PathBuf| path.join(checkpoint::CONFIG).exists() && !path.join(checkpoint::MODEL).exists();
+    let mut runs: Vec<PathBuf> = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    runs.retain(is_run);
+    runs.sort();
+    if runs.is_empty() || path.join(checkpoint::CONFIG).exists() { vec![path.into()] } else { runs }
 }
 
 fn show(path: &Path, best: bool, tensors: bool) -> Result<()> {

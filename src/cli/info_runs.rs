@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::error::{Error, Result, printable};
+use crate::train::changes::{self, Change};
 use crate::train::config::KNOBS;
-use crate::train::metrics::{self, Line};
+use crate::train::metrics::{self, Line, Means};
 use crate::train::{TrainConfig, checkpoint};
 
 /// What a run has come to.
@@ -15,18 +16,24 @@ struct Summary {
     run: String,
     /// Steps of the last line of its metrics.
     step: u64,
+    /// Means over the last lines that cover `log_every` steps.
     loss: Option<f64>,
+    mse: Option<f64>,
     validation: Option<Measured>,
     best_validation: Option<Measured>,
-    /// All knobs.
+    parameters: u64,
+    /// All knobs, as they are now.
     config: toml::Table,
+    /// What a resume changed in them.
+    changes: Vec<Change>,
 }
 
-/// A validation loss that is finite.
-#[derive(Clone, Copy, Serialize)]
+/// A validation whose loss is finite.
+#[derive(Clone, Serialize)]
 struct Measured {
     step: u64,
-    loss: f64,
+    #[serde(flatten)]
+    means: Means,
 }
 
 /// Prints a table with a line for each of the runs in `paths`, or `as_json` a line of JSON.
@@ -61,22 +68,44 @@ impl Summary {
         let config = TrainConfig::from_file(&run.join(checkpoint::CONFIG))?;
         let lines = metrics::read(&run)?;
         let last = lines.last();
-        let validation: Vec<Measured> = lines.iter().filter_map(Measured::of).collect();
+        let best = metrics::best_validation(&lines).map(|(step, _)| step);
+        let mut validations = lines.iter().filter_map(Measured::of);
         Ok(Summary {
             run: run.display().to_string(),
             step: last.map_or(0, |line| line.step),
-            loss: last.and_then(|line| line.loss),
-            validation: validation.last().copied(),
-            best_validation: validation.iter().copied().min_by(|a, b| a.loss.total_cmp(&b.loss)),
+            loss: last_mean(&lines, config.log_every, |line| line.loss),
+            mse: last_mean(&lines, config.log_every, |line| line.mse),
+            validation: validations.clone().next_back(),
+            best_validation: validations.find(|validation| Some(validation.step) == best),
+            parameters: config.model_config().parameters() as u64,
             config: config.to_toml().parse().expect("knobs as TOML"),
+            changes: changes::read(&run)?,
         })
     }
 }
 
 impl Measured {
     fn of(line: &Line) -> Option<Self> {
-        Some(Measured { step: line.step, loss: line.validation.as_ref()?.loss? })
+        let means = line.validation.clone().filter(|means| means.loss.is_some())?;
+        Some(Measured { step: line.step, means })
     }
+}
+
+/// The mean of what `of` tells over the last lines that cover `log_every` steps: a line alone may be of a single one.
+fn last_mean(lines: &[Line], log_every: u64, of: fn(&Line) -> Option<f64>) -> Option<f64> {
+    let (mut covered, mut measured, mut sum) = (0, 0, 0.0);
+    for (i, line) in lines.iter().enumerate().rev() {
+        let steps = line.step.saturating_sub(i.checked_sub(1).map_or(0, |before| lines[before].step));
+        covered += steps;
+        if let Some(mean) = of(line) {
+            measured += steps;
+            sum += mean * steps as f64;
+        }
+        if covered >= log_every {
+            break;
+        }
+    }
+    Some(sum / measured as f64).filter(|mean| mean.is_finite())
 }
 
 /// A head, and a line for each run, with a column for every knob that has several values.
@@ -87,12 +116,15 @@ fn table(runs: &[Summary]) -> Vec<String> {
     let differs = |name: &&str| runs.iter().any(|run| run.config[*name] != runs[0].config[*name]);
     // The directory is the first column.
     let knobs: Vec<&str> = KNOBS.iter().map(|knob| knob.name).filter(|name| *name != "out").filter(differs).collect();
-    let head = ["run"].iter().chain(&knobs).chain(&["step", "loss", "validation", "best"]).map(ToString::to_string);
+    let head =
+        ["run"].iter().chain(&knobs).chain(&["step", "loss", "mse", "validation", "best"]).map(ToString::to_string);
     let mut rows: Vec<Vec<String>> = vec![head.collect()];
     for run in runs {
         let loss = |loss: Option<f64>| loss.map_or("-".to_string(), metrics::loss_text);
-        let best = run.best_validation.map_or("-".into(), |best| format!("{} at {}", loss(Some(best.loss)), best.step));
-        let last = [run.step.to_string(), loss(run.loss), loss(run.validation.map(|last| last.loss)), best];
+        let best = run.best_validation.as_ref();
+        let best = best.map_or("-".into(), |best| format!("{} at {}", loss(best.means.loss), best.step));
+        let validation = loss(run.validation.as_ref().and_then(|last| last.means.loss));
+        let last = [run.step.to_string(), loss(run.loss), loss(run.mse), validation, best];
         let values = knobs.iter().map(|name| match &run.config[*name] {
             toml::Value::String(text) => text.clone(),
             other => other.to_string(),
