@@ -37,6 +37,7 @@ fn result(run: &Path) -> Vec<(String, Vec<u8>)> {
     for line in metrics.lines() {
         let mut line: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).unwrap();
         line.remove("images_per_s").expect("a speed");
+        line.remove("seconds").expect("a time");
         result.push(("metrics.jsonl".into(), serde_json::to_vec(&line).unwrap()));
     }
     result
@@ -561,6 +562,33 @@ fn steps_that_are_left_out_are_counted_on_after_a_resume() {
         let row = |name: &str| shown.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{shown}"));
         assert!(row("step ").ends_with(&format!(" {last}")) && row("skipped").contains(" 3 steps"), "{shown}");
     }
+}
+
+/// They are summed over all parts of a run. One of before they were written down has none, and gets none.
+#[test]
+fn lines_tell_the_seconds_since_the_run_began() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    succeeds(train(place, &["--steps", "4", "--log-every", "2", "--out", "run"]));
+    let resume = |steps: &str| succeeds(run(place, &["train", "--resume", "run", "--steps", steps]));
+    resume("8");
+    let seconds = || metrics::read(&place.join("run")).unwrap().iter().map(|line| line.seconds).collect::<Vec<_>>();
+    let found: Vec<f64> = seconds().into_iter().map(Option::unwrap).collect();
+    assert!(found.len() == 4 && found[0] > 0.0 && found.windows(2).all(|two| two[0] < two[1]), "{found:?}");
+    let path = place.join("run/metrics.jsonl");
+    let text = fs::read_to_string(&path).unwrap();
+    let old: String = text
+        .lines()
+        .map(|line| {
+            let mut line: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).unwrap();
+            line.remove("seconds").unwrap();
+            serde_json::to_string(&line).unwrap() + "\n"
+        })
+        .collect();
+    fs::write(&path, &old).unwrap();
+    resume("10");
+    assert_eq!(seconds(), [None; 5]);
+    assert!(fs::read_to_string(&path).unwrap().starts_with(&old));
 }
 
 #[test]

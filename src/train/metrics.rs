@@ -58,6 +58,10 @@ pub struct Line {
     pub skipped: u64,
     /// Images per second since the line before.
     pub images_per_s: Option<f64>,
+    /// Seconds of training since the run began, without validations, checkpoints and samples. Runs that were begun before this was written
+    /// down have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
     /// What the moving average of the weights has on the samples that are held out, where it was measured after this step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<Means>,
@@ -128,6 +132,7 @@ impl Meter {
             lr,
             skipped: self.skipped,
             images_per_s: Some(images_per_s).filter(|x| x.is_finite()),
+            seconds: None,
             validation: None,
         };
         self.restart();
@@ -174,7 +179,7 @@ pub struct MetricsLog {
     path: PathBuf,
     file: File,
     events: EventFile,
-    last: Option<u64>,
+    last: Option<Line>,
 }
 
 impl MetricsLog {
@@ -197,7 +202,7 @@ impl MetricsLog {
                 && line.step <= step
             {
                 kept.extend_from_slice(text);
-                last = Some(line.step);
+                last = Some(line);
             }
         }
         // A link in a run from others may lead anywhere.
@@ -211,7 +216,12 @@ impl MetricsLog {
 
     /// The step of the last line.
     pub fn last(&self) -> Option<u64> {
-        self.last
+        self.last.as_ref().map(|line| line.step)
+    }
+
+    /// Those of the last line, if it has any.
+    pub(super) fn seconds(&self) -> Option<f64> {
+        self.last.as_ref().map_or(Some(0.0), |line| line.seconds)
     }
 
     /// Appends a line to both files.
@@ -228,7 +238,7 @@ impl MetricsLog {
             // Where that fails too, half of a line stays, which a resumed run takes away.
             let _ = self.file.set_len(before);
         })?;
-        self.last = Some(line.step);
+        self.last = Some(line.clone());
         Ok(())
     }
 

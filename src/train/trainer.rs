@@ -230,7 +230,7 @@ impl<'a> Trainer<'a> {
             // One that was resumed made up for this line, and was killed before its checkpoint said so.
             self.meter.restart();
         } else if self.step > 0 && self.meter.steps() > 0 && self.line_due() {
-            let logged = self.log(&mut log, f64::NAN, stop, &mut progress);
+            let logged = self.log(&mut log, (0, 0.0), stop, &mut progress);
             figures = logged.map_err(|error| self.saved_before(error, run, &progress))?.unwrap_or_default();
             self.save(run, &progress)?;
         }
@@ -246,8 +246,8 @@ impl<'a> Trainer<'a> {
             self.batches.loader.take_warnings().iter().for_each(|warning| progress.say(warning));
             if self.line_due() {
                 let images = (self.step - since.1) * config.batch_size as u64;
-                let speed = images as f64 / since.0.elapsed().as_secs_f64();
-                let logged = self.log(&mut log, speed, stop, &mut progress);
+                let seconds = since.0.elapsed().as_secs_f64();
+                let logged = self.log(&mut log, (images, seconds), stop, &mut progress);
                 figures = logged.map_err(|error| self.saved_before(error, run, &progress))?.unwrap_or(figures);
                 since = (Instant::now(), self.step);
             }
@@ -351,11 +351,11 @@ impl<'a> Trainer<'a> {
     }
 
     /// Validates if it is time, appends the averages since the last line to `log`, and returns what the progress bar shows of them. Told to
-    /// stop meanwhile, it does neither.
+    /// stop meanwhile, it does neither. So many images were trained on since that line, in so many seconds.
     fn log(
         &mut self,
         log: &mut MetricsLog,
-        images_per_s: f64,
+        (images, seconds): (u64, f64),
         stop: &AtomicBool,
         progress: &mut Progress,
     ) -> Result<Option<String>> {
@@ -365,7 +365,8 @@ impl<'a> Trainer<'a> {
             return Ok(None);
         }
         let mut meter = self.meter.clone();
-        let line = Line { validation, ..meter.line(self.step, self.config.lr_at(self.step - 1), images_per_s) };
+        let line = meter.line(self.step, self.config.lr_at(self.step - 1), images as f64 / seconds);
+        let line = Line { validation, seconds: log.seconds().map(|before| before + seconds), ..line };
         log.append(&line)?;
         self.meter = meter;
         let loss = line.loss.map_or("not finite".into(), metrics::loss_text);

@@ -223,6 +223,13 @@ fn lines_tell_the_rate_and_the_speed_of_their_own_steps() {
         assert!((line.lr - lr).abs() <= 1e-12, "step {}: {} for {lr}", line.step, line.lr);
     }
     // A batch of four takes 3 ms at least, and two may have been read before.
+    // The seconds of all before, and of twenty images at this speed.
+    let mut before = 0.0;
+    for line in &lines {
+        let seconds = line.seconds.unwrap();
+        assert!(((seconds - before) * line.images_per_s.unwrap() - 20.0).abs() < 1e-6, "{line:?} after {before}");
+        before = seconds;
+    }
     let speed = lines[11].images_per_s.unwrap();
     assert!(speed <= 20.0 / 0.009, "{speed} images a second");
 }
