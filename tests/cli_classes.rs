@@ -5,7 +5,11 @@ mod program;
 use std::fs;
 use std::path::Path;
 
+use dtr_fused::data::npy;
+use dtr_fused::element::Element;
 use dtr_fused::safetensors_file::SafetensorsFile;
+use safetensors::tensor::{Dtype, TensorView};
+
 use program::{fails, run, stderr, succeeds, train};
 
 /// A run of the tiny model in `place/run`.
@@ -134,4 +138,25 @@ fn a_model_without_classes_is_asked_for_none() {
     // It cannot begin to learn classes, nor stop.
     let resumed = |share: &str| run(place, &["train", "--resume", "run", "--steps", "60", "--label-dropout", share]);
     fails(resumed("0.1"), 2, &["label_dropout is 0.1, but this run was trained with 1, and a model without classes"]);
+}
+
+#[test]
+fn a_model_without_classes_needs_no_labels() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let pixels: Vec<u8> = (0..20 * 64).map(|i| (i * 37 % 251) as u8).collect();
+    let bytes = TensorView::new(Dtype::U8, vec![20, 1, 8, 8], &pixels).unwrap();
+    npy::write(place.join("bare.npy"), Element::U8, &[20, 1, 8, 8], &pixels).unwrap();
+    fs::write(place.join("bare.safetensors"), safetensors::serialize([("images", bytes)], None).unwrap()).unwrap();
+    for data in ["bare.npy", "bare.safetensors"] {
+        let of = |more: &[&str]| train(place, &[&["--data", data, "--out", data, "--steps", "1"][..], more].concat());
+        let out = format!("run-{data}");
+        fails(of(&[]), 1, &[data, "labels"]);
+        let none = ["--label-dropout", "1", "--validation-data", data, "--out", &out];
+        let output = of(&none);
+        assert!(stderr(&output).contains("20 images of 1 x 8 x 8 in 1 classes"), "{}", stderr(&output));
+        succeeds(output);
+        succeeds(run(place, &["train", "--resume", &out, "--steps", "2"]));
+        succeeds(run(place, &["validate", "--checkpoint", &out]));
+    }
 }

@@ -251,6 +251,11 @@ fn data_of_its_own_are_validated_on() {
         &["other.npy: the data to validate on are not there: say where they are with --validation-data"],
     );
     fs::rename(place.join("other.labels.npy"), place.join("moved.labels.npy")).unwrap();
+    fails(
+        resumed(&["--validation-samples", "3"]),
+        2,
+        &["validation_samples cannot change from 0 to 3", "leave it out, give --validation-data, or start a new run"],
+    );
     succeeds(resumed(&["--validation-data", "moved.npy"]));
     succeeds(run(place, &["train", "--resume", "with", "--steps", "6", "--validation-data", ""]));
 
@@ -311,7 +316,11 @@ fn what_is_held_out_stays_so() {
     succeeds(train(place, &["--data", "some.npy", "--out", "run", "--steps", "1", "--validation-samples", "10"]));
     let resume = |args: &[&str]| run(place, &[&["train", "--resume", "run", "--steps", "2"], args].concat());
     for other in ["0", "9"] {
-        fails(resume(&["--validation-samples", other]), 2, &["validation_samples"]);
+        fails(
+            resume(&["--validation-samples", other]),
+            2,
+            &["validation_samples", ": leave it out, or start a new run"],
+        );
     }
     save_samples(&place.join("some.npy"), 44);
     let output = resume(&["--validation-every", "1"]);

@@ -311,10 +311,25 @@ fn npy_files_that_are_no_data_set_are_refused_in_a_sentence() {
     npy::write(&path, Element::F32, &[2, 4, 1, 2], &f32s(&latents())).unwrap();
     let error = refusal(&path, None);
     assert!(error.contains("has no labels beside it: neither") && error.contains("x.labels.npy"), "{error}");
+    assert!(error.ends_with("(of samples without classes all may be 0, and with --label-dropout 1 none are needed)"));
     npy::write(dir.path().join("labels.npy"), Element::I64, &[1], &i64s(&[0])).unwrap();
     assert!(refusal(&path, None).contains("has 2 samples but 1 labels"));
     std::fs::write(dir.path().join("labels.npy"), "nonsense").unwrap();
     assert!(refusal(&path, None).contains("labels.npy: is no .npy file"));
+}
+
+#[test]
+fn samples_of_one_class_need_no_labels() {
+    let dir = tempfile::tempdir().unwrap();
+    let npy = dir.path().join("x.npy");
+    npy::write(&npy, Element::F32, &[2, 4, 1, 2], &f32s(&latents())).unwrap();
+    let safetensors = save(dir.path(), &[("latents", Dtype::F32, &[2, 4, 1, 2], f32s(&latents()))]);
+    for path in [npy, safetensors] {
+        let set = ArrayFile::open(&path, Some(1), None).unwrap();
+        assert_eq!((set.len(), set.num_classes(), set.note()), (2, 1, None));
+        assert_eq!(sample(&set, 1, false), (0, latents()[8..].to_vec()));
+        assert!(refusal(&path, Some(2)).contains("labels"));
+    }
 }
 
 #[test]

@@ -60,8 +60,9 @@ enum Layout {
 }
 
 impl ArrayFile {
-    /// Opens `path` and reads its labels. There are `num_classes` classes, or as many as the largest label asks for. A `.npy` file
-    /// does not say whether its samples are images: `pictures` does, else bytes are, and samples of 1 or 3 channels.
+    /// Opens `path` and reads its labels. There are `num_classes` classes, or as many as the largest label asks for; of one class labels
+    /// need not be there. A `.npy` file does not say whether its samples are images: `pictures` does, else bytes are, and samples of 1 or 3
+    /// channels.
     ///
     /// # Errors
     /// [`Error::File`] when a file is missing or damaged, an array has the wrong shape or type, or a label is outside its
@@ -73,9 +74,15 @@ impl ArrayFile {
         }
         let fail = |what: String| Error::file(path, what);
         let (file, named, labels) = if path.extension().is_some_and(|e| e == "npy") {
-            let labels_path = labels_beside(path)?;
-            let labels = NpyFile::open(&labels_path)?;
-            let labels = read_labels(labels.view(), num_classes).map_err(|what| Error::file(&labels_path, what))?;
+            let labels = match labels_beside(path) {
+                Err(_) if num_classes == Some(1) => None,
+                labels_path => {
+                    let labels_path = labels_path?;
+                    let labels = NpyFile::open(&labels_path)?;
+                    let labels = read_labels(labels.view(), num_classes);
+                    Some(labels.map_err(|what| Error::file(&labels_path, what))?)
+                }
+            };
             (File::Npy(NpyFile::open(path)?), None, labels)
         } else {
             let file = SafetensorsFile::open(path)?;
@@ -92,11 +99,15 @@ impl ArrayFile {
                     )));
                 }
             };
-            let labels = read_labels(file.tensor("labels")?, num_classes).map_err(fail)?;
+            let labels = match file.get("labels") {
+                None if num_classes == Some(1) => None,
+                _ => Some(read_labels(file.tensor("labels")?, num_classes).map_err(fail)?),
+            };
             (File::Safetensors(file, name), Some(name == "images"), labels)
         };
         let array = file.array();
         let (layout, shape) = samples_of(array).map_err(fail)?;
+        let labels = labels.unwrap_or_else(|| vec![0; array.shape[0]]);
         if array.shape[0] != labels.len() {
             return Err(fail(format!("has {} samples but {} labels", array.shape[0], labels.len())));
         }
@@ -253,6 +264,14 @@ fn sum_of_squares(numbers: &[f32]) -> f64 {
     numbers.iter().map(|&x| f64::from(x).powi(2)).sum()
 }
 
+/// Whether `path` is an array file that has no labels.
+pub(crate) fn lacks_labels(path: &Path) -> bool {
+    match path.extension().is_some_and(|e| e == "npy") {
+        true => path.is_file() && labels_beside(path).is_err(),
+        false => SafetensorsFile::open(path).is_ok_and(|file| file.get("labels").is_none()),
+    }
+}
+
 /// The labels of `FILE.npy`.
 fn labels_beside(path: &Path) -> Result<PathBuf> {
     let candidates = [path.with_extension("labels.npy"), path.with_file_name("labels.npy")];
@@ -261,7 +280,8 @@ fn labels_beside(path: &Path) -> Result<PathBuf> {
         Error::file(
             path,
             format!(
-                "has no labels beside it: neither {} nor {} exists (of samples without classes all may be 0)",
+                "has no labels beside it: neither {} nor {} exists (of samples without classes all may be 0, and with \
+                 --label-dropout 1 none are needed)",
                 own.display(),
                 common.display()
             ),

@@ -102,7 +102,7 @@ fn is_array_file(path: &Path) -> bool {
 pub struct OpenOptions {
     /// Side of the square that images of a folder are brought to, in pixels.
     pub image_size: Option<usize>,
-    /// Widens the range of labels of an array file beyond the largest label found.
+    /// Widens the range of labels of an array file beyond the largest label found; with 1 it needs no labels.
     pub num_classes: Option<usize>,
     /// Whether the samples of a `.npy` file are images.
     pub pictures: Option<bool>,

@@ -13,7 +13,7 @@ use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{DType, Device};
 use crate::data::fingerprint::{difference, fingerprint};
 use crate::data::renumbered::renumber;
-use crate::data::{self, Dataset, OpenOptions, hold_out};
+use crate::data::{self, Dataset, OpenOptions, array_file, hold_out};
 use crate::error::{Error, Result};
 use crate::model::dit::Dit;
 use crate::model::memory::{activation_numbers, inference_numbers};
@@ -37,7 +37,7 @@ pub(super) fn open_data(config: &TrainConfig, resumed: bool) -> Result<Arc<dyn D
     if resumed && config.data != "digits" && !Path::new(&config.data).exists() {
         return Err(Error::file(&config.data, "the data of this run are not there: say where they are with --data"));
     }
-    let classes = (config.num_classes > 0).then_some(config.num_classes);
+    let classes = one_class(config, &config.data).or((config.num_classes > 0).then_some(config.num_classes));
     let pictures = (config.data_kind != DataKind::Auto).then_some(config.data_kind == DataKind::Images);
     let options = OpenOptions {
         image_size: Some(config.folder_image_size()),
@@ -46,6 +46,11 @@ pub(super) fn open_data(config: &TrainConfig, resumed: bool) -> Result<Arc<dyn D
         follow_links: config.follow_links,
     };
     data::open(&config.data, options)
+}
+
+/// One class for all samples of the data `what`, if they have no labels and the model learns none.
+fn one_class(config: &TrainConfig, what: &str) -> Option<usize> {
+    (config.no_classes() && array_file::lacks_labels(Path::new(what))).then_some(1)
 }
 
 /// Completes the configuration with what only the data know, and splits them as it says. A run that is `resumed` has learned that already,
@@ -157,7 +162,7 @@ pub(crate) fn validation_data(
     let known = (!config.no_classes()).then_some(config.num_classes);
     let options = OpenOptions {
         image_size: Some(config.image_size),
-        num_classes: known,
+        num_classes: one_class(config, what).or(known),
         pictures: Some(config.are_images()),
         follow_links: config.follow_links,
     };

@@ -244,8 +244,11 @@ impl TrainConfig {
         for knob in KNOBS.iter().filter(|knob| knob.fixed) {
             let (was, is) = (self.toml_of(knob.name), config.toml_of(knob.name));
             if was != is {
+                // Others do not change what is trained on.
+                let nothing_held_out = knob.name == "validation_samples" && self.validation_samples == 0;
+                let instead = if nothing_held_out { ", give --validation-data" } else { "" };
                 return Err(Error::usage(format!(
-                    "{} cannot change from {was} to {is} when a run is resumed: leave it out, or start a new run",
+                    "{} cannot change from {was} to {is} when a run is resumed: leave it out{instead}, or start a new run",
                     knob.name
                 )));
             }
@@ -306,7 +309,9 @@ impl TrainConfig {
     /// The whole configuration as TOML, with a comment for every key: what it is, and its default for this model and data.
     pub fn to_toml(&self) -> String {
         let defaults = TrainConfig::preset(&self.model, &self.data).unwrap_or_default();
-        let mut out = String::from("# Configuration of dtr-fused train. A key left out has its default.\n");
+        let mut out = String::from(
+            "# Configuration of dtr-fused train. A key left out has its default; a fixed one cannot change when a run is resumed.\n",
+        );
         let mut section = "";
         for knob in KNOBS {
             if knob.section != section {
@@ -319,7 +324,8 @@ impl TrainConfig {
                 "learn_sigma" => format!("{default}; false for flow"),
                 _ => default,
             };
-            let _ = write!(out, "# {} (default {default})\n{} = {value}\n", knob.help, knob.name);
+            let fixed = if knob.fixed { "; fixed" } else { "" };
+            let _ = write!(out, "# {} (default {default}{fixed})\n{} = {value}\n", knob.help, knob.name);
         }
         out
     }
@@ -357,6 +363,7 @@ mod tests {
             let line = text.lines().position(|l| l.starts_with(&format!("{} = ", knob.name))).expect(knob.name);
             let comment = text.lines().nth(line - 1).unwrap();
             assert!(comment.starts_with("# ") && comment.contains("(default "), "{}: {comment}", knob.name);
+            assert_eq!(comment.ends_with("; fixed)"), knob.fixed, "{comment}");
             assert!(knob.help.len() > 10, "{}", knob.name);
         }
     }
