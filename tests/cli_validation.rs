@@ -174,6 +174,40 @@ fn it_is_measured_afterwards_too() {
     fails(run(place, &["validate", "--checkpoint", "plain"]), 2, &["this run was not validated: say with --data"]);
 }
 
+/// Their neighbours do not count in their place: what is measured is that of the others, each with its own noise.
+#[test]
+fn damaged_samples_are_named_and_left_out() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let save = |name: &str, n: usize, damaged: usize| {
+        let pixels: Vec<f32> = (0..n * 64).map(|i| (i * 37 % 251) as f32 / 126.0 - 1.0).collect();
+        let pixels = [pixels, vec![f32::NAN; damaged * 64]].concat();
+        let bytes: Vec<u8> = pixels.iter().flat_map(|x| x.to_le_bytes()).collect();
+        npy::write(place.join(name), Element::F32, &[n + damaged, 1, 8, 8], &bytes).unwrap();
+        npy::write(place.join("labels.npy"), Element::U8, &[n + damaged], &vec![0; n + damaged]).unwrap();
+    };
+    save("some.npy", 30, 10);
+    let trained = train(place, &["--data", "some.npy", "--out", "run", "--steps", "2", "--validation-samples", "9"]);
+    let said = stderr(&trained);
+    succeeds(trained);
+    assert!(said.contains("\ndamaged and left out: ") && said.contains(" of the 9 samples to validate on\n"), "{said}");
+    save("half.npy", 20, 20);
+    let validate =
+        |more: &[&str]| run(place, &[&["validate", "--checkpoint", "run", "--data", "half.npy"], more].concat());
+    let output = validate(&[]);
+    let said = stderr(&output);
+    let report = succeeds(output);
+    assert!(report.contains("\nsamples       20\ndamaged       20\n"), "{report}");
+    assert_eq!(said.matches("has NaN at place 0 of sample ").count(), 16, "{said}");
+    assert!(said.ends_with("damaged and left out: 20 of the 40 samples to validate on\n"), "{said}");
+    assert!(succeeds(validate(&["--json"])).contains("\"samples\":20,\"damaged\":20,\"loss_weight\""));
+    save("half.npy", 40, 0);
+    let report = succeeds(validate(&["--json"]));
+    assert!(report.contains("\"samples\":40,\"damaged\":0,"), "{report}");
+    save("half.npy", 20, 21);
+    fails(validate(&[]), 1, &["21 of 41 samples cannot be read, the last: half.npy: has NaN at place 0 of sample "]);
+}
+
 /// The same samples with the same noise, whatever the seed; but by the seed in runs of before this was a key of its own.
 #[test]
 fn runs_with_several_seeds_are_validated_on_the_same() {

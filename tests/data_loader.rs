@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use dtr_fused::data::digits::Digits;
-use dtr_fused::data::{Dataset, Loader, LoaderOptions, open};
+use dtr_fused::data::{Dataset, Loader, LoaderOptions, OpenOptions, open};
 use dtr_fused::rng::{Philox, Stream};
 use dtr_fused::{Error, Result};
 
@@ -24,7 +24,7 @@ fn digits_are_those_of_scikit_learn() {
     let mut mirrored = [f32::NAN; 64];
     digits.read(1796, true, &mut mirrored).unwrap();
     assert_eq!(mirrored[..8].iter().map(|&x| ink(x)).collect::<Vec<_>>(), [0.0, 0.0, 1.0, 8.0, 14.0, 10.0, 0.0, 0.0]);
-    assert_eq!(open("digits", None, None, None).unwrap().len(), 1797);
+    assert_eq!(open("digits", OpenOptions::default()).unwrap().len(), 1797);
 }
 
 /// Samples that say who they are: `[index, mirrored]`, label `index % 3`; some cannot be read.
@@ -163,6 +163,17 @@ fn bad_samples_are_replaced_in_the_same_way_always() {
     }
     assert_eq!(run(3, &[0, 1, 2, 3]), straight);
     assert_eq!(run(2, &[2, 3]), straight[2..]);
+}
+
+#[test]
+fn samples_that_are_there_in_place_of_others_are_told() {
+    let [mut good, mut bad] = [&[][..], &[3, 4, 9]].map(|bad| loader(Named::new(10, bad), 4, 7, 2));
+    for step in 0..10 {
+        let (planned, batch) = (samples(&mut good, step), bad.next(step).unwrap());
+        let replaced: Vec<bool> = planned.iter().map(|(index, _)| [3, 4, 9].contains(index)).collect();
+        assert_eq!(batch.replaced, replaced, "step {step}");
+        assert_eq!(good.next(step).unwrap().replaced, [false; 4]);
+    }
 }
 
 #[test]

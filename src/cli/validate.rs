@@ -93,8 +93,9 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
     progress.finish();
     validation.take_warnings().iter().for_each(|warning| progress.say(warning));
     let means = means?;
-    let loss_weight = config.loss_weight.to_string();
-    show(&Report { checkpoint: name.display().to_string(), samples: n, loss_weight, means: &means }, args.json);
+    let (checkpoint, loss_weight) = (name.display().to_string(), config.loss_weight.to_string());
+    let damaged = validation.damaged();
+    show(&Report { checkpoint, samples: n - damaged, damaged, loss_weight, means: &means }, args.json);
     Ok(())
 }
 
@@ -103,6 +104,7 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
 struct Report<'a> {
     checkpoint: String,
     samples: usize,
+    damaged: usize,
     loss_weight: String,
     #[serde(flatten)]
     means: &'a Means,
@@ -117,6 +119,9 @@ fn show(report: &Report, as_json: bool) {
     let means = report.means;
     row("checkpoint", &report.checkpoint);
     row("samples", report.samples);
+    if report.damaged > 0 {
+        row("damaged", report.damaged);
+    }
     row("loss weight", &report.loss_weight);
     for (name, loss) in [("loss", means.loss), ("mse", means.mse), ("vb", means.vb)] {
         row(name, text(loss));

@@ -47,7 +47,7 @@ pub struct LoaderOptions {
 /// normal numbers that the seed and `n` alone decide. So each epoch has other draws.
 ///
 /// A sample that cannot be read is counted, named once ([`take_warnings`](Self::take_warnings)) and replaced by the next
-/// good one of the data set. When more than half of the samples are bad, that is an error.
+/// good one of the data set ([`Batch::replaced`]). When more than half of the samples are bad, that is an error.
 pub struct Loader {
     source: Arc<Source>,
     batch: usize,
@@ -67,6 +67,8 @@ pub struct Batch {
     pub pixels: Vec<f32>,
     /// `[B]`: classes, below the data set's number of classes.
     pub labels: Vec<u32>,
+    /// `[B]`: whether another sample is there in place of one that cannot be read.
+    pub replaced: Vec<bool>,
     home: SyncSender<Buffers>,
 }
 
@@ -74,6 +76,7 @@ pub struct Batch {
 struct Buffers {
     pixels: Vec<f32>,
     labels: Vec<u32>,
+    replaced: Vec<bool>,
 }
 
 struct Job {
@@ -83,7 +86,11 @@ struct Job {
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        let buffers = Buffers { pixels: std::mem::take(&mut self.pixels), labels: std::mem::take(&mut self.labels) };
+        let buffers = Buffers {
+            pixels: std::mem::take(&mut self.pixels),
+            labels: std::mem::take(&mut self.labels),
+            replaced: std::mem::take(&mut self.replaced),
+        };
         // Fails when the loader is gone or has enough: then the memory is simply freed.
         let _ = self.home.try_send(buffers);
     }
@@ -166,7 +173,8 @@ impl Loader {
             ahead = ahead.wrapping_add(1);
         }
         let Job { buffers, .. } = self.receive()??;
-        Ok(Batch { pixels: buffers.pixels, labels: buffers.labels, home: self.home.clone() })
+        let Buffers { pixels, labels, replaced } = buffers;
+        Ok(Batch { pixels, labels, replaced, home: self.home.clone() })
     }
 
     /// The data set.
@@ -276,14 +284,16 @@ impl Maker {
             self.plan.push(Planned { n, index: self.order.index(n), flip });
         }
         let sample = self.source.dataset.shape().iter().product::<usize>();
-        let Buffers { pixels, labels } = &mut job.buffers;
+        let Buffers { pixels, labels, replaced } = &mut job.buffers;
         pixels.resize(self.batch * sample, 0.0);
         labels.resize(self.batch, 0);
+        replaced.resize(self.batch, false);
         let (source, plan) = (&self.source, &self.plan);
         self.pool.install(|| {
-            let places = pixels.par_chunks_mut(sample).zip(labels.par_iter_mut());
-            places.zip(plan.par_iter()).try_for_each(|((pixels, label), &planned)| {
-                *label = source.read(planned, pixels)?;
+            let places = pixels.par_chunks_mut(sample).zip(labels.par_iter_mut()).zip(replaced.par_iter_mut());
+            places.zip(plan.par_iter()).try_for_each(|(((pixels, label), replaced), &planned)| {
+                let (index, read) = source.read(planned, pixels)?;
+                (*label, *replaced) = (read, index != planned.index);
                 Ok(())
             })
         })?;
@@ -312,8 +322,9 @@ impl Source {
         self.bad.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads the first good sample at or after the one that is planned: which one depends on the data alone.
-    fn read(&self, planned: Planned, out: &mut [f32]) -> Result<u32> {
+    /// Reads the first good sample at or after the one that is planned: which one depends on the data alone. Its index and its label are
+    /// returned.
+    fn read(&self, planned: Planned, out: &mut [f32]) -> Result<(usize, u32)> {
         let first = planned.index;
         let len = self.dataset.len();
         if let Some(why) = &self.bad().too_many {
@@ -328,7 +339,7 @@ impl Source {
             }
             // A data set may be anybody's.
             match catch_unwind(AssertUnwindSafe(|| self.read_one(Planned { index, ..planned }, out))) {
-                Ok(Ok(label)) => return self.check_label(index, label),
+                Ok(Ok(label)) => return Ok((index, self.check_label(index, label)?)),
                 Ok(Err(e)) => self.leave_out(index, &e)?,
                 Err(panic) => {
                     let said = text_of(&*panic).map_or(String::new(), |said| format!(": {said}"));

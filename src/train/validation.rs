@@ -61,12 +61,22 @@ impl Validation {
         self.loader.batch_size()
     }
 
-    /// One sentence for each sample that could not be read since the last call.
-    pub(crate) fn take_warnings(&self) -> Vec<String> {
-        self.loader.take_warnings()
+    /// How many samples were met so far that cannot be read.
+    pub(crate) fn damaged(&self) -> usize {
+        self.loader.bad_samples()
     }
 
-    /// The means over all samples. `progress` is told how many are done, and may end it.
+    /// One sentence for each sample that could not be read since the last call (the first few of many), and one that counts all.
+    pub(crate) fn take_warnings(&self) -> Vec<String> {
+        let mut warnings = self.loader.take_warnings();
+        if !warnings.is_empty() {
+            let (damaged, all) = (self.damaged(), self.len());
+            warnings.push(format!("damaged and left out: {damaged} of the {all} samples to validate on"));
+        }
+        warnings
+    }
+
+    /// The means over all samples that can be read. `progress` is told how many are done, and may end it.
     ///
     /// # Errors
     /// When too many samples cannot be read, a device fails, and that of `progress`.
@@ -95,7 +105,8 @@ impl Validation {
             }
             let samples = Batch { x_start, noise: &noise, t: &t, labels, coefficients: &vec![0.0; b] };
             let Losses { mse, vb, loss } = measure(dit, schedule, loss_weight, weights, memory, samples)?;
-            for i in 0..b {
+            // One that is there in place of a damaged one was measured, or the sums of its neighbours might be rounded otherwise.
+            for i in (0..b).filter(|&i| !images.replaced[i]) {
                 let [loss, mse, vb] = [loss[i], mse[i], vb[i]].map(f64::from);
                 meter.add_sample(t[i] as usize, loss, mse, vb);
             }
@@ -221,12 +232,24 @@ mod tests {
         // A weight that tells timesteps apart.
         let loss_weight = LossWeight::MinSnr { gamma: 5.0 };
         for label_dropout in [0.1, 1.0] {
-            check_mean(&TrainConfig { loss_weight, label_dropout, ..config(6) });
+            check_mean(&TrainConfig { loss_weight, label_dropout, ..config(6) }, &[]);
         }
     }
 
-    fn check_mean(config: &TrainConfig) {
-        let mut trainer = trainer(config, Some(ten_samples()));
+    /// Each of the others has its own timestep and noise, and none counts twice.
+    #[test]
+    fn samples_that_cannot_be_read_are_left_out() {
+        for damaged in [&[3][..], &[0, 1, 7, 8, 9]] {
+            check_mean(&config(6), damaged);
+        }
+    }
+
+    fn check_mean(config: &TrainConfig, damaged: &'static [usize]) {
+        let held_out = made(10, 3, move |index, flip, out| match damaged.contains(&index) {
+            true => Err(Error::file(index.to_string(), "is damaged")),
+            false => ten_samples().read(index, flip, out),
+        });
+        let mut trainer = trainer(config, Some(held_out));
         // No gate or last layer of zeros, and an average that is not the weights.
         let learner = &mut trainer.learner;
         learner.ema.iter_mut().enumerate().for_each(|(i, w)| *w += (i * 37 % 101) as f32 / 2000.0 - 0.025);
@@ -236,7 +259,8 @@ mod tests {
         let (mut x_start, mut noise, mut x_t, mut scratch) = ([0.0; 16], [0.0; 16], [0.0; 16], [0.0; 32]);
         let mut sums = [0.0; 3];
         let mut memory = Memory::new();
-        for (i, index) in order(config).into_iter().enumerate() {
+        let good = (10 - damaged.len()) as f64;
+        for (i, index) in order(config).into_iter().enumerate().filter(|(_, index)| !damaged.contains(index)) {
             let t = [i as u32 * 100 + 50];
             let label = ten_samples().read(index, false, &mut x_start).unwrap();
             let label = if config.label_dropout == 1.0 { 3 } else { label };
@@ -249,13 +273,15 @@ mod tests {
             let [mut mse, mut vb, mut loss] = [[f32::NAN]; 3];
             let terms = LossTerms { mse: &mut mse, vb: &mut vb, loss: &mut loss, d_model_out: &mut scratch };
             losses(terms, tape.value(out), &x_start, &noise, &t, &[weight], &[0.0], schedule, dims).unwrap();
-            [loss, mse, vb].into_iter().zip(&mut sums).for_each(|(found, sum)| *sum += f64::from(found[0]) / 10.0);
+            [loss, mse, vb].into_iter().zip(&mut sums).for_each(|(found, sum)| *sum += f64::from(found[0]) / good);
         }
         for (found, expected) in [found.loss, found.mse, found.vb].into_iter().zip(sums) {
             let found = found.unwrap();
             assert!((found - expected).abs() <= 1e-5 * expected, "{found} for {expected}");
         }
-        assert!(found.loss_by_timestep.iter().all(Option::is_some));
+        assert!(!damaged.is_empty() || found.loss_by_timestep.iter().all(Option::is_some));
+        let validation = trainer.validation.as_ref().unwrap();
+        assert_eq!((validation.damaged(), validation.take_warnings().len()), (damaged.len(), 0), "told already");
     }
 
     #[test]
