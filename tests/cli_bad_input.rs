@@ -217,11 +217,29 @@ fn a_full_disk_costs_no_checkpoint() {
     let program = env!("CARGO_BIN_EXE_dtr-fused");
     let limited = format!("ulimit -f {blocks}; exec '{program}' train --resume run --steps 4 --sample-every 0");
     let output = std::process::Command::new("sh").args(["-c", &limited]).current_dir(place).output().unwrap();
-    fails(output, 1, &["checkpoints/0000004", "cannot be written", "earlier checkpoints are intact"]);
+    let says = [
+        "checkpoints/0000004: the checkpoint cannot be written: ",
+        "; step 2 is saved: mend this, then --resume run goes on",
+    ];
+    fails(output, 1, &says);
     let names: Vec<_> = fs::read_dir(place.join("run/checkpoints")).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["0000002"], "nothing half-written is left");
     assert_eq!(fs::read(checkpoint.join("optimizer.safetensors")).unwrap(), before);
     succeeds(run(place, &["train", "--resume", "run", "--steps", "4"]));
+
+    // Those in the middle do not end the run, and are told.
+    let middle =
+        "train --hidden-size 32 --depth 1 --num-heads 2 --batch-size 16 --steps 3 --checkpoint-every 1 --out new";
+    let limited = format!("ulimit -f {blocks}; exec '{program}' {middle}");
+    let output = std::process::Command::new("sh").args(["-c", &limited]).current_dir(place).output().unwrap();
+    let said = program::stderr(&output);
+    fails(output, 1, &["new/checkpoints/0000003: the checkpoint cannot be written: ", "; no step before is saved"]);
+    for step in [1, 2] {
+        let told = format!("new/checkpoints/000000{step}: the checkpoint cannot be written: ");
+        let line = said.lines().find(|line| line.starts_with(&told)).unwrap_or_else(|| panic!("{said}"));
+        assert!(line.ends_with("; training goes on, and tries again when the next one is due"), "{line}");
+    }
+    assert_eq!(fs::read_dir(place.join("new/checkpoints")).unwrap().count(), 0, "nothing half-written is left");
 }
 
 #[test]

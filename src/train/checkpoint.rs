@@ -83,9 +83,9 @@ impl<'a> TensorOut<'a> {
 /// Writes the checkpoint of `step` and returns its directory. A checkpoint of the same step is replaced.
 ///
 /// # Errors
-/// [`Error::File`] when a directory or file cannot be written (no permission, disk full), a number is not finite, a tensor has not as
-/// many as its shape says, or two of a file have one name. All earlier checkpoints are intact, and what was written of this one is
-/// removed.
+/// [`Error::File`] when a directory or file cannot be written (no permission, disk full), a tensor has not as many numbers as its shape
+/// says, or two of a file have one name; [`Error::Stopped`] when a number is not finite. All earlier checkpoints are intact, and what was
+/// written of this one is removed.
 pub fn write(run: &Path, step: u64, files: &[FileOut], config: &str) -> Result<PathBuf> {
     let directory = run.join(DIRECTORY);
     let target = directory.join(name_of(step));
@@ -96,7 +96,7 @@ pub fn write(run: &Path, step: u64, files: &[FileOut], config: &str) -> Result<P
     };
     if let Some(bad) = files.iter().flat_map(|file| &file.tensors).find(|tensor| !finite(tensor)) {
         let what = format!("is not written, as tensor '{}' is not finite: training diverged", bad.name);
-        return Err(Error::file(&target, what + "; use a smaller --lr, from an earlier checkpoint if there is one"));
+        return Err(Error::Stopped(format!("{}: {what} (a smaller --lr may help)", target.display())));
     }
     files.iter().try_for_each(|file| check_tensors(file)).map_err(|what| Error::file(&target, what))?;
     let result = clear_leftovers(&directory)
@@ -106,12 +106,7 @@ pub fn write(run: &Path, step: u64, files: &[FileOut], config: &str) -> Result<P
         .and_then(|()| put_in_place(&directory, &temporary, &target));
     result.map_err(|e| {
         let _ = fs::remove_dir_all(&temporary);
-        Error::file(
-            &target,
-            format!(
-                "the checkpoint cannot be written: {e}; earlier checkpoints are intact, so mend this and use --resume"
-            ),
-        )
+        Error::file(&target, format!("the checkpoint cannot be written: {e}"))
     })?;
     Ok(target)
 }

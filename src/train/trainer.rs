@@ -232,7 +232,7 @@ impl<'a> Trainer<'a> {
         } else if self.step > 0 && self.meter.steps() > 0 && self.line_due() {
             let logged = self.log(&mut log, (0, 0.0), stop, &mut progress);
             figures = logged.map_err(|error| self.saved_before(error, run, &progress))?.unwrap_or_default();
-            self.save(run, &progress)?;
+            self.save_or_go_on(run, &progress)?;
         }
         if self.step > 0 && self.due(config.sample_every) {
             // A run that ended between a checkpoint and the samples of its step makes them now, from the same weights.
@@ -257,7 +257,7 @@ impl<'a> Trainer<'a> {
             }
             let pause = Instant::now();
             if self.due(config.checkpoint_every) {
-                self.save(run, &progress)?;
+                self.save_or_go_on(run, &progress)?;
             }
             // After the checkpoint, which nothing that goes wrong here can cost then.
             if self.due(config.sample_every) {
@@ -268,7 +268,7 @@ impl<'a> Trainer<'a> {
         }
         let stopped = stop.load(Ordering::Relaxed);
         if stopped && self.saved != Some(self.step) {
-            self.save(run, &progress)?;
+            self.save(run, &progress).map_err(|error| self.and_what_is_saved(error, run))?;
         }
         progress.finish();
         let finished = self.step >= config.steps && !(stopped && samples.is_none());
@@ -399,18 +399,38 @@ impl<'a> Trainer<'a> {
         ))
     }
 
-    /// Saves what was trained before `error` ends the run (a full disk, data that cannot be read), and says so in it.
-    fn saved_before(&mut self, error: Error, run: &RunDir, progress: &Progress) -> Error {
-        let unsaved = self.whole && self.step > 0 && self.saved != Some(self.step);
-        if unsaved && let Err(why) = self.save(run, progress) {
-            return error.and(&format!("; nor could step {} be saved: {why}", self.step));
+    /// [`save`](Self::save). That a checkpoint cannot be written (a full disk) is told and does not end training before the last step, as
+    /// the next may be.
+    fn save_or_go_on(&mut self, run: &RunDir, progress: &Progress) -> Result<()> {
+        match self.save(run, progress) {
+            Err(error @ Error::File { .. }) if self.step < self.config.steps => {
+                progress.say(&format!("{error}; training goes on, and tries again when the next one is due"));
+                Ok(())
+            }
+            saved => saved.map_err(|error| self.and_what_is_saved(error, run)),
         }
+    }
+
+    /// `error`, which ends the run, and what there is to go on from.
+    fn and_what_is_saved(&self, error: Error, run: &RunDir) -> Error {
         match self.saved {
             Some(step) => {
                 error.and(&format!("; step {step} is saved: mend this, then --resume {} goes on", run.path().display()))
             }
-            None => error,
+            None => error.and("; no step before is saved"),
         }
+    }
+
+    /// Saves what was trained before `error` ends the run (a full disk, data that cannot be read), and says so in it.
+    fn saved_before(&mut self, error: Error, run: &RunDir, progress: &Progress) -> Error {
+        let unsaved = self.whole && self.step > 0 && self.saved != Some(self.step);
+        let error = match unsaved.then(|| self.save(run, progress)) {
+            Some(Err(why)) => error.and(&format!("; nor could step {} be saved: {why}", self.step)),
+            // Nothing was trained that could be.
+            _ if self.saved.is_none() => return error,
+            _ => error,
+        };
+        self.and_what_is_saved(error, run)
     }
 
     /// One step: draw, gradients part by part, and the update, unless something is not finite. On a device, the next part is

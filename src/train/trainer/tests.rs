@@ -378,6 +378,36 @@ fn an_old_checkpoint_that_cannot_be_deleted_costs_nothing() {
     assert_eq!(checkpoint::latest(&out).unwrap().map(|(step, _)| step), Some(3));
 }
 
+/// A full disk, say, on which there is room again later.
+#[test]
+fn a_checkpoint_that_cannot_be_written_is_tried_again_at_the_next() {
+    let place = tempfile::tempdir().unwrap();
+    let steps_of = |out: &Path| checkpoint::list(out).unwrap().into_iter().map(|(step, _)| step).collect::<Vec<_>>();
+    for (steps, keep_checkpoints, left) in [(6, 9, &[2, 6][..]), (4, 1, &[2])] {
+        let out = place.path().join(steps.to_string());
+        let out_text = out.display().to_string();
+        let config = TrainConfig { out: out_text, checkpoint_every: 2, keep_checkpoints, ..tiny(steps) };
+        let ended = in_pool(&config, || {
+            let run = RunDir::create(&config)?;
+            // A file where the checkpoint of step 4 is to be written.
+            std::fs::create_dir(out.join(checkpoint::DIRECTORY)).unwrap();
+            std::fs::write(out.join(checkpoint::DIRECTORY).join(".tmp-0000004"), "").unwrap();
+            let trainer = Trainer::new(&config, all(data(usize::MAX)), learner(&config)?, Vec::new())?;
+            trainer.run(&run, &AtomicBool::new(false))
+        });
+        assert_eq!(steps_of(&out), left, "of {steps} steps");
+        match ended {
+            Ok(outcome) => assert!(outcome.finished && steps == 6),
+            Err(error) => {
+                let error = error.to_string();
+                let says = format!("; step 2 is saved: mend this, then --resume {} goes on", out.display());
+                assert!(steps == 4 && error.contains("0000004: the checkpoint cannot be written: "), "{error}");
+                assert!(error.ends_with(&says), "{error}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_was_trained_before_an_error_is_saved() {
     let place = tempfile::tempdir().unwrap();
