@@ -504,18 +504,26 @@ fn steps_that_are_not_finite_stop_the_run_with_a_good_checkpoint() {
     let place = place.path();
     let diverging =
         ["--lr", "1000", "--warmup-steps", "0", "--steps", "60", "--max-nonfinite-steps", "3", "--out", "run"];
-    fails(train(place, &diverging), 1, &["not finite 3 steps in a row", "run", "--lr"]);
+    let again =
+        "is saved, but the steps before may have ruined its weights: start again with a smaller --lr or --grad-clip 1";
+    fails(train(place, &diverging), 1, &["not finite 3 steps in a row; that step ", again]);
     // The checkpoint holds no NaN and no infinity: loading would name them instead of going on to the next bad step.
-    fails(run(place, &["train", "--resume", "run"]), 1, &["not finite 3 steps in a row"]);
+    fails(run(place, &["train", "--resume", "run"]), 1, &["not finite 3 steps in a row", again]);
 
     // Whatever is tried then, the checkpoints of before stay, and are named.
     succeeds(train(place, &["--steps", "6", "--checkpoint-every", "3", "--out", "good"]));
     for _ in 0..2 {
         let again = ["train", "--resume", "good", "--checkpoint-every", "0", "--lr", "1000", "--lr-decay", "constant"];
         let output = run(place, &[&again[..], &["--steps", "60", "--max-nonfinite-steps", "3"]].concat());
-        fails(output, 1, &["not finite 3 steps in a row", "move the checkpoints after good/checkpoints/0000006 away"]);
+        let says = "to go on from good/checkpoints/0000006, move those after it away and give --resume good with a smaller --lr";
+        fails(output, 1, &["not finite 3 steps in a row", says]);
         assert!(place.join("good/checkpoints/0000003").exists() && place.join("good/checkpoints/0000006").exists());
     }
+    // What it says to do helps.
+    for (step, path) in checkpoint::list(&place.join("good")).unwrap().into_iter().filter(|(step, _)| *step > 6) {
+        fs::rename(path, place.join(format!("ruined-{step}"))).unwrap();
+    }
+    succeeds(run(place, &["train", "--resume", "good", "--lr", "0.001", "--steps", "8"]));
 
     // A step whose loss and gradient are finite, but not the weights it makes.
     let decay = ["--lr", "1", "--weight-decay", "1e39", "--warmup-steps", "0", "--steps", "60", "--out", "decay"];

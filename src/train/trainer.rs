@@ -381,20 +381,20 @@ impl<'a> Trainer<'a> {
         Ok(Some(figures))
     }
 
-    /// Saves what the last finite step left, and says how to go on from it.
+    /// Saves what the last finite step left, which may be ruined already, and says what to go on from.
     fn diverged(&mut self, run: &RunDir, progress: &Progress) -> Error {
-        let good = last_after_a_good_step(run).map_or(String::new(), |path| {
-            format!("; if that does not help, move the checkpoints after {} away first", path.display())
-        });
-        let end = match self.save(run, progress) {
-            Ok(()) => format!(
-                "no such step changed the weights, and {0} holds them: try --resume {0} with a smaller --lr or --grad-clip 1{good}",
-                run.path().display()
-            ),
-            Err(error) => error.to_string(),
+        let good = last_after_a_good_step(run);
+        let saved = match self.save(run, progress) {
+            Ok(()) => "is saved, but the steps before may have ruined its weights".into(),
+            Err(error) => format!("is not saved ({error})"),
         };
+        let how = "with a smaller --lr or --grad-clip 1";
+        let from = good.map_or(format!("start again {how}"), |good| {
+            let (good, run) = (good.display(), run.path().display());
+            format!("to go on from {good}, move those after it away and give --resume {run} {how}")
+        });
         Error::Stopped(format!(
-            "training stopped at step {}: loss or gradient was not finite {} steps in a row; {end}",
+            "training stopped at step {}: loss or gradient was not finite {} steps in a row; that step {saved}: {from}",
             self.step, self.nonfinite_in_a_row
         ))
     }
