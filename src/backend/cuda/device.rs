@@ -148,7 +148,7 @@ impl Device {
     /// Opens device number `ordinal`.
     ///
     /// # Errors
-    /// When there is no driver, no such device, or it is older than an A100 (compute capability 8.0).
+    /// When there is no driver or no such device, and as [`Device::on_stream`].
     pub fn open(ordinal: usize) -> Result<Self> {
         library::load_driver()?;
         let refused = |e: DriverError| {
@@ -156,7 +156,6 @@ impl Device {
             Error::usage(format!("CUDA device {ordinal} cannot be opened: {text}"))
         };
         result::init().map_err(refused)?;
-        check_driver(driver_version().map_err(refused)?)?;
         let count = CudaContext::device_count().map_err(refused)?;
         if ordinal >= count.max(0) as usize {
             return Err(Error::usage(format!("there is no CUDA device {ordinal}: the driver sees {count}")));
@@ -173,10 +172,14 @@ impl Device {
     /// Memory of the same context can be used with [`Device::buffer`]. cudarc's events do not see this device's work: what
     /// is used on other streams too must be synchronised by the caller.
     ///
+    /// Before the first call of cudarc, with which the stream is made, [`load_driver`](super::load_driver) should be called: it finds
+    /// the library, also where `DTR_CUDA_LIBRARY` says, or tells what is missing, where cudarc panics.
+    ///
     /// # Errors
-    /// When the device is older than an A100 (compute capability 8.0), or the driver refuses.
+    /// When the driver is older than CUDA 13.0, the device older than an A100 (compute capability 8.0), or the driver refuses.
     pub fn on_stream(stream: Arc<CudaStream>) -> Result<Self> {
         let refused = |e| failed("be opened", e);
+        check_driver(driver_version().map_err(refused)?)?;
         let context = stream.context().clone();
         let name = context.name().map_err(refused)?;
         let (major, minor) = context.compute_capability().map_err(refused)?;
