@@ -50,16 +50,16 @@ impl std::fmt::Debug for Shape {
 /// Row-major numbers with a shape, last dimension contiguous. Invariant: there are `shape.len()` of them,
 /// or none any more.
 #[derive(Clone, Debug)]
-pub struct Tensor {
+pub(crate) struct Tensor {
     /// The sizes.
-    pub shape: Shape,
+    pub(crate) shape: Shape,
     /// The numbers.
-    pub data: Storage,
+    pub(crate) data: Storage,
 }
 
 /// Where numbers are: one of two devices.
 #[derive(Clone, Debug)]
-pub enum Storage {
+pub(crate) enum Storage {
     /// f32 in main memory.
     Cpu(AlignedVec),
     /// Memory of a CUDA device, owned by the arena of the tape.
@@ -68,23 +68,18 @@ pub enum Storage {
 
 impl Storage {
     /// Number of elements.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Storage::Cpu(data) => data.len(),
             Storage::Cuda(buffer) => buffer.len,
         }
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     /// The numbers in main memory.
     ///
     /// # Panics
     /// When they are on a CUDA device: read them with [`Tape::read`](crate::autograd::Tape::read).
-    pub fn cpu(&self) -> &[f32] {
+    pub(crate) fn cpu(&self) -> &[f32] {
         match self {
             Storage::Cpu(data) => data,
             Storage::Cuda(_) => panic!("these numbers are on a CUDA device: read them with Tape::read"),
@@ -95,7 +90,7 @@ impl Storage {
     ///
     /// # Panics
     /// When they are in main memory.
-    pub fn cuda(&self) -> Buffer {
+    pub(crate) fn cuda(&self) -> Buffer {
         match self {
             Storage::Cuda(buffer) => *buffer,
             Storage::Cpu(_) => panic!("these numbers are in main memory, not on a CUDA device"),

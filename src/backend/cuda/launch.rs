@@ -79,36 +79,6 @@ impl From<Buffer> for Arg {
     }
 }
 
-impl From<i32> for Arg {
-    fn from(value: i32) -> Self {
-        Arg::I32(value)
-    }
-}
-
-impl From<u32> for Arg {
-    fn from(value: u32) -> Self {
-        Arg::U32(value)
-    }
-}
-
-impl From<f32> for Arg {
-    fn from(value: f32) -> Self {
-        Arg::F32(value)
-    }
-}
-
-impl From<f64> for Arg {
-    fn from(value: f64) -> Self {
-        Arg::F64(value)
-    }
-}
-
-impl From<u64> for Arg {
-    fn from(value: u64) -> Self {
-        Arg::U64(value)
-    }
-}
-
 /// Which kernel to run, on how many threads.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch<'a> {
