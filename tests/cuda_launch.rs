@@ -5,9 +5,13 @@ mod common;
 use common::cuda::{Output, device};
 use common::numbers;
 use common::rounded;
+use dtr_fused::autograd::cuda::{DeviceWeights, pass};
+use dtr_fused::autograd::Memory;
 use dtr_fused::backend::cuda::device::Recorded;
 use dtr_fused::backend::cuda::launch::Matrix;
 use dtr_fused::backend::cuda::{Arg, Buffer, DType, Device, Launch};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 fn add(device: &Device, to: &Output, from: &Output, elem: DType) -> dtr_fused::Result<()> {
     let n = to.buffer().len();
@@ -26,7 +30,7 @@ fn a_kernel_runs_and_a_graph_replays_it() {
         let once: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
         let once = rounded(&once, elem);
         assert_eq!(to.numbers(&device), once);
-        let graph = device.capture(|| add(&device, &to, &from, elem)).unwrap();
+        let graph = device.capture(|device| add(device, &to, &from, elem)).unwrap();
         assert_eq!(to.numbers(&device), once, "capturing must not run");
         device.replay(&graph).unwrap();
         let twice: Vec<f32> = once.iter().zip(&b).map(|(a, b)| a + b).collect();
@@ -70,10 +74,11 @@ fn what_does_not_compile_is_told_when_it_is_prepared() {
 fn launches_are_timed_and_graphs_then_refused() {
     let device = device();
     let (to, from) = [1, 2].map(|seed| Output::with(&device, &numbers(seed, 1000), DType::F32)).into();
+    let add_on = |device: &Arc<Device>| add(device, &to, &from, DType::F32);
     let add = || add(&device, &to, &from, DType::F32);
     let kernels = device
         .time_launches(|| {
-            let says = device.capture(add).err().unwrap().to_string();
+            let says = device.capture(add_on).err().unwrap().to_string();
             assert!(says.contains("while launches are timed"), "{says}");
             add().and_then(|()| add())
         })
@@ -87,7 +92,55 @@ fn launches_are_timed_and_graphs_then_refused() {
     assert!(error.to_string().contains("stop"));
     add().unwrap();
     assert!(device.time_launches(|| Ok(())).unwrap().is_empty());
-    device.capture(add).unwrap();
+    device.capture(add_on).unwrap();
+}
+
+/// Calls what is expected to panic.
+fn panics<R>(work: impl FnOnce() -> R) {
+    assert!(catch_unwind(AssertUnwindSafe(work)).is_err(), "nothing panicked");
+}
+
+#[test]
+fn a_device_works_again_after_a_panic() {
+    let device = Arc::new(device());
+    let (a, b) = (numbers(1, 1000), numbers(2, 1000));
+    let (to, from) = [&a, &b].map(|x| Output::with(&device, x, DType::F32)).into();
+    let add_on = |device: &Arc<Device>| add(device, &to, &from, DType::F32);
+    let mut expected = a.clone();
+    let mut check_add = || {
+        add_on(&device).unwrap();
+        expected.iter_mut().zip(&b).for_each(|(x, y)| *x += y);
+        assert_eq!(to.numbers(&device), expected);
+    };
+    check_add();
+
+    // In the dry run of a pass, and in the other.
+    let weights = DeviceWeights::upload(&device, &a, DType::F32).unwrap();
+    let mut memory = Memory::on_device(&device, DType::F32);
+    let mut read = |panics_in: usize| {
+        let mut run = 0;
+        pass(&weights, None, &mut memory, |tape| {
+            run += 1;
+            let x = tape.input(&b, [1000], false)?;
+            assert_ne!(run, panics_in);
+            tape.read(x)
+        })
+        .unwrap()
+    };
+    for run in [1, 2] {
+        panics(|| read(run));
+        check_add();
+        assert_eq!(read(0), b);
+    }
+
+    panics(|| device.capture(|device| add_on(device).map(|()| panic!())));
+    check_add();
+    device.capture(add_on).unwrap();
+
+    panics(|| device.time_launches(|| panic!()));
+    device.capture(add_on).unwrap();
+    assert!(device.time_launches(|| Ok(())).unwrap().is_empty());
+    check_add();
 }
 
 #[test]

@@ -102,6 +102,8 @@ impl OnDevice<'_> {
 /// The memory of passes on a device.
 pub(super) struct DeviceMemory {
     device: Arc<Device>,
+    paper: Arc<Device>, // its copy, for dry passes
+    at: Arc<Device>,    // what the pass that runs is given to: one of these two, or what captures a graph
     work: Region,
     inputs: Region,
     staging: Option<Staging>, // of the inputs of the next pass
@@ -209,6 +211,8 @@ impl Memory {
     pub fn on_device(device: &Arc<Device>, elem: DType) -> Self {
         let cuda = DeviceMemory {
             device: device.clone(),
+            paper: Arc::new(device.copy_on_paper()),
+            at: device.clone(),
             work: Region::new(1 << 61),
             inputs: Region::new(1 << 62),
             staging: None,
@@ -236,25 +240,41 @@ impl Memory {
 /// Gradients of the weights, `[P]` f32, and whether to add to them; None for inference.
 pub type Grads = Option<(Buffer, bool)>;
 
-/// Runs `work` on a tape.
+/// The device's part of a memory.
+fn own(memory: &mut Memory) -> Result<&mut DeviceMemory> {
+    match memory.cuda.as_deref_mut() {
+        None => Err(Error::usage("this memory is for passes on the CPU: make it with Memory::on_device")),
+        Some(own) => Ok(own),
+    }
+}
+
+/// Waits for a device when it is dropped, whatever it says.
+struct Wait<'a>(&'a Device);
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.synchronize();
+    }
+}
+
+/// Runs `work` on a tape whose launches go to `at`, unless the pass is dry.
 fn run<R>(
     weights: &DeviceWeights,
     grads: Grads,
     memory: &mut Memory,
     how: Run,
+    at: &Arc<Device>,
     work: &mut impl FnMut(&mut Tape) -> Result<R>,
 ) -> Result<R> {
     memory.clear();
-    let Some(own) = memory.cuda.as_mut() else {
-        return Err(Error::usage("this memory is for passes on the CPU: make it with Memory::on_device"));
-    };
+    let own = own(memory)?;
     own.run = how;
-    weights.device.set_dry(how == Run::Dry);
+    own.at = if how == Run::Dry { own.paper.clone() } else { at.clone() };
+    // The bytes of its inputs are kept until the device has read them, also when the work panics.
+    let wait = (how == Run::Live).then(|| Wait(at));
     let cuda = Some(OnDevice { weights, grads });
     let found = work(&mut Tape { weights: &[], weight_grads: None, cuda, paused: false, spent: false, memory });
-    weights.device.set_dry(false);
-    // The bytes of its inputs are kept until the device has read them.
-    let done = if how == Run::Live { weights.device.synchronize() } else { Ok(()) };
+    let done = wait.as_ref().map_or(Ok(()), |wait| wait.0.synchronize());
     match memory.cuda.as_mut().and_then(|own| own.failed.take()) {
         Some(error) => Err(error),
         None => found.and_then(|found| done.map(|()| found)),
@@ -269,8 +289,8 @@ fn plan<R>(
     work: &mut impl FnMut(&mut Tape) -> Result<R>,
 ) -> Result<R> {
     loop {
-        let planned = run(weights, grads, memory, Run::Dry, work)?;
-        let Some(own) = memory.cuda.as_mut() else { return Ok(planned) };
+        let planned = run(weights, grads, memory, Run::Dry, &weights.device, work)?;
+        let own = own(memory)?;
         // A pass that outgrew its memory had addresses beyond it, which may be those of somebody else: what was planned with
         // them counts for nothing, not even its size.
         if ![own.work.fit(&weights.device)?, own.inputs.fit(&weights.device)?].contains(&true) {
@@ -292,7 +312,7 @@ pub fn pass<R>(
     let planned = plan(weights, grads, memory, &mut work)?;
     match weights.device.is_on_paper() {
         true => Ok(planned),
-        false => run(weights, grads, memory, Run::Live, &mut work),
+        false => run(weights, grads, memory, Run::Live, &weights.device, &mut work),
     }
 }
 
@@ -308,7 +328,7 @@ pub fn stage<R>(
     mut work: impl FnMut(&mut Tape) -> Result<R>,
 ) -> Result<R> {
     let planned = plan(weights, grads, memory, &mut work)?;
-    memory.cuda.as_mut().map_or(Ok(()), |own| own.send())?;
+    own(memory)?.send()?;
     Ok(planned)
 }
 
@@ -327,24 +347,27 @@ pub fn launch_staged(
     mut work: impl FnMut(&mut Tape) -> Result<()>,
 ) -> Result<()> {
     let device = weights.device.clone();
-    let Some(own) = memory.cuda.as_ref().filter(|_| !device.is_on_paper()) else { return Ok(()) };
+    let own = own(memory)?;
+    if device.is_on_paper() {
+        return Ok(());
+    }
     own.deliver()?;
     late()?;
     if device.times_launches() {
-        return run(weights, grads, memory, Run::Sent, &mut work);
+        return run(weights, grads, memory, Run::Sent, &device, &mut work);
     }
     let gradients = grads.map_or(0, |(buffer, _)| buffer.address);
     let bases = [own.work.arena.base(), own.inputs.arena.base(), weights.full().address, gradients];
     if let Some(captured) = own.replayed.get(&number).filter(|captured| captured.bases == bases) {
         return match &captured.graph {
             Some(graph) => device.replay(graph),
-            None => run(weights, grads, memory, Run::Sent, &mut work),
+            None => run(weights, grads, memory, Run::Sent, &device, &mut work),
         };
     }
     // Once by itself, which compiles the kernels, and only then as a graph.
-    run(weights, grads, memory, Run::Sent, &mut work)?;
+    run(weights, grads, memory, Run::Sent, &device, &mut work)?;
     device.synchronize()?;
-    let graph = device.capture(|| run(weights, grads, memory, Run::Sent, &mut work)).ok();
+    let graph = device.capture(|at| run(weights, grads, memory, Run::Sent, at, &mut work)).ok();
     if let Some(own) = memory.cuda.as_mut() {
         own.replayed.insert(number, Captured { graph, bases });
     }
@@ -374,9 +397,9 @@ impl Tape<'_> {
         self.cuda.as_ref().map(|cuda| cuda.weights.full().len)
     }
 
-    /// The device that the tape computes on.
+    /// The device that the tape computes on: when the pass is dry, a copy of it on paper.
     pub(crate) fn device(&self) -> Arc<Device> {
-        self.own().device.clone()
+        self.own().at.clone()
     }
 
     /// An input of the pass, copied to the device before it is used.

@@ -29,6 +29,22 @@ pub(super) struct Timed {
     end: Moment,
 }
 
+/// Launches are timed while it lives: also when the work fails or panics, those after it are not.
+struct Timing<'a>(&'a Device);
+
+impl Timing<'_> {
+    /// What was timed.
+    fn end(self) -> Vec<Timed> {
+        self.0.timed().take().unwrap_or_default()
+    }
+}
+
+impl Drop for Timing<'_> {
+    fn drop(&mut self) {
+        *self.0.timed() = None;
+    }
+}
+
 /// All launches of one kernel, whatever it was specialised for.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct KernelTime {
@@ -53,9 +69,9 @@ impl Device {
     /// Those of `work`, and when a launch failed.
     pub fn time_launches(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<KernelTime>> {
         *self.timed() = Some(Vec::new());
-        let worked = work();
-        let timed = self.timed().take().unwrap_or_default();
-        worked?;
+        let timing = Timing(self);
+        work()?;
+        let timed = timing.end();
         let mut kernels: Vec<KernelTime> = Vec::new();
         for Timed { file, kernel, start, end } in timed {
             let seconds = start.milliseconds_until(&end)? / 1e3;
@@ -74,7 +90,7 @@ impl Device {
     }
 
     fn timed(&self) -> MutexGuard<'_, Option<Vec<Timed>>> {
-        self.timed.lock().unwrap_or_else(|e| e.into_inner())
+        self.common.timed.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Launches, between two moments when launches are being timed.
@@ -106,7 +122,7 @@ impl Device {
         [tell(A::CU_DEVICE_ATTRIBUTE_CLOCK_RATE), bandwidth]
     }
 
-    /// This point in the work of the device; None on paper, and while nothing is to run.
+    /// This point in the work of the device; None on paper.
     ///
     /// # Errors
     /// When the driver refuses.

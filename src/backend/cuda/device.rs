@@ -126,7 +126,7 @@ impl Recorded {
 pub(super) struct Driver {
     pub(super) context: Arc<CudaContext>,
     pub(super) stream: Arc<CudaStream>,
-    copies: Arc<CudaStream>, // of inputs for later
+    pub(super) copies: Arc<CudaStream>, // of inputs for later
 }
 
 /// A CUDA device.
@@ -135,11 +135,17 @@ pub struct Device {
     pub(super) name: String,
     arch: u32,
     multiprocessors: u32,
+    pub(super) captures: bool, // what is given to its stream becomes a graph
+    pub(super) common: Arc<Common>,
+}
+
+/// What a device has in common with its copies: those on paper, and those whose work is captured.
+#[derive(Default)]
+pub(super) struct Common {
     modules: Mutex<HashMap<ModuleKey, Loaded>>,
     recorded: Mutex<Option<Vec<Recorded>>>,
     pub(super) timed: Mutex<Option<Vec<Timed>>>, // None: launches are not timed
     launches: AtomicUsize,
-    dry: AtomicBool,
     ptx_only: AtomicBool,                 // the driver takes no machine code
     pub(super) next_address: AtomicUsize, // on paper
 }
@@ -199,14 +205,20 @@ impl Device {
             name: name.to_string(),
             arch,
             multiprocessors,
-            modules: Mutex::default(),
-            recorded: Mutex::default(),
-            timed: Mutex::default(),
-            launches: AtomicUsize::new(0),
-            dry: AtomicBool::new(false),
-            ptx_only: AtomicBool::new(false),
-            next_address: AtomicUsize::new(1 << 20),
+            captures: false,
+            common: Arc::new(Common { next_address: AtomicUsize::new(1 << 20), ..Common::default() }),
         }
+    }
+
+    /// This device on paper: launches are checked, counted and recorded as its own, but nothing runs and nothing is compiled.
+    pub(crate) fn copy_on_paper(&self) -> Self {
+        self.copy_with(None, false)
+    }
+
+    /// This device on another stream, which may capture a graph, or on paper.
+    pub(super) fn copy_with(&self, driver: Option<Driver>, captures: bool) -> Self {
+        let Device { ref name, arch, multiprocessors, ref common, .. } = *self;
+        Device { driver, name: name.clone(), arch, multiprocessors, captures, common: common.clone() }
     }
 
     /// What the driver calls it.
@@ -235,10 +247,9 @@ impl Device {
         self.driver.as_ref().map(|driver| &driver.stream)
     }
 
-    /// Context, stream of the kernels, stream of copies for later; None on paper, and while nothing is to run.
+    /// Context, stream of the kernels, stream of copies for later; None on paper.
     pub(super) fn streams(&self) -> Option<(&Arc<CudaContext>, &Arc<CudaStream>, &Arc<CudaStream>)> {
-        let driver = self.driver.as_ref().filter(|_| !self.dry.load(Ordering::Relaxed))?;
-        Some((&driver.context, &driver.stream, &driver.copies))
+        self.driver.as_ref().map(|driver| (&driver.context, &driver.stream, &driver.copies))
     }
 
     /// Whether nothing can run here.
@@ -251,32 +262,23 @@ impl Device {
         self.name.starts_with("CUDA simulator")
     }
 
-    /// Starts to record launches, dry ones included; what was recorded so far is returned.
+    /// Starts to record launches, those of dry passes included; what was recorded so far is returned.
     pub fn record(&self) -> Vec<Recorded> {
-        let mut recorded = self.recorded.lock().unwrap_or_else(|e| e.into_inner());
+        let mut recorded = self.common.recorded.lock().unwrap_or_else(|e| e.into_inner());
         recorded.replace(Vec::new()).unwrap_or_default()
     }
 
-    /// The driver, bound to this thread; None when nothing is to run.
+    /// The driver, bound to this thread; None on paper.
     pub(super) fn running(&self) -> Result<Option<&Driver>> {
-        match &self.driver {
-            Some(driver) if !self.dry.load(Ordering::Relaxed) => {
-                driver.context.bind_to_thread().map_err(|e| failed("be used", e))?;
-                Ok(Some(driver))
-            }
-            _ => Ok(None),
+        if let Some(driver) = &self.driver {
+            driver.context.bind_to_thread().map_err(|e| failed("be used", e))?;
         }
+        Ok(self.driver.as_ref())
     }
 
-    /// Launches so far, dry ones included; a graph counts those it replays when it was captured.
+    /// Launches so far, those of dry passes included; a graph counts those it replays when it was captured.
     pub fn launches(&self) -> usize {
-        self.launches.load(Ordering::Relaxed)
-    }
-
-    /// While dry (one pass at a time: the device is shared), launches and copies are checked and counted, but nothing runs and
-    /// nothing is compiled.
-    pub fn set_dry(&self, dry: bool) {
-        self.dry.store(dry, Ordering::Relaxed);
+        self.common.launches.load(Ordering::Relaxed)
     }
 
     /// Waits for all work.
@@ -293,8 +295,8 @@ impl Device {
     /// When the arguments are not the kernel's, it does not compile, or the device refuses the launch.
     pub fn launch(&self, launch: &Launch, args: &[Arg]) -> Result<()> {
         launch.check(args)?;
-        self.launches.fetch_add(1, Ordering::Relaxed);
-        if let Some(recorded) = &mut *self.recorded.lock().unwrap_or_else(|e| e.into_inner()) {
+        self.common.launches.fetch_add(1, Ordering::Relaxed);
+        if let Some(recorded) = &mut *self.common.recorded.lock().unwrap_or_else(|e| e.into_inner()) {
             let Launch { file, kernel, elem, defines, grid, block, shared } = *launch;
             recorded.push(Recorded { file, kernel, elem, defines: defines.to_vec(), grid, block, shared });
         }
@@ -335,7 +337,7 @@ impl Device {
 
     /// The compiled kernel of a launch.
     fn function(&self, driver: &Driver, launch: &Launch) -> Result<CudaFunction> {
-        let mut modules = self.modules.lock().unwrap_or_else(|e| e.into_inner());
+        let mut modules = self.common.modules.lock().unwrap_or_else(|e| e.into_inner());
         let key = (launch.file, launch.elem, launch.defines.to_vec());
         let loaded = match modules.entry(key) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
@@ -370,7 +372,7 @@ impl Device {
     pub fn prepare(&self, launches: &[Recorded]) -> Result<()> {
         let Some(driver) = self.running()? else { return Ok(()) };
         let mut keys: HashSet<ModuleKey> = launches.iter().map(Recorded::module).collect();
-        let lock = || self.modules.lock().unwrap_or_else(|e| e.into_inner());
+        let lock = || self.common.modules.lock().unwrap_or_else(|e| e.into_inner());
         let loaded = lock();
         keys.retain(|key| !loaded.contains_key(key));
         drop(loaded);
@@ -408,11 +410,11 @@ impl Device {
     /// Loads a compiled file: machine code, or PTX where the driver does not take that.
     fn load(&self, driver: &Driver, file: &str, compiled: nvrtc::Compiled) -> Result<Arc<CudaModule>> {
         let cannot = |e| failed(&format!("load kernels/{file}.cu"), e);
-        if !self.ptx_only.load(Ordering::Relaxed) {
+        if !self.common.ptx_only.load(Ordering::Relaxed) {
             match driver.context.load_module(cudarc::nvrtc::Ptx::from_binary(compiled.cubin)) {
                 // Not of the kind that this driver runs, and neither will the next one be.
                 Err(DriverError(sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) => {
-                    self.ptx_only.store(true, Ordering::Relaxed);
+                    self.common.ptx_only.store(true, Ordering::Relaxed);
                 }
                 Err(_) => {}
                 Ok(module) => return Ok(module),

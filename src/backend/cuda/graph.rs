@@ -1,15 +1,17 @@
 //! Launches that are captured once and replayed together.
+//!
+//! What is to be captured goes to a stream of its own. So neither what other threads do meanwhile becomes part of the graph, nor is the
+//! device's own stream left behind capturing when the work panics.
 
-use super::device::{Device, failed};
+use super::device::{Device, Driver, failed};
 use crate::error::{Error, Result};
-use cudarc::driver::{CudaContext, result, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use std::sync::Arc;
 
 /// Launches that were captured once and are replayed together.
 pub struct Graph {
-    graph: sys::CUgraph,
     exec: sys::CUgraphExec,
-    context: Arc<CudaContext>,
+    template: Template,
 }
 
 // SAFETY: the driver takes these handles from any thread that has bound the context, as every use here does first.
@@ -17,21 +19,62 @@ unsafe impl Send for Graph {}
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: both were made by the driver, belong to this context and are destroyed once.
-        unsafe {
-            self.context.record_err(self.context.bind_to_thread());
-            self.context.record_err(result::graph::exec_destroy(self.exec));
-            self.context.record_err(result::graph::destroy(self.graph));
+        let context = &self.template.context;
+        context.record_err(context.bind_to_thread());
+        // SAFETY: it was made by the driver, belongs to this context and is destroyed once.
+        context.record_err(unsafe { result::graph::exec_destroy(self.exec) });
+    }
+}
+
+/// What was captured.
+struct Template {
+    graph: sys::CUgraph,
+    context: Arc<CudaContext>,
+}
+
+impl Drop for Template {
+    fn drop(&mut self) {
+        self.context.record_err(self.context.bind_to_thread());
+        // SAFETY: it was made by the driver, belongs to this context and is destroyed once.
+        self.context.record_err(unsafe { result::graph::destroy(self.graph) });
+    }
+}
+
+/// A stream that captures for as long as this lives.
+struct Capture {
+    stream: Arc<CudaStream>,
+    is_over: bool,
+}
+
+impl Capture {
+    fn begin(stream: &Arc<CudaStream>) -> std::result::Result<Self, DriverError> {
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        Ok(Capture { stream: stream.clone(), is_over: false })
+    }
+
+    fn end(&mut self) -> std::result::Result<Template, DriverError> {
+        self.is_over = true;
+        // SAFETY: the stream is capturing since `begin`, which this thread called.
+        let graph = unsafe { result::stream::end_capture(self.stream.cu_stream()) }?;
+        Ok(Template { graph, context: self.stream.context().clone() })
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        if !self.is_over {
+            // The work failed or panicked: nobody wants what it launched.
+            drop(self.end());
         }
     }
 }
 
 impl Device {
-    /// Captures the launches and copies that `work` makes, without running them.
+    /// Captures the launches and copies that `work` makes on the device that it is given, without running them.
     ///
     /// # Errors
     /// Those of `work`, and when the driver cannot capture.
-    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    pub fn capture(&self, work: impl FnOnce(&Arc<Device>) -> Result<()>) -> Result<Graph> {
         let cannot = |e| failed("capture a graph", e);
         let Some(driver) = self.running()? else {
             return Err(Error::usage("a device on which nothing runs cannot capture a graph"));
@@ -39,25 +82,15 @@ impl Device {
         if self.times_launches() {
             return Err(Error::usage("a graph cannot be captured while launches are timed"));
         }
-        driver.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(cannot)?;
-        let worked = work();
-        // SAFETY: the stream is capturing since the call above.
-        let graph = unsafe { result::stream::end_capture(driver.stream.cu_stream()) };
-        if let Err(e) = worked {
-            // SAFETY: the graph was captured above and is destroyed once.
-            let _ = graph.map(|graph| unsafe { result::graph::destroy(graph) });
-            return Err(e);
-        }
-        let graph = graph.map_err(cannot)?;
+        let (context, copies) = (driver.context.clone(), driver.copies.clone());
+        let stream = context.new_stream().map_err(cannot)?;
+        let mut capture = Capture::begin(&stream).map_err(cannot)?;
+        let captured = self.copy_with(Some(Driver { context, stream, copies }), true);
+        work(&Arc::new(captured))?;
+        let template = capture.end().map_err(cannot)?;
         // SAFETY: the graph was captured above; no flags.
-        match unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) } {
-            Ok(exec) => Ok(Graph { graph, exec, context: driver.context.clone() }),
-            Err(e) => {
-                // SAFETY: the graph was captured above and is destroyed once.
-                let _ = unsafe { result::graph::destroy(graph) };
-                Err(cannot(e))
-            }
-        }
+        let exec = unsafe { result::graph::instantiate(template.graph, sys::CUgraphInstantiate_flags(0)) };
+        Ok(Graph { exec: exec.map_err(cannot)?, template })
     }
 
     /// Runs what was captured.

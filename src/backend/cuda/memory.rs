@@ -80,13 +80,16 @@ impl Device {
     /// Memory for `len` numbers, with arbitrary contents.
     ///
     /// # Errors
-    /// When there is not enough memory.
+    /// When there is not enough memory, and while a graph is captured.
     pub fn alloc(&self, len: usize, dtype: DType) -> Result<Allocation> {
         let bytes = (len * dtype.bytes()).max(1);
         let Some(driver) = &self.driver else {
-            let address = self.next_address.fetch_add(bytes.next_multiple_of(256), Ordering::Relaxed) as u64;
+            let address = self.common.next_address.fetch_add(bytes.next_multiple_of(256), Ordering::Relaxed) as u64;
             return Ok(Allocation { memory: None, buffer: Buffer { address, len, dtype } });
         };
+        if self.captures {
+            return Err(Error::usage("memory cannot be taken while a graph is captured: it would be that of the graph"));
+        }
         // SAFETY: u8 has no invalid values, and nothing is read before a kernel or a copy wrote it: a simulated driver checks.
         let memory = unsafe { driver.stream.alloc::<u8>(bytes) }.map_err(|e| {
             if e.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
