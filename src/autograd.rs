@@ -104,13 +104,16 @@ impl<'a> From<&'a DeviceWeights> for Weights<'a> {
 /// it is run once, by a thread of the pool, while the others stay awake.
 ///
 /// # Errors
-/// Those of `work`, and when the device has not enough memory.
+/// Those of `work`, and when the device has not enough memory, or `memory` was not made for where the weights are.
 pub fn infer<R: Send>(
     weights: Weights,
     memory: &mut Memory,
     mut work: impl FnMut(&mut Tape) -> Result<R> + Send,
 ) -> Result<R> {
     match weights {
+        Weights::Cpu(_) if memory.cuda.is_some() => {
+            Err(Error::usage("this memory is for passes on a CUDA device, but the weights are in main memory"))
+        }
         Weights::Cpu(weights) => awake(|| work(&mut Tape::inference(weights, memory))),
         Weights::Cuda(weights) => cuda::pass(weights, None, memory, work),
     }

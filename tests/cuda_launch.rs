@@ -6,7 +6,7 @@ use common::cuda::{Output, device};
 use common::numbers;
 use common::rounded;
 use dtr_fused::autograd::cuda::{DeviceWeights, pass};
-use dtr_fused::autograd::Memory;
+use dtr_fused::autograd::{Memory, Weights, infer};
 use dtr_fused::backend::cuda::device::Recorded;
 use dtr_fused::backend::cuda::launch::Matrix;
 use dtr_fused::backend::cuda::{Arg, Buffer, DType, Device, Launch};
@@ -141,6 +141,24 @@ fn a_device_works_again_after_a_panic() {
     device.capture(add_on).unwrap();
     assert!(device.time_launches(|| Ok(())).unwrap().is_empty());
     check_add();
+}
+
+#[test]
+fn memory_and_weights_must_be_in_one_place() {
+    let [device, other] = [(); 2].map(|()| Arc::new(device()));
+    let host = vec![0.5; 8];
+    let weights = DeviceWeights::upload(&device, &host, DType::F32).unwrap();
+    let refused = |weights: Weights, memory: &mut Memory| {
+        let error = infer(weights, memory, |_| Ok(())).unwrap_err();
+        assert!(matches!(error, dtr_fused::Error::Usage(_)), "{error}");
+        error.to_string()
+    };
+    let mut of_other = Memory::on_device(&other, DType::F32);
+    assert!(refused((&weights).into(), &mut of_other).contains("another device"));
+    assert!(refused((&weights).into(), &mut Memory::new()).contains("for passes on the CPU"));
+    assert!(refused((&host).into(), &mut of_other).contains("for passes on a CUDA device"));
+    infer((&weights).into(), &mut Memory::on_device(&device, DType::F32), |_| Ok(())).unwrap();
+    infer((&host).into(), &mut Memory::new(), |_| Ok(())).unwrap();
 }
 
 #[test]

@@ -240,11 +240,12 @@ impl Memory {
 /// Gradients of the weights, `[P]` f32, and whether to add to them; None for inference.
 pub type Grads = Option<(Buffer, bool)>;
 
-/// The device's part of a memory.
-fn own(memory: &mut Memory) -> Result<&mut DeviceMemory> {
+/// The device's part of a memory for passes with these weights.
+fn own<'m>(memory: &'m mut Memory, weights: &DeviceWeights) -> Result<&'m mut DeviceMemory> {
     match memory.cuda.as_deref_mut() {
         None => Err(Error::usage("this memory is for passes on the CPU: make it with Memory::on_device")),
-        Some(own) => Ok(own),
+        Some(own) if Arc::ptr_eq(&own.device, &weights.device) => Ok(own),
+        Some(_) => Err(Error::usage("this memory was made for another device than the weights are on: give both the same Arc")),
     }
 }
 
@@ -267,7 +268,7 @@ fn run<R>(
     work: &mut impl FnMut(&mut Tape) -> Result<R>,
 ) -> Result<R> {
     memory.clear();
-    let own = own(memory)?;
+    let own = own(memory, weights)?;
     own.run = how;
     own.at = if how == Run::Dry { own.paper.clone() } else { at.clone() };
     // The bytes of its inputs are kept until the device has read them, also when the work panics.
@@ -290,7 +291,7 @@ fn plan<R>(
 ) -> Result<R> {
     loop {
         let planned = run(weights, grads, memory, Run::Dry, &weights.device, work)?;
-        let own = own(memory)?;
+        let own = own(memory, weights)?;
         // A pass that outgrew its memory had addresses beyond it, which may be those of somebody else: what was planned with
         // them counts for nothing, not even its size.
         if ![own.work.fit(&weights.device)?, own.inputs.fit(&weights.device)?].contains(&true) {
@@ -328,7 +329,7 @@ pub fn stage<R>(
     mut work: impl FnMut(&mut Tape) -> Result<R>,
 ) -> Result<R> {
     let planned = plan(weights, grads, memory, &mut work)?;
-    own(memory)?.send()?;
+    own(memory, weights)?.send()?;
     Ok(planned)
 }
 
@@ -347,7 +348,7 @@ pub fn launch_staged(
     mut work: impl FnMut(&mut Tape) -> Result<()>,
 ) -> Result<()> {
     let device = weights.device.clone();
-    let own = own(memory)?;
+    let own = own(memory, weights)?;
     if device.is_on_paper() {
         return Ok(());
     }
