@@ -6,6 +6,7 @@ use common::cuda::device;
 use common::same_bits;
 use dtr_fused::autograd::Memory;
 use dtr_fused::backend::cuda::{Arg, DType, Device, Launch};
+use dtr_fused::model::config::ModelConfig;
 use dtr_fused::model::dit::Dit;
 use dtr_fused::rng::{Philox, Stream};
 use dtr_fused::safetensors_file::SafetensorsFile;
@@ -326,6 +327,43 @@ fn a_learner_on_a_device_makes_the_updates_of_one_on_the_cpu() {
     let apart: Vec<f32> = found.iter().zip(&expected).map(|(a, b)| a - b).collect();
     // Adam's steps are alike where gradients are not near zero.
     assert!(norm(&expected) > 0.0 && norm(&apart) <= 0.02 * norm(&expected), "{} of {}", norm(&apart), norm(&expected));
+}
+
+/// The model of a learner may be replaced by one of the same layout: what was captured for one is not replayed for the other.
+#[test]
+fn another_model_has_a_graph_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(&folder.path().join("run"), &[]);
+    (config.image_size, config.in_channels, config.num_classes) = (8, 1, 10);
+    let device = Arc::new(device());
+    let model = |num_heads| Dit::new(ModelConfig { num_heads, ..config.model_config() }).unwrap();
+    // Gates that are not 0, as they are before training: else heads change nothing.
+    let start = |dit: &Dit| {
+        let mut weights = dit.init(config.seed, config.init);
+        weights.iter_mut().zip(common::numbers(3, dit.layout.len())).for_each(|(w, x)| *w += 0.1 * x);
+        weights
+    };
+    let learner = |heads| setup::learner_on_device(&config, model(heads), &device, DType::F32, start).unwrap();
+    let (x_start, noise) = (common::numbers(1, 2 * 64), common::numbers(2, 2 * 64));
+    let batch = Batch { x_start: &x_start, noise: &noise, t: &[3, 700], labels: &[1, 10], coefficients: &[0.5, 0.5] };
+    let losses_of = |learner: &mut Learner| {
+        let (mut losses, how) = (Losses::default(), How { drawn: None, add: false, updates: false });
+        learner.stage(batch, how).unwrap();
+        learner.launch(batch, how, None).unwrap();
+        learner.collect(&mut losses).unwrap();
+        losses.loss
+    };
+    let mut replaced = learner(2);
+    // Captured by the first step, replayed by the next.
+    let of_two = [(); 3].map(|()| losses_of(&mut replaced));
+    let of_four = losses_of(&mut learner(4));
+    assert!(of_two[1..] == [of_two[0].clone(), of_two[0].clone()] && of_two[0] != of_four, "{of_two:?}, {of_four:?}");
+    replaced.dit = model(4);
+    assert_eq!([(); 3].map(|()| losses_of(&mut replaced)), [(); 3].map(|()| of_four.clone()));
+    // Two models of one configuration, which was changed afterwards, are two nevertheless.
+    replaced.dit = model(2);
+    replaced.dit.config.num_heads = 4;
+    assert_eq!(losses_of(&mut replaced), of_two[0]);
 }
 
 #[test]

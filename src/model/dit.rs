@@ -18,6 +18,10 @@ use crate::ops::unpatchify::unpatchify;
 use crate::params::{Layout, Linear, Param};
 use crate::rng::{Philox, Stream};
 use crate::routing::{Routing, Window, random_masks, windows};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Models made so far.
+static MADE: AtomicU64 = AtomicU64::new(0);
 
 /// A model: where its parameters lie and how they are used. It holds no weights.
 pub struct Dit {
@@ -27,6 +31,7 @@ pub struct Dit {
     pub layout: Layout,
     /// Keep only the blocks' inputs for backward, and compute what is inside of each block again there.
     pub checkpoint_activations: bool,
+    number: u64,             // no two models have the same
     positions: Vec<f32>,     // [T, C]
     windows: Vec<Window>,    // TASKS
     masks: Vec<Vec<f32>>,    // depth x [TASKS, C], random routing only
@@ -102,6 +107,7 @@ impl Dit {
             config,
             layout,
             checkpoint_activations: false,
+            number: MADE.fetch_add(1, Ordering::Relaxed),
             positions,
             windows,
             masks,
@@ -112,6 +118,11 @@ impl Dit {
             blocks,
             final_layer,
         })
+    }
+
+    /// A number that no other model of this process has.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
     }
 
     /// The fixed positions, `[T, C]`: `pos_embed` of the official state_dict.

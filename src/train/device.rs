@@ -78,11 +78,13 @@ pub struct How<'a> {
 }
 
 impl How<'_> {
-    /// Passes over `b` samples with the same number launch the same kernels with the same sizes, and share a graph.
+    /// Passes over `b` samples with the same number launch the same kernels with the same sizes, and share a graph. Of the model that
+    /// takes its configuration, which anybody may change, and which one it is: its parts are as they were made.
     fn number(&self, b: usize, dit: &Dit) -> u64 {
         let seed = self.drawn.map(|drawn| drawn.seed);
+        let config = format!("{:?}", dit.config);
         let mut hasher = std::hash::DefaultHasher::new();
-        (b, self.add, self.updates, seed, dit.checkpoint_activations).hash(&mut hasher);
+        (b, self.add, self.updates, seed, dit.number(), config, dit.checkpoint_activations).hash(&mut hasher);
         hasher.finish()
     }
 }
