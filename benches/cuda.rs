@@ -248,7 +248,7 @@ impl<'a> Runner<'a> {
     /// One pass: the moments before and after the forward or the backward kernels.
     fn run(&mut self, backward: bool) -> Option<(Moment, Moment)> {
         let Runner { device, case, weights, grads, memory, upstream } = self;
-        let grads = backward.then_some((grads.buffer(), false));
+        let grads = backward.then_some((&*grads, false));
         let moments = pass(weights, grads, memory, |tape| {
             let inputs = (case.inputs)(tape)?;
             if !backward {

@@ -60,7 +60,7 @@ fn main() {
     // The first pass also compiles the kernels, if they are not in the cache.
     for i in 0..=PASSES {
         let start = Instant::now();
-        let output = pass(&on_device, Some((grads.buffer(), false)), &mut memory, |tape| {
+        let output = pass(&on_device, Some((&grads, false)), &mut memory, |tape| {
             let y = forward(tape)?;
             let upstream = tape.input(&upstream, [B, T, C], false)?;
             tape.backward_with(y, upstream)?;
@@ -72,7 +72,7 @@ fn main() {
         for (i, (y, e)) in output.iter().zip(&expected).enumerate() {
             assert!((y - e).abs() <= 0.02 * largest, "output {i} is {y}, expected {e}");
         }
-        let got = device.download(grads.buffer()).expect("the gradients are there");
+        let got = device.download(&grads).expect("the gradients are there");
         assert!(got.iter().all(|g| g.is_finite()) && got.iter().any(|g| *g != 0.0), "gradients are not there");
         let what = if i == 0 { " (with compilation)" } else { "" };
         println!("DiT-S/2 block, bf16, batch {B}, forward and backward: {seconds:.2} s{what}");

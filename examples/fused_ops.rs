@@ -80,7 +80,8 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     let [windows, everything] = [stream.clone_htod(&windows)?, stream.clone_htod(&everything)?];
     let dy = stream.clone_htod(&host.dy)?;
 
-    // A buffer is an address, a length and a type; the slice behind it must live as long as it is used: to the end of this function.
+    // A buffer is an address, a length and a type: what the kernels are promised, in each `unsafe` below, is that the slice behind it lives,
+    // as all do to the end of this function, which waits for all work.
     let room = Room { device: &device, stream: &stream };
     let (x, dy) = (room.of(&x)?, room.of(&dy)?);
     let vectors = room.of(&vectors)?;
@@ -107,11 +108,14 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     };
     let no_gelu = Buffer::none(DType::Bf16);
     let bias = room.of(&b_qkv)?;
-    ln_linear::cuda::forward(&device, room.of(&qkv)?, no_gelu, saved, inputs, bias, Activation::None, qkv_dims)?;
+    let of_qkv = room.of(&qkv)?;
+    // SAFETY: the slices live; windows are inside of the channels, and not all of them.
+    unsafe { ln_linear::cuda::forward(&device, of_qkv, no_gelu, saved, inputs, bias, Activation::None, qkv_dims) }?;
 
     let heads = attention::cuda::Dims { b: B, t: T, c: C, heads: HEADS };
     let (a, lse) = (room.bf16(B * T * C)?, room.f32(B * HEADS * T)?);
-    attention::cuda::forward(&device, room.of(&a)?, room.of(&lse)?, room.of(&qkv)?, heads)?;
+    // SAFETY: the slices live.
+    unsafe { attention::cuda::forward(&device, room.of(&a)?, room.of(&lse)?, of_qkv, heads) }?;
 
     let proj_dims = linear_residual::cuda::Dims { b: B, t: T, k: C, c: C };
     let proj_inputs = linear_residual::cuda::Inputs {
@@ -124,7 +128,8 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     let no_bypass = Buffer::none(DType::Bf16);
     let residual = linear_residual::cuda::Residual { base: x, bypass: no_bypass };
     let (of_y, of_z, bias) = (room.of(&y)?, room.of(&z)?, room.of(&b_proj)?);
-    linear_residual::cuda::forward(&device, of_y, of_z, proj_inputs, bias, residual, proj_dims)?;
+    // SAFETY: the slices live; windows are inside of the channels.
+    unsafe { linear_residual::cuda::forward(&device, of_y, of_z, proj_inputs, bias, residual, proj_dims) }?;
 
     // Backward, in reverse. Gradients of shift, scale and gate are added to, so they start at 0.
     let dvectors = stream.alloc_zeros::<f32>(B * 3 * C)?;
@@ -137,34 +142,31 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     let plan = linear_residual::cuda::plan(&device, DType::Bf16, proj_dims, &[Window::all(C); B])?;
     let (plan, parts) = (stream.clone_htod(&plan)?, room.f32(lengths.parts)?);
     let counters = stream.alloc_zeros::<u32>(linear_residual::cuda::counters_len(&device, DType::Bf16, proj_dims))?;
-    linear_residual::cuda::backward(
-        &device,
-        linear_residual::cuda::Gradients {
-            da: room.of(&da)?,
-            dgate: dcolumn(2)?,
-            dbase: room.of(&dx)?,
-            fresh_base: true,
-            dbypass: no_bypass,
-            fresh_bypass: false,
-            dweight: room.of(&dw_proj)?,
-            dbias: room.of(&db_proj)?,
-            add: false,
-        },
-        linear_residual::cuda::Scratch {
-            dz: room.of(&dz)?,
-            dz_sums: room.of(&dz_sums)?,
-            counters: room.of(&counters)?,
-            shares: Shares { plan: room.of(&plan)?, parts: room.of(&parts)? },
-        },
-        dy,
-        proj_inputs,
-        linear_residual::cuda::Saved { z: of_z, pre: no_gelu },
-        proj_dims,
-    )?;
+    let grads = linear_residual::cuda::Gradients {
+        da: room.of(&da)?,
+        dgate: dcolumn(2)?,
+        dbase: room.of(&dx)?,
+        fresh_base: true,
+        dbypass: no_bypass,
+        fresh_bypass: false,
+        dweight: room.of(&dw_proj)?,
+        dbias: room.of(&db_proj)?,
+        add: false,
+    };
+    let scratch = linear_residual::cuda::Scratch {
+        dz: room.of(&dz)?,
+        dz_sums: room.of(&dz_sums)?,
+        counters: room.of(&counters)?,
+        shares: Shares { plan: room.of(&plan)?, parts: room.of(&parts)? },
+    };
+    let of_forward = linear_residual::cuda::Saved { z: of_z, pre: no_gelu };
+    // SAFETY: as forward; the plan is made of the windows that are written.
+    unsafe { linear_residual::cuda::backward(&device, grads, scratch, dy, proj_inputs, of_forward, proj_dims) }?;
 
     let dqkv = room.bf16(B * T * 3 * C)?;
-    let [of_dqkv, of_da, of_qkv] = [room.of(&dqkv)?, room.of(&da)?, room.of(&qkv)?];
-    attention::cuda::backward(&device, of_dqkv, of_da, of_qkv, room.of(&a)?, room.of(&lse)?, heads)?;
+    let [of_dqkv, of_da] = [room.of(&dqkv)?, room.of(&da)?];
+    // SAFETY: the slices live.
+    unsafe { attention::cuda::backward(&device, of_dqkv, of_da, of_qkv, room.of(&a)?, room.of(&lse)?, heads) }?;
 
     let (dw_qkv, db_qkv) = (room.f32(3 * C * C)?, room.f32(3 * C)?);
     let (dh, pq) = (room.bf16(B * T * C)?, room.bf16(ln_linear::cuda::pq_len(qkv_dims, DType::Bf16))?);
@@ -175,32 +177,27 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     let plan = ln_linear::cuda::plan(&device, DType::Bf16, qkv_dims, &host.windows, false)?;
     let (plan, parts) = (stream.clone_htod(&plan)?, room.f32(lengths.parts)?);
     let counters = stream.alloc_zeros::<u32>(ln_linear::cuda::counters_len(&device, DType::Bf16, qkv_dims, false))?;
-    ln_linear::cuda::backward(
-        &device,
-        ln_linear::cuda::Gradients {
-            dx: room.of(&dx)?,
-            fresh_dx: false, // on top of the residual's
-            dshift: dcolumn(0)?,
-            dscale: dcolumn(1)?,
-            dweight: room.of(&dw_qkv)?,
-            dbias: room.of(&db_qkv)?,
-            add: false,
-        },
-        ln_linear::cuda::Scratch {
-            dh: room.of(&dh)?,
-            pq: room.of(&pq)?,
-            q: room.of(&q)?,
-            dr: room.of(&dr)?,
-            inactive_grads: room.of(&inactive_grads)?,
-            sums: room.of(&sums)?,
-            counters: room.of(&counters)?,
-            shares: Shares { plan: room.of(&plan)?, parts: room.of(&parts)? },
-        },
-        of_dqkv,
-        inputs,
-        saved,
-        qkv_dims,
-    )?;
+    let grads = ln_linear::cuda::Gradients {
+        dx: room.of(&dx)?,
+        fresh_dx: false, // on top of the residual's
+        dshift: dcolumn(0)?,
+        dscale: dcolumn(1)?,
+        dweight: room.of(&dw_qkv)?,
+        dbias: room.of(&db_qkv)?,
+        add: false,
+    };
+    let scratch = ln_linear::cuda::Scratch {
+        dh: room.of(&dh)?,
+        pq: room.of(&pq)?,
+        q: room.of(&q)?,
+        dr: room.of(&dr)?,
+        inactive_grads: room.of(&inactive_grads)?,
+        sums: room.of(&sums)?,
+        counters: room.of(&counters)?,
+        shares: Shares { plan: room.of(&plan)?, parts: room.of(&parts)? },
+    };
+    // SAFETY: as forward; the plan is made of the windows that were read.
+    unsafe { ln_linear::cuda::backward(&device, grads, scratch, of_dqkv, inputs, saved, qkv_dims) }?;
 
     // Reading waits for the kernels: it is work of the same stream.
     let narrow = |slice: &CudaSlice<bf16>| Ok::<_, Box<dyn Error>>(wide(&stream.clone_dtoh(slice)?));
@@ -226,8 +223,7 @@ impl Room<'_> {
     }
 
     fn of<N: Element>(&self, slice: &CudaSlice<N>) -> dtr_fused::Result<Buffer> {
-        // SAFETY: `on_device`, which alone calls this, keeps its slices until it has waited for all work.
-        unsafe { self.device.buffer(slice) }
+        self.device.buffer(slice)
     }
 }
 

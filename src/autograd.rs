@@ -326,7 +326,8 @@ impl<'a> Tape<'a> {
     fn read_storage(&self, storage: &Storage) -> Result<Vec<f32>> {
         match storage {
             Storage::Cpu(data) => Ok(data.to_vec()),
-            Storage::Cuda(buffer) => self.device().download(*buffer),
+            // SAFETY: what is on a tape is memory of its pass.
+            Storage::Cuda(buffer) => unsafe { self.device().download_buffer(*buffer) },
         }
     }
 
@@ -385,6 +386,7 @@ impl<'a> Tape<'a> {
     /// [`Tape::backward`] with the upstream gradient where the tape computes.
     pub(crate) fn backward_from(&mut self, output: Var, upstream: Storage) -> Result<()> {
         self.check_backward(output, upstream.len())?;
+        self.assert_own(&upstream);
         self.spent = true;
         self.memory.grads[output.0 as usize] = Some(upstream);
         self.exchange_written();
@@ -524,7 +526,8 @@ impl<'a> Tape<'a> {
     /// Puts an activation on the tape.
     pub(crate) fn push(&mut self, shape: impl Into<Shape>, data: impl Into<Storage>, wants_grad: bool) -> Var {
         let (shape, data) = (shape.into(), data.into());
-        debug_assert_eq!(shape.len(), data.len());
+        assert_eq!(shape.len(), data.len(), "an activation has as many numbers as its shape says");
+        self.assert_own(&data);
         self.memory.values.push(Tensor { shape, data });
         self.memory.grads.push(None);
         self.memory.wants_grad.push(wants_grad);

@@ -17,7 +17,8 @@ fn add(device: &Device, to: &Output, from: &Output, elem: DType) -> dtr_fused::R
     let n = to.buffer().len();
     let grid = [n.div_ceil(256) as u32, 1, 1];
     let launch = Launch { file: "tensor", kernel: "tensor_add", elem, defines: &[], grid, block: 256, shared: 0 };
-    device.launch(&launch, &[to.buffer().into(), from.buffer().into(), Arg::U64(n as u64)])
+    // SAFETY: both have n numbers.
+    unsafe { device.launch(&launch, &[to.buffer().into(), from.buffer().into(), Arg::U64(n as u64)]) }
 }
 
 #[test]
@@ -32,7 +33,8 @@ fn a_kernel_runs_and_a_graph_replays_it() {
         assert_eq!(to.numbers(&device), once);
         let graph = device.capture(|device| add(device, &to, &from, elem)).unwrap();
         assert_eq!(to.numbers(&device), once, "capturing must not run");
-        device.replay(&graph).unwrap();
+        // SAFETY: both are where they were.
+        unsafe { device.replay(&graph) }.unwrap();
         let twice: Vec<f32> = once.iter().zip(&b).map(|(a, b)| a + b).collect();
         assert_eq!(to.numbers(&device), rounded(&twice, elem));
     }
@@ -45,10 +47,9 @@ fn many_numbers_are_rounded_piece_by_piece() {
     let n = (1 << 24) + 5;
     let numbers: Vec<f32> = (0..n).map(|i| (i % 16_381) as f32 * 1.001 - 7.0).collect();
     let allocation = device.upload(&numbers, DType::Bf16).unwrap();
-    let there = allocation.buffer();
-    assert!(device.download(there).unwrap() == rounded(&numbers, DType::Bf16), "rounded numbers are others");
+    assert!(device.download(&allocation).unwrap() == rounded(&numbers, DType::Bf16), "rounded numbers are others");
     for wrong in [&numbers[1..], &[&numbers[..], &[0.0]].concat()] {
-        let says = device.write(there, wrong).unwrap_err().to_string();
+        let says = device.write(&allocation, wrong).unwrap_err().to_string();
         assert!(says.contains(&format!("{} numbers for a buffer of {n}", wrong.len())), "{says}");
     }
 }
@@ -162,13 +163,65 @@ fn memory_and_weights_must_be_in_one_place() {
 }
 
 #[test]
+fn memory_of_another_device_is_refused() {
+    let [device, other] = [(); 2].map(|()| Arc::new(device()));
+    let paper = Arc::new(Device::on_paper(device.name(), device.arch(), device.multiprocessors()));
+    let own = device.upload(&[1.0, 2.0], DType::F32).unwrap();
+    let weights = DeviceWeights::upload(&device, &[0.5; 8], DType::F32).unwrap();
+    let mut memory = Memory::on_device(&device, DType::F32);
+    for foreign in [other.upload(&[3.0, 4.0], DType::F32).unwrap(), paper.upload(&[3.0, 4.0], DType::F32).unwrap()] {
+        let refused = [
+            device.write(&foreign, &[5.0, 6.0]),
+            device.write_bytes(&foreign, &[0; 8]),
+            device.read_bytes(&mut [0; 8], &foreign),
+            device.download(&foreign).map(|_| ()),
+            device.copy(&own, &foreign),
+            device.copy(&foreign, &own),
+            device.fill_bytes(&foreign, 0),
+            pass(&weights, Some((&foreign, false)), &mut memory, |_| Ok(())),
+        ];
+        for result in refused {
+            let says = result.unwrap_err().to_string();
+            assert!(says.contains("2 numbers is not that of this device"), "{says}");
+        }
+    }
+    assert_eq!(device.download(&own).unwrap(), [1.0, 2.0]);
+    // More bytes than can be counted are not few.
+    assert!(device.alloc(usize::MAX / 4 + 2, DType::F32).is_err());
+    assert!(device.capture(|device| device.alloc(1, DType::F32).map(|_| ())).is_err());
+}
+
+/// What a pass planned is all the memory it has.
+#[test]
+fn a_pass_that_takes_more_than_it_planned_fails() {
+    let device = Arc::new(device());
+    let weights = DeviceWeights::upload(&device, &[0.5; 8], DType::F32).unwrap();
+    let mut memory = Memory::on_device(&device, DType::F32);
+    let x = numbers(1, 1 << 16);
+    let mut sizes = |sizes: [usize; 2]| {
+        let mut run = 0;
+        pass(&weights, None, &mut memory, |tape| {
+            // Planned twice: the first time finds how much there must be.
+            let len = sizes[usize::from(run == 2)];
+            run += 1;
+            let first = tape.input(&x[..len], [len], false)?;
+            tape.read(first)
+        })
+    };
+    let says = sizes([8, 1 << 16]).unwrap_err().to_string();
+    assert!(says.contains("more device memory than it had planned"), "{says}");
+    assert_eq!(sizes([1 << 16; 2]).unwrap(), x);
+}
+
+#[test]
 fn wrong_arguments_are_refused() {
     let device = device();
     let x = Output::with(&device, &[1.0; 8], DType::F32);
     let buffer = x.buffer();
     let launch =
         |kernel, elem| Launch { file: "tensor", kernel, elem, defines: &[], grid: [1; 3], block: 32, shared: 0 };
-    let refused = |launch: Launch, args: &[Arg]| device.launch(&launch, args).unwrap_err().to_string();
+    // SAFETY: nothing is launched.
+    let refused = |launch: Launch, args: &[Arg]| unsafe { device.launch(&launch, args) }.unwrap_err().to_string();
     let good = launch("tensor_add", DType::F32);
     assert!(refused(good, &[buffer.into(), buffer.into()]).contains("got 2 arguments, expected 3"));
     assert!(refused(good, &[buffer.into(), buffer.into(), Arg::I32(8)]).contains("the argument n is I32(8)"));
@@ -196,7 +249,8 @@ fn matrices_that_cannot_be_copied_are_refused() {
     let refused = |map: Arg| {
         let sizes = [Arg::I32(1), Arg::I32(64), Arg::I32(64)];
         let args = [uv.into(), weight.into(), weight.into(), Arg::Map(None), map];
-        device.launch(&launch, &[&args[..], &sizes].concat()).unwrap_err().to_string()
+        // SAFETY: nothing is launched.
+        unsafe { device.launch(&launch, &[&args[..], &sizes].concat()) }.unwrap_err().to_string()
     };
     let matrix = Matrix { buffer: weight, rows: 64, columns: 64 };
     let says = |matrix| refused(Arg::Map(Some(matrix)));
@@ -205,7 +259,6 @@ fn matrices_that_cannot_be_copied_are_refused() {
     assert!(says(Matrix { rows: usize::MAX, ..matrix }).contains("in 4096 numbers"));
     assert!(says(Matrix { columns: 60, ..matrix }).contains("rows of 60 Bf16"));
     assert!(says(Matrix { buffer: uv, ..matrix }).contains("rows of 64 F32"));
-    // SAFETY: only launches that are refused are given it.
-    let odd = unsafe { Buffer::from_raw(weight.address() + 2, weight.len(), weight.dtype()) };
+    let odd = Buffer::from_raw(weight.address() + 2, weight.len(), weight.dtype());
     assert!(says(Matrix { buffer: odd, ..matrix }).contains("a multiple of 16"));
 }

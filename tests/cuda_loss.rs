@@ -250,17 +250,19 @@ fn every_sample_has_the_loss_of_its_own_answer() {
         let [x_start, noise, model_out] = [&batch.x_start, &batch.noise, &batch.model_out].map(|x| upload(x));
         let numbers = steps(&batch);
         let steps = device.alloc(numbers.len(), DType::F64).unwrap();
-        device.write_bytes(steps.buffer(), bytemuck::cast_slice(&numbers)).unwrap();
+        device.write_bytes(&steps, bytemuck::cast_slice(&numbers)).unwrap();
         let [x_t, losses, d] = [b * n, 3 * b, b * n_out].map(|len| Output::new(&device, len, DType::F32));
         let [x_start, noise, model_out, steps] =
             [&x_start, &noise, &model_out, &steps].map(|x| Arg::Buffer(x.buffer()));
         let parts = Arg::I32(if learn_sigma { 2 } else { 1 });
         let sizes = [b, n].map(|size| Arg::I32(size as i32));
         let args = [&[x_t.buffer().into(), x_start, noise, steps], &sizes[..]].concat();
-        launch(&device, "diffusion_loss_q_sample", (b * n).div_ceil(256), &args);
+        // SAFETY: all are as long as these sizes ask for.
+        unsafe { launch(&device, "diffusion_loss_q_sample", (b * n).div_ceil(256), &args) };
         let outputs = [losses.buffer().into(), d.buffer().into()];
         let args = [&outputs[..], &[model_out, x_start, noise, steps, parts], &sizes].concat();
-        launch(&device, "diffusion_loss", b, &args);
+        // SAFETY: as above.
+        unsafe { launch(&device, "diffusion_loss", b, &args) };
 
         check_rows(&format!("{label}: x_t"), &x_t.numbers(&device), &expected.x_t, n, 2e-7);
         check_rows(&format!("{label}: d_model_out"), &d.numbers(&device), &expected.d_model_out, n, 2e-7);
@@ -269,7 +271,9 @@ fn every_sample_has_the_loss_of_its_own_answer() {
     }
 }
 
-fn launch(device: &Device, kernel: &'static str, blocks: usize, args: &[Arg]) {
+/// # Safety
+/// As of [`Device::launch`].
+unsafe fn launch(device: &Device, kernel: &'static str, blocks: usize, args: &[Arg]) {
     let launch = Launch {
         file: "diffusion_loss",
         kernel,
@@ -279,5 +283,6 @@ fn launch(device: &Device, kernel: &'static str, blocks: usize, args: &[Arg]) {
         block: 256,
         shared: 0,
     };
-    device.launch(&launch, args).unwrap();
+    // SAFETY: the contract is the same.
+    unsafe { device.launch(&launch, args) }.unwrap();
 }

@@ -73,8 +73,8 @@ fn lines() -> Vec<String> {
             tape.backward(out, &numbers(3, found.len()))?;
             Ok((found, tape.read_gradient(x)?.unwrap()))
         };
-        let (out, dx) = pass(&weights, Some((grads.buffer(), false)), &mut memory, work).unwrap();
-        let dweights = device.download(grads.buffer()).unwrap();
+        let (out, dx) = pass(&weights, Some((&grads, false)), &mut memory, work).unwrap();
+        let dweights = device.download(&grads).unwrap();
         for numbers in [&out, &dx, &dweights] {
             assert!(numbers.iter().all(|x| x.is_finite()) && numbers.iter().any(|&x| x != 0.0));
         }

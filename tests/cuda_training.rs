@@ -386,7 +386,7 @@ fn a_device_starts_with_what_the_cpu_does() {
         for moments in [&learner.m, &learner.v] {
             assert!(same_bits(moments, &vec![0.0; cpu.weights.len()]), "{elem:?}: moments are others");
         }
-        let read = learner.device_state.as_ref().unwrap().weights.elem();
+        let read = learner.device_state.as_ref().unwrap().weights().elem();
         let expected = common::rounded(&cpu.weights, elem);
         assert!(
             same_bits(&device.download(read).unwrap(), &expected),
@@ -415,8 +415,9 @@ fn noise_has_the_bits_of_the_cpu() {
     let key = [seed as u32, (seed >> 32) as u32].map(Arg::U32);
     let args = [noise.buffer().into(), counters.buffer().into(), key[0], key[1], Arg::U32(Stream::Noise as u32)];
     let sizes = [Arg::I32(samples.len() as i32), Arg::I32(n as i32)];
-    device.launch(&launch, &[&args[..], &sizes].concat()).unwrap();
-    let found = device.download(noise.buffer()).unwrap();
+    // SAFETY: noise and counters are as long as the sizes say.
+    unsafe { device.launch(&launch, &[&args[..], &sizes].concat()) }.unwrap();
+    let found = device.download(&noise).unwrap();
     for (row, &sample) in found.chunks_exact(n).zip(&samples) {
         let mut expected = vec![0.0; n];
         Philox::new(seed, Stream::Noise).normal(&mut expected, step, u64::from(sample));
@@ -449,15 +450,16 @@ fn adamw_has_the_bits_of_the_cpu() {
         };
         let buffers = [&weights, &rounded, &ema, &m, &v, &grads, &factors, &decision];
         let args: Vec<Arg> = buffers.iter().map(|b| Arg::Buffer(b.buffer())).chain([Arg::U64(n as u64)]).collect();
-        device.launch(&launch, &args).unwrap();
+        // SAFETY: all have n numbers, but for the factors and the decision, which have theirs.
+        unsafe { device.launch(&launch, &args) }.unwrap();
         if skip == 0.0 {
             let [w, e, m, v, g] = &mut host[..] else { unreachable!("five buffers") };
             adamw(w, e, m, v, g, 3, update);
             let bf16: Vec<f32> = host[0].iter().map(|&w| half::bf16::from_f32(w).to_f32()).collect();
-            assert!(same_bits(&device.download(rounded.buffer()).unwrap(), &bf16));
+            assert!(same_bits(&device.download(&rounded).unwrap(), &bf16));
         }
         for (on_device, expected) in [&weights, &ema, &m, &v].iter().zip(&host) {
-            let found = device.download(on_device.buffer()).unwrap();
+            let found = device.download(on_device).unwrap();
             assert!(same_bits(&found, expected), "an update that is {name}");
         }
     }

@@ -19,6 +19,7 @@ use crate::ops::cuda::shares::{Gradient, Planner, Shares};
 use crate::params::Param;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Threads of a block of the sum of gradients.
 const ADD_BLOCK: u32 = 256;
@@ -67,18 +68,18 @@ impl DeviceWeights {
     /// # Errors
     /// When there are more or fewer of them.
     pub fn write(&self, weights: &[f32]) -> Result<()> {
-        self.device.write(self.full(), weights)?;
-        self.rounded.as_ref().map_or(Ok(()), |rounded| self.device.write(rounded.buffer(), weights))
+        self.device.write(&self.full, weights)?;
+        self.rounded.as_ref().map_or(Ok(()), |rounded| self.device.write(rounded, weights))
     }
 
     /// All of them in f32.
-    pub fn full(&self) -> Buffer {
-        self.full.buffer()
+    pub fn full(&self) -> &Allocation {
+        &self.full
     }
 
     /// All of them as products read them.
-    pub fn elem(&self) -> Buffer {
-        self.rounded.as_ref().unwrap_or(&self.full).buffer()
+    pub fn elem(&self) -> &Allocation {
+        self.rounded.as_ref().unwrap_or(&self.full)
     }
 
     /// The device they are on.
@@ -90,7 +91,7 @@ impl DeviceWeights {
 /// What a tape on a device borrows.
 pub(super) struct OnDevice<'a> {
     weights: &'a DeviceWeights,
-    grads: Option<(Buffer, bool)>, // f32 [P], and whether to add to it
+    grads: Grads<'a>,
 }
 
 impl OnDevice<'_> {
@@ -109,7 +110,8 @@ pub(super) struct DeviceMemory {
     staging: Option<Staging>, // of the inputs of the next pass
     uploads: Vec<(Buffer, Vec<u8>)>,
     run: Run,
-    failed: Option<Error>,                 // a copy of an input
+    number: u64,                           // of the pass that ran last
+    failed: Option<Error>,                 // of a copy of an input, or for lack of memory
     windows: Vec<(u32, Buffer)>,           // by the start of their handle
     plans: Vec<((u32, Gradient), Buffer)>, // of weights' gradients, for the windows that start there
     replayed: HashMap<u64, Captured>,
@@ -126,10 +128,19 @@ enum Run {
     Sent,
 }
 
-/// A graph and the addresses it was captured with.
+/// A graph and the memory it was captured with.
 struct Captured {
-    graph: Option<Graph>, // None: the driver cannot capture
-    bases: [u64; 4],      // of activations, inputs, weights and gradients
+    graph: Option<Graph>,      // None: the driver cannot capture
+    memory: [(u64, usize); 4], // address and size of activations, inputs, weights and gradients
+}
+
+/// A pass that was staged: its number, which no other has.
+#[derive(Clone, Copy)]
+pub(crate) struct Staged(u64);
+
+fn next_number() -> u64 {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    NUMBER.fetch_add(1, Ordering::Relaxed)
 }
 
 /// An arena and the memory under it.
@@ -144,8 +155,10 @@ impl Region {
         Region { arena: Arena::new(base), memory: None }
     }
 
+    /// Whether all of a buffer lies in what passes took.
     fn holds(&self, buffer: Buffer) -> bool {
-        buffer.address.wrapping_sub(self.arena.base()) < self.arena.peak() as u64
+        let (offset, peak) = (buffer.address.wrapping_sub(self.arena.base()), self.arena.peak() as u64);
+        offset < peak && buffer.len.checked_mul(buffer.dtype.bytes()).is_some_and(|bytes| bytes as u64 <= peak - offset)
     }
 
     /// Makes room for what the last pass took; says whether the addresses changed.
@@ -187,6 +200,31 @@ impl DeviceMemory {
         })
     }
 
+    /// A buffer in one of the regions. When a pass takes more than was planned, the rest of it runs on paper, and it fails: behind the
+    /// region is the memory of others.
+    fn take(&mut self, region: impl Fn(&mut Self) -> &mut Region, len: usize, dtype: DType) -> Buffer {
+        let region = region(self);
+        let buffer = region.arena.take(len, dtype);
+        if region.arena.peak() > region.bytes() && self.run != Run::Dry {
+            self.fail(Error::usage(
+                "a pass took more device memory than it had planned: it must do the same every time",
+            ));
+        }
+        buffer
+    }
+
+    /// Ends the launches of a pass, whose result will be the first error.
+    fn fail(&mut self, error: Error) {
+        self.failed.get_or_insert(error);
+        self.run = Run::Dry;
+        self.at = self.paper.clone();
+    }
+
+    /// Whether all of a buffer is memory of the pass.
+    fn holds(&self, buffer: Buffer) -> bool {
+        self.work.holds(buffer) || self.inputs.holds(buffer)
+    }
+
     /// Copies the inputs that were sent to where the kernels read them.
     fn deliver(&self) -> Result<()> {
         let inputs = Buffer {
@@ -194,7 +232,8 @@ impl DeviceMemory {
             len: self.inputs.arena.peak() / DType::F32.bytes(),
             dtype: DType::F32,
         };
-        self.staging.as_ref().map_or(Ok(()), |staging| staging.deliver(&self.device, inputs))
+        // SAFETY: there is room for all inputs since they were staged.
+        self.staging.as_ref().map_or(Ok(()), |staging| unsafe { staging.deliver(&self.device, inputs) })
     }
 
     pub(super) fn clear(&mut self) {
@@ -218,6 +257,7 @@ impl Memory {
             staging: None,
             uploads: Vec::new(),
             run: Run::Dry,
+            number: next_number(),
             failed: None,
             windows: Vec::new(),
             plans: Vec::new(),
@@ -238,14 +278,16 @@ impl Memory {
 }
 
 /// Gradients of the weights, `[P]` f32, and whether to add to them; None for inference.
-pub type Grads = Option<(Buffer, bool)>;
+pub type Grads<'a> = Option<(&'a Allocation, bool)>;
 
 /// The device's part of a memory for passes with these weights.
 fn own<'m>(memory: &'m mut Memory, weights: &DeviceWeights) -> Result<&'m mut DeviceMemory> {
     match memory.cuda.as_deref_mut() {
         None => Err(Error::usage("this memory is for passes on the CPU: make it with Memory::on_device")),
         Some(own) if Arc::ptr_eq(&own.device, &weights.device) => Ok(own),
-        Some(_) => Err(Error::usage("this memory was made for another device than the weights are on: give both the same Arc")),
+        Some(_) => {
+            Err(Error::usage("this memory was made for another device than the weights are on: give both the same Arc"))
+        }
     }
 }
 
@@ -269,7 +311,8 @@ fn run<R>(
 ) -> Result<R> {
     memory.clear();
     let own = own(memory, weights)?;
-    own.run = how;
+    grads.map_or(Ok(()), |(grads, _)| own.device.own(grads).map(|_| ()))?;
+    (own.run, own.number) = (how, next_number());
     own.at = if how == Run::Dry { own.paper.clone() } else { at.clone() };
     // The bytes of its inputs are kept until the device has read them, also when the work panics.
     let wait = (how == Run::Live).then(|| Wait(at));
@@ -322,33 +365,44 @@ pub fn pass<R>(
 ///
 /// # Errors
 /// As [`pass`].
-pub fn stage<R>(
+pub(crate) fn stage<R>(
     weights: &DeviceWeights,
     grads: Grads,
     memory: &mut Memory,
     mut work: impl FnMut(&mut Tape) -> Result<R>,
-) -> Result<R> {
+) -> Result<(R, Staged)> {
     let planned = plan(weights, grads, memory, &mut work)?;
-    own(memory, weights)?.send()?;
-    Ok(planned)
+    let own = own(memory, weights)?;
+    own.send()?;
+    Ok((planned, Staged(own.number)))
 }
 
-/// The second half of the pass that was staged last: `late` writes the inputs that were not known then, and the kernels of
-/// `work` are launched. From the second pass with this `number` on they are replayed as one graph: such passes must launch
-/// the same kernels every time. It returns before the device is done. While launches are timed there is no graph.
+/// The second half of a pass that was staged: `late` writes the inputs that were not known then, and the kernels of `work` are
+/// launched. From the second pass with this `key` on they are replayed as one graph. It returns before the device is done. While
+/// launches are timed there is no graph.
+///
+/// # Safety
+/// - `work`, weights and gradients are those that were staged.
+/// - Passes on this memory with the same key launch the same kernels with the same arguments, but for what is in their inputs, and for
+///   where memory, weights and gradients are; whatever else they use stays where it is for as long as the key is used.
 ///
 /// # Errors
-/// As [`pass`], and those of `late`.
-pub fn launch_staged(
+/// As [`pass`], those of `late`, and when the memory ran another pass meanwhile.
+pub(crate) unsafe fn launch_staged(
     weights: &DeviceWeights,
     grads: Grads,
     memory: &mut Memory,
-    number: u64,
+    staged: Staged,
+    key: u64,
     late: impl FnOnce() -> Result<()>,
     mut work: impl FnMut(&mut Tape) -> Result<()>,
 ) -> Result<()> {
     let device = weights.device.clone();
     let own = own(memory, weights)?;
+    if own.number != staged.0 {
+        return Err(Error::usage("the memory of a staged pass ran another one before it was launched"));
+    }
+    own.number = next_number();
     if device.is_on_paper() {
         return Ok(());
     }
@@ -357,11 +411,15 @@ pub fn launch_staged(
     if device.times_launches() {
         return run(weights, grads, memory, Run::Sent, &device, &mut work);
     }
-    let gradients = grads.map_or(0, |(buffer, _)| buffer.address);
-    let bases = [own.work.arena.base(), own.inputs.arena.base(), weights.full().address, gradients];
-    if let Some(captured) = own.replayed.get(&number).filter(|captured| captured.bases == bases) {
+    let place = |buffer: Buffer| (buffer.address, buffer.len);
+    let region = |region: &Region| (region.arena.base(), region.bytes());
+    let gradients = grads.map_or((0, 0), |(grads, _)| place(grads.buffer()));
+    let places = [region(&own.work), region(&own.inputs), place(weights.full().buffer()), gradients];
+    if let Some(captured) = own.replayed.get(&key).filter(|captured| captured.memory == places) {
         return match &captured.graph {
-            Some(graph) => device.replay(graph),
+            // SAFETY: memory, weights and gradients are where they were when it was captured, and as large; the rest of what its
+            // launches are given is the same for passes of one key, as the caller answers for.
+            Some(graph) => unsafe { device.replay(graph) },
             None => run(weights, grads, memory, Run::Sent, &device, &mut work),
         };
     }
@@ -370,7 +428,7 @@ pub fn launch_staged(
     device.synchronize()?;
     let graph = device.capture(|at| run(weights, grads, memory, Run::Sent, at, &mut work)).ok();
     if let Some(own) = memory.cuda.as_mut() {
-        own.replayed.insert(number, Captured { graph, bases });
+        own.replayed.insert(key, Captured { graph, memory: places });
     }
     Ok(())
 }
@@ -395,10 +453,11 @@ impl Tape<'_> {
 
     /// Number of all weights, on a device.
     pub(super) fn weights_len_on_cuda(&self) -> Option<usize> {
-        self.cuda.as_ref().map(|cuda| cuda.weights.full().len)
+        self.cuda.as_ref().map(|cuda| cuda.weights.full().buffer().len)
     }
 
-    /// The device that the tape computes on: when the pass is dry, a copy of it on paper.
+    /// The device that the tape computes on: when the pass is dry, a copy of it on paper. Launches are given the one that is here after
+    /// their buffers were taken, since a pass without memory for these goes on on paper.
     pub(crate) fn device(&self) -> Arc<Device> {
         self.own().at.clone()
     }
@@ -406,15 +465,17 @@ impl Tape<'_> {
     /// An input of the pass, copied to the device before it is used.
     pub(crate) fn upload(&mut self, bytes: &[u8], dtype: DType) -> Buffer {
         let own = self.own_mut();
-        let buffer = own.inputs.arena.take(bytes.len() / dtype.bytes(), dtype);
+        let buffer = own.take(|own| &mut own.inputs, bytes.len() / dtype.bytes(), dtype);
         match own.run {
             Run::Dry => own.uploads.push((buffer, bytes.to_vec())),
             Run::Live => {
                 let bytes = bytes.to_vec();
-                // SAFETY: they are kept until the pass is over, and its end waits for the stream.
-                let written = unsafe { own.device.write_bytes_later(buffer, &bytes) };
+                // SAFETY: the buffer is in a region that has room for it. The bytes are kept until the pass is over, and its end waits
+                // for the stream.
+                let written = unsafe { own.device.write_buffer_later(buffer, &bytes) };
                 own.uploads.push((buffer, bytes));
-                own.failed = own.failed.take().or(written.err());
+                // Kernels must not read windows that are not there.
+                written.unwrap_or_else(|error| own.fail(error));
             }
             Run::Sent => {}
         }
@@ -423,7 +484,7 @@ impl Tape<'_> {
 
     /// Room for an input of a staged pass that is only known when the pass is launched.
     pub(crate) fn upload_later(&mut self, len: usize, dtype: DType) -> Buffer {
-        self.own_mut().inputs.arena.take(len, dtype)
+        self.own_mut().take(|own| &mut own.inputs, len, dtype)
     }
 
     /// [`Tape::elem`]; f32 on a tape in main memory.
@@ -472,7 +533,7 @@ impl Tape<'_> {
 
     /// A buffer of arbitrary contents; give it back with [`Tape::give_buffer`] or [`Tape::push`].
     pub(crate) fn take_buffer(&mut self, len: usize, dtype: DType) -> Buffer {
-        self.own_mut().work.arena.take(len, dtype)
+        self.own_mut().take(|own| &mut own.work, len, dtype)
     }
 
     /// Recycles a buffer.
@@ -484,7 +545,17 @@ impl Tape<'_> {
         }
     }
 
-    /// The numbers of an activation on the device.
+    /// Refuses numbers that are not memory of this pass: what is on the tape, operations take for such.
+    ///
+    /// # Panics
+    /// With others.
+    pub(super) fn assert_own(&self, storage: &Storage) {
+        if let Storage::Cuda(buffer) = storage {
+            assert!(self.own().holds(*buffer), "{buffer:?} is not memory of this pass");
+        }
+    }
+
+    /// The numbers of an activation on the device: memory of this pass, as many as its shape says.
     pub(crate) fn buffer(&self, var: Var) -> Buffer {
         assert!(!self.is_released(var), "{RELEASED}");
         self.memory.values[var.0 as usize].data.cuda()
@@ -492,12 +563,12 @@ impl Tape<'_> {
 
     /// A weight as products read it.
     pub(crate) fn weight_buffer(&self, param: Param) -> Buffer {
-        self.borrowed().weights.elem().slice(param.range())
+        self.borrowed().weights.elem().buffer().slice(param.range())
     }
 
     /// A weight or bias in f32.
     pub(crate) fn full_buffer(&self, param: Param) -> Buffer {
-        self.borrowed().weights.full().slice(param.range())
+        self.borrowed().weights.full().buffer().slice(param.range())
     }
 
     /// Whether gradients of weights are added to what is there.
@@ -509,7 +580,7 @@ impl Tape<'_> {
     pub(crate) fn grad_buffer(&mut self, param: Param) -> (Buffer, bool) {
         self.memory.written.note(param);
         let (grads, add) = self.borrowed().grads.expect("backward runs on a recording tape");
-        (grads.slice(param.range()), add)
+        (grads.buffer().slice(param.range()), add)
     }
 
     /// Takes the gradient of `var` to add to it, and whether it is still empty (then it must be overwritten).
@@ -528,15 +599,18 @@ impl Tape<'_> {
     pub(crate) fn take_zeroed_grad_buffer(&mut self, var: Var) -> Result<Buffer> {
         let (grad, fresh) = self.take_grad_buffer(var);
         if fresh {
-            self.device().fill_bytes(grad, 0)?;
+            // SAFETY: it was taken from this tape.
+            unsafe { self.device().fill_buffer(grad, 0) }?;
         }
         Ok(grad)
     }
 
     /// Stores the gradient of `var`.
     pub(crate) fn put_grad_buffer(&mut self, var: Var, grad: Buffer) {
-        debug_assert_eq!(grad.len, self.buffer(var).len);
-        self.memory.grads[var.0 as usize] = Some(Storage::Cuda(grad));
+        assert_eq!(grad.len, self.buffer(var).len, "a gradient is as long as what it is of");
+        let grad = Storage::Cuda(grad);
+        self.assert_own(&grad);
+        self.memory.grads[var.0 as usize] = Some(grad);
     }
 
     /// Adds `grad` to the gradient of `var`, and takes the buffer.
@@ -545,6 +619,8 @@ impl Tape<'_> {
             self.put_grad_buffer(var, grad);
             return Ok(());
         };
+        assert_eq!(grad.len, sum.len, "gradients of one activation");
+        self.assert_own(&Storage::Cuda(grad));
         let vector = 16 / sum.dtype.bytes();
         let launch = Launch {
             file: "tensor",
@@ -555,7 +631,8 @@ impl Tape<'_> {
             block: ADD_BLOCK,
             shared: 0,
         };
-        self.device().launch(&launch, &[sum.into(), grad.into(), Arg::U64(sum.len as u64)])?;
+        // SAFETY: memory of this pass, and as long as it says.
+        unsafe { self.device().launch(&launch, &[sum.into(), grad.into(), Arg::U64(sum.len as u64)]) }?;
         self.put_grad_buffer(var, sum);
         self.give_buffer(grad);
         Ok(())

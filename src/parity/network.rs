@@ -173,8 +173,8 @@ impl Network {
             return work(&mut Tape::new(&self.weights, &mut self.grads, false, &mut self.memory));
         };
         let grads = weights.device().alloc(self.grads.len(), DType::F32)?;
-        let traced = pass(&weights, Some((grads.buffer(), false)), &mut self.memory, work)?;
-        self.grads = weights.device().download(grads.buffer())?;
+        let traced = pass(&weights, Some((&grads, false)), &mut self.memory, work)?;
+        self.grads = weights.device().download(&grads)?;
         Ok(traced)
     }
 

@@ -11,7 +11,7 @@
 
 use super::learner::{Batch, Losses};
 use super::optimizer::Update;
-use crate::autograd::cuda::{DeviceWeights, launch_staged, stage};
+use crate::autograd::cuda::{DeviceWeights, Staged, launch_staged, stage};
 use crate::autograd::{Memory, Tape};
 use crate::backend::cuda::transfer::Mail;
 use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Launch};
@@ -19,11 +19,14 @@ use crate::diffusion::loss::Step;
 use crate::diffusion::{ImageDims, LossWeight, Schedule};
 use crate::error::{Error, Result};
 use crate::model::dit::Dit;
+use crate::ops::check;
+use crate::ops::cuda::tile::check_counts;
 use crate::rng::Stream;
 use crate::tensor::Storage;
 use std::collections::VecDeque;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A gradient of this norm counts as not finite, even where clipping would shrink it: from 1.8e19 on its square does not fit the second
 /// moment, which is f32.
@@ -34,6 +37,7 @@ const STEP_NUMBERS: usize = 11;
 /// Blocks that sum the squares of the gradients: fixed, so that the sum is too.
 const NORM_BLOCKS: usize = 1024;
 const THREADS: usize = 256;
+const OP: &str = "training step";
 /// Parameters that one thread of the update takes.
 const AT_ONCE: usize = 4;
 
@@ -89,6 +93,9 @@ impl How<'_> {
     }
 }
 
+/// States made so far.
+static MADE: AtomicU64 = AtomicU64::new(0);
+
 /// Where a staged pass has its late inputs and its results.
 #[derive(Clone, Copy)]
 struct Places {
@@ -99,13 +106,13 @@ struct Places {
 
 /// Weights, moving average, moments and gradients on a device, each `[P]`.
 pub struct DeviceState {
-    /// The weights, also as products read them.
-    pub weights: DeviceWeights,
+    weights: DeviceWeights,
     ema: Allocation,
     m: Allocation,
     v: Allocation,
     grads: Allocation,
-    staged: Option<Places>,
+    number: u64,                           // no two states have the same
+    staged: Option<(Places, Staged, u64)>, // with the key of its graph
     mail: VecDeque<Mail>,
     under_way: VecDeque<(Mail, usize, bool)>, // with the number of samples, and whether an update follows
 }
@@ -118,9 +125,9 @@ impl DeviceState {
     pub fn new(device: &Arc<Device>, elem: DType, weights: &[f32]) -> Result<Self> {
         let [ema, m, v, grads] = [(); 4].map(|()| device.alloc(weights.len(), DType::F32));
         let state = Self::with(DeviceWeights::upload(device, weights, elem)?, [ema?, m?, v?, grads?])?;
-        device.copy(state.ema.buffer(), state.weights.full())?;
+        device.copy(&state.ema, state.weights.full())?;
         for moments in [&state.m, &state.v] {
-            device.fill_bytes(moments.buffer(), 0)?;
+            device.fill_bytes(moments, 0)?;
         }
         Ok(state)
     }
@@ -136,7 +143,13 @@ impl DeviceState {
 
     fn with(weights: DeviceWeights, [ema, m, v, grads]: [Allocation; 4]) -> Result<Self> {
         let (mail, under_way) = Default::default();
-        Ok(DeviceState { weights, ema, m, v, grads, staged: None, mail, under_way })
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        Ok(DeviceState { weights, ema, m, v, grads, number, staged: None, mail, under_way })
+    }
+
+    /// The weights, also as products read them.
+    pub fn weights(&self) -> &DeviceWeights {
+        &self.weights
     }
 
     /// The device.
@@ -151,7 +164,7 @@ impl DeviceState {
     pub fn write(&self, weights: &[f32], rest: [&[f32]; 3]) -> Result<()> {
         self.weights.write(weights)?;
         for (to, from) in [&self.ema, &self.m, &self.v].into_iter().zip(rest) {
-            self.device().write(to.buffer(), from)?;
+            self.device().write(to, from)?;
         }
         Ok(())
     }
@@ -165,8 +178,8 @@ impl DeviceState {
         device.read_bytes(bytemuck::cast_slice_mut(weights), self.weights.full())?;
         let [ema, m, v] = rest;
         self.read_ema(ema)?;
-        device.read_bytes(bytemuck::cast_slice_mut(m), self.m.buffer())?;
-        device.read_bytes(bytemuck::cast_slice_mut(v), self.v.buffer())
+        device.read_bytes(bytemuck::cast_slice_mut(m), &self.m)?;
+        device.read_bytes(bytemuck::cast_slice_mut(v), &self.v)
     }
 
     /// Copies the moving average to main memory.
@@ -174,7 +187,7 @@ impl DeviceState {
     /// # Errors
     /// When the device fails.
     pub fn read_ema(&self, ema: &mut [f32]) -> Result<()> {
-        self.device().read_bytes(bytemuck::cast_slice_mut(ema), self.ema.buffer())
+        self.device().read_bytes(bytemuck::cast_slice_mut(ema), &self.ema)
     }
 
     /// The gradients of the last step, `[P]`.
@@ -182,7 +195,7 @@ impl DeviceState {
     /// # Errors
     /// When the device fails.
     pub fn gradients(&self) -> Result<Vec<f32>> {
-        self.device().download(self.grads.buffer())
+        self.device().download(&self.grads)
     }
 
     /// Plans a pass over `batch` (all but its coefficients) and sends its inputs, while the device may still be busy with the
@@ -191,26 +204,26 @@ impl DeviceState {
     /// # Errors
     /// When sizes do not fit, a timestep or label is out of range, or the device fails.
     pub fn stage(&mut self, dit: &Dit, memory: &mut Memory, batch: Batch, how: How) -> Result<()> {
-        let config = &dit.config;
-        let (b, side) = (batch.t.len(), config.input_size);
-        let n = config.in_channels * side * side;
-        let noise_len = how.drawn.map_or(batch.noise.len(), |drawn| drawn.samples.len() * n);
-        if batch.x_start.len() != b * n || noise_len != b * n {
-            let what = format!("{b} samples of {n} with {} pixels and {noise_len} of noise", batch.x_start.len());
-            return Err(Error::Shape { operation: "training step", what });
-        }
-        let grads = Some((self.grads.buffer(), how.add));
-        let places = stage(&self.weights, grads, memory, |tape| self.pass(tape, dit, batch, how))?;
-        self.staged = Some(places);
+        let (key, grads) = (self.key(how, batch.t.len(), dit), Some((&self.grads, how.add)));
+        self.staged = None;
+        let (places, staged) = stage(&self.weights, grads, memory, |tape| self.pass(tape, dit, batch, how))?;
+        self.staged = Some((places, staged, key));
         Ok(())
+    }
+
+    /// What passes have in common that make the same launches: also the moments and the average that an update changes.
+    fn key(&self, how: How, b: usize, dit: &Dit) -> u64 {
+        let mut hasher = std::hash::DefaultHasher::new();
+        (self.number, how.number(b, dit)).hash(&mut hasher);
+        hasher.finish()
     }
 
     /// Starts the pass that was staged last, over the same `batch`, and returns before it is done. The number of an update counts from 1:
     /// it corrects the bias of the moments.
     ///
     /// # Errors
-    /// When coefficients are missing, a timestep is out of range, nothing was staged, an update is missing or not expected, or the
-    /// device fails.
+    /// When coefficients are missing, a timestep is out of range, nothing was staged, or of another size, model or memory, an update is
+    /// missing or not expected, or the device fails.
     ///
     /// # Panics
     /// When the number of the update is 0.
@@ -225,7 +238,7 @@ impl DeviceState {
         how: How,
         update: Option<(DeviceUpdate, u64)>,
     ) -> Result<()> {
-        let refused = |what| Err(Error::Shape { operation: "training step", what });
+        let refused = |what| Err(Error::Shape { operation: OP, what });
         if how.updates != update.is_some() {
             let given = if update.is_some() { "an update" } else { "none" };
             return refused(format!("how.updates is {}, but {given} is given", how.updates));
@@ -236,7 +249,8 @@ impl DeviceState {
         if let Some(t) = batch.t.iter().find(|&&t| t as usize >= schedule.len()) {
             return refused(format!("timestep {t} is outside the noise schedule of {} steps", schedule.len()));
         }
-        let Some(places) = self.staged.take() else {
+        let key = self.key(how, batch.t.len(), dit);
+        let Some((places, staged, _)) = self.staged.take().filter(|(.., of_staged)| *of_staged == key) else {
             return refused("a pass is launched that was not staged".into());
         };
         let steps = steps(schedule, loss_weight, batch);
@@ -255,17 +269,20 @@ impl DeviceState {
             Some(mail) => Some(mail),
             None => Mail::new(&device, out, back)?,
         };
-        let grads = Some((self.grads.buffer(), how.add));
-        launch_staged(
-            &self.weights,
-            grads,
-            memory,
-            how.number(batch.t.len(), dit),
-            || mail.as_mut().map_or(Ok(()), |mail| mail.send(&device, &late)),
-            |tape| self.pass(tape, dit, batch, how).map(|_| ()),
-        )?;
+        let grads = Some((&self.grads, how.add));
+        // SAFETY: the memory, which `launch_staged` sees to, holds the places of the pass that was staged; mail that is not new was
+        // waited for.
+        let send = || mail.as_mut().map_or(Ok(()), |mail| unsafe { mail.send(&device, &late) });
+        // SAFETY: what was staged had this key, which tells state, model, how, and number of samples. They decide which kernels `pass`
+        // launches with which sizes, and what of this state they use, whose allocations never change; batches differ in their inputs.
+        unsafe {
+            launch_staged(&self.weights, grads, memory, staged, key, send, |tape| {
+                self.pass(tape, dit, batch, how).map(|_| ())
+            })
+        }?;
         if let Some(mut mail) = mail {
-            mail.ask(&device, &results)?;
+            // SAFETY: as of `send`.
+            unsafe { mail.ask(&device, &results) }?;
             self.under_way.push_back((mail, batch.t.len(), how.updates));
         }
         Ok(())
@@ -302,16 +319,20 @@ impl DeviceState {
         let (b, side, channels) = (batch.t.len(), config.input_size, config.in_channels);
         let dims = ImageDims { channels, pixels: side * side, learn_sigma: config.learn_sigma };
         let n = dims.elements();
+        let noise_len = how.drawn.map_or(batch.noise.len(), |drawn| drawn.samples.len() * n);
+        check(batch.x_start.len() == b * n && noise_len == b * n, OP, || {
+            format!("{b} samples of {n} with {} pixels and {noise_len} of noise", batch.x_start.len())
+        })?;
+        check_counts(OP, &[b, n])?;
         let sizes = [Arg::I32(b as i32), Arg::I32(n as i32)];
-        let (device, elem) = (tape.device(), tape.elem());
-        let launch = |kernel, len: usize| Launch {
-            file: "diffusion_loss",
-            kernel,
-            elem,
-            defines: &[],
-            grid: [len.div_ceil(THREADS) as u32, 1, 1],
-            block: THREADS as u32,
-            shared: 0,
+        let elem = tape.elem();
+        let launch = |tape: &Tape, kernel, len: usize, args: &[Arg]| {
+            let grid = [len.div_ceil(THREADS) as u32, 1, 1];
+            let block = THREADS as u32;
+            let launch = Launch { file: "diffusion_loss", kernel, elem, defines: &[], grid, block, shared: 0 };
+            // SAFETY: all is memory of this pass. Images, noise and the model's output were checked to be `[B, n]`, the latter
+            // `[B, parts, n]`; the rest is taken here, as large as the kernels say.
+            unsafe { tape.device().launch(&launch, args) }
         };
         let x_start = tape.upload(bytemuck::cast_slice(batch.x_start), DType::F32);
         let steps = tape.upload_later(b * STEP_NUMBERS, DType::F64);
@@ -324,22 +345,26 @@ impl DeviceState {
                 let [low, high] = [seed as u32, (seed >> 32) as u32].map(Arg::U32);
                 let args = [noise.into(), counters.into(), low, high, Arg::U32(Stream::Noise as u32)];
                 let args = [&args[..], &sizes].concat();
-                device.launch(&launch("diffusion_loss_noise", b * n.div_ceil(4)), &args)?;
+                launch(tape, "diffusion_loss_noise", b * n.div_ceil(4), &args)?;
                 noise
             }
         };
         let x_t = tape.take_buffer(b * n, DType::F32);
         let args = [&[x_t.into(), x_start.into(), noise.into(), steps.into()], &sizes[..]].concat();
-        device.launch(&launch("diffusion_loss_q_sample", b * n), &args)?;
+        launch(tape, "diffusion_loss_q_sample", b * n, &args)?;
         let x_t = tape.push([b, channels, side, side], x_t, false);
         let out = dit.forward(tape, x_t, batch.t, batch.labels)?;
+        let found = tape.buffer(out).len;
+        check(found == b * dims.out_elements(), OP, || {
+            format!("the model has {found} outputs for {b} samples of {}", dims.out_elements())
+        })?;
 
         let losses = tape.take_buffer(3 * b, DType::F32);
         let d_out = tape.take_buffer(b * dims.out_elements(), DType::F32);
         let inputs = [tape.buffer(out).into(), x_start.into(), noise.into(), steps.into()];
         let parts = [Arg::I32(if dims.learn_sigma { 2 } else { 1 })];
         let args = [&[losses.into(), d_out.into()], &inputs[..], &parts, &sizes].concat();
-        device.launch(&launch("diffusion_loss", b * THREADS), &args)?;
+        launch(tape, "diffusion_loss", b * THREADS, &args)?;
         tape.backward_from(out, Storage::Cuda(d_out))?;
 
         if !how.updates {
@@ -348,12 +373,16 @@ impl DeviceState {
         let parts = tape.take_buffer(NORM_BLOCKS, DType::F64);
         let decision = tape.take_buffer(3, DType::F64);
         let factors = tape.upload_later(Update::FACTORS + 1, DType::F32);
-        self.update(&device, elem, losses, [parts, decision, factors])?;
+        // SAFETY: memory of this pass, taken in these sizes.
+        unsafe { self.update(&tape.device(), elem, losses, [parts, decision, factors]) }?;
         Ok(Places { steps, losses, update: Some((factors, decision)) })
     }
 
     /// Norm, decision and update (`kernels/adamw.cu`).
-    fn update(
+    ///
+    /// # Safety
+    /// The buffers are as [`Buffer`] says: losses, one part for each of `NORM_BLOCKS`, 3 numbers of the decision, and the factors.
+    unsafe fn update(
         &self,
         device: &Device,
         elem: DType,
@@ -362,23 +391,22 @@ impl DeviceState {
     ) -> Result<()> {
         let grads = self.grads.buffer();
         let len = Arg::U64(grads.len as u64);
-        let launch = |kernel, blocks: usize| Launch {
-            file: "adamw",
-            kernel,
-            elem,
-            defines: &[],
-            grid: [blocks as u32, 1, 1],
-            block: THREADS as u32,
-            shared: 0,
+        let launch = |kernel, blocks: usize, args: &[Arg]| {
+            let (grid, block) = ([blocks as u32, 1, 1], THREADS as u32);
+            let launch = Launch { file: "adamw", kernel, elem, defines: &[], grid, block, shared: 0 };
+            // SAFETY: the caller answers for the buffers that it gives; weights, average, moments and gradients are this state's, and all
+            // of one length, since it was made.
+            unsafe { device.launch(&launch, args) }
         };
-        device.launch(&launch("adamw_norm", NORM_BLOCKS), &[parts.into(), grads.into(), len])?;
+        launch("adamw_norm", NORM_BLOCKS, &[parts.into(), grads.into(), len])?;
         let counts = [Arg::I32(NORM_BLOCKS as i32), Arg::I32(losses.len as i32)];
         let args = [decision.into(), parts.into(), losses.into(), factors.into(), Arg::F64(LARGEST_NORM)];
-        device.launch(&launch("adamw_decide", 1), &[&args[..], &counts].concat())?;
-        let rounded = if elem == DType::Bf16 { self.weights.elem() } else { Buffer::none(elem) };
-        let numbers = [self.weights.full(), rounded, self.ema.buffer(), self.m.buffer(), self.v.buffer(), grads];
+        launch("adamw_decide", 1, &[&args[..], &counts].concat())?;
+        let rounded = if elem == DType::Bf16 { self.weights.elem().buffer() } else { Buffer::none(elem) };
+        let numbers =
+            [self.weights.full().buffer(), rounded, self.ema.buffer(), self.m.buffer(), self.v.buffer(), grads];
         let args: Vec<Arg> = numbers.into_iter().chain([factors, decision]).map(Arg::Buffer).chain([len]).collect();
-        device.launch(&launch("adamw", grads.len.div_ceil(AT_ONCE * THREADS)), &args)
+        launch("adamw", grads.len.div_ceil(AT_ONCE * THREADS), &args)
     }
 }
 

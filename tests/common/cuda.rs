@@ -75,7 +75,7 @@ impl Output {
 
     /// What the kernel wrote; fails when it wrote beyond either end.
     pub fn numbers(&self, device: &Device) -> Vec<f32> {
-        let all = device.download(self.memory.buffer()).unwrap();
+        let all = device.download(&self.memory).unwrap();
         let canary = match self.memory.buffer().dtype() {
             DType::Bf16 => half::bf16::from_f32(CANARY).to_f32(),
             _ => CANARY,
@@ -218,7 +218,7 @@ fn run_on_cuda(
     let weights = DeviceWeights::upload(device, &weights, elem).unwrap();
     let grads = device.upload(&grads, DType::F32).unwrap();
     let add = start.is_some();
-    let mut found = pass(&weights, Some((grads.buffer(), add)), memory, |tape| {
+    let mut found = pass(&weights, Some((&grads, add)), memory, |tape| {
         let (given, modulation) = put(tape, inputs, params.clone());
         let y = op.on_tape(tape, &given)?;
         let output = tape.read(y)?;
@@ -242,7 +242,7 @@ fn run_on_cuda(
         Ok(Outcome { y: output, grads: found })
     })
     .unwrap();
-    let mut grads = device.download(grads.buffer()).unwrap();
+    let mut grads = device.download(&grads).unwrap();
     for (input, found) in inputs.iter().zip(&mut found.grads) {
         if let Some(param) = params.get(input.name) {
             found.extend_from_slice(&grads[param.range()]);

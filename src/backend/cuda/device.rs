@@ -291,9 +291,14 @@ impl Device {
 
     /// Runs a kernel, compiling it first where needed. It returns before the kernel ends.
     ///
+    /// # Safety
+    /// The kernel must find memory wherever its arguments lead it: all buffers are as [`Buffer`](super::Buffer) says, and as large as
+    /// the sizes that it is given say; what it reads as an index (a window, a label, a plan) is one; grid, block, shared memory and
+    /// definitions are those that it is written for (the head of each file in `kernels/` says them).
+    ///
     /// # Errors
     /// When the arguments are not the kernel's, it does not compile, or the device refuses the launch.
-    pub fn launch(&self, launch: &Launch, args: &[Arg]) -> Result<()> {
+    pub unsafe fn launch(&self, launch: &Launch, args: &[Arg]) -> Result<()> {
         launch.check(args)?;
         self.common.launches.fetch_add(1, Ordering::Relaxed);
         if let Some(recorded) = &mut *self.common.recorded.lock().unwrap_or_else(|e| e.into_inner()) {
@@ -327,7 +332,7 @@ impl Device {
         self.between_moments(launch, || {
             let (block, stream) = ((launch.block, 1, 1), driver.stream.cu_stream());
             // SAFETY: number, kinds and order of the arguments are those of the kernel (checked above), and they live until the
-            // call has copied them. What the kernel may touch is its launcher's promise.
+            // call has copied them. That the kernel finds memory where it looks is the caller's promise.
             unsafe {
                 result::launch_kernel(function.cu_function(), grid, block, launch.shared, stream, &mut parameters)
             }

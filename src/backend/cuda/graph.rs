@@ -95,11 +95,14 @@ impl Device {
 
     /// Runs what was captured.
     ///
+    /// # Safety
+    /// What was promised of each launch and copy when it was captured must be so again, of the same buffers: see [`Buffer`](super::Buffer).
+    ///
     /// # Errors
     /// When the driver refuses.
-    pub fn replay(&self, graph: &Graph) -> Result<()> {
+    pub unsafe fn replay(&self, graph: &Graph) -> Result<()> {
         let Some(driver) = self.running()? else { return Ok(()) };
-        // SAFETY: the graph lives, and so do the buffers it names: they are the caller's arena.
+        // SAFETY: the graph lives; what it does is what the caller answers for.
         unsafe { result::graph::launch(graph.exec, driver.stream.cu_stream()) }.map_err(|e| failed("replay a step", e))
     }
 }

@@ -19,7 +19,7 @@ pub mod launch;
 mod library;
 mod memory;
 pub mod nvrtc;
-pub mod transfer;
+pub(crate) mod transfer;
 
 pub use super::dtype::DType;
 /// The version of cudarc whose contexts, streams and slices [`Device`] takes.
@@ -30,8 +30,17 @@ pub use launch::{Arg, Launch};
 pub use library::load_driver;
 pub use memory::{Allocation, Element};
 
-/// Numbers in device memory, owned by somebody else. Like a pointer it may be kept longer than what it points to; work that is then
-/// given it fails, or spoils other memory of the device.
+/// Numbers in device memory, owned by somebody else: an address, how many they are, and their type.
+///
+/// Like a raw pointer it may be kept longer than what it points to. So making, copying and cutting one is harmless, and safe; what has
+/// the device read or write there is `unsafe`: [`Device::launch`], [`Device::replay`] and the operations in `ops::*::cuda`. Whoever calls
+/// these promises of every buffer that is given, and not left out, that
+///
+/// - all its numbers are memory of the device's context, and stay it until the work is done. An [`Allocation`] of the same device may
+///   be dropped before: its memory is given back in the order of the stream.
+/// - what is written overlaps nothing else that is given, unless it is said to, and nobody else uses it meanwhile, on another stream say.
+///
+/// What takes an [`Allocation`] is safe: it holds its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
     pub(crate) address: u64, // of the first number
@@ -41,11 +50,7 @@ pub struct Buffer {
 
 impl Buffer {
     /// `len` numbers at a device address.
-    ///
-    /// # Safety
-    /// They must be device memory for as long as work on the device is given the buffer, a copy or a part of it: kernels write to
-    /// whatever is there.
-    pub const unsafe fn from_raw(address: u64, len: usize, dtype: DType) -> Self {
+    pub const fn from_raw(address: u64, len: usize, dtype: DType) -> Self {
         Buffer { address, len, dtype }
     }
 
@@ -82,7 +87,7 @@ impl Buffer {
     pub fn slice(self, range: std::ops::Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a buffer of {}", self.len);
         Buffer {
-            address: self.address + (range.start * self.dtype.bytes()) as u64,
+            address: self.address.wrapping_add((range.start * self.dtype.bytes()) as u64),
             len: range.end - range.start,
             dtype: self.dtype,
         }

@@ -103,13 +103,20 @@ impl Staging {
 
     /// Copies what was sent to where the kernels read it, in the order of their stream.
     ///
+    /// # Safety
+    /// `to` is as [`Buffer`] says.
+    ///
     /// # Errors
-    /// When the driver refuses, or `to` is larger than what was sent.
-    pub fn deliver(&self, device: &Device, to: Buffer) -> Result<()> {
+    /// When the driver refuses.
+    ///
+    /// # Panics
+    /// When `to` is larger than what was sent.
+    pub unsafe fn deliver(&self, device: &Device, to: Buffer) -> Result<()> {
         let Some((_, stream, _)) = device.streams() else { return Ok(()) };
         let cannot = |e| failed("take inputs", e);
         stream.wait(&self.arrived).map_err(cannot)?;
-        device.copy(to, self.memory.buffer().slice(0..to.len))?;
+        // SAFETY: the caller answers for `to`, and the other is a part of an allocation.
+        unsafe { device.copy_buffer(to, self.memory.buffer().slice(0..to.len)) }?;
         self.taken.record(stream).map_err(cannot)
     }
 }
@@ -142,17 +149,20 @@ impl Mail {
         out <= self.out.len && back <= self.back.len
     }
 
-    /// Writes the inputs, in the order of the kernels' stream. [`Mail::wait`] must have seen the pass before.
+    /// Writes the inputs, in the order of the kernels' stream.
+    ///
+    /// # Safety
+    /// The buffers are as [`Buffer`] says, and [`Mail::wait`] has seen the pass before.
     ///
     /// # Errors
     /// When sizes differ, or the driver refuses.
-    pub fn send(&mut self, device: &Device, inputs: &[(Buffer, &[u8])]) -> Result<()> {
+    pub unsafe fn send(&mut self, device: &Device, inputs: &[(Buffer, &[u8])]) -> Result<()> {
         let mut at = 0;
         for (to, bytes) in inputs {
             let place = at..at + bytes.len();
             self.out.bytes_mut()[place.clone()].copy_from_slice(bytes);
-            // SAFETY: `wait` comes before the next `send` writes to this memory.
-            unsafe { device.write_bytes_later(*to, &self.out.bytes()[place]) }?;
+            // SAFETY: the caller answers for the buffers, and that `wait` comes before the next `send` writes to this memory.
+            unsafe { device.write_buffer_later(*to, &self.out.bytes()[place]) }?;
             at += bytes.len();
         }
         Ok(())
@@ -160,23 +170,26 @@ impl Mail {
 
     /// Has the results copied once the work before is done.
     ///
+    /// # Safety
+    /// The buffers are as [`Buffer`] says, and [`Mail::wait`] has seen the pass before.
+    ///
     /// # Errors
     /// When the driver refuses.
-    pub fn ask(&mut self, device: &Device, results: &[Buffer]) -> Result<()> {
+    pub unsafe fn ask(&mut self, device: &Device, results: &[Buffer]) -> Result<()> {
         let Some((_, stream, _)) = device.streams() else { return Ok(()) };
         let cannot = |e| failed("give results", e);
         let mut at = 0;
         for from in results {
             let place = at..at + from.len * from.dtype.bytes();
             at = place.end;
-            // SAFETY: both sides have that many bytes, and `wait` comes before they are read.
+            // SAFETY: both sides have that many bytes; the caller answers for the buffers, and `wait` comes before they are read.
             unsafe { result::memcpy_dtoh_async(&mut self.back.bytes_mut()[place], from.address, stream.cu_stream()) }
                 .map_err(cannot)?;
         }
         self.done.record(stream).map_err(cannot)
     }
 
-    /// Waits for the results that were asked for, in their order.
+    /// Waits for the results that were asked for last, in their order.
     ///
     /// # Errors
     /// When any work before failed.

@@ -105,7 +105,10 @@ impl Dims {
 const WEIGHTS: usize = 32 * 33 * 4;
 
 /// Launches `blocks` blocks a head, of `warps` warps and `shared` bytes of shared memory.
-fn launch(
+///
+/// # Safety
+/// As of [`Device::launch`].
+unsafe fn launch(
     device: &Device,
     kernel: &'static str,
     elem: DType,
@@ -116,14 +119,19 @@ fn launch(
     let defines = dims.defines(elem);
     let grid = [blocks as u32, dims.heads as u32, dims.b as u32];
     let block = 32 * warps as u32;
-    device.launch(&Launch { file: FILE, kernel, elem, defines: &defines, grid, block, shared: shared as u32 }, args)
+    let launch = Launch { file: FILE, kernel, elem, defines: &defines, grid, block, shared: shared as u32 };
+    // SAFETY: the contract is the same.
+    unsafe { device.launch(&launch, args) }
 }
 
 /// `out` `[B, T, C]` elem and `lse` `[B, NH, T]` f32 (the log-sum-exp of each row of scores) of `qkv` `[B, T, 3 C]` elem.
 ///
+/// # Safety
+/// The buffers are as [`Buffer`] says. Their lengths are checked.
+///
 /// # Errors
 /// When a head is larger than 128, in bf16 no multiple of 8, a buffer is too short or of another type, or the device fails.
-pub fn forward(device: &Device, out: Buffer, lse: Buffer, qkv: Buffer, dims: Dims) -> Result<()> {
+pub unsafe fn forward(device: &Device, out: Buffer, lse: Buffer, qkv: Buffer, dims: Dims) -> Result<()> {
     let Dims { b, t, c, heads } = dims;
     let elem = qkv.dtype;
     dims.check(elem)?;
@@ -145,14 +153,18 @@ pub fn forward(device: &Device, out: Buffer, lse: Buffer, qkv: Buffer, dims: Dim
     };
     let [size_t, size_c] = dims.sizes();
     let args = [out.into(), lse.into(), qkv.into(), dims.scale(), size_t, size_c];
-    launch(device, "attention_fwd", elem, dims, [t.div_ceil(owned), shape.warps, shared], &args)
+    // SAFETY: the buffers were found to be as long as these sizes ask for, and the caller answers for their memory.
+    unsafe { launch(device, "attention_fwd", elem, dims, [t.div_ceil(owned), shape.warps, shared], &args) }
 }
 
 /// `dqkv` `[B, T, 3 C]` elem, given that of the output, `dout` `[B, T, C]` elem, and what [`forward`] wrote.
 ///
+/// # Safety
+/// As [`forward`].
+///
 /// # Errors
 /// As [`forward`].
-pub fn backward(
+pub unsafe fn backward(
     device: &Device,
     dqkv: Buffer,
     dout: Buffer,
@@ -193,7 +205,8 @@ pub fn backward(
     };
     let [size_t, size_c] = dims.sizes();
     let args = [dqkv.into(), dout.into(), qkv.into(), out.into(), lse.into(), dims.scale(), size_t, size_c];
-    launch(device, "attention_bwd", elem, dims, [blocks, warps, shared], &args)
+    // SAFETY: as in `forward`.
+    unsafe { launch(device, "attention_bwd", elem, dims, [blocks, warps, shared], &args) }
 }
 
 #[cfg(test)]
@@ -205,7 +218,8 @@ mod tests {
         let device = Device::on_paper("H100", 90, 132);
         let says = |elem, [b, t, c, heads]: [usize; 4]| {
             let (x, lse, dims) = (Buffer::none(elem), Buffer::none(DType::F32), Dims { b, t, c, heads });
-            let passes = [forward(&device, x, lse, x, dims), backward(&device, x, x, x, x, lse, dims)];
+            // SAFETY: nothing runs on paper.
+            let passes = unsafe { [forward(&device, x, lse, x, dims), backward(&device, x, x, x, x, lse, dims)] };
             let [forward, backward] = passes.map(|pass| pass.unwrap_err().to_string());
             // Only of buffers each tells its own.
             assert!(forward == backward || forward.contains("has 0 numbers"), "{forward}, {backward}");

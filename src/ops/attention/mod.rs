@@ -56,9 +56,10 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
     })?;
     let c = c3 / 3;
     if tape.on_cuda() {
-        let (device, elem) = (tape.device(), tape.elem());
+        let elem = tape.elem();
         let (out, statistics) = (tape.take_buffer(b * t * c, elem), tape.take_buffer(b * t * heads, DType::F32));
-        cuda::forward(&device, out, statistics, tape.buffer(qkv), Dims { b, t, c, heads })?;
+        // SAFETY: memory of this pass.
+        unsafe { cuda::forward(&tape.device(), out, statistics, tape.buffer(qkv), Dims { b, t, c, heads }) }?;
         let out = tape.push([b, t, c], out, true);
         let statistics = tape.push([b, heads, t], statistics, false);
         tape.record(out, Node::Attention(Saved { qkv, out, statistics, heads }));
@@ -76,10 +77,11 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Result<Var> {
 impl Saved {
     pub(crate) fn backward_cuda(self, tape: &mut Tape, dout: Buffer) -> Result<()> {
         let &[b, t, c] = tape.shape(self.out) else { unreachable!("made by the forward pass") };
-        let device = tape.device();
         let dqkv = tape.take_buffer(b * t * 3 * c, dout.dtype);
         let (qkv, out, statistics) = (tape.buffer(self.qkv), tape.buffer(self.out), tape.buffer(self.statistics));
-        cuda::backward(&device, dqkv, dout, qkv, out, statistics, Dims { b, t, c, heads: self.heads })?;
+        let dims = Dims { b, t, c, heads: self.heads };
+        // SAFETY: memory of this pass.
+        unsafe { cuda::backward(&tape.device(), dqkv, dout, qkv, out, statistics, dims) }?;
         tape.add_grad_buffer(self.qkv, dqkv)?;
         tape.give_buffer(dout);
         Ok(())

@@ -11,6 +11,7 @@ use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Arg, Buffer, Launch};
 use crate::error::Result;
+use crate::ops::cuda::tile::check_counts;
 use crate::ops::{Node, check, dims3};
 use rayon::prelude::*;
 
@@ -57,7 +58,9 @@ pub fn channel_mask(tape: &mut Tape, base: Option<Var>, x: Var, mask: Var, keep:
     if tape.on_cuda() {
         let y = tape.take_buffer(b * t * c, tape.elem());
         let base_buffer = base.map_or(Buffer::none(tape.elem()), |base| tape.buffer(base));
-        launch(tape, y, base_buffer, tape.buffer(x), tape.buffer(mask), keep, [b, t, c])?;
+        check_counts(OP, &[b * t, c])?;
+        // SAFETY: memory of this pass; x, base and mask were checked to have these sizes.
+        unsafe { launch(tape, y, base_buffer, tape.buffer(x), tape.buffer(mask), keep, [b, t, c]) }?;
         let y = tape.push([b, t, c], y, true);
         tape.record(y, Node::ChannelMask(Saved { base, x, mask, keep }));
         return Ok(y);
@@ -73,7 +76,10 @@ pub fn channel_mask(tape: &mut Tape, base: Option<Var>, x: Var, mask: Var, keep:
 const THREADS: u32 = 128;
 
 /// `y = base + kept channels of x` on a CUDA device.
-fn launch(
+///
+/// # Safety
+/// The buffers are as [`Buffer`] says, `[B, T, C]` and the mask `[B, C]`, in sizes that fit an `int`; base may be left out, or be y.
+unsafe fn launch(
     tape: &Tape,
     y: Buffer,
     base: Buffer,
@@ -86,7 +92,8 @@ fn launch(
     let kernel = "channel_mask_fwd";
     let launch = Launch { file: "channel_mask", kernel, elem: y.dtype, defines: &[], grid, block: THREADS, shared: 0 };
     let sizes = [usize::from(keep == Keep::Inactive), t, c].map(|size| Arg::I32(size as i32));
-    tape.device().launch(&launch, &[&[y.into(), base.into(), x.into(), mask.into()], &sizes[..]].concat())
+    // SAFETY: the sizes are those of the buffers, as the caller answers for; each row has a block.
+    unsafe { tape.device().launch(&launch, &[&[y.into(), base.into(), x.into(), mask.into()], &sizes[..]].concat()) }
 }
 
 impl Saved {
@@ -94,7 +101,8 @@ impl Saved {
         let &[b, t, c] = tape.shape(self.x) else { unreachable!("checked by the forward pass") };
         let (dx, fresh) = tape.take_grad_buffer(self.x);
         let start = if fresh { Buffer::none(dx.dtype) } else { dx };
-        launch(tape, dx, start, dy, tape.buffer(self.mask), self.keep, [b, t, c])?;
+        // SAFETY: memory of this pass: gradients are as long as what they are of, which forward checked.
+        unsafe { launch(tape, dx, start, dy, tape.buffer(self.mask), self.keep, [b, t, c]) }?;
         tape.put_grad_buffer(self.x, dx);
         match self.base {
             Some(base) => tape.add_grad_buffer(base, dy),

@@ -1,7 +1,11 @@
 //! Linear layers of few rows on a CUDA device (`kernels/rows.cuh`): the timestep network and the modulation.
+//!
+//! What the functions here are given must be as [`Buffer`] says, and as long as the formulas ask of `[B, K]` inputs, `[N, K]` weights and
+//! `[B, N]` outputs: that is their `# Safety`.
 
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::Result;
+use crate::ops::cuda::tile::check_counts;
 
 // As in kernels/rows.cuh.
 /// Samples that one block computes.
@@ -55,17 +59,15 @@ pub(crate) struct Dims {
 }
 
 impl Dims {
-    fn args(self) -> [Arg; 3] {
-        [self.b, self.k, self.n].map(|size| Arg::I32(size as i32))
+    /// As kernels take them.
+    fn args(self, operation: &'static str) -> Result<[Arg; 3]> {
+        let sizes = [self.b, self.k, self.n];
+        check_counts(operation, &sizes)?;
+        Ok(sizes.map(|size| Arg::I32(size as i32)))
     }
 }
 
 impl Rows {
-    fn launch(&self, kernel: &'static str, grid: [usize; 3]) -> Launch<'static> {
-        let grid = grid.map(|blocks| blocks as u32);
-        Launch { file: self.file, kernel, elem: self.elem, defines: &[], grid, block: THREADS as u32, shared: 0 }
-    }
-
     /// Whether products are by `mma.sync`: rows can be read in vectors.
     fn by_mma(&self, weight: Buffer, dims: Dims) -> bool {
         let are_vectors = dims.k.is_multiple_of(8) && dims.n.is_multiple_of(8) && weight.address.is_multiple_of(16);
@@ -90,8 +92,29 @@ impl Rows {
         self.input_blocks(device, weight, dims).0[2] * dims.b * dims.k
     }
 
+    /// Launches one of the kernels.
+    ///
+    /// # Safety
+    /// The buffers are as [`Buffer`] says, as long as the kernel's other arguments say.
+    unsafe fn run(
+        &self,
+        device: &Device,
+        kernel: &'static str,
+        grid: [usize; 3],
+        block: usize,
+        args: &[Arg],
+    ) -> Result<()> {
+        let (grid, block) = (grid.map(|blocks| blocks as u32), block as u32);
+        let launch = Launch { file: self.file, kernel, elem: self.elem, defines: &[], grid, block, shared: 0 };
+        // SAFETY: the caller answers for the arguments; grids and threads of all kernels are chosen here.
+        unsafe { device.launch(&launch, args) }
+    }
+
     /// `y = x W^T + b`.
-    pub(crate) fn forward(
+    ///
+    /// # Safety
+    /// As above.
+    pub(crate) unsafe fn forward(
         &self,
         device: &Device,
         y: Buffer,
@@ -100,25 +123,35 @@ impl Rows {
         bias: Buffer,
         dims: Dims,
     ) -> Result<()> {
-        let [b, k, n] = dims.args();
+        let [b, k, n] = dims.args(self.file)?;
         let (outputs, samples, threads) = match self.by_mma(weight, dims) {
             true => (MMA_BLOCK_OUTPUTS, MMA_SAMPLES, MMA_THREADS),
             false => (OUTPUTS, ROWS, THREADS),
         };
         let grid = [dims.n.div_ceil(outputs), dims.b.div_ceil(samples), 1];
-        let launch = Launch { block: threads as u32, ..self.launch(self.forward, grid) };
-        device.launch(&launch, &[y.into(), x.into(), weight.into(), bias.into(), b, k, n])
+        // SAFETY: the caller answers for the buffers.
+        unsafe {
+            self.run(device, self.forward, grid, threads, &[y.into(), x.into(), weight.into(), bias.into(), b, k, n])
+        }
     }
 
     /// `y = silu(x)`.
-    pub(crate) fn silu(&self, device: &Device, y: Buffer, x: Buffer) -> Result<()> {
-        let launch = self.launch(self.silu, [x.len.div_ceil(THREADS), 1, 1]);
-        device.launch(&launch, &[y.into(), x.into(), Arg::U32(x.len as u32)])
+    ///
+    /// # Safety
+    /// As above.
+    pub(crate) unsafe fn silu(&self, device: &Device, y: Buffer, x: Buffer) -> Result<()> {
+        let blocks = [x.len.div_ceil(THREADS), 1, 1];
+        check_counts(self.file, &[x.len])?;
+        // SAFETY: the caller answers for the buffers.
+        unsafe { self.run(device, self.silu, blocks, THREADS, &[y.into(), x.into(), Arg::U32(x.len as u32)]) }
     }
 
     /// `dW`, `db`.
+    ///
+    /// # Safety
+    /// As above.
     #[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
-    pub(crate) fn backward_weight(
+    pub(crate) unsafe fn backward_weight(
         &self,
         device: &Device,
         dweight: Buffer,
@@ -128,16 +161,20 @@ impl Rows {
         add: bool,
         dims: Dims,
     ) -> Result<()> {
-        let [b, k, n] = dims.args();
+        let [b, k, n] = dims.args(self.file)?;
         let [rows, columns] = WEIGHT_TILE;
-        let launch = self.launch(self.weight, [dims.k.div_ceil(columns), dims.n.div_ceil(rows), 1]);
-        let add = Arg::I32(i32::from(add));
-        device.launch(&launch, &[dweight.into(), dbias.into(), dy.into(), x.into(), add, b, k, n])
+        let blocks = [dims.k.div_ceil(columns), dims.n.div_ceil(rows), 1];
+        let args = [dweight.into(), dbias.into(), dy.into(), x.into(), Arg::I32(i32::from(add)), b, k, n];
+        // SAFETY: the caller answers for the buffers.
+        unsafe { self.run(device, self.weight, blocks, THREADS, &args) }
     }
 
     /// `dx = (silu'(before_silu)) dy W`, with `parts` of [`Rows::parts_len`] in between; `before_silu` none: no SiLU.
+    ///
+    /// # Safety
+    /// As above.
     #[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
-    pub(crate) fn backward_input(
+    pub(crate) unsafe fn backward_input(
         &self,
         device: &Device,
         dx: Buffer,
@@ -148,13 +185,16 @@ impl Rows {
         add: bool,
         dims: Dims,
     ) -> Result<()> {
-        let [b, k, n] = dims.args();
+        let [b, k, n] = dims.args(self.file)?;
         let (grid, block) = self.input_blocks(device, weight, dims);
-        let launch = Launch { block: block as u32, ..self.launch(self.input, grid) };
-        device.launch(&launch, &[parts.into(), dy.into(), weight.into(), b, k, n])?;
-        let launch = self.launch(self.sum_parts, [(dims.b * dims.k).div_ceil(THREADS), 1, 1]);
+        let len = dims.b * dims.k;
+        check_counts(self.file, &[len])?;
         let (splits, add) = (Arg::I32(grid[2] as i32), Arg::I32(i32::from(add)));
-        let len = Arg::U32((dims.b * dims.k) as u32);
-        device.launch(&launch, &[dx.into(), parts.into(), before_silu.into(), splits, add, len])
+        let sum = [dx.into(), parts.into(), before_silu.into(), splits, add, Arg::U32(len as u32)];
+        // SAFETY: the caller answers for the buffers; the parts are as many as the first kernel has blocks along z.
+        unsafe {
+            self.run(device, self.input, grid, block, &[parts.into(), dy.into(), weight.into(), b, k, n])?;
+            self.run(device, self.sum_parts, [len.div_ceil(THREADS), 1, 1], THREADS, &sum)
+        }
     }
 }

@@ -253,6 +253,17 @@ pub(crate) fn check_sizes(operation: &'static str, elem: DType, [b, t]: [usize; 
     Ok(())
 }
 
+/// Refuses counts that are more than kernels count to.
+pub(crate) fn check_counts(operation: &'static str, counts: &[usize]) -> Result<()> {
+    match counts.iter().find(|&&count| count > i32::MAX as usize) {
+        None => Ok(()),
+        Some(count) => Err(Error::Shape {
+            operation,
+            what: format!("{count} are too many for one launch, which takes {}", i32::MAX),
+        }),
+    }
+}
+
 /// Refuses vectors of samples that are further apart than kernels count.
 pub(crate) fn check_stride(operation: &'static str, stride: usize) -> Result<()> {
     if stride <= i32::MAX as usize {

@@ -14,6 +14,7 @@ use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cpu::simd::add_assign;
 use crate::backend::cuda::{Arg, Buffer, DType, Launch};
 use crate::error::Result;
+use crate::ops::cuda::tile::check_counts;
 use crate::ops::{Node, check};
 use crate::params::Param;
 
@@ -46,14 +47,17 @@ pub fn label_embed(tape: &mut Tape, base: Var, table: Param, labels: &[u32]) -> 
         return Err(crate::Error::Shape { operation: OP, what });
     }
     if tape.on_cuda() {
-        let (device, batch) = (tape.device(), labels.len());
+        let batch = labels.len();
+        check_counts(OP, &[batch * c])?;
         let y = tape.take_buffer(batch * c, DType::F32);
         let labels = tape.upload(bytemuck::cast_slice(labels), DType::U32);
         let table_buffer = tape.full_buffer(table);
         let args = [y.into(), tape.buffer(base).into(), table_buffer.into(), labels.into()];
         let sizes = [Arg::I32(batch as i32), Arg::I32(c as i32)];
         let grid = [(batch * c).div_ceil(THREADS), 1];
-        device.launch(&launch("label_embed_fwd", tape.elem(), grid), &[&args[..], &sizes].concat())?;
+        let launch = launch("label_embed_fwd", tape.elem(), grid);
+        // SAFETY: base and y are memory of this pass, `[B, C]`; the labels were checked to be rows of the table, and are one a sample.
+        unsafe { tape.device().launch(&launch, &[&args[..], &sizes].concat()) }?;
         let y = tape.push([batch, c], y, true);
         let labels = tape.push([batch], labels, false);
         tape.record(y, Node::LabelEmbed(Saved { base, labels, table }));
@@ -85,14 +89,14 @@ fn launch(kernel: &'static str, elem: DType, [x, y]: [usize; 2]) -> Launch<'stat
 
 impl Saved {
     pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
-        let device = tape.device();
         let &[batch, c] = tape.shape(self.base) else { unreachable!("checked by the forward pass") };
         let (dtable, add) = tape.grad_buffer(self.table);
         let rows = self.table.len / c;
         let sizes = [usize::from(add), batch, c, rows].map(|size| Arg::I32(size as i32));
         let args = [&[dtable.into(), dy.into(), tape.buffer(self.labels).into()], &sizes[..]].concat();
         let grid = [c.div_ceil(TILE[0]), rows.div_ceil(TILE[1])];
-        device.launch(&launch("label_embed_bwd", tape.elem(), grid), &args)?;
+        // SAFETY: the gradient of the table is as long as that, the one of y as y; labels are those of forward.
+        unsafe { tape.device().launch(&launch("label_embed_bwd", tape.elem(), grid), &args) }?;
         tape.add_grad_buffer(self.base, dy)
     }
 

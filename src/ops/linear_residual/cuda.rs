@@ -80,9 +80,13 @@ fn unless_none(buffer: Buffer, len: usize) -> usize {
 /// `out` `[B, T, C]` elem; also `z` `[B, T, C]` elem, the linear layer's output in the write windows (none: not kept). `bias` is `[C]`
 /// f32.
 ///
+/// # Safety
+/// The buffers are as [`Buffer`] says; their lengths are checked, but not what is in the windows: each starts and ends inside of the `C`
+/// channels, and is at least one wide.
+///
 /// # Errors
 /// When a buffer is too short or of another type, or the device fails.
-pub fn forward(
+pub unsafe fn forward(
     device: &Device,
     out: Buffer,
     z: Buffer,
@@ -115,29 +119,29 @@ pub fn forward(
         ],
     )?;
     let tiles = tiling(device, elem, b * t, c);
-    device.launch(
-        &tiles.launch(FILE, "linear_residual_fwd", elem),
-        &[
-            out.into(),
-            z.into(),
-            a.into(),
-            weight.into(),
-            bias.into(),
-            gate.gate.into(),
-            base.into(),
-            bypass.into(),
-            windows.base.into(),
-            windows.bypass.into(),
-            windows.write.into(),
-            tiles.operand(a, b * t, k),
-            tiles.operand(weight, c, k),
-            Arg::I32(gate.stride as i32),
-            Arg::I32(b as i32),
-            Arg::I32(t as i32),
-            Arg::I32(k as i32),
-            Arg::I32(c as i32),
-        ],
-    )
+    let launch = tiles.launch(FILE, "linear_residual_fwd", elem);
+    let args = [
+        out.into(),
+        z.into(),
+        a.into(),
+        weight.into(),
+        bias.into(),
+        gate.gate.into(),
+        base.into(),
+        bypass.into(),
+        windows.base.into(),
+        windows.bypass.into(),
+        windows.write.into(),
+        tiles.operand(a, b * t, k),
+        tiles.operand(weight, c, k),
+        Arg::I32(gate.stride as i32),
+        Arg::I32(b as i32),
+        Arg::I32(t as i32),
+        Arg::I32(k as i32),
+        Arg::I32(c as i32),
+    ];
+    // SAFETY: the buffers were found to be as long as these sizes ask for; the caller answers for their memory and for the windows.
+    unsafe { device.launch(&launch, &args) }
 }
 
 /// Where gradients go.
@@ -204,9 +208,12 @@ pub fn plan(device: &Device, elem: DType, dims: Dims, write: &[Window]) -> Resul
 
 /// The gradients, given that of the output, `dout` `[B, T, C]` elem.
 ///
+/// # Safety
+/// As [`forward`], and the plan is what [`plan`] makes of the write windows on a device like this one.
+///
 /// # Errors
 /// When a buffer is too short or of another type, or the device fails.
-pub fn backward(
+pub unsafe fn backward(
     device: &Device,
     grads: Gradients,
     scratch: Scratch,
@@ -249,6 +256,9 @@ pub fn backward(
             Operand::new("pre", pre, unless_none(pre, b * t * k)),
         ],
     )?;
+    // SAFETY: the buffers were found to be as long as these sizes ask for; the caller answers for their memory, the windows and the
+    // plan.
+    let launch = |launch: &Launch, args: &[Arg]| unsafe { device.launch(launch, args) };
     let [b32, t32, k32, c32] = [b, t, k, c].map(|size| Arg::I32(size as i32));
     let flag = |flag: bool| Arg::I32(i32::from(flag));
     let split = Launch {
@@ -260,7 +270,7 @@ pub fn backward(
         block: COLUMN_THREADS,
         shared: 0,
     };
-    device.launch(
+    launch(
         &split,
         &[
             scratch.dz.into(),
@@ -282,7 +292,7 @@ pub fn backward(
         ],
     )?;
     let tiles = overlapped_tiling(device, elem, b * t, k);
-    device.launch(
+    launch(
         &tiles.launch(FILE, "linear_residual_bwd_input", elem),
         &[
             grads.da.into(),
@@ -300,7 +310,7 @@ pub fn backward(
             c32,
         ],
     )?;
-    device.launch(
+    launch(
         &planner.tiling.launch(FILE, "linear_residual_bwd_weight", elem),
         &[
             grads.dweight.into(),

@@ -193,7 +193,7 @@ impl Operands {
 fn on_cuda(tape: &mut Tape, operands: Operands, dims: Dims) -> Result<Var> {
     let Operands { linear, residual, .. } = operands;
     let Dims { b, t, c, .. } = dims;
-    let (elem, device) = (tape.elem(), tape.device());
+    let elem = tape.elem();
     let out = tape.take_buffer(b * t * c, elem);
     let z = if tape.records() { tape.take_buffer(b * t * c, elem) } else { Buffer::none(elem) };
     let around = cuda::Residual {
@@ -201,7 +201,8 @@ fn on_cuda(tape: &mut Tape, operands: Operands, dims: Dims) -> Result<Var> {
         bypass: residual.bypass.map_or(Buffer::none(elem), |(x, _)| tape.buffer(x)),
     };
     let (inputs, bias) = (operands.cuda_inputs(tape), tape.full_buffer(linear.bias));
-    cuda::forward(&device, out, z, inputs, bias, around, dims)?;
+    // SAFETY: memory of this pass and parameters; the windows were checked to fit.
+    unsafe { cuda::forward(&tape.device(), out, z, inputs, bias, around, dims) }?;
     let out = tape.push([b, t, c], out, true);
     if tape.records() {
         let z = tape.push([b, t, c], z, false);
@@ -239,7 +240,9 @@ impl Saved {
         let grads = cuda::Gradients { da, dgate, dbase, fresh_base, dbypass, fresh_bypass, dweight, dbias, add };
         let saved = cuda::Saved { z: tape.buffer(self.z), pre: pre.map_or(Buffer::none(elem), |pre| tape.buffer(pre)) };
         let inputs = self.operands.cuda_inputs(tape);
-        cuda::backward(&device, grads, scratch, dout, inputs, saved, dims)?;
+        // SAFETY: memory of this pass, parameters and their gradients; the windows are those of forward, and the plan is made of the
+        // write windows.
+        unsafe { cuda::backward(&tape.device(), grads, scratch, dout, inputs, saved, dims) }?;
         tape.put_grad_buffer(residual.base, dbase);
         if let Some((x, _)) = residual.bypass {
             if x == residual.base {

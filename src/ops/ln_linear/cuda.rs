@@ -188,10 +188,14 @@ pub fn plan(device: &Device, elem: DType, dims: Dims, windows: &[Window], full: 
 
 /// `y` `[B, T, N]` elem; with GELU also `pre`, what it was before (none: not kept). `bias` is `[N]` f32.
 ///
+/// # Safety
+/// The buffers are as [`Buffer`] says; their lengths are checked, but not what is in the windows: each starts and ends inside of the `C`
+/// channels, and is at least one wide; with `inputs.full` each is all of them.
+///
 /// # Errors
 /// When a buffer is too short or of another type, or the device fails.
 #[expect(clippy::too_many_arguments, reason = "outputs, inputs, sizes: one list, in that order")]
-pub fn forward(
+pub unsafe fn forward(
     device: &Device,
     y: Buffer,
     pre: Buffer,
@@ -224,6 +228,8 @@ pub fn forward(
             Operand::weight("bias", bias, n),
         ],
     )?;
+    // SAFETY: the buffers were found to be as long as these sizes ask for; the caller answers for their memory and for the windows.
+    let launch = |launch: &Launch, args: &[Arg]| unsafe { device.launch(launch, args) };
     let [b32, t32, c32, n32] = [b, t, c, n].map(|size| Arg::I32(size as i32));
     let Modulation { shift, scale, stride } = inputs.modulation;
     let rows = Launch {
@@ -235,7 +241,7 @@ pub fn forward(
         block: dims.row_threads(elem),
         shared: 0,
     };
-    device.launch(
+    launch(
         &rows,
         &[
             saved.h.into(),
@@ -263,10 +269,10 @@ pub fn forward(
             c32,
             n32,
         ];
-        device.launch(&tiles.launch(FILE, "ln_linear_fwd_inactive", elem), &args)?;
+        launch(&tiles.launch(FILE, "ln_linear_fwd_inactive", elem), &args)?;
     }
     let tiles = overlapped_tiling(device, elem, b * t, n);
-    device.launch(
+    launch(
         &tiles.launch(FILE, "ln_linear_fwd", elem),
         &[
             y.into(),
@@ -291,9 +297,12 @@ pub fn forward(
 
 /// `g = dy gelu'(pre)` in place: for gradients that were not multiplied on their way.
 ///
+/// # Safety
+/// The buffers are as [`Buffer`] says. Their lengths are checked.
+///
 /// # Errors
 /// When the buffers differ in length or type, or the device fails.
-pub fn gelu_backward(device: &Device, dy: Buffer, pre: Buffer) -> Result<()> {
+pub unsafe fn gelu_backward(device: &Device, dy: Buffer, pre: Buffer) -> Result<()> {
     if dy.len != pre.len {
         let what = format!("a gradient of {} numbers for {} values", dy.len, pre.len);
         return Err(Error::Shape { operation: OP, what });
@@ -303,14 +312,18 @@ pub fn gelu_backward(device: &Device, dy: Buffer, pre: Buffer) -> Result<()> {
     let kernel = "ln_linear_bwd_gelu";
     let block = ELEMENTS as u32;
     let launch = Launch { file: FILE, kernel, elem: dy.dtype, defines: &SMALL, grid, block, shared: 0 };
-    device.launch(&launch, &[dy.into(), pre.into(), Arg::U64(dy.len as u64)])
+    // SAFETY: both were found to have that many numbers, and the caller answers for their memory.
+    unsafe { device.launch(&launch, &[dy.into(), pre.into(), Arg::U64(dy.len as u64)]) }
 }
 
 /// The gradients, given that of the output before GELU, `g` `[B, T, N]` elem.
 ///
+/// # Safety
+/// As [`forward`], and the plan is what [`plan`] makes of the windows on a device like this one.
+///
 /// # Errors
 /// When a buffer is too short or of another type, or the device fails.
-pub fn backward(
+pub unsafe fn backward(
     device: &Device,
     grads: Gradients,
     scratch: Scratch,
@@ -356,6 +369,9 @@ pub fn backward(
             Operand::new("uv", saved.uv, unless_full(b * 2 * n)),
         ],
     )?;
+    // SAFETY: the buffers were found to be as long as these sizes ask for; the caller answers for their memory, the windows and the
+    // plan.
+    let launch = |launch: &Launch, args: &[Arg]| unsafe { device.launch(launch, args) };
     let [b32, t32, c32, n32] = [b, t, c, n].map(|size| Arg::I32(size as i32));
     let stride = Arg::I32(inputs.modulation.stride as i32);
     let none = Buffer::none(DType::F32);
@@ -374,14 +390,14 @@ pub fn backward(
     if !inputs.full {
         let statistics = [saved.mean.into(), saved.rstd.into(), uv.into()];
         let outputs = [pq.into(), q.into(), dr.into(), g.into()];
-        device.launch(&columns, &[&outputs[..], &statistics, &[b32, t32, n32]].concat())?;
+        launch(&columns, &[&outputs[..], &statistics, &[b32, t32, n32]].concat())?;
     }
     let (finished, stored) = (scratch.counters.slice(0..b), scratch.counters.slice(b..b + stored));
     let mut tiles = tiling(device, elem, b * t, c);
     if !inputs.full {
         tiles.grid[1] += (split(elem) * 2 * b).div_ceil(tiles.tile.m) as u32;
     }
-    device.launch(
+    launch(
         &tiles.launch(FILE, "ln_linear_bwd_input", elem),
         &[
             scratch.dh.into(),
@@ -403,7 +419,7 @@ pub fn backward(
     )?;
     let rows =
         Launch { kernel: "ln_linear_bwd_normalise", grid: dims.row_blocks(), block: dims.row_threads(elem), ..columns };
-    device.launch(
+    launch(
         &rows,
         &[
             grads.dx.into(),
@@ -427,7 +443,7 @@ pub fn backward(
             c32,
         ],
     )?;
-    device.launch(
+    launch(
         &planner.tiling.launch(FILE, "ln_linear_bwd_weight", elem),
         &[
             grads.dweight.into(),

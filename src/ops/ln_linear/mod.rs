@@ -232,7 +232,7 @@ fn on_cuda(
     full: bool,
 ) -> Result<(Var, Option<Var>, Saved)> {
     let Dims { b, t, c, n } = dims;
-    let (elem, device) = (tape.elem(), tape.device());
+    let elem = tape.elem();
     let y = tape.take_buffer(b * t * n, elem);
     let keeps_pre = activation == Activation::Gelu && tape.records();
     let pre = if keeps_pre { tape.take_buffer(b * t * n, elem) } else { Buffer::none(elem) };
@@ -244,7 +244,8 @@ fn on_cuda(
         uv: if full { Buffer::none(DType::F32) } else { tape.take_buffer(b * 2 * n, DType::F32) },
     };
     let (inputs, bias) = (operands.cuda_inputs(tape, full), tape.full_buffer(operands.linear.bias));
-    cuda::forward(&device, y, pre, saved, inputs, bias, activation, dims)?;
+    // SAFETY: memory of this pass and parameters; the windows were checked to fit, and `full` says whether they are all.
+    unsafe { cuda::forward(&tape.device(), y, pre, saved, inputs, bias, activation, dims) }?;
     let y = tape.push([b, t, n], y, true);
     let mean = tape.push([b, t], saved.mean, false);
     let rstd = tape.push([b, t], saved.rstd, false);
@@ -262,7 +263,8 @@ impl Saved {
         let Dims { b, t, c, n } = dims;
         let (full, elem, device) = (self.correction.is_none(), tape.elem(), tape.device());
         if let Some(pre) = self.pre {
-            cuda::gelu_backward(&device, dy, tape.buffer(pre))?;
+            // SAFETY: memory of this pass.
+            unsafe { cuda::gelu_backward(&tape.device(), dy, tape.buffer(pre)) }?;
         }
         let (dx, fresh_dx) = tape.take_grad_buffer(x);
         let dmodulation = tape.take_zeroed_grad_buffer(shift.var)?;
@@ -297,7 +299,8 @@ impl Saved {
             uv: of(self.correction),
         };
         let inputs = self.operands.cuda_inputs(tape, full);
-        cuda::backward(&device, grads, scratch, dy, inputs, saved, dims)?;
+        // SAFETY: memory of this pass, parameters and their gradients; the windows are those of forward, and the plan is made of them.
+        unsafe { cuda::backward(&tape.device(), grads, scratch, dy, inputs, saved, dims) }?;
         tape.put_grad_buffer(x, dx);
         tape.put_grad_buffer(shift.var, dmodulation);
         let cuda::Scratch { dh, pq, q, dr, inactive_grads, sums, counters, shares } = scratch;

@@ -38,12 +38,16 @@ pub fn modulation(tape: &mut Tape, c: Var, layer: Linear) -> Result<Var> {
     })?;
     let (b, channels) = (shape[0], shape[1]);
     if tape.on_cuda() {
-        let (device, rows) = (tape.device(), rows(tape.elem()));
+        let rows = rows(tape.elem());
         let active = tape.take_buffer(b * channels, DType::F32);
         let y = tape.take_buffer(b * layer.outputs, DType::F32);
         let (weight, bias) = (tape.weight_buffer(layer.weight), tape.full_buffer(layer.bias));
-        rows.silu(&device, active, tape.buffer(c))?;
-        rows.forward(&device, y, active, weight, bias, Dims { b, k: channels, n: layer.outputs })?;
+        let device = tape.device();
+        // SAFETY: memory of this pass, in these sizes, and the parameters of a layer that was checked to have them.
+        unsafe {
+            rows.silu(&device, active, tape.buffer(c))?;
+            rows.forward(&device, y, active, weight, bias, Dims { b, k: channels, n: layer.outputs })?;
+        }
         let y = tape.push([b, layer.outputs], y, true);
         let active = tape.push([b, channels], active, false);
         tape.record(y, Node::Modulation(Saved { c, active, linear: layer }));
@@ -74,16 +78,21 @@ fn rows(elem: DType) -> Rows {
 
 impl Saved {
     pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
-        let (device, rows) = (tape.device(), rows(tape.elem()));
+        let rows = rows(tape.elem());
         let &[b, k] = tape.shape(self.c) else { unreachable!("checked by the forward pass") };
         let dims = Dims { b, k, n: self.linear.outputs };
         let (dweight, add) = tape.grad_buffer(self.linear.weight);
         let (dbias, _) = tape.grad_buffer(self.linear.bias);
-        rows.backward_weight(&device, dweight, dbias, dy, tape.buffer(self.active), add, dims)?;
         let (weight, c) = (tape.weight_buffer(self.linear.weight), tape.buffer(self.c));
-        let parts = tape.take_buffer(rows.parts_len(&device, weight, dims), DType::F32);
+        let parts = tape.take_buffer(rows.parts_len(&tape.device(), weight, dims), DType::F32);
         let (dc, fresh) = tape.take_grad_buffer(self.c);
-        rows.backward_input(&device, dc, parts, dy, weight, c, !fresh, dims)?;
+        let device = tape.device();
+        // SAFETY: memory of this pass: what forward made in these sizes, gradients as long as what they are of, and parts as many as are
+        // asked for.
+        unsafe {
+            rows.backward_weight(&device, dweight, dbias, dy, tape.buffer(self.active), add, dims)?;
+            rows.backward_input(&device, dc, parts, dy, weight, c, !fresh, dims)?;
+        }
         tape.put_grad_buffer(self.c, dc);
         tape.give_buffer(parts);
         tape.give_buffer(dy);

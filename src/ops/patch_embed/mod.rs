@@ -13,8 +13,11 @@ use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Arg, Buffer, DType, Launch};
 use crate::error::Result;
+use crate::ops::cuda::tile::check_counts;
 use crate::ops::{Node, check, check_linear};
 use crate::params::Linear;
+
+const OP: &str = "patch_embed";
 
 /// What backward needs.
 #[derive(Clone, Copy)]
@@ -57,7 +60,6 @@ impl Dims {
 /// # Errors
 /// When shapes do not fit together.
 pub fn patch_embed(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], patch: usize) -> Result<Var> {
-    const OP: &str = "patch_embed";
     tape.check_held(x, OP)?;
     let shape = tape.shape(x);
     let &[batch, image_channels, height, width] = shape else {
@@ -100,26 +102,36 @@ const ROWS: usize = 64;
 /// Tokens whose gradients a block adds up.
 const PART_ROWS: usize = 128;
 
-fn launch(kernel: &'static str, elem: DType, grid: [u32; 3]) -> Launch<'static> {
-    Launch { file: "patch_embed", kernel, elem, defines: &[], grid, block: 256, shared: 0 }
+/// Launches a kernel on the tape's device.
+///
+/// # Safety
+/// As of [`Device::launch`](crate::backend::cuda::Device::launch); blocks have 256 threads.
+unsafe fn launch(tape: &Tape, kernel: &'static str, grid: [usize; 3], args: &[Arg]) -> Result<()> {
+    let grid = grid.map(|blocks| blocks as u32);
+    let launch = Launch { file: "patch_embed", kernel, elem: tape.elem(), defines: &[], grid, block: 256, shared: 0 };
+    // SAFETY: the contract is the same.
+    unsafe { tape.device().launch(&launch, args) }
 }
 
 /// [`patch_embed`] on a CUDA device.
 fn on_cuda(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], dims: Dims) -> Result<Var> {
-    let (device, elem) = (tape.device(), tape.elem());
+    let elem = tape.elem();
     let (batch, t, c, k) = (dims.batch, dims.tokens(), linear.outputs, dims.patch_len());
+    check_counts(OP, &[batch * t, c, k, dims.height, dims.width])?;
     let patches = tape.take_buffer(batch * t * k, DType::F32);
     let y = tape.take_buffer(batch * t * c, elem);
     let positions = tape.upload(bytemuck::cast_slice(positions), DType::F32);
     let Dims { image_channels, height, width, patch, .. } = dims;
     let sizes = [batch * t, image_channels, height, width, patch].map(|size| Arg::I32(size as i32));
     let args = [&[patches.into(), tape.buffer(x).into()], &sizes[..]].concat();
-    device.launch(&launch("patch_embed_fwd_cut", elem, [(batch * t * k).div_ceil(256) as u32, 1, 1]), &args)?;
+    // SAFETY: memory of this pass; the images were checked to be `[B, IC, H, W]`, which are whole patches.
+    unsafe { launch(tape, "patch_embed_fwd_cut", [(batch * t * k).div_ceil(256), 1, 1], &args) }?;
     let (weight, bias) = (tape.weight_buffer(linear.weight), tape.full_buffer(linear.bias));
     let sizes = [batch, t, c, k].map(|size| Arg::I32(size as i32));
     let args = [&[y.into(), patches.into(), weight.into(), bias.into(), positions.into()], &sizes[..]].concat();
-    let grid = [c.div_ceil(CHANNELS) as u32, (batch * t).div_ceil(ROWS) as u32, 1];
-    device.launch(&launch("patch_embed_fwd", elem, grid), &args)?;
+    let grid = [c.div_ceil(CHANNELS), (batch * t).div_ceil(ROWS), 1];
+    // SAFETY: memory of this pass and weights `[C, k]`, `[C]`, in these sizes; the positions were checked to be `[T, C]`.
+    unsafe { launch(tape, "patch_embed_fwd", grid, &args) }?;
     let y = tape.push([batch, t, c], y, true);
     let patches = tape.push([batch, t, k], patches, false);
     tape.record(y, Node::PatchEmbed(Saved { x, patches, linear, dims }));
@@ -128,20 +140,20 @@ fn on_cuda(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], dims: Dim
 
 impl Saved {
     pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
-        let (device, elem) = (tape.device(), tape.elem());
         let (c, k, rows) = (self.linear.outputs, self.dims.patch_len(), self.dims.batch * self.dims.tokens());
         let count = rows.div_ceil(PART_ROWS);
         let parts = tape.take_buffer(count * (k + 1) * c, DType::F32);
         let [rows32, c32, k32, count32] = [rows, c, k, count].map(|size| Arg::I32(size as i32));
-        let launch = |kernel, blocks| launch(kernel, elem, blocks);
-        let blocks = [c.div_ceil(CHANNELS), count, k.div_ceil(K_PART)].map(|blocks| blocks as u32);
+        let blocks = [c.div_ceil(CHANNELS), count, k.div_ceil(K_PART)];
         let args = [parts.into(), dy.into(), tape.buffer(self.patches).into(), rows32, c32, k32];
-        device.launch(&launch("patch_embed_bwd_parts", blocks), &args)?;
+        // SAFETY: dy is `[B T, C]` as y, the patches are those of forward, and there is a part for every PART_ROWS rows.
+        unsafe { launch(tape, "patch_embed_bwd_parts", blocks, &args) }?;
         let (dweight, add) = tape.grad_buffer(self.linear.weight);
         let (dbias, _) = tape.grad_buffer(self.linear.bias);
         let add = Arg::I32(i32::from(add));
         let args = [dweight.into(), dbias.into(), parts.into(), count32, add, c32, k32];
-        device.launch(&launch("patch_embed_bwd_weight", [((k + 1) * c).div_ceil(256) as u32, 1, 1]), &args)?;
+        // SAFETY: the gradients are as long as weight and bias, and all parts were taken above.
+        unsafe { launch(tape, "patch_embed_bwd_weight", [((k + 1) * c).div_ceil(256), 1, 1], &args) }?;
         if tape.wants_grad(self.x) {
             let (dx, fresh) = tape.take_grad_buffer(self.x);
             let Dims { image_channels, height, width, patch, .. } = self.dims;
@@ -149,7 +161,8 @@ impl Saved {
             let weight = tape.weight_buffer(self.linear.weight);
             let add = Arg::I32(i32::from(!fresh));
             let args = [dx.into(), dy.into(), weight.into(), add, rows32, c32, ic, h, w, p];
-            device.launch(&launch("patch_embed_bwd_input", [(rows * k).div_ceil(8) as u32, 1, 1]), &args)?;
+            // SAFETY: dx is as long as the images, whose sizes forward checked.
+            unsafe { launch(tape, "patch_embed_bwd_input", [(rows * k).div_ceil(8), 1, 1], &args) }?;
             tape.put_grad_buffer(self.x, dx);
         }
         tape.give_buffer(parts);

@@ -44,16 +44,20 @@ pub fn timestep_embed(tape: &mut Tape, t: &[u32], first: Linear, second: Linear)
         )
     })?;
     if tape.on_cuda() {
-        let (device, rows, elem) = (tape.device(), rows(tape.elem()), DType::F32);
+        let (rows, elem) = (rows(tape.elem()), DType::F32);
         let mut host_waves = vec![0.0; b * FREQUENCIES];
         cpu::waves(&mut host_waves, t);
         let waves = tape.upload(bytemuck::cast_slice(&host_waves), elem);
         let [pre, active, y] = [hidden, hidden, c].map(|width| tape.take_buffer(b * width, elem));
         let [(w0, b0), (w2, b2)] =
             [first, second].map(|layer| (tape.weight_buffer(layer.weight), tape.full_buffer(layer.bias)));
-        rows.forward(&device, pre, waves, w0, b0, Dims { b, k: FREQUENCIES, n: hidden })?;
-        rows.silu(&device, active, pre)?;
-        rows.forward(&device, y, active, w2, b2, Dims { b, k: hidden, n: c })?;
+        let device = tape.device();
+        // SAFETY: memory of this pass, taken in these sizes, and the parameters of two layers that were checked to have them.
+        unsafe {
+            rows.forward(&device, pre, waves, w0, b0, Dims { b, k: FREQUENCIES, n: hidden })?;
+            rows.silu(&device, active, pre)?;
+            rows.forward(&device, y, active, w2, b2, Dims { b, k: hidden, n: c })?;
+        }
         let y = tape.push([b, c], y, true);
         let waves = tape.push([b, FREQUENCIES], waves, false);
         let pre = tape.push([b, hidden], pre, false);
@@ -92,20 +96,27 @@ fn rows(elem: DType) -> Rows {
 
 impl Saved {
     pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
-        let (device, rows) = (tape.device(), rows(tape.elem()));
+        let rows = rows(tape.elem());
         let &[b, hidden] = tape.shape(self.hidden) else { unreachable!("made by the forward pass") };
         let dims = Dims { b, k: hidden, n: self.second.outputs };
         let (dweight, add) = tape.grad_buffer(self.second.weight);
         let (dbias, _) = tape.grad_buffer(self.second.bias);
-        rows.backward_weight(&device, dweight, dbias, dy, tape.buffer(self.active), add, dims)?;
+        let (weight, before, active) =
+            (tape.weight_buffer(self.second.weight), tape.buffer(self.hidden), tape.buffer(self.active));
         let dhidden = tape.take_buffer(b * hidden, DType::F32);
-        let (weight, before) = (tape.weight_buffer(self.second.weight), tape.buffer(self.hidden));
-        let parts = tape.take_buffer(rows.parts_len(&device, weight, dims), DType::F32);
-        rows.backward_input(&device, dhidden, parts, dy, weight, before, false, dims)?;
-        let dims = Dims { b, k: FREQUENCIES, n: hidden };
-        let (dweight, add) = tape.grad_buffer(self.first.weight);
-        let (dbias, _) = tape.grad_buffer(self.first.bias);
-        rows.backward_weight(&device, dweight, dbias, dhidden, tape.buffer(self.waves), add, dims)?;
+        let parts = tape.take_buffer(rows.parts_len(&tape.device(), weight, dims), DType::F32);
+        let first = Dims { b, k: FREQUENCIES, n: hidden };
+        let (first_dweight, first_add) = tape.grad_buffer(self.first.weight);
+        let (first_dbias, _) = tape.grad_buffer(self.first.bias);
+        let device = tape.device();
+        // SAFETY: memory of this pass: what forward made in these sizes, gradients as long as what they are of, and parts as many as are
+        // asked for.
+        unsafe {
+            rows.backward_weight(&device, dweight, dbias, dy, active, add, dims)?;
+            rows.backward_input(&device, dhidden, parts, dy, weight, before, false, dims)?;
+            let waves = tape.buffer(self.waves);
+            rows.backward_weight(&device, first_dweight, first_dbias, dhidden, waves, first_add, first)?;
+        }
         for buffer in [dy, dhidden, parts] {
             tape.give_buffer(buffer);
         }

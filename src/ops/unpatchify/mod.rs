@@ -12,7 +12,10 @@ use crate::autograd::{Tape, Var};
 use crate::backend::cpu::aligned::AlignedVec;
 use crate::backend::cuda::{Arg, Buffer, DType, Launch};
 use crate::error::Result;
+use crate::ops::cuda::tile::check_counts;
 use crate::ops::{Node, check, dims3};
+
+const OP: &str = "unpatchify";
 
 /// What backward needs.
 #[derive(Clone, Copy)]
@@ -28,7 +31,6 @@ pub(crate) struct Saved {
 /// # Errors
 /// When the patches are not those of an image of this size.
 pub fn unpatchify(tape: &mut Tape, x: Var, channels: usize, height: usize, width: usize, patch: usize) -> Result<Var> {
-    const OP: &str = "unpatchify";
     let [b, t, k] = dims3(tape, x, OP, "[batch, tokens, patch x patch x channels]")?;
     let divides = patch > 0 && height.is_multiple_of(patch) && width.is_multiple_of(patch);
     let product = |sizes: [usize; 3]| sizes.into_iter().try_fold(1, |len: usize, size| len.checked_mul(size));
@@ -38,7 +40,9 @@ pub fn unpatchify(tape: &mut Tape, x: Var, channels: usize, height: usize, width
     })?;
     if tape.on_cuda() {
         let y = tape.take_buffer(b * t * k, DType::F32);
-        launch(tape, "unpatchify_fwd", [y, tape.buffer(x)], channels, [height, width], patch)?;
+        check_counts(OP, &[b * t * k / channels, channels, height, width])?;
+        // SAFETY: memory of this pass, `[B, T, p p OC]` as checked above.
+        unsafe { launch(tape, "unpatchify_fwd", [y, tape.buffer(x)], channels, [height, width], patch) }?;
         let y = tape.push([b, channels, height, width], y, true);
         tape.record(y, Node::Unpatchify(Saved { x, channels, size: [height, width], patch }));
         return Ok(y);
@@ -51,7 +55,11 @@ pub fn unpatchify(tape: &mut Tape, x: Var, channels: usize, height: usize, width
     Ok(y)
 }
 
-fn launch(
+/// From patches to images, or back.
+///
+/// # Safety
+/// Both buffers are as [`Buffer`] says, of one length, and hold images of this size in whole patches; their sizes fit an `int`.
+unsafe fn launch(
     tape: &Tape,
     kernel: &'static str,
     [to, from]: [Buffer; 2],
@@ -63,13 +71,15 @@ fn launch(
     let grid = [pixels.div_ceil(256) as u32, 1, 1];
     let launch = Launch { file: "unpatchify", kernel, elem: tape.elem(), defines: &[], grid, block: 256, shared: 0 };
     let [oc, h, w, p] = [channels, height, width, patch].map(|size| Arg::I32(size as i32));
-    tape.device().launch(&launch, &[to.into(), from.into(), oc, h, w, p, Arg::U32(pixels as u32)])
+    // SAFETY: the sizes are those of the buffers, as the caller answers for; each pixel has a thread.
+    unsafe { tape.device().launch(&launch, &[to.into(), from.into(), oc, h, w, p, Arg::U32(pixels as u32)]) }
 }
 
 impl Saved {
     pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
         let dx = tape.take_buffer(dy.len, tape.elem());
-        launch(tape, "unpatchify_bwd", [dx, dy], self.channels, self.size, self.patch)?;
+        // SAFETY: memory of this pass, as long as what forward checked.
+        unsafe { launch(tape, "unpatchify_bwd", [dx, dy], self.channels, self.size, self.patch) }?;
         tape.add_grad_buffer(self.x, dx)?;
         tape.give_buffer(dy);
         Ok(())
