@@ -16,13 +16,13 @@
 //! `cargo build --release -p cuda-sim-driver --example cuda`, then `DTR_CUDA_LIBRARY=target/release/examples/libcuda.so`.
 
 use dtr_fused::backend::cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
-use dtr_fused::backend::cuda::{Buffer, DType, Device, Element, load_driver};
+use dtr_fused::backend::cuda::{Allocation, Buffer, DType, Device, Element, load_driver};
 use dtr_fused::ops::ln_linear::Activation;
-use dtr_fused::ops::ln_linear::cuda::Shares;
 use dtr_fused::ops::{attention, linear_residual, ln_linear};
 use dtr_fused::rng::{Philox, Stream};
 use dtr_fused::routing::Window;
 use half::bf16;
+use std::cell::RefCell;
 use std::error::Error;
 use std::sync::Arc;
 
@@ -80,9 +80,10 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     let [windows, everything] = [stream.clone_htod(&windows)?, stream.clone_htod(&everything)?];
     let dy = stream.clone_htod(&host.dy)?;
 
-    // A buffer is an address, a length and a type: what the kernels are promised, in each `unsafe` below, is that the slice behind it lives,
-    // as all do to the end of this function, which waits for all work.
-    let room = Room { device: &device, stream: &stream };
+    // A buffer is an address, a length and a type: what the kernels are promised, in each `unsafe` below, is that the memory behind it lives,
+    // as all does to the end of this function, which waits for all work.
+    let room = Room { device: &device, stream: &stream, held: RefCell::default() };
+    let take = |len, dtype| room.take(len, dtype);
     let (x, dy) = (room.of(&x)?, room.of(&dy)?);
     let vectors = room.of(&vectors)?;
     let column = |index: usize| vectors.slice(index * C..vectors.len()); // of every sample, `3 * C` apart
@@ -97,15 +98,8 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
         modulation: ln_linear::cuda::Modulation { shift: column(0), scale: column(1), stride: 3 * C },
         weight: room.of(&w_qkv)?,
     };
-    let (qkv, h, inactive) = (room.bf16(B * T * 3 * C)?, room.bf16(B * T * C)?, room.bf16(B * 2 * C)?);
-    let (mean, rstd, uv) = (room.f32(B * T)?, room.f32(B * T)?, room.f32(B * 2 * 3 * C)?);
-    let saved = ln_linear::cuda::Saved {
-        h: room.of(&h)?,
-        mean: room.of(&mean)?,
-        rstd: room.of(&rstd)?,
-        inactive: room.of(&inactive)?,
-        uv: room.of(&uv)?,
-    };
+    let qkv = room.bf16(B * T * 3 * C)?;
+    let saved = ln_linear::cuda::Saved::take(qkv_dims, DType::Bf16, false, take)?;
     let no_gelu = Buffer::none(DType::Bf16);
     let bias = room.of(&b_qkv)?;
     let of_qkv = room.of(&qkv)?;
@@ -136,12 +130,9 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     let dcolumn = |index: usize| room.of(&dvectors).map(|all| all.slice(index * C..all.len()));
     let (dx, da) = (room.bf16(B * T * C)?, room.bf16(B * T * C)?);
     let (dw_proj, db_proj) = (room.f32(C * C)?, room.f32(C)?);
-    let (dz, dz_sums) = (room.bf16(B * T * C)?, room.f32(B * C)?);
     // The gradients of weights are shared out evenly, for the windows at hand.
-    let lengths = linear_residual::cuda::shares_len(&device, DType::Bf16, proj_dims);
     let plan = linear_residual::cuda::plan(&device, DType::Bf16, proj_dims, &[Window::all(C); B])?;
-    let (plan, parts) = (stream.clone_htod(&plan)?, room.f32(lengths.parts)?);
-    let counters = stream.alloc_zeros::<u32>(linear_residual::cuda::counters_len(&device, DType::Bf16, proj_dims))?;
+    let plan = stream.clone_htod(&plan)?;
     let grads = linear_residual::cuda::Gradients {
         da: room.of(&da)?,
         dgate: dcolumn(2)?,
@@ -153,12 +144,7 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
         dbias: room.of(&db_proj)?,
         add: false,
     };
-    let scratch = linear_residual::cuda::Scratch {
-        dz: room.of(&dz)?,
-        dz_sums: room.of(&dz_sums)?,
-        counters: room.of(&counters)?,
-        shares: Shares { plan: room.of(&plan)?, parts: room.of(&parts)? },
-    };
+    let scratch = linear_residual::cuda::Scratch::take(&device, proj_dims, DType::Bf16, room.of(&plan)?, take)?;
     let of_forward = linear_residual::cuda::Saved { z: of_z, pre: no_gelu };
     // SAFETY: as forward; the plan is made of the windows that are written.
     unsafe { linear_residual::cuda::backward(&device, grads, scratch, dy, proj_inputs, of_forward, proj_dims) }?;
@@ -169,14 +155,8 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
     unsafe { attention::cuda::backward(&device, of_dqkv, of_da, of_qkv, room.of(&a)?, room.of(&lse)?, heads) }?;
 
     let (dw_qkv, db_qkv) = (room.f32(3 * C * C)?, room.f32(3 * C)?);
-    let (dh, pq) = (room.bf16(B * T * C)?, room.bf16(ln_linear::cuda::pq_len(qkv_dims, DType::Bf16))?);
-    let (q, dr) = (room.f32(B * 3 * C)?, room.f32(ln_linear::cuda::dr_len(qkv_dims))?);
-    let inactive_grads = room.f32(ln_linear::cuda::inactive_grads_len(qkv_dims, DType::Bf16))?;
-    let sums = room.f32(ln_linear::cuda::sums_len(qkv_dims))?;
-    let lengths = ln_linear::cuda::shares_len(&device, DType::Bf16, qkv_dims, false);
     let plan = ln_linear::cuda::plan(&device, DType::Bf16, qkv_dims, &host.windows, false)?;
-    let (plan, parts) = (stream.clone_htod(&plan)?, room.f32(lengths.parts)?);
-    let counters = stream.alloc_zeros::<u32>(ln_linear::cuda::counters_len(&device, DType::Bf16, qkv_dims, false))?;
+    let plan = stream.clone_htod(&plan)?;
     let grads = ln_linear::cuda::Gradients {
         dx: room.of(&dx)?,
         fresh_dx: false, // on top of the residual's
@@ -186,16 +166,7 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
         dbias: room.of(&db_qkv)?,
         add: false,
     };
-    let scratch = ln_linear::cuda::Scratch {
-        dh: room.of(&dh)?,
-        pq: room.of(&pq)?,
-        q: room.of(&q)?,
-        dr: room.of(&dr)?,
-        inactive_grads: room.of(&inactive_grads)?,
-        sums: room.of(&sums)?,
-        counters: room.of(&counters)?,
-        shares: Shares { plan: room.of(&plan)?, parts: room.of(&parts)? },
-    };
+    let scratch = ln_linear::cuda::Scratch::take(&device, qkv_dims, DType::Bf16, false, room.of(&plan)?, take)?;
     // SAFETY: as forward; the plan is made of the windows that were read.
     unsafe { ln_linear::cuda::backward(&device, grads, scratch, of_dqkv, inputs, saved, qkv_dims) }?;
 
@@ -209,6 +180,7 @@ fn on_device(stream: Arc<CudaStream>, host: &Host) -> Result<Results, Box<dyn Er
 struct Room<'a> {
     device: &'a Device,
     stream: &'a Arc<CudaStream>,
+    held: RefCell<Vec<Allocation>>, // what operations asked for
 }
 
 impl Room<'_> {
@@ -220,6 +192,14 @@ impl Room<'_> {
     fn f32(&self, len: usize) -> Result<CudaSlice<f32>, Box<dyn Error>> {
         // SAFETY: every bit pattern is an f32, and kernels write the memory before anything reads it.
         Ok(unsafe { self.stream.alloc(len) }?)
+    }
+
+    /// What an operation asks for.
+    fn take(&self, len: usize, dtype: DType) -> dtr_fused::Result<Buffer> {
+        let memory = self.device.alloc(len, dtype)?;
+        let buffer = memory.buffer();
+        self.held.borrow_mut().push(memory);
+        Ok(buffer)
     }
 
     fn of<N: Element>(&self, slice: &CudaSlice<N>) -> dtr_fused::Result<Buffer> {

@@ -4,9 +4,10 @@ mod common;
 
 use common::*;
 use dtr_fused::autograd::{Tape, Var};
-use dtr_fused::backend::cuda::DType;
+use dtr_fused::backend::cuda::{Buffer, DType};
 use dtr_fused::error::Result;
 use dtr_fused::ops::PerSample;
+use dtr_fused::ops::linear_residual::cuda::Scratch;
 use dtr_fused::ops::linear_residual::{self, Residual, linear_residual, reference};
 use dtr_fused::ops::real::Real;
 use dtr_fused::routing::Window;
@@ -144,7 +145,8 @@ fn on_cuda_with_shared_tiles() {
         let device = cuda::device().with_multiprocessors(multiprocessors);
         let dims = linear_residual::cuda::Dims { b, t: tokens, k: inputs, c: channels };
         let plan = linear_residual::cuda::plan(&device, DType::Bf16, dims, &write).unwrap();
-        let blocks = linear_residual::cuda::counters_len(&device, DType::Bf16, dims);
+        let none = Buffer::none(DType::I32);
+        let blocks = cuda::counters(&cuda::taken(|take| Scratch::take(&device, dims, DType::Bf16, none, take)));
         assert!(cuda::most_parts(&plan, blocks) > 0, "{label}: no tile is shared by the {blocks} blocks");
         let case = Case { tokens, inputs, channels, base: write.clone(), write, bypass: None };
         cuda::check_on(device, &label, &case, DType::Bf16);

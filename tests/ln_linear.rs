@@ -4,10 +4,11 @@ mod common;
 
 use common::*;
 use dtr_fused::autograd::{Memory, Tape, Var};
-use dtr_fused::backend::cuda::DType;
+use dtr_fused::backend::cuda::{Buffer, DType};
 use dtr_fused::error::Result;
 use dtr_fused::ops::PerSample;
 use dtr_fused::ops::channel_mask::{Keep, channel_mask};
+use dtr_fused::ops::ln_linear::cuda::Scratch;
 use dtr_fused::ops::ln_linear::{self, Activation, ln_linear, reference};
 use dtr_fused::ops::real::Real;
 use dtr_fused::params::Linear;
@@ -246,7 +247,9 @@ fn on_cuda_with_shared_tiles() {
         let device = cuda::device().with_multiprocessors(multiprocessors);
         let dims = ln_linear::cuda::Dims { b, t: tokens, c: channels, n: outputs };
         let plan = ln_linear::cuda::plan(&device, DType::Bf16, dims, &read, full).unwrap();
-        let blocks = ln_linear::cuda::counters_len(&device, DType::Bf16, dims, full) - b;
+        let none = Buffer::none(DType::I32);
+        let taken = cuda::taken(|take| Scratch::take(&device, dims, DType::Bf16, full, none, take));
+        let blocks = cuda::counters(&taken) - b;
         assert!(cuda::most_parts(&plan, blocks) > 0, "{label}: no tile is shared by the {blocks} blocks");
         let case = Case { tokens, channels, outputs, read, activation: Activation::None, mean: 0.0 };
         cuda::check_on(device, &label, &case, DType::Bf16);
@@ -259,8 +262,9 @@ fn on_cuda_with_shared_tiles() {
         let (b, tokens, channels, outputs) = (140, 33, 136, 520);
         let device = cuda::device().with_multiprocessors(4);
         let dims = ln_linear::cuda::Dims { b, t: tokens, c: channels, n: outputs };
-        let lengths = ln_linear::cuda::shares_len(&device, DType::Bf16, dims, false);
-        assert_eq!(lengths.parts, 4 * 192 * 256);
+        let none = Buffer::none(DType::I32);
+        let taken = cuda::taken(|take| Scratch::take(&device, dims, DType::Bf16, false, none, take));
+        assert!(taken.contains(&(4 * 192 * 256, DType::F32)), "{taken:?}");
         let read = cuda::uneven_windows(b, channels);
         let plan = ln_linear::cuda::plan(&device, DType::Bf16, dims, &read, false).unwrap();
         assert!(cuda::most_parts(&plan, 4) > 0, "no tile of 192 x 256 is shared");

@@ -15,7 +15,7 @@ use crate::backend::cuda::arena::Arena;
 use crate::backend::cuda::transfer::Staging;
 use crate::backend::cuda::{Allocation, Arg, Buffer, DType, Device, Graph, Launch};
 use crate::error::{Error, Result};
-use crate::ops::cuda::shares::{Gradient, Planner, Shares};
+use crate::ops::cuda::shares::{Gradient, Planner};
 use crate::params::Param;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -517,23 +517,30 @@ impl Tape<'_> {
         found.expect("uploaded when the handle was made").1
     }
 
-    /// Memory of the product of a weight's gradient; give [`Shares::parts`] back with [`Tape::give_buffer`]. Layers of the same
-    /// sizes and windows have one plan.
-    pub(crate) fn take_shares(&mut self, windows: Windows, planner: &Planner) -> Shares {
+    /// How a weight's gradient is shared out for these windows, on the device. Layers of the same sizes and windows have one plan.
+    pub(crate) fn plan_buffer(&mut self, windows: Windows, planner: &Planner) -> Buffer {
         let key = (windows.start, planner.gradient);
         let known = self.own().plans.iter().find(|(known, _)| *known == key).map(|(_, plan)| *plan);
-        let plan = known.unwrap_or_else(|| {
+        known.unwrap_or_else(|| {
             let words = planner.plan(self.get_windows(windows));
             let plan = self.upload(bytemuck::cast_slice(&words), DType::I32);
             self.own_mut().plans.push((key, plan));
             plan
-        });
-        Shares { plan, parts: self.take_buffer(planner.lengths().parts, DType::F32) }
+        })
     }
 
     /// A buffer of arbitrary contents; give it back with [`Tape::give_buffer`] or [`Tape::push`].
     pub(crate) fn take_buffer(&mut self, len: usize, dtype: DType) -> Buffer {
         self.own_mut().take(|own| &mut own.work, len, dtype)
+    }
+
+    /// [`Tape::take_buffer`] for what an operation takes, which is written down in `taken`.
+    pub(crate) fn taker(&mut self, taken: &mut Vec<Buffer>) -> impl FnMut(usize, DType) -> Result<Buffer> {
+        move |len, dtype| {
+            let buffer = self.take_buffer(len, dtype);
+            taken.push(buffer);
+            Ok(buffer)
+        }
     }
 
     /// Recycles a buffer.

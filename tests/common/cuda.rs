@@ -174,6 +174,24 @@ pub fn drawn_sizes(seed: u64) -> ([usize; 4], Vec<Window>) {
     ([b, rows / b, channels, other], windows.collect())
 }
 
+/// How many numbers of which type an operation takes for its backward pass, given what has it take them.
+pub fn taken<S>(
+    scratch: impl FnOnce(&mut dyn FnMut(usize, DType) -> dtr_fused::Result<Buffer>) -> dtr_fused::Result<S>,
+) -> Vec<(usize, DType)> {
+    let mut taken = Vec::new();
+    let mut take = |len, dtype| {
+        taken.push((len, dtype));
+        Ok(Buffer::none(dtype))
+    };
+    scratch(&mut take).unwrap();
+    taken
+}
+
+/// The number of counters among them.
+pub fn counters(taken: &[(usize, DType)]) -> usize {
+    taken.iter().find(|(_, dtype)| *dtype == DType::U32).expect("there are counters").0
+}
+
 /// The most parts of a tile in a plan for `blocks` blocks (`Piece` in kernels/gemm_shares.cuh).
 pub fn most_parts(plan: &[i32], blocks: usize) -> i32 {
     let (begin, pieces) = plan.split_at(blocks + 1);

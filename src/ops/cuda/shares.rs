@@ -49,20 +49,20 @@ pub(crate) struct Gradient {
 
 /// Device memory of the product of a weight's gradient.
 #[derive(Clone, Copy, Debug)]
-pub struct Shares {
+pub(crate) struct Shares {
     /// i32: the plan, an input.
-    pub plan: Buffer,
+    pub(crate) plan: Buffer,
     /// f32: sums of tiles that several blocks compute.
-    pub parts: Buffer,
+    pub(crate) parts: Buffer,
 }
 
 /// Lengths of [`Shares`], which depend on the device and the sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lengths {
+pub(crate) struct Lengths {
     /// Of [`Shares::plan`].
-    pub plan: usize,
+    pub(crate) plan: usize,
     /// Of [`Shares::parts`].
-    pub parts: usize,
+    pub(crate) parts: usize,
     /// Counters of the parts that are there.
     pub(crate) stored: usize,
 }

@@ -3,8 +3,7 @@
 pub use super::Dims;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::Result;
-use crate::ops::cuda::shares::{Gradient, Planner, check_windows};
-pub use crate::ops::cuda::shares::{Lengths, Shares};
+use crate::ops::cuda::shares::{Gradient, Lengths, Planner, Shares, check_windows};
 use crate::ops::cuda::tile::{Operand, SMALL, check_buffers, check_sizes, check_stride, overlapped_tiling, tiling};
 use crate::routing::Window;
 
@@ -170,14 +169,33 @@ pub struct Gradients {
 /// Memory of the backward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Scratch {
-    /// `[B, T, C]` elem
-    pub dz: Buffer,
-    /// `[B, C]` f32
-    pub dz_sums: Buffer,
-    /// [`counters_len`] u32
-    pub counters: Buffer,
-    /// Of [`shares_len`], with the [`plan`] for the write windows.
-    pub shares: Shares,
+    dz: Buffer,       // [B, T, C] elem
+    dz_sums: Buffer,  // [B, C] f32
+    counters: Buffer, // u32, one for each part of the shares
+    shares: Shares,
+}
+
+impl Scratch {
+    /// That of a backward pass with this [`plan`], i32. `take` gives memory for so many numbers of a type, with arbitrary contents.
+    ///
+    /// # Errors
+    /// Those of `take`.
+    pub fn take<E>(
+        device: &Device,
+        dims: Dims,
+        elem: DType,
+        plan: Buffer,
+        mut take: impl FnMut(usize, DType) -> std::result::Result<Buffer, E>,
+    ) -> std::result::Result<Self, E> {
+        let Dims { b, t, c, .. } = dims;
+        let Lengths { parts, stored, .. } = planner(device, elem, dims).lengths();
+        Ok(Scratch {
+            dz: take(b * t * c, elem)?,
+            dz_sums: take(b * c, DType::F32)?,
+            counters: take(stored, DType::U32)?,
+            shares: Shares { plan, parts: take(parts, DType::F32)? },
+        })
+    }
 }
 
 /// How the weight's gradient is shared out.
@@ -187,17 +205,7 @@ pub(crate) fn planner(device: &Device, elem: DType, dims: Dims) -> Planner {
     Planner::new(device, elem, gradient)
 }
 
-/// Lengths of [`Scratch::shares`].
-pub fn shares_len(device: &Device, elem: DType, dims: Dims) -> Lengths {
-    planner(device, elem, dims).lengths()
-}
-
-/// Elements of [`Scratch::counters`].
-pub fn counters_len(device: &Device, elem: DType, dims: Dims) -> usize {
-    shares_len(device, elem, dims).stored
-}
-
-/// What [`Shares::plan`] of [`Scratch::shares`] must hold for these write windows, `[B]`.
+/// How the weight's gradient is shared out for these write windows, `[B]`: what [`Scratch::take`] takes.
 ///
 /// # Errors
 /// When there are not as many windows as samples, or one is not inside of the channels.

@@ -228,12 +228,9 @@ impl Saved {
             Some((x, _)) => tape.take_grad_buffer(x),
             None => (Buffer::none(elem), false),
         };
-        let scratch = cuda::Scratch {
-            dz: tape.take_buffer(b * t * c, elem),
-            dz_sums: tape.take_buffer(b * c, DType::F32),
-            counters: tape.take_buffer(cuda::counters_len(&device, elem, dims), DType::U32),
-            shares: tape.take_shares(write, &cuda::planner(&device, elem, dims)),
-        };
+        let mut taken = Vec::new();
+        let plan = tape.plan_buffer(write, &cuda::planner(&device, elem, dims));
+        let scratch = cuda::Scratch::take(&device, dims, elem, plan, tape.taker(&mut taken))?;
         let (dweight, add) = tape.grad_buffer(linear.weight);
         let (dbias, _) = tape.grad_buffer(linear.bias);
         let dgate = dmodulation.slice(gate.offset..dmodulation.len);
@@ -256,9 +253,7 @@ impl Saved {
         if !fresh_base {
             tape.give_buffer(dout);
         }
-        for buffer in [scratch.dz, scratch.dz_sums, scratch.counters, scratch.shares.parts] {
-            tape.give_buffer(buffer);
-        }
+        taken.into_iter().for_each(|buffer| tape.give_buffer(buffer));
         Ok(())
     }
 

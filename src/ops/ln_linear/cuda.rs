@@ -5,8 +5,7 @@ pub use super::Dims;
 use crate::backend::cuda::{Arg, Buffer, DType, Device, Launch};
 use crate::error::{Error, Result};
 use crate::ops::check;
-use crate::ops::cuda::shares::{Gradient, Planner, check_windows};
-pub use crate::ops::cuda::shares::{Lengths, Shares};
+use crate::ops::cuda::shares::{Gradient, Lengths, Planner, Shares, check_windows};
 use crate::ops::cuda::tile::{
     Operand, SMALL, SPLIT_BF16, check_buffers, check_sizes, check_stride, overlapped_tiling, tiling,
 };
@@ -96,25 +95,73 @@ pub struct Saved {
     pub uv: Buffer,
 }
 
+impl Saved {
+    /// Those of a forward pass; `full` as in [`Inputs`]. `take` gives memory for so many numbers of a type, with arbitrary contents.
+    ///
+    /// # Errors
+    /// Those of `take`.
+    pub fn take<E>(
+        dims: Dims,
+        elem: DType,
+        full: bool,
+        mut take: impl FnMut(usize, DType) -> std::result::Result<Buffer, E>,
+    ) -> std::result::Result<Self, E> {
+        let Dims { b, t, c, n } = dims;
+        Ok(Saved {
+            h: take(b * t * c, elem)?,
+            mean: take(b * t, DType::F32)?,
+            rstd: take(b * t, DType::F32)?,
+            inactive: take(b * 2 * c, elem)?,
+            uv: if full { Buffer::none(DType::F32) } else { take(b * 2 * n, DType::F32)? },
+        })
+    }
+}
+
 /// Memory of the backward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Scratch {
-    /// `[B, T, C]` elem
-    pub dh: Buffer,
-    /// [`pq_len`] elem; none when every window is full.
-    pub pq: Buffer,
-    /// `[B, N]` f32; none when every window is full.
-    pub q: Buffer,
-    /// [`dr_len`] f32; none when every window is full.
-    pub dr: Buffer,
-    /// [`inactive_grads_len`] f32; none when every window is full.
-    pub inactive_grads: Buffer,
-    /// [`sums_len`] f32
-    pub sums: Buffer,
-    /// [`counters_len`] u32
-    pub counters: Buffer,
-    /// Of [`shares_len`], with the [`plan`] for the windows.
-    pub shares: Shares,
+    dh: Buffer,             // [B, T, C] elem
+    pq: Buffer,             // pq_len elem; this and the next three: none when every window is full
+    q: Buffer,              // [B, N] f32
+    dr: Buffer,             // dr_len f32
+    inactive_grads: Buffer, // inactive_grads_len f32
+    sums: Buffer,           // sums_len f32
+    counters: Buffer,       // counters_len u32
+    shares: Shares,
+}
+
+impl Scratch {
+    /// That of a backward pass with this [`plan`], i32; `full` as in [`Inputs`]. `take` gives memory for so many numbers of a type, with
+    /// arbitrary contents.
+    ///
+    /// # Errors
+    /// Those of `take`.
+    pub fn take<E>(
+        device: &Device,
+        dims: Dims,
+        elem: DType,
+        full: bool,
+        plan: Buffer,
+        mut take: impl FnMut(usize, DType) -> std::result::Result<Buffer, E>,
+    ) -> std::result::Result<Self, E> {
+        let Dims { b, t, c, n } = dims;
+        let Lengths { parts, stored, .. } = planner(device, elem, dims, full).lengths();
+        let mut unless_full = |len, dtype| if full { Ok(Buffer::none(dtype)) } else { take(len, dtype) };
+        let pq = unless_full(pq_len(dims, elem), elem)?;
+        let q = unless_full(b * n, DType::F32)?;
+        let dr = unless_full(dr_len(dims), DType::F32)?;
+        let inactive_grads = unless_full(inactive_grads_len(dims, elem), DType::F32)?;
+        Ok(Scratch {
+            dh: take(b * t * c, elem)?,
+            pq,
+            q,
+            dr,
+            inactive_grads,
+            sums: take(sums_len(dims), DType::F32)?,
+            counters: take(counters_len(dims, stored), DType::U32)?,
+            shares: Shares { plan, parts: take(parts, DType::F32)? },
+        })
+    }
 }
 
 /// Where gradients go.
@@ -137,22 +184,22 @@ pub struct Gradients {
 }
 
 /// Elements of [`Scratch::pq`].
-pub fn pq_len(dims: Dims, elem: DType) -> usize {
+fn pq_len(dims: Dims, elem: DType) -> usize {
     split(elem) * dims.b * 2 * dims.n
 }
 
 /// Elements of [`Scratch::dr`].
-pub fn dr_len(dims: Dims) -> usize {
+fn dr_len(dims: Dims) -> usize {
     dims.dr_parts() * dims.b * dims.t
 }
 
 /// Elements of [`Scratch::inactive_grads`].
-pub fn inactive_grads_len(dims: Dims, elem: DType) -> usize {
+fn inactive_grads_len(dims: Dims, elem: DType) -> usize {
     split(elem) * dims.b * 2 * dims.c
 }
 
 /// Elements of [`Scratch::sums`].
-pub fn sums_len(dims: Dims) -> usize {
+fn sums_len(dims: Dims) -> usize {
     dims.b * dims.t.div_ceil(ROW_TOKENS) * 2 * dims.c
 }
 
@@ -164,17 +211,12 @@ pub(crate) fn planner(device: &Device, elem: DType, dims: Dims, full: bool) -> P
     Planner::new(device, elem, gradient)
 }
 
-/// Lengths of [`Scratch::shares`]; `full` as in [`Inputs`].
-pub fn shares_len(device: &Device, elem: DType, dims: Dims, full: bool) -> Lengths {
-    planner(device, elem, dims, full).lengths()
+/// Elements of [`Scratch::counters`]: one for each sample, and one for each part of the shares.
+fn counters_len(dims: Dims, stored: usize) -> usize {
+    dims.b + stored
 }
 
-/// Elements of [`Scratch::counters`].
-pub fn counters_len(device: &Device, elem: DType, dims: Dims, full: bool) -> usize {
-    dims.b + shares_len(device, elem, dims, full).stored
-}
-
-/// What [`Shares::plan`] of [`Scratch::shares`] must hold for these windows, `[B]`; `full` as in [`Inputs`].
+/// How the weight's gradient is shared out for these windows, `[B]`: what [`Scratch::take`] takes; `full` as in [`Inputs`].
 ///
 /// # Errors
 /// When there are not as many windows as samples, one is not inside of the channels, or `full` does not say what they are.
@@ -354,7 +396,7 @@ pub unsafe fn backward(
             Operand::new("dr", scratch.dr, unless_full(dr_len(dims))),
             Operand::new("inactive_grads", scratch.inactive_grads, unless_full(inactive_grads_len(dims, elem))),
             Operand::new("sums", scratch.sums, sums_len(dims)),
-            Operand::new("counters", scratch.counters, b + stored),
+            Operand::new("counters", scratch.counters, counters_len(dims, stored)),
             Operand::new("plan", scratch.shares.plan, plan),
             Operand::new("parts", scratch.shares.parts, parts),
             Operand::new("g", g, b * t * n),

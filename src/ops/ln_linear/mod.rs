@@ -236,13 +236,7 @@ fn on_cuda(
     let y = tape.take_buffer(b * t * n, elem);
     let keeps_pre = activation == Activation::Gelu && tape.records();
     let pre = if keeps_pre { tape.take_buffer(b * t * n, elem) } else { Buffer::none(elem) };
-    let saved = cuda::Saved {
-        h: tape.take_buffer(b * t * c, elem),
-        mean: tape.take_buffer(b * t, DType::F32),
-        rstd: tape.take_buffer(b * t, DType::F32),
-        inactive: tape.take_buffer(b * 2 * c, elem),
-        uv: if full { Buffer::none(DType::F32) } else { tape.take_buffer(b * 2 * n, DType::F32) },
-    };
+    let saved = cuda::Saved::take(dims, elem, full, tape.taker(&mut Vec::new()))?;
     let (inputs, bias) = (operands.cuda_inputs(tape, full), tape.full_buffer(operands.linear.bias));
     // SAFETY: memory of this pass and parameters; the windows were checked to fit, and `full` says whether they are all.
     unsafe { cuda::forward(&tape.device(), y, pre, saved, inputs, bias, activation, dims) }?;
@@ -260,7 +254,6 @@ fn on_cuda(
 impl Saved {
     pub(crate) fn backward_cuda(self, tape: &mut Tape, dy: Buffer) -> Result<()> {
         let (Operands { x, read, shift, scale, linear }, dims) = (self.operands, self.dims);
-        let Dims { b, t, c, n } = dims;
         let (full, elem, device) = (self.correction.is_none(), tape.elem(), tape.device());
         if let Some(pre) = self.pre {
             // SAFETY: memory of this pass.
@@ -268,16 +261,9 @@ impl Saved {
         }
         let (dx, fresh_dx) = tape.take_grad_buffer(x);
         let dmodulation = tape.take_zeroed_grad_buffer(shift.var)?;
-        let scratch = cuda::Scratch {
-            dh: tape.take_buffer(b * t * c, elem),
-            pq: tape.take_buffer(if full { 0 } else { cuda::pq_len(dims, elem) }, elem),
-            q: tape.take_buffer(if full { 0 } else { b * n }, DType::F32),
-            dr: tape.take_buffer(if full { 0 } else { cuda::dr_len(dims) }, DType::F32),
-            inactive_grads: tape.take_buffer(if full { 0 } else { cuda::inactive_grads_len(dims, elem) }, DType::F32),
-            sums: tape.take_buffer(cuda::sums_len(dims), DType::F32),
-            counters: tape.take_buffer(cuda::counters_len(&device, elem, dims, full), DType::U32),
-            shares: tape.take_shares(read, &cuda::planner(&device, elem, dims, full)),
-        };
+        let mut taken = vec![dy];
+        let plan = tape.plan_buffer(read, &cuda::planner(&device, elem, dims, full));
+        let scratch = cuda::Scratch::take(&device, dims, elem, full, plan, tape.taker(&mut taken))?;
         let (dweight, add) = tape.grad_buffer(linear.weight);
         let (dbias, _) = tape.grad_buffer(linear.bias);
         let from = |offset| dmodulation.slice(offset..dmodulation.len);
@@ -303,10 +289,7 @@ impl Saved {
         unsafe { cuda::backward(&tape.device(), grads, scratch, dy, inputs, saved, dims) }?;
         tape.put_grad_buffer(x, dx);
         tape.put_grad_buffer(shift.var, dmodulation);
-        let cuda::Scratch { dh, pq, q, dr, inactive_grads, sums, counters, shares } = scratch;
-        for buffer in [dy, dh, pq, q, dr, inactive_grads, sums, counters, shares.parts] {
-            tape.give_buffer(buffer);
-        }
+        taken.into_iter().for_each(|buffer| tape.give_buffer(buffer));
         Ok(())
     }
 
