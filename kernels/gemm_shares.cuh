@@ -1,8 +1,9 @@
 // Even shares of a weight's gradient: blocks work through lists of pieces, whole tiles or parts of them, and a tile whose reduction is
 // cut is added up by one of the blocks. Who computes what is planned on the host, which knows the windows (src/ops/cuda/shares.rs).
 //
-// A block stores the sums of a part, and says so in `stored`; the block that owns the tile waits, and adds the parts in their
-// order, so that a run gives the same bits again. It waits for blocks of lower index alone, which start first.
+// A block stores the sums of a part, and says so; the block that owns the tile waits, and adds the parts in their order, so that a run
+// gives the same bits again. It waits for lists of lower numbers alone. A block takes the next list when it starts, so these were taken
+// by blocks that run or are done, in whatever order the device starts blocks.
 #pragma once
 
 #include "gemm_steps.cuh"
@@ -22,14 +23,18 @@ struct Piece {
     int first, count; // the parts that are added to it
 };
 
-// Calls f(piece) for this block's pieces of `plan`: for each block where its pieces begin, in all gridDim.x + 1, and then the pieces.
+// Calls f(piece) for the pieces of the next list of `plan`: for each list where its pieces begin, in all gridDim.x + 1, and then the pieces.
+// `taken` counts the lists that blocks have taken.
 template <typename F>
-__device__ __forceinline__ void for_pieces(const int* plan, F f) {
+__device__ __forceinline__ void for_pieces(const int* plan, unsigned int* taken, F f) {
     // In shared memory, so that none of it takes a register while a product runs.
     constexpr int WORDS = sizeof(Piece) / 4;
     __shared__ Piece piece;
     __shared__ int at, end;
-    if (threadIdx.x == 0) at = plan[blockIdx.x], end = plan[blockIdx.x + 1];
+    if (threadIdx.x == 0) {
+        unsigned int list = atomicAdd(taken, 1u);
+        at = plan[list], end = plan[list + 1];
+    }
     __syncthreads();
 #pragma unroll 1
     while (at < end) {

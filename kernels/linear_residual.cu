@@ -301,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
     float* __restrict__ dweight,            // [C, K]  = or +=
     float* __restrict__ dbias,              // [C]     = or +=
     float* parts,                           // [parts, TILE_M TILE_N] in pieces
-    unsigned int* stored,                   // [parts] those that are there; 0 before
+    unsigned int* counters,                 // [1 + parts] lists that were taken, then the parts that are there; 0 before
     const int* __restrict__ plan,           // [gridDim.x + 1], and the pieces
     const elem* __restrict__ dz,            // [B, T, C]
     const elem* __restrict__ a,             // [B, T, K]
@@ -316,13 +316,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear_residual_bw
     int C
 ) {
     const TensorMap *of_dz = &dz_map, *of_a = &a_map;
-    for_pieces(plan, [=](const Piece& piece) {
+    for_pieces(plan, counters, [=](const Piece& piece) {
         int row = piece.row, column = piece.column;
         product<K_OUTER, K_OUTER>(
             row, C, column, K, C,
             MeetingRows<ROWS_OF_C>{write_windows, T, B * T, piece.start, piece.end, {row, min(row + TILE_M, C)}, 0, 0},
             [=](int) { return Operands{{dz, C, C, of_dz}, {a, K, K, of_a}, B * T}; },
-            tiles, store_gradient(dweight, K, add), SharedParts{parts, stored, piece}
+            tiles, store_gradient(dweight, K, add), SharedParts{parts, counters + 1, piece}
         );
         int c = row + threadIdx.x;
         if (piece.part < 0 && column == 0 && threadIdx.x < TILE_M && c < C) {

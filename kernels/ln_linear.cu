@@ -262,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weig
     float* __restrict__ dweight,        // [N, C]  = or +=
     float* __restrict__ dbias,          // [N]     = or +=
     float* parts,                       // [parts, TILE_M TILE_N] in pieces
-    unsigned int* stored,               // [parts] those that are there; 0 before
+    unsigned int* counters,             // [1 + parts] lists that were taken, then the parts that are there; 0 before
     const int* __restrict__ plan,       // [gridDim.x + 1], and the pieces
     const elem* __restrict__ g,         // [B, T, N]
     const elem* __restrict__ h,         // [B, T, C]
@@ -281,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weig
     int N
 ) {
     const TensorMap *of_g = &g_map, *of_h = &h_map, *of_pq = &pq_map, *of_inactive = &inactive_map;
-    for_pieces(plan, [=](const Piece& piece) {
+    for_pieces(plan, counters, [=](const Piece& piece) {
         int row = piece.row, column = piece.column;
         if (column < 0) return sum_rows(dbias, g, row, add, B * T, N, tiles);
         product<K_OUTER, K_OUTER>(
@@ -296,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ln_linear_bwd_weig
                     {pq + (long long)(source - 1) * B * 2 * N, N, N, of_pq, (source - 1) * B * 2}, {inactive, C, C, of_inactive}, 2 * B
                 };
             },
-            tiles, store_gradient(dweight, C, add), SharedParts{parts, stored, piece}
+            tiles, store_gradient(dweight, C, add), SharedParts{parts, counters + 1, piece}
         );
         int n = row + threadIdx.x;
         if (pq && piece.part < 0 && column == 0 && threadIdx.x < TILE_M && n < N) {

@@ -63,8 +63,8 @@ pub(crate) struct Lengths {
     pub(crate) plan: usize,
     /// Of [`Shares::parts`].
     pub(crate) parts: usize,
-    /// Counters of the parts that are there.
-    pub(crate) stored: usize,
+    /// What blocks tell each other: how many lists are taken, and for each part whether it is there.
+    pub(crate) counters: usize,
 }
 
 /// How a gradient is computed on a device, whatever the windows are.
@@ -177,7 +177,7 @@ impl Planner {
         let Tile { m, n, .. } = self.tile();
         // One number where there are none: memory is never empty.
         let parts = if self.cuts { blocks * m * n } else { 1 };
-        Lengths { plan: blocks + 1 + pieces * WORDS, parts, stored: blocks }
+        Lengths { plan: blocks + 1 + pieces * WORDS, parts, counters: 1 + blocks }
     }
 
     /// For each class of tiles what its reduction runs over. A chunk may hold rows of several samples.
@@ -373,7 +373,7 @@ mod tests {
             (column / n + row / m * columns.div_ceil(n), &needed[class])
         };
         let mut done = vec![Vec::new(); planner.tiles()]; // chunks that a tile's owner has
-        let mut stored: Vec<Option<(usize, Vec<usize>)>> = vec![None; lengths.stored]; // tile and chunks
+        let mut stored: Vec<Option<(usize, Vec<usize>)>> = vec![None; lengths.counters - 1]; // tile and chunks
         let mut biases = vec![0; rows.div_ceil(BIAS_COLUMNS)];
         let mut loads = Vec::new();
         for block in 0..blocks {

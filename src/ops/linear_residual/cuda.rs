@@ -188,11 +188,11 @@ impl Scratch {
         mut take: impl FnMut(usize, DType) -> std::result::Result<Buffer, E>,
     ) -> std::result::Result<Self, E> {
         let Dims { b, t, c, .. } = dims;
-        let Lengths { parts, stored, .. } = planner(device, elem, dims).lengths();
+        let Lengths { parts, counters, .. } = planner(device, elem, dims).lengths();
         Ok(Scratch {
             dz: take(b * t * c, elem)?,
             dz_sums: take(b * c, DType::F32)?,
-            counters: take(stored, DType::U32)?,
+            counters: take(counters, DType::U32)?,
             shares: Shares { plan, parts: take(parts, DType::F32)? },
         })
     }
@@ -237,7 +237,7 @@ pub unsafe fn backward(
     check_sizes(OP, elem, [b, t], &[c, k])?;
     check_stride(OP, inputs.gate.stride)?;
     let planner = planner(device, elem, dims);
-    let Lengths { plan, parts, stored } = planner.lengths();
+    let Lengths { plan, parts, counters } = planner.lengths();
     check_buffers(
         OP,
         elem,
@@ -250,7 +250,7 @@ pub unsafe fn backward(
             Operand::weight("dbias", grads.dbias, c),
             Operand::new("dz", scratch.dz, b * t * c),
             Operand::new("dz_sums", scratch.dz_sums, b * c),
-            Operand::new("counters", scratch.counters, stored),
+            Operand::new("counters", scratch.counters, counters),
             Operand::new("plan", scratch.shares.plan, plan),
             Operand::new("parts", scratch.shares.parts, parts),
             Operand::new("dout", dout, b * t * c),
@@ -311,7 +311,7 @@ pub unsafe fn backward(
             windows.write.into(),
             tiles.operand(scratch.dz, b * t, c),
             tiles.operand(weight, c, k),
-            Arg::I32(stored as i32),
+            Arg::I32(counters as i32),
             b32,
             t32,
             k32,

@@ -145,7 +145,7 @@ impl Scratch {
         mut take: impl FnMut(usize, DType) -> std::result::Result<Buffer, E>,
     ) -> std::result::Result<Self, E> {
         let Dims { b, t, c, n } = dims;
-        let Lengths { parts, stored, .. } = planner(device, elem, dims, full).lengths();
+        let Lengths { parts, counters, .. } = planner(device, elem, dims, full).lengths();
         let mut unless_full = |len, dtype| if full { Ok(Buffer::none(dtype)) } else { take(len, dtype) };
         let pq = unless_full(pq_len(dims, elem), elem)?;
         let q = unless_full(b * n, DType::F32)?;
@@ -158,7 +158,7 @@ impl Scratch {
             dr,
             inactive_grads,
             sums: take(sums_len(dims), DType::F32)?,
-            counters: take(counters_len(dims, stored), DType::U32)?,
+            counters: take(dims.b + counters, DType::U32)?,
             shares: Shares { plan, parts: take(parts, DType::F32)? },
         })
     }
@@ -209,11 +209,6 @@ pub(crate) fn planner(device: &Device, elem: DType, dims: Dims, full: bool) -> P
     let corrections = if full { 0 } else { split(elem) };
     let gradient = Gradient { rows: n, columns: c, windows_of_rows: false, b, t, corrections, bias: full };
     Planner::new(device, elem, gradient)
-}
-
-/// Elements of [`Scratch::counters`]: one for each sample, and one for each part of the shares.
-fn counters_len(dims: Dims, stored: usize) -> usize {
-    dims.b + stored
 }
 
 /// How the weight's gradient is shared out for these windows, `[B]`: what [`Scratch::take`] takes; `full` as in [`Inputs`].
@@ -380,7 +375,7 @@ pub unsafe fn backward(
     check_sizes(OP, elem, [b, t], &[c, n])?;
     check_stride(OP, inputs.modulation.stride)?;
     let planner = planner(device, elem, dims, inputs.full);
-    let Lengths { plan, parts, stored } = planner.lengths();
+    let Lengths { plan, parts, counters } = planner.lengths();
     check_buffers(
         OP,
         elem,
@@ -396,7 +391,7 @@ pub unsafe fn backward(
             Operand::new("dr", scratch.dr, unless_full(dr_len(dims))),
             Operand::new("inactive_grads", scratch.inactive_grads, unless_full(inactive_grads_len(dims, elem))),
             Operand::new("sums", scratch.sums, sums_len(dims)),
-            Operand::new("counters", scratch.counters, counters_len(dims, stored)),
+            Operand::new("counters", scratch.counters, b + counters),
             Operand::new("plan", scratch.shares.plan, plan),
             Operand::new("parts", scratch.shares.parts, parts),
             Operand::new("g", g, b * t * n),
@@ -434,7 +429,7 @@ pub unsafe fn backward(
         let outputs = [pq.into(), q.into(), dr.into(), g.into()];
         launch(&columns, &[&outputs[..], &statistics, &[b32, t32, n32]].concat())?;
     }
-    let (finished, stored) = (scratch.counters.slice(0..b), scratch.counters.slice(b..b + stored));
+    let (finished, counters) = (scratch.counters.slice(0..b), scratch.counters.slice(b..b + counters));
     let mut tiles = tiling(device, elem, b * t, c);
     if !inputs.full {
         tiles.grid[1] += (split(elem) * 2 * b).div_ceil(tiles.tile.m) as u32;
@@ -452,7 +447,7 @@ pub unsafe fn backward(
             tiles.operand(g, b * t, n),
             tiles.operand(pq, split(elem) * 2 * b, n),
             tiles.operand(inputs.weight, n, c),
-            Arg::I32((b + stored.len) as i32),
+            Arg::I32((b + counters.len) as i32),
             b32,
             t32,
             c32,
@@ -491,7 +486,7 @@ pub unsafe fn backward(
             grads.dweight.into(),
             grads.dbias.into(),
             scratch.shares.parts.into(),
-            stored.into(),
+            counters.into(),
             scratch.shares.plan.into(),
             g.into(),
             saved.h.into(),
