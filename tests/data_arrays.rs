@@ -238,6 +238,30 @@ fn images_of_another_range_are_refused() {
     assert!(error.contains("has 9 in image 999"), "{error}");
 }
 
+/// What is not finite says nothing of the spread of the others, and is told instead.
+#[test]
+fn samples_that_are_not_finite_are_counted_and_not_estimated_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let note = |factor: f32, bad: &[usize]| {
+        let mut latents: Vec<f32> = (0..200).map(|i| if i % 2 == 0 { factor } else { -factor }).collect();
+        bad.iter().for_each(|&sample| latents[2 * sample + 1] = f32::NAN);
+        let tensors =
+            [("latents", Dtype::F32, &[100, 1, 1, 2][..], f32s(&latents)), ("labels", Dtype::U8, &[100], vec![0; 100])];
+        let set = ArrayFile::open(save(dir.path(), &tensors), None, None).unwrap();
+        set.note().map(|note| note.replace(&format!("{}: ", dir.path().join("set.safetensors").display()), ""))
+    };
+    let half: Vec<usize> = (50..100).collect();
+    assert_eq!(note(1.0, &half).as_deref(), Some("32 of the 64 samples looked at are not finite"));
+    assert_eq!(
+        note(1.0, &(0..100).collect::<Vec<_>>()).as_deref(),
+        Some("64 of the 64 samples looked at are not finite")
+    );
+    let both = note(5.0, &[0]).unwrap();
+    let spread = "\nthe latents have a standard deviation of about 5.00, where 1 is expected";
+    assert!(both.starts_with(&format!("1 of the 64 samples looked at are not finite{spread}")), "{both}");
+    assert_eq!(note(1.0, &[]), None);
+}
+
 #[test]
 fn values_that_are_not_finite_are_named_when_they_are_read() {
     let dir = tempfile::tempdir().unwrap();

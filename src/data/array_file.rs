@@ -128,27 +128,31 @@ impl ArrayFile {
         let opened = regular_file::open(&path).and_then(|file| Ok((file.metadata()?.len(), file)));
         let (len, on_disk) = opened.map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
         let mut file = ArrayFile { path, layout, shape, pictures, labels, names, file, on_disk, len, note: None };
-        let notes = [file.look_at_samples()?, file.classes_without_samples()].into_iter().flatten();
+        let notes = file.look_at_samples()?.into_iter().chain(file.classes_without_samples());
         let notes: Vec<_> = notes.map(|note| format!("{}: {note}", file.path.display())).collect();
         file.note = (!notes.is_empty()).then(|| notes.join("\n"));
         Ok(file)
     }
 
     /// Looks at some samples, so that a whole set of another range is told, or refused, before anything is trained on it.
-    fn look_at_samples(&self) -> Result<Option<String>> {
+    fn look_at_samples(&self) -> Result<Vec<String>> {
         if self.file.array().element == Element::U8 {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let mut out = vec![0.0; self.shape.iter().product()];
         let count = LOOKED_AT.min(NUMBERS_LOOKED_AT / out.len()).clamp(1, self.len());
         let (mut low, mut high) = (f32::INFINITY, f32::NEG_INFINITY);
-        let (mut sum, mut squares) = (0.0, 0.0);
+        let (mut sum, mut squares, mut damaged) = (0.0, 0.0, 0);
         for i in 0..count {
             let index = i * self.len() / count;
             self.numbers(index, &mut out);
-            // What is not finite is told when it is read: other samples may be good.
             if let Some(what) = self.out_of_range(index, &out) {
                 return Err(Error::file(&self.path, what));
+            }
+            // Others may be good.
+            if self.read_std(index, false, &mut out).and_then(|_| self.read(index, false, &mut out)).is_err() {
+                damaged += 1;
+                continue;
             }
             (low, high) = out.iter().fold((low, high), |(low, high), &x| (low.min(x), high.max(x)));
             sum += out.iter().map(|&x| f64::from(x)).sum::<f64>();
@@ -158,20 +162,26 @@ impl ArrayFile {
                 squares += sum_of_squares(&out);
             }
         }
-        let numbers = (count * out.len()) as f64;
+        let mut notes = Vec::new();
+        if damaged > 0 {
+            let or = if self.file.std().is_some() { ", or have a negative standard deviation" } else { "" };
+            notes.push(format!("{damaged} of the {count} samples looked at are not finite{or}"));
+        }
+        let numbers = ((count - damaged) * out.len()) as f64;
         let spread = (squares / numbers - (sum / numbers).powi(2)).max(0.0).sqrt();
         if self.pictures && low >= 0.0 && high > 0.0 {
             let what =
                 "the images seem to be from 0 to 1, but -1 to 1 is expected: if 0 is black in them, save 2 x - 1";
-            return Ok(Some(what.into()));
+            notes.push(what.into());
         }
-        let unlike = !self.pictures && spread.is_finite() && !SPREADS.contains(&spread);
-        Ok(unlike.then(|| {
-            format!(
+        // Of no sample at all it would be 0.
+        if !self.pictures && damaged < count && spread.is_finite() && !SPREADS.contains(&spread) {
+            notes.push(format!(
                 "the latents have a standard deviation of about {spread:.2}, where 1 is expected: scale them, as those of Stable Diffusion's \
                  encoder are by 0.18215"
-            )
-        }))
+            ));
+        }
+        Ok(notes)
     }
 
     /// What there is to say about classes that no label names, if any: the model would not learn them.
