@@ -174,6 +174,34 @@ fn it_is_measured_afterwards_too() {
     fails(run(place, &["validate", "--checkpoint", "plain"]), 2, &["this run was not validated: say with --data"]);
 }
 
+/// Of the same weights, on the run's own samples: those of a run that was trained with the other weight.
+#[test]
+fn another_loss_weight_may_be_measured() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let args = ["--out", "run", "--steps", "2", "--validation-samples", "30", "--loss-weight", "min-snr-5"];
+    succeeds(train(place, &args));
+    let ema = "run/checkpoints/0000002/ema.safetensors";
+    let init = ["--init-from", ema, "--steps", "1", "--lr", "1e-30", "--validation-samples", "30"];
+    succeeds(train(place, &[&init[..], &["--out", "plain", "--loss-weight", "constant"]].concat()));
+    let of_run = |more: &[&str]| validated(place, &[&["--checkpoint", "run"], more].concat());
+    let constant = of_run(&["--loss-weight", "constant"]);
+    assert_eq!(constant, validated(place, &["--checkpoint", "plain"]));
+    assert_eq!(of_run(&[]), of_run(&["--loss-weight", "min-snr-5"]));
+    assert_eq!(of_run(&[]), validated(place, &["--checkpoint", "plain", "--loss-weight", "min-snr-5"]));
+    assert!(of_run(&[]) != constant && of_run(&["--loss-weight", "p2"]) != constant);
+    let text = succeeds(run(place, &["validate", "--checkpoint", "run", "--loss-weight", "constant"]));
+    assert!(text.contains("\nloss weight   constant\n"), "{text}");
+    // What a file of weights says of it is overruled too.
+    let of_file = |more: &[&str]| validated(place, &[&["--checkpoint", ema, "--data", "digits"], more].concat());
+    let on_digits = of_run(&["--data", "digits", "--loss-weight", "constant"]);
+    assert_eq!(of_file(&["--loss-weight", "constant"]), on_digits);
+    assert!(of_file(&[]) != on_digits);
+    let refused = |weight| run(place, &["validate", "--checkpoint", "run", "--loss-weight", weight]);
+    fails(refused("uw"), 2, &["uw learns its weights in training: give another --loss-weight, such as constant"]);
+    fails(refused("heavy"), 2, &["there is no loss weight 'heavy'"]);
+}
+
 /// Their neighbours do not count in their place: what is measured is that of the others, each with its own noise.
 #[test]
 fn damaged_samples_are_named_and_left_out() {

@@ -5,10 +5,12 @@ use serde::Serialize;
 
 use super::compute::ComputeArgs;
 use super::info::row;
+use super::offered::offered;
 use super::source::{Source, SourceArgs, source};
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
 use crate::backend::Compute;
+use crate::diffusion::LossWeight;
 use crate::error::{Error, Result};
 use crate::model::dit::Dit;
 use crate::train::metrics::{self, Means};
@@ -24,8 +26,8 @@ Examples:
   dtr-fused validate --checkpoint DiT-XL-2.safetensors --data latents.npy --json
 
 Every sample has a timestep and noise of its own, the same for every model. So values on the
-same data, with the same --seed, differ by the models alone, if these have the same noise schedule
-and loss weight: both are those of training.
+same data, with the same --seed, differ by the models alone, if these have the same noise schedule,
+which is that of training, and the same loss weight: --loss-weight constant for all of them, say.
 ";
 
 /// Measure the loss of a model on data that it has not learned from
@@ -41,6 +43,9 @@ pub(super) struct ValidateArgs {
     /// Seed of noise and timesteps [default: 0; the run's validation_seed without --data]
     #[arg(long, allow_negative_numbers = true)]
     seed: Option<u64>,
+    /// Weight of the loss by timestep: constant (none), min-snr-5 (any number) or p2 (or p2-GAMMA-K) [default: that of training]
+    #[arg(long, value_name = "constant|min-snr-5|p2", hide_possible_values = true, value_parser = offered::<LossWeight>("constant|min-snr-5|p2"))]
+    loss_weight: Option<LossWeight>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -51,6 +56,10 @@ pub(super) struct ValidateArgs {
 pub(super) fn run(args: ValidateArgs) -> Result<()> {
     let Source { mut config, name, weights: file, names, note: assumed } = source(&args.source)?;
     args.compute.put_into(&mut config)?;
+    if args.loss_weight == Some(LossWeight::Uncertainty) {
+        return Err(Error::usage("uw learns its weights in training: give another --loss-weight, such as constant"));
+    }
+    config.loss_weight = args.loss_weight.unwrap_or(config.loss_weight);
     let samples = match &args.data {
         Some(what) => setup::validation_data(&config, what, names)?,
         None if file == name => return Err(Error::usage("a file of weights names no data: give --data")),
