@@ -174,6 +174,28 @@ fn it_is_measured_afterwards_too() {
     fails(run(place, &["validate", "--checkpoint", "plain"]), 2, &["this run was not validated: say with --data"]);
 }
 
+#[test]
+fn the_weights_themselves_may_be_validated() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let args = ["--out", "run", "--steps", "3", "--lr", "0.01", "--validation-samples", "30", "--ema-decay", "0.9"];
+    let args = [&args[..], &["--ema-warmup", "false"]].concat();
+    let output = train(place, &args);
+    let said = stderr(&output);
+    succeeds(output);
+    let told = "the moving average, which is validated, still holds 73 % of the initial weights: ";
+    assert_eq!(said.matches(told).count(), 1, "{said}");
+    let last = || metrics::read(&place.join("run")).unwrap().pop().unwrap().validation.unwrap().loss.unwrap();
+    let of = |weights| validated(place, &["--checkpoint", "run", "--weights", weights]);
+    assert_eq!(last(), of("ema"));
+    let resumed = ["train", "--resume", "run", "--steps", "4", "--validation-weights", "model"];
+    let output = run(place, &resumed);
+    assert!(!stderr(&output).contains("still holds"), "{}", stderr(&output));
+    succeeds(output);
+    assert_eq!(last(), of("model"));
+    assert!(last() != of("ema"));
+}
+
 /// Of the same weights, on the run's own samples: those of a run that was trained with the other weight.
 #[test]
 fn another_loss_weight_may_be_measured() {

@@ -185,9 +185,10 @@ fn checkpointed_activations_change_no_bit() {
 fn a_checkpoint_resumes_on_the_other_device() {
     let folder = tempfile::tempdir().unwrap();
     let validated = [("checkpoint_every", "2"), ("validation_samples", "5"), ("validation_every", "2")];
-    let (whole, _) =
-        train(folder.path().join("whole"), &[&validated[..], &[("device", "cpu"), ("steps", "4")]].concat());
-    for (first, second) in [("cuda", "cpu"), ("cpu", "cuda")] {
+    for (first, second, weights) in [("cuda", "cpu", "ema"), ("cpu", "cuda", "model")] {
+        let validated = [&validated[..], &[("validation_weights", weights)]].concat();
+        let whole = folder.path().join(format!("whole-{weights}"));
+        let (whole, _) = train(whole, &[&validated[..], &[("device", "cpu"), ("steps", "4")]].concat());
         let set = [&validated[..], &[("device", first), ("steps", "2")]].concat();
         let (run, _) = train(folder.path().join(first), &set);
         let (_, at) = checkpoint::latest(&run).unwrap().unwrap();

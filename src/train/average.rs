@@ -1,6 +1,6 @@
-//! The moving average of the weights while a run trains, for passes that record nothing.
+//! The moving average of the weights while a run trains, or the weights themselves, for passes that record nothing.
 
-use super::config::TrainConfig;
+use super::config::{TrainConfig, ValidationWeights};
 use super::learner::Learner;
 use crate::autograd::cuda::DeviceWeights;
 use crate::autograd::{Memory, Weights};
@@ -9,7 +9,7 @@ use crate::generate::IMAGES_AT_ONCE;
 use crate::model::dit::Dit;
 use crate::model::parts::samples_at_once;
 
-/// The moving average, where training computes.
+/// The moving average, or the weights in its place, where training computes.
 pub(super) struct Average<'a> {
     dit: &'a Dit,
     weights: &'a [f32],
@@ -23,17 +23,24 @@ impl<'a> Average<'a> {
     ///
     /// # Errors
     /// When the device has no memory for it, or fails.
-    pub(super) fn of(learner: &'a mut Learner, config: &TrainConfig) -> Result<Self> {
-        let Learner { dit, ema, memory, device_state, .. } = learner;
+    pub(super) fn of(learner: &'a mut Learner, config: &TrainConfig, which: ValidationWeights) -> Result<Self> {
+        let Learner { dit, weights, ema, memory, device_state, .. } = learner;
+        let weights = match which {
+            ValidationWeights::Ema => ema,
+            ValidationWeights::Model => weights,
+        };
         if let Some(state) = device_state {
-            state.read_ema(ema)?;
+            match which {
+                ValidationWeights::Ema => state.read_ema(weights)?,
+                ValidationWeights::Model => state.read_weights(weights)?,
+            }
         }
         let elem = config.precision.elem();
         let uploaded =
-            device_state.as_ref().map(|state| DeviceWeights::upload(state.device(), ema, elem)).transpose()?;
+            device_state.as_ref().map(|state| DeviceWeights::upload(state.device(), weights, elem)).transpose()?;
         // A memory of its own on a device: that of training keeps its place, and its graphs with it.
         let own = uploaded.as_ref().map(|weights| Memory::on_device(weights.device(), elem));
-        Ok(Average { dit, weights: ema, uploaded, own, memory })
+        Ok(Average { dit, weights, uploaded, own, memory })
     }
 
     /// The model, its weights and the memory of its passes.

@@ -175,11 +175,19 @@ impl DeviceState {
     /// When the device fails.
     pub fn read(&self, weights: &mut [f32], rest: [&mut [f32]; 3]) -> Result<()> {
         let device = self.device();
-        device.read_bytes(bytemuck::cast_slice_mut(weights), self.weights.full())?;
+        self.read_weights(weights)?;
         let [ema, m, v] = rest;
         self.read_ema(ema)?;
         device.read_bytes(bytemuck::cast_slice_mut(m), &self.m)?;
         device.read_bytes(bytemuck::cast_slice_mut(v), &self.v)
+    }
+
+    /// Copies the weights to main memory.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn read_weights(&self, weights: &mut [f32]) -> Result<()> {
+        self.device().read_bytes(bytemuck::cast_slice_mut(weights), self.weights.full())
     }
 
     /// Copies the moving average to main memory.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::average::{Average, images_at_once};
-use super::config::{SamplerKind, TrainConfig};
+use super::config::{SamplerKind, TrainConfig, ValidationWeights};
 use super::learner::Learner;
 use super::metrics::MetricsLog;
 use super::progress::Progress;
@@ -82,7 +82,7 @@ impl Trainer<'_> {
         // With guidance each image twice: with its label, and without.
         let Learner { dit, device_state, .. } = &self.learner;
         let at_once = images_at_once(dit, device_state.is_some(), config, if sampler.guided() { 2 } else { 1 });
-        let mut average = Average::of(&mut self.learner, config)?;
+        let mut average = Average::of(&mut self.learner, config, ValidationWeights::Ema)?;
         let (dit, weights, memory) = average.parts();
         let total = generate::steps(&sampler, labels.len(), at_once);
         let show = |done| {

@@ -176,7 +176,8 @@ pub(super) struct Trainer<'a> {
     pub(super) learner: Learner,
     batches: Batches,
     pub(super) validation: Option<Validation>,
-    pub(super) fingerprint: String, // of the data
+    pub(super) told_of_average: bool, // that it still holds the initial weights
+    pub(super) fingerprint: String,   // of the data
     pub(super) step: u64,
     pub(super) saved: Option<u64>, // step of the last checkpoint
     whole: bool,                   // whether the numbers are those after a step, not in the middle of one
@@ -197,6 +198,7 @@ impl<'a> Trainer<'a> {
             config,
             batches: Batches::new(config, data.training, learner.device_state.is_some())?,
             validation: validation.transpose()?,
+            told_of_average: false,
             fingerprint: data.fingerprint,
             learner,
             step: 0,

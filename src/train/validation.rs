@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::average::{Average, images_at_once};
-use super::config::TrainConfig;
+use super::config::{TrainConfig, ValidationWeights};
 use super::learner::{Batch, Losses};
 use super::metrics::{self, Means, Meter};
 use super::pass::measure;
@@ -118,10 +118,13 @@ impl Validation {
 impl Trainer<'_> {
     /// The validation loss, of which a failure is told but does not end training.
     pub(super) fn validate(&mut self, stop: &AtomicBool, progress: &mut Progress) -> Option<Means> {
+        if let Some(note) = self.note_on_average() {
+            progress.say(&note);
+        }
         let Trainer { config, learner, validation, step, .. } = self;
         let validation = validation.as_mut()?;
         let (n, schedule, loss_weight) = (validation.len(), learner.schedule.clone(), learner.loss_weight());
-        let means = Average::of(learner, config).and_then(|mut average| {
+        let means = Average::of(learner, config, config.validation_weights).and_then(|mut average| {
             let (dit, weights, memory) = average.parts();
             validation.means(Validated { dit, weights, memory, schedule: &schedule, loss_weight }, config, |done| {
                 progress.meanwhile(format!("validating {done}/{n}"));
@@ -143,6 +146,20 @@ impl Trainer<'_> {
                 None
             }
         }
+    }
+
+    /// A sentence, once, where an average is validated that is the initial weights for the most part.
+    fn note_on_average(&mut self) -> Option<String> {
+        let initial = self.config.initial_share_after(self.learner.updates);
+        if self.told_of_average || self.config.validation_weights != ValidationWeights::Ema || initial <= 0.5 {
+            return None;
+        }
+        self.told_of_average = true;
+        let percent = 100.0 * initial;
+        Some(format!(
+            "the moving average, which is validated, still holds {percent:.0} % of the initial weights: give --validation-weights model, or \
+             --ema-warmup true"
+        ))
     }
 }
 
@@ -244,6 +261,28 @@ mod tests {
         }
     }
 
+    #[test]
+    fn it_may_be_that_of_the_weights_themselves() {
+        check_mean(&TrainConfig { validation_weights: ValidationWeights::Model, ..config(6) }, &[]);
+    }
+
+    /// Once, and only while most of it is what it began with: 0.99^68 is 0.505.
+    #[test]
+    fn an_average_that_has_hardly_moved_is_told() {
+        let slow = TrainConfig { ema_decay: 0.99, ema_warmup: false, ..config(6) };
+        let note = |config: &TrainConfig, updates| {
+            let mut trainer = trainer(config, Some(ten_samples()));
+            trainer.learner.updates = updates;
+            [trainer.note_on_average(), trainer.note_on_average()]
+        };
+        let [Some(told), None] = note(&slow, 10) else { panic!("not told, or twice") };
+        assert!(told.contains("still holds 90 % of the initial weights: give --validation-weights model"), "{told}");
+        assert!(note(&slow, 68)[0].as_ref().is_some_and(|told| told.contains("still holds 50 %")));
+        assert_eq!(note(&slow, 69), [None, None]);
+        assert_eq!(note(&TrainConfig { ema_warmup: true, ..slow.clone() }, 10), [None, None]);
+        assert_eq!(note(&TrainConfig { validation_weights: ValidationWeights::Model, ..slow }, 10), [None, None]);
+    }
+
     fn check_mean(config: &TrainConfig, damaged: &'static [usize]) {
         let held_out = made(10, 3, move |index, flip, out| match damaged.contains(&index) {
             true => Err(Error::file(index.to_string(), "is damaged")),
@@ -254,7 +293,8 @@ mod tests {
         let learner = &mut trainer.learner;
         learner.ema.iter_mut().enumerate().for_each(|(i, w)| *w += (i * 37 % 101) as f32 / 2000.0 - 0.025);
         let found = trainer.validate(&AtomicBool::new(false), &mut Progress::new("test", 0, 1)).unwrap();
-        let Learner { dit, ema, schedule, .. } = &trainer.learner;
+        let Learner { dit, weights, ema, schedule, .. } = &trainer.learner;
+        let weights = if config.validation_weights == ValidationWeights::Model { weights } else { ema };
         let dims = ImageDims { channels: 1, pixels: 16, learn_sigma: true };
         let (mut x_start, mut noise, mut x_t, mut scratch) = ([0.0; 16], [0.0; 16], [0.0; 16], [0.0; 32]);
         let mut sums = [0.0; 3];
@@ -266,7 +306,7 @@ mod tests {
             let label = if config.label_dropout == 1.0 { 3 } else { label };
             Philox::new(config.validation_seed, Stream::ValidationNoise).normal(&mut noise, 0, i as u64);
             q_sample(&mut x_t, &x_start, &noise, &t, schedule).unwrap();
-            let mut tape = Tape::inference(ema, &mut memory);
+            let mut tape = Tape::inference(weights, &mut memory);
             let x = tape.input(&x_t, [1, 1, 4, 4], false).unwrap();
             let out = dit.forward(&mut tape, x, &t, &[label]).unwrap();
             let weight = config.loss_weight.weight(schedule, t[0] as usize);

@@ -8,7 +8,7 @@ mod source;
 mod value;
 
 pub use source::{Assignment, Layer};
-pub use value::{DataKind, Decay, InitLabels, Precision, SamplerKind};
+pub use value::{DataKind, Decay, InitLabels, Precision, SamplerKind, ValidationWeights};
 
 use super::optimizer::Update;
 use crate::diffusion::{LossWeight, Prediction, Schedule, ScheduleKind, Timesteps};
@@ -196,6 +196,8 @@ knobs! {
         log_every: u64;
         /// Steps from one validation loss to the next (and one at the end); 0 = only at the end
         validation_every: u64;
+        /// Weights it is measured with: ema (their moving average), or model (the weights themselves)
+        validation_weights: ValidationWeights;
         /// Steps from one checkpoint to the next (and one at the end); 0 = only at the end
         checkpoint_every: u64;
         /// Latest checkpoints that are kept
@@ -287,6 +289,7 @@ impl Default for TrainConfig {
             out: String::new(),
             log_every: 10,
             validation_every: 100,
+            validation_weights: ValidationWeights::Ema,
             checkpoint_every: 100,
             keep_checkpoints: 2,
             keep_every: 0,
@@ -382,6 +385,11 @@ impl TrainConfig {
     pub fn ema_decay_at(&self, n: u64) -> f64 {
         let warm = (1.0 + n as f64) / (10.0 + n as f64);
         if self.ema_warmup { self.ema_decay.min(warm) } else { self.ema_decay }
+    }
+
+    /// The share of the initial weights that the moving average holds after `n` updates.
+    pub fn initial_share_after(&self, n: u64) -> f64 {
+        (0..n).map(|n| self.ema_decay_at(n)).product()
     }
 
     /// The learning rate of step `step` (the first step is 0).

@@ -99,7 +99,18 @@ macro_rules! choices {
     ($($type:ident),+) => { $(word!($type, $type::NAMES, format!("one of {}", $type::NAMES.replace('|', ", ")));)+ };
 }
 
-choices!(Routing, Prediction, ScheduleKind, Init, InitLabels, Decay, DataKind, Precision, SamplerKind);
+choices!(
+    Routing,
+    Prediction,
+    ScheduleKind,
+    Init,
+    InitLabels,
+    Decay,
+    DataKind,
+    Precision,
+    SamplerKind,
+    ValidationWeights
+);
 
 /// Learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,6 +169,17 @@ pub enum InitLabels {
 }
 
 choice!(InitLabels: Given = "given", New = "new");
+
+/// Which weights are validated while a run trains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ValidationWeights {
+    /// Their moving average.
+    Ema,
+    /// Those of the last step.
+    Model,
+}
+
+choice!(ValidationWeights: Ema = "ema", Model = "model");
 
 /// Sampling algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
