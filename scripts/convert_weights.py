@@ -224,10 +224,16 @@ def convert(args):
         if told.isdecimal():
             metadata["num_heads"] = told
         if args.set:
-            # Then nothing is left to be assumed.
-            metadata = PUBLISHED | ({"num_heads": str(heads)} if heads else {}) | metadata | dict(args.set)
+            # Then nothing may be left to be assumed.
+            if not heads:
+                sys.exit(f"{path} does not tell the heads of its model: give --num-heads")
+            metadata = PUBLISHED | {"num_heads": str(heads)} | metadata | dict(args.set)
             if metadata["prediction"] == "flow":
                 del metadata["schedule"]
+            routing = metadata["routing"]
+            needs = ["beta", "alpha"] * (routing != "dense") + ["seed"] * (routing == "random")
+            if lacks := [key for key in needs if key not in metadata]:
+                sys.exit(f"routing {routing} needs more: give --set {' '.join(f'{key}=X' for key in lacks)} too")
         write_tensors(args.target, weights, metadata)
         print(f"{len(weights)} tensors are in {args.target}: a DiT of {size.depth} blocks and {size.c} channels")
         if give := ["num_heads=X"] * (not heads) + ["image_size=X"] * (not size.side):
@@ -281,6 +287,8 @@ def main():
     parser.add_argument("--set", metavar="KEY=VALUE", type=setting, nargs="+", default=[], help=f"what the model is: {', '.join(SETTINGS)}")
     parser.add_argument("--force", action="store_true", help="make a dense model of weights that were trained with routing")
     args = parser.parse_args()
+    if args.set and args.to != "dtr-fused":
+        parser.error("--set is for files of dtr-fused: leave it out")
     try:
         convert(args)
     except OSError as error:

@@ -91,9 +91,9 @@ fn pruning_keeps_the_last_ones_every_mth_and_the_best() {
     for step in [10, 20, 30, 40, 50] {
         write(run.path(), step).unwrap();
     }
-    checkpoint::prune(run.path(), 2, 20, Some(10)).unwrap();
+    checkpoint::prune(run.path(), 2, 20, &[10]).unwrap();
     assert_eq!(steps(run.path()), [10, 20, 40, 50]);
-    checkpoint::prune(run.path(), 0, 0, None).unwrap();
+    checkpoint::prune(run.path(), 0, 0, &[]).unwrap();
     assert_eq!(steps(run.path()), [50], "the last one stays whatever is asked");
     assert_eq!(fs::read_dir(run.path().join("checkpoints")).unwrap().count(), 1);
 }
@@ -108,7 +108,7 @@ fn one_that_cannot_be_deleted_does_not_keep_the_others() {
     let taken = run.path().join("checkpoints/.tmp-0000001");
     fs::create_dir(&taken).unwrap();
     fs::write(taken.join("x"), "").unwrap();
-    let error = checkpoint::prune(run.path(), 1, 0, None).unwrap_err().to_string();
+    let error = checkpoint::prune(run.path(), 1, 0, &[]).unwrap_err().to_string();
     assert!(error.contains("0000001") && error.contains("cannot be deleted"), "{error}");
     assert_eq!(steps(run.path()), [1, 3]);
 }
@@ -168,7 +168,7 @@ fn writer() {
     for step in 1.. {
         write(run, step).unwrap();
         write(run, step).unwrap();
-        checkpoint::prune(run, 2, 0, None).unwrap();
+        checkpoint::prune(run, 2, 0, &[]).unwrap();
         if given.is_none() && step == 3 {
             break;
         }

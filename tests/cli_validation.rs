@@ -91,6 +91,16 @@ fn the_best_checkpoint_is_kept_and_taken() {
     };
     assert!(grid("best.png", &["run", "--best"]) == grid("its.png", &[&its]));
 
+    // Losses of other weights say nothing of those of before, of which the best stays.
+    succeeds(run(place, &["train", "--resume", "run", "--steps", "15", "--validation-weights", "model"]));
+    let (later, loss) = lowest(losses("run").into_iter().filter(|(step, _)| *step > 11).collect());
+    let mut all = vec![best, later, 15];
+    all.dedup();
+    assert_eq!(kept("run"), all);
+    let shown = format!("best validation {} at step {later} (kept)\n", metrics::loss_text(loss));
+    assert!(info("run", &[]).contains(&shown), "{}", info("run", &[]));
+    assert_eq!(validated(place, &["--checkpoint", "run", "--best"]), loss);
+
     // Only where both fall on a step: here 6, and at the end; of the lower losses before there is no checkpoint.
     of("some", "9", ["3", "2"], &["--keep-checkpoints", "9"]);
     let both = lowest(losses("some").into_iter().filter(|(step, _)| [6, 9].contains(step)).collect()).0;
@@ -99,8 +109,10 @@ fn the_best_checkpoint_is_kept_and_taken() {
     assert_eq!(kept("fewer"), [both, 9]);
     assert!(info("fewer", &[]).contains("(not kept)\n"));
     let best = |path: &str| run(place, &["validate", "--checkpoint", path, "--best"]);
-    let others = format!("or give fewer/checkpoints/{both:07}, the best that is");
-    fails(best("fewer"), 1, &["its lowest validation loss is", "whose checkpoint is not kept", &others]);
+    assert!(succeeds(best("fewer")).contains(&format!("fewer/checkpoints/{both:07}")));
+    of("lost", "8", ["1", "1"], &["--set", "keep_best=false"]);
+    let others = "or give lost/checkpoints/0000008, the best that is";
+    fails(best("lost"), 1, &["its lowest validation loss is", "whose checkpoint is not kept", others]);
     assert!(of("never", "6", ["3", "2"], &[]).contains("keep_best has no effect: before the last step none has both"));
 
     let output = train(place, &["--keep-best", "--steps", "1", "--out", "plain"]);

@@ -40,6 +40,24 @@ fn a_kernel_runs_and_a_graph_replays_it() {
     }
 }
 
+/// Such a thread has no context of its own.
+#[test]
+fn memory_may_be_given_back_on_any_thread() {
+    let device = device();
+    let allocation = device.upload(&[1.0; 8], DType::F32).unwrap();
+    std::thread::spawn(move || drop(allocation)).join().unwrap();
+    device.synchronize().unwrap();
+}
+
+#[test]
+fn gradients_are_not_written_over_the_weights() {
+    let device = Arc::new(device());
+    let weights = DeviceWeights::upload(&device, &[1.0; 8], DType::F32).unwrap();
+    let mut memory = Memory::on_device(&device, DType::F32);
+    let error = pass(&weights, Some((weights.full(), false)), &mut memory, |_| Ok(())).unwrap_err().to_string();
+    assert!(error.starts_with("gradients cannot be written over the weights"), "{error}");
+}
+
 #[test]
 fn many_numbers_are_rounded_piece_by_piece() {
     let device = device();

@@ -131,7 +131,7 @@ enum Run {
 /// A graph and the memory it was captured with.
 struct Captured {
     graph: Option<Graph>,      // None: the driver cannot capture
-    memory: [(u64, usize); 4], // address and size of activations, inputs, weights and gradients
+    memory: [(u64, usize); 5], // address and size of activations, inputs, weights, those that products read, and gradients
 }
 
 /// A pass that was staged: its number, which no other has.
@@ -311,7 +311,12 @@ fn run<R>(
 ) -> Result<R> {
     memory.clear();
     let own = own(memory, weights)?;
-    grads.map_or(Ok(()), |(grads, _)| own.device.own(grads).map(|_| ()))?;
+    if let Some((grads, _)) = grads {
+        own.device.own(grads)?;
+        if [weights.full(), weights.elem()].iter().any(|weights| weights.buffer().address == grads.buffer().address) {
+            return Err(Error::usage("gradients cannot be written over the weights: give them memory of their own"));
+        }
+    }
     (own.run, own.number) = (how, next_number());
     own.at = if how == Run::Dry { own.paper.clone() } else { at.clone() };
     // The bytes of its inputs are kept until the device has read them, also when the work panics.
@@ -414,7 +419,8 @@ pub(crate) unsafe fn launch_staged(
     let place = |buffer: Buffer| (buffer.address, buffer.len);
     let region = |region: &Region| (region.arena.base(), region.bytes());
     let gradients = grads.map_or((0, 0), |(grads, _)| place(grads.buffer()));
-    let places = [region(&own.work), region(&own.inputs), place(weights.full().buffer()), gradients];
+    let [full, read] = [weights.full(), weights.elem()].map(|weights| place(weights.buffer()));
+    let places = [region(&own.work), region(&own.inputs), full, read, gradients];
     if let Some(captured) = own.replayed.get(&key).filter(|captured| captured.memory == places) {
         return match &captured.graph {
             // SAFETY: memory, weights and gradients are where they were when it was captured, and as large; the rest of what its

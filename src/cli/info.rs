@@ -102,7 +102,7 @@ fn show_run(run: &Path) -> Result<()> {
             let loss = loss.map_or("not finite".into(), metrics::loss_text);
             row("validation", format!("{loss} at step {step}"));
         }
-        if let Some((best, loss)) = metrics::best_validation(&lines) {
+        if let Some((best, loss)) = metrics::best_validation(&lines, changes::comparable_since(run)?) {
             let kept = if all.iter().any(|(step, _)| *step == best) { "kept" } else { "not kept" };
             row("best validation ", format!("{} at step {best} ({kept})", metrics::loss_text(loss)));
         }

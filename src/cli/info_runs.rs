@@ -68,7 +68,7 @@ impl Summary {
         let config = TrainConfig::from_file(&run.join(checkpoint::CONFIG))?;
         let lines = metrics::read(&run)?;
         let last = lines.last();
-        let best = metrics::best_validation(&lines).map(|(step, _)| step);
+        let best = metrics::best_validation(&lines, changes::comparable_since(&run)?).map(|(step, _)| step);
         let mut validations = lines.iter().filter_map(Measured::of);
         Ok(Summary {
             run: run.display().to_string(),

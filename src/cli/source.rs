@@ -6,9 +6,9 @@ use clap::{Args, ValueEnum};
 
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
-use crate::train::config::{Assignment, Layer};
+use crate::train::config::{Assignment, Layer, ValidationWeights};
 use crate::train::state::{best_saved, names_in, told_names};
-use crate::train::{TrainConfig, checkpoint, metrics, weights};
+use crate::train::{TrainConfig, changes, checkpoint, metrics, weights};
 
 /// Which weights of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -28,7 +28,7 @@ pub(super) struct SourceArgs {
     /// Of a run take the checkpoint with the lowest validation loss, not the latest
     #[arg(long)]
     best: bool,
-    /// Which weights of a run or a checkpoint [default: ema]
+    /// Which weights of a run or a checkpoint [default: ema; with --best those that were validated]
     #[arg(long, value_enum)]
     weights: Option<Weights>,
     /// What is to be assumed of a file of weights: routing, beta, alpha, seed (of random routing), schedule, num_heads, image_size,
@@ -84,7 +84,10 @@ pub(super) fn source(args: &SourceArgs) -> Result<Source> {
         ));
     };
     let config = TrainConfig::from_file(&name.join(checkpoint::CONFIG))?;
-    let weights = name.join(if args.weights == Some(Weights::Model) { checkpoint::MODEL } else { checkpoint::EMA });
+    // Those whose loss was the lowest.
+    let validated = args.best && config.validation_weights == ValidationWeights::Model;
+    let model = args.weights.map_or(validated, |weights| weights == Weights::Model);
+    let weights = name.join(if model { checkpoint::MODEL } else { checkpoint::EMA });
     let names = names_in(&name);
     Ok(Source { config, name, weights, names, note: None })
 }
@@ -99,14 +102,15 @@ pub(super) fn best_of(path: &Path) -> Result<PathBuf> {
             format!("--best chooses among the checkpoints of a run, but {} is none: leave it out", path.display());
         return Err(Error::usage(what));
     }
-    let lines = metrics::read(path)?;
-    let Some((step, loss)) = metrics::best_validation(&lines) else {
+    let (lines, since) = (metrics::read(path)?, changes::comparable_since(path)?);
+    let Some((step, loss)) = metrics::best_validation(&lines, since) else {
         let what = format!("--best takes the lowest validation loss, but {} has none: leave it out", path.display());
         return Err(Error::usage(what));
     };
-    let saved = best_saved(path, &lines)?;
-    match saved {
-        Some((saved, checkpoint)) if saved == step => Ok(checkpoint),
+    // With keep_best that of the steps that had both was kept.
+    let all_kept = TrainConfig::from_file(&path.join(checkpoint::CONFIG))?.keep_best;
+    match best_saved(path, &lines, since)? {
+        Some((saved, checkpoint)) if saved == step || all_kept => Ok(checkpoint),
         saved => {
             let others =
                 saved.map_or(String::new(), |(_, path)| format!(", or give {}, the best that is", path.display()));

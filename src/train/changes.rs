@@ -40,9 +40,9 @@ pub(crate) fn listed(changes: &[Change]) -> String {
 }
 
 /// Whether a change of `knob` stays on record: it may change the weights or what is measured of them. Those of the machine and of what is
-/// written when do not, but for the precision.
+/// written when do not, but for the precision and the weights that are validated.
 fn matters(knob: &Knob) -> bool {
-    !["Machine", "Output"].contains(&knob.section) || knob.name == "precision"
+    !["Machine", "Output"].contains(&knob.section) || ["precision", "validation_weights"].contains(&knob.name)
 }
 
 /// All changes of `run`, in order. Lines that are none are left out.
@@ -58,6 +58,15 @@ pub(crate) fn read(run: &Path) -> Result<Vec<Change>> {
             Ok(text.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect())
         }
     }
+}
+
+/// The step after which all validation losses of `run` are of the same data and kind of weights, and can be compared.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn comparable_since(run: &Path) -> Result<u64> {
+    let validated = |change: &&Change| ["validation_data", "validation_weights"].contains(&change.key.as_str());
+    Ok(read(run)?.iter().filter(validated).map(|change| change.step).max().unwrap_or(0))
 }
 
 /// Puts on record what `config` has otherwise than the steps until `step` had, and returns that: their values are in `checkpoint`, the one

@@ -192,15 +192,15 @@ fn write_safetensors(out: &mut dyn Write, tensors: &[TensorOut], metadata: &Meta
     tensors.iter().try_for_each(|tensor| out.write_all(bytemuck::cast_slice(tensor.data)))
 }
 
-/// Deletes checkpoints of `run` except the latest `keep_last`, those whose step is a multiple of `keep_every` (0: none), and that of step
-/// `best`.
+/// Deletes checkpoints of `run` except the latest `keep_last`, those whose step is a multiple of `keep_every` (0: none), and those of the
+/// steps `best`.
 ///
 /// # Errors
 /// [`Error::File`] of the first that cannot be deleted; the others are.
-pub fn prune(run: &Path, keep_last: usize, keep_every: u64, best: Option<u64>) -> Result<()> {
+pub fn prune(run: &Path, keep_last: usize, keep_every: u64, best: &[u64]) -> Result<()> {
     let (all, mut result) = (list(run)?, Ok(()));
     for (step, path) in &all[..all.len().saturating_sub(keep_last.max(1))] {
-        if keep_every > 0 && step.is_multiple_of(keep_every) || best == Some(*step) {
+        if keep_every > 0 && step.is_multiple_of(keep_every) || best.contains(step) {
             continue;
         }
         // Renamed first, so that a kill while its files go does not leave half a checkpoint under a step's name.

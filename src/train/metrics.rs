@@ -62,7 +62,8 @@ pub struct Line {
     /// down have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
-    /// What the moving average of the weights has on the samples that are held out, where it was measured after this step.
+    /// What the moving average, or the weights (`validation_weights`), have on the samples that are held out, where it was measured after this
+    /// step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<Means>,
 }
@@ -304,10 +305,10 @@ pub fn read(run: &Path) -> Result<Vec<Line>> {
     }
 }
 
-/// Step and loss of the lowest validation loss in `lines` that is finite.
-pub fn best_validation<'a>(lines: impl IntoIterator<Item = &'a Line>) -> Option<(u64, f64)> {
+/// Step and loss of the lowest validation loss in `lines` that is finite, of those after step `since`.
+pub fn best_validation<'a>(lines: impl IntoIterator<Item = &'a Line>, since: u64) -> Option<(u64, f64)> {
     let measured = |line: &Line| Some((line.step, line.validation.as_ref()?.loss?));
-    lines.into_iter().filter_map(measured).min_by(|(_, a), (_, b)| a.total_cmp(b))
+    lines.into_iter().filter(|line| line.step > since).filter_map(measured).min_by(|(_, a), (_, b)| a.total_cmp(b))
 }
 
 #[cfg(test)]

@@ -182,10 +182,11 @@ pub(crate) fn validation_data(
         )));
     }
     let Some(known) = known else { return Ok(dataset) };
+    let both_named = names.is_some() && names_of_classes(&*dataset).is_some();
     let learned = names.unwrap_or_else(|| (0..known).map(|label| label.to_string()).collect());
     let (learned, found) = match (labels_in(&learned), labels_in(dataset.class_names())) {
         (Some(learned), Some(found)) => (learned, found),
-        (None, None) => (learned, dataset.class_names().to_vec()),
+        _ if both_named => (learned, dataset.class_names().to_vec()),
         // Labels and names say nothing of each other.
         _ => return Ok(dataset),
     };
@@ -395,6 +396,34 @@ fn address_space() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn classes_are_found_by_their_names() {
+        let place = tempfile::tempdir().unwrap();
+        let labels = |learned: &[&str], found: &[&str]| -> Result<Vec<u32>> {
+            let folder = place.path().join(found.join("-"));
+            for class in found {
+                std::fs::create_dir_all(folder.join(class)).unwrap();
+                image::RgbImage::new(4, 4).save(folder.join(class).join("a.png")).unwrap();
+            }
+            let (image_size, data_kind) = (4, DataKind::Images);
+            let config =
+                TrainConfig { image_size, in_channels: 3, num_classes: learned.len(), data_kind, ..Default::default() };
+            let names = Some(learned.iter().map(|name| name.to_string()).collect());
+            let data = validation_data(&config, folder.to_str().unwrap(), names)?;
+            (0..data.len()).map(|index| data.read(index, false, &mut [0.0; 48])).collect()
+        };
+        assert_eq!(labels(&["cat", "dog"], &["cat", "dog"]).unwrap(), [0, 1]);
+        assert_eq!(labels(&["cat", "cow", "dog"], &["cow", "dog"]).unwrap(), [1, 2]);
+        assert_eq!(labels(&["0", "1", "2", "none"], &["1", "2"]).unwrap(), [1, 2]);
+        assert_eq!(labels(&["07", "08"], &["8"]).unwrap(), [1]);
+        for (learned, found) in [(["cat", "dog"], ["cow", "dog"]), (["07", "08"], ["08", "cow"])] {
+            let error = labels(&learned, &found).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("have a class 'cow', but the model learned {}, {}", learned[0], learned[1]))
+            );
+        }
+    }
 
     #[test]
     fn another_seed_draws_other_weights() {

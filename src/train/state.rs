@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::changes;
 use super::checkpoint::{self, FileOut, Metadata, TensorOut};
 use super::learner::{Learner, Uncertainty};
 use super::metrics::{self, Line, Meter};
@@ -80,11 +81,11 @@ pub(super) fn labels_in(names: &[String]) -> Option<Vec<String>> {
     names.iter().map(|name| Some(name.parse::<usize>().ok()?.to_string())).collect()
 }
 
-/// The checkpoint of `run` with the lowest validation loss in `lines`.
-pub(crate) fn best_saved(run: &Path, lines: &[Line]) -> Result<Option<(u64, PathBuf)>> {
+/// The checkpoint of `run` with the lowest validation loss in `lines` after step `since`, if it has one.
+pub(crate) fn best_saved(run: &Path, lines: &[Line], since: u64) -> Result<Option<(u64, PathBuf)>> {
     let mut saved = checkpoint::list(run)?;
     let both = lines.iter().filter(|line| saved.iter().any(|(step, _)| *step == line.step));
-    let best = metrics::best_validation(both);
+    let best = metrics::best_validation(both, since);
     saved.retain(|(step, _)| best.is_some_and(|(best, _)| *step == best));
     Ok(saved.pop())
 }
@@ -164,9 +165,16 @@ impl Trainer<'_> {
     /// Deletes the checkpoints that are no longer kept.
     fn prune(&self, run: &RunDir) -> Result<()> {
         let config = self.config;
-        let lines = if config.keep_best { metrics::read(run.path())? } else { Vec::new() };
-        let best = best_saved(run.path(), &lines)?;
-        checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every, best.map(|(step, _)| step))
+        let mut best = Vec::new();
+        if config.keep_best {
+            let lines = metrics::read(run.path())?;
+            // Other data may be harder; the best on those of before stays too, as they may only have been moved.
+            for since in [0, changes::comparable_since(run.path())?] {
+                best.extend(best_saved(run.path(), &lines, since)?);
+            }
+        }
+        let best: Vec<u64> = best.into_iter().map(|(step, _)| step).collect();
+        checkpoint::prune(run.path(), config.keep_checkpoints, config.keep_every, &best)
     }
 
     /// Takes everything from the last checkpoint of a run. What there is to say about its data is returned.

@@ -95,7 +95,8 @@ impl Device {
 
     /// Launches, between two moments when launches are being timed.
     pub(super) fn between_moments(&self, launch: &Launch, run: impl FnOnce() -> Result<()>) -> Result<()> {
-        if !self.times_launches() {
+        // Events between launches that are captured would be of the graph.
+        if self.captures || !self.times_launches() {
             return run();
         }
         let start = self.moment()?;

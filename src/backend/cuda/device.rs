@@ -26,6 +26,12 @@ pub(crate) fn failed(what: &str, e: DriverError) -> Error {
     Error::Stopped(format!("the CUDA device failed to {what}: {}", text.unwrap_or_else(|| format!("{:?}", e.0))))
 }
 
+/// Binds a context to this thread. cudarc's own way does not where it has an error of before to return.
+pub(super) fn bind(context: &CudaContext) -> std::result::Result<(), DriverError> {
+    // SAFETY: the context lives.
+    unsafe { result::ctx::set_current(context.cu_ctx()) }
+}
+
 const NO_MAP: sys::CUtensorMap = sys::CUtensorMap { opaque: [0; 16] };
 
 /// How tensor copies find squares of 64 by 64 of a matrix, in the 128-byte swizzle, with zeros beyond.
@@ -184,6 +190,10 @@ impl Device {
     /// # Errors
     /// When the driver is older than CUDA 13.0, the device older than an A100 (compute capability 8.0), or the driver refuses.
     pub fn on_stream(stream: Arc<CudaStream>) -> Result<Self> {
+        const PER_THREAD: usize = 2;
+        if stream.cu_stream() as usize == PER_THREAD {
+            return Err(Error::usage("the per-thread stream is another one on each thread: give a stream of its own"));
+        }
         let refused = |e| failed("be opened", e);
         check_driver(driver_version().map_err(refused)?)?;
         let context = stream.context().clone();
@@ -286,15 +296,19 @@ impl Device {
     /// # Errors
     /// When any of it failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.running()?.map_or(Ok(()), |driver| driver.stream.synchronize().map_err(|e| failed("finish its work", e)))
+        let Some(Driver { context, stream, .. }) = &self.driver else { return Ok(()) };
+        // SAFETY: the stream lives, in this context.
+        let done = bind(context).and_then(|()| unsafe { result::stream::synchronize(stream.cu_stream()) });
+        // Others rely on the wait: what was recorded before must not stand in for it.
+        done.and(context.check_err()).map_err(|e| failed("finish its work", e))
     }
 
     /// Runs a kernel, compiling it first where needed. It returns before the kernel ends.
     ///
     /// # Safety
     /// The kernel must find memory wherever its arguments lead it: all buffers are as [`Buffer`](super::Buffer) says, and as large as
-    /// the sizes that it is given say; what it reads as an index (a window, a label, a plan) is one; grid, block, shared memory and
-    /// definitions are those that it is written for (the head of each file in `kernels/` says them).
+    /// the sizes that it is given say; what it reads as an index (a window, a label, a plan, a counter that is to be 0 before) is one; grid,
+    /// block, shared memory and definitions are those that it is written for (the head of each file in `kernels/` says them).
     ///
     /// # Errors
     /// When the arguments are not the kernel's, it does not compile, or the device refuses the launch.

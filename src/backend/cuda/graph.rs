@@ -70,7 +70,8 @@ impl Drop for Capture {
 }
 
 impl Device {
-    /// Captures the launches and copies that `work` makes on the device that it is given, without running them.
+    /// Captures the launches that `work` makes on the device that it is given, without running them. What takes an allocation (copies, fills)
+    /// is refused there: its memory belongs to the stream of this device.
     ///
     /// # Errors
     /// Those of `work`, and when the driver cannot capture.

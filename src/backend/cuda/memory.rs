@@ -1,6 +1,6 @@
 //! The memory of a device: taking it, filling it, copying to and from it.
 
-use super::device::{Device, failed};
+use super::device::{Device, bind, failed};
 use super::{Buffer, DType};
 use crate::error::{Error, Result};
 use cudarc::driver::{CudaSlice, DevicePtr, result, sys};
@@ -36,10 +36,14 @@ impl Allocation {
     pub fn buffer(&self) -> Buffer {
         self.buffer
     }
+}
 
-    /// cudarc's handle of the memory; None on a device on paper.
-    pub fn memory(&self) -> Option<&CudaSlice<u8>> {
-        self.memory.as_ref()
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        // cudarc frees on whatever thread this is, without binding the context to it.
+        if let Some(memory) = &self.memory {
+            memory.context().record_err(bind(memory.context()));
+        }
     }
 }
 
@@ -264,10 +268,9 @@ impl Device {
             return Err(Error::Shape { operation: "read", what });
         }
         let Some(driver) = self.running()?.filter(|_| !to.is_empty()) else { return Ok(()) };
-        // SAFETY: both sides have that many bytes, and the stream is waited for before `to` is used.
-        unsafe { result::memcpy_dtoh_async(to, from.address, driver.stream.cu_stream()) }
-            .map_err(|e| failed("give numbers", e))?;
-        self.synchronize()
+        // SAFETY: both sides have that many bytes, and the stream is waited for before the borrow of `to` ends.
+        let copied = unsafe { result::memcpy_dtoh_async(to, from.address, driver.stream.cu_stream()) };
+        self.synchronize().and(copied.map_err(|e| failed("give numbers", e)))
     }
 
     /// Copies memory to other memory of its size and type.

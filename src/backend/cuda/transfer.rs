@@ -5,7 +5,7 @@
 //! Mail      the few late inputs and the results of a pass, both on the main stream
 //! ```
 
-use super::device::{Device, failed};
+use super::device::{Device, bind, failed};
 use super::{Allocation, Buffer, DType};
 use crate::error::Result;
 use cudarc::driver::{CudaContext, CudaEvent, DriverError, result};
@@ -48,7 +48,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         // A copy may still be under way when an error ends a step.
-        self.context.record_err(self.context.synchronize());
+        self.context.record_err(bind(&self.context).and_then(|()| result::ctx::synchronize()));
         // SAFETY: the memory came from `malloc_host`, and nothing uses it any more.
         self.context.record_err(unsafe { result::free_host(self.start.cast()) });
     }

@@ -117,7 +117,7 @@ unsafe fn launch(tape: &Tape, kernel: &'static str, grid: [usize; 3], args: &[Ar
 fn on_cuda(tape: &mut Tape, x: Var, linear: Linear, positions: &[f32], dims: Dims) -> Result<Var> {
     let elem = tape.elem();
     let (batch, t, c, k) = (dims.batch, dims.tokens(), linear.outputs, dims.patch_len());
-    check_counts(OP, &[batch * t, c, k, dims.height, dims.width])?;
+    check_counts(OP, &[batch * t, (k + 1) * c, dims.height, dims.width])?;
     let patches = tape.take_buffer(batch * t * k, DType::F32);
     let y = tape.take_buffer(batch * t * c, elem);
     let positions = tape.upload(bytemuck::cast_slice(positions), DType::F32);

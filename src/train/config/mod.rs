@@ -387,9 +387,13 @@ impl TrainConfig {
         if self.ema_warmup { self.ema_decay.min(warm) } else { self.ema_decay }
     }
 
-    /// The share of the initial weights that the moving average holds after `n` updates.
+    /// The share of the initial weights that the moving average holds after `n` updates; with a warm-up, of which the first update leaves a
+    /// tenth, at most.
     pub fn initial_share_after(&self, n: u64) -> f64 {
-        (0..n).map(|n| self.ema_decay_at(n)).product()
+        match self.ema_warmup {
+            true => self.ema_decay_at(0).powf(n.min(1) as f64),
+            false => self.ema_decay.powf(n as f64),
+        }
     }
 
     /// The learning rate of step `step` (the first step is 0).
