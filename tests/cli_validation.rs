@@ -110,7 +110,8 @@ fn the_best_checkpoint_is_kept_and_taken() {
     assert!(info("fewer", &[]).contains("(not kept)\n"));
     let best = |path: &str| run(place, &["validate", "--checkpoint", path, "--best"]);
     assert!(succeeds(best("fewer")).contains(&format!("fewer/checkpoints/{both:07}")));
-    of("lost", "8", ["1", "1"], &["--set", "keep_best=false"]);
+    let every = ["--checkpoint-every", "1", "--validation-every", "1", "--steps", "8", "--out", "lost"];
+    succeeds(train(place, &[&worse[..6], &every].concat()));
     let others = "or give lost/checkpoints/0000008, the best that is";
     fails(best("lost"), 1, &["its lowest validation loss is", "whose checkpoint is not kept", others]);
     assert!(of("never", "6", ["3", "2"], &[]).contains("keep_best has no effect: before the last step none has both"));

@@ -87,14 +87,15 @@ pub(super) fn notes_on_changes(config: &TrainConfig, checkpoint: &Path, step: u6
 
 /// Refuses to start `run` over when it had a checkpoint, which must then have been moved away.
 pub(super) fn check_never_saved(run: &Path) -> Result<()> {
+    let every = config_of(run)?.checkpoint_every;
     let last = metrics::read(run)?.last().map_or(0, |line| line.step);
-    // Drawn after a checkpoint. That there are lines says nothing: perhaps none could be written.
-    if run.join(LOSS_PNG).exists() {
+    // A step's line is written before its checkpoint, and the curve of the loss after one. Perhaps none could be written, though.
+    if every > 0 && last > every || run.join(LOSS_PNG).exists() {
         return Err(Error::file(
             run.join(checkpoint::DIRECTORY),
             format!(
-                "holds no checkpoint, but the run had one, and its metrics.jsonl goes to step {last}: put the checkpoints back, or \
-                 start a new run (--out DIR)"
+                "holds no checkpoint, though metrics.jsonl goes to step {last}: put the checkpoints back, or start a new run (--out DIR) if \
+                 none could be written"
             ),
         ));
     }
