@@ -15,6 +15,8 @@
 //! has a loop of its own around a model, and samples from it; one operation on a tape is shown at
 //! [`autograd::Tape`], and `examples/fused_ops.rs` calls kernels on CUDA memory of one's own.
 
+#![cfg_attr(not(feature = "cli"), allow(dead_code, reason = "some things only the command line uses"))]
+
 // The idea: which channels are active at which timestep.
 pub mod routing;
 

@@ -6,8 +6,8 @@
 //! Where the memory has to grow, it runs dry once more in between. What is read in a dry run is zeros, on which nothing may
 //! depend; what else a pass does, it does every time.
 //!
-//! A training step does the first half for the next pass while the device computes this one ([`stage`]), and the second
-//! half replays the graph of an earlier pass ([`launch_staged`]).
+//! A training step does the first half for the next pass while the device computes this one (`stage`), and the second
+//! half replays the graph of an earlier pass (`launch_staged`).
 
 use super::{Memory, RELEASED, Storage, Tape, Var, Windows};
 use crate::backend::Compute;
