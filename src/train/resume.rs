@@ -85,7 +85,7 @@ pub(super) fn notes_on_changes(config: &TrainConfig, checkpoint: &Path, step: u6
     Ok(notes)
 }
 
-/// Refuses to start `run` over when it had a checkpoint, which must then have been moved away.
+/// Refuses to start `run` over when it has come as far as a checkpoint, which may have been moved away.
 pub(super) fn check_never_saved(run: &Path) -> Result<()> {
     let every = config_of(run)?.checkpoint_every;
     let last = metrics::read(run)?.last().map_or(0, |line| line.step);

@@ -171,7 +171,7 @@ pub struct Gradients {
 pub struct Scratch {
     dz: Buffer,       // [B, T, C] elem
     dz_sums: Buffer,  // [B, C] f32
-    counters: Buffer, // u32, one for each part of the shares
+    counters: Buffer, // u32: lists that were taken, then one for each part of the shares
     shares: Shares,
 }
 

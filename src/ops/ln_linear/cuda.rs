@@ -126,7 +126,7 @@ pub struct Scratch {
     dr: Buffer,             // dr_len f32
     inactive_grads: Buffer, // inactive_grads_len f32
     sums: Buffer,           // sums_len f32
-    counters: Buffer,       // counters_len u32
+    counters: Buffer,       // u32: one for each sample, then as of linear_residual
     shares: Shares,
 }
 
