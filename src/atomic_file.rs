@@ -27,13 +27,19 @@ impl AtomicFile {
             return Err(Error::file(path, "is not the name of a file"));
         };
         check_target(&path)?;
-        let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}.{count}.tmp", std::process::id()));
-        let temporary = path.with_file_name(hidden);
-        let file = File::create(&temporary).map_err(|e| Error::file(&path, format!("cannot be written: {e}")))?;
-        Ok(AtomicFile { file: BufWriter::new(file), path, temporary })
+        loop {
+            let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let mut hidden = std::ffi::OsString::from(".");
+            hidden.push(name);
+            hidden.push(format!(".{}.{count}.tmp", std::process::id()));
+            let temporary = path.with_file_name(hidden);
+            match File::create_new(&temporary) {
+                Ok(file) => return Ok(AtomicFile { file: BufWriter::new(file), path, temporary }),
+                // A kill left it, or a process of this number on another machine writes it.
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(Error::file(&path, format!("cannot be written: {e}"))),
+            }
+        }
     }
 
     /// The path it will have.
@@ -49,6 +55,15 @@ impl AtomicFile {
     pub fn commit(mut self) -> Result<()> {
         let result = sync(&mut self.file);
         result.and_then(|()| rename_synced(&self.temporary, &self.path)).map_err(|e| self.error(&e))
+    }
+
+    /// As [`commit`](Self::commit), but does not wait for the disk: what was written last may be lost in a power cut.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit).
+    pub fn commit_unsynced(mut self) -> Result<()> {
+        let result = self.file.flush();
+        result.and_then(|()| fs::rename(&self.temporary, &self.path)).map_err(|e| self.error(&e))
     }
 
     /// As [`commit`](Self::commit), but leaves a file that is at the path by now: then the name is the first that is free of `a-1.npz`,
@@ -192,6 +207,29 @@ mod tests {
             std::os::unix::fs::symlink("/nowhere/at/all", place.path().join("b")).unwrap();
             let named = AtomicFile::create(place.path().join("b")).unwrap().commit_new().unwrap();
             assert_eq!(named, place.path().join("b-1"));
+        }
+    }
+
+    /// Two machines that share a folder may have processes of one number, and a link may be where the temporary file would be.
+    #[test]
+    fn temporary_files_of_others_are_left_alone() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("file");
+        let number = |file: &AtomicFile| -> usize {
+            let name = file.temporary.to_str().unwrap().strip_suffix(".tmp").unwrap();
+            name.rsplit('.').next().unwrap().parse().unwrap()
+        };
+        let next = number(&AtomicFile::create(&path).unwrap()) + 1;
+        // Other tests take numbers, too.
+        let others = next..next + 50;
+        let other = |count| place.path().join(format!(".file.{}.{count}.tmp", std::process::id()));
+        others.clone().for_each(|count| fs::write(other(count), "other").unwrap());
+        let mut file = AtomicFile::create(&path).unwrap();
+        file.write_all(b"mine").unwrap();
+        file.commit_unsynced().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+        for count in others {
+            assert_eq!(fs::read(other(count)).unwrap(), b"other");
         }
     }
 

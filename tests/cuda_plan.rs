@@ -62,11 +62,14 @@ fn the_plan_is_what_a_step_takes() {
     let drawn = Some(DrawnNoise { seed: 1, step: 0, samples: &samples });
     for elem in [DType::F32, DType::Bf16] {
         // A validation takes as much as samples without guidance.
-        let [few, many, validated] = [(1, 0), (10, 0), (1, 9)].map(|(sample_classes, validation_samples)| {
-            let config = TrainConfig { sample_cfg: 1.0, sample_classes, validation_samples, ..config.clone() };
+        let sizes = [(1, 0, ""), (10, 0, ""), (1, 9, ""), (1, 0, "others")];
+        let [few, many, validated, others] = sizes.map(|(sample_classes, validation_samples, data)| {
+            let validation_data = data.into();
+            let config =
+                TrainConfig { sample_cfg: 1.0, sample_classes, validation_samples, validation_data, ..config.clone() };
             Plan::new(&config, &dit, &device, elem, b).unwrap().samples
         });
-        assert!(validated == many && many > few, "{elem:?}: {validated} for {many} and {few}");
+        assert!(validated == many && others == many && many > few, "{elem:?}: {validated}, {others}, {many} and {few}");
         for checkpoint in [false, true] {
             dit.checkpoint_activations = checkpoint;
             let plan = Plan::new(&config, &dit, &device, elem, b).unwrap();

@@ -233,10 +233,19 @@ fn compare(dir: &Path, m: &Manifest, device: &Device, addresses: &BTreeMap<&str,
     let expected = read(dir, "expected.safetensors")?;
     let expected = SafeTensors::deserialize(&expected).map_err(|e| format!("{}: expected.safetensors: {e}", m.name))?;
     let mut problems = Vec::new();
+    if m.outputs.is_empty() {
+        problems.push("no output is compared".to_string());
+    }
     for (name, tolerance) in &m.outputs {
         let t = expected.tensor(name).map_err(|e| format!("{}: expected {name}: {e}", m.name))?;
+        let no_buffer = || format!("{}: output {name} is no buffer", m.name);
+        let buffer = m.buffers.get(name).ok_or_else(no_buffer)?;
+        let address = addresses.get(name.as_str()).ok_or_else(no_buffer)?;
+        if t.data().len() as u64 != buffer.bytes {
+            problems.push(format!("{name}: {} bytes are expected of a buffer of {}", t.data().len(), buffer.bytes));
+            continue;
+        }
         let mut got = vec![0u8; t.data().len()];
-        let address = addresses.get(name.as_str()).ok_or_else(|| format!("{}: output {name} is no buffer", m.name))?;
         device.read(*address, &mut got).map_err(|e| format!("{}: output {name}: {e}", m.name))?;
         if let Some(problem) = differ(t.dtype(), &got, t.data(), tolerance) {
             problems.push(format!("{name}: {problem}"));
@@ -259,8 +268,8 @@ fn differ(dtype: Dtype, got: &[u8], expected: &[u8], t: &Tolerance) -> Option<St
         }
         let (g, e) = (number(dtype, g), number(dtype, e));
         let error = (g - e).abs();
-        // Negated, so that a NaN is wrong. Infinities that agree have no difference to measure.
-        let agree = error <= t.atol + t.rtol * e.abs() || (g == e && !exact);
+        // A NaN is wrong, and so are infinities, but for those that agree and have no difference to measure.
+        let agree = (error.is_finite() && error <= t.atol + t.rtol * e.abs()) || (g == e && !exact);
         if !agree {
             wrong += 1;
             worst = worst.max(error);
@@ -290,5 +299,25 @@ fn number(dtype: Dtype, b: &[u8]) -> f64 {
         Dtype::I32 => f64::from(raw as i32),
         Dtype::I64 => raw as i64 as f64,
         _ => raw as f64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_agree_within_the_tolerance() {
+        let wrong = |got: f32, expected: f32, atol: f64, rtol: f64| {
+            differ(Dtype::F32, &got.to_le_bytes(), &expected.to_le_bytes(), &Tolerance { atol, rtol }).is_some()
+        };
+        let (inf, nan) = (f32::INFINITY, f32::NAN);
+        for (got, expected) in [(1.0, 1.0), (1.01, 1.0), (inf, inf), (-inf, -inf)] {
+            assert!(!wrong(got, expected, 0.0, 0.02), "{got} instead of {expected}");
+        }
+        for (got, expected) in [(1.03, 1.0), (1.0, inf), (-inf, inf), (inf, 1.0), (nan, 1.0), (1.0, nan), (nan, nan)] {
+            assert!(wrong(got, expected, 0.0, 0.02), "{got} instead of {expected}");
+        }
+        assert!(!wrong(inf, inf, 0.0, 0.0) && wrong(1.0, 1.000_000_1, 0.0, 0.0) && wrong(nan, nan, 0.0, 0.0));
     }
 }

@@ -15,6 +15,8 @@ use crate::regular_file;
 
 /// What the names of event files begin with.
 pub(super) const EVENTS: &str = "events.out.tfevents";
+/// What the names of those written here end with.
+pub(super) const ENDING: &str = ".dtr-fused";
 /// Most bytes of a run's metrics, in either form, that are read; a line takes about 500.
 pub(super) const MAX_FILE_BYTES: u64 = 1 << 30;
 
@@ -32,7 +34,7 @@ impl EventFile {
     /// Opens the event file of `run`, or a new one. Records of steps after `step` are dropped, as is a record cut short.
     pub(super) fn open(run: &RunDir, step: u64) -> Result<Self> {
         let seconds = now() as u64;
-        let name = existing(run)?.unwrap_or_else(|| format!("{EVENTS}.{seconds:010}.dtr-fused"));
+        let name = existing(run)?.unwrap_or_else(|| format!("{EVENTS}.{seconds:010}{ENDING}"));
         let path = run.path().join(&name);
         let old = match regular_file::read(&path, MAX_FILE_BYTES) {
             Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
@@ -97,11 +99,11 @@ impl EventFile {
     }
 }
 
-/// The name of the latest event file in `run`.
+/// The name of the latest event file in `run` that was written here: others may write to theirs.
 fn existing(run: &RunDir) -> Result<Option<String>> {
     let entries = fs::read_dir(run.path()).map_err(|e| Error::file(run.path(), format!("cannot be read: {e}")))?;
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    Ok(names.filter(|name| name.starts_with(EVENTS)).max())
+    Ok(names.filter(|name| name.starts_with(EVENTS) && name.ends_with(ENDING)).max())
 }
 
 /// Seconds since 1970.
@@ -282,8 +284,12 @@ mod tests {
         let steps = |bytes: &[u8]| records(bytes).filter_map(|(_, data)| step_of(data)).collect::<Vec<_>>();
         assert_eq!(steps(&whole), [0, 1, 2, 3, 4, 5]);
         fs::write(&events.path, &whole[..whole.len() - 3]).unwrap();
+        // Another program's, of later, stays as it is.
+        let others = run.path().join(format!("{EVENTS}.9999999999.host.1.0"));
+        fs::write(&others, &whole).unwrap();
         let events = EventFile::open(&run, 3).unwrap();
         assert_eq!(steps(&fs::read(&events.path).unwrap()), [0, 1, 2, 3]);
+        assert_eq!(fs::read(&others).unwrap(), whole);
         let mut damaged = whole.clone();
         damaged[70] ^= 1;
         assert!(steps(&damaged).len() < 6);

@@ -338,7 +338,7 @@ mod tests {
     fn what_is_no_file_is_not_read() {
         let place = tempfile::tempdir().unwrap();
         let run = run(place.path());
-        for name in [METRICS, "events.out.tfevents.0000000001.other"] {
+        for name in [METRICS, "events.out.tfevents.0000000001.dtr-fused"] {
             let path = run.path().join(name);
             std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
             assert!(MetricsLog::open(&run, 3).unwrap_err().to_string().contains("not a regular file"), "{name}");

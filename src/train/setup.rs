@@ -417,6 +417,7 @@ mod tests {
         assert_eq!(labels(&["cat", "cow", "dog"], &["cow", "dog"]).unwrap(), [1, 2]);
         assert_eq!(labels(&["0", "1", "2", "none"], &["1", "2"]).unwrap(), [1, 2]);
         assert_eq!(labels(&["07", "08"], &["8"]).unwrap(), [1]);
+        assert_eq!(labels(&["07", "7"], &["7"]).unwrap(), [1]);
         for (learned, found) in [(["cat", "dog"], ["cow", "dog"]), (["07", "08"], ["08", "cow"])] {
             let error = labels(&learned, &found).unwrap_err().to_string();
             assert!(

@@ -1,5 +1,6 @@
 //! A trainer's state in checkpoints: everything that a run needs to go on bit for bit.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::changes;
@@ -76,9 +77,12 @@ pub(super) fn last_after_a_good_step(run: &RunDir) -> Option<PathBuf> {
     checkpoint::list(run.path()).ok()?.into_iter().rev().map(|(_, path)| path).find(good)
 }
 
-/// Names of classes that are labels: `07` is label 7.
+/// Names of classes that are labels: `07` is label 7, if there is no `7`.
 pub(super) fn labels_in(names: &[String]) -> Option<Vec<String>> {
-    names.iter().map(|name| Some(name.parse::<usize>().ok()?.to_string())).collect()
+    let label = |name: &String| Some(name.parse::<usize>().ok()?.to_string());
+    let labels: Vec<String> = names.iter().map(label).collect::<Option<_>>()?;
+    let differ = labels.iter().collect::<HashSet<_>>().len() == labels.len();
+    differ.then_some(labels)
 }
 
 /// The checkpoint of `run` with the lowest validation loss in `lines` after step `since`, if it has one.

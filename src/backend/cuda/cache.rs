@@ -4,6 +4,7 @@
 //! key with the same name, or a damaged file, is compiled again. Files appear whole by renaming, so processes may race.
 
 use super::launch::SOURCES;
+use super::library::variable;
 use super::nvrtc::{self, Compiled};
 use crate::atomic_file::AtomicFile;
 use crate::error::Result;
@@ -17,7 +18,7 @@ pub const KERNEL_CACHE: &str = "DTR_KERNEL_CACHE";
 const LARGEST_FILE: u64 = 64 << 20;
 
 fn folder() -> Option<PathBuf> {
-    let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let variable = |name| variable(name).map(PathBuf::from);
     variable(KERNEL_CACHE)
         .or_else(|| variable("XDG_CACHE_HOME").map(|home| home.join("dtr-fused")))
         .or_else(|| variable("HOME").map(|home| home.join(".cache/dtr-fused")))

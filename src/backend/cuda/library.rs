@@ -6,6 +6,7 @@
 use crate::error::{Error, Result};
 use cudarc::{driver, nvrtc};
 use libloading::Library;
+use std::ffi::OsString;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Mutex;
@@ -68,6 +69,11 @@ fn is_cut(path: &Path) -> std::io::Result<bool> {
     Ok(missing || whole.any(|entry| number(entry, 0, 4) == LOAD && end(entry) > len))
 }
 
+/// The value of an environment variable, if it is set and not empty.
+pub(super) fn variable(name: &str) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
+}
+
 /// Makes the driver library available.
 ///
 /// # Errors
@@ -79,7 +85,7 @@ pub fn load_driver() -> Result<()> {
         return Ok(());
     }
     const SYMBOL: &str = "cuInit";
-    let named = std::env::var_os(CUDA_LIBRARY).map(|path| preload(Path::new(&path), CUDA_LIBRARY, Some(SYMBOL)));
+    let named = variable(CUDA_LIBRARY).map(|path| preload(Path::new(&path), CUDA_LIBRARY, Some(SYMBOL)));
     let named = named.transpose()?;
     // SAFETY: only tries to open libraries by their names.
     if !unsafe { driver::sys::is_culib_present() } {
@@ -110,7 +116,7 @@ pub fn load_nvrtc() -> Result<()> {
         return Ok(());
     }
     // Where a toolkit's is found before, that may be used: `nvrtc::version` refuses those that do not fit.
-    if let Some(folder) = std::env::var_os(NVRTC_FOLDER) {
+    if let Some(folder) = variable(NVRTC_FOLDER) {
         // The builtins first: NVRTC opens them by name and has no path to them.
         for (file, symbol) in [("libnvrtc-builtins.so.13.0", None), ("libnvrtc.so.13", Some("nvrtcVersion"))] {
             preload(&Path::new(&folder).join(file), NVRTC_FOLDER, symbol)?;

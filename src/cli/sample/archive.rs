@@ -32,7 +32,6 @@ pub(super) struct Folder<'a> {
     config: &'a TrainConfig,
     pub(super) path: &'a Path,
     color: ExtendedColorType,
-    next: usize,
     digits: usize,
 }
 
@@ -52,7 +51,7 @@ impl<'a> Folder<'a> {
         let fail = |e: std::io::Error| Error::file(path, format!("cannot be written: {e}"));
         fs::create_dir_all(path).map_err(fail)?;
         let digits = (labels.len() - 1).to_string().len().max(6);
-        let folder = Folder { config, path, color, next: only.start, digits };
+        let folder = Folder { config, path, color, digits };
         for entry in fs::read_dir(path).map_err(fail)? {
             let name = entry.map_err(fail)?.file_name();
             // What a kill left, or a file manager.
@@ -76,26 +75,25 @@ impl<'a> Folder<'a> {
         format!("{number:0digits$}-{label}.png", digits = self.digits)
     }
 
-    /// Writes the next images, of which these are the `labels`.
-    pub(super) fn write(&mut self, images: &[f32], labels: &[u32]) -> Result<()> {
+    /// Writes the images from number `first` on, of which these are the `labels`.
+    pub(super) fn write(&self, first: usize, images: &[f32], labels: &[u32]) -> Result<()> {
         let side = self.config.image_size as u32;
-        for (image, label) in images.chunks_exact(image_len(self.config)).zip(labels) {
-            let path = self.path.join(self.name(self.next, *label));
-            // An `AtomicFile` would wait for the disk each time.
-            let temporary = self.path.join(".partial.png");
-            let mut png = Vec::new();
-            let encoder = PngEncoder::new(&mut png);
+        for (i, image) in images.chunks_exact(image_len(self.config)).enumerate() {
+            let mut file = AtomicFile::create(self.path.join(self.name(first + i, labels[i])))?;
+            let encoder = PngEncoder::new(&mut file);
             let encoded = encoder.write_image(&bytes_of(image, self.config.in_channels), side, side, self.color);
-            let encoded = encoded.map_err(std::io::Error::other);
-            let written =
-                encoded.and_then(|()| fs::write(&temporary, png)).and_then(|()| fs::rename(&temporary, &path));
-            written.map_err(|e| {
-                let _ = fs::remove_file(&temporary);
-                Error::file(&path, format!("cannot be written: {e}"))
-            })?;
-            self.next += 1;
+            encoded.map_err(|e| file.error(&e))?;
+            // Waiting for the disk after each would take longer than to make them.
+            file.commit_unsynced()?;
         }
         Ok(())
+    }
+
+    /// Removes the images from number `first` on, of which these are the `labels`, as far as they were written.
+    pub(super) fn remove(&self, first: usize, labels: &[u32]) {
+        for (i, label) in labels.iter().enumerate() {
+            let _ = fs::remove_file(self.path.join(self.name(first + i, *label)));
+        }
     }
 }
 

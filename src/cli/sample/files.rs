@@ -21,7 +21,8 @@ pub(super) struct Files<'a> {
     out: &'a Path,
     npz: Option<&'a Path>,
     overwrite: bool,
-    labels: &'a [u32],
+    first: usize,      // number of the first image
+    labels: &'a [u32], // of it and those after it
     grid: Grid<'a>,
     archive: Option<Archive<'a>>,
     folder: Option<Folder<'a>>,
@@ -62,9 +63,9 @@ impl<'a> Files<'a> {
         AtomicFile::create(out)?;
         let folder = folder.map(|path| Folder::create(path, labels, only.clone(), config)).transpose()?;
         let grid = Grid::new(labels, only.clone(), config);
-        let labels = &labels[only];
+        let (first, labels) = (only.start, &labels[only]);
         let archive = npz.map(|path| Archive::create(path, labels.len(), config)).transpose()?;
-        Ok(Files { out, npz, overwrite, labels, grid, archive, folder, made: 0 })
+        Ok(Files { out, npz, overwrite, first, labels, grid, archive, folder, made: 0 })
     }
 
     /// How many images were taken.
@@ -83,11 +84,16 @@ impl<'a> Files<'a> {
     /// When the archive, which is given up then, or a picture cannot be written.
     pub(super) fn take(&mut self, images: &[f32]) -> Result<()> {
         self.grid.take(self.made, images);
-        let labels = &self.labels[self.made..];
-        self.folder.as_mut().map_or(Ok(()), |folder| folder.write(images, labels))?;
-        let written = self.archive.as_mut().map_or(Ok(()), |archive| archive.write(images));
-        written.inspect_err(|_| self.archive = None)?;
-        self.made += images.len() / image_len(self.grid.config);
+        let n = images.len() / image_len(self.grid.config);
+        let (first, labels) = (self.first + self.made, &self.labels[self.made..][..n]);
+        let pictures = self.folder.as_ref().map_or(Ok(()), |folder| folder.write(first, images, labels));
+        let written = pictures.and_then(|()| {
+            let written = self.archive.as_mut().map_or(Ok(()), |archive| archive.write(images));
+            written.inspect_err(|_| self.archive = None)
+        });
+        // What is there is then what is counted, and another part may begin after it.
+        written.inspect_err(|_| self.folder.iter().for_each(|folder| folder.remove(first, labels)))?;
+        self.made += n;
         Ok(())
     }
 
@@ -115,7 +121,9 @@ impl<'a> Files<'a> {
     /// Keeps what there is in the archive, unless that would replace one, as in the folder, and a grid of it. Says how much is where, if
     /// anything is.
     pub(super) fn keep(self) -> Option<String> {
-        let Files { out, npz, overwrite, labels, grid, archive, folder, made: made @ 1.. } = self else { return None };
+        let Files { out, npz, overwrite, labels, grid, archive, folder, made: made @ 1.., .. } = self else {
+            return None;
+        };
         let failed = |what: &str, e: &Error| say(&format!("{what}: {}", printable(&e.to_string())));
         let mut places: Vec<String> = folder.iter().map(|folder| shown(folder.path)).collect();
         // What was there before may be whole. One that came meanwhile stays, and this one gets another name.
@@ -303,6 +311,31 @@ mod tests {
         let said = stopped();
         assert!(said.contains("/pictures (none in ") && said.ends_with("/all.npz, which was there before)"), "{said}");
         assert!(std::fs::read(&npz).unwrap() == archive && std::fs::read(&out).unwrap() == b"mine" && grid.len() > 100);
+    }
+
+    /// A batch that was not written whole is not there, so that another part may begin with it.
+    #[test]
+    fn pictures_are_as_many_as_are_told() {
+        let place = tempfile::tempdir().unwrap();
+        let [out, pictures] = ["grid.png", "pictures"].map(|name| place.path().join(name));
+        let mut config = TrainConfig::default();
+        config.fit_to_data(4, 1, 10).unwrap();
+        let labels = [3; 8];
+        let create = |only| {
+            let all = All { npz: None, overwrite: false, folder: Some(&pictures) };
+            Files::create(&out, all, Path::new("weights"), &labels, only, &config)
+        };
+        let mut files = create(2..8).unwrap();
+        files.take(&[0.5; 2 * 16]).unwrap();
+        let in_the_way = pictures.join("000005-3.png");
+        std::fs::create_dir(&in_the_way).unwrap();
+        assert!(files.take(&[0.5; 3 * 16]).is_err());
+        std::fs::remove_dir(&in_the_way).unwrap();
+        assert!(files.keep().unwrap().starts_with("; 2 of 6 images are in "));
+        let mut names: Vec<_> = std::fs::read_dir(&pictures).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["000002-3.png", "000003-3.png"]);
+        create(4..8).unwrap();
     }
 
     /// Two programs that were given the same name: the second finds the file of the first.
