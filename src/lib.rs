@@ -46,6 +46,7 @@ pub mod element;
 pub mod picture;
 mod regular_file;
 pub mod safetensors_file;
+mod system_memory;
 
 // What all of them use.
 mod choice;

@@ -58,6 +58,13 @@ fn several_runs_are_told_apart() {
     assert_eq!((&of[0]["config"]["seed"], &of[0]["config"]["beta"]), (&i64::MAX.into(), &0.8.into()));
     assert!(of[1]["validation"].is_null() && of[1]["config"]["routing"] == "dense", "{json}");
 
+    let json = succeeds(run(place, &["info", "--json", "a/checkpoints/0000003/ema.safetensors", "b"]));
+    let of_file: serde_json::Value = serde_json::from_str(json.lines().next().unwrap()).unwrap();
+    assert_eq!((json.lines().count(), &of_file["parameters"]), (2, &of[0]["parameters"]));
+    let config = of_file["config"].as_object().unwrap();
+    assert_eq!((&config["hidden_size"], &config["routing"]), (&32.into(), &"paper".into()));
+    assert!(!["lr", "steps", "init"].iter().any(|key| config.contains_key(*key)) && of_file["classes"].is_null());
+
     // Others are shown all the same.
     std::fs::write(place.join("notes.txt"), "").unwrap();
     for (flags, lines) in [(&["info"][..], 3), (&["info", "--json"], 2)] {

@@ -486,7 +486,7 @@ fn what_is_finished_when_numbers_stop_being_finite_is_kept() {
     };
     let made = |checkpoint, num, files: &[&str]| made_of("1,0,2,4,3", checkpoint, num, files);
     let not_finite = "gave a number that is not finite";
-    let output = made("damaged.safetensors", "12", &["--npz", "x.npz", "--images", "pictures"]);
+    let output = made("damaged.safetensors", "12", &["--npz", "x.npz", "--images", "pictures", "--out", "grid.png"]);
     assert!(!stderr(&output).contains("--only"), "the rest is no better: {}", stderr(&output));
     fails(output, 1, &[not_finite, "; 4 of 12 images are in pictures and x.npz"]);
     assert_eq!(names(&place.join("pictures")), [0, 1, 2, 3].map(|i| format!("00000{i}-{}.png", [1, 0, 2, 4][i])));
@@ -525,7 +525,8 @@ fn the_archive_holds_pixels_by_row_and_labels_and_the_grid_shows_them() {
     let tensors = [("images", view(&[8, 3, 4, 4], &values)), ("labels", view(&[8], &labels))];
     fs::write(place.join("images.safetensors"), safetensors::serialize(tensors, None).unwrap()).unwrap();
     long_run(place, &["--data", "images.safetensors"]);
-    succeeds(sample_in("10", place, &["--num", "5", "--classes", "1,0", "--npz", "samples.npz"]));
+    let files = ["--npz", "samples.npz", "--out", "grid.png"];
+    succeeds(sample_in("10", place, &[&["--num", "5", "--classes", "1,0"], &files[..]].concat()));
     let npz = fs::read(place.join("samples.npz")).unwrap();
     let labels: Vec<i64> = array(&npz, 1).as_chunks().0[..5].iter().map(|&bytes| i64::from_le_bytes(bytes)).collect();
     assert_eq!(labels, [1, 0, 1, 0, 1]);
@@ -617,6 +618,7 @@ fn files_that_cannot_be_written_are_refused_before_anything_is_computed() {
     fs::create_dir(place.join("folder")).unwrap();
     fails(sample(place, &["--out", "x", "--npz", "x"]), 2, &["--out and --npz are both x"]);
     fails(sample(place, &["--out", "folder/x", "--npz", "./folder/../folder/x"]), 2, &["--out and --npz are both"]);
+    fails(sample(place, &["--npz", "-"]), 2, &["--npz is -, but the archive must be a file"]);
     fails(sample(place, &["--npz", "folder"]), 1, &["folder: is a directory"]);
     fails(sample(place, &["--out", "folder/"]), 1, &["folder/: is a directory"]);
     fails(sample(place, &["--npz", "nowhere/x.npz"]), 1, &["nowhere/x.npz", "cannot be written"]);
@@ -637,7 +639,7 @@ fn an_archive_is_replaced_only_when_that_is_asked_for() {
     let made = |num: &str, more: &[&str]| sample(place, &[&["--num", num, "--npz", "x.npz"], more].concat());
     succeeds(made("2", &[]));
     let before = fs::read(place.join("x.npz")).unwrap();
-    fs::remove_file(place.join("grid.png")).unwrap();
+    assert_eq!(names(place), ["run", "x.npz"], "a grid that nobody asked for");
     let says = "x.npz: is there already: give another file, or --overwrite to replace it";
     fails(made("3", &["--images", "pictures"]), 1, &[says]);
     assert_eq!(names(place), ["run", "x.npz"], "it was begun");
@@ -681,7 +683,7 @@ fn of_many_classes_only_what_the_grid_shows_is_made() {
     assert!(text.contains(" 640 images"), "{text}");
     let text = said(&["--classes", "69", "--num", "17"]);
     assert!(text.contains("the grid shows 16 of 17 images") && text.contains("--npz FILE"), "{text}");
-    let text = said(&["--npz", "all.npz"]);
+    let text = said(&["--npz", "all.npz", "--out", "grid.png"]);
     assert!(text.contains(" 700 images") && text.contains("the grid shows 640 of 700 images"), "{text}");
     assert!(!said(&["--classes", "69"]).contains("the grid shows"));
     // As many as the grid has rows, and just those that were asked for.

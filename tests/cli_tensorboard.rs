@@ -5,6 +5,7 @@ mod program;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use dtr_fused::train::metrics;
 use program::{stderr, succeeds, train};
 
 fn events_of(run: &Path) -> PathBuf {
@@ -22,6 +23,20 @@ fn tensorboard_gets_the_samples_too() {
         let png = fs::read(run.join(name)).unwrap();
         assert!(events.windows(png.len()).any(|part| part == png), "{name} is not there");
     }
+}
+
+#[test]
+fn learned_log_variances_are_curves() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run");
+    let args = ["--out", "run", "--steps", "2", "--log-every", "1", "--loss-weight", "uw", "--uw-lr", "0.5"];
+    succeeds(train(place.path(), &args));
+    let lines = metrics::read(&run).unwrap();
+    let [first, second] = [0, 1].map(|i| lines[i].uw_log_variances.unwrap());
+    assert!(first != second && second.iter().all(|s| *s != 0.0), "{first:?} and {second:?}");
+    let events = fs::read(events_of(&run)).unwrap();
+    let name = b"uw_log_variance/875-999";
+    assert_eq!(events.windows(name.len()).filter(|part| part == name).count(), 2);
 }
 
 /// A record cut short would hide those after it.

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 #[cfg(unix)]
 use libc::{SIGHUP, SIGINT, SIGTERM};
 
+use dtr_fused::data::npy;
+use dtr_fused::element::Element;
 use dtr_fused::safetensors_file::SafetensorsFile;
 use dtr_fused::train::{checkpoint, metrics};
 #[cfg(unix)]
@@ -597,6 +599,22 @@ fn lines_tell_the_seconds_since_the_run_began() {
     resume("10");
     assert_eq!(seconds(), [None; 5]);
     assert!(fs::read_to_string(&path).unwrap().starts_with(&old));
+}
+
+#[test]
+fn the_first_batch_is_pictured_by_class() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    // Black ones of class 0, and white ones.
+    let labels: Vec<u8> = (0..16).map(|i| i % 2).collect();
+    let pixels: Vec<u8> = (0..16 * 64).map(|i| 255 * labels[i / 64]).collect();
+    npy::write(place.join("x.npy"), Element::U8, &[16, 1, 8, 8], &pixels).unwrap();
+    npy::write(place.join("x.labels.npy"), Element::U8, &[16], &labels).unwrap();
+    succeeds(train(place, &["--data", "x.npy", "--steps", "1", "--out", "run"]));
+    let picture = image::open(place.join("run/data.png")).unwrap().to_luma8();
+    assert_eq!(picture.dimensions(), (8 * 66 + 2, 2 * 66 + 2));
+    let shown: Vec<u8> = (0..16).map(|i| picture.get_pixel(30 + i % 8 * 66, 30 + i / 8 * 66).0[0]).collect();
+    assert_eq!(shown, [[0; 8], [255; 8]].concat());
 }
 
 #[test]

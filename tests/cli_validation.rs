@@ -148,7 +148,7 @@ fn it_is_measured_afterwards_too() {
     assert_eq!(validated(place, &["--checkpoint", "run"]), expected);
     assert_eq!(validated(place, &["--checkpoint", "run", "--threads", "1"]), expected);
     let text = succeeds(run(place, &["validate", "--checkpoint", "run"]));
-    let loss = format!("\nloss          {}\n", metrics::loss_text(expected));
+    let loss = format!("\nloss          {} ± ", metrics::loss_text(expected));
     let says =
         ["checkpoint    run/checkpoints/0000030\nsamples       30\nloss weight   min-snr-5\n", &loss, "  t 875-999"];
     assert!(says.iter().all(|part| text.contains(part)), "{text}");
@@ -209,6 +209,34 @@ fn the_weights_themselves_may_be_validated() {
     assert!(last() != of("ema"));
 }
 
+/// Each time with other noise and timesteps, in training as afterwards.
+#[test]
+fn samples_may_be_measured_several_times() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    let validated = ["--validation-samples", "40", "--validation-every", "3", "--validation-repeats", "3"];
+    succeeds(train(place, &[&validated[..], &["--out", "run", "--steps", "3"]].concat()));
+    let measured = |args: &[&str]| -> Vec<f64> {
+        let text = succeeds(run(place, &[&["validate", "--checkpoint", "run", "--json"], args].concat()));
+        let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+        ["loss", "loss_stderr", "repeats", "samples"].map(|key| report[key].as_f64().unwrap()).to_vec()
+    };
+    let [thrice, once] = [&[][..], &["--repeats", "1"]].map(&measured);
+    let line = metrics::read(&place.join("run")).unwrap().pop().unwrap().validation.unwrap();
+    assert_eq!([line.loss.unwrap(), line.loss_stderr.unwrap(), 3.0, 40.0], thrice[..]);
+    assert!(once[0] != thrice[0] && once[2..] == [1.0, 40.0], "{once:?} and {thrice:?}");
+
+    // The errors are those of draws: the losses of as many seeds lie around each other as far as they say.
+    let seeds: Vec<String> = (0..16).map(|seed| seed.to_string()).collect();
+    let of_seeds: Vec<_> = seeds.iter().map(|seed| measured(&["--repeats", "1", "--seed", seed])).collect();
+    let mean = of_seeds.iter().map(|of| of[0]).sum::<f64>() / 16.0;
+    let spread = (of_seeds.iter().map(|of| (of[0] - mean).powi(2)).sum::<f64>() / 15.0).sqrt();
+    let told = of_seeds.iter().map(|of| of[1]).sum::<f64>() / 16.0;
+    assert!((0.5..2.0).contains(&(told / spread)), "{told} for {spread}");
+    assert!((mean - thrice[0]).abs() < 4.0 * told && thrice[1] < 0.8 * told, "{thrice:?}, {mean} and {told}");
+    fails(run(place, &["validate", "--checkpoint", "run", "--repeats", "0"]), 2, &["--repeats is 0, but it must be"]);
+}
+
 /// Of the same weights, on the run's own samples: those of a run that was trained with the other weight.
 #[test]
 fn another_loss_weight_may_be_measured() {
@@ -263,7 +291,7 @@ fn damaged_samples_are_named_and_left_out() {
     assert!(report.contains("\nsamples       20\ndamaged       20\n"), "{report}");
     assert_eq!(said.matches("has NaN at place 0 of sample ").count(), 16, "{said}");
     assert!(said.ends_with("damaged and left out: 20 of the 40 samples to validate on\n"), "{said}");
-    assert!(succeeds(validate(&["--json"])).contains("\"samples\":20,\"damaged\":20,\"loss_weight\""));
+    assert!(succeeds(validate(&["--json"])).contains("\"samples\":20,\"damaged\":20,\"repeats\":1,\"loss_weight\""));
     save("half.npy", 40, 0);
     let report = succeeds(validate(&["--json"]));
     assert!(report.contains("\"samples\":40,\"damaged\":0,"), "{report}");

@@ -36,6 +36,55 @@ fn refusal(path: &Path, num_classes: Option<usize>) -> String {
     error
 }
 
+#[test]
+fn classes_may_have_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, labels) = (f32s(&latents()), i64s(&[2, 0]));
+    let save = |names: Option<&str>| {
+        let latents = TensorView::new(Dtype::F32, vec![2, 4, 1, 2], &data).unwrap();
+        let tensors = [("latents", latents), ("labels", TensorView::new(Dtype::I64, vec![2], &labels).unwrap())];
+        let metadata = names.map(|names| [("classes".to_string(), names.to_string())].into());
+        let path = dir.path().join("set.safetensors");
+        std::fs::write(&path, safetensors::serialize(tensors, metadata).unwrap()).unwrap();
+        let path = dir.path().join("set.npy");
+        npy::write(&path, Element::F32, &[2, 4, 1, 2], &data).unwrap();
+        npy::write(dir.path().join("labels.npy"), Element::I64, &[2], &labels).unwrap();
+        for (own, common) in [("set.classes.json", names), ("classes.json", names.map(|_| "no list"))] {
+            let path = dir.path().join(own);
+            common.map_or_else(|| drop(std::fs::remove_file(&path)), |text| std::fs::write(&path, text).unwrap());
+        }
+    };
+    for name in ["set.safetensors", "set.npy"] {
+        let path = dir.path().join(name);
+        save(Some(r#"["ant", "bee", "grün", "dog"]"#));
+        for num_classes in [None, Some(4), Some(1000)] {
+            let set = ArrayFile::open(&path, num_classes, None).unwrap();
+            assert_eq!(set.class_names(), ["ant", "bee", "grün", "dog"]);
+            assert!(
+                set.note().unwrap().ends_with("no sample has 2 of the 4 labels, 1 ('bee') for one"),
+                "{:?}",
+                set.note()
+            );
+        }
+        for (names, num_classes, what) in [
+            (r#"["ant", "bee", "cat"]"#, Some(2), "names 3 classes; 1 to 2 are expected"),
+            ("[]", None, "names 0 classes; 1 to 65536 are expected"),
+            (r#"["ant", "bee"]"#, None, "has label 2 for sample 0; labels are 0 to 1"),
+            (r#"["ant", "bee", "ant"]"#, None, "names the class 'ant' twice"),
+            (r#"{"ant": 0}"#, None, "is no JSON list of class names: invalid type: map"),
+        ] {
+            save(Some(names));
+            let error = refusal(&path, num_classes);
+            assert!(error.contains(what), "{error}");
+        }
+        save(None);
+        assert_eq!(ArrayFile::open(&path, None, None).unwrap().class_names(), ["0", "1", "2"]);
+    }
+    // A name for all files there.
+    std::fs::write(dir.path().join("classes.json"), r#"["ant", "bee", "cat"]"#).unwrap();
+    assert_eq!(ArrayFile::open(dir.path().join("set.npy"), None, None).unwrap().class_names()[2], "cat");
+}
+
 /// 2 latents of 4x1x2: 0 to 15 in tenths.
 fn latents() -> Vec<f32> {
     (0..16).map(|i| i as f32 * 0.125).collect()

@@ -10,7 +10,7 @@ use dtr_fused::train::{TrainConfig, checkpoint, samples, trainer};
 use std::sync::atomic::AtomicBool;
 
 const PIXELS: usize = 64;
-const SAMPLES: usize = 500;
+const SAMPLES: usize = 300;
 
 fn distance(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from((a - b).powi(2))).sum::<f64>().sqrt()
@@ -49,11 +49,11 @@ fn the_default_run_learns_to_write_digits() {
     let images = sampled(SamplerKind::Ddim, "50", &labels);
     // Both go where many steps go, dpm++ with fewer.
     let few: Vec<u32> = labels.iter().copied().step_by(10).collect();
-    let many = sampled(SamplerKind::Ddim, "250", &few);
+    let many = sampled(SamplerKind::Ddim, "100", &few);
     let [ddim, dpm] =
         [SamplerKind::Ddim, SamplerKind::DpmPlusPlus].map(|kind| distance(&sampled(kind, "20", &few), &many));
-    println!("20 steps of dpm++ are {:.2} times as far from 250 as those of ddim", dpm / ddim);
-    assert!(dpm < 0.6 * ddim, "20 steps of dpm++ are {dpm} from 250, those of ddim {ddim}");
+    println!("20 steps of dpm++ are {:.2} times as far from 100 as those of ddim", dpm / ddim);
+    assert!(dpm < 0.6 * ddim, "20 steps of dpm++ are {dpm} from 100, those of ddim {ddim}");
 
     let real = Digits::new().unwrap();
     let nearest = |image: &[f32]| {
@@ -69,7 +69,7 @@ fn the_default_run_learns_to_write_digits() {
     let mut distinct = found.clone();
     distinct.sort_unstable();
     distinct.dedup();
-    assert!(distinct.len() >= 200, "the samples are near only {} of the real digits", distinct.len());
+    assert!(distinct.len() >= SAMPLES / 2, "the samples are near only {} of the real digits", distinct.len());
     for class in 0..10 {
         let (made, real) = (spread(&images, &labels, class), spread(real.images(), real.labels(), class));
         println!("class {class}: mean distance of two samples {made:.2}, of two real digits {real:.2}");

@@ -20,8 +20,10 @@ unsafe impl Send for HostBytes {}
 unsafe impl Sync for HostBytes {}
 
 impl HostBytes {
+    /// Aligned as memory is that comes with zeros from the system, a page at a time as it is touched: of a wider alignment all would be
+    /// filled.
     fn layout(len: usize) -> Option<Layout> {
-        Layout::from_size_align(len.max(1).checked_next_multiple_of(128)?, 128).ok()
+        Layout::from_size_align(len.max(1).checked_next_multiple_of(16)?, 16).ok()
     }
 
     /// `len` zero bytes, or `None` when the host has no room.
@@ -50,7 +52,7 @@ impl HostBytes {
     }
     #[inline(always)]
     pub(crate) fn a16(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: as `a8`; aligned, since the allocation is aligned to 128 and `at` checks the offset.
+        // SAFETY: as `a8`; aligned, since the allocation is aligned to 16 and `at` checks the offset.
         unsafe { AtomicU16::from_ptr(self.at(offset, 2).cast()) }
     }
     #[inline(always)]
@@ -90,7 +92,7 @@ impl HostBytes {
     #[inline(always)]
     pub(crate) fn words(&self, offset: usize, n: usize) -> &[AtomicU32] {
         assert!(offset.is_multiple_of(4) && offset + 4 * n <= self.len);
-        // SAFETY: the assertion keeps the slice inside the allocation, which is aligned to 128; its bytes are only ever
+        // SAFETY: the assertion keeps the slice inside the allocation, which is aligned to 16; its bytes are only ever
         // accessed atomically while shared.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(offset).cast(), n) }
     }

@@ -37,7 +37,8 @@ pub(super) struct InfoArgs {
     /// List name and shape of every tensor of the weights
     #[arg(long)]
     tensors: bool,
-    /// Print a line of JSON for each run: step, losses, last and best validation, number of parameters and all settings
+    /// Print a line of JSON for each run: step, losses, last and best validation, number of parameters and all settings; for a file of
+    /// weights parameters, the settings of the model and the names of its classes
     #[arg(long, conflicts_with = "tensors")]
     json: bool,
 }

@@ -1,14 +1,16 @@
-//! `dtr-fused info` of several runs: what tells them apart and what came of each, as a table or as JSON.
+//! `dtr-fused info` of several runs: what tells them apart and what came of each, as a table or as JSON; files of weights as JSON.
 
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use crate::error::{Error, Result, printable};
+use crate::safetensors_file::SafetensorsFile;
 use crate::train::changes::{self, Change};
-use crate::train::config::KNOBS;
+use crate::train::config::{KNOBS, Knob, Layer};
 use crate::train::metrics::{self, Line, Means};
-use crate::train::{TrainConfig, checkpoint};
+use crate::train::state::told_names;
+use crate::train::{TrainConfig, checkpoint, weights};
 
 /// What a run has come to.
 #[derive(Serialize)]
@@ -36,21 +38,38 @@ struct Measured {
     means: Means,
 }
 
-/// Prints a table with a line for each of the runs in `paths`, or `as_json` a line of JSON.
+/// What a file of weights holds.
+#[derive(Serialize)]
+struct WeightsFile {
+    weights: String,
+    parameters: u64,
+    /// The knobs that say what the model is and makes, unless its tensors or what the file says are those of none.
+    config: Option<toml::Table>,
+    /// What was assumed of them, or is wrong.
+    note: Option<String>,
+    /// Names, if they are told.
+    classes: Option<Vec<String>>,
+}
+
+/// Knobs that a file of weights tells, beside those of the sections of the model and its routing.
+const OF_WEIGHTS: [&str; 8] =
+    ["image_size", "in_channels", "num_classes", "data_kind", "label_dropout", "prediction", "learn_sigma", "schedule"];
+
+/// Prints a table with a line for each of the runs in `paths`, or `as_json` a line of JSON, also for files of weights.
 ///
 /// # Errors
 /// When one is no run, or cannot be read: the others are shown all the same.
 pub(super) fn show(paths: &[PathBuf], as_json: bool) -> Result<()> {
-    let (mut runs, mut errors) = (Vec::new(), Vec::new());
-    for path in paths {
-        match Summary::of(path) {
-            Ok(run) => runs.push(run),
-            Err(error) => errors.push(error),
-        }
-    }
-    let lines = match as_json {
-        true => runs.iter().map(|run| serde_json::to_string(run).expect("numbers and names")).collect(),
-        false => table(&runs).iter().map(|line| printable(line).to_string()).collect::<Vec<_>>(),
+    let mut errors = Vec::new();
+    let lines: Vec<String> = if as_json {
+        let line = |path: &PathBuf| match path.is_file() {
+            true => WeightsFile::of(path).map(|file| json(&file)),
+            false => Summary::of(path).map(|run| json(&run)),
+        };
+        paths.iter().filter_map(|path| line(path).map_err(|error| errors.push(error)).ok()).collect()
+    } else {
+        let runs = paths.iter().filter_map(|path| Summary::of(path).map_err(|error| errors.push(error)).ok());
+        table(&runs.collect::<Vec<_>>()).iter().map(|line| printable(line).to_string()).collect()
     };
     lines.iter().for_each(|line| println!("{line}"));
     let others = errors.len().saturating_sub(1);
@@ -58,6 +77,37 @@ pub(super) fn show(paths: &[PathBuf], as_json: bool) -> Result<()> {
         Some(error) if others > 0 => Err(error.and(&format!("; {others} more could not be shown either"))),
         Some(error) => Err(error),
         None => Ok(()),
+    }
+}
+
+fn json(what: &impl Serialize) -> String {
+    serde_json::to_string(what).expect("numbers and names")
+}
+
+impl WeightsFile {
+    fn of(path: &Path) -> Result<Self> {
+        let file = SafetensorsFile::open(path)?;
+        let (config, note) = match weights::config_of(&file, &Layer::default()) {
+            Ok((config, note)) => (Some(config), note),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let told = |knob: &&Knob| {
+            let of_model = ["Model", "Routing"].contains(&knob.section) && !knob.name.starts_with("init");
+            of_model || OF_WEIGHTS.contains(&knob.name)
+        };
+        let as_toml = |config: TrainConfig| {
+            let mut all: toml::Table = config.to_toml().parse().expect("knobs as TOML");
+            all.retain(|name, _| KNOBS.iter().filter(told).any(|knob| knob.name == name));
+            all
+        };
+        let of_model = file.names().filter(|name| *name != weights::POSITIONS).filter_map(|name| file.get(name));
+        Ok(WeightsFile {
+            weights: path.display().to_string(),
+            parameters: of_model.map(|tensor| tensor.elements() as u64).sum(),
+            config: config.map(as_toml),
+            note,
+            classes: told_names(file.metadata()),
+        })
     }
 }
 

@@ -13,6 +13,7 @@ use crate::backend::Compute;
 use crate::diffusion::LossWeight;
 use crate::error::{Error, Result};
 use crate::model::dit::Dit;
+use crate::train::config::MOST_REPEATS;
 use crate::train::metrics::{self, Means};
 use crate::train::progress::Progress;
 use crate::train::validation::{Validated, Validation};
@@ -43,6 +44,10 @@ pub(super) struct ValidateArgs {
     /// Seed of noise and timesteps [default: 0; the run's validation_seed without --data]
     #[arg(long, allow_negative_numbers = true)]
     seed: Option<u64>,
+    /// Times that each sample is measured, with other noise and timesteps: the mean over more is less noisy [default: 1; the run's
+    /// validation_repeats without --data]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    repeats: Option<usize>,
     /// Weight of the loss by timestep: constant (none), min-snr-5 (any number) or p2 (or p2-GAMMA-K) [default: that of training]
     #[arg(long, value_name = "constant|min-snr-5|p2", hide_possible_values = true, value_parser = offered::<LossWeight>("constant|min-snr-5|p2"))]
     loss_weight: Option<LossWeight>,
@@ -65,10 +70,16 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
         None if file == name => return Err(Error::usage("a file of weights names no data: give --data")),
         None => setup::validated_data(&config, &name)?,
     };
-    let validation_seed = args.seed.unwrap_or(if args.data.is_some() { 0 } else { config.validation_seed });
+    let (seed, repeats) =
+        if args.data.is_some() { (0, 1) } else { (config.validation_seed, config.validation_repeats) };
+    let (validation_seed, validation_repeats) = (args.seed.unwrap_or(seed), args.repeats.unwrap_or(repeats));
+    if !(1..=MOST_REPEATS).contains(&validation_repeats) {
+        let what = format!("--repeats is {validation_repeats}, but it must be between 1 and {MOST_REPEATS}");
+        return Err(Error::usage(what));
+    }
     let (compute, note) = args.compute.open(&config)?;
     let dit = Dit::new(config.model_config())?;
-    let of_seed = TrainConfig { validation_seed, ..config.clone() };
+    let of_seed = TrainConfig { validation_seed, validation_repeats, ..config.clone() };
     let mut validation = Validation::new(samples, &of_seed, &dit, matches!(compute, Compute::Cuda { .. }))?;
     let in_main_memory = match &compute {
         Compute::Cpu { .. } => validation.at_once(),
@@ -78,8 +89,8 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
     let mut weights = vec![0.0; dit.layout.len()];
     read_weights(&file, &dit, &mut weights)?;
 
-    let n = validation.len();
-    let mut progress = Progress::new("validating", 0, n as u64);
+    let measured = validation.measured() as u64;
+    let mut progress = Progress::new("validating", 0, measured);
     assumed.iter().chain(&note).map(String::as_str).chain(validation.note()).for_each(|note| progress.say(note));
     let schedule = config.noise_schedule()?;
     let means = trainer::in_pool(&config, || {
@@ -97,14 +108,15 @@ pub(super) fn run(args: ValidateArgs) -> Result<()> {
         })
     });
     if means.is_ok() {
-        progress.set(n as u64, "");
+        progress.set(measured, "");
     }
     progress.finish();
     validation.take_warnings().iter().for_each(|warning| progress.say(warning));
     let means = means?;
     let (checkpoint, loss_weight) = (name.display().to_string(), config.loss_weight.to_string());
-    let damaged = validation.damaged();
-    show(&Report { checkpoint, samples: n - damaged, damaged, loss_weight, means: &means }, args.json);
+    let (damaged, repeats) = (validation.damaged(), validation_repeats);
+    let samples = validation.len() - damaged;
+    show(&Report { checkpoint, samples, damaged, repeats, loss_weight, means: &means }, args.json);
     Ok(())
 }
 
@@ -114,6 +126,7 @@ struct Report<'a> {
     checkpoint: String,
     samples: usize,
     damaged: usize,
+    repeats: usize,
     loss_weight: String,
     #[serde(flatten)]
     means: &'a Means,
@@ -131,8 +144,13 @@ fn show(report: &Report, as_json: bool) {
     if report.damaged > 0 {
         row("damaged", report.damaged);
     }
+    if report.repeats > 1 {
+        row("repeats", report.repeats);
+    }
     row("loss weight", &report.loss_weight);
-    for (name, loss) in [("loss", means.loss), ("mse", means.mse), ("vb", means.vb)] {
+    let error = means.loss_stderr.map_or(String::new(), |error| format!(" ± {}", metrics::loss_text(error)));
+    row("loss", text(means.loss) + &error);
+    for (name, loss) in [("mse", means.mse), ("vb", means.vb)] {
         row(name, text(loss));
     }
     for (k, loss) in means.loss_by_timestep.iter().enumerate().filter(|(_, loss)| loss.is_some()) {

@@ -1,5 +1,6 @@
 //! Arrays of images or latents with labels, from one `.safetensors` file or a pair of `.npy` files.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::npy::NpyFile;
@@ -14,6 +15,13 @@ pub(crate) const MAX_SAMPLE: usize = 1 << 26;
 
 /// The tensor of standard deviations beside `latents`.
 const STD: &str = "latents_std";
+
+/// What the names of classes are called: in the metadata of a `.safetensors` file, and beside a `.npy` file.
+const CLASSES: &str = "classes";
+const CLASSES_FILE: &str = "classes.json";
+
+/// Most bytes of a list of names that are read.
+const MAX_NAMES_BYTES: u64 = 16 << 20;
 
 /// Largest number that an image may have: its numbers are meant to be from -1 to 1, and resizing overshoots a little.
 const MAX_PIXEL: f32 = 1.5;
@@ -32,6 +40,9 @@ const NUMBERS_LOOKED_AT: usize = 1 << 22;
 ///   means and standard deviations, from which a [`Loader`](super::Loader) draws.
 /// - `FILE.npy`: the same array, or images as u8 `[N,H,W,C]` with 1 or 3 channels; the labels are in `FILE.labels.npy` or
 ///   `labels.npy` beside it.
+///
+/// Classes may have names, a JSON list of strings: in the metadata of a `.safetensors` file as `classes`, of a `.npy` file in
+/// `FILE.classes.json` or `classes.json` beside it. Else they are called by their numbers.
 ///
 /// u8 values 0..255 become -1..1, others stay as they are. Samples with values that are not finite, and images with values
 /// far outside -1..1, are damaged samples, as are those with a negative standard deviation.
@@ -60,30 +71,39 @@ enum Layout {
 }
 
 impl ArrayFile {
-    /// Opens `path` and reads its labels. There are `num_classes` classes, or as many as the largest label asks for; of one class labels
-    /// need not be there. A `.npy` file does not say whether its samples are images: `pictures` does, else bytes are, and samples of 1 or 3
+    /// Opens `path` and reads its labels. There are as many classes as have names, or else `num_classes`, or as many as the largest label asks
+    /// for; of one class (`num_classes` is 1) labels need not be there, and names are not read. A `.npy` file does not say whether its samples are images: `pictures` does, else bytes are, and samples of 1 or 3
     /// channels.
     ///
     /// # Errors
     /// [`Error::File`] when a file is missing or damaged, an array has the wrong shape or type, or a label is outside its
-    /// range, or images are not from -1 to 1; [`Error::Usage`] when `num_classes` is 0 or above [`MAX_CLASSES`].
+    /// range, there are more names than `num_classes` or one twice, or images are not from -1 to 1; [`Error::Usage`] when `num_classes` is 0 or above [`MAX_CLASSES`].
     pub fn open(path: impl AsRef<Path>, num_classes: Option<usize>, pictures: Option<bool>) -> Result<Self> {
         let path = path.as_ref();
         if let Some(n) = num_classes.filter(|n| !(1..=MAX_CLASSES).contains(n)) {
             return Err(Error::usage(format!("num_classes is {n}; it can be 1 to {MAX_CLASSES}")));
         }
         let fail = |what: String| Error::file(path, what);
-        let (file, named, labels) = if path.extension().is_some_and(|e| e == "npy") {
+        let names = |text: &str| names_in(text, num_classes.unwrap_or(MAX_CLASSES));
+        let (file, named, names, labels) = if path.extension().is_some_and(|e| e == "npy") {
+            let names_path = beside(path, CLASSES_FILE).into_iter().find(|path| path.exists());
+            let names = names_path.filter(|_| num_classes != Some(1)).map(|path| {
+                let text = regular_file::read(&path, MAX_NAMES_BYTES).map_err(|e| format!("cannot be read: {e}"));
+                let text = text.and_then(|bytes| String::from_utf8(bytes).map_err(|_| "is not text".into()));
+                text.and_then(|text| names(&text)).map_err(|what| Error::file(path, what))
+            });
+            let names = names.transpose()?;
+            let limit = names.as_ref().map(Vec::len).or(num_classes);
             let labels = match labels_beside(path) {
                 Err(_) if num_classes == Some(1) => None,
                 labels_path => {
                     let labels_path = labels_path?;
                     let labels = NpyFile::open(&labels_path)?;
-                    let labels = read_labels(labels.view(), num_classes);
+                    let labels = read_labels(labels.view(), limit);
                     Some(labels.map_err(|what| Error::file(&labels_path, what))?)
                 }
             };
-            (File::Npy(NpyFile::open(path)?), None, labels)
+            (File::Npy(NpyFile::open(path)?), None, names, labels)
         } else {
             let file = SafetensorsFile::open(path)?;
             let name = match (file.get("images"), file.get("latents")) {
@@ -99,11 +119,15 @@ impl ArrayFile {
                     )));
                 }
             };
+            let text = file.metadata().get(CLASSES).filter(|_| num_classes != Some(1));
+            let names = text.map(|text| names(text).map_err(|what| fail(format!("has '{CLASSES}' whose text {what}"))));
+            let names = names.transpose()?;
+            let limit = names.as_ref().map(Vec::len).or(num_classes);
             let labels = match file.get("labels") {
                 None if num_classes == Some(1) => None,
-                _ => Some(read_labels(file.tensor("labels")?, num_classes).map_err(fail)?),
+                _ => Some(read_labels(file.tensor("labels")?, limit).map_err(fail)?),
             };
-            (File::Safetensors(file, name), Some(name == "images"), labels)
+            (File::Safetensors(file, name), Some(name == "images"), names, labels)
         };
         let array = file.array();
         let (layout, shape) = samples_of(array).map_err(fail)?;
@@ -123,7 +147,7 @@ impl ArrayFile {
             return Err(fail("has latents of type u8; latents are floating-point numbers".into()));
         }
         let classes = num_classes.or_else(|| labels.iter().max().map(|&label| label as usize + 1)).unwrap_or(1);
-        let names = (0..classes).map(|class| class.to_string()).collect();
+        let names = names.unwrap_or_else(|| (0..classes).map(|class| class.to_string()).collect());
         let path = path.to_path_buf();
         let opened = regular_file::open(&path).and_then(|file| Ok((file.metadata()?.len(), file)));
         let (len, on_disk) = opened.map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
@@ -191,7 +215,8 @@ impl ArrayFile {
         let empty: Vec<usize> = (0..found.len()).filter(|&class| !found[class]).collect();
         let first = empty.first()?;
         let why = if empty == [0] { ": if labels are counted from 1, subtract 1" } else { "" };
-        Some(format!("no sample has {} of the {} labels, {first} for one{why}", empty.len(), found.len()))
+        let named = if self.names[*first] == first.to_string() { "" } else { &format!(" ('{}')", self.names[*first]) };
+        Some(format!("no sample has {} of the {} labels, {first}{named} for one{why}", empty.len(), found.len()))
     }
 
     /// What is wrong with the range of an image, if anything.
@@ -282,9 +307,14 @@ pub(crate) fn lacks_labels(path: &Path) -> bool {
     }
 }
 
+/// Where what goes with `FILE.npy` may be: `FILE.NAME`, or `NAME` for all files there.
+fn beside(path: &Path, name: &str) -> [PathBuf; 2] {
+    [path.with_extension(name), path.with_file_name(name)]
+}
+
 /// The labels of `FILE.npy`.
 fn labels_beside(path: &Path) -> Result<PathBuf> {
-    let candidates = [path.with_extension("labels.npy"), path.with_file_name("labels.npy")];
+    let candidates = beside(path, "labels.npy");
     let missing = || {
         let [own, common] = &candidates;
         Error::file(
@@ -298,6 +328,19 @@ fn labels_beside(path: &Path) -> Result<PathBuf> {
         )
     };
     candidates.iter().find(|candidate| candidate.exists()).cloned().ok_or_else(missing)
+}
+
+/// Names of at most `most` classes, which the JSON `text` lists; otherwise what is wrong with it.
+fn names_in(text: &str, most: usize) -> std::result::Result<Vec<String>, String> {
+    let names: Vec<String> = serde_json::from_str(text).map_err(|e| format!("is no JSON list of class names: {e}"))?;
+    if names.is_empty() || names.len() > most {
+        return Err(format!("names {} classes; 1 to {most} are expected", names.len()));
+    }
+    let mut seen = HashSet::new();
+    match names.iter().find(|name| !seen.insert(*name)) {
+        Some(twice) => Err(format!("names the class '{twice}' twice")),
+        None => Ok(names),
+    }
 }
 
 /// Labels `[N]`, each below `num_classes` (or [`MAX_CLASSES`]).

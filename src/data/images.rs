@@ -1,16 +1,21 @@
 //! A folder with one subfolder of PNG, JPEG or WebP images per class, or with images alone.
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::fs::DirEntry;
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
 
 use super::resize::center_crop;
 use super::{Dataset, MAX_CLASSES};
 use crate::error::{Error, Result};
+use crate::system_memory::memory_bytes;
 
 /// Longest image file that is read.
 const MAX_FILE_BYTES: u64 = 256 << 20;
@@ -21,6 +26,10 @@ const MAX_PIXELS: u64 = 100_000_000;
 /// Most bytes that a decoder may allocate: [`MAX_PIXELS`] of 8 bytes, and room to work.
 const MAX_DECODER_BYTES: u64 = 1 << 30;
 
+/// Most bytes of images that are kept once they were read, and the part of the machine's memory that they may take.
+const MAX_KEPT_BYTES: u64 = 1 << 30;
+const PART_KEPT: u64 = 8;
+
 /// Largest side of the squares that images are brought to.
 const MAX_SIZE: usize = 4096;
 
@@ -30,11 +39,16 @@ const MAX_SIZE: usize = 4096;
 /// Images are cropped and scaled exactly as ADM and DiT do with Pillow ([`center_crop`]); PNG and WebP images therefore
 /// agree with theirs to the bit (but for those of 16 bits a channel), JPEGs as far as two decoders agree (on test pictures by a level, by two with subsampled colour).
 /// Transparency is dropped and orientation tags are ignored, as there.
+///
+/// An image is decoded and scaled once, and kept in memory after that while there is room: the first 1 GiB of them, or an eighth of the
+/// memory where that is less.
 pub struct ImageFolder {
     size: usize,
     names: Vec<String>,
-    folders: Vec<PathBuf>,         // [classes]
-    files: Vec<(u32, Box<OsStr>)>, // [images]: class, file name; ordered by both
+    folders: Vec<PathBuf>,          // [classes]
+    files: Vec<(u32, Box<OsStr>)>,  // [images]: class, file name; ordered by both
+    kept: Vec<OnceLock<Box<[u8]>>>, // [images]: [H,W,C] of those that were read
+    room: AtomicUsize,              // bytes of more of them
     note: Option<String>,
 }
 
@@ -94,7 +108,9 @@ impl ImageFolder {
                 format!("has {} class folders; at most {MAX_CLASSES} can be used", classes.len()),
             ));
         }
-        let mut folder = ImageFolder { size, names: Vec::new(), folders: Vec::new(), files: Vec::new(), note: None };
+        let room = memory_bytes().map_or(MAX_KEPT_BYTES, |memory| (memory / PART_KEPT).min(MAX_KEPT_BYTES)) as usize;
+        let (names, folders, files, kept) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut folder = ImageFolder { size, names, folders, files, kept, room: room.into(), note: None };
         for (class, name) in (0..).zip(classes) {
             let path = root.join(&name);
             let (links, folders) = (scan.links, scan.folders);
@@ -121,6 +137,7 @@ impl ImageFolder {
             folder.names.push(name.into_owned());
             folder.folders.push(path);
         }
+        folder.kept.resize_with(folder.files.len(), OnceLock::new);
         let one = without_classes.then(|| "there are no class folders, so all images are of one class".to_string());
         let left_out = scan.left_out().map(|what| format!("{what} were left out"));
         let notes: Vec<String> = one.into_iter().chain(left_out).collect();
@@ -132,6 +149,19 @@ impl ImageFolder {
     pub fn path(&self, index: usize) -> PathBuf {
         let (class, name) = &self.files[index];
         self.folders[*class as usize].join(&**name)
+    }
+
+    /// The bytes `[H,W,C]` of image `index`.
+    fn pixels(&self, index: usize) -> Result<Cow<'_, [u8]>> {
+        let kept = &self.kept[index];
+        if let Some(pixels) = kept.get() {
+            return Ok(Cow::Borrowed(pixels));
+        }
+        let path = self.path(index);
+        let image = decode(&path).map_err(|what| Error::file(&path, what))?;
+        let pixels = center_crop(image, self.size as u32).into_raw();
+        let room = self.room.fetch_update(Relaxed, Relaxed, |room| room.checked_sub(pixels.len()));
+        Ok(if room.is_ok() { Cow::Borrowed(kept.get_or_init(|| pixels.into())) } else { Cow::Owned(pixels) })
     }
 }
 
@@ -149,15 +179,14 @@ impl Dataset for ImageFolder {
     }
 
     fn read(&self, index: usize, flip: bool, out: &mut [f32]) -> Result<u32> {
-        let path = self.path(index);
-        let image = decode(&path).map_err(|what| Error::file(&path, what))?;
-        let image = center_crop(image, self.size as u32);
+        let pixels = self.pixels(index)?;
         let plane = self.size * self.size;
         assert_eq!(out.len(), 3 * plane, "numbers of a sample");
-        for (x, y, pixel) in image.enumerate_pixels() {
-            let x = if flip { self.size - 1 - x as usize } else { x as usize };
-            for (c, &value) in pixel.0.iter().enumerate() {
-                out[c * plane + y as usize * self.size + x] = f32::from(value) / 127.5 - 1.0;
+        for (place, pixel) in pixels.chunks_exact(3).enumerate() {
+            let (x, y) = (place % self.size, place / self.size);
+            let x = if flip { self.size - 1 - x } else { x };
+            for (c, &value) in pixel.iter().enumerate() {
+                out[c * plane + y * self.size + x] = f32::from(value) / 127.5 - 1.0;
             }
         }
         Ok(self.files[index].0)
@@ -282,5 +311,31 @@ fn reaches_the_end_of_a_jpeg(bytes: &[u8]) -> bool {
         if at > bytes.len() {
             return false;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_read_once_while_there_is_room() {
+        let place = tempfile::tempdir().unwrap();
+        for (i, name) in ["a.png", "b.png"].into_iter().enumerate() {
+            RgbImage::from_fn(5, 4, |x, y| image::Rgb([x as u8 * 40, y as u8 * 50, i as u8]))
+                .save(place.path().join(name))
+                .unwrap();
+        }
+        let folder = ImageFolder::open(place.path(), 4).unwrap();
+        folder.room.store(2 * 48 - 1, Relaxed);
+        let read = |index, flip| {
+            let mut out = [f32::NAN; 48];
+            folder.read(index, flip, &mut out).map(|_| out.map(f32::to_bits))
+        };
+        let both = [[0, 1].map(|i| read(i, false).unwrap()), [0, 1].map(|i| read(i, true).unwrap())];
+        assert!(both[0][0] != both[1][0] && both[0][0] != both[0][1]);
+        std::fs::remove_dir_all(place.path()).unwrap();
+        assert!(read(0, false).unwrap() == both[0][0] && read(0, true).unwrap() == both[1][0]);
+        assert!(read(1, false).unwrap_err().to_string().contains("b.png: cannot be read"));
     }
 }

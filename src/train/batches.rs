@@ -69,6 +69,16 @@ impl Batches {
         Ok(true)
     }
 
+    /// The images and labels of `step`.
+    ///
+    /// # Errors
+    /// When the data cannot be read.
+    pub(super) fn images(&mut self, config: &TrainConfig, step: u64) -> Result<&loader::Batch> {
+        self.draw(config, step)?;
+        let Some(images) = &self.drawn(step).images else { unreachable!("loaded when drawn") };
+        Ok(images)
+    }
+
     /// Forgets the part, so that it is gathered again.
     pub(super) fn forget(&mut self) {
         self.part.of = None;

@@ -40,9 +40,10 @@ pub(crate) fn listed(changes: &[Change]) -> String {
 }
 
 /// Whether a change of `knob` stays on record: it may change the weights or what is measured of them. Those of the machine and of what is
-/// written when do not, but for the precision and the weights that are validated.
+/// written when do not, but for the precision and how it is validated.
 fn matters(knob: &Knob) -> bool {
-    !["Machine", "Output"].contains(&knob.section) || ["precision", "validation_weights"].contains(&knob.name)
+    !["Machine", "Output"].contains(&knob.section)
+        || ["precision", "validation_weights", "validation_repeats"].contains(&knob.name)
 }
 
 /// All changes of `run`, in order. Lines that are none are left out.

@@ -35,6 +35,9 @@ pub struct Means {
     pub vb: Option<f64>,
     /// Mean loss of the samples with timesteps 0..125, 125..250, ..., 875..1000.
     pub loss_by_timestep: [Option<f64>; OCTILES],
+    /// Of a validation, the standard error of `loss`: how far other noise and timesteps would move it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_stderr: Option<f64>,
 }
 
 /// One line of `metrics.jsonl`: averages over the steps since the line before it. `null` where there was nothing to average.
@@ -62,6 +65,9 @@ pub struct Line {
     /// down have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
+    /// The log-variances of uncertainty weighting (`uw`), by groups of timesteps as the losses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uw_log_variances: Option<[f32; OCTILES]>,
     /// What the moving average, or the weights (`validation_weights`), have on the samples that are held out, where it was measured after this
     /// step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -109,6 +115,11 @@ impl Meter {
         self.skipped
     }
 
+    /// Samples that were counted since the last line.
+    pub fn samples(&self) -> u64 {
+        self.samples
+    }
+
     /// Steps that count since the last line.
     pub fn steps(&self) -> u64 {
         self.steps
@@ -117,12 +128,12 @@ impl Meter {
     /// The means over the samples since the last line.
     pub fn means(&self) -> Means {
         let [loss, mse, vb] = [self.loss, self.mse, self.vb].map(|sum| mean(sum, self.samples));
-        Means { loss, mse, vb, loss_by_timestep: self.octiles.map(|(sum, n)| mean(sum, n)) }
+        Means { loss, mse, vb, loss_by_timestep: self.octiles.map(|(sum, n)| mean(sum, n)), loss_stderr: None }
     }
 
     /// The line at `step`; the sums start again.
     pub fn line(&mut self, step: u64, lr: f64, images_per_s: f64) -> Line {
-        let Means { loss, mse, vb, loss_by_timestep } = self.means();
+        let Means { loss, mse, vb, loss_by_timestep, .. } = self.means();
         let line = Line {
             step,
             loss,
@@ -134,6 +145,7 @@ impl Meter {
             skipped: self.skipped,
             images_per_s: Some(images_per_s).filter(|x| x.is_finite()),
             seconds: None,
+            uw_log_variances: None,
             validation: None,
         };
         self.restart();
@@ -265,8 +277,16 @@ impl MetricsLog {
         ];
         scalars.extend(named.iter().filter_map(|&(name, value)| Some((name.to_string(), value?))));
         scalars.extend(by_timestep("loss_by_timestep", &line.loss_by_timestep));
-        if let Some(Means { loss, mse, vb, loss_by_timestep }) = &line.validation {
-            let named = [("validation/total", loss), ("validation/mse", mse), ("validation/vb", vb)];
+        if let Some(log_variances) = line.uw_log_variances {
+            scalars.extend(by_timestep("uw_log_variance", &log_variances.map(|s| Some(s.into()))));
+        }
+        if let Some(Means { loss, mse, vb, loss_by_timestep, loss_stderr }) = &line.validation {
+            let named = [
+                ("validation/total", loss),
+                ("validation/mse", mse),
+                ("validation/vb", vb),
+                ("validation/stderr", loss_stderr),
+            ];
             scalars.extend(named.iter().filter_map(|&(name, value)| Some((name.to_string(), (*value)?))));
             scalars.extend(by_timestep("validation_by_timestep", loss_by_timestep));
         }

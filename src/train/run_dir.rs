@@ -1,7 +1,7 @@
 //! The directory of a run: where each file is, and that only one trainer at a time writes there.
 //!
 //! ```text
-//! runs/NAME/config.toml, changes.jsonl, metrics.jsonl, events.out.tfevents.*, loss.png, samples/STEP.png, checkpoints/STEP/
+//! runs/NAME/config.toml, changes.jsonl, metrics.jsonl, events.out.tfevents.*, data.png, loss.png, samples/STEP.png, checkpoints/STEP/
 //! ```
 
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 
 const LOCK: &str = ".lock";
 const SAMPLES: &str = "samples";
+/// Name of the picture of the first batch.
+pub(super) const DATA_PNG: &str = "data.png";
 
 /// An open run. As long as it lives, no other process can open the run to train.
 #[derive(Debug)]
@@ -127,7 +129,9 @@ fn clear_leftovers(path: &Path) {
             }
         }
     };
-    clear(path, &|name| [CONFIG, CHANGES, METRICS, LOSS_PNG, EVENTS].iter().any(|file| is_leftover(name, file)));
+    clear(path, &|name| {
+        [CONFIG, CHANGES, METRICS, LOSS_PNG, DATA_PNG, EVENTS].iter().any(|file| is_leftover(name, file))
+    });
     let step_of = |name: &str| name.strip_prefix('.')?.split_once('.')?.0.parse().ok();
     clear(&path.join(SAMPLES), &|name| step_of(name).is_some_and(|step| is_leftover(name, &picture_of(step))));
 }

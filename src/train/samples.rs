@@ -1,4 +1,4 @@
-//! Samples while a run trains: a grid of its moving average.
+//! Pictures while a run trains: what it learns from, and grids of samples of its moving average.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +8,7 @@ use super::config::{SamplerKind, TrainConfig, ValidationWeights};
 use super::learner::Learner;
 use super::metrics::MetricsLog;
 use super::progress::Progress;
-use super::run_dir::RunDir;
+use super::run_dir::{DATA_PNG, RunDir};
 use super::trainer::Trainer;
 use crate::diffusion::{Method, Sampler, sampling_timesteps};
 use crate::error::{Error, Result};
@@ -45,7 +45,29 @@ pub(crate) fn scale_of(side: usize) -> usize {
     (64 / side).max(1)
 }
 
+/// Side of the picture of the first batch, in pixels, and most images in a row of it.
+const DATA_SIDE: usize = 1024;
+const DATA_COLUMNS: usize = 8;
+
 impl Trainer<'_> {
+    /// Draws images of the first batch as they are trained on, ordered by their labels. A failure is told but does not end training.
+    pub(super) fn picture_data(&mut self, run: &RunDir, progress: &Progress) {
+        let config = self.config;
+        let drawn = self.batches.images(config, 0).and_then(|batch| {
+            let scale = scale_of(config.image_size);
+            let columns = (DATA_SIDE / (scale * config.image_size)).clamp(2, DATA_COLUMNS);
+            let n = batch.labels.len().min(columns * columns);
+            let mut order: Vec<usize> = (0..n).collect();
+            order.sort_by_key(|&i| batch.labels[i]);
+            let numbers = batch.pixels.len() / batch.labels.len();
+            let pixels: Vec<f32> =
+                order.iter().flat_map(|&i| &batch.pixels[i * numbers..][..numbers]).copied().collect();
+            let shape = [n, config.in_channels, config.image_size, config.image_size];
+            grid_png(run.path().join(DATA_PNG), &pixels, shape, columns, scale, config.are_images())
+        });
+        drawn.unwrap_or_else(|error| progress.say(&format!("no picture of the data: {error}")));
+    }
+
     /// [`sample_grid`](Self::sample_grid), of which a failure is told but does not end training.
     pub(super) fn samples(
         &mut self,

@@ -174,7 +174,7 @@ pub fn in_pool<R: Send>(config: &TrainConfig, work: impl FnOnce() -> Result<R> +
 pub(super) struct Trainer<'a> {
     pub(super) config: &'a TrainConfig,
     pub(super) learner: Learner,
-    batches: Batches,
+    pub(super) batches: Batches,
     pub(super) validation: Option<Validation>,
     pub(super) told_of_average: bool, // that it still holds the initial weights
     pub(super) fingerprint: String,   // of the data
@@ -227,6 +227,9 @@ impl<'a> Trainer<'a> {
         let mut progress = Progress::new("training", self.step, config.steps);
         self.announce(run, &progress);
         let began = self.step;
+        if began == 0 {
+            self.picture_data(run, &progress);
+        }
         let (mut samples, mut figures) = (None, String::new());
         if log.last() == Some(self.step) {
             // One that was resumed made up for this line, and was killed before its checkpoint said so.
@@ -368,7 +371,9 @@ impl<'a> Trainer<'a> {
         }
         let mut meter = self.meter.clone();
         let line = meter.line(self.step, self.config.lr_at(self.step - 1), images as f64 / seconds);
-        let line = Line { validation, seconds: log.seconds().map(|before| before + seconds), ..line };
+        let seconds = log.seconds().map(|before| before + seconds);
+        let uw_log_variances = self.learner.uncertainty.as_ref().map(|learned| learned.log_variances);
+        let line = Line { validation, seconds, uw_log_variances, ..line };
         log.append(&line)?;
         self.meter = meter;
         let loss = line.loss.map_or("not finite".into(), metrics::loss_text);

@@ -18,11 +18,12 @@ use crate::model::config::TASKS;
 use crate::model::dit::Dit;
 use crate::rng::{Philox, Stream};
 
-/// Samples to validate on. Each has a noise of its own, the same every time (as is its draw, where it is a distribution), and a timestep:
-/// of `n` samples, in an order of their own, number `i` that in the middle of part `i` of `n` of all timesteps. So two validations differ by
-/// the weights alone.
+/// Samples to validate on, each `repeats` times. Each time a sample has a noise of its own, the same in every validation (as is its draw,
+/// where it is a distribution), and a timestep: of `n` in all, in an order of their own, number `i` that in the middle of part `i` of `n` of
+/// all timesteps. So two validations differ by the weights alone.
 pub(crate) struct Validation {
     loader: Loader,
+    repeats: usize,
 }
 
 /// What is validated: a model with its weights, and the loss that is measured.
@@ -43,12 +44,17 @@ impl Validation {
         let batch = images_at_once(dit, on_device, config, 1).min(samples.len());
         let loader =
             Loader::new(samples, LoaderOptions { batch, seed: config.validation_seed, flip: false, threads: 0 })?;
-        Ok(Validation { loader })
+        Ok(Validation { loader, repeats: config.validation_repeats })
     }
 
     /// Number of samples.
     pub(crate) fn len(&self) -> usize {
         self.loader.dataset().len()
+    }
+
+    /// How many losses are measured: each sample has one for each repeat.
+    pub(crate) fn measured(&self) -> usize {
+        self.len() * self.repeats
     }
 
     /// What there is to say about them.
@@ -87,10 +93,11 @@ impl Validation {
         mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<Means> {
         let Validated { dit, weights, memory, schedule, loss_weight } = of;
-        let (n, batch) = (self.len(), self.loader.batch_size());
+        let (n, batch) = (self.measured(), self.loader.batch_size());
         let numbers: usize = self.loader.dataset().shape().iter().product();
         let rng = Philox::new(config.validation_seed, Stream::ValidationNoise);
         let mut meter = Meter::default();
+        let (mut before, mut squares) = (None, 0.0);
         for (index, first) in (0..n).step_by(batch).enumerate() {
             progress(first)?;
             // The last batch goes on with samples that were there before: they are left out.
@@ -109,9 +116,14 @@ impl Validation {
             for i in (0..b).filter(|&i| !images.replaced[i]) {
                 let [loss, mse, vb] = [loss[i], mse[i], vb[i]].map(f64::from);
                 meter.add_sample(t[i] as usize, loss, mse, vb);
+                squares += before.replace(loss).map_or(0.0, |before| (loss - before).powi(2));
             }
         }
-        Ok(meter.means())
+        // Neighbours have nearly the same timestep, so that they differ by what is drawn: a mean over timesteps in turn has this variance
+        // (Wolter, Introduction to Variance Estimation, section 8.2).
+        let measured = meter.samples() as f64;
+        let error = (squares / (2.0 * (measured - 1.0) * measured)).sqrt();
+        Ok(Means { loss_stderr: Some(error).filter(|error| error.is_finite()), ..meter.means() })
     }
 }
 
@@ -123,7 +135,7 @@ impl Trainer<'_> {
         }
         let Trainer { config, learner, validation, step, .. } = self;
         let validation = validation.as_mut()?;
-        let (n, schedule, loss_weight) = (validation.len(), learner.schedule.clone(), learner.loss_weight());
+        let (n, schedule, loss_weight) = (validation.measured(), learner.schedule.clone(), learner.loss_weight());
         let means = Average::of(learner, config, config.validation_weights).and_then(|mut average| {
             let (dit, weights, memory) = average.parts();
             validation.means(Validated { dit, weights, memory, schedule: &schedule, loss_weight }, config, |done| {

@@ -17,7 +17,7 @@ use crate::routing::Routing;
 use crate::safetensors_file::SafetensorsFile;
 
 /// The fixed table of positions, `[1, T, C]`, which is no parameter.
-const POSITIONS: &str = "pos_embed";
+pub(crate) const POSITIONS: &str = "pos_embed";
 
 /// The table of labels, `[classes + 1, C]`: the last row is that of no class.
 const LABELS: &str = "y_embedder.embedding_table.weight";

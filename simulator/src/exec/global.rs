@@ -147,13 +147,15 @@ impl Block<'_> {
         let me =
             Global { block: self.index as u32, warp, clock: self.clocks.clock(warp), bytes: 15, strong: touch.strong };
         let (mut at, end) = (offset, offset + size);
+        let first = at / 4;
+        let cells = map.double_words(24 * first, 3 * (end.div_ceil(4) - first));
         while at < end {
             let word = at / 4;
             let stop = end.min(4 * word + 4);
             let bytes = ((1u32 << (stop - at)) - 1) << (at % 4);
             at = stop;
             let me = Global { bytes, ..me };
-            let cell = |k: usize| map.a64(24 * word + 8 * k);
+            let cell = |k: usize| &cells[3 * (word - first) + k];
             let w = cell(0).load(Relaxed);
             let conflict = |r: u64| match Global::unpack(r) {
                 Some(r) if r.block != me.block && r.bytes & bytes != 0 && !(r.strong && me.strong) => {

@@ -178,17 +178,17 @@ impl Block<'_> {
             false if Record::unpack(cell[1]).is_none_or(|r| r.warp == warp || before(r)) => 1,
             false => 2,
         };
-        if write && changes {
-            if let Some(r) = conflict(0) {
-                self.shared_race(warp, lane, r, 4 * word, "writes what", "wrote");
+        let races_with = match (write, changes) {
+            (true, true) => 0..3,
+            (true, false) => 0..0,
+            (false, _) => 0..1,
+        };
+        for k in races_with {
+            if let Some(r) = conflict(k) {
+                let (does, did) =
+                    (if write { "writes what" } else { "reads what" }, if k == 0 { "wrote" } else { "read" });
+                self.shared_race(warp, lane, r, 4 * word, does, did);
             }
-            for old in [1, 2] {
-                if let Some(r) = conflict(old) {
-                    self.shared_race(warp, lane, r, 4 * word, "writes what", "read");
-                }
-            }
-        } else if !write && let Some(r) = conflict(0) {
-            self.shared_race(warp, lane, r, 4 * word, "reads what", "wrote");
         }
         let (record, merged) = merge(slot);
         self.shadow[word][slot] = record.pack();

@@ -18,7 +18,7 @@ pub(super) const GRID_ROWS: usize = 64;
 
 /// The files that images are made for, one image after the other.
 pub(super) struct Files<'a> {
-    out: &'a Path,
+    out: Option<&'a Path>,
     npz: Option<&'a Path>,
     overwrite: bool,
     first: usize,      // number of the first image
@@ -46,12 +46,12 @@ impl All<'_> {
 }
 
 impl<'a> Files<'a> {
-    /// Files for the images `only` of all, which have these `labels`. None has its name before it is whole.
+    /// Files for the images `only` of all, which have these `labels`: a grid if it is to be in `out`, and all. None has its name before it is whole.
     ///
     /// # Errors
     /// When one of them cannot be written, or would replace the `weights` or, unless it may, another archive.
     pub(super) fn create(
-        out: &'a Path,
+        out: Option<&'a Path>,
         all: All<'a>,
         weights: &Path,
         labels: &'a [u32],
@@ -60,7 +60,7 @@ impl<'a> Files<'a> {
     ) -> Result<Self> {
         let All { npz, overwrite, folder } = all;
         check_outputs(out, all, weights)?;
-        AtomicFile::create(out)?;
+        out.map(AtomicFile::create).transpose()?;
         let folder = folder.map(|path| Folder::create(path, labels, only.clone(), config)).transpose()?;
         let grid = Grid::new(labels, only.clone(), config);
         let (first, labels) = (only.start, &labels[only]);
@@ -75,6 +75,7 @@ impl<'a> Files<'a> {
 
     /// What the grid leaves out, if anything, of the images or, unless they were `chosen`, of the classes.
     pub(super) fn note(&self, chosen: bool) -> Option<String> {
+        self.out?;
         self.grid.note(self.labels.len(), self.npz.is_some() || self.folder.is_some(), chosen)
     }
 
@@ -104,10 +105,10 @@ impl<'a> Files<'a> {
     pub(super) fn finish(self, name: &Path) -> Result<()> {
         let Files { out, labels, grid, archive, folder, made, overwrite, .. } = self;
         let archived = archive.map(|archive| archive.finish(labels, overwrite)).transpose();
-        let drawn = grid.write(out, made);
-        let [name, out] = [name, out].map(shown);
-        if drawn.is_ok() {
-            println!("Samples of {name} are in {out}");
+        let drawn = out.map(|out| grid.write(out, made).map(|()| out)).transpose();
+        let name = shown(name);
+        if let Ok(Some(out)) = drawn {
+            println!("Samples of {name} are in {}", shown(out));
         }
         if let Ok(Some(npz)) = &archived {
             println!("{made} images of {name} are in {}", shown(npz));
@@ -115,7 +116,7 @@ impl<'a> Files<'a> {
         if let Some(folder) = folder {
             println!("{made} images of {name} are in {}", shown(folder.path));
         }
-        archived.map(|_| ()).and(drawn)
+        archived.and(drawn).map(|_| ())
     }
 
     /// Keeps what there is in the archive, unless that would replace one, as in the folder, and a grid of it. Says how much is where, if
@@ -138,7 +139,7 @@ impl<'a> Files<'a> {
             return None;
         }
         let none = before.map_or(String::new(), |npz| format!(" (none in {}, which was there before)", shown(npz)));
-        if before.is_none() || !out.exists() {
+        if let Some(out) = out.filter(|out| before.is_none() || !out.exists()) {
             grid.write(out, made).unwrap_or_else(|e| failed("no grid", &e));
         }
         Some(format!("; {made} of {} images are in {}{none}", labels.len(), places.join(" and ")))
@@ -151,18 +152,22 @@ pub(super) fn shown(path: &Path) -> String {
 }
 
 /// Refuses files that cannot both be written, or not without losing the weights or an archive.
-fn check_outputs(out: &Path, all: All, weights: &Path) -> Result<()> {
+fn check_outputs(out: Option<&Path>, all: All, weights: &Path) -> Result<()> {
     let All { npz, overwrite, folder } = all;
     const OTHER_PICTURES: [&str; 5] = ["jpg", "jpeg", "webp", "gif", "bmp"];
-    if let Some(ending) = out.extension().and_then(|ending| ending.to_str())
-        && OTHER_PICTURES.iter().any(|other| ending.eq_ignore_ascii_case(other))
+    let ending = |path: &Path| path.extension().map(|ending| ending.to_string_lossy().to_lowercase());
+    if let Some(out) = out
+        && ending(out).is_some_and(|ending| OTHER_PICTURES.contains(&&*ending))
     {
         return Err(Error::usage(format!(
             "--out is {}, but the grid is a PNG: give a name that ends in .png",
             shown(out)
         )));
     }
-    for (path, ending) in [(Some(out), "png"), (npz, "npz")] {
+    if npz == Some(Path::new("-")) {
+        return Err(Error::usage("--npz is -, but the archive must be a file: give its name"));
+    }
+    for (path, ending) in [(out, "png"), (npz, "npz")] {
         let Some(path) = path else { continue };
         check_target(path)?;
         // A slip of the hand must not cost weights.
@@ -175,10 +180,10 @@ fn check_outputs(out: &Path, all: All, weights: &Path) -> Result<()> {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         (parent.canonicalize().unwrap_or_else(|_| parent.into()), path.file_name().map(ToOwned::to_owned))
     };
-    if let Some(path) = [Some(out), npz].into_iter().flatten().find(|path| place(path) == place(weights)) {
+    if let Some(path) = [out, npz].into_iter().flatten().find(|path| place(path) == place(weights)) {
         return Err(Error::file(path, "holds the weights: give the name of another file to write"));
     }
-    if let Some(npz) = npz.filter(|npz| place(npz) == place(out)) {
+    if let Some(npz) = npz.filter(|npz| out.is_some_and(|out| place(npz) == place(out))) {
         return Err(Error::usage(format!(
             "--out and --npz are both {}, but a file can hold the grid or the archive: give two names",
             npz.display()
@@ -189,7 +194,7 @@ fn check_outputs(out: &Path, all: All, weights: &Path) -> Result<()> {
         return Err(Error::file(npz, "is there already: give another file, or --overwrite to replace it"));
     }
     let Some(folder) = folder else { return Ok(()) };
-    for (flag, path) in [("--out", Some(out)), ("--npz", npz)] {
+    for (flag, path) in [("--out", out), ("--npz", npz)] {
         let Some(path) = path else { continue };
         if place(path) == place(folder) || folder.canonicalize().is_ok_and(|folder| place(path).0 == folder) {
             return Err(Error::usage(format!(
@@ -290,7 +295,7 @@ mod tests {
         let labels = [3; 6];
         let stopped = || {
             let all = All { npz: Some(&npz), overwrite: true, folder: Some(&pictures) };
-            let mut files = Files::create(&out, all, Path::new("weights"), &labels, 0..6, &config).unwrap();
+            let mut files = Files::create(Some(&out), all, Path::new("weights"), &labels, 0..6, &config).unwrap();
             files.take(&[0.5; 2 * 16]).unwrap();
             std::fs::remove_dir_all(&pictures).unwrap();
             assert!(files.take(&[-0.5; 2 * 16]).unwrap_err().to_string().contains("000002-3.png: cannot be written"));
@@ -323,7 +328,7 @@ mod tests {
         let labels = [3; 8];
         let create = |only| {
             let all = All { npz: None, overwrite: false, folder: Some(&pictures) };
-            Files::create(&out, all, Path::new("weights"), &labels, only, &config)
+            Files::create(Some(&out), all, Path::new("weights"), &labels, only, &config)
         };
         let mut files = create(2..8).unwrap();
         files.take(&[0.5; 2 * 16]).unwrap();
@@ -347,7 +352,7 @@ mod tests {
         config.fit_to_data(4, 1, 10).unwrap();
         let create = |overwrite| {
             let all = All { npz: Some(&npz), overwrite, folder: None };
-            let mut files = Files::create(&out, all, Path::new("weights"), &[3], 0..1, &config).unwrap();
+            let mut files = Files::create(Some(&out), all, Path::new("weights"), &[3], 0..1, &config).unwrap();
             files.take(&[if overwrite { 0.5 } else { -0.5 }; 16]).unwrap();
             files
         };

@@ -4,7 +4,7 @@ mod archive;
 mod files;
 mod labels;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
@@ -88,9 +88,9 @@ pub(super) struct SampleArgs {
     /// Seed of the noise
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
-    /// The grid of images: a row for each of the first 64 classes, with 16 images at most
-    #[arg(long, default_value = "grid.png", value_name = "FILE")]
-    out: PathBuf,
+    /// The grid of images: a row for each of the first 64 classes, with 16 images at most [default: grid.png; none with --npz or --images]
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
     /// All images for evaluation suites, the classes in turn: arr_0 uint8 [N, H, W, C] (latents: float32 [N, C, H, W]) and arr_1 int64 labels
     /// (of a model without classes, their number)
     #[arg(long, value_name = "FILE")]
@@ -160,7 +160,8 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
     let says = if kept.are_kept() { "with the images of whole batches" } else { "without files" };
     let _ = signals::stop_on_signals(says);
     // Hours of work must not end in a directory that cannot be written.
-    let mut files = Files::create(&args.out, kept, &file, &all, only.clone(), &config)?;
+    let grid = if kept.are_kept() { None } else { Some(Path::new("grid.png")) };
+    let mut files = Files::create(args.out.as_deref().or(grid), kept, &file, &all, only.clone(), &config)?;
     let labels = &all[only.clone()];
 
     let (compute, note) = args.compute.open(&config)?;
@@ -205,8 +206,11 @@ pub(super) fn run(args: SampleArgs) -> Result<ExitCode> {
         // After an error, the same might end the rest.
         Some(kept) if stopped => {
             let end = only.end;
-            let another = if args.npz.is_some() { "--out and --npz" } else { "--out" };
-            error.and(&format!("{kept}, and --only {next}..{end} with another {another} makes the rest"))
+            let named = [("--out", args.out.is_some()), ("--npz", args.npz.is_some())];
+            let named: Vec<&str> = named.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag).collect();
+            let another =
+                if named.is_empty() { String::new() } else { format!(" with another {}", named.join(" and ")) };
+            error.and(&format!("{kept}, and --only {next}..{end}{another} makes the rest"))
         }
         Some(kept) => error.and(&kept),
         None if stopped => error.and(": no file was written"),

@@ -1,6 +1,6 @@
 //! What a configuration must satisfy, and what it becomes when the data are known.
 
-use super::{Decay, InitLabels, TrainConfig};
+use super::{Decay, InitLabels, MOST_REPEATS, TrainConfig};
 use crate::data::array_file::MAX_SAMPLE;
 use crate::diffusion::{LossWeight, Timesteps};
 use crate::error::{Error, Result};
@@ -127,6 +127,8 @@ impl TrainConfig {
                 "init_labels is new, but no weights are given to start from: give --init-from FILE",
             ));
         }
+        at_least_one("validation_repeats", self.validation_repeats)?;
+        at_most("validation_repeats", self.validation_repeats, MOST_REPEATS)?;
         at_least_one("steps", self.steps as usize)?;
         at_least_one("batch_size", self.batch_size)?;
         at_most("batch_size", self.batch_size, 1 << 20)?;

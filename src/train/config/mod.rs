@@ -160,7 +160,7 @@ knobs! {
         decay_start: u64;
         /// Where the decay ends, as a share of lr; 0 to 1
         min_lr_ratio: f64;
-        /// Decoupled weight decay of AdamW, per step and lr
+        /// Decoupled weight decay of AdamW, per step and lr, of all weights: biases and embeddings too, as plain AdamW of PyTorch has it
         weight_decay: f64;
         /// Decay of AdamW's mean of gradients, per step
         adam_beta1: f64;
@@ -198,6 +198,8 @@ knobs! {
         validation_every: u64;
         /// Weights it is measured with: ema (their moving average), or model (the weights themselves)
         validation_weights: ValidationWeights;
+        /// Times that each sample is measured for it, with other noise and timesteps: the mean over more is less noisy
+        validation_repeats: usize;
         /// Steps from one checkpoint to the next (and one at the end); 0 = only at the end
         checkpoint_every: u64;
         /// Latest checkpoints that are kept
@@ -220,6 +222,9 @@ knobs! {
         sample_cfg: f64;
     }
 }
+
+/// Most times that a sample is validated.
+pub(crate) const MOST_REPEATS: usize = 1 << 10;
 
 /// Guidance where nothing is said.
 const GUIDANCE: f64 = 1.5;
@@ -290,6 +295,7 @@ impl Default for TrainConfig {
             log_every: 10,
             validation_every: 100,
             validation_weights: ValidationWeights::Ema,
+            validation_repeats: 1,
             checkpoint_every: 100,
             keep_checkpoints: 2,
             keep_every: 0,

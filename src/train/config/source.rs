@@ -162,7 +162,7 @@ impl TrainConfig {
         let last = |key| layers.iter().rev().find_map(|layer| layer.last(key));
         // A file of --print-config has all.
         let on_what = last("validation_samples").or(last("validation_data"));
-        let given = ["validation_every", "validation_seed", "validation_weights"]
+        let given = ["validation_every", "validation_seed", "validation_weights", "validation_repeats"]
             .into_iter()
             .find(|key| last(key).is_some())?;
         on_what
