@@ -53,7 +53,7 @@ fn the_default_run_learns_to_write_digits() {
     let [ddim, dpm] =
         [SamplerKind::Ddim, SamplerKind::DpmPlusPlus].map(|kind| distance(&sampled(kind, "20", &few), &many));
     println!("20 steps of dpm++ are {:.2} times as far from 100 as those of ddim", dpm / ddim);
-    assert!(dpm < 0.6 * ddim, "20 steps of dpm++ are {dpm} from 100, those of ddim {ddim}");
+    assert!(dpm < 0.7 * ddim, "20 steps of dpm++ are {dpm} from 100, those of ddim {ddim}");
 
     let real = Digits::new().unwrap();
     let nearest = |image: &[f32]| {
