@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turns images into latents to train on, and sampled latents into images, with the autoencoder of Stable Diffusion.
 
-    scripts/latents.py encode photos latents.npy --size 256 --mirror     a folder of class folders -> latents.npy, latents.labels.npy
+    scripts/latents.py encode photos latents.npy --size 256 --mirror     a folder of class folders -> latents.npy and its labels
     scripts/latents.py encode photos latents.safetensors --mirror        distributions, from which training draws latents each time
     dtr-fused train --data latents.npy --model DiT-XL/2
     dtr-fused sample --checkpoint RUN --num 50000 --npz latents.npz
@@ -11,7 +11,9 @@
 Needs torch, diffusers and pillow. --vae is a name that diffusers can load or a folder; the first use of a name downloads it.
 Images are cropped as DiT does; the latents of each are drawn once from the encoder's distribution and multiplied by its scaling factor
 (0.18215). For a .safetensors file they are not drawn: it holds mean and standard deviation, multiplied likewise, in twice the space.
-Mirrored images are encoded anew: mirrored latents do not decode to mirrored images.
+Mirrored images are encoded anew: mirrored latents do not decode to mirrored images. Labels are the places of the folders in alphabetical
+order; their names are a JSON list in latents.classes.json beside latents.npy and latents.labels.npy, or `classes` in the metadata of a
+.safetensors file.
 """
 
 import argparse
@@ -53,7 +55,7 @@ def read(path, size):
 
 
 def images_of(root):
-    """Paths and labels: the place of the class folder in alphabetical order, as for `dtr-fused train`."""
+    """Paths with labels, the place of the class folder in alphabetical order as for `dtr-fused train`, and the names of these folders."""
 
     def inside(path):
         return not path.name.startswith(".") and path.resolve().is_relative_to(root.resolve())
@@ -61,11 +63,14 @@ def images_of(root):
     classes = sorted(path for path in root.glob("*") if path.is_dir() and inside(path))
     if not classes:
         sys.exit(f"{root} has no class folders")
+    found = []
     for label, folder in enumerate(classes):
         images = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and inside(path))
         if not images:
             sys.exit(f"{folder} is a class folder without PNG, JPEG or WebP images; fill or remove it")
-        yield from ((path, label) for path in images)
+        found += ((path, label) for path in images)
+    # A name may be no text.
+    return found, [os.fsencode(folder.name).decode(errors="replace") for folder in classes]
 
 
 def progress(began, done, total):
@@ -78,10 +83,10 @@ def load(args):
     return AutoencoderKL.from_pretrained(args.vae).to(args.device).eval()
 
 
-def new_arrays(path, count, shape):
+def new_arrays(path, count, shape, classes):
     """The arrays of a file by name: latents [count, *shape], and of a .safetensors file latents_std, as many, and labels [count].
 
-    Their space is taken now: a full disk is an error here and not hours later.
+    That file has the names of `classes` in its metadata. All space is taken now: a full disk is an error here and not hours later.
     """
     if path.suffix == ".npy":
         arrays = {"latents": np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(count, *shape))}
@@ -92,7 +97,7 @@ def new_arrays(path, count, shape):
             sizes = (count,) if name == "labels" else (count, *shape)
             begin, end = end, end + math.prod(sizes) * np.dtype(dtype).itemsize
             tensors[name] = {"dtype": "I64" if dtype is np.int64 else "F16", "shape": sizes, "data_offsets": (begin, end)}
-        text = json.dumps(tensors).encode()
+        text = json.dumps({"__metadata__": {"classes": json.dumps(classes)}} | tensors).encode()
         text += b" " * (-len(text) % 8)
         with open(path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
@@ -106,10 +111,15 @@ def new_arrays(path, count, shape):
     return arrays
 
 
+def beside(target):
+    """The files beside a .npy file: the labels, and the names of their classes."""
+    return [target.with_suffix(ending) for ending in (".labels.npy", ".classes.json")]
+
+
 def encode(args):
     if args.target.suffix not in (".npy", ".safetensors"):
         sys.exit(f"{args.target} is neither a .npy nor a .safetensors file: latents are saved as one of these")
-    found = list(images_of(args.source))
+    found, classes = images_of(args.source)
     vae = load(args)
     side = args.size // 2 ** (len(vae.config.block_out_channels) - 1)
     copies = 2 if args.mirror else 1
@@ -117,7 +127,7 @@ def encode(args):
     partial, shorter = (args.target.with_suffix(f".{what}{args.target.suffix}") for what in ("partial", "shorter"))
     labels, began = [], time.time()
     try:
-        arrays = new_arrays(partial, copies * len(found), (vae.config.latent_channels, side, side))
+        arrays = new_arrays(partial, copies * len(found), (vae.config.latent_channels, side, side), classes)
         latents, deviations = arrays["latents"], arrays.get("latents_std")
         with concurrent.futures.ThreadPoolExecutor() as readers:
             for first in range(0, len(found), args.batch_size):
@@ -138,7 +148,7 @@ def encode(args):
         if not labels:
             sys.exit(f"no image of {args.source} could be read")
         if len(labels) < len(latents):
-            whole = new_arrays(shorter, len(labels), latents.shape[1:])
+            whole = new_arrays(shorter, len(labels), latents.shape[1:], classes)
             for name in arrays.keys() - {"labels"}:
                 for first in range(0, len(labels), 4096):
                     whole[name][first : first + 4096] = arrays[name][first : min(first + 4096, len(labels))]
@@ -146,9 +156,12 @@ def encode(args):
             shorter.replace(partial)
         if args.target.suffix == ".npy":
             arrays["latents"].flush()
-            labels_path = args.target.with_suffix(".labels.npy")
+            labels_path, classes_path = beside(args.target)
             labels_path.unlink(missing_ok=True)
+            classes_path.unlink(missing_ok=True)
+            classes_path.write_text(json.dumps(classes) + "\n")
             partial.replace(args.target)
+            # Last: latents without labels are not taken for whole.
             np.save(labels_path, np.array(labels, dtype=np.int64))
         else:
             arrays["labels"][:] = labels
@@ -268,7 +281,7 @@ def main():
         else:
             sub.add_argument("--png", type=pathlib.Path, metavar="FOLDER", help="write every image there too")
     args = parser.parse_args()
-    written = [args.target, *([args.target.with_suffix(".labels.npy")] if args.target.suffix == ".npy" else [])]
+    written = [args.target, *(beside(args.target) if args.target.suffix == ".npy" else [])]
     if there := next((path for path in written if path.exists() and not args.overwrite), None):
         sys.exit(f"{there} is there already: give another file (the one to write is the last), or --overwrite to replace it")
     with torch.no_grad():
