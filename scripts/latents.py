@@ -9,8 +9,9 @@
     scripts/latents.py decode part-0.npz part-1.npz samples.npz          one such file of what sample made in parts (--only)
 
 Needs torch, diffusers and pillow. --vae is a name that diffusers can load or a folder; the first use of a name downloads it.
-Images are cropped as DiT does; the latents of each are drawn once from the encoder's distribution and multiplied by its scaling factor
-(0.18215). For a .safetensors file they are not drawn: it holds mean and standard deviation, multiplied likewise, in twice the space.
+Images are cropped as DiT does; the latents of each are drawn once from the encoder's distribution, less its shift factor (of Stable
+Diffusion 3 and FLUX; others have none), and multiplied by its scaling factor (0.18215). For a .safetensors file they are not drawn: it
+holds the mean, shifted and multiplied likewise, and the standard deviation, multiplied, in twice the space.
 Mirrored images are encoded anew: mirrored latents do not decode to mirrored images. Labels are the places of the folders in alphabetical
 order; their names are a JSON list in latents.classes.json beside latents.npy and latents.labels.npy, or `classes` in the metadata of a
 .safetensors file.
@@ -79,8 +80,10 @@ def progress(began, done, total):
 
 
 def load(args):
+    """The autoencoder, and its numbers for latents (z - shift) * scale."""
     torch.manual_seed(args.seed)
-    return AutoencoderKL.from_pretrained(args.vae).to(args.device).eval()
+    vae = AutoencoderKL.from_pretrained(args.vae).to(args.device).eval()
+    return vae, getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
 
 
 def new_arrays(path, count, shape, classes):
@@ -120,7 +123,7 @@ def encode(args):
     if args.target.suffix not in (".npy", ".safetensors"):
         sys.exit(f"{args.target} is neither a .npy nor a .safetensors file: latents are saved as one of these")
     found, classes = images_of(args.source)
-    vae = load(args)
+    vae, shift, scale = load(args)
     side = args.size // 2 ** (len(vae.config.block_out_channels) - 1)
     copies = 2 if args.mirror else 1
     # Under the final names there is only what is whole.
@@ -137,12 +140,13 @@ def encode(args):
                 if batch:
                     x = torch.stack([image for image, _ in batch])
                     x = torch.cat([x, x.flip(-1)]) if args.mirror else x
-                    of, scale = vae.encode(x.to(args.device)).latent_dist, vae.config.scaling_factor
+                    of = vae.encode(x.to(args.device)).latent_dist
                     place = slice(len(labels), len(labels) + len(x))
                     if deviations is None:
-                        latents[place] = (of.sample() * scale).cpu().numpy()
+                        latents[place] = ((of.sample() - shift) * scale).cpu().numpy()
                     else:
-                        latents[place], deviations[place] = (of.mean * scale).cpu().numpy(), (of.std * scale).cpu().numpy()
+                        latents[place] = ((of.mean - shift) * scale).cpu().numpy()
+                        deviations[place] = (of.std * scale).cpu().numpy()
                     labels += copies * [label for _, label in batch]
                 progress(began, min(first + args.batch_size, len(found)), len(found))
         if not labels:
@@ -234,7 +238,7 @@ def decode(args):
     if holds_latents(args.target):
         sys.exit(f"{args.target} holds latents, which images would replace: give the file for images last")
     labels = np.concatenate(labels)
-    vae = load(args)
+    vae, shift, scale = load(args)
     done, began = 0, time.time()
     if args.png:
         args.png.mkdir(parents=True, exist_ok=True)
@@ -243,7 +247,7 @@ def decode(args):
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as out:
                 for z in batches(args.source, args.batch_size):
-                    x = vae.decode(z.to(args.device) / vae.config.scaling_factor).sample
+                    x = vae.decode(z.to(args.device) / scale + shift).sample
                     x = (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                     if done == 0:
                         of_all = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *x.shape[1:])}
