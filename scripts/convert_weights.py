@@ -2,6 +2,7 @@
 """Turns DiT weights of PyTorch or diffusers into a file that dtr-fused reads, and weights into a model of diffusers.
 
     scripts/convert_weights.py DiT-XL-2-256x256.pt DiT-XL-2.safetensors     a state_dict, or a checkpoint of DiT's train.py
+    scripts/convert_weights.py last.ckpt dit.safetensors                    a checkpoint of Lightning; --prefix says which of its models
     scripts/convert_weights.py DiT-XL-2-256 DiT-XL-2.safetensors            a DiTPipeline's folder, its transformer, or that one's file
     scripts/convert_weights.py --to diffusers ema.safetensors transformer   a folder for DiTTransformer2DModel.from_pretrained
 
@@ -34,10 +35,13 @@ OUTER = {"x_embedder.proj": "pos_embed.proj", "final_layer.adaLN_modulation.1": 
 SHARED = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder.mlp.2": "timestep_embedder.linear_2"}
 BLOCK = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
 LABELS = "y_embedder.embedding_table.weight"
+# A tensor that every DiT has, under its official name or that of diffusers: what is before it is before all of them.
+FIRST = re.compile(r"((?:.*\.)?)(?:x_embedder|pos_embed)\.(?:(?:module|_orig_mod)\.)*proj\.weight")
 
 HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16}  # of the published sizes: channels and blocks
 FIXED = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}  # of any DiT in diffusers
 FILE = "diffusion_pytorch_model"
+PARTS = {"ema": "ema", "state_dict": "model", "model": "model"}  # of checkpoints of train.py and Lightning, and what --weights calls them
 
 PUBLISHED = {"routing": "dense", "schedule": "linear", "prediction": "noise"}  # as DiT's own weights
 SETTINGS = [*PUBLISHED, "beta", "alpha", "seed"]  # that dtr-fused reads in a file, and no tensor shows
@@ -62,7 +66,7 @@ def depth_of(weights, blocks):
     return len({match[1] for name in weights if (match := re.match(rf"{blocks}\.(\d+)\.", name))})
 
 
-def load(path, choice):
+def load(path, choice, prefix):
     """Tensors by their names, without those of wrappers, and metadata."""
     metadata = {}
     if path.suffix == ".safetensors":
@@ -80,21 +84,44 @@ def load(path, choice):
             raise
         except Exception:  # damage shows in many ways
             sys.exit(f"{path} is damaged, no file of PyTorch, or holds more than tensors and plain values, which is not read")
-    if isinstance(weights, dict) and (kinds := [kind for kind in ("ema", "model") if isinstance(weights.get(kind), dict)]):
-        if (choice or "ema") not in kinds:
-            sys.exit(f"{path} holds no {choice or 'ema'}: give --weights {kinds[0]}")
-        weights = weights[choice or "ema"]
+    if isinstance(weights, dict) and (parts := {PARTS[key]: weights[key] for key in PARTS if isinstance(weights.get(key), dict)}):
+        # What Lightning saves is one model or several, which their names tell apart.
+        choice = choice or ("model" if "state_dict" in weights and "ema" not in parts else "ema")
+        if choice not in parts:
+            sys.exit(f"{path} holds no {choice}: give --weights {next(iter(parts))}")
+        weights = parts[choice]
     elif choice:
         sys.exit(f"{path} is no training checkpoint, of which --weights could choose: leave it out")
     if not isinstance(weights, dict) or not weights:
         sys.exit(f"{path} holds no state_dict, which gives tensors names")
+    weights = one_model(weights, path, prefix)
     if strange := next((name for name, value in weights.items() if not isinstance(value, torch.Tensor)), None):
         sys.exit(f"{path} holds no state_dict: '{strange}' is no tensor")
-    # DistributedDataParallel and torch.compile put these before names.
-    plain = {re.sub(r"(?<![^.])(module|_orig_mod)\.", "", str(name)): tensor for name, tensor in weights.items()}
+    # DistributedDataParallel and torch.compile put these before names, also those of a part.
+    plain = {re.sub(r"(?<![^.])(module|_orig_mod)\.", "", name): tensor for name, tensor in weights.items()}
     if len(plain) < len(weights):
         sys.exit(f"{path} holds tensors whose names differ by 'module.' or '_orig_mod.' alone: keep those of one model")
     return plain, metadata
+
+
+def one_model(weights, path, prefix):
+    """The tensors of one DiT, without what all their names begin with."""
+    weights = {str(name): tensor for name, tensor in weights.items()}
+    prefixes = sorted({match[1] for name in weights if (match := FIRST.fullmatch(name))})
+    listed = ", ".join(f"'{one}'" for one in prefixes)
+    if prefix is not None:
+        prefix = prefix.rstrip(".") + "." * bool(prefix)
+        if prefix not in prefixes:
+            sys.exit(f"{path} holds no DiT under '{prefix}': " + (f"give --prefix one of {listed}" if prefixes else "leave --prefix out"))
+    elif len(prefixes) > 1:
+        sys.exit(f"{path} holds several models, under {listed}: say which with --prefix")
+    else:
+        prefix = "".join(prefixes)
+    inner = tuple(one for one in prefixes if one != prefix and one.startswith(prefix))
+    own = [name for name in weights if name.startswith(prefix) and not name.startswith(inner)]
+    if other := next((name for name in weights if name not in own), None):
+        print(f"tensors left out, as they are not of the model under '{prefix}': {len(weights) - len(own)}, such as '{other}'")
+    return {name.removeprefix(prefix): weights[name] for name in own}
 
 
 def from_diffusers(weights, path):
@@ -202,7 +229,7 @@ def convert(args):
         path = next((file for file in files if file.is_file()), None)
         if path is None:
             sys.exit(f"{args.source} holds no {FILE}.safetensors or .bin, nor does its transformer: give the file of weights itself")
-    weights, metadata = load(path, args.weights)
+    weights, metadata = load(path, args.weights, args.prefix)
     config = {}
     if depth_of(weights, "transformer_blocks"):
         config = config_beside(path)
@@ -281,7 +308,8 @@ def main():
     parser.add_argument("source", metavar="WEIGHTS", type=pathlib.Path)
     parser.add_argument("target", metavar="OUT", type=pathlib.Path)
     parser.add_argument("--to", choices=["dtr-fused", "diffusers"], default="dtr-fused", help="[default: %(default)s]")
-    parser.add_argument("--weights", choices=["ema", "model"], help="which of a training checkpoint [default: ema]")
+    parser.add_argument("--weights", choices=["ema", "model"], help="which of a training checkpoint [default: ema; of one of Lightning model]")
+    parser.add_argument("--prefix", help="what the names of the model's tensors begin with, where the file holds several models")
     parser.add_argument("--num-heads", type=positive, help="where neither the weights nor their sizes tell")
     parser.add_argument("--image-size", type=positive, help="side of what the model sees, where the weights hold no pos_embed")
     parser.add_argument("--set", metavar="KEY=VALUE", type=setting, nargs="+", default=[], help=f"what the model is: {', '.join(SETTINGS)}")
