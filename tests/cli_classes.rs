@@ -160,3 +160,36 @@ fn a_model_without_classes_needs_no_labels() {
         succeeds(run(place, &["validate", "--checkpoint", &out]));
     }
 }
+
+/// `n` samples of 1 x 8 x 8 in `classes` classes.
+fn save_array(path: &Path, n: usize, classes: usize) {
+    let pixels: Vec<u8> = (0..n * 64).map(|i| (i * 37 % 251) as u8).collect();
+    npy::write(path, Element::U8, &[n, 1, 8, 8], &pixels).unwrap();
+    let labels: Vec<u8> = (0..n).map(|i| (i % classes) as u8).collect();
+    npy::write(path.with_extension("labels.npy"), Element::U8, &[n], &labels).unwrap();
+}
+
+/// Labels of arrays are numbers, whatever the classes are called.
+#[test]
+fn arrays_may_get_names_of_classes_later() {
+    let place = tempfile::tempdir().unwrap();
+    let place = place.path();
+    save_array(&place.join("x.npy"), 12, 3);
+    succeeds(train(place, &["--data", "x.npy", "--steps", "1", "--out", "run"]));
+    let validated = || succeeds(run(place, &["validate", "--checkpoint", "run", "--data", "x.npy", "--json"]));
+    let before = validated();
+    fs::write(place.join("x.classes.json"), r#"["0", "10", "2"]"#).unwrap();
+    assert_eq!(validated(), before);
+    let go_on = |steps| run(place, &["train", "--resume", "run", "--steps", steps]);
+    succeeds(go_on("2"));
+    assert!(succeeds(run(place, &["info", "run"])).contains("\nclasses       0 0, 1 10, 2 2\n"));
+    // From then on they are those of the run.
+    fs::write(place.join("x.classes.json"), r#"["0", "2", "10"]"#).unwrap();
+    fails(go_on("3"), 2, &["class 1 of the data 'x.npy' is '2', but was '10'"]);
+
+    save_array(&place.join("one.npy"), 12, 1);
+    fs::write(place.join("one.classes.json"), r#"["cat"]"#).unwrap();
+    succeeds(train(place, &["--data", "one.npy", "--steps", "1", "--out", "cats"]));
+    succeeds(run(place, &["train", "--resume", "cats", "--steps", "2"]));
+    succeeds(run(place, &["sample", "--checkpoint", "cats", "--classes", "cat", "--num", "1", "--steps", "1"]));
+}

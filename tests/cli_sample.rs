@@ -618,7 +618,8 @@ fn files_that_cannot_be_written_are_refused_before_anything_is_computed() {
     fs::create_dir(place.join("folder")).unwrap();
     fails(sample(place, &["--out", "x", "--npz", "x"]), 2, &["--out and --npz are both x"]);
     fails(sample(place, &["--out", "folder/x", "--npz", "./folder/../folder/x"]), 2, &["--out and --npz are both"]);
-    fails(sample(place, &["--npz", "-"]), 2, &["--npz is -, but the archive must be a file"]);
+    fails(sample(place, &["--npz", "-"]), 2, &["--npz is -, but what it names must be a file"]);
+    fails(sample(place, &["--out", "-"]), 2, &["--out is -, but what it names must be a file"]);
     fails(sample(place, &["--npz", "folder"]), 1, &["folder: is a directory"]);
     fails(sample(place, &["--out", "folder/"]), 1, &["folder/: is a directory"]);
     fails(sample(place, &["--npz", "nowhere/x.npz"]), 1, &["nowhere/x.npz", "cannot be written"]);

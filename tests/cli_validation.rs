@@ -235,6 +235,12 @@ fn samples_may_be_measured_several_times() {
     assert!((0.5..2.0).contains(&(told / spread)), "{told} for {spread}");
     assert!((mean - thrice[0]).abs() < 4.0 * told && thrice[1] < 0.8 * told, "{thrice:?}, {mean} and {told}");
     fails(run(place, &["validate", "--checkpoint", "run", "--repeats", "0"]), 2, &["--repeats is 0, but it must be"]);
+
+    // Losses of others cannot be compared: the best is one of those since.
+    let resumed = ["train", "--resume", "run", "--steps", "6", "--validation-repeats", "1", "--lr", "0.9"];
+    succeeds(run(place, &resumed));
+    let info = succeeds(run(place, &["info", "run"]));
+    assert!(info.contains(" at step 6 (kept)"), "{info}");
 }
 
 /// Of the same weights, on the run's own samples: those of a run that was trained with the other weight.

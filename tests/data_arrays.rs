@@ -49,10 +49,8 @@ fn classes_may_have_names() {
         let path = dir.path().join("set.npy");
         npy::write(&path, Element::F32, &[2, 4, 1, 2], &data).unwrap();
         npy::write(dir.path().join("labels.npy"), Element::I64, &[2], &labels).unwrap();
-        for (own, common) in [("set.classes.json", names), ("classes.json", names.map(|_| "no list"))] {
-            let path = dir.path().join(own);
-            common.map_or_else(|| drop(std::fs::remove_file(&path)), |text| std::fs::write(&path, text).unwrap());
-        }
+        let path = dir.path().join("set.classes.json");
+        names.map_or_else(|| drop(std::fs::remove_file(&path)), |text| std::fs::write(&path, text).unwrap());
     };
     for name in ["set.safetensors", "set.npy"] {
         let path = dir.path().join(name);
@@ -69,9 +67,9 @@ fn classes_may_have_names() {
         for (names, num_classes, what) in [
             (r#"["ant", "bee", "cat"]"#, Some(2), "names 3 classes; 1 to 2 are expected"),
             ("[]", None, "names 0 classes; 1 to 65536 are expected"),
-            (r#"["ant", "bee"]"#, None, "has label 2 for sample 0; labels are 0 to 1"),
+            (r#"["ant", "bee"]"#, None, "has label 2 for sample 0; labels are 0 to 1: 2 classes have names"),
+            (r#"["ant", "b\nee", "cat"]"#, None, r#"names the class "b\nee", with control characters"#),
             (r#"["ant", "bee", "ant"]"#, None, "names the class 'ant' twice"),
-            (r#"{"ant": 0}"#, None, "is no JSON list of class names: invalid type: map"),
         ] {
             save(Some(names));
             let error = refusal(&path, num_classes);
@@ -80,9 +78,22 @@ fn classes_may_have_names() {
         save(None);
         assert_eq!(ArrayFile::open(&path, None, None).unwrap().class_names(), ["0", "1", "2"]);
     }
-    // A name for all files there.
-    std::fs::write(dir.path().join("classes.json"), r#"["ant", "bee", "cat"]"#).unwrap();
-    assert_eq!(ArrayFile::open(dir.path().join("set.npy"), None, None).unwrap().class_names()[2], "cat");
+    // In the metadata of others the word may mean something else; the file beside an array is ours.
+    save(Some(r#"{"ant": 0}"#));
+    let set = ArrayFile::open(dir.path().join("set.safetensors"), None, None).unwrap();
+    assert_eq!(set.class_names(), ["0", "1", "2"]);
+    let error = refusal(&dir.path().join("set.npy"), None);
+    assert!(error.contains("set.classes.json: is no JSON list of names: invalid type: map"), "{error}");
+    // One class: its name is read where there are labels, of which a model without classes needs none.
+    npy::write(dir.path().join("labels.npy"), Element::I64, &[2], &i64s(&[0, 0])).unwrap();
+    std::fs::write(dir.path().join("set.classes.json"), r#"["ant"]"#).unwrap();
+    let name = |num_classes| {
+        let set = ArrayFile::open(dir.path().join("set.npy"), num_classes, None).unwrap();
+        set.class_names().join(" ")
+    };
+    assert_eq!([name(None), name(Some(1))], ["ant", "ant"]);
+    std::fs::remove_file(dir.path().join("labels.npy")).unwrap();
+    assert_eq!(name(Some(1)), "0");
 }
 
 /// 2 latents of 4x1x2: 0 to 15 in tenths.

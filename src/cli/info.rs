@@ -231,7 +231,7 @@ fn show_checkpoint(path: &Path, with_config: bool, tensors: bool) -> Result<()> 
 /// The names of classes, if they are told.
 fn show_classes(names: Option<Vec<String>>) {
     if let Some(names) = names {
-        let named = names.iter().enumerate().map(|(class, name)| format!("{class} {name}"));
+        let named = names.iter().enumerate().map(|(class, name)| format!("{class} {}", name.replace('\n', "\\n")));
         row("classes", named.collect::<Vec<_>>().join(", "));
     }
 }

@@ -80,8 +80,12 @@ pub(super) fn show(paths: &[PathBuf], as_json: bool) -> Result<()> {
     }
 }
 
+/// A line of JSON. Control characters beyond those of ASCII, which JSON may have as they are, would command a terminal: they are spelled
+/// out too.
 fn json(what: &impl Serialize) -> String {
-    serde_json::to_string(what).expect("numbers and names")
+    let text = serde_json::to_string(what).expect("numbers and names");
+    let spelled = |c: char| if c.is_control() { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+    text.chars().map(spelled).collect()
 }
 
 impl WeightsFile {

@@ -1,6 +1,7 @@
 //! Arrays of images or latents with labels, from one `.safetensors` file or a pair of `.npy` files.
 
 use std::collections::HashSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::npy::NpyFile;
@@ -42,7 +43,7 @@ const NUMBERS_LOOKED_AT: usize = 1 << 22;
 ///   `labels.npy` beside it.
 ///
 /// Classes may have names, a JSON list of strings: in the metadata of a `.safetensors` file as `classes`, of a `.npy` file in
-/// `FILE.classes.json` or `classes.json` beside it. Else they are called by their numbers.
+/// `FILE.classes.json` beside it. Else they are called by their numbers.
 ///
 /// u8 values 0..255 become -1..1, others stay as they are. Samples with values that are not finite, and images with values
 /// far outside -1..1, are damaged samples, as are those with a negative standard deviation.
@@ -71,9 +72,9 @@ enum Layout {
 }
 
 impl ArrayFile {
-    /// Opens `path` and reads its labels. There are as many classes as have names, or else `num_classes`, or as many as the largest label asks
-    /// for; of one class (`num_classes` is 1) labels need not be there, and names are not read. A `.npy` file does not say whether its samples are images: `pictures` does, else bytes are, and samples of 1 or 3
-    /// channels.
+    /// Opens `path` and reads its labels. There are as many classes as have names, or else `num_classes`, or as many as the largest
+    /// label asks for; of one class (`num_classes` is 1) labels need not be there. A `.npy` file does not say whether its samples are
+    /// images: `pictures` does, else bytes are, and samples of 1 or 3 channels.
     ///
     /// # Errors
     /// [`Error::File`] when a file is missing or damaged, an array has the wrong shape or type, or a label is outside its
@@ -84,23 +85,20 @@ impl ArrayFile {
             return Err(Error::usage(format!("num_classes is {n}; it can be 1 to {MAX_CLASSES}")));
         }
         let fail = |what: String| Error::file(path, what);
-        let names = |text: &str| names_in(text, num_classes.unwrap_or(MAX_CLASSES));
+        let names = |list| checked_names(list, num_classes.unwrap_or(MAX_CLASSES));
         let (file, named, names, labels) = if path.extension().is_some_and(|e| e == "npy") {
-            let names_path = beside(path, CLASSES_FILE).into_iter().find(|path| path.exists());
-            let names = names_path.filter(|_| num_classes != Some(1)).map(|path| {
-                let text = regular_file::read(&path, MAX_NAMES_BYTES).map_err(|e| format!("cannot be read: {e}"));
-                let text = text.and_then(|bytes| String::from_utf8(bytes).map_err(|_| "is not text".into()));
-                text.and_then(|text| names(&text)).map_err(|what| Error::file(path, what))
-            });
-            let names = names.transpose()?;
-            let limit = names.as_ref().map(Vec::len).or(num_classes);
-            let labels = match labels_beside(path) {
-                Err(_) if num_classes == Some(1) => None,
+            let (names, labels) = match labels_beside(path) {
+                Err(_) if num_classes == Some(1) => (None, None),
                 labels_path => {
-                    let labels_path = labels_path?;
-                    let labels = NpyFile::open(&labels_path)?;
-                    let labels = read_labels(labels.view(), limit);
-                    Some(labels.map_err(|what| Error::file(&labels_path, what))?)
+                    let (names_path, labels_path) = (path.with_extension(CLASSES_FILE), labels_path?);
+                    let list = match regular_file::read(&names_path, MAX_NAMES_BYTES) {
+                        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+                        Err(e) => Err(format!("cannot be read: {e}")),
+                        Ok(text) => serde_json::from_slice(&text).map_err(|e| format!("is no JSON list of names: {e}")),
+                    };
+                    let names = list.and_then(names).map_err(|what| Error::file(names_path, what))?;
+                    let labels = read_labels(NpyFile::open(&labels_path)?.view(), num_classes, names.as_deref());
+                    (names, Some(labels.map_err(|what| Error::file(labels_path, what))?))
                 }
             };
             (File::Npy(NpyFile::open(path)?), None, names, labels)
@@ -119,13 +117,15 @@ impl ArrayFile {
                     )));
                 }
             };
-            let text = file.metadata().get(CLASSES).filter(|_| num_classes != Some(1));
-            let names = text.map(|text| names(text).map_err(|what| fail(format!("has '{CLASSES}' whose text {what}"))));
-            let names = names.transpose()?;
-            let limit = names.as_ref().map(Vec::len).or(num_classes);
-            let labels = match file.get("labels") {
-                None if num_classes == Some(1) => None,
-                _ => Some(read_labels(file.tensor("labels")?, limit).map_err(fail)?),
+            let (names, labels) = match file.get("labels") {
+                None if num_classes == Some(1) => (None, None),
+                _ => {
+                    // Others may mean something else by the word.
+                    let list = file.metadata().get(CLASSES).and_then(|text| serde_json::from_str(text).ok());
+                    let names = names(list).map_err(fail)?;
+                    let labels = read_labels(file.tensor("labels")?, num_classes, names.as_deref()).map_err(fail)?;
+                    (names, Some(labels))
+                }
             };
             (File::Safetensors(file, name), Some(name == "images"), names, labels)
         };
@@ -307,14 +307,9 @@ pub(crate) fn lacks_labels(path: &Path) -> bool {
     }
 }
 
-/// Where what goes with `FILE.npy` may be: `FILE.NAME`, or `NAME` for all files there.
-fn beside(path: &Path, name: &str) -> [PathBuf; 2] {
-    [path.with_extension(name), path.with_file_name(name)]
-}
-
 /// The labels of `FILE.npy`.
 fn labels_beside(path: &Path) -> Result<PathBuf> {
-    let candidates = beside(path, "labels.npy");
+    let candidates = [path.with_extension("labels.npy"), path.with_file_name("labels.npy")];
     let missing = || {
         let [own, common] = &candidates;
         Error::file(
@@ -330,31 +325,39 @@ fn labels_beside(path: &Path) -> Result<PathBuf> {
     candidates.iter().find(|candidate| candidate.exists()).cloned().ok_or_else(missing)
 }
 
-/// Names of at most `most` classes, which the JSON `text` lists; otherwise what is wrong with it.
-fn names_in(text: &str, most: usize) -> std::result::Result<Vec<String>, String> {
-    let names: Vec<String> = serde_json::from_str(text).map_err(|e| format!("is no JSON list of class names: {e}"))?;
-    if names.is_empty() || names.len() > most {
-        return Err(format!("names {} classes; 1 to {most} are expected", names.len()));
+/// The names, if there are any, of at most `most` classes; otherwise what is wrong with them.
+fn checked_names(names: Option<Vec<String>>, most: usize) -> std::result::Result<Option<Vec<String>>, String> {
+    let list = names.as_deref().unwrap_or_default();
+    if names.is_some() && !(1..=most).contains(&list.len()) {
+        return Err(format!("names {} classes; 1 to {most} are expected", list.len()));
     }
     let mut seen = HashSet::new();
-    match names.iter().find(|name| !seen.insert(*name)) {
-        Some(twice) => Err(format!("names the class '{twice}' twice")),
-        None => Ok(names),
+    if let Some(twice) = list.iter().find(|name| !seen.insert(*name)) {
+        return Err(format!("names the class '{twice}' twice"));
     }
+    if let Some(odd) = list.iter().find(|name| name.contains(char::is_control)) {
+        return Err(format!("names the class {odd:?}, with control characters"));
+    }
+    Ok(names)
 }
 
-/// Labels `[N]`, each below `num_classes` (or [`MAX_CLASSES`]).
-fn read_labels(array: TensorView, num_classes: Option<usize>) -> std::result::Result<Vec<u32>, String> {
+/// Labels `[N]`, each below the number of `names`, if there are any, or `num_classes` (or [`MAX_CLASSES`]).
+fn read_labels(
+    array: TensorView,
+    num_classes: Option<usize>,
+    names: Option<&[String]>,
+) -> std::result::Result<Vec<u32>, String> {
     if array.shape.len() != 1 || !array.element.is_integer() {
         return Err(format!("has labels {:?} of {:?}; integers [N] are expected", array.shape, array.element));
     }
-    let limit = num_classes.unwrap_or(MAX_CLASSES);
+    let limit = names.map(<[String]>::len).or(num_classes).unwrap_or(MAX_CLASSES);
+    let why = names.map_or(String::new(), |names| format!(": {} classes have names", names.len()));
     let label = |(i, bytes)| {
         let label = array.element.to_integer(bytes).unwrap_or(-1);
         let inside = usize::try_from(label).ok().filter(|&label| label < limit);
         inside
             .map(|label| label as u32)
-            .ok_or_else(|| format!("has label {label} for sample {i}; labels are 0 to {}", limit - 1))
+            .ok_or_else(|| format!("has label {label} for sample {i}; labels are 0 to {}{why}", limit - 1))
     };
     array.bytes.chunks_exact(array.element.size()).enumerate().map(label).collect()
 }

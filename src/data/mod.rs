@@ -93,7 +93,8 @@ pub fn may_flip(what: &str) -> bool {
     what != "digits" && (path.is_dir() || !is_array_file(path))
 }
 
-fn is_array_file(path: &Path) -> bool {
+/// Whether the file names labels by their numbers, whatever the classes are called: folders number them by their names.
+pub(crate) fn is_array_file(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "safetensors" || extension == "npy")
 }
 

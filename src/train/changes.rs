@@ -39,11 +39,13 @@ pub(crate) fn listed(changes: &[Change]) -> String {
     changes.iter().map(Change::to_string).collect::<Vec<_>>().join(", ")
 }
 
+/// Knobs with other values of which validation losses are others.
+const HOW_VALIDATED: [&str; 3] = ["validation_data", "validation_weights", "validation_repeats"];
+
 /// Whether a change of `knob` stays on record: it may change the weights or what is measured of them. Those of the machine and of what is
 /// written when do not, but for the precision and how it is validated.
 fn matters(knob: &Knob) -> bool {
-    !["Machine", "Output"].contains(&knob.section)
-        || ["precision", "validation_weights", "validation_repeats"].contains(&knob.name)
+    !["Machine", "Output"].contains(&knob.section) || knob.name == "precision" || HOW_VALIDATED.contains(&knob.name)
 }
 
 /// All changes of `run`, in order. Lines that are none are left out.
@@ -61,12 +63,12 @@ pub(crate) fn read(run: &Path) -> Result<Vec<Change>> {
     }
 }
 
-/// The step after which all validation losses of `run` are of the same data and kind of weights, and can be compared.
+/// The step after which all validation losses of `run` are of the same samples, noise and kind of weights, and can be compared.
 ///
 /// # Errors
 /// As [`read`].
 pub(crate) fn comparable_since(run: &Path) -> Result<u64> {
-    let validated = |change: &&Change| ["validation_data", "validation_weights"].contains(&change.key.as_str());
+    let validated = |change: &&Change| HOW_VALIDATED.contains(&change.key.as_str());
     Ok(read(run)?.iter().filter(validated).map(|change| change.step).max().unwrap_or(0))
 }
 

@@ -47,7 +47,8 @@ impl Plan {
         let images = at_once(config.samples_per_class * config.sample_classes.min(config.num_classes));
         let halves = if config.sample_cfg == 1.0 { 1 } else { 2 };
         // How many samples data of their own have is not known here.
-        let validated = if config.validation_data.is_empty() { config.validation_samples } else { IMAGES_AT_ONCE };
+        let held_out = config.validation_samples.saturating_mul(config.validation_repeats);
+        let validated = if config.validation_data.is_empty() { held_out } else { IMAGES_AT_ONCE };
         let count = (halves * images).max(at_once(validated));
         let mut memory = Memory::on_device(&device, elem);
         sample_on_paper(dit, &device, elem, count, &mut memory)?;

@@ -50,21 +50,20 @@ const DATA_SIDE: usize = 1024;
 const DATA_COLUMNS: usize = 8;
 
 impl Trainer<'_> {
-    /// Draws images of the first batch as they are trained on, ordered by their labels. A failure is told but does not end training.
+    /// Draws images of the first batch as they are trained on, ordered by their labels. A failure is told but does not end training. Of
+    /// data that cannot be read the first step tells.
     pub(super) fn picture_data(&mut self, run: &RunDir, progress: &Progress) {
         let config = self.config;
-        let drawn = self.batches.images(config, 0).and_then(|batch| {
-            let scale = scale_of(config.image_size);
-            let columns = (DATA_SIDE / (scale * config.image_size)).clamp(2, DATA_COLUMNS);
-            let n = batch.labels.len().min(columns * columns);
-            let mut order: Vec<usize> = (0..n).collect();
-            order.sort_by_key(|&i| batch.labels[i]);
-            let numbers = batch.pixels.len() / batch.labels.len();
-            let pixels: Vec<f32> =
-                order.iter().flat_map(|&i| &batch.pixels[i * numbers..][..numbers]).copied().collect();
-            let shape = [n, config.in_channels, config.image_size, config.image_size];
-            grid_png(run.path().join(DATA_PNG), &pixels, shape, columns, scale, config.are_images())
-        });
+        let Ok(batch) = self.batches.images(config, 0) else { return };
+        let scale = scale_of(config.image_size);
+        let columns = (DATA_SIDE / (scale * config.image_size)).clamp(2, DATA_COLUMNS);
+        let n = batch.labels.len().min(columns * columns);
+        let mut order: Vec<usize> = (0..n).collect();
+        order.sort_by_key(|&i| batch.labels[i]);
+        let numbers = batch.pixels.len() / batch.labels.len();
+        let pixels: Vec<f32> = order.iter().flat_map(|&i| &batch.pixels[i * numbers..][..numbers]).copied().collect();
+        let shape = [n, config.in_channels, config.image_size, config.image_size];
+        let drawn = grid_png(run.path().join(DATA_PNG), &pixels, shape, columns, scale, config.are_images());
         drawn.unwrap_or_else(|error| progress.say(&format!("no picture of the data: {error}")));
     }
 

@@ -183,6 +183,10 @@ pub(crate) fn validation_data(
         )));
     }
     let Some(known) = known else { return Ok(dataset) };
+    // Labels that never had names are numbers, and those of arrays too.
+    if names.is_none() && data::is_array_file(Path::new(what)) {
+        return Ok(dataset);
+    }
     let both_named = names.is_some() && names_of_classes(&*dataset).is_some();
     let learned = names.unwrap_or_else(|| (0..known).map(|label| label.to_string()).collect());
     let (learned, found) = match (labels_in(&learned), labels_in(dataset.class_names())) {
@@ -196,7 +200,7 @@ pub(crate) fn validation_data(
         numbers.get(name).copied().ok_or_else(|| {
             let (some, more) = (learned.len().min(3), if learned.len() > 3 { ", .." } else { "" });
             Error::usage(format!(
-                "the data '{what}' have a class '{name}', but the model learned {}{more}: leave out the folders of other classes",
+                "the data '{what}' have a class '{name}', but the model learned {}{more}: leave out other classes",
                 learned[..some].join(", ")
             ))
         })

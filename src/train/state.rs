@@ -12,8 +12,8 @@ use super::progress::Progress;
 use super::run_dir::RunDir;
 use super::trainer::Trainer;
 use super::weights::{self, read_weights};
-use crate::data::Dataset;
 use crate::data::fingerprint::difference;
+use crate::data::{Dataset, is_array_file};
 use crate::diffusion::weighting::CLUSTERS;
 use crate::error::{Error, Result};
 use crate::safetensors_file::SafetensorsFile;
@@ -232,11 +232,13 @@ impl Trainer<'_> {
             }));
         }
         let were = told_names(file.metadata());
-        let are = names_of_classes(self.dataset()).map(<[String]>::to_vec);
+        // Where arrays have got names since, their labels are those of before.
+        let named_since = were.is_none() && is_array_file(Path::new(&config.data));
+        let are = names_of_classes(self.dataset()).filter(|_| !named_since).map(<[String]>::to_vec);
         if let Some((class, [was, is])) = other_class([were, are]) {
             return Err(Error::usage(format!(
                 "class {class} of the data '{}' is {is}, but was {was} when this run was saved, so labels would mean other classes: give \
-                 it the same class folders with --data, or start a new run",
+                 it the same classes with --data, or start a new run",
                 config.data
             )));
         }

@@ -41,7 +41,7 @@ impl Validation {
     /// # Errors
     /// As [`Loader::new`].
     pub(crate) fn new(samples: Arc<dyn Dataset>, config: &TrainConfig, dit: &Dit, on_device: bool) -> Result<Self> {
-        let batch = images_at_once(dit, on_device, config, 1).min(samples.len());
+        let batch = images_at_once(dit, on_device, config, 1).min(samples.len() * config.validation_repeats);
         let loader =
             Loader::new(samples, LoaderOptions { batch, seed: config.validation_seed, flip: false, threads: 0 })?;
         Ok(Validation { loader, repeats: config.validation_repeats })

@@ -18,12 +18,12 @@ pub(super) const GRID_ROWS: usize = 64;
 
 /// The files that images are made for, one image after the other.
 pub(super) struct Files<'a> {
-    out: Option<&'a Path>,
+    config: &'a TrainConfig,
     npz: Option<&'a Path>,
     overwrite: bool,
     first: usize,      // number of the first image
     labels: &'a [u32], // of it and those after it
-    grid: Grid<'a>,
+    grid: Option<(&'a Path, Grid<'a>)>,
     archive: Option<Archive<'a>>,
     folder: Option<Folder<'a>>,
     made: usize,
@@ -62,10 +62,10 @@ impl<'a> Files<'a> {
         check_outputs(out, all, weights)?;
         out.map(AtomicFile::create).transpose()?;
         let folder = folder.map(|path| Folder::create(path, labels, only.clone(), config)).transpose()?;
-        let grid = Grid::new(labels, only.clone(), config);
+        let grid = out.map(|out| (out, Grid::new(labels, only.clone(), config)));
         let (first, labels) = (only.start, &labels[only]);
         let archive = npz.map(|path| Archive::create(path, labels.len(), config)).transpose()?;
-        Ok(Files { out, npz, overwrite, first, labels, grid, archive, folder, made: 0 })
+        Ok(Files { config, npz, overwrite, first, labels, grid, archive, folder, made: 0 })
     }
 
     /// How many images were taken.
@@ -75,8 +75,8 @@ impl<'a> Files<'a> {
 
     /// What the grid leaves out, if anything, of the images or, unless they were `chosen`, of the classes.
     pub(super) fn note(&self, chosen: bool) -> Option<String> {
-        self.out?;
-        self.grid.note(self.labels.len(), self.npz.is_some() || self.folder.is_some(), chosen)
+        let (_, grid) = self.grid.as_ref()?;
+        grid.note(self.labels.len(), self.npz.is_some() || self.folder.is_some(), chosen)
     }
 
     /// Takes the next images.
@@ -84,8 +84,10 @@ impl<'a> Files<'a> {
     /// # Errors
     /// When the archive, which is given up then, or a picture cannot be written.
     pub(super) fn take(&mut self, images: &[f32]) -> Result<()> {
-        self.grid.take(self.made, images);
-        let n = images.len() / image_len(self.grid.config);
+        if let Some((_, grid)) = &mut self.grid {
+            grid.take(self.made, images);
+        }
+        let n = images.len() / image_len(self.config);
         let (first, labels) = (self.first + self.made, &self.labels[self.made..][..n]);
         let pictures = self.folder.as_ref().map_or(Ok(()), |folder| folder.write(first, images, labels));
         let written = pictures.and_then(|()| {
@@ -103,9 +105,9 @@ impl<'a> Files<'a> {
     /// # Errors
     /// When one of them cannot be written.
     pub(super) fn finish(self, name: &Path) -> Result<()> {
-        let Files { out, labels, grid, archive, folder, made, overwrite, .. } = self;
+        let Files { labels, grid, archive, folder, made, overwrite, .. } = self;
         let archived = archive.map(|archive| archive.finish(labels, overwrite)).transpose();
-        let drawn = out.map(|out| grid.write(out, made).map(|()| out)).transpose();
+        let drawn = grid.map(|(out, grid)| grid.write(out, made).map(|()| out)).transpose();
         let name = shown(name);
         if let Ok(Some(out)) = drawn {
             println!("Samples of {name} are in {}", shown(out));
@@ -122,7 +124,7 @@ impl<'a> Files<'a> {
     /// Keeps what there is in the archive, unless that would replace one, as in the folder, and a grid of it. Says how much is where, if
     /// anything is.
     pub(super) fn keep(self) -> Option<String> {
-        let Files { out, npz, overwrite, labels, grid, archive, folder, made: made @ 1.., .. } = self else {
+        let Files { npz, overwrite, labels, grid, archive, folder, made: made @ 1.., .. } = self else {
             return None;
         };
         let failed = |what: &str, e: &Error| say(&format!("{what}: {}", printable(&e.to_string())));
@@ -139,7 +141,7 @@ impl<'a> Files<'a> {
             return None;
         }
         let none = before.map_or(String::new(), |npz| format!(" (none in {}, which was there before)", shown(npz)));
-        if let Some(out) = out.filter(|out| before.is_none() || !out.exists()) {
+        if let Some((out, grid)) = grid.filter(|(out, _)| before.is_none() || !out.exists()) {
             grid.write(out, made).unwrap_or_else(|e| failed("no grid", &e));
         }
         Some(format!("; {made} of {} images are in {}{none}", labels.len(), places.join(" and ")))
@@ -164,8 +166,10 @@ fn check_outputs(out: Option<&Path>, all: All, weights: &Path) -> Result<()> {
             shown(out)
         )));
     }
-    if npz == Some(Path::new("-")) {
-        return Err(Error::usage("--npz is -, but the archive must be a file: give its name"));
+    for (flag, path) in [("--out", out), ("--npz", npz)] {
+        if path == Some(Path::new("-")) {
+            return Err(Error::usage(format!("{flag} is -, but what it names must be a file: give its name")));
+        }
     }
     for (path, ending) in [(out, "png"), (npz, "npz")] {
         let Some(path) = path else { continue };
