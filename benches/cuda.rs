@@ -447,7 +447,8 @@ fn counted(device: &Arc<Device>, file: &Path) {
         "{:<38} {:>8} {:>10} {:>9} {:>8} {:>8} {:>10} {:>8}",
         "operation", "launches", "MFLOP", "of needed", "matrix %", "sectors", "wavefronts", "MB"
     );
-    let mut seen = 0;
+    // A file of the user's may have lines already.
+    let mut seen = std::fs::read_to_string(file).map_or(0, |text| text.lines().count());
     let mut since = |backward: bool| {
         let text = std::fs::read_to_string(file).expect("the simulator wrote its counters");
         let mut counts = Counts::default();
@@ -485,7 +486,7 @@ fn counted(device: &Arc<Device>, file: &Path) {
 /// Names the simulated driver and NVRTC of this checkout where there is nothing else; the file of counters.
 fn find_libraries() -> PathBuf {
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("target");
-    // SAFETY: the first thing this program does, before any other thread reads these variables.
+    // SAFETY: this program has no other thread yet. (Opening a device that is not there starts none.)
     let name = |variable: &str, value: &Path| unsafe {
         if std::env::var_os(variable).is_none() {
             std::env::set_var(variable, value);
@@ -493,9 +494,10 @@ fn find_libraries() -> PathBuf {
     };
     // Counting is slow enough without the sanitizer, which the tests run with.
     name("CUDA_SIM_SANITIZER", Path::new("off"));
-    name("CUDA_SIM_COUNTERS", &Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench-counters.jsonl"));
+    let own = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench-counters.jsonl");
+    let _ = std::fs::remove_file(&own);
+    name("CUDA_SIM_COUNTERS", &own);
     let counters = PathBuf::from(std::env::var_os("CUDA_SIM_COUNTERS").unwrap_or_default());
-    let _ = std::fs::remove_file(&counters);
     if target.join("nvrtc/libnvrtc.so.13").is_file() {
         name("DTR_NVRTC_FOLDER", &target.join("nvrtc"));
     }

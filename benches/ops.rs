@@ -11,7 +11,7 @@ use dtr_fused::ops::attention::{self, attention};
 use dtr_fused::ops::channel_mask::{self, Keep, channel_mask};
 use dtr_fused::ops::label_embed::{self, label_embed};
 use dtr_fused::ops::linear_residual::{self, Residual, linear_residual};
-use dtr_fused::ops::ln_linear::{self, Activation, ln_linear};
+use dtr_fused::ops::ln_linear::{self, Activation, ln_linear, ln_linear_gelu};
 use dtr_fused::ops::modulation::{self, modulation};
 use dtr_fused::ops::patch_embed::{self, patch_embed};
 use dtr_fused::ops::timestep_embed::{self, timestep_embed};
@@ -49,7 +49,7 @@ fn width(read: &[Window]) -> f64 {
 fn bench_ln_linear(c: &mut Criterion) {
     let mut group = group(c, "ln_linear");
     let (x, modulation) = (numbers(2, BATCH * T * C), numbers(3, BATCH * 2 * C));
-    // In main memory the GELU of fc1 is computed where fc2 reads it.
+    // In main memory the GELU of fc1 is computed where fc2 reads it: `bench_mlp` has it.
     for (layer, n) in [("qkv", 3 * C), ("fc1", MLP)] {
         let weights = linear_weights(n, C);
         for beta in [1.0, 0.8, 0.5] {
@@ -116,6 +116,51 @@ fn bench_linear_residual(c: &mut Criterion) {
                 linear_residual(tape, a, linear(C, k, 0), PerSample { var, offset: 0 }, residual, write)
             });
         }
+    }
+}
+
+/// fc1, GELU and fc2.
+fn bench_mlp(c: &mut Criterion) {
+    let mut group = group(c, "mlp");
+    let (x, base) = (numbers(2, BATCH * T * C), numbers(3, BATCH * T * C));
+    let (modulation, gate) = (numbers(4, BATCH * 2 * C), numbers(5, BATCH * C));
+    let weights = [linear_weights(MLP, C), linear_weights(C, MLP)].concat();
+    let (first, second) = weights.split_at(MLP * (C + 1));
+    let (fc1, fc2) = (linear(MLP, C, 0), linear(C, MLP, first.len()));
+    for beta in [1.0, 0.8, 0.5] {
+        let windows = batch_windows(C, beta);
+        let hidden = ln_linear::reference::forward(&ln_linear::reference::Inputs {
+            x: &x[..ROWS * C],
+            read: &windows[..1],
+            shift: &modulation[..C],
+            scale: &modulation[C..2 * C],
+            weight: &first[..MLP * C],
+            bias: &first[MLP * C..],
+            activation: Activation::Gelu,
+            tokens: ROWS,
+            channels: C,
+        });
+        let expected = linear_residual::reference::forward(&linear_residual::reference::Inputs {
+            a: &hidden,
+            weight: &second[..C * MLP],
+            bias: &second[C * MLP..],
+            gate: &gate[..C],
+            base: &base[..ROWS * C],
+            base_window: &windows[..1],
+            bypass: Some((&base[..ROWS * C], &windows[..1])),
+            write: &windows[..1],
+            tokens: ROWS,
+        });
+        let flops = 4.0 * T as f64 * MLP as f64 * width(&windows);
+        forward_and_backward(&mut group, &beta.to_string(), flops, &weights, &expected, |tape| {
+            let (x, base) = (input(tape, &x, [BATCH, T, C])?, input(tape, &base, [BATCH, T, C])?);
+            let (of_ln, gate) = (input(tape, &modulation, [BATCH, 2 * C])?, input(tape, &gate, [BATCH, C])?);
+            let window = tape.windows(windows.iter().copied());
+            let [shift, scale] = [0, C].map(|offset| PerSample { var: of_ln, offset });
+            let hidden = ln_linear_gelu(tape, x, window, shift, scale, fc1)?;
+            let residual = Residual { base, base_window: window, bypass: Some((base, window)) };
+            linear_residual(tape, hidden, fc2, PerSample { var: gate, offset: 0 }, residual, window)
+        });
     }
 }
 
@@ -200,6 +245,7 @@ criterion_group!(
     bench_ln_linear,
     bench_attention,
     bench_linear_residual,
+    bench_mlp,
     bench_patch_embed,
     bench_timestep_embed,
     bench_label_embed,

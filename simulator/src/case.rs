@@ -74,7 +74,7 @@ pub struct Outcome {
     pub report: Option<LaunchReport>,
 }
 
-/// Largest file that is read, bytes.
+/// Largest file that is read, and most of all buffers, bytes.
 const MAX_FILE: u64 = 4 << 30;
 
 fn read(dir: &Path, name: &str) -> Result<Vec<u8>, String> {
@@ -114,6 +114,12 @@ pub fn run(dir: &Path, arch: Option<Arch>, options: Options) -> Result<Outcome, 
     };
     let inputs = read(dir, "inputs.safetensors")?;
     let inputs = SafeTensors::deserialize(&inputs).map_err(|e| format!("{}: inputs.safetensors: {e}", m.name))?;
+    let blocks = m.grid.iter().fold(1u64, |n, g| n.saturating_mul(u64::from(*g)));
+    let scratch = m.params.iter().filter_map(|p| p.bytes_per_block).map(|n| n.saturating_mul(blocks));
+    let bytes = m.buffers.values().map(|b| b.bytes).chain(scratch).fold(0u64, u64::saturating_add);
+    if bytes > MAX_FILE {
+        return Err(format!("{}: {bytes} bytes of buffers and scratch are too many", m.name));
+    }
     let mut addresses = BTreeMap::new();
     for (name, b) in &m.buffers {
         let address = device.alloc_named(b.bytes, name).map_err(|e| format!("{}: buffer {name}: {e}", m.name))?;
@@ -134,7 +140,7 @@ pub fn run(dir: &Path, arch: Option<Arch>, options: Options) -> Result<Outcome, 
         }
         addresses.insert(name.as_str(), address);
     }
-    let params = parameters(&m, &device, &addresses, &function)?;
+    let params = parameters(&m, &device, &addresses, &function, blocks)?;
     let mut config = LaunchConfig::new(m.grid, m.block).with_shared(m.shared_dynamic_bytes);
     config.cluster = m.cluster;
     config.registers = m.ptxas.as_ref().and_then(|p| p.registers).filter(|r| *r > 0);
@@ -174,6 +180,7 @@ fn parameters(
     device: &Device,
     addresses: &BTreeMap<&str, u64>,
     function: &crate::Function,
+    blocks: u64,
 ) -> Result<Vec<u8>, String> {
     let mut out = vec![0u8; function.param_bytes() as usize];
     if m.params.len() != function.params().len() {
@@ -188,7 +195,6 @@ fn parameters(
             }
             "null" => vec![0; 8],
             "scratch" => {
-                let blocks: u64 = m.grid.iter().map(|g| u64::from(*g)).product();
                 let n = p.bytes_per_block.unwrap_or(0).saturating_mul(blocks);
                 device.alloc_named(n, &p.name).map_err(|e| fail(&e.to_string()))?.to_le_bytes().to_vec()
             }

@@ -367,6 +367,7 @@ fn hostile_cases() {
     for (i, (key, value)) in [
         ("grid", "[0, 1, 1]"),
         ("grid", "[4294967295, 65536, 1]"),
+        ("grid", "[4294967295, 4294967295, 4294967295]"),
         ("grid", "[-1, 1, 1]"),
         ("block", "[2048, 1, 1]"),
         ("block", "[0, 0, 0]"),
@@ -377,6 +378,8 @@ fn hostile_cases() {
         ("params", "[]"),
         ("buffers", "{}"),
         ("buffers", "{\"x\": {\"bytes\": 1152921504606846976, \"init\": \"fill_0xFF\"}}"),
+        ("buffers", "{\"x\": {\"bytes\": 40000000000, \"init\": \"fill_0xFF\"}}"),
+        ("outputs", "{}"),
         ("outputs", "{\"nothing\": {\"atol\": 0, \"rtol\": 0}}"),
         ("negative", "\"oob_global\""),
         ("negative", "\"no such class\""),

@@ -49,6 +49,15 @@ fn out_of_bounds() {
     );
 }
 
+/// Counting must not fail where an access does.
+#[test]
+fn counters_of_the_last_address() {
+    let body = text("", "mov.u64 %rd2, -4; ld.global.u32 %r5, [%rd2];");
+    let options = Options { counters: true, ..Options::default() };
+    let fault = kernel_with(&body, Arch::SM_80, 1, 32, 0, 1024, options).1.unwrap_err();
+    assert!(fault.class == FaultClass::OobGlobal, "{}", fault.text);
+}
+
 #[test]
 fn misaligned() {
     let at = |offset| text("", &format!("ld.global.v2.u32 {{%r5, %r6}}, [%rd0+{offset}];"));
@@ -220,6 +229,54 @@ fn global_races_between_blocks() {
     pair(FaultClass::DataRaceGlobal, 719, &last(""), &last("membar.gl;"), 4, 64);
     let (out, _) = kernel(&last("fence.acq_rel.gpu;"), Arch::SM_80, 4, 64, 0, 1024);
     assert_eq!(out[32], 28);
+}
+
+/// A fence or an access of the scope of a block says nothing to others.
+#[test]
+fn scopes() {
+    // Block 0 writes and raises a flag, for which block 1 waits before it reads.
+    let handed = |fence: &str, raise: &str, look: &str| {
+        let body = format!(
+            "setp.ne.u32 %p1, %r1, 0; @%p1 bra E; setp.ne.u32 %p2, %r2, 0; @%p2 bra R;\n\
+             mov.u32 %r6, 7; st.global.u32 [%rd0+4], %r6; {fence} mov.u32 %r7, 1; {raise} [%rd0], %r7; bra E;\n\
+             R: {look} %r5, [%rd0]; setp.eq.u32 %p3, %r5, 0; @%p3 bra R; {fence} ld.global.u32 %r8, [%rd0+4]; st.global.u32 [%rd0+8], %r8; E:"
+        );
+        text("", &body)
+    };
+    let (raise, look) = ("st.relaxed.gpu.global.u32", "ld.relaxed.gpu.global.u32");
+    let right = handed("fence.acq_rel.gpu;", raise, look);
+    for fence in ["fence.acq_rel.cta;", "membar.cta;", "fence.acq_rel.cluster;", "fence.proxy.async;"] {
+        pair(FaultClass::DataRaceGlobal, 719, &handed(fence, raise, look), &right, 2, 32);
+    }
+    let (raise, look) = ("st.release.gpu.global.u32", "ld.acquire.gpu.global.u32");
+    let right = handed("", raise, look);
+    for (raise, look) in [
+        ("st.release.cta.global.u32", look),
+        (raise, "ld.acquire.cta.global.u32"),
+        ("red.relaxed.gpu.global.add.u32", look),
+        ("red.release.cta.global.add.u32", look),
+    ] {
+        pair(FaultClass::DataRaceGlobal, 719, &handed("", raise, look), &right, 2, 32);
+    }
+}
+
+/// Whoever reads more flags than are remembered may have read any.
+#[test]
+fn many_flags_are_not_accused() {
+    // Blocks 1 to 100 write and raise a flag each; the lanes of block 0 look at all of them, and then read.
+    let body = "setp.ne.u32 %p2, %r2, 0; @%p2 bra S; mov.u32 %r9, %r1;\n\
+        N: mul.wide.u32 %rd2, %r9, 4; add.u64 %rd2, %rd0, %rd2;\n\
+        L: ld.relaxed.gpu.global.u32 %r5, [%rd2]; setp.eq.u32 %p3, %r5, 0; @%p3 bra L;\n\
+        add.u32 %r9, %r9, 32; setp.lt.u32 %p4, %r9, 100; @%p4 bra N; fence.acq_rel.gpu;\n\
+        mul.wide.u32 %rd2, %r1, 4; add.u64 %rd2, %rd0, %rd2; ld.global.u32 %r6, [%rd2+512]; ld.global.u32 %r6, [%rd2+784]; bra E;\n\
+        S: setp.ne.u32 %p1, %r1, 0; @%p1 bra E; sub.u32 %r9, 100, %r2; mul.wide.u32 %rd2, %r9, 4; add.u64 %rd2, %rd0, %rd2;\n\
+        mov.u32 %r7, 1; st.global.u32 [%rd2+512], %r7; fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%rd2], %r7; E:";
+    for seed in [None, Some(7), Some(8), Some(9)] {
+        let options = Options { seed, ..Options::default() };
+        if let (_, Err(fault)) = kernel_with(&text("", body), Arch::SM_80, 101, 32, 0, 1024, options) {
+            panic!("the right kernel is accused, seed {seed:?}: {}", fault.text);
+        }
+    }
 }
 
 #[test]

@@ -105,6 +105,7 @@ impl Body<'_, '_> {
                         regs: vec![(zero, 1)],
                         address: Addr { reg, wide: true, offset: 0 },
                         strength: Strength::Weak,
+                        wide: true,
                     };
                     return self.emit(Inst { kind: Kind::Access(Box::new(access)), ..self.blank() });
                 }

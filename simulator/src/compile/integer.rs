@@ -198,7 +198,7 @@ impl Body<'_, '_> {
                 self.alu(add, d, &[t, c], 0)?;
                 Ok(true)
             }
-            // Bits 8.. of the 48-bit product go to `hi`, its low 32 to `lo`.
+            // Bits 16.. of the 48-bit product go to `hi`, its low 32 to `lo`.
             "mul24" | "mad24" => {
                 let signed = ty == Ty::S32;
                 if !matches!(ty, Ty::U32 | Ty::S32) || hi == lo {

@@ -26,7 +26,8 @@ fn class(p: Place) -> Class {
 }
 
 impl Body<'_, '_> {
-    fn strength(&mut self) -> Strength {
+    /// And whether the scope is wider than a block, as it is where none is given. A cluster has one block.
+    fn strength(&mut self) -> (Strength, bool) {
         let s = self.mods.find(|m| {
             Some(match m {
                 "weak" => Strength::Weak,
@@ -37,8 +38,9 @@ impl Body<'_, '_> {
                 _ => return None,
             })
         });
-        self.mods.any(&["cta", "cluster", "gpu", "sys", "mmio"]);
-        s.unwrap_or(Strength::Weak)
+        let narrow = self.mods.any(&["cta", "cluster"]);
+        self.mods.any(&["gpu", "sys", "mmio"]);
+        (s.unwrap_or(Strength::Weak), !narrow)
     }
 
     pub(super) fn memory(&mut self) -> Result<bool> {
@@ -74,7 +76,7 @@ impl Body<'_, '_> {
         if self.mods.any(&["async", "bulk"]) {
             return self.fail("asynchronous stores need a cluster and are not supported");
         }
-        let strength = self.strength();
+        let (strength, wide) = self.strength();
         self.mods.take("nc");
         self.mods.hints();
         self.mods.any(&["evict_first", "evict_last", "no_allocate"]);
@@ -150,13 +152,14 @@ impl Body<'_, '_> {
                     regs,
                     address,
                     strength,
+                    wide,
                 };
                 self.emit(Inst { kind: Kind::Access(Box::new(access)), ..self.blank() })?;
                 return Ok(true);
             }
         }
         let address = self.address(address)?;
-        let access = Access { place, store, bytes: ty.bytes(), signed: ty.signed(), regs, address, strength };
+        let access = Access { place, store, bytes: ty.bytes(), signed: ty.signed(), regs, address, strength, wide };
         self.emit(Inst { kind: Kind::Access(Box::new(access)), ..self.blank() })?;
         Ok(true)
     }
@@ -166,7 +169,7 @@ impl Body<'_, '_> {
         if self.mods.take("async") {
             return self.fail("asynchronous reductions need a cluster and are not supported");
         }
-        let mut strength = self.strength();
+        let (mut strength, wide) = self.strength();
         if strength == Strength::Weak {
             strength = Strength::Strong;
         }
@@ -244,7 +247,7 @@ impl Body<'_, '_> {
             elements.push((d, value, second));
         }
         self.class = Class::Atomic;
-        let atom = Atom { place, op, ty: kind, bytes: ty.bytes(), address, elements, strength, ftz };
+        let atom = Atom { place, op, ty: kind, bytes: ty.bytes(), address, elements, strength, wide, ftz };
         self.emit(Inst { kind: Kind::Atom(Box::new(atom)), ..self.blank() })?;
         Ok(true)
     }

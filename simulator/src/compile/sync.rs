@@ -20,6 +20,8 @@ impl Body<'_, '_> {
                 self.class = Class::Barrier;
                 let has = |m: &str| self.instr.mods.iter().any(|x| x == m);
                 let proxy = (has("async") || has("async::generic")) && !has("global");
+                // Fences between the proxies and of mbarriers have no scope, or that of a cluster, which has one block.
+                let wide = has("gl") || has("gpu") || has("sys");
                 if self.mods.take("proxy") {
                     self.forget(&["alias", "async", "async::generic", "tensormap", "tensormap::generic"]);
                     self.forget(&["generic", "async.global", "async.shared", "acquire", "release", "sync_restrict"]);
@@ -58,7 +60,7 @@ impl Body<'_, '_> {
                 for m in rest {
                     self.mods.take(&m);
                 }
-                self.emit(Inst { kind: Kind::Fence { proxy }, ..self.blank() })?;
+                self.emit(Inst { kind: Kind::Fence { proxy, wide }, ..self.blank() })?;
                 Ok(true)
             }
             "shfl" => self.shfl(),
@@ -226,7 +228,7 @@ impl Body<'_, '_> {
             }
             let bar =
                 Bar { id: NONE, count: NONE, arrive_only: arrive, aligned, reduce: 0, d: NONE, source: (NONE, false) };
-            let kind = if arrive { Kind::Fence { proxy: false } } else { Kind::Bar(Box::new(bar)) };
+            let kind = if arrive { Kind::Fence { proxy: false, wide: false } } else { Kind::Bar(Box::new(bar)) };
             self.emit(Inst { kind, ..self.blank() })?;
             return Ok(true);
         }

@@ -74,7 +74,7 @@ impl Block<'_> {
             self.count(x.place, &addresses, active, size, x.store);
         }
         if x.store && matches!(x.strength, Strength::Release | Strength::AcqRel) {
-            self.clocks.fence(warp.id);
+            self.clocks.fence(warp.id, x.wide);
         }
         if active == u32::MAX
             && !strong
@@ -88,7 +88,9 @@ impl Block<'_> {
         for lane in lanes(active) {
             let address = addresses[lane as usize];
             match resolve(x.place, address) {
-                Where::Global(a) => self.global_access(warp, frame, lane, a, size, x, touch)?,
+                Where::Global(a) => {
+                    self.global_access(warp, frame, lane, a, size, x, Touch { strong: strong && x.wide, ..touch })?
+                }
                 Where::Shared(a) => self.shared_access(warp, frame, lane, a, size, x, touch)?,
                 Where::Local(a) => self.local_access(warp, frame, lane, a, size, x)?,
                 Where::Param(a) => {
@@ -107,7 +109,7 @@ impl Block<'_> {
                 }
             }
         }
-        if !x.store && x.strength == Strength::Acquire {
+        if !x.store && x.strength == Strength::Acquire && x.wide {
             self.acquire_fence(warp.id);
         }
         Ok(())

@@ -118,6 +118,7 @@ pub(crate) fn update(data: &HostBytes, offset: usize, bytes: u32, f: impl Fn(u64
         }};
     }
     match bytes {
+        1 => on!(data.a8(offset), u8),
         2 => on!(data.a16(offset), u16),
         4 => on!(data.a32(offset), u32),
         _ => on!(data.a64(offset), u64),
@@ -132,7 +133,7 @@ impl Block<'_> {
         let acquires = matches!(x.strength, Strength::Acquire | Strength::AcqRel);
         let touch = Touch { write: true, strong: true };
         if releases {
-            self.clocks.fence(warp.id);
+            self.clocks.fence(warp.id, x.wide);
         }
         warp.saw_sync = true;
         let size = x.bytes * x.elements.len() as u32;
@@ -150,8 +151,11 @@ impl Block<'_> {
             match resolve(x.place, a) {
                 Where::Global(a) => {
                     let (i, offset) = self.global_at(warp, lane, a, size, true)?;
-                    self.publish(warp.id, a);
+                    if x.wide {
+                        self.publish(warp.id, a);
+                    }
                     if self.l.races_global {
+                        let touch = Touch { strong: x.wide, ..touch };
                         self.global_record(warp.id, lane, i, offset, size as usize, touch, true);
                     }
                     let alloc = &self.l.allocations[i];
@@ -170,7 +174,9 @@ impl Block<'_> {
                         olds[k] =
                             update(&alloc.data, at, x.bytes, |old| combine(x.op, x.ty, x.bytes, x.ftz, old, v, second));
                     }
-                    self.watch(warp.id, a);
+                    if x.wide {
+                        self.watch(warp.id, a);
+                    }
                 }
                 Where::Shared(a) => {
                     let at = self.shared_at(warp, lane, a, size, true)?;
@@ -211,7 +217,7 @@ impl Block<'_> {
                 }
             }
         }
-        if acquires {
+        if acquires && x.wide {
             self.acquire_fence(warp.id);
         }
         Ok(())

@@ -150,6 +150,7 @@ impl<'a> Block<'a> {
             }
             if !ran {
                 if self.warps.iter().all(|w| w.live == 0) {
+                    self.check_warpgroups();
                     return Ok(Outcome::Done);
                 }
                 return self.deadlock();
@@ -162,6 +163,27 @@ impl<'a> Block<'a> {
             }
             if spent > BLOCK_SHARE {
                 return Ok(Outcome::Waiting);
+            }
+        }
+    }
+
+    /// After the last warp has ended: all four warps of a warpgroup must have executed the same products, their fences and commits.
+    fn check_warpgroups(&mut self) {
+        if !self.l.options.sanitizer.barriers {
+            return;
+        }
+        for first in (0..self.warps.len()).step_by(4) {
+            let group = &self.warps[first..(first + 4).min(self.warps.len())];
+            let same = group.len() == 4 && group.iter().all(|w| w.together.0 == group[0].together.0);
+            if let Some(warp) = group.iter().find(|w| w.together.0 != 0).filter(|_| !same) {
+                let id = warp.id;
+                self.pc = warp.together.1;
+                self.note(FaultClass::BarrierDivergence, id, 0, || {
+                    let last = first + 3;
+                    format!(
+                        "warps {first} to {last} are a warpgroup, but did not all execute the same instructions of one"
+                    )
+                });
             }
         }
     }

@@ -34,8 +34,8 @@ impl Block<'_> {
                 }
             }
             Kind::Atom(x) => self.atomic(warp, frame, active, x)?,
-            Kind::Fence { proxy } => {
-                self.fence(warp);
+            Kind::Fence { proxy, wide } => {
+                self.fence(warp, *wide);
                 if *proxy {
                     self.clocks.proxy_fence(warp.id);
                 }
@@ -44,6 +44,7 @@ impl Block<'_> {
             Kind::WgmmaFence => {
                 self.clocks.advance(warp.id);
                 warp.products_fenced.fence();
+                warp.goes_together(self.pc);
             }
             Kind::Shuffle { mode, pred } => self.shuffle(warp, frame, inst, active, *mode, *pred),
             Kind::Vote { op, source } => {
@@ -185,7 +186,10 @@ impl Block<'_> {
             Kind::MapCopy { dst, src } => self.map_copy(warp, frame, active, *dst, *src)?,
             Kind::BulkCommit => self.bulk_commit(warp, active),
             Kind::BulkWait(n) => self.bulk_wait(warp, active, *n),
-            Kind::WgmmaCommit => self.product_commit(warp),
+            Kind::WgmmaCommit => {
+                self.product_commit(warp);
+                warp.goes_together(self.pc);
+            }
             Kind::WgmmaWait(n) => self.product_wait(warp, *n),
             // The rest never comes here.
             _ => {}

@@ -3,7 +3,7 @@
 use super::Step;
 use super::access::{Touch, put, take};
 use super::block::Block;
-use super::race::Global;
+use super::race::{Global, MAX_PENDING};
 use super::traffic::empty;
 use super::warp::Warp;
 use crate::error::FaultClass;
@@ -227,7 +227,7 @@ impl Block<'_> {
     /// A strong write or atomic at `address`: publishes what the warp's last fence covered.
     pub(crate) fn publish(&mut self, warp: u32, address: u64) {
         if self.l.races_global
-            && let Some(row) = self.clocks.fenced(warp)
+            && let Some(row) = self.clocks.fenced(warp, true)
         {
             self.l.sync().release(self.index as u32, address, &row);
         }
@@ -237,10 +237,7 @@ impl Block<'_> {
     pub(crate) fn watch(&mut self, warp: u32, address: u64) {
         if self.l.races_global {
             let pending = &mut self.clocks.pending[warp as usize];
-            if !pending.contains(&address) {
-                if pending.len() >= 64 {
-                    pending.remove(0);
-                }
+            if pending.len() < MAX_PENDING && !pending.contains(&address) {
                 pending.push(address);
             }
         }
@@ -251,16 +248,21 @@ impl Block<'_> {
         if self.l.races_global {
             let time = {
                 let table = self.l.sync();
-                self.clocks.pending[warp as usize].iter().map(|a| table.acquire(*a)).max().unwrap_or(0)
+                match &self.clocks.pending[warp as usize] {
+                    many if many.len() == MAX_PENDING => table.now(),
+                    few => few.iter().map(|a| table.acquire(*a)).max().unwrap_or(0),
+                }
             };
             let known = &mut self.clocks.acquired[warp as usize];
             *known = (*known).max(time);
         }
     }
 
-    pub(crate) fn fence(&mut self, warp: &mut Warp) {
-        self.acquire_fence(warp.id);
-        self.clocks.fence(warp.id);
+    pub(crate) fn fence(&mut self, warp: &mut Warp, wide: bool) {
+        if wide {
+            self.acquire_fence(warp.id);
+        }
+        self.clocks.fence(warp.id, wide);
         warp.saw_sync = true;
     }
 }

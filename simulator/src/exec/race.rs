@@ -94,8 +94,14 @@ impl Parts {
 pub(crate) struct Known {
     row: Vec<u32>,
     acquired: u64,
-    fenced: Option<Box<[u32]>>,
+    fenced: Fenced,
 }
+
+/// What a warp knew at its last fence, of the scope of the block or wider, and of those that are wider; nothing before its first.
+type Fenced = [Option<Box<[u32]>>; 2];
+
+/// Most addresses of strong reads that a warp remembers: after more it may have read any.
+pub(crate) const MAX_PENDING: usize = 64;
 
 /// What the warps of one block know of each other.
 #[derive(Default)]
@@ -108,8 +114,8 @@ pub(crate) struct Clocks {
     /// `n + v`: the last clock of `v` with a fence between the proxies on its way to `w`. Whoever learns a row learns
     /// both.
     rows: Vec<u32>,
-    /// What a fence of `w` made publishable; empty before its first fence.
-    fenced: Vec<Option<Box<[u32]>>>,
+    /// What fences of `w` made publishable.
+    fenced: Vec<Fenced>,
     /// Releases of other blocks up to this time are known to `w`.
     pub acquired: Vec<u64>,
     /// Addresses that `w` read strongly since its last fence.
@@ -123,7 +129,7 @@ impl Clocks {
         self.rows.clear();
         self.rows.resize(self.n * self.stride, 0);
         self.fenced.clear();
-        self.fenced.resize(n, None);
+        self.fenced.resize(n, [None, None]);
         self.acquired.clear();
         self.acquired.resize(n, 0);
         self.pending.clear();
@@ -179,9 +185,11 @@ impl Clocks {
             *a = (*a).max(*b);
         }
         known.acquired = known.acquired.max(self.acquired[w as usize]);
-        if let Some(f) = &self.fenced[w as usize] {
-            let sum = known.fenced.get_or_insert_with(|| vec![0; f.len()].into());
-            sum.iter_mut().zip(f).for_each(|(a, b)| *a = (*a).max(*b));
+        for (known, f) in known.fenced.iter_mut().zip(&self.fenced[w as usize]) {
+            if let Some(f) = f {
+                let sum = known.get_or_insert_with(|| vec![0; f.len()].into());
+                sum.iter_mut().zip(f).for_each(|(a, b)| *a = (*a).max(*b));
+            }
         }
     }
 
@@ -197,10 +205,15 @@ impl Clocks {
         }
     }
 
-    /// A fence: what `w` knows becomes publishable. Ends its interval.
-    pub(crate) fn fence(&mut self, w: u32) {
+    /// A fence: what `w` knows becomes publishable within the block, and beyond it if it is `wide`. Ends its interval.
+    pub(crate) fn fence(&mut self, w: u32, wide: bool) {
         self.advance(w);
-        self.fenced[w as usize] = Some(self.row(w).into());
+        let known: Box<[u32]> = self.row(w).into();
+        let [block, beyond] = &mut self.fenced[w as usize];
+        if wide {
+            *beyond = Some(known.clone());
+        }
+        *block = Some(known);
     }
 
     /// A fence between the proxies: covers what `w` did and knows. It may be anywhere between the write and the
@@ -221,8 +234,9 @@ impl Clocks {
         clock <= self.row(w)[self.n + v as usize]
     }
 
-    pub(crate) fn fenced(&self, w: u32) -> Option<Box<[u32]>> {
-        self.fenced[w as usize].clone()
+    /// What `w` may publish within the block, or beyond it.
+    pub(crate) fn fenced(&self, w: u32, wide: bool) -> Option<Box<[u32]>> {
+        self.fenced[w as usize][usize::from(wide)].clone()
     }
 }
 
@@ -248,6 +262,11 @@ impl SyncTable {
         if log.last().is_none_or(|(_, last)| last.as_ref() != row) {
             log.push((self.time, row.into()));
         }
+    }
+
+    /// The time of the last release anywhere.
+    pub(crate) fn now(&self) -> u64 {
+        self.time
     }
 
     pub(crate) fn acquire(&self, address: u64) -> u64 {

@@ -64,7 +64,7 @@ impl Block<'_> {
             let Some((mut pc, mask, frame, other)) = Self::select(warp) else {
                 return Ok(Turn::Blocked);
             };
-            let base = warp.words(frame);
+            let mut base = warp.words(frame);
             if warp.instructions > limit {
                 return Ok(Turn::Share);
             }
@@ -82,6 +82,7 @@ impl Block<'_> {
                 if warp.watched() && active != 0 {
                     self.pc = pc;
                     self.watch_operands(warp, frame, inst, active);
+                    base = warp.words(frame);
                 }
                 if let Kind::Alu = inst.kind {
                     if active != 0 {
@@ -233,6 +234,8 @@ impl Block<'_> {
                                 park(warp, mask, pc + 1);
                                 return Ok(Turn::Spinning);
                             }
+                            // What it did with the registers ended the claim of the pointer from before.
+                            base = warp.words(frame);
                         }
                     }
                 }

@@ -221,7 +221,7 @@ impl Block<'_> {
 
     pub(crate) fn shared_publish(&mut self, warp: u32, a: u32) {
         if self.check_shared
-            && let Some(row) = self.clocks.fenced(warp)
+            && let Some(row) = self.clocks.fenced(warp, false)
         {
             let slot = self.shared_sync.entry(a).or_insert_with(|| vec![0; row.len()].into());
             slot.iter_mut().zip(&row).for_each(|(x, y)| *x = (*x).max(*y));

@@ -19,7 +19,7 @@ impl Block<'_> {
                 distinct.sort_unstable();
                 distinct.dedup();
                 for a in &distinct {
-                    for s in a >> 5..=(a + u64::from(size) - 1) >> 5 {
+                    for s in a >> 5..=a.saturating_add(u64::from(size) - 1) >> 5 {
                         sectors.push(s);
                     }
                 }
@@ -58,7 +58,8 @@ impl Block<'_> {
         let group = (128 / size.max(4)).clamp(1, 32) as usize;
         let (mut wavefronts, mut least) = (0, 0);
         for part in addresses.chunks(group) {
-            let mut words: Vec<u64> = part.iter().flat_map(|a| a / 4..=(a + u64::from(size) - 1) / 4).collect();
+            let mut words: Vec<u64> =
+                part.iter().flat_map(|a| a / 4..=a.saturating_add(u64::from(size) - 1) / 4).collect();
             words.sort_unstable();
             words.dedup();
             let mut banks = [0u64; 32];

@@ -68,6 +68,8 @@ pub(crate) struct Warp {
     pub product_groups: u32,
     /// Products that have not been waited for.
     pub products: u32,
+    /// Which instructions of warpgroups it executed, as a hash, and the last of them.
+    pub together: (u64, u32),
     /// What `wgmma.fence` orders.
     pub products_fenced: ProductRegisters,
     /// The program has products of warpgroups, and their fences are checked.
@@ -121,6 +123,7 @@ impl Warp {
             bulk_groups: [0; 32],
             product_groups: 0,
             products: 0,
+            together: (0, 0),
             products_fenced: ProductRegisters::default(),
             has_products: false,
             checks_fences: false,
@@ -134,6 +137,12 @@ impl Warp {
             worked: false,
             hint: 0,
         }
+    }
+
+    /// It executes the instruction at `pc`, which all warps of its warpgroup must.
+    pub(crate) fn goes_together(&mut self, pc: u32) {
+        let (hash, _) = self.together;
+        self.together = (hash.wrapping_add(1 + u64::from(pc)).wrapping_mul(0x9E37_79B9_7F4A_7C15), pc);
     }
 
     /// A warp that stands in while the real one is away.
@@ -159,6 +168,7 @@ impl Warp {
         self.bulk_groups = [0; 32];
         self.product_groups = 0;
         self.products = 0;
+        self.together = (0, 0);
         self.products_fenced.clear();
         self.has_products = !l.program.product_lines.is_empty();
         self.checks_fences = self.has_products && l.options.sanitizer.fences;

@@ -13,6 +13,7 @@ impl Block<'_> {
     pub(crate) fn wgmma(&mut self, warp: &mut Warp, frame: u16, w: &Wgmma) -> Step {
         self.clocks.advance(warp.id);
         self.check_product_fence(warp, frame, w);
+        warp.goes_together(self.pc);
         let (n, k) = (w.n as usize, w.k as usize);
         let bytes = (w.a_ty.bits() / 8) as usize;
         let first_row = 16 * (warp.id as usize % 4);

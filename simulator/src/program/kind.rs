@@ -34,6 +34,8 @@ pub(crate) struct Access {
     pub regs: Vec<(u32, u32)>,
     pub address: Addr,
     pub strength: Strength,
+    /// Whether the scope, of one that is not weak, is wider than a block.
+    pub wide: bool,
 }
 
 /// `[register + offset]`.
@@ -80,6 +82,8 @@ pub(crate) struct Atom {
     /// Per element: destination (`NONE` for `red`), operand, second operand of `cas`.
     pub elements: Vec<(u32, u32, u32)>,
     pub strength: Strength,
+    /// Whether the scope is wider than a block.
+    pub wide: bool,
     pub ftz: bool,
 }
 
@@ -285,9 +289,11 @@ pub(crate) enum Kind {
     },
     Access(Box<Access>),
     Atom(Box<Atom>),
-    /// A fence of memory; true if it is one between the generic and the asynchronous proxy of shared memory, too.
+    /// A fence of memory: whether it is one between the generic and the asynchronous proxy of shared memory too, and whether its scope is
+    /// wider than a block.
     Fence {
         proxy: bool,
+        wide: bool,
     },
     Bar(Box<Bar>),
     WarpBar,

@@ -9,9 +9,6 @@ impl Parser<'_> {
         self.expect(b'(')?;
         let mut out = Vec::new();
         while !self.eat(b')') {
-            if self.peek() == Tok::Punct(b'_') {
-                self.i += 1;
-            }
             self.declaration(false, &mut out, true)?;
             if !self.eat(b',') && self.peek() != Tok::Punct(b')') {
                 return self.fail("expected `,` or `)` after a parameter");
