@@ -61,12 +61,17 @@ const RESULT: &str = "st.global.v4.f32 [%rd1], {%f0, %f1, %f2, %f3};\n";
 #[test]
 fn a_product_of_one_warp_is_none() {
     let whole = [STORE_ZEROS, PROXY, BARRIER, FENCE, PRODUCT, WAIT, RESULT].concat();
-    let one = ["setp.ge.u32 %p2, %r1, 32; @%p2 bra E;\n", FENCE, PRODUCT, WAIT, RESULT, "E:"].concat();
+    let some = |condition: &str| {
+        let skip = format!("setp.{condition}; @%p2 bra E;\n");
+        text(&[STORE_ZEROS, PROXY, BARRIER].concat(), &[&skip, FENCE, PRODUCT, WAIT, RESULT, "E:"].concat())
+    };
     right(&text("", &whole));
-    for threads in [128, 96, 32] {
-        let all = text("", &whole);
-        let faulty = if threads == 128 { text(&[STORE_ZEROS, PROXY, BARRIER].concat(), &one) } else { all };
-        let fault = kernel_with(&faulty, Arch::SM_90, 1, threads, 0, 8192, Options::default()).1.unwrap_err();
+    let all = text("", &whole);
+    // One warp of four, lanes of each, all of a block that has no warpgroup.
+    for (faulty, threads) in
+        [(&some("ge.u32 %p2, %r1, 32"), 128), (&some("eq.u32 %p2, %r1, 5"), 128), (&all, 100), (&all, 96), (&all, 32)]
+    {
+        let fault = kernel_with(faulty, Arch::SM_90, 1, threads, 0, 8192, Options::default()).1.unwrap_err();
         assert!(fault.reports.iter().any(|r| r.class == FaultClass::BarrierDivergence), "{threads}: {}", fault.text);
         assert!(fault.text.contains("warps 0 to 3 are a warpgroup"), "{threads}: {}", fault.text);
     }

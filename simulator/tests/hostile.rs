@@ -351,6 +351,18 @@ fn hostile_cases() {
         cuda_sim::case::run(&dir, None, Options::default()).is_ok_and(|o| o.passed)
     };
     assert!(run("unchanged", &|_| {}));
+    // More memory than any case needs.
+    for (key, value) in
+        [("buffers", r#"{"x": {"bytes": 40000000000, "init": "fill_0xFF"}}"#), ("bytes_per_block", "4294967296")]
+    {
+        let dir = root.join("unchanged");
+        let mut m: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+        let place = if key == "buffers" { &mut m } else { &mut m["params"][0] };
+        place[key] = serde_json::from_str(value).unwrap();
+        std::fs::write(dir.join("manifest.json"), m.to_string()).unwrap();
+        let error = cuda_sim::case::run(&dir, None, Options::default()).unwrap_err();
+        assert!(error.ends_with("bytes of buffers and scratch are too many"), "{error}");
+    }
     let files = ["kernel.ptx", "manifest.json", "inputs.safetensors", "expected.safetensors"];
     for file in files {
         assert!(!run(&format!("without_{file}"), &|d| std::fs::remove_file(d.join(file)).unwrap()), "{file}");
@@ -378,7 +390,6 @@ fn hostile_cases() {
         ("params", "[]"),
         ("buffers", "{}"),
         ("buffers", "{\"x\": {\"bytes\": 1152921504606846976, \"init\": \"fill_0xFF\"}}"),
-        ("buffers", "{\"x\": {\"bytes\": 40000000000, \"init\": \"fill_0xFF\"}}"),
         ("outputs", "{}"),
         ("outputs", "{\"nothing\": {\"atol\": 0, \"rtol\": 0}}"),
         ("negative", "\"oob_global\""),

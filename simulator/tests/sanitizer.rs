@@ -260,6 +260,47 @@ fn scopes() {
     }
 }
 
+/// Within a block narrow scopes will do, also as links of a longer chain to other blocks.
+#[test]
+fn narrow_scopes_within_a_block_are_not_accused() {
+    // Warp 0 of block 0 writes, and tells warp 1; that tells warp 0 of block 1, which tells its warp 1; that reads.
+    let chain = |write: &str, read: &str, fence: &str| {
+        let far = ("st.release.gpu.global.u32", "ld.acquire.gpu.global.u32");
+        let body = format!(
+            "and.b32 %r5, %r1, 31; setp.ne.u32 %p1, %r5, 0; @%p1 bra E; shr.u32 %r5, %r1, 5; shl.b32 %r6, %r2, 1; add.u32 %r5, %r5, %r6; mov.u32 %r7, 1;\n\
+             setp.eq.u32 %p2, %r5, 1; @%p2 bra B; setp.eq.u32 %p2, %r5, 2; @%p2 bra C; setp.eq.u32 %p2, %r5, 3; @%p2 bra D;\n\
+             st.global.u32 [%rd0+64], %r7; {fence} {write} [%rd0], %r7; bra E;\n\
+             B: {read} %r8, [%rd0]; setp.eq.u32 %p3, %r8, 0; @%p3 bra B; {fence} {} [%rd0+4], %r7; bra E;\n\
+             C: {} %r8, [%rd0+4]; setp.eq.u32 %p3, %r8, 0; @%p3 bra C; {fence} {write} [%rd0+8], %r7; bra E;\n\
+             D: {read} %r8, [%rd0+8]; setp.eq.u32 %p3, %r8, 0; @%p3 bra D; {fence} ld.global.u32 %r9, [%rd0+64]; E:",
+            far.0, far.1
+        );
+        text("", &body)
+    };
+    let gpu = "st.relaxed.gpu.global.u32";
+    for right in [
+        chain("st.release.cta.global.u32", "ld.acquire.cta.global.u32", ""),
+        chain("st.volatile.global.u32", "ld.volatile.global.u32", "membar.cta;"),
+        chain("red.release.cta.global.add.u32", "ld.acquire.cta.global.u32", ""),
+    ] {
+        let faulty = chain(gpu, "ld.relaxed.gpu.global.u32", "");
+        pair(FaultClass::DataRaceGlobal, 719, &faulty, &right, 2, 64);
+    }
+}
+
+/// A mbarrier passes on what who arrives has learnt of other blocks.
+#[test]
+fn one_warp_may_wait_for_a_block() {
+    let body = "setp.ne.u32 %p1, %r2, 0; @%p1 bra B; setp.ne.u32 %p2, %r1, 0; @%p2 bra E; mov.u32 %r7, 1;\n\
+        st.global.u32 [%rd0+64], %r7; st.release.gpu.global.u32 [%rd0], %r7; bra E;\n\
+        B: mov.u32 %r6, bar; setp.ne.u32 %p2, %r1, 0; @%p2 bra I; mbarrier.init.shared.b64 [%r6], 1; I: bar.sync 0;\n\
+        setp.eq.u32 %p3, %r1, 32; @%p3 bra R; setp.ne.u32 %p2, %r1, 0; @%p2 bra E;\n\
+        L: ld.acquire.gpu.global.u32 %r8, [%rd0]; setp.eq.u32 %p4, %r8, 0; @%p4 bra L; mbarrier.arrive.shared.b64 %rd4, [%r6]; bra E;\n\
+        R: mbarrier.test_wait.parity.shared.b64 %p5, [%r6], 0; @!%p5 bra R; ld.global.u32 %r9, [%rd0+64]; E:";
+    let right = text(".shared .align 8 .b64 bar;", body);
+    pair(FaultClass::DataRaceGlobal, 719, &right.replace("ld.acquire", "ld.relaxed"), &right, 2, 64);
+}
+
 /// Whoever reads more flags than are remembered may have read any.
 #[test]
 fn many_flags_are_not_accused() {

@@ -89,6 +89,11 @@ impl Block<'_> {
             let address = addresses[lane as usize];
             match resolve(x.place, address) {
                 Where::Global(a) => {
+                    if strong && x.store {
+                        self.tell(warp.id, a);
+                    } else if strong {
+                        self.hear(warp.id, a);
+                    }
                     self.global_access(warp, frame, lane, a, size, x, Touch { strong: strong && x.wide, ..touch })?
                 }
                 Where::Shared(a) => self.shared_access(warp, frame, lane, a, size, x, touch)?,

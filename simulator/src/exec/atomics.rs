@@ -4,6 +4,7 @@ use super::access::{Where, little, resolve, take};
 use super::block::{Block, lanes};
 use super::warp::Warp;
 use super::{Step, access::Touch};
+use crate::compile::SHARED_WINDOW;
 use crate::error::FaultClass;
 use crate::memory::HostBytes;
 use crate::numeric::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, flush};
@@ -151,6 +152,7 @@ impl Block<'_> {
             match resolve(x.place, a) {
                 Where::Global(a) => {
                     let (i, offset) = self.global_at(warp, lane, a, size, true)?;
+                    self.tell(warp.id, a);
                     if x.wide {
                         self.publish(warp.id, a);
                     }
@@ -174,13 +176,14 @@ impl Block<'_> {
                         olds[k] =
                             update(&alloc.data, at, x.bytes, |old| combine(x.op, x.ty, x.bytes, x.ftz, old, v, second));
                     }
+                    self.hear(warp.id, a);
                     if x.wide {
                         self.watch(warp.id, a);
                     }
                 }
                 Where::Shared(a) => {
                     let at = self.shared_at(warp, lane, a, size, true)?;
-                    self.shared_publish(warp.id, a);
+                    self.tell(warp.id, SHARED_WINDOW + u64::from(a));
                     if self.state[at..at + size as usize].iter().any(|s| *s != 1) {
                         self.bad_state(warp.id, lane, at, size as usize, false);
                     }
@@ -198,7 +201,7 @@ impl Block<'_> {
                         self.shared[at..at + x.bytes as usize].copy_from_slice(&new[..x.bytes as usize]);
                         self.state[at..at + x.bytes as usize].fill(1);
                     }
-                    self.shared_learn(warp.id, a);
+                    self.hear(warp.id, SHARED_WINDOW + u64::from(a));
                 }
                 Where::Local(_) | Where::Param(_) => {
                     return self.fault(FaultClass::OobGlobal, warp, lane, || {

@@ -42,7 +42,8 @@ pub(crate) struct Block<'a> {
     pub barriers: Vec<Barrier>,
     pub mbarriers: HashMap<u32, Mbarrier>,
     /// Knowledge published at addresses of shared memory.
-    pub shared_sync: HashMap<u32, Box<[u32]>>,
+    /// What strong writes to an address told whoever of the block reads it strongly: clocks, and the time of releases.
+    pub told: HashMap<u64, (Box<[u32]>, u64)>,
     pub hazards: Hazards,
     /// Host memory of copies that have not landed and of readings that go on, and the most that was asked for.
     pub pending_bytes: usize,
@@ -69,7 +70,7 @@ impl<'a> Block<'a> {
             clocks: Clocks::default(),
             barriers: Vec::new(),
             mbarriers: HashMap::new(),
-            shared_sync: HashMap::new(),
+            told: HashMap::new(),
             hazards: Hazards::default(),
             pending_bytes: 0,
             granted: 0,
@@ -101,7 +102,7 @@ impl<'a> Block<'a> {
         self.barriers.clear();
         self.barriers.resize_with(17, || Barrier::new(l.warps as usize));
         self.mbarriers.clear();
-        self.shared_sync.clear();
+        self.told.clear();
         self.hazards.clear();
         self.pending_bytes = 0;
         for w in &mut self.warps {
@@ -167,21 +168,23 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// After the last warp has ended: all four warps of a warpgroup must have executed the same products, their fences and commits.
+    /// After the last warp has ended: all threads of a warpgroup must have executed the same products, fences, commits and waits.
     fn check_warpgroups(&mut self) {
         if !self.l.options.sanitizer.barriers {
             return;
         }
         for first in (0..self.warps.len()).step_by(4) {
             let group = &self.warps[first..(first + 4).min(self.warps.len())];
-            let same = group.len() == 4 && group.iter().all(|w| w.together.0 == group[0].together.0);
-            if let Some(warp) = group.iter().find(|w| w.together.0 != 0).filter(|_| !same) {
+            let whole = |w: &Warp| w.together.hash == group[0].together.hash && !w.together.partly;
+            let same = group.len() == 4 && group.iter().all(whole);
+            if let Some(warp) = group.iter().find(|w| w.together.hash != 0).filter(|_| !same) {
                 let id = warp.id;
-                self.pc = warp.together.1;
+                self.pc = warp.together.last;
                 self.note(FaultClass::BarrierDivergence, id, 0, || {
                     let last = first + 3;
                     format!(
-                        "warps {first} to {last} are a warpgroup, but did not all execute the same instructions of one"
+                        "warps {first} to {last} are a warpgroup, but not all of their threads executed the same instructions of one \
+                         (this is the last of warp {id})"
                     )
                 });
             }

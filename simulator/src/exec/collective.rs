@@ -190,7 +190,10 @@ impl Block<'_> {
                 self.product_commit(warp);
                 warp.goes_together(self.pc);
             }
-            Kind::WgmmaWait(n) => self.product_wait(warp, *n),
+            Kind::WgmmaWait(n) => {
+                self.product_wait(warp, *n);
+                warp.goes_together(self.pc);
+            }
             // The rest never comes here.
             _ => {}
         }

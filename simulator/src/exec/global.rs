@@ -224,6 +224,26 @@ impl Block<'_> {
         });
     }
 
+    /// A strong write or atomic at `address`, of any scope: whoever of the block reads it learns what the warp's last fence covered, and
+    /// what the warp had learnt of other blocks.
+    pub(crate) fn tell(&mut self, warp: u32, address: u64) {
+        if (self.check_shared || self.l.races_global)
+            && let Some(row) = self.clocks.fenced(warp, false)
+        {
+            let (known, acquired) = self.told.entry(address).or_insert_with(|| (vec![0; row.len()].into(), 0));
+            known.iter_mut().zip(&row).for_each(|(x, y)| *x = (*x).max(*y));
+            *acquired = (*acquired).max(self.clocks.acquired[warp as usize]);
+        }
+    }
+
+    /// A strong read or atomic at `address`, of any scope: the other end of [`tell`](Self::tell).
+    pub(crate) fn hear(&mut self, warp: u32, address: u64) {
+        if let Some((known, acquired)) = self.told.get(&address) {
+            self.clocks.learn(warp, known);
+            self.clocks.acquire(warp, *acquired);
+        }
+    }
+
     /// A strong write or atomic at `address`: publishes what the warp's last fence covered.
     pub(crate) fn publish(&mut self, warp: u32, address: u64) {
         if self.l.races_global
@@ -253,8 +273,8 @@ impl Block<'_> {
                     few => few.iter().map(|a| table.acquire(*a)).max().unwrap_or(0),
                 }
             };
-            let known = &mut self.clocks.acquired[warp as usize];
-            *known = (*known).max(time);
+            self.clocks.acquire(warp, time);
+            self.clocks.pending[warp as usize].clear();
         }
     }
 

@@ -18,6 +18,9 @@ pub(crate) struct Mbarrier {
     /// Knowledge of those who arrived in this phase, and of the phases before.
     pub row: Vec<u32>,
     pub done_row: Vec<u32>,
+    /// Releases of other blocks that they know of.
+    pub acquired: u64,
+    pub done_acquired: u64,
     /// Copies that land when somebody has waited for their phase: phase, target, data and what of it is written.
     pub landings: Vec<(u64, u32, Vec<u8>, Vec<u8>)>,
     /// Warps to whom the end of a phase was first denied: warp, phase, time of the instruction.
@@ -61,6 +64,7 @@ impl Block<'_> {
                     m.phase += 1;
                     m.pending = m.expected.into();
                     m.done_row = std::mem::take(&mut m.row);
+                    m.done_acquired = m.acquired;
                 }
                 Ok(result)
             }
@@ -82,6 +86,7 @@ impl Block<'_> {
             }
             m.row.resize(row.len(), 0);
             m.row.iter_mut().zip(&row).for_each(|(a, b)| *a = (*a).max(*b));
+            m.acquired = m.acquired.max(self.clocks.acquired[warp as usize]);
         }
     }
 
@@ -196,7 +201,7 @@ impl Block<'_> {
             m.done_row.resize(self.clocks.row(copier).len(), 0);
             m.done_row[copier as usize] = self.clocks.clock(copier) - 1;
         }
-        let row = m.done_row.clone();
+        let (row, acquired) = (m.done_row.clone(), m.done_acquired);
         let written = Record {
             warp: self.clocks.copier(),
             lane: MANY,
@@ -217,6 +222,7 @@ impl Block<'_> {
             }
         }
         self.clocks.learn(warp, &row);
+        self.clocks.acquire(warp, acquired);
     }
 
     /// Arrives when the lane's copies so far have landed: they land when somebody waits for the phase.

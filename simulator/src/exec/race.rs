@@ -177,6 +177,12 @@ impl Clocks {
         }
     }
 
+    /// `w` learns of the releases of other blocks up to `time`.
+    pub(crate) fn acquire(&mut self, w: u32, time: u64) {
+        let known = &mut self.acquired[w as usize];
+        *known = (*known).max(time);
+    }
+
     /// `w` arrives at a barrier: ends its interval, and adds what it knows until now.
     pub(crate) fn bring(&mut self, w: u32, known: &mut Known) {
         self.advance(w);

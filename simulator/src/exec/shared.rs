@@ -5,6 +5,7 @@ use super::access::{Touch, little, put, take};
 use super::block::Block;
 use super::race::{MANY, Record};
 use super::warp::Warp;
+use crate::compile::SHARED_WINDOW;
 use crate::error::FaultClass;
 use crate::program::{Access, Kind};
 
@@ -40,9 +41,9 @@ impl Block<'_> {
     ) -> Step {
         let at = self.shared_at(warp, lane, a, size, x.store)?;
         if touch.strong && x.store {
-            self.shared_publish(warp.id, a);
+            self.tell(warp.id, SHARED_WINDOW + u64::from(a));
         } else if touch.strong {
-            self.shared_learn(warp.id, a);
+            self.hear(warp.id, SHARED_WINDOW + u64::from(a));
         }
         // The common sizes as constants, so that copies and comparisons are single instructions.
         match (x.bytes, size) {
@@ -217,22 +218,5 @@ impl Block<'_> {
                 r.warp
             )
         });
-    }
-
-    pub(crate) fn shared_publish(&mut self, warp: u32, a: u32) {
-        if self.check_shared
-            && let Some(row) = self.clocks.fenced(warp, false)
-        {
-            let slot = self.shared_sync.entry(a).or_insert_with(|| vec![0; row.len()].into());
-            slot.iter_mut().zip(&row).for_each(|(x, y)| *x = (*x).max(*y));
-        }
-    }
-
-    pub(crate) fn shared_learn(&mut self, warp: u32, a: u32) {
-        if self.check_shared
-            && let Some(row) = self.shared_sync.get(&a)
-        {
-            self.clocks.learn(warp, row);
-        }
     }
 }

@@ -76,7 +76,7 @@ impl Block<'_> {
             if let Some(last) = pieces.last_mut()
                 && last.shared + last.bytes == at
                 && match (last.global, global) {
-                    (Some(a), Some(b)) => a + u64::from(last.bytes) == b,
+                    (Some(a), Some(b)) => a.wrapping_add(last.bytes.into()) == b,
                     (None, None) => true,
                     _ => false,
                 }

@@ -68,8 +68,8 @@ pub(crate) struct Warp {
     pub product_groups: u32,
     /// Products that have not been waited for.
     pub products: u32,
-    /// Which instructions of warpgroups it executed, as a hash, and the last of them.
-    pub together: (u64, u32),
+    /// Which instructions of warpgroups it executed.
+    pub together: Together,
     /// What `wgmma.fence` orders.
     pub products_fenced: ProductRegisters,
     /// The program has products of warpgroups, and their fences are checked.
@@ -91,6 +91,14 @@ pub(crate) struct Warp {
     prepared: bool,
     /// The allocation that was used last.
     pub hint: usize,
+}
+
+/// The instructions of warpgroups that a warp executed: their hash, the last of them, and whether lanes were missing.
+#[derive(Default, Clone, Copy)]
+pub(crate) struct Together {
+    pub hash: u64,
+    pub last: u32,
+    pub partly: bool,
 }
 
 /// Most words of registers of one warp: calls nest no deeper.
@@ -123,7 +131,7 @@ impl Warp {
             bulk_groups: [0; 32],
             product_groups: 0,
             products: 0,
-            together: (0, 0),
+            together: Together::default(),
             products_fenced: ProductRegisters::default(),
             has_products: false,
             checks_fences: false,
@@ -141,8 +149,12 @@ impl Warp {
 
     /// It executes the instruction at `pc`, which all warps of its warpgroup must.
     pub(crate) fn goes_together(&mut self, pc: u32) {
-        let (hash, _) = self.together;
-        self.together = (hash.wrapping_add(1 + u64::from(pc)).wrapping_mul(0x9E37_79B9_7F4A_7C15), pc);
+        let Together { hash, partly, .. } = self.together;
+        self.together = Together {
+            hash: hash.wrapping_add(1 + u64::from(pc)).wrapping_mul(0x9E37_79B9_7F4A_7C15),
+            last: pc,
+            partly: partly || self.live != u32::MAX,
+        };
     }
 
     /// A warp that stands in while the real one is away.
@@ -168,7 +180,7 @@ impl Warp {
         self.bulk_groups = [0; 32];
         self.product_groups = 0;
         self.products = 0;
-        self.together = (0, 0);
+        self.together = Together::default();
         self.products_fenced.clear();
         self.has_products = !l.program.product_lines.is_empty();
         self.checks_fences = self.has_products && l.options.sanitizer.fences;
