@@ -77,8 +77,9 @@ impl ArrayFile {
     /// images: `pictures` does, else bytes are, and samples of 1 or 3 channels.
     ///
     /// # Errors
-    /// [`Error::File`] when a file is missing or damaged, an array has the wrong shape or type, or a label is outside its
-    /// range, there are more names than `num_classes` or one twice, or images are not from -1 to 1; [`Error::Usage`] when `num_classes` is 0 or above [`MAX_CLASSES`].
+    /// [`Error::File`] when a file is missing or damaged, an array has the wrong shape or type, a label is outside its range, there are
+    /// more names than `num_classes` or one twice, or images are not from -1 to 1; [`Error::Usage`] when `num_classes` is 0 or above
+    /// [`MAX_CLASSES`].
     pub fn open(path: impl AsRef<Path>, num_classes: Option<usize>, pictures: Option<bool>) -> Result<Self> {
         let path = path.as_ref();
         if let Some(n) = num_classes.filter(|n| !(1..=MAX_CLASSES).contains(n)) {
