@@ -49,11 +49,11 @@ fn the_default_run_learns_to_write_digits() {
     let images = sampled(SamplerKind::Ddim, "50", &labels);
     // Both go where many steps go, dpm++ with fewer.
     let few: Vec<u32> = labels.iter().copied().step_by(10).collect();
-    let many = sampled(SamplerKind::Ddim, "100", &few);
+    let many = sampled(SamplerKind::Ddim, "250", &few);
     let [ddim, dpm] =
         [SamplerKind::Ddim, SamplerKind::DpmPlusPlus].map(|kind| distance(&sampled(kind, "20", &few), &many));
-    println!("20 steps of dpm++ are {:.2} times as far from 100 as those of ddim", dpm / ddim);
-    assert!(dpm < 0.7 * ddim, "20 steps of dpm++ are {dpm} from 100, those of ddim {ddim}");
+    println!("20 steps of dpm++ are {:.2} times as far from 250 as those of ddim", dpm / ddim);
+    assert!(dpm < 0.6 * ddim, "20 steps of dpm++ are {dpm} from 250, those of ddim {ddim}");
 
     let real = Digits::new().unwrap();
     let nearest = |image: &[f32]| {
